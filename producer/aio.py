@@ -1,0 +1,7 @@
+"""placeholder while being written"""
+
+
+class AsyncCancelClient: ...
+
+
+class AsyncTicket: ...

@@ -1,0 +1,572 @@
+"""The contract between strategies and workers: what is asked, what is recorded, and under which Redis keys.
+
+Producer and worker share this module and nothing else, so it imports the standard library only, reads no clock and
+talks to nobody. Every value is frozen once built, and every decoder answers bad input with one exception
+(:class:`InvalidRequest` or :class:`MalformedMessage`) that says what was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+VERSION = 1
+#: What RQ imports and calls for each job; a string, so that a producer never loads worker code.
+TASK = "worker.task.cancel_algo_order"
+DEFAULT_QUEUE = "cancels"
+DEFAULT_ACCOUNT = "default"
+#: Largest algo id: the exchange documents a LONG.
+MAX_ALGO_ID = 2**63 - 1
+#: Longest deadline, seconds (a week); a stop that nobody wanted gone for a week was wanted.
+MAX_DEADLINE_S = 7 * 86_400
+#: Largest payload that is decoded, bytes, after decompression too: a request is a few hundred bytes.
+MAX_PAYLOAD_BYTES = 64 * 1024
+#: Longest text kept of what the exchange said, characters.
+MAX_MSG_CHARS = 200
+
+_CLIENT_ALGO_ID = re.compile(r"[.A-Z:/a-z0-9_-]{1,36}")
+_ACCOUNT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class MessageError(ValueError):
+    """Base of what this module raises."""
+
+
+class InvalidRequest(MessageError):
+    """A request breaks a rule of the contract; nothing was enqueued or sent.
+
+    ``field`` names the offending field and ``value`` holds what was given.
+    """
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        super().__init__(f"{field}={_shown(value)}: {rule}")
+        self.field = field
+        self.value = value
+        self.rule = rule
+
+
+class MalformedMessage(MessageError):
+    """Bytes from Redis are not a message of this contract (foreign job, other version, damaged, too large)."""
+
+
+class OutcomeKind(StrEnum):
+    """What became of a request. The value is what records, logs and the command line show."""
+
+    CANCELLED = "cancelled"  # our cancel took the order off the book
+    ALREADY_CANCELLED = "already_cancelled"  # it was cancelled before any request of ours could have done it
+    TRIGGERED = "triggered"  # too late: the live thing is the child order now
+    EXPIRED = "expired"  # the exchange dropped it
+    REJECTED = "rejected"  # the exchange refused it when it triggered
+    NOT_FOUND = "not_found"  # the exchange does not know it, and kept saying so until the horizon
+    REFUSED = "refused"  # a refusal that repeating cannot change
+    OVERDUE = "overdue"  # the deadline passed before anything was sent
+    GAVE_UP = "gave_up"  # a bound was reached and no cancel of ours can have worked
+    UNKNOWN = "unknown"  # a bound was reached while a cancel of ours may have worked
+
+    @property
+    def failed(self) -> bool:
+        """Whether RQ files the job as failed: these kinds want a person or a strategy to look."""
+        return self in _FAILED
+
+    @property
+    def off_the_book(self) -> bool:
+        """Whether the order is known to be gone without having become another order."""
+        return self in _OFF_THE_BOOK
+
+
+_FAILED = frozenset(
+    {OutcomeKind.NOT_FOUND, OutcomeKind.REFUSED, OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP, OutcomeKind.UNKNOWN}
+)
+_OFF_THE_BOOK = frozenset(
+    {OutcomeKind.CANCELLED, OutcomeKind.ALREADY_CANCELLED, OutcomeKind.EXPIRED, OutcomeKind.REJECTED}
+)
+
+
+def may_be_live(kind: OutcomeKind, order_status: str | None = None) -> bool:
+    """Whether the order, or the order it turned into, may still act in the market."""
+    if kind is OutcomeKind.TRIGGERED:
+        return order_status != "FINISHED"
+    return not kind.off_the_book
+
+
+class Call(StrEnum):
+    """The two signed calls that an attempt can be."""
+
+    CANCEL = "cancel"  # DELETE /fapi/v1/algoOrder
+    QUERY = "query"  # GET /fapi/v1/algoOrder
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """One order that a strategy no longer wants.
+
+    Needs ``algo_id`` or ``client_algo_id``; with both, ``algo_id`` is what the exchange is asked by. ``deadline_s`` is
+    how long the request is worth pursuing, in seconds from the enqueueing (None: the worker's ``CANCEL_DEADLINE_S``).
+    ``symbol`` and ``tag`` are carried into the outcome; the exchange needs neither.
+
+    Raises:
+        InvalidRequest: a field breaks its rule.
+    """
+
+    algo_id: int | None = None
+    client_algo_id: str | None = None
+    account: str = DEFAULT_ACCOUNT
+    deadline_s: float | None = None
+    urgent: bool = False
+    symbol: str | None = None
+    tag: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_ids(self.algo_id, self.client_algo_id)
+        if not isinstance(self.account, str) or not _ACCOUNT.fullmatch(self.account):
+            raise InvalidRequest("account", self.account, "must match ^[a-z0-9][a-z0-9_-]{0,31}$")
+        if self.deadline_s is not None:
+            _check_deadline(self.deadline_s)
+        if not isinstance(self.urgent, bool):
+            raise InvalidRequest("urgent", self.urgent, "must be true or false")
+        _check_text("symbol", self.symbol, 32)
+        _check_text("tag", self.tag, 64)
+
+    @property
+    def order_key(self) -> str:
+        """What makes two requests the same order: the account and the id that the exchange is asked by."""
+        by = f"a:{self.algo_id}" if self.algo_id is not None else f"c:{self.client_algo_id}"
+        return f"{self.account}:{by}"
+
+    def describe(self) -> str:
+        """One line for RQ's job description; it holds no secret because a request holds none."""
+        by = f"algo_id={self.algo_id}" if self.algo_id is not None else f"client_algo_id={self.client_algo_id}"
+        return f"cancel {by} account={self.account}"
+
+
+def _check_ids(algo_id: object, client_algo_id: object) -> None:
+    if algo_id is None and client_algo_id is None:
+        raise InvalidRequest("algo_id", None, "give algo_id or client_algo_id")
+    if algo_id is not None and (
+        isinstance(algo_id, bool) or not isinstance(algo_id, int) or not 1 <= algo_id <= MAX_ALGO_ID
+    ):
+        raise InvalidRequest("algo_id", algo_id, f"must be a whole number from 1 to {MAX_ALGO_ID}")
+    if client_algo_id is not None and (
+        not isinstance(client_algo_id, str) or not _CLIENT_ALGO_ID.fullmatch(client_algo_id)
+    ):
+        raise InvalidRequest("client_algo_id", client_algo_id, "must match ^[.A-Z:/a-z0-9_-]{1,36}$")
+
+
+def _check_deadline(deadline_s: object) -> None:
+    number = isinstance(deadline_s, int | float) and not isinstance(deadline_s, bool)
+    if not number or not math.isfinite(deadline_s) or not 0 < deadline_s <= MAX_DEADLINE_S:  # type: ignore[arg-type,operator]
+        raise InvalidRequest("deadline_s", deadline_s, f"must be more than 0 and at most {MAX_DEADLINE_S} seconds")
+
+
+def _check_text(name: str, value: object, limit: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str) or not 1 <= len(value) <= limit or _CONTROL.search(value):
+        raise InvalidRequest(name, value, f"must be text of 1 to {limit} characters without control characters")
+
+
+def check_queue_name(name: str) -> str:
+    """Return ``name`` if it can name a queue.
+
+    Raises:
+        InvalidRequest: it cannot.
+    """
+    if not isinstance(name, str) or not _QUEUE.fullmatch(name):
+        raise InvalidRequest("queue", name, "must match ^[A-Za-z0-9_.-]{1,64}$")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One signed call and what came of it, as the history of an outcome keeps it."""
+
+    n: int  # 1 for the first call of the run
+    at_ms: int  # when it was sent, Redis' clock, ms since the epoch
+    call: Call
+    http: int | None  # status of the answer; None where none came
+    code: int | None  # the exchange's code; None where the answer held none
+    msg: str  # the exchange's words, or the failure's name
+    verdict: str  # a worker.verdict.Means value
+    ms: int  # how long the call took
+
+    def as_dict(self) -> dict[str, object]:
+        """The record's form of this attempt."""
+        return {
+            "n": self.n,
+            "at_ms": self.at_ms,
+            "call": self.call.value,
+            "http": self.http,
+            "code": self.code,
+            "msg": self.msg,
+            "verdict": self.verdict,
+            "ms": self.ms,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of one request: recorded once for each id and run, never changed."""
+
+    id: str
+    run: int
+    kind: OutcomeKind
+    account: str | None = None
+    algo_id: int | None = None
+    client_algo_id: str | None = None
+    symbol: str | None = None
+    tag: str | None = None
+    may_be_live: bool | None = None
+    order_status: str | None = None
+    actual_order_id: str | None = None
+    attempts: tuple[Attempt, ...] = field(default=())
+    enqueued_at_ms: int | None = None
+    finished_at_ms: int = 0
+    worker: str = ""
+    error: str | None = None
+
+    @property
+    def off_the_book(self) -> bool:
+        """Whether the order is known to be gone without having become another order."""
+        return self.kind.off_the_book
+
+    def as_dict(self) -> dict[str, object]:
+        """The record of design: one JSON object, version first."""
+        return {
+            "v": VERSION,
+            "id": self.id,
+            "run": self.run,
+            "account": self.account,
+            "algo_id": self.algo_id,
+            "client_algo_id": self.client_algo_id,
+            "symbol": self.symbol,
+            "tag": self.tag,
+            "kind": self.kind.value,
+            "may_be_live": self.may_be_live,
+            "order_status": self.order_status,
+            "actual_order_id": self.actual_order_id,
+            "attempts": [attempt.as_dict() for attempt in self.attempts],
+            "enqueued_at_ms": self.enqueued_at_ms,
+            "finished_at_ms": self.finished_at_ms,
+            "worker": self.worker,
+            "error": self.error,
+        }
+
+    def encode(self) -> str:
+        """The record as it stands in Redis and on the command line's stdout."""
+        return _dumps(self.as_dict())
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Every Redis key that the project touches, for one queue. ``rq`` is RQ's prefix (its RQ_KEY_PREFIX)."""
+
+    queue: str = DEFAULT_QUEUE
+    rq: str = "rq"
+
+    # RQ's own
+    @property
+    def waiting(self) -> str:
+        """List of job ids that wait for a worker."""
+        return f"{self.rq}:queue:{self.queue}"
+
+    @property
+    def queues(self) -> str:
+        """Set in which RQ lists its queues."""
+        return f"{self.rq}:queues"
+
+    @property
+    def job_prefix(self) -> str:
+        """Job hashes, followed by the id."""
+        return f"{self.rq}:job:"
+
+    @property
+    def started(self) -> str:
+        """StartedJobRegistry: `id:execution` scored by when RQ's maintenance may take it for abandoned."""
+        return f"{self.rq}:wip:{self.queue}"
+
+    @property
+    def scheduled(self) -> str:
+        """ScheduledJobRegistry: id scored by its due time in seconds."""
+        return f"{self.rq}:scheduled:{self.queue}"
+
+    @property
+    def finished(self) -> str:
+        """FinishedJobRegistry: id scored by its expiry in seconds."""
+        return f"{self.rq}:finished:{self.queue}"
+
+    @property
+    def failed(self) -> str:
+        """FailedJobRegistry: id scored by its expiry in seconds."""
+        return f"{self.rq}:failed:{self.queue}"
+
+    @property
+    def result_prefix(self) -> str:
+        """RQ's result streams, followed by the id."""
+        return f"{self.rq}:results:"
+
+    @property
+    def execution_prefix(self) -> str:
+        """Execution hashes, followed by `id:execution`."""
+        return f"{self.rq}:execution:"
+
+    @property
+    def executions_prefix(self) -> str:
+        """ExecutionRegistry of a job, followed by the id."""
+        return f"{self.rq}:executions:"
+
+    @property
+    def worker_prefix(self) -> str:
+        """Worker hashes, followed by the worker's name."""
+        return f"{self.rq}:worker:"
+
+    @property
+    def suspended(self) -> str:
+        """Exists while `rq suspend` holds."""
+        return f"{self.rq}:suspended"
+
+    # ours
+    @property
+    def claiming(self) -> str:
+        """List in which an id stands between the blocking move and the claim."""
+        return f"{self.queue}:claiming"
+
+    @property
+    def leases(self) -> str:
+        """Sorted set of claimed ids, scored by the lease's end in ms."""
+        return f"{self.queue}:leases"
+
+    @property
+    def outcomes(self) -> str:
+        """The ledger: a stream with one entry for each outcome."""
+        return f"{self.queue}:outcomes"
+
+    @property
+    def outcome_prefix(self) -> str:
+        """Outcome records and the channels that announce them, followed by the id."""
+        return f"{self.queue}:outcome:"
+
+    @property
+    def order_prefix(self) -> str:
+        """Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`."""
+        return f"{self.queue}:order:"
+
+    @staticmethod
+    def gate(scope: str) -> str:
+        """The shared pause of one egress address: ``all``, or the host name of a worker that has its own."""
+        return f"gate:{scope}"
+
+
+class JobField:
+    """Our own fields of RQ's job hash; RQ keeps fields that it does not know."""
+
+    ENQUEUED_AT_MS = "c_enqueued_at_ms"
+    DEADLINE_AT_MS = "c_deadline_at_ms"
+    RUN = "c_run"
+    ORDER = "c_order"
+    URGENT = "c_urgent"
+    ATTEMPTS = "c_attempts"
+    PIN = "c_pin"
+    LEASE = "c_lease"
+    OPEN_AT_MS = "c_open_at_ms"
+    DONE = "c_done"
+
+
+def encode_request(request: CancelRequest) -> dict[str, object]:
+    """The one argument of the job function: only what is set, so that a job stays small."""
+    payload: dict[str, object] = {"v": VERSION, "account": request.account}
+    for name in ("algo_id", "client_algo_id", "deadline_s", "symbol", "tag"):
+        value = getattr(request, name)
+        if value is not None:
+            payload[name] = value
+    if request.urgent:
+        payload["urgent"] = True
+    return payload
+
+
+_REQUEST_FIELDS = frozenset({"v", "account", "algo_id", "client_algo_id", "deadline_s", "symbol", "tag", "urgent"})
+
+
+def decode_request(payload: object) -> CancelRequest:
+    """Rebuild the request from the job function's argument.
+
+    Raises:
+        MalformedMessage: not an object of this version, or with fields that this version does not have.
+        InvalidRequest: a field breaks its rule.
+    """
+    if not isinstance(payload, Mapping):
+        raise MalformedMessage(f"a cancel request is a JSON object, not {_shown(payload)}")
+    if payload.get("v") != VERSION or isinstance(payload.get("v"), bool):
+        raise MalformedMessage(f"v={_shown(payload.get('v'))}: this side speaks version {VERSION}")
+    extra = sorted(str(name) for name in payload if name not in _REQUEST_FIELDS)
+    if extra:
+        raise MalformedMessage(f"unknown field {_shown(extra[0])}")
+    return CancelRequest(**{name: value for name, value in payload.items() if name != "v"})
+
+
+def encode_call(request: CancelRequest) -> bytes:
+    """The job's `data` as RQ's JSONSerializer writes it, before compression: function, instance, args, kwargs."""
+    return _dumps([TASK, None, [encode_request(request)], {}]).encode()
+
+
+def decode_call(data: bytes) -> CancelRequest:
+    """Read a job's `data` (compressed or not), accepting the contract's function alone.
+
+    Raises:
+        MalformedMessage: too large, not JSON (a pickle, say), another function, other arguments.
+        InvalidRequest: a field of the request breaks its rule.
+    """
+    call = loads(_inflate(data))
+    if not isinstance(call, list) or len(call) != 4 or not isinstance(call[2], list) or not isinstance(call[3], dict):
+        raise MalformedMessage("the job is not a call of this contract")
+    function, instance, args, kwargs = call
+    if function != TASK or instance is not None:
+        raise MalformedMessage(f"function {_shown(function)} is not allowed here; only {TASK} is")
+    if kwargs or len(args) != 1:
+        raise MalformedMessage(f"{TASK} takes one request, not {len(args)} arguments and {len(kwargs)} by name")
+    return decode_request(args[0])
+
+
+def encode_attempts(attempts: Iterable[Attempt]) -> str:
+    """Attempts as the job hash keeps them: JSON objects joined by commas, so that a script can append one."""
+    return ",".join(_dumps(attempt.as_dict()) for attempt in attempts)
+
+
+def decode_attempts(text: str | bytes | None) -> tuple[Attempt, ...]:
+    """Read what :func:`encode_attempts` wrote.
+
+    Raises:
+        MalformedMessage: it is something else.
+    """
+    if not text:
+        return ()
+    joined = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    return _attempts(loads(f"[{joined}]", limit=16 * MAX_PAYLOAD_BYTES))
+
+
+def decode_outcome(text: str | bytes) -> Outcome:
+    """Read an outcome record.
+
+    Raises:
+        MalformedMessage: it is not one of this version.
+    """
+    record = loads(text, limit=16 * MAX_PAYLOAD_BYTES)
+    if not isinstance(record, dict) or record.get("v") != VERSION:
+        raise MalformedMessage(f"not an outcome record of version {VERSION}")
+    try:
+        return Outcome(
+            id=str(record["id"]),
+            run=int(record["run"]),
+            kind=OutcomeKind(record["kind"]),
+            attempts=_attempts(record["attempts"]),
+            finished_at_ms=int(record["finished_at_ms"]),
+            **{name: record[name] for name in _PLAIN_OUTCOME_FIELDS},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedMessage(f"not an outcome record: {type(error).__name__} {_shown(str(error))}") from None
+
+
+_PLAIN_OUTCOME_FIELDS = (
+    "account",
+    "algo_id",
+    "client_algo_id",
+    "symbol",
+    "tag",
+    "may_be_live",
+    "order_status",
+    "actual_order_id",
+    "enqueued_at_ms",
+    "worker",
+    "error",
+)
+
+
+def _attempts(rows: object) -> tuple[Attempt, ...]:
+    if not isinstance(rows, list):
+        raise MalformedMessage("attempts must be a list")
+    try:
+        return tuple(
+            Attempt(
+                n=int(row["n"]),
+                at_ms=int(row["at_ms"]),
+                call=Call(row["call"]),
+                http=row["http"],
+                code=row["code"],
+                msg=str(row["msg"]),
+                verdict=str(row["verdict"]),
+                ms=int(row["ms"]),
+            )
+            for row in rows
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedMessage(f"not an attempt: {type(error).__name__} {_shown(str(error))}") from None
+
+
+def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES) -> Any:
+    """Parse JSON from a stranger: bounded in size and depth, no NaN, no number beyond 64 bits.
+
+    Raises:
+        MalformedMessage: any of that, or not JSON.
+    """
+    if len(text) > limit:
+        raise MalformedMessage(f"{len(text)} bytes are too many; {limit} is the most")
+    try:
+        return _DECODER.decode(text.decode() if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise MalformedMessage("nested too deeply") from None
+    except MalformedMessage:
+        raise
+    except ValueError as error:
+        raise MalformedMessage(f"not JSON: {_shown(str(error))}") from None
+
+
+def _constant(name: str) -> float:
+    raise MalformedMessage(f"{name} is not a number of JSON")
+
+
+def _int64(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**63:
+        raise MalformedMessage(f"{_shown(digits)} does not fit in 64 bits")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_int64)
+
+
+def _inflate(data: bytes) -> bytes:
+    """RQ compresses a job's data and reads it uncompressed too; a small bomb must not become a large string."""
+    inflater = zlib.decompressobj()
+    try:
+        plain = inflater.decompress(data, MAX_PAYLOAD_BYTES + 1)
+    except zlib.error:
+        return data
+    if len(plain) > MAX_PAYLOAD_BYTES:
+        raise MalformedMessage(f"the payload inflates beyond {MAX_PAYLOAD_BYTES} bytes")
+    return plain
+
+
+def clean_text(text: str, limit: int = MAX_MSG_CHARS) -> str:
+    """A stranger's words made fit for records and logs: no control characters, at most ``limit`` characters."""
+    cleaned = _CONTROL.sub(" ", text[: 4 * limit]).strip()
+    return cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"
+
+
+def _shown(value: object) -> str:
+    try:
+        return clean_text(repr(value), 80)
+    except ValueError:  # a whole number too long for Python to print
+        return f"<{type(value).__name__}>"
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _dumps(value: object) -> str:
+    return _ENCODER.encode(value)

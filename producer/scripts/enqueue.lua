@@ -1,0 +1,64 @@
+-- Enqueue cancel requests, or join them to the open job of the same order. Safe to repeat: the caller makes the ids.
+-- KEYS  1 waiting list, 2 set of queues
+-- ARGV  1 job prefix, 2 order prefix, 3 outcome prefix, 4 pointer's life in s, 5 number of shared fields' words,
+--       then those words (field, value, ...: RQ's job hash), then for each request six words:
+--       id, order key, data, description, deadline in ms from now (empty: the worker's default), urgent (1 or empty)
+-- Gives for each request: the id of the job that carries it, and 1 if another request had made that job.
+local waiting, job_prefix, order_prefix, outcome_prefix = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local pointer_life_s, shared = tonumber(ARGV[4]), tonumber(ARGV[5])
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+local OPEN = {queued = true, scheduled = true, started = true}
+
+local function text(number) return string.format('%.0f', number) end
+
+-- The later deadline holds. One that leaves it to the worker is kept as the moment of asking.
+local function ask(job, deadline_ms)
+  if deadline_ms == '' then
+    redis.call('HSET', job, 'c_asked_at_ms', text(now_ms))
+  else
+    local at_ms = now_ms + tonumber(deadline_ms)
+    local before = tonumber(redis.call('HGET', job, 'c_deadline_at_ms') or '0')
+    if at_ms > before then redis.call('HSET', job, 'c_deadline_at_ms', text(at_ms)) end
+  end
+end
+
+local function join(id, deadline_ms, urgent)
+  local job = job_prefix .. id
+  local status = redis.call('HGET', job, 'status')
+  if not (status and OPEN[status]) then return false end
+  ask(job, deadline_ms)
+  if urgent == '1' then
+    redis.call('HSET', job, 'c_urgent', '1')
+    -- A second entry, not a move: entries are hints, and a list has no quick way to find one.
+    if status == 'queued' then redis.call('LPUSH', waiting, id) end
+  end
+  return true
+end
+
+local fields = {}
+for i = 6, 5 + shared do fields[#fields + 1] = ARGV[i] end
+local answer = {}
+redis.call('SADD', KEYS[2], waiting)
+for i = 6 + shared, #ARGV, 6 do
+  local id, order, data, description = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+  local deadline_ms, urgent = ARGV[i + 4], ARGV[i + 5]
+  local job, pointer = job_prefix .. id, order_prefix .. order
+  local duplicate = 0
+  if redis.call('EXISTS', job, outcome_prefix .. id) == 0 then
+    local other = redis.call('GET', pointer)
+    if other and join(other, deadline_ms, urgent) then
+      id, duplicate = other, 1
+    else
+      redis.call('HSET', job, 'data', data, 'description', description, 'c_order', order, 'c_run', '1',
+        'c_enqueued_at_ms', text(now_ms), unpack(fields))
+      ask(job, deadline_ms)
+      if urgent == '1' then redis.call('HSET', job, 'c_urgent', '1') end
+      redis.call(urgent == '1' and 'LPUSH' or 'RPUSH', waiting, id)
+      redis.call('SET', pointer, id, 'EX', pointer_life_s)
+    end
+  end
+  answer[#answer + 1] = id
+  answer[#answer + 1] = duplicate
+end
+return answer

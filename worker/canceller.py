@@ -1,0 +1,254 @@
+"""One job, from its payload to its settlement: decode, decide, send, decide again.
+
+:class:`Canceller` is the seam between the queue and the domain. Our own worker runs it on many threads
+(:mod:`worker.crew`), a stock `rq worker` one step at a time (:mod:`worker.task`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from producer.message import (
+    Attempt,
+    Call,
+    CancelRequest,
+    MessageError,
+    Outcome,
+    OutcomeKind,
+    decode_attempts,
+    decode_call,
+    may_be_live,
+)
+from worker import log
+from worker.clock import ServerClock
+from worker.exchange import Exchange
+from worker.gate import Gate
+from worker.settings import Settings
+from worker.signing import Credential
+from worker.store import Grant, Settlement
+from worker.verdict import (
+    GATED,
+    Again,
+    Case,
+    Failure,
+    Means,
+    OrderRef,
+    Policy,
+    Reply,
+    Stop,
+    Verdict,
+    classify,
+    first_step,
+    next_step,
+)
+
+
+class Hold(Protocol):
+    """What a job's holder knows while it is being worked on."""
+
+    def lost(self) -> bool:
+        """Whether somebody else has the job by now: then nothing more may be sent for it."""
+
+    def sent(self) -> None:
+        """A request's bytes are on the wire; the holder's thread will wait for the answer now."""
+
+
+def policy_of(settings: Settings) -> Policy:
+    """The bounds of a request as the settings give them."""
+    return Policy(
+        max_attempts=settings.max_attempts,
+        backoff_base_ms=settings.backoff_base_ms,
+        backoff_cap_ms=settings.backoff_cap_ms,
+        not_found_horizon_ms=round(settings.not_found_horizon_s * 1000),
+        recv_window_ms=settings.recv_window_ms,
+        waf_pause_ms=settings.waf_pause_s * 1000,
+    )
+
+
+@dataclass(slots=True)
+class _Pursuit:
+    """One request while it is being worked on."""
+
+    grant: Grant
+    request: CancelRequest
+    credential: Credential
+    history: list[Attempt]
+    algo_id: int | None
+    symbol: str | None
+    pinned: bool
+    began_ns: int = 0  # the last attempt, monotonic
+
+    def case(self) -> Case:
+        return Case(self.algo_id is None, self.grant.enqueued_at_ms, self.grant.deadline_at_ms)
+
+    def ref(self) -> OrderRef:
+        return OrderRef(self.algo_id, self.request.client_algo_id)
+
+    def learn(self, verdict: Verdict) -> None:
+        """Keep what an answer told about the order: its algo id, so that a reused client id is never hit."""
+        if verdict.order is not None:
+            self.pinned = self.pinned or self.algo_id is None
+            self.algo_id = verdict.order.algo_id
+            self.symbol = self.symbol or verdict.order.symbol
+
+    def pin(self) -> str:
+        return json.dumps({"algo_id": self.algo_id, "symbol": self.symbol}) if self.pinned else ""
+
+
+class Canceller:
+    """Pursues requests on one exchange for one worker. Thread-safe: what changes lies in the call."""
+
+    def __init__(
+        self,
+        *,
+        exchange: Exchange,
+        clock: ServerClock,
+        gate: Gate,
+        policy: Policy,
+        credential_for: Callable[[str], Credential | None],
+        now_ms: Callable[[], int],
+        worker: str,
+    ) -> None:
+        self._exchange = exchange
+        self._clock = clock
+        self._gate = gate
+        self._policy = policy
+        self._credential_for = credential_for
+        self._now_ms = now_ms
+        self._worker = worker
+        self._resyncing = threading.Lock()
+        self._resynced_ns = 0
+
+    def work(self, grant: Grant, hold: Hold, request: CancelRequest | None = None) -> Settlement | None:
+        """Carry a job as far as it goes without waiting; None if the lease was lost on the way.
+
+        ``request`` spares the decoding where RQ has done it.
+        """
+        try:
+            pursuit = self._take_up(grant, request)
+        except MessageError as error:
+            return self._refuse(grant, None, f"not a job of this queue: {error}")
+        if pursuit is None:
+            request = request or decode_call(grant.data or b"")
+            return self._refuse(grant, request, f"account {request.account!r} has no key in this worker")
+        step = first_step(pursuit.case(), pursuit.history, self._policy, self._now_ms())
+        while isinstance(step, Again) and step.delay_ms == 0:
+            if hold.lost():
+                return None
+            if self._gate.closed(self._now_ms()):
+                return Settlement(grant, attempts=tuple(pursuit.history), pin=pursuit.pin())
+            step = self._attempt(pursuit, step, hold)
+        if isinstance(step, Again):
+            log.info("again", id=grant.id, call=step.call, delay_ms=step.delay_ms, attempts=len(pursuit.history))
+            return Settlement(grant, attempts=tuple(pursuit.history), pin=pursuit.pin(), delay_ms=step.delay_ms)
+        return Settlement(grant, outcome=self._outcome(pursuit, step))
+
+    def _take_up(self, grant: Grant, request: CancelRequest | None) -> _Pursuit | None:
+        if request is None:
+            if grant.data is None:
+                raise MessageError("its payload is larger than any request")
+            request = decode_call(grant.data)
+        credential = self._credential_for(request.account)
+        if credential is None:
+            return None
+        history = list(decode_attempts(grant.attempts))
+        pin: dict[str, Any] = json.loads(grant.pin) if grant.pin else {}
+        algo_id = request.algo_id if request.algo_id is not None else pin.get("algo_id")
+        symbol = request.symbol or pin.get("symbol")
+        return _Pursuit(grant, request, credential, history, algo_id, symbol, bool(pin))
+
+    def _attempt(self, pursuit: _Pursuit, step: Again, hold: Hold) -> Stop | Again:
+        """Make one signed call, note it, and decide what follows."""
+        if step.resync:
+            self._resync(pursuit.began_ns)
+        at_ms = self._now_ms()
+        pursuit.began_ns = time.monotonic_ns()
+        case = pursuit.case()
+        answer = self._call(pursuit, step.call, hold)
+        took_ms = (time.monotonic_ns() - pursuit.began_ns) // 1_000_000
+        verdict = classify(step.call, pursuit.ref(), answer)
+        n = len(pursuit.history) + 1
+        pursuit.history.append(
+            Attempt(n, at_ms, step.call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
+        )
+        if verdict.means is not Means.CONFIRMED:
+            log.info(
+                "attempt",
+                id=pursuit.grant.id,
+                n=n,
+                call=step.call,
+                verdict=verdict.means,
+                http=verdict.http,
+                code=verdict.code,
+                msg=verdict.msg,
+                ms=took_ms,
+            )
+        now_ms = self._now_ms()
+        if verdict.means in GATED:
+            self._gate.close(verdict.pause_ms(now_ms, self._policy), f"{verdict.http} {verdict.msg}".strip(), now_ms)
+        decision = next_step(case, pursuit.history, verdict, self._policy, now_ms, random.random())
+        if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
+            pursuit.learn(verdict)  # an order that is left alone is not the one that was meant
+        return decision
+
+    def _resync(self, since_ns: int) -> None:
+        """Measure the exchange's clock anew, once for all requests that were refused by the same old one."""
+        with self._resyncing:
+            if self._resynced_ns <= since_ns:
+                self._clock.drop_samples()
+                self._exchange.sync_time()
+                self._resynced_ns = time.monotonic_ns()
+
+    def _call(self, pursuit: _Pursuit, call: Call, hold: Hold) -> Reply | Failure:
+        if call is Call.CANCEL:
+            return self._exchange.cancel(pursuit.credential, pursuit.ref(), on_sent=hold.sent)
+        return self._exchange.query(pursuit.credential, pursuit.ref(), on_sent=hold.sent)
+
+    def _outcome(self, pursuit: _Pursuit, stop: Stop) -> Outcome:
+        request, grant = pursuit.request, pursuit.grant
+        return Outcome(
+            id=grant.id,
+            run=grant.run,
+            kind=stop.kind,
+            account=request.account,
+            algo_id=pursuit.algo_id,
+            client_algo_id=request.client_algo_id,
+            symbol=pursuit.symbol,
+            tag=request.tag,
+            may_be_live=may_be_live(stop.kind, stop.order_status),
+            order_status=stop.order_status,
+            actual_order_id=stop.actual_order_id,
+            attempts=tuple(pursuit.history),
+            enqueued_at_ms=grant.enqueued_at_ms,
+            finished_at_ms=self._now_ms(),
+            worker=self._worker,
+            error=stop.error,
+        )
+
+    def _refuse(self, grant: Grant, request: CancelRequest | None, error: str) -> Settlement:
+        """The outcome of a job that this worker can do nothing for; nothing is known of a foreign job's order."""
+        log.warning("refused", id=grant.id, error=error)
+        attempts: Sequence[Attempt] = ()
+        known: dict[str, Any] = {}
+        if request is not None:
+            attempts = decode_attempts(grant.attempts)
+            known = {"account": request.account, "algo_id": request.algo_id, "may_be_live": True}
+            known |= {"client_algo_id": request.client_algo_id, "symbol": request.symbol, "tag": request.tag}
+        outcome = Outcome(
+            id=grant.id,
+            run=grant.run,
+            kind=OutcomeKind.REFUSED,
+            attempts=tuple(attempts),
+            enqueued_at_ms=grant.enqueued_at_ms,
+            finished_at_ms=self._now_ms(),
+            worker=self._worker,
+            error=error,
+            **known,
+        )
+        return Settlement(grant, outcome=outcome)

@@ -1,0 +1,370 @@
+"""Many requests in flight on threads: one waits at the queue, the others send, and whoever is free settles.
+
+Leader and followers. The thread that claimed a job sends it itself, and another takes its place at the queue once the
+bytes are on the wire: no hand-over stands between the claim and the DELETE. Finished threads leave their settlement in
+a common heap; one of them writes the whole heap in one call while the others go on (group commit).
+
+Nothing here knows of signals or of RQ (:mod:`worker.runner`), nor of orders (:mod:`worker.canceller`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+
+from worker import log
+from worker.canceller import Canceller
+from worker.gate import Gate
+from worker.store import Claimed, Grant, Settlement, Store
+
+#: While the gate is closed or RQ suspended, the queue is looked at this often, s, without waiting at it.
+_LOOK_S = 1.0
+#: First and longest wait while Redis is away, s; between them exponential with full jitter.
+_AWAY_FIRST_S, _AWAY_LONGEST_S = 0.05, 1.0
+#: After Redis came back, others' expired leases are left alone this long, s: their holders settle first.
+_SETTLE_FIRST_S = 2.0
+
+
+@dataclass(slots=True)
+class _Held:
+    """A job in our hands; what its sender asks of it."""
+
+    grant: Grant
+    crew: Crew
+    is_lost: bool = False
+    is_settling: bool = False
+
+    def lost(self) -> bool:
+        return self.is_lost
+
+    def sent(self) -> None:
+        self.crew.promote()
+
+
+class Crew:
+    """``size`` requests in flight at the most, on at most two threads more than that."""
+
+    def __init__(self, size: int, store: Store, canceller: Canceller, gate: Gate) -> None:
+        self._size = size
+        self._store = store
+        self._canceller = canceller
+        self._gate = gate
+        self._turn = threading.Condition()
+        self._ready: deque[_Held] = deque()
+        self._held: dict[str, _Held] = {}
+        self._running = 0
+        self._idle = 0
+        self._threads: list[threading.Thread] = []
+        self._leading = False
+        self._stopping = False
+        self._suspended = False
+        self._heap: deque[Settlement] = deque()
+        self._settling = threading.Lock()
+        self._abandon = threading.Event()
+        self._retries = _Retries(self._claim_due)
+        self._redis_back_at = 0.0
+        self._redis_away = False
+        self.outcomes = 0
+        self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
+
+    # -- from outside --
+
+    def start(self) -> None:
+        """Take up the work."""
+        self._retries.start()
+        with self._turn:
+            self._hire()
+
+    def held(self) -> list[tuple[str, str]]:
+        """Id and lease of each job in our hands, for the renewal."""
+        with self._turn:
+            return [(job_id, held.grant.lease) for job_id, held in self._held.items()]
+
+    def lose(self, job_ids: set[str]) -> None:
+        """Somebody else has these jobs now: nothing more is sent for them."""
+        with self._turn:
+            for job_id in job_ids:
+                held = self._held.get(job_id)
+                if held is not None and not held.is_settling:  # else it may have been settled just now
+                    held.is_lost = True
+                    log.warning("lease_lost", id=job_id)
+
+    def in_flight(self) -> int:
+        """Jobs in our hands."""
+        return len(self._held)
+
+    def suspend(self, suspended: bool) -> None:
+        """What the last look at Redis said of `rq suspend`."""
+        self._suspended = suspended
+
+    def idle(self) -> bool:
+        """Whether nothing is in our hands and no retry of ours is due later."""
+        with self._turn:
+            return not self._held and not self._heap and not self._retries
+
+    def stop(self) -> None:
+        """Claim nothing more; hand back at once what has not been started."""
+        with self._turn:
+            self._stopping = True
+            unstarted, self._ready = list(self._ready), deque()
+            self._turn.notify_all()
+        self._retries.stop()
+        for held in unstarted:
+            self._settle(Settlement(held.grant))
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the requests in flight to be answered and settled; False if some were not in time."""
+        ends_at = time.monotonic() + timeout_s
+        while time.monotonic() < ends_at:
+            with self._turn:
+                if not self._held and not self._heap and not self._leading:
+                    break
+            time.sleep(0.01)
+        done = not self._held
+        self._abandon.set()
+        return done
+
+    # -- the threads --
+
+    def _hire(self) -> None:
+        """One more thread (the caller holds the turn). They are made when first needed: most queues are quiet."""
+        thread = threading.Thread(target=self._live, name=f"cancel-{len(self._threads)}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _wake(self, wanted: int) -> None:
+        """Get ``wanted`` threads going (the caller holds the turn)."""
+        at_hand = min(wanted, self._idle)
+        if at_hand:
+            self._turn.notify(at_hand)
+        for _ in range(min(wanted - at_hand, self._size + 1 - len(self._threads))):
+            self._hire()
+
+    def promote(self) -> None:
+        """Let another thread take the place at the queue, if it is empty."""
+        with self._turn:
+            if not self._leading and not self._stopping and self._free() > 0:
+                self._wake(1)
+
+    def _free(self) -> int:
+        return self._size - self._running - len(self._ready)
+
+    def _live(self) -> None:
+        while (held := self._next()) is not None:
+            try:
+                settlement = self._canceller.work(held.grant, held)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the thread lives
+                # A defect is no answer: the lease brings the job back, and the attempt counts as unclear. What it says
+                # may hold what must not be logged; where it stands may not.
+                log.error("defect", id=held.grant.id, error=type(error).__name__, where=_where(error))
+                settlement = None
+            with self._turn:
+                self._running -= 1
+                held.is_settling = True
+                if settlement is None:
+                    self._held.pop(held.grant.id, None)
+            if settlement is not None:
+                self._settle(settlement)
+
+    def _next(self) -> _Held | None:
+        """The next job for this thread, from those claimed or from the queue; None when it is time to go."""
+        while True:
+            with self._turn:
+                while not (self._ready and self._running < self._size):
+                    if self._stopping:
+                        return None
+                    if not self._leading and self._free() > 0:
+                        self._leading = True
+                        break
+                    self._idle += 1
+                    self._turn.wait()
+                    self._idle -= 1
+                else:
+                    self._running += 1
+                    return self._ready.popleft()
+            claimed = self._lead()
+            with self._turn:
+                self._leading = False
+                self._accept(claimed)
+                # One job: this thread sends it, and the next leader is called when its bytes are out (see `promote`).
+                if len(self._ready) > 1:
+                    self._wake(len(self._ready))
+
+    def _lead(self) -> Claimed | None:
+        """Wait at the queue for a second at the most."""
+        pause = self._suspended or self._gate.closed(self._store.clock.now_ms())
+        if pause:
+            self._abandon.wait(_LOOK_S)
+        if self._stopping:
+            return None
+        return self._claim(max(self._free(), 1), wait=not pause)
+
+    def _claim(self, slots: int, *, wait: bool) -> Claimed | None:
+        try:
+            take_lost = time.monotonic() >= self._redis_back_at
+            claimed = self._store.claim(slots, wait=wait, take_lost=take_lost)
+        except redis.RedisError as error:
+            self._away(error)
+            return None
+        self._back()
+        self._suspended = claimed.suspended
+        self._gate.observe(claimed.gate_until_ms)
+        return claimed
+
+    def _accept(self, claimed: Claimed | None) -> None:
+        """Take what a claim brought into our hands (the caller holds the turn)."""
+        grants = claimed.grants if claimed is not None else []
+        for grant in grants:
+            self._held[grant.id] = held = _Held(grant, self)
+            if self._stopping:
+                self._heap.append(Settlement(grant))
+            else:
+                self._ready.append(held)
+        if grants and self._stopping:
+            threading.Thread(target=self._drain, name="cancel-handback", daemon=True).start()
+
+    def _claim_due(self) -> None:
+        """A retry of ours is due: claim without waiting, beside the thread that waits at the queue."""
+        with self._turn:
+            free = self._free()
+            if self._stopping or free < 1 or self._gate.closed(self._store.clock.now_ms()):
+                return  # whoever is free next claims it
+        claimed = self._claim(free, wait=False)
+        with self._turn:
+            self._accept(claimed)
+            self._wake(len(self._ready))
+
+    # -- settling --
+
+    def _settle(self, settlement: Settlement) -> None:
+        self._heap.append(settlement)
+        self._drain()
+
+    def _drain(self) -> None:
+        """Write the heap, unless another thread is at it already; that one then writes ours too."""
+        while self._heap and not self._abandon.is_set() and self._settling.acquire(blocking=False):
+            try:
+                group = [self._heap.popleft() for _ in range(min(len(self._heap), 256))]
+                if group:
+                    self._write(group)
+            finally:
+                self._settling.release()
+
+    def _write(self, group: list[Settlement]) -> None:
+        attempt = 0
+        while True:
+            try:
+                answers = self._store.settle(group)
+                break
+            except redis.RedisError as error:
+                # The outcomes are kept until they are written; a repeat of a write that had worked changes nothing.
+                self._away(error, attempt)
+                attempt += 1
+                if self._abandon.is_set():
+                    return
+        with self._turn:
+            for settlement in group:
+                self._held.pop(settlement.grant.id, None)
+        for settlement, answer in zip(group, answers, strict=True):
+            self._tell(settlement, answer)
+
+    def _tell(self, settlement: Settlement, answer: int) -> None:
+        grant, outcome = settlement.grant, settlement.outcome
+        if answer == 0:
+            log.warning("fenced", id=grant.id, kind=outcome.kind if outcome else None)
+        elif outcome is None:
+            if settlement.delay_ms is not None:
+                self._retries.add(answer - self._store.clock.now_ms())
+        else:
+            self.outcomes += 1
+            first_ms = outcome.attempts[0].at_ms - grant.enqueued_at_ms if outcome.attempts else None
+            log.info(
+                "outcome",
+                id=outcome.id,
+                kind=outcome.kind,
+                account=outcome.account,
+                algo_id=outcome.algo_id,
+                client_algo_id=outcome.client_algo_id,
+                attempts=len(outcome.attempts),
+                error=outcome.error,
+                **{
+                    "measure#cancel.first_ms": first_ms,
+                    "measure#cancel.outcome_ms": outcome.finished_at_ms - grant.enqueued_at_ms,
+                    "count#cancel.outcomes": 1,
+                },
+            )
+
+    # -- Redis away --
+
+    def _away(self, error: redis.RedisError, attempt: int = 3) -> None:
+        if isinstance(error, redis.AuthenticationError):
+            self.refused = error
+        if not self._redis_away:
+            self._redis_away = True
+            log.error("redis", state="away", error=type(error).__name__)
+        longest_s = min(_AWAY_FIRST_S * 2 ** min(attempt, 10), _AWAY_LONGEST_S)
+        self._abandon.wait(longest_s * (0.5 + random.random() / 2))
+
+    def _back(self) -> None:
+        if self._redis_away:
+            self._redis_away = False
+            self._redis_back_at = time.monotonic() + _SETTLE_FIRST_S
+            log.info("redis", state="back")
+
+
+def _where(error: BaseException) -> str:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame is not None else "?"
+
+
+class _Retries:
+    """When our own retries are due, so that each starts on time without a scheduler."""
+
+    def __init__(self, claim: Callable[[], None]) -> None:
+        self._claim = claim
+        self._due: list[float] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+
+    def __bool__(self) -> bool:
+        return bool(self._due)
+
+    def start(self) -> None:
+        threading.Thread(target=self._live, name="cancel-retries", daemon=True).start()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._due.clear()
+            self._changed.notify()
+
+    def add(self, in_ms: float) -> None:
+        """A retry is due in so many ms; one ms more, so that Redis agrees that it is."""
+        due_at = time.monotonic() + max(in_ms + 1, 0) / 1000
+        with self._changed:
+            if not self._stopping:
+                heapq.heappush(self._due, due_at)
+                if self._due[0] == due_at:
+                    self._changed.notify()
+
+    def _live(self) -> None:
+        while True:
+            with self._changed:
+                while not self._due or self._due[0] > time.monotonic():
+                    if self._stopping:
+                        return
+                    self._changed.wait(self._due[0] - time.monotonic() if self._due else None)
+                now = time.monotonic()
+                while self._due and self._due[0] <= now:
+                    heapq.heappop(self._due)
+            self._claim()

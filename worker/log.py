@@ -1,0 +1,100 @@
+"""One line for one event: logfmt, or JSON, with fixed event names and fields.
+
+Values are strangers' words as often as not, so each is kept to one line. Secrets never come here: callers log ids,
+codes and durations, never a request's URL.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from producer.message import clean_text
+
+_PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:/+-#@")
+_MAX_VALUE_CHARS = 400
+
+logger = logging.getLogger("cancel")
+
+
+def event(level: int, name: str, **fields: object) -> None:
+    """Log ``name`` with its fields; a field that is None is left out."""
+    if logger.isEnabledFor(level):
+        logger.log(level, name, extra={"fields": fields})
+
+
+def info(name: str, **fields: object) -> None:
+    """What an operator wants to see of normal work."""
+    event(logging.INFO, name, **fields)
+
+
+def warning(name: str, **fields: object) -> None:
+    """What an operator wants to see if something is wrong."""
+    event(logging.WARNING, name, **fields)
+
+
+def error(name: str, **fields: object) -> None:
+    """What a person should look at."""
+    event(logging.ERROR, name, **fields)
+
+
+def debug(name: str, **fields: object) -> None:
+    """What only somebody who hunts a defect wants to see."""
+    event(logging.DEBUG, name, **fields)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = clean_text(str(value), _MAX_VALUE_CHARS)
+    if text and _PLAIN.issuperset(text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+class LogfmtFormatter(logging.Formatter):
+    """`at=2026-01-31T12:00:00.123Z level=info event=outcome id=… kind=cancelled`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, exceptions included by their type alone: a traceback may show what must not be shown."""
+        return " ".join(f"{name}={_value(value)}" for name, value in _fields(record).items())
+
+
+class JsonFormatter(logging.Formatter):
+    """The same fields as one JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        return json.dumps(_fields(record), default=str, ensure_ascii=False)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    fields: dict[str, Any] = {"at": f"{stamp}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+    if record.name == logger.name:
+        fields["event"] = record.msg
+        given: dict[str, object] = getattr(record, "fields", {})
+        fields.update((name, value) for name, value in given.items() if value is not None)
+    else:
+        fields |= {"event": "library", "logger": record.name, "msg": clean_text(record.getMessage(), _MAX_VALUE_CHARS)}
+    if record.exc_info and record.exc_info[0] is not None:
+        fields["exception"] = record.exc_info[0].__name__
+    return fields
+
+
+def configure(level: str, style: str) -> None:
+    """Send everything to stdout, where Heroku and containers look. ``style``: logfmt or json."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonFormatter() if style == "json" else LogfmtFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logger.setLevel(level)
+    # RQ tells each job at INFO in its own colours; our events say the same.
+    for name in ("rq.worker", "rq.job", "rq.queue", "rq.registry", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,222 @@
+"""The worker as RQ sees it: born, heartbeating, suspended, commanded and buried as any RQ worker is.
+
+What RQ does for one job at a time, :class:`worker.crew.Crew` does for many; the rest of RQ's worker is kept.
+`python -m worker` runs it, and so does `rq worker -w worker.runner.CancelWorker`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+from uuid import uuid4
+
+import redis
+from rq.serializers import JSONSerializer
+from rq.worker import BaseWorker, WorkerStatus
+
+from worker import log
+from worker.crew import Crew
+from worker.settings import Settings
+from worker.store import Store, connect_like
+from worker.wiring import open_canceller, open_exchange, open_redis, open_store
+
+EX_OK = 0
+EX_UNAVAILABLE = 69  # sysexits.h: Redis refused the login
+EX_INTERRUPTED = 130
+
+#: How often Redis is asked for the gate and for suspension at the latest, s.
+_LOOK_S = 1.0
+#: How often the exchange's clock is measured and connections are kept warm, s: two calls each, five a minute.
+_WARM_S = 25.0
+#: How long a stop may take beyond the requests in flight, s: writing outcomes and leaving RQ's registries.
+_FAREWELL_S = 3.0
+
+
+class CancelWorker(BaseWorker):
+    """An RQ worker that keeps many cancels in flight in one process, on one queue."""
+
+    def __init__(
+        self,
+        queues: Any,
+        name: str | None = None,
+        *,
+        connection: redis.Redis | None = None,
+        settings: Settings | None = None,
+        **options: Any,
+    ) -> None:
+        self._settings = settings or Settings.from_env()
+        own = connect_like(connection) if connection is not None else open_redis(self._settings)
+        options["serializer"] = JSONSerializer
+        super().__init__(queues, name or _unique_name(self._settings), connection=own, **options)
+        if len(self.queues) != 1:
+            raise ValueError(
+                f"one queue for each worker, not {', '.join(self.queue_names())}: start a process for each"
+            )
+        self._stop = threading.Event()  # asked to stop
+        self._ended = threading.Event()  # upkeep is not needed any more
+        self._interrupts = 0
+        self.exit_code = EX_OK
+        queue = self.queues[0].name
+        self._exchange, clock = open_exchange(self._settings)
+        self._store: Store = open_store(own, self._settings, self.name, queue)
+        canceller, self._gate = open_canceller(self._settings, self._exchange, clock, self._store, self.name)
+        self._clock = clock
+        self._crew = Crew(self._settings.concurrency, self._store, canceller, self._gate)
+
+    def _set_connection(self, connection: redis.Redis) -> redis.Redis:
+        """Keep our own time-outs: RQ would wait 415 s for an answer."""
+        return connection
+
+    def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
+        """Work until told to stop, or with ``burst`` until nothing is left; gives whether any outcome was recorded.
+
+        RQ's other options (scheduler, idle time, job count) mean nothing here: retries need no scheduler.
+        """
+        self._install_signal_handlers()
+        self._exchange.sync_time()
+        self._be_born()
+        self._crew.start()
+        upkeep = [threading.Thread(target=loop, name=loop.__name__, daemon=True) for loop in (self._look, self._warm)]
+        for thread in upkeep:
+            thread.start()
+        try:
+            self._wait(burst)
+        finally:
+            self._leave()
+        return self._crew.outcomes > 0
+
+    def _be_born(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.register_birth()  # type: ignore[no-untyped-call]
+                self.subscribe()  # type: ignore[no-untyped-call]
+                self.set_state(WorkerStatus.IDLE)
+            except redis.AuthenticationError:
+                raise
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                log.error("redis", state="away", error=type(error).__name__)
+                self._stop.wait(_LOOK_S)
+                continue
+            break
+        log.info(
+            "started",
+            worker=self.name,
+            pid=os.getpid(),
+            queue=self.queue_names()[0],
+            redis=self._settings.display_redis_url,
+            exchange=self._settings.base_url,
+            accounts=",".join(sorted(self._settings.credentials)),
+            concurrency=self._settings.concurrency,
+            clock_offset_ms=self._clock.offset_ms if self._clock.measured else None,
+        )
+
+    def _wait(self, burst: bool) -> None:
+        while not self._stop.wait(0.05 if burst else 0.5):
+            if self._crew.refused is not None:
+                log.error("redis", state="refused", error="the login was refused; restart with the new REDIS_URL")
+                self.exit_code = EX_UNAVAILABLE
+                return
+            if burst and self._crew.idle() and self._drained():
+                return
+
+    def _drained(self) -> bool:
+        try:
+            return self._store.drained()
+        except redis.RedisError:
+            return False
+
+    # -- upkeep --
+
+    def _look(self) -> None:
+        """Renew the leases of all jobs in flight, tell RQ that we live, learn of the gate and of suspension."""
+        lease_s = self._settings.lease_s
+        while not self._ended.wait(min(lease_s / 4, _LOOK_S)):
+            try:
+                self._look_once()
+            except redis.RedisError as error:
+                log.debug("look", error=type(error).__name__)
+
+    def _look_once(self) -> None:
+        held = self._crew.held()
+        lost, gate_until_ms, suspended = self._store.renew(held)
+        self._crew.lose(lost)
+        self._gate.observe(gate_until_ms)
+        self._gate.share(self._store.clock.now_ms())
+        self._crew.suspend(suspended)
+        state = WorkerStatus.SUSPENDED if suspended else WorkerStatus.BUSY if held else WorkerStatus.IDLE
+        with self.connection.pipeline(transaction=False) as pipeline:
+            if state != self.get_state():
+                self.set_state(state, pipeline=pipeline)
+            self.heartbeat(pipeline=pipeline)
+            pipeline.execute()
+        if self.should_run_maintenance_tasks:
+            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+
+    def _warm(self) -> None:
+        """Keep connections open and the clock true, so that the next cancel waits for neither."""
+        while not self._ended.wait(_WARM_S):
+            if not self._gate.closed(self._store.clock.now_ms()):
+                self._exchange.keep_warm()
+
+    # -- stopping --
+
+    def _install_signal_handlers(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.request_stop)
+            signal.signal(signal.SIGTERM, self.request_stop)
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """SIGTERM may come any number of times. SIGINT twice is a person who does not want to wait."""
+        if signum == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                left = self._crew.in_flight()
+                sys.stderr.write(f"left at once: {left} jobs in flight come back when their leases run out\n")
+                sys.stderr.flush()
+                os._exit(EX_INTERRUPTED)
+        self._stop.set()
+
+    def _leave(self) -> None:
+        grace_s = self._settings.shutdown_grace_s
+        began = time.monotonic()
+        log.info("stopping", worker=self.name, in_flight=self._crew.in_flight(), grace_s=grace_s)
+        self._crew.stop()
+        done = self._crew.join(max(grace_s - _FAREWELL_S, 1))
+        self._ended.set()
+        try:
+            self.register_death()  # type: ignore[no-untyped-call]
+            self.unsubscribe()  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            log.warning("farewell", error=type(error).__name__)
+        log.info(
+            "stopped",
+            worker=self.name,
+            left=None if done else self._crew.in_flight(),
+            outcomes=self._crew.outcomes,
+            seconds=time.monotonic() - began,
+        )
+        self._exchange.close()
+
+    # -- RQ's commands and pub/sub --
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:  # noqa: ARG002
+        """RQ 3.0 lets the thread die of a time-out; commands must work again when Redis does."""
+        if not isinstance(exc, redis.RedisError | OSError):
+            raise exc
+        self._stop.wait(_LOOK_S)
+
+    def kill_horse(self, *_: Any, **__: Any) -> None:
+        """RQ's `stop-job` command kills the process that runs a job; here it would kill every job."""
+        log.warning("ignored", command="stop-job", reason="a cancel that was sent cannot be stopped")
+
+
+def _unique_name(settings: Settings) -> str:
+    """RQ refuses the name of a killed worker for minutes, so none is used twice."""
+    process = settings.process_name or f"{socket.gethostname()}.{os.getpid()}"
+    return f"{process}.{uuid4().hex[:12]}"

@@ -1,0 +1,502 @@
+"""Both ends of the local exchange's control calls, its configuration, and its life as a child process.
+
+`/_sandbox/...` calls are JSON over the exchange's own port, unsigned and outside its weight. They open orders, read the
+book and the statistics, and move what a test or the sandbox wants moved.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import selectors
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
+from urllib.parse import urlsplit
+
+from worker.sandbox.book import Order, OrderTerms
+from worker.sandbox.faults import FAULT_SETS, Answer, Call, Fault, FaultTiming
+
+if TYPE_CHECKING:
+    from worker.sandbox.server import ExchangeServer
+
+PREFIX = "/_sandbox/"
+START_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 15.0
+
+
+class ConfigError(ValueError):
+    """A field of the exchange's configuration is missing or wrong; the text names it and never its secret value."""
+
+
+class ControlError(RuntimeError):
+    """The exchange did not start, is gone, or refused a control call."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeConfig:
+    """How a local exchange is set up; `reset` goes back to this."""
+
+    #: Name to API key and the means to check its signatures: an HMAC secret, or a public key (RSA, Ed25519) as PEM text.
+    accounts: Mapping[str, tuple[str, str]] = field(repr=False)
+    faults: str = "none"  # a name in FAULT_SETS
+    seed: int = 0
+    fault_rate: float = 0.3  # probability for a call of an order, until its share is used up
+    max_faults_per_order: int = 3
+    max_incidents: int = 4
+    incidents: tuple[str, ...] | None = None  # names of faults instead of the set's own incidents
+    faults_for_ms: int | None = None  # none are injected later than this after start or reset
+    timing: FaultTiming = field(default_factory=FaultTiming)
+    weight_limit_per_minute: int = 2_400
+    latency_ms: float = 0.0  # between the arrival of a request, when it is executed, and its answer
+    clock_skew_ms: int = 0  # exchange time minus local time
+    port: int = 0  # 0: any free one
+    tls_cert_path: str = ""
+    tls_key_path: str = ""
+    idle_close_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what no exchange can be built from."""
+        if not self.accounts:
+            raise ConfigError("accounts: at least one is needed")
+        if len({_pair(account)[0] for account in self.accounts.values()}) < len(self.accounts):
+            raise ConfigError("accounts: two have the same API key")
+        if self.faults not in FAULT_SETS:
+            raise ConfigError(f"faults: must be one of {', '.join(FAULT_SETS)}, not {self.faults!r}")
+        if not 0 <= self.fault_rate <= 1:
+            raise ConfigError(f"fault_rate: must be between 0 and 1, not {self.fault_rate}")
+        for name in ("max_faults_per_order", "max_incidents", "weight_limit_per_minute", "latency_ms", "port"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: must not be negative, not {getattr(self, name)}")
+        if self.idle_close_s <= 0:
+            raise ConfigError(f"idle_close_s: must be above 0, not {self.idle_close_s}")
+        if bool(self.tls_cert_path) != bool(self.tls_key_path):
+            raise ConfigError("tls_cert_path and tls_key_path: both or neither")
+        for name in self.incidents or ():
+            if name not in [fault for fault in Fault if fault.spec.pauses]:
+                raise ConfigError(f"incidents: {name!r} is no fault that stops an IP")
+
+    def to_json(self) -> str:
+        """One line of JSON; it holds the accounts' secrets."""
+        return json.dumps(asdict(replace(self, accounts=dict(self.accounts))))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ExchangeConfig:
+        """Read what `to_json` writes; fields may be left out.
+
+        Raises:
+            ConfigError: not a JSON object, or a field is unknown or wrong.
+        """
+        # The texts of json's and of dataclasses' errors can quote the input, which holds secrets.
+        try:
+            raw = json.loads(text)
+        except ValueError:
+            raise ConfigError("the configuration is not JSON") from None
+        if not isinstance(raw, dict):
+            raise ConfigError("the configuration must be a JSON object")
+        values = _known_fields(cls, raw)
+        values["accounts"] = {name: _pair(account) for name, account in raw.get("accounts", {}).items()}
+        values["incidents"] = None if raw.get("incidents") is None else tuple(raw["incidents"])
+        try:
+            values["timing"] = FaultTiming(**_known_fields(FaultTiming, raw.get("timing", {})))
+        except ValueError as error:
+            raise ConfigError(f"timing: {error}") from None
+        return cls(**values)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "Mapping[str, tuple[str, str]]": (dict,),
+    "tuple[str, ...]": (list,),
+    "FaultTiming": (dict,),
+}
+
+
+def _known_fields(of: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
+    kinds = {item.name: str(item.type) for item in fields(of)}
+    for name, value in raw.items():
+        if name not in kinds:
+            raise ConfigError(f"{name}: no such field")
+        kind = kinds[name].removesuffix(" | None")
+        if value is None and kind != kinds[name]:
+            continue
+        if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):
+            raise ConfigError(f"{name}: must be of type {_KINDS[kind][-1].__name__}")
+    return dict(raw)
+
+
+def _pair(raw: object) -> tuple[str, str]:
+    if isinstance(raw, list | tuple) and len(raw) == 2 and all(isinstance(part, str) and part for part in raw):
+        return raw[0], raw[1]
+    raise ConfigError("accounts: each needs an API key and a secret or public key")
+
+
+# --- the server's end -------------------------------------------------------------------------------------------------
+
+
+def answer(exchange: ExchangeServer, method: str, path: str, body: bytes) -> Answer:
+    """Serve one control call; a bad one gets status 400 and `{"error": text}`."""
+    handler = _HANDLERS.get((method, path.removeprefix(PREFIX)))
+    if handler is None:
+        return Answer.of({"error": f"no control call {method} {path}"}, 404)
+    try:
+        return Answer.of(handler(exchange, json.loads(body or b"{}")))
+    except (ValueError, KeyError, TypeError) as error:
+        return Answer.of({"error": f"{type(error).__name__}: {error}"}, 400)
+
+
+def _add_orders(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    account = asked.get("account") or next(iter(exchange.config.accounts))
+    if account not in exchange.config.accounts:
+        raise ValueError(f"no account {account!r}")
+    now_ms = exchange.local_ms()
+    terms = [OrderTerms(**item) for item in asked["orders"]]
+    opened = [exchange.open_order(account, item, now_ms) for item in terms]
+    return [[order.algo_id, order.client_algo_id] for order in opened]
+
+
+def _book(exchange: ExchangeServer, _: dict[str, Any]) -> object:
+    return [_entry(exchange, order) for order in exchange.book.orders(exchange.local_ms())]
+
+
+def _entry(exchange: ExchangeServer, order: Order) -> dict[str, object]:
+    return {
+        "account": order.account,
+        "algo_id": order.algo_id,
+        "client_algo_id": order.client_algo_id,
+        "symbol": order.terms.symbol,
+        "status": order.status,
+        "actual_order_id": order.actual_order_id,
+        "create_time_ms": order.create_time_ms,
+        "update_time_ms": order.update_time_ms,
+        "decoy": order.decoy,
+        "deletes": order.deletes,
+        "deletes_effective": order.deletes_effective,
+        "gets": order.gets,
+        "delete_arrivals_ns": order.delete_arrivals_ns,
+        "faults": exchange.plan.met(order.algo_id),
+    }
+
+
+def _script(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    order = _known_order(exchange, asked)
+    faults = [None if name is None else Fault(name) for name in asked["faults"]]
+    exchange.plan.script(order.algo_id, Call(asked["call"]), faults, repeat_last=asked["repeat_last"])
+    return {}
+
+
+def _move(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    order, now_ms, book = _known_order(exchange, asked), exchange.local_ms(), exchange.book
+    match asked["move"]:
+        case "trigger":
+            moved = book.trigger(
+                order,
+                now_ms,
+                triggered_after_ms=asked["triggered_after_ms"],
+                finished_after_ms=asked["finished_after_ms"],
+            )
+        case "cancel":
+            moved = book.cancel(order, now_ms, by_request=False)
+        case "expire":
+            moved = book.expire(order, now_ms)
+        case "reject":
+            moved = book.reject(order, now_ms)
+        case other:
+            raise ValueError(f"no move {other!r}")
+    if not moved:
+        raise ValueError(f"order {order.algo_id} is {order.status}: too late to {asked['move']}")
+    return {}
+
+
+def _known_order(exchange: ExchangeServer, asked: dict[str, Any]) -> Order:
+    order = exchange.book.order(asked["algo_id"], exchange.local_ms())
+    if order is None:
+        raise ValueError(f"no order {asked['algo_id']}")
+    return order
+
+
+def _set(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    if "clock_skew_ms" in asked:
+        exchange.book.clock_skew_ms = int(asked["clock_skew_ms"])
+    if "latency_ms" in asked:
+        exchange.latency_ms = float(asked["latency_ms"])
+    if asked.get("end_faults"):
+        exchange.plan.until_ms = 0
+    return {}
+
+
+def _incident(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    fault = Fault(asked["fault"])
+    if not fault.spec.gates:
+        raise ValueError(f"{fault} does not stop an IP")
+    exchange.edge.start(asked["peer"], fault, exchange.local_ms(), asked["duration_ms"])
+    return {}
+
+
+def _reset(exchange: ExchangeServer, _: dict[str, Any]) -> object:
+    exchange.reset()
+    return {}
+
+
+_HANDLERS: dict[tuple[str, str], Callable[[ExchangeServer, dict[str, Any]], object]] = {
+    ("POST", "orders"): _add_orders,
+    ("GET", "book"): _book,
+    ("GET", "stats"): lambda exchange, _: exchange.statistics(),
+    ("POST", "script"): _script,
+    ("POST", "move"): _move,
+    ("POST", "set"): _set,
+    ("POST", "incident"): _incident,
+    ("POST", "reset"): _reset,
+}
+
+
+# --- the caller's end -------------------------------------------------------------------------------------------------
+
+
+class PlacedOrder(NamedTuple):
+    """An order as the exchange named it."""
+
+    algo_id: int
+    client_algo_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class BookEntry:
+    """An order in the exchange's book. A decoy was made by a fault: a correct client leaves it NEW."""
+
+    account: str
+    algo_id: int
+    client_algo_id: str
+    symbol: str
+    status: str
+    actual_order_id: str
+    create_time_ms: int  # exchange time, like the next
+    update_time_ms: int
+    decoy: bool
+    deletes: int  # with a good signature and outside incidents
+    deletes_effective: int
+    gets: int
+    delete_arrivals_ns: list[int]  # local time since the epoch, the first ones only
+    faults: list[str]  # as its calls met them
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """A time in which every request of an IP got one answer: a rate limit, a ban or a firewall's block."""
+
+    fault: str
+    peer: str
+    started_ms: int  # local time
+    duration_ms: int
+    requests_ms: list[int]  # when requests came all the same, since the start
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeStats:
+    """What the exchange saw since its start or reset; control calls are left out."""
+
+    requests: dict[str, dict[str, int]]  # "METHOD path" to HTTP status, or "none" where no answer was sent, to count
+    bad_signatures: int
+    connections_opened: int  # and used for a request
+    deletes_on_fresh_connections: int  # a handshake stood before them
+    in_flight: int
+    peak_in_flight: int
+    used_weight: int  # most of any IP, this minute
+    peak_used_weight: int
+    orders_by_status: dict[str, int]
+    faults_injected: dict[str, int]
+    incidents: list[Incident]
+
+    @property
+    def requests_during_incidents(self) -> int:
+        """Requests that came although their IP had been told to stop."""
+        return sum(len(incident.requests_ms) for incident in self.incidents)
+
+
+class RunningExchange:
+    """A local exchange in a child process: a context manager, and the control calls as methods.
+
+    Every method raises ControlError when the exchange refuses the call or cannot be reached.
+    """
+
+    def __init__(self, config: ExchangeConfig) -> None:
+        self.config = replace(
+            config, tls_cert_path=_absolute(config.tls_cert_path), tls_key_path=_absolute(config.tls_key_path)
+        )
+        command = [sys.executable, "-m", "worker.sandbox.server"]
+        # A session of its own: Ctrl-C belongs to the parent, which may still have requests in flight.
+        self.process = subprocess.Popen(  # noqa: S603
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).resolve().parents[2],
+            start_new_session=True,
+        )
+        try:
+            self.url = self._handshake()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the exchange; harmless when it has ended."""
+        stdin, stdout = _pipes(self.process)
+        with suppress(BrokenPipeError):  # a configuration that a dying child did not read
+            stdin.close()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        stdout.close()
+
+    def add_orders(
+        self,
+        count: int = 1,
+        *,
+        account: str | None = None,
+        symbol: str = "BTCUSDT",
+        client_algo_ids: Iterable[str] | None = None,
+    ) -> list[PlacedOrder]:
+        """Open `count` orders, or one for each client id, for the first account or the one named."""
+        ids = [""] * count if client_algo_ids is None else list(client_algo_ids)
+        orders = [{"symbol": symbol, "client_algo_id": client_algo_id} for client_algo_id in ids]
+        return [PlacedOrder(*pair) for pair in self._call("POST", "orders", account=account, orders=orders)]
+
+    def book(self) -> dict[int, BookEntry]:
+        """Every order that was ever opened, by algo id, oldest first."""
+        return {entry["algo_id"]: BookEntry(**entry) for entry in self._call("GET", "book")}
+
+    def stats(self) -> ExchangeStats:
+        """What the exchange saw so far."""
+        raw = self._call("GET", "stats")
+        raw["incidents"] = [Incident(**incident) for incident in raw["incidents"]]
+        return ExchangeStats(**raw)
+
+    def script_faults(
+        self,
+        algo_id: int,
+        faults: Sequence[Fault | str | None],
+        *,
+        call: Call | str = Call.CANCEL,
+        repeat_last: bool = False,
+    ) -> None:
+        """Have the order's next calls of this kind meet these faults in turn (None: no fault).
+
+        With `repeat_last` the last one is met for ever.
+        """
+        self._call("POST", "script", algo_id=algo_id, faults=list(faults), call=call, repeat_last=repeat_last)
+
+    def trigger(
+        self, algo_id: int, *, triggered_after_ms: int | None = 0, finished_after_ms: int | None = None
+    ) -> None:
+        """Start the order's trigger; it is TRIGGERED after the one time and FINISHED the other after that, or never."""
+        self._move(algo_id, "trigger", triggered_after_ms=triggered_after_ms, finished_after_ms=finished_after_ms)
+
+    def cancel(self, algo_id: int) -> None:
+        """Cancel the order as if its owner had pressed a button."""
+        self._move(algo_id, "cancel")
+
+    def expire(self, algo_id: int) -> None:
+        """Have the exchange drop the order."""
+        self._move(algo_id, "expire")
+
+    def reject(self, algo_id: int) -> None:
+        """Have the matching engine refuse the order."""
+        self._move(algo_id, "reject")
+
+    def start_incident(self, fault: Fault | str, *, duration_ms: int | None = None, peer: str = "127.0.0.1") -> None:
+        """Stop every request of an IP with this fault's answer; without a duration, for the configured one."""
+        self._call("POST", "incident", fault=fault, duration_ms=duration_ms, peer=peer)
+
+    def end_faults(self) -> None:
+        """Inject no more faults, scripted ones included; what has begun runs its course."""
+        self._call("POST", "set", end_faults=True)
+
+    def set_clock_skew_ms(self, skew_ms: int) -> None:
+        """Set exchange time minus local time."""
+        self._call("POST", "set", clock_skew_ms=skew_ms)
+
+    def set_latency_ms(self, latency_ms: float) -> None:
+        """Set the time between a request's execution and its answer."""
+        self._call("POST", "set", latency_ms=latency_ms)
+
+    def reset(self) -> None:
+        """Start over with an empty book, empty statistics and the configuration's settings; ids are not given again."""
+        self._call("POST", "reset")
+
+    def _move(self, algo_id: int, move: str, **details: object) -> None:
+        self._call("POST", "move", algo_id=algo_id, move=move, **details)
+
+    def _call(self, method: str, name: str, **asked: object) -> Any:
+        parts = urlsplit(self.url)
+        host, port = parts.hostname or "", parts.port
+        connection = (
+            http.client.HTTPSConnection(
+                host, port, timeout=CALL_TIMEOUT_S, context=ssl.create_default_context(cafile=self.config.tls_cert_path)
+            )
+            if self.config.tls_cert_path
+            else http.client.HTTPConnection(host, port, timeout=CALL_TIMEOUT_S)
+        )
+        try:
+            connection.request(method, PREFIX + name, json.dumps(asked), {"Connection": "close"})
+            response = connection.getresponse()
+            result = json.loads(response.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ControlError(f"the local exchange did not answer {name}: {type(error).__name__}") from error
+        finally:
+            connection.close()
+        if response.status != http.HTTPStatus.OK:
+            raise ControlError(result["error"])
+        return result
+
+    def _handshake(self) -> str:
+        stdin, stdout = _pipes(self.process)
+        try:
+            stdin.write(self.config.to_json().encode() + b"\n")
+            stdin.flush()
+        except BrokenPipeError as error:
+            raise ControlError("the local exchange did not start") from error
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            ready = selector.select(START_TIMEOUT_S)
+        line = stdout.readline() if ready else b""
+        if not line:
+            raise ControlError("the local exchange did not start")
+        return str(json.loads(line)["url"])
+
+
+def start_exchange(config: ExchangeConfig) -> RunningExchange:
+    """Start a local exchange in a child process and wait until it serves; it ends with `stop` or with its parent.
+
+    Raises:
+        ControlError: it did not start; it said why on stderr.
+    """
+    return RunningExchange(config)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if path else ""
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    if process.stdin is None or process.stdout is None:
+        raise ControlError("the local exchange has no pipes")
+    return process.stdin, process.stdout

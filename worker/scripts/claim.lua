@@ -1,0 +1,131 @@
+-- Give jobs to a worker: bring back what is due or lost, then hand out as many as it has free slots, each with a lease.
+-- Runs when the BLMOVE before it in the same pipeline returns, so that waiting and claiming are one round trip.
+-- KEYS  1 waiting list, 2 claiming list, 3 leases, 4 scheduled, 5 started, 6 suspended, 7 gate, 8 worker's executions
+-- ARGV  1 job prefix, 2 execution prefix, 3 executions prefix, 4 order prefix, 5 outcome prefix, 6 worker prefix,
+--       7 worker's name, 8 free slots, 9 lease in ms, 10 default deadline in ms, 11 execution id's prefix,
+--       12 first execution number, 13 largest payload in bytes, 14 take lost leases (1 or 0), 15 pointer's life in s
+-- Gives: now in ms, the gate's end in ms (0: open), suspended (1 or 0), then one row for each job given.
+local waiting, claiming, leases, scheduled, started = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local job_prefix, execution_prefix, executions_prefix = ARGV[1], ARGV[2], ARGV[3]
+local worker, slots, lease_ms, default_deadline_ms = ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
+local STEP = 100 -- entries of one kind brought back in one call: the server must not stand still
+local GRACE_S = 3600 -- RQ's maintenance may take a job for abandoned only this long after its deadline
+
+-- An id that a claim moved here and could not take (its connection broke) goes back to the front.
+local function empty_claiming()
+  local ids = redis.call('LRANGE', claiming, 0, -1)
+  for i = #ids, 1, -1 do redis.call('LPUSH', waiting, ids[i]) end
+  if #ids > 0 then redis.call('DEL', claiming) end
+end
+
+local function bring_back_due()
+  local ids = redis.call('ZRANGEBYSCORE', scheduled, '-inf', string.format('%.6f', now_s), 'LIMIT', 0, STEP)
+  for i = #ids, 1, -1 do
+    redis.call('ZREM', scheduled, ids[i])
+    local job = job_prefix .. ids[i]
+    if redis.call('HGET', job, 'status') == 'scheduled' then
+      redis.call('HSET', job, 'status', 'queued')
+      redis.call('LPUSH', waiting, ids[i])
+    end
+  end
+end
+
+-- The holder of an expired lease is dead, paused or cut off. What it had begun may have been sent.
+local function take_lost()
+  local ids = redis.call('ZRANGEBYSCORE', leases, '-inf', text(now_ms), 'LIMIT', 0, STEP)
+  for i = #ids, 1, -1 do
+    local id, job = ids[i], job_prefix .. ids[i]
+    redis.call('ZREM', leases, id)
+    local held = redis.call('HMGET', job, 'c_lease', 'c_open_at_ms', 'c_attempts', 'worker_name', 'status')
+    redis.call('HDEL', job, 'c_lease', 'c_open_at_ms')
+    if held[1] and held[5] == 'started' then
+      local entry = id .. ':' .. held[1]
+      redis.call('ZREM', started, entry)
+      redis.call('DEL', execution_prefix .. entry, executions_prefix .. id)
+      if held[4] then redis.call('SREM', ARGV[6] .. held[4] .. ':executions', entry) end
+      local attempts = with_lost_attempt(held[3], tonumber(held[2] or now_ms))
+      redis.call('HSET', job, 'c_attempts', attempts, 'status', 'queued')
+      redis.call('LPUSH', waiting, id)
+    end
+  end
+end
+
+-- An entry of the waiting list is a hint: whether its job may be given is told by the job alone.
+local function state_if_free(id)
+  local job = job_prefix .. id
+  local f = redis.call('HMGET', job, 'status', 'ended_at', 'c_done', 'c_lease', 'c_order', 'c_enqueued_at_ms')
+  local status = f[1]
+  if f[4] or (not status and redis.call('EXISTS', job) == 0) then return nil end
+  if f[3] then
+    if status ~= 'queued' or (f[2] and f[2] ~= '') then return nil end
+    start_run(id, job, f[5] and ARGV[4] .. f[5], tonumber(ARGV[15]), ARGV[5] .. id)
+  elseif status == 'started' then
+    -- Not ours: a stock worker runs it, unless its execution has run out.
+    if redis.call('ZCOUNT', executions_prefix .. id, text(now_s), '+inf') > 0 then return nil end
+  elseif status ~= 'queued' then
+    return nil
+  end
+  if not f[6] then redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms)) end
+  return redis.call('HMGET', job, 'c_enqueued_at_ms', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_attempts', 'c_pin')
+end
+
+local number = tonumber(ARGV[12])
+local function give(id, state, deadline_ms)
+  local job, execution = job_prefix .. id, ARGV[11] .. text(number)
+  local entry, stamp = id .. ':' .. execution, rq_time()
+  local end_s = math.ceil(math.max(deadline_ms, now_ms) / 1000) + GRACE_S
+  local life_s = end_s - math.floor(now_s)
+  number = number + 1
+  -- The attempt is noted before it is sent: should nobody come back with its answer, it counts as perhaps done.
+  redis.call('HSET', job, 'status', 'started', 'started_at', stamp, 'last_heartbeat', stamp, 'worker_name', worker,
+    'c_lease', execution, 'c_open_at_ms', text(now_ms))
+  redis.call('ZADD', leases, now_ms + lease_ms, id)
+  redis.call('ZADD', started, end_s, entry)
+  redis.call('HSET', execution_prefix .. entry, 'id', execution, 'job_id', id, 'created_at', string.format('%.6f', now_s),
+    'last_heartbeat', string.format('%.6f', now_s), 'worker_name', worker)
+  redis.call('EXPIRE', execution_prefix .. entry, life_s)
+  redis.call('ZADD', executions_prefix .. id, end_s, execution)
+  redis.call('EXPIRE', executions_prefix .. id, life_s)
+  redis.call('SADD', KEYS[8], entry)
+  local data = false
+  if redis.call('HSTRLEN', job, 'data') <= tonumber(ARGV[13]) then data = redis.call('HGET', job, 'data') end
+  return {id, execution, data, state[1], text(deadline_ms), state[4] or '1', state[5] or '', state[6] or ''}
+end
+
+local given = {}
+local function try(id, only_overdue)
+  local state = state_if_free(id)
+  if not state then return 'drop' end
+  local deadline_ms = deadline_at(state[2], state[3], state[1], default_deadline_ms)
+  if only_overdue and now_ms < deadline_ms then return 'keep' end
+  given[#given + 1] = give(id, state, deadline_ms)
+  return 'given'
+end
+
+empty_claiming()
+bring_back_due()
+if ARGV[14] == '1' then take_lost() end
+local closed_until_ms = tonumber(redis.call('HGET', KEYS[7], 'until_ms') or '0')
+if closed_until_ms <= now_ms then closed_until_ms = 0 end
+local suspended = redis.call('EXISTS', KEYS[6])
+
+if closed_until_ms > 0 or suspended == 1 then
+  -- Nothing may be sent; a request whose deadline has passed needs nothing sent.
+  local kept = {}
+  for _ = 1, STEP do
+    if #given >= slots then break end
+    local id = redis.call('LPOP', waiting)
+    if not id then break end
+    if try(id, true) == 'keep' then kept[#kept + 1] = id end
+  end
+  for i = #kept, 1, -1 do redis.call('LPUSH', waiting, kept[i]) end
+else
+  for _ = 1, slots + STEP do
+    if #given >= slots then break end
+    local id = redis.call('LPOP', waiting)
+    if not id then break end
+    try(id, false)
+  end
+end
+if #given > 0 then redis.call('EXPIRE', KEYS[8], 86400) end
+return {text(now_ms), text(closed_until_ms), suspended, unpack(given)}

@@ -1,0 +1,137 @@
+-- End the hold on claimed jobs: record outcomes, schedule retries, hand unstarted jobs back. One call for a group.
+-- A row whose lease another worker has taken changes nothing (it answers 0), so an outcome is recorded once.
+-- KEYS  1 waiting list, 2 leases, 3 scheduled, 4 started, 5 finished, 6 failed, 7 ledger, 8 worker, 9 its executions
+-- ARGV  1 job prefix, 2 execution prefix, 3 executions prefix, 4 order prefix, 5 outcome prefix, 6 result prefix,
+--       7 worker's name, 8 outcome's life in s, 9 ledger's length, 10 result's life in s, 11 failure's life in s,
+--       12 default deadline in ms, then for each row eight words:
+--       what (done, again, back), id, lease (empty: a stock worker holds it), then
+--       done   outcome record, failed (1 or 0), result (base64), exc_info (compressed), deadline it was decided by in ms
+--              (empty: the decision does not hang on the deadline)
+--       again  attempts, pin, delay in ms, two unused
+--       back   attempts, pin, three unused
+-- Gives for each row: 0 not ours any more, 1 done, or for `again` the due time in ms.
+local job_prefix, executions_prefix, worker = ARGV[1], ARGV[3], ARGV[7]
+local finished, failed = 0, 0
+local working_s = 0
+
+local function release(id, job, lease)
+  local entry = id .. ':' .. lease
+  redis.call('ZREM', KEYS[2], id)
+  redis.call('ZREM', KEYS[4], entry)
+  redis.call('DEL', ARGV[2] .. entry, executions_prefix .. id)
+  redis.call('SREM', KEYS[9], entry)
+  redis.call('HDEL', job, 'c_lease', 'c_open_at_ms')
+end
+
+-- While it was decided that the deadline had passed, another strategy may have asked for the same order.
+local function deadline_moved(job, decided_by_ms)
+  if decided_by_ms == '' then return false end
+  local f = redis.call('HMGET', job, 'c_asked_at_ms', 'c_deadline_at_ms', 'c_enqueued_at_ms')
+  return deadline_at(f[1], f[2], f[3] or text(now_ms), tonumber(ARGV[12])) > tonumber(decided_by_ms)
+end
+
+local function keep(job, attempts, pin)
+  redis.call('HSET', job, 'c_attempts', attempts)
+  if pin ~= '' then redis.call('HSET', job, 'c_pin', pin) end
+end
+
+-- What RQ's handle_job_success and handle_job_failure leave behind, except for a dependent, webhook or callback: a
+-- cancel job has none.
+local function as_rq_does(id, job, lease, began_ms, i)
+  local life_s, registry, status = tonumber(ARGV[10]), KEYS[5], 'finished'
+  local is_failed = ARGV[i + 4] == '1'
+  if is_failed then life_s, registry, status = tonumber(ARGV[11]), KEYS[6], 'failed' end
+  local stamp, result = rq_time(), ARGV[6] .. id
+  redis.call('HSET', job, 'status', status, 'ended_at', stamp, 'last_heartbeat', stamp)
+  if ARGV[i + 6] ~= '' then redis.call('HSET', job, 'exc_info', ARGV[i + 6]) end
+  redis.call('EXPIRE', job, life_s)
+  redis.call('XADD', result, 'MAXLEN', 10, '*', 'type', is_failed and 2 or 1, 'worker_name', worker,
+    is_failed and 'exc_string' or 'return_value', ARGV[i + 5], 'execution_id', lease,
+    'execution_started_at', string.format('%.6f', began_ms / 1000),
+    'execution_ended_at', string.format('%.6f', now_s))
+  redis.call('EXPIRE', result, life_s)
+  redis.call('ZADD', registry, math.floor(now_s) + life_s, id)
+  if is_failed then failed = failed + 1 else finished = finished + 1 end
+  working_s = working_s + math.max(now_ms - began_ms, 0) / 1000
+end
+
+local function record(id, job, outcome)
+  redis.call('SET', ARGV[5] .. id, outcome, 'EX', tonumber(ARGV[8]))
+  redis.call('XADD', KEYS[7], 'MAXLEN', '~', tonumber(ARGV[9]), '*', 'outcome', outcome)
+  redis.call('PUBLISH', ARGV[5] .. id, '1')
+  redis.call('HSET', job, 'c_done', '1')
+  redis.call('HDEL', job, 'c_attempts')
+  local order = redis.call('HGET', job, 'c_order')
+  if order then
+    local pointer = ARGV[4] .. order
+    if redis.call('GET', pointer) == id then redis.call('DEL', pointer) end
+  end
+end
+
+local function requeue(id, job)
+  redis.call('HSET', job, 'status', 'queued')
+  redis.call('LPUSH', KEYS[1], id)
+end
+
+local function done(id, job, lease, began_ms, i)
+  if deadline_moved(job, ARGV[i + 7]) then
+    release(id, job, lease)
+    requeue(id, job)
+    return 1
+  end
+  release(id, job, lease)
+  as_rq_does(id, job, lease, began_ms, i)
+  record(id, job, ARGV[i + 3])
+  return 1
+end
+
+local function again(id, job, lease, i)
+  local delay_ms = tonumber(ARGV[i + 5])
+  local due_ms = now_ms + delay_ms
+  release(id, job, lease)
+  keep(job, ARGV[i + 3], ARGV[i + 4])
+  redis.call('HSET', job, 'status', 'scheduled')
+  redis.call('HINCRBY', job, 'number_of_retries', 1)
+  redis.call('ZADD', KEYS[3], string.format('%.6f', now_s + delay_ms / 1000), id)
+  return due_ms
+end
+
+local function settle(what, id, lease, i)
+  local job = job_prefix .. id
+  if lease == '' then
+    -- A stock worker: RQ does RQ's part, here only the outcome is recorded, and the first one of a run stands.
+    if redis.call('HEXISTS', job, 'c_done') == 1 or redis.call('EXISTS', job) == 0 then return 0 end
+    if what == 'done' then
+      redis.call('HSET', job, 'status', ARGV[i + 4] == '1' and 'failed' or 'finished', 'ended_at', rq_time())
+      record(id, job, ARGV[i + 3])
+    else
+      keep(job, ARGV[i + 3], ARGV[i + 4])
+    end
+    redis.call('HDEL', job, 'c_open_at_ms')
+    return 1
+  end
+  local held = redis.call('HMGET', job, 'c_lease', 'c_open_at_ms')
+  if held[1] ~= lease then return 0 end
+  if what == 'done' then return done(id, job, lease, tonumber(held[2] or now_ms), i) end
+  if what == 'again' then return again(id, job, lease, i) end
+  release(id, job, lease)
+  if ARGV[i + 3] ~= '' then keep(job, ARGV[i + 3], ARGV[i + 4]) end
+  requeue(id, job)
+  return 1
+end
+
+local answer = {}
+for i = 13, #ARGV, 8 do answer[#answer + 1] = text(settle(ARGV[i], ARGV[i + 1], ARGV[i + 2], i)) end
+
+-- RQ counts a worker's jobs in its hash; one that expired must not come back without its other fields.
+if finished + failed > 0 and redis.call('EXISTS', KEYS[8]) == 1 then
+  if finished > 0 then redis.call('HINCRBY', KEYS[8], 'successful_job_count', finished) end
+  if failed > 0 then redis.call('HINCRBY', KEYS[8], 'failed_job_count', failed) end
+  redis.call('HINCRBYFLOAT', KEYS[8], 'total_working_time', string.format('%.6f', working_s))
+end
+-- RQ trims its registries when somebody looks; a few expired entries a call keep them short without that.
+for _, registry in ipairs({KEYS[5], KEYS[6]}) do
+  local expired = redis.call('ZRANGEBYSCORE', registry, '-inf', text(now_s), 'LIMIT', 0, 2 * #answer + 2)
+  if #expired > 0 then redis.call('ZREM', registry, unpack(expired)) end
+end
+return answer

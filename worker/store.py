@@ -1,0 +1,325 @@
+"""The worker's side of Redis: claim, settle, renew, gate. Each is one round trip and one script.
+
+The scripts are the only place that writes RQ's keys by hand (`worker/scripts/*.lua`); everything else about RQ goes
+through RQ. Nothing here decides about orders.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha1
+from importlib.resources import files
+from typing import Any
+from uuid import uuid4
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from rq.defaults import RQ_KEY_PREFIX
+
+from producer.message import MAX_PAYLOAD_BYTES, Attempt, Keys, Outcome, encode_attempts
+
+#: No reply takes longer than this, s; a claim waits at most one second of it inside the server.
+SOCKET_TIMEOUT_S = 3.0
+#: How long a claim waits for a job, s.
+CLAIM_WAIT_S = 1
+#: One for the claim that waits, one for settling, one for renewals and retries, one for RQ's commands (pub/sub).
+MAX_CONNECTIONS = 4
+#: As in producer.wire: life of RQ's hash and result, and of a pointer, s.
+RESULT_TTL_S = 600
+FAILURE_TTL_S = 7 * 86_400
+POINTER_LIFE_S = 8 * 86_400
+
+
+Words = tuple[Any, ...]
+
+
+def connect(url: str, **options: Any) -> redis.Redis:
+    """A client for a worker: few connections, and never a repeat of a command whose reply was lost (a repeated claim
+    would leave the first one's jobs to the lease)."""
+    return redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(url, **_pool_options(), **options))
+
+
+def connect_like(connection: redis.Redis) -> redis.Redis:
+    """The same for the address and credentials of another client (the one that RQ's command line made)."""
+    pool = connection.connection_pool
+    options = {**pool.connection_kwargs, **_pool_options()}
+    for name in ("maint_notifications_config", "maint_notifications_pool_handler"):
+        options.pop(name, None)  # bound to the other pool
+    return redis.Redis(connection_pool=redis.BlockingConnectionPool(connection_class=pool.connection_class, **options))
+
+
+def _pool_options() -> dict[str, Any]:
+    return {
+        "max_connections": MAX_CONNECTIONS,
+        "timeout": SOCKET_TIMEOUT_S,
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": SOCKET_TIMEOUT_S,
+        "socket_keepalive": True,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
+
+
+class RedisClock:
+    """Redis' time between two answers of it: every worker then reads the same clock, whatever its host's says."""
+
+    def __init__(self) -> None:
+        self._offset_ms: float | None = None
+
+    def observe(self, now_ms: int) -> None:
+        """Note an answer that has just arrived."""
+        self._offset_ms = now_ms - time.monotonic_ns() / 1e6
+
+    def now_ms(self) -> int:
+        """Now, ms since the epoch; the host's clock before the first answer."""
+        if self._offset_ms is None:
+            return time.time_ns() // 1_000_000
+        return int(time.monotonic_ns() / 1e6 + self._offset_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A job that was given to us, with the lease that says so."""
+
+    id: str
+    lease: str  # empty: a stock RQ worker runs it
+    data: bytes | None  # None: larger than any request
+    enqueued_at_ms: int
+    deadline_at_ms: int
+    run: int
+    attempts: bytes
+    pin: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a claim brought."""
+
+    now_ms: int
+    gate_until_ms: int  # 0: open
+    suspended: bool
+    grants: list[Grant]
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The end of one hold: an outcome, another try later, or the job handed back."""
+
+    grant: Grant
+    outcome: Outcome | None = None
+    attempts: tuple[Attempt, ...] | None = None  # None: nothing was tried
+    pin: str = ""
+    delay_ms: int | None = None  # None without an outcome: handed back
+
+    def words(self) -> list[Any]:
+        """The row of settle.lua."""
+        outcome, grant = self.outcome, self.grant
+        if outcome is None:
+            attempts = "" if self.attempts is None else encode_attempts(self.attempts)
+            if self.delay_ms is None:
+                return ["back", grant.id, grant.lease, attempts, self.pin, "", "", ""]
+            return ["again", grant.id, grant.lease, attempts, self.pin, self.delay_ms, "", ""]
+        failed = outcome.kind.failed
+        by_deadline = outcome.kind in ("overdue", "gave_up", "unknown")
+        said = f"{outcome.kind.value}: {outcome.error}".encode()
+        # RQ keeps a failure's text compressed, a return value as its serializer writes it (rq.results.Result).
+        result = b64encode(zlib.compress(said) if failed else b'"%s"' % outcome.kind.value.encode())
+        return [
+            "done",
+            grant.id,
+            grant.lease,
+            outcome.encode(),
+            "1" if failed else "0",
+            result,
+            zlib.compress(said) if failed else "",
+            grant.deadline_at_ms if by_deadline else "",
+        ]
+
+
+class _Script:
+    def __init__(self, name: str) -> None:
+        folder = files("worker").joinpath("scripts")
+        self.source = folder.joinpath("common.lua").read_text("utf-8") + folder.joinpath(name).read_text("utf-8")
+        self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+
+_CLAIM, _SETTLE, _RENEW, _GATE, _BEGIN = map(_Script, ("claim.lua", "settle.lua", "renew.lua", "gate.lua", "begin.lua"))
+
+
+class Store:
+    """One worker's view of one queue. Thread-safe: each call borrows a connection for one round trip."""
+
+    def __init__(
+        self,
+        connection: redis.Redis,
+        queue: str,
+        worker: str,
+        *,
+        gate_scope: str,
+        lease_ms: int,
+        deadline_ms: int,
+        outcome_ttl_s: int,
+        ledger_maxlen: int,
+    ) -> None:
+        self.keys = keys = Keys(queue, RQ_KEY_PREFIX)
+        self.clock = RedisClock()
+        self._pool = connection.connection_pool
+        self._gate = keys.gate(gate_scope)
+        self._worker = worker
+        self._lease_ms = lease_ms
+        self._deadline_ms = deadline_ms
+        self._claims = 0
+        self._lock = threading.Lock()
+        executions = f"{keys.worker_prefix}{worker}:executions"
+        prefixes: Words = (keys.job_prefix, keys.execution_prefix, keys.executions_prefix, keys.order_prefix)
+        prefixes = (*prefixes, keys.outcome_prefix)
+        self._claim_keys: Words = (
+            keys.waiting,
+            keys.claiming,
+            keys.leases,
+            keys.scheduled,
+            keys.started,
+            keys.suspended,
+        )
+        self._claim_keys = (*self._claim_keys, self._gate, executions)
+        self._claim_words = (*prefixes, keys.worker_prefix, worker)
+        self._execution = f"{uuid4().hex[:12]}-"
+        self._settle_keys: Words = (keys.waiting, keys.leases, keys.scheduled, keys.started, keys.finished, keys.failed)
+        self._settle_keys = (*self._settle_keys, keys.outcomes, keys.worker_prefix + worker, executions)
+        self._settle_words: Words = (*prefixes, keys.result_prefix, worker, outcome_ttl_s, ledger_maxlen)
+        self._settle_words = (*self._settle_words, RESULT_TTL_S, FAILURE_TTL_S, deadline_ms)
+
+    def claim(self, slots: int, *, wait: bool, take_lost: bool = True) -> Claimed:
+        """Take up to ``slots`` jobs, waiting up to :data:`CLAIM_WAIT_S` for the first one if ``wait``.
+
+        Raises:
+            redis.RedisError: no answer; what was claimed unseen comes back when its lease runs out.
+        """
+        with self._lock:
+            number, self._claims = self._claims, self._claims + slots
+        words: Words = (slots, self._lease_ms, self._deadline_ms, self._execution, number)
+        words = (*self._claim_words, *words, MAX_PAYLOAD_BYTES, int(take_lost), POINTER_LIFE_S)
+        script = _evalsha(_CLAIM, self._claim_keys, words)
+        if wait:
+            move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
+            answer = self._checked(_CLAIM, script, self.roundtrip(move, script)[1])
+        else:
+            answer = self._checked(_CLAIM, script, self.roundtrip(script)[0])
+        self.clock.observe(int(answer[0]))
+        return Claimed(int(answer[0]), int(answer[1]), answer[2] == 1, [_grant(row) for row in answer[3:]])
+
+    def settle(self, settlements: Sequence[Settlement]) -> list[int]:
+        """Settle a group. For each: 0 if the lease was no longer ours, 1, or for another try its due time in ms.
+
+        Raises:
+            redis.RedisError: no answer; calling again with the same rows does no harm.
+        """
+        words = (word for settlement in settlements for word in settlement.words())
+        script = _evalsha(_SETTLE, self._settle_keys, (*self._settle_words, *words))
+        answer = self._checked(_SETTLE, script, self.roundtrip(script)[0])
+        return [int(row) for row in answer]
+
+    def renew(self, held: Sequence[tuple[str, str]]) -> tuple[set[str], int, bool]:
+        """Prolong the leases of ``held`` (id, lease); gives the ids that are lost, the gate's end, and suspension."""
+        words = (word for pair in held for word in pair)
+        script = _evalsha(_RENEW, (self.keys.leases,), (self.keys.job_prefix, self._lease_ms, *words))
+        gate, suspended, lost = self.roundtrip(
+            ("HGET", self._gate, "until_ms"), ("EXISTS", self.keys.suspended), script
+        )
+        _raise(gate, suspended)
+        lost = self._checked(_RENEW, script, lost)
+        return {job_id.decode() for job_id in lost}, int(gate or 0), suspended == 1
+
+    def close_gate(self, pause_ms: int, reason: str) -> int:
+        """Close the shared gate for at least ``pause_ms``; gives its end, ms by Redis' clock."""
+        script = _evalsha(_GATE, (self._gate,), (pause_ms, reason, self._worker))
+        return int(self._checked(_GATE, script, self.roundtrip(script)[0]))
+
+    def begin(self, job_id: str) -> tuple[Claimed, bool]:
+        """Note that a stock RQ worker runs one step of ``job_id``; gives it as a grant without its payload, and
+        whether this run has its outcome already."""
+        keys = self.keys
+        script = _evalsha(
+            _BEGIN,
+            (keys.job_prefix + job_id, self._gate, keys.outcome_prefix + job_id),
+            (job_id, self._deadline_ms, keys.order_prefix, POINTER_LIFE_S),
+        )
+        row = self._checked(_BEGIN, script, self.roundtrip(script)[0])
+        self.clock.observe(int(row[0]))
+        grant = Grant(job_id, "", b"", int(row[2]), int(row[3]), int(row[4]), row[5], row[6])
+        return Claimed(int(row[0]), int(row[1]), False, [grant]), row[7] == 1
+
+    def recorded(self, job_id: str) -> bytes | None:
+        """The outcome record of ``job_id``, if there is one."""
+        record = self.roundtrip(("GET", self.keys.outcome_prefix + job_id))[0]
+        _raise(record)
+        return record  # type: ignore[no-any-return]
+
+    def drained(self) -> bool:
+        """Whether nothing is left to do: no job waits, is due later, or is in anybody's hand."""
+        keys = self.keys
+        counts = self.roundtrip(
+            ("LLEN", keys.waiting), ("LLEN", keys.claiming), ("ZCARD", keys.scheduled), ("ZCARD", keys.leases)
+        )
+        _raise(*counts)
+        return not any(counts)
+
+    def roundtrip(self, *commands: Words) -> list[Any]:
+        """Send commands in one write, read their answers; an error answer stands in its place.
+
+        Raises:
+            redis.ConnectionError, redis.TimeoutError: the connection broke; what ran is not known.
+        """
+        connection: Any = self._pool.get_connection()
+        try:
+            connection.send_packed_command(connection.pack_commands(commands))
+            return [_answer(connection) for _ in commands]
+        except BaseException:
+            connection.disconnect()
+            raise
+        finally:
+            self._pool.release(connection)
+
+    def _checked(self, script: _Script, command: Words, answer: Any) -> Any:
+        """The script's answer, with the script loaded and called alone if the server did not have it."""
+        if isinstance(answer, redis.exceptions.NoScriptError):
+            answer = self.roundtrip(("SCRIPT", "LOAD", script.source), command)[1]
+        _raise(answer)
+        return answer
+
+
+def _evalsha(script: _Script, keys: Words, words: Words) -> Words:
+    return ("EVALSHA", script.sha, len(keys), *keys, *words)
+
+
+def _answer(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error
+
+
+def _raise(*answers: Any) -> None:
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+
+
+def _grant(row: list[Any]) -> Grant:
+    job_id, lease, data, enqueued_at, deadline_at, run, attempts, pin = row
+    return Grant(
+        id=job_id.decode("utf-8", "replace"),
+        lease=lease.decode(),
+        data=data,
+        enqueued_at_ms=int(enqueued_at),
+        deadline_at_ms=int(deadline_at),
+        run=int(run),
+        attempts=attempts,
+        pin=pin,
+    )

@@ -1,0 +1,104 @@
+"""The function that every job names, as a stock `rq worker` runs it: one step of a cancel for each run of the job."""
+
+from __future__ import annotations
+
+import math
+import socket
+from functools import cache
+
+from rq import Retry, get_current_job
+from rq.job import Job
+
+from producer.message import TASK, MessageError, decode_outcome, decode_request
+from worker.canceller import Canceller
+from worker.clock import ServerClock
+from worker.exchange import Exchange
+from worker.gate import Gate
+from worker.settings import Settings
+from worker.store import Store
+from worker.wiring import open_canceller, open_exchange, open_store
+
+#: RQ's bound on retries; ours are attempts and deadline.
+_ENDLESS = 1_000_000_000
+
+
+class CancelFailed(Exception):
+    """Raised for an outcome of a failed kind, so that RQ files the job as failed."""
+
+
+class Unfenced:
+    """The hold of a stock RQ worker, which has no lease."""
+
+    def lost(self) -> bool:
+        """Never, as far as anybody can tell."""
+        return False
+
+    def sent(self) -> None:
+        """Nothing waits for it."""
+
+
+def cancel_algo_order(request: object) -> object:
+    """Run one step of a cancel in a stock RQ worker.
+
+    Gives the outcome's kind, or RQ's Retry where another step is to follow; the outcome is recorded as our own worker
+    records it, and the first one of a run stands.
+
+    Raises:
+        CancelFailed: the outcome is of a failed kind.
+    """
+    job = get_current_job()
+    if job is None:
+        raise RuntimeError(
+            f"{TASK} runs inside an RQ worker; to cancel an order, enqueue it with producer.CancelClient"
+        )
+    store, gate, canceller = _tools(job)
+    claimed, settled = store.begin(job.id)
+    if settled:
+        return _ended(job, store)
+    gate.observe(claimed.gate_until_ms)
+    now_ms = store.clock.now_ms()
+    if gate.closed(now_ms) and now_ms < claimed.grants[0].deadline_at_ms:
+        return _retry(gate.until_ms - now_ms)
+    try:
+        decoded = decode_request(request)
+        settlement = canceller.work(claimed.grants[0], Unfenced(), decoded)
+    except MessageError:
+        settlement = canceller.work(claimed.grants[0], Unfenced())
+    assert settlement is not None  # an unfenced hold is never lost
+    store.settle([settlement])
+    if settlement.outcome is None:
+        return _retry(settlement.delay_ms or 0)
+    return _ended(job, store)
+
+
+def _retry(delay_ms: int) -> Retry:
+    """RQ waits whole seconds."""
+    return Retry(max=_ENDLESS, interval=math.ceil(max(delay_ms, 0) / 1000))
+
+
+def _ended(job: Job, store: Store) -> str:
+    record = store.recorded(job.id)
+    if record is None:  # older than OUTCOME_TTL_S
+        return "settled"
+    outcome = decode_outcome(record)
+    if outcome.kind.failed:
+        job.retries_left = 0  # else RQ would run it again
+        raise CancelFailed(f"{outcome.kind.value}: {outcome.error}")
+    return outcome.kind.value
+
+
+@cache
+def _exchange() -> tuple[Settings, Exchange, ServerClock]:
+    """One for a process; RQ's default worker class has a process for each job."""
+    settings = Settings.from_env()
+    exchange, clock = open_exchange(settings)
+    exchange.sync_time(samples=1)
+    return settings, exchange, clock
+
+
+def _tools(job: Job) -> tuple[Store, Gate, Canceller]:
+    settings, exchange, clock = _exchange()
+    worker = job.worker_name or socket.gethostname()
+    store = open_store(job.connection, settings, worker, job.origin)
+    canceller, gate = open_canceller(settings, exchange, clock, store, worker)
+    return store, gate, canceller
