@@ -7,49 +7,35 @@ outcome is not there yet.
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from hashlib import sha1
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from rq import Queue
-from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.job import Job
-from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome, decode_outcome
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
 from producer.wire import (
-    DURABLE_WAIT_MS,
-    ENQUEUE_SCRIPT,
-    Enqueue,
-    QueueUnavailable,
-    UnknownRequest,
-    WaitTimeout,
-    check_durable,
-    rows,
-    text,
+    Command,
+    Conversation,
+    T,
+    TicketFields,
+    Wire,
+    availability,
+    check_position,
+    entry_outcome,
+    patience,
+    timeout_of,
 )
-
-_SHA = sha1(ENQUEUE_SCRIPT.encode(), usedforsecurity=False).hexdigest()
-#: An announcement can be lost with its connection, so a waiter looks for itself this often, s.
-_LOOK_S = 1.0
-#: Entries of the ledger read at a time.
-_PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(TicketFields):
     """A request that is on the queue. ``duplicate``: it shares the job of an unfinished request for the same order."""
 
-    id: str
-    request: CancelRequest
-    duplicate: bool
     _client: CancelClient = field(repr=False, compare=False)
 
     def wait(self, timeout_s: float | None = None) -> Outcome:
@@ -61,25 +47,17 @@ class Ticket:
         """
         return self._client.wait(self.id, timeout_s)
 
-    def as_dict(self) -> dict[str, object]:
-        """The ticket as the command line prints it."""
-        request = self.request
-        return {
-            "id": self.id,
-            "algo_id": request.algo_id,
-            "client_algo_id": request.client_algo_id,
-            "account": request.account,
-            "duplicate": self.duplicate,
-        }
-
 
 class CancelClient:
-    """Puts cancel requests on a queue and reads their outcomes. Thread-safe; one for a process is enough."""
+    """Puts cancel requests on a queue and reads their outcomes. Thread-safe; one for a process is enough.
+
+    A ``connection`` of yours should have a ``socket_timeout``: it is what bounds each call.
+    """
 
     def __init__(self, connection: redis.Redis, queue: str = DEFAULT_QUEUE) -> None:
         self._redis = connection
-        self._enqueue = Enqueue(queue)
-        self.keys = self._enqueue.keys
+        self._wire = Wire(queue, timeout_of(connection.connection_pool.connection_kwargs))
+        self.keys = self._wire.keys
 
     @classmethod
     def from_url(cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float = 2.0, **options: Any) -> Self:
@@ -88,7 +66,7 @@ class CancelClient:
             url,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),  # a repeat is ours to decide, see _run
+            retry=Retry(NoBackoff(), 0),  # a repeat is ours to decide, see _answers
             **options,
         )
         return cls(connection, queue)
@@ -132,139 +110,109 @@ class CancelClient:
 
         Requests for one order share a ticket. Raises like :meth:`cancel`.
         """
-        tickets: dict[int, Ticket] = {}
-        for chunk in rows(requests):
-            answer = self._run(self._enqueue.words(chunk), durable)
-            for row, job_id, duplicate in self._enqueue.answers(chunk, answer):
-                tickets[row.position] = Ticket(job_id, row.request, duplicate, self)
-        return [tickets[position] for position in range(len(tickets))]
+        accepted = self._hold(self._wire.enqueue(requests, durable))
+        tickets = [Ticket(*carried, self) for carried in accepted.carried]
+        if accepted.not_durable is not None:
+            accepted.not_durable.tickets = tickets
+            raise accepted.not_durable
+        return tickets
 
     def outcome(self, job_id: str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S)."""
-        with _availability():
-            record = self._redis.get(self.keys.outcome_prefix + job_id)
-        return None if record is None else decode_outcome(record)
+        return self._hold(self._wire.outcome(job_id))
 
-    def outcomes_of(self, job_ids: list[str]) -> dict[str, Outcome]:
-        """Those outcomes of ``job_ids`` that are there, by id, in one round trip."""
-        if not job_ids:
-            return {}
-        with _availability():
-            records: Any = self._redis.mget([self.keys.outcome_prefix + job_id for job_id in job_ids])
-        return {i: decode_outcome(record) for i, record in zip(job_ids, records, strict=True) if record is not None}
+    def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
+        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000."""
+        return self._hold(self._wire.outcomes_of(job_ids))
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> Iterator[tuple[str, Outcome]]:
         """The ledger after a stream id: pairs of stream id and outcome, oldest first; ``follow`` waits for new ones.
 
-        ``$`` stands for the newest entry. The ledger keeps about LEDGER_MAXLEN entries.
+        ``$`` stands for the newest entry. The ledger keeps about LEDGER_MAXLEN entries. An error ends the iteration:
+        go on with a new one after the last stream id that came.
+
+        Raises:
+            InvalidRequest: ``after`` is no stream id.
+            MalformedMessage: an entry is not an outcome of this version; the text names it.
+            QueueUnavailable: Redis did not answer.
         """
-        position = self._newest() if after == "$" else after
-        while True:
-            with _availability():
-                page: Any = self._redis.xread(
-                    {self.keys.outcomes: position}, count=_PAGE, block=1000 if follow else None
-                )
-            entries = _entries(page)
-            if not entries and not follow:
-                return
-            for entry_id, fields in entries:
-                position = text(entry_id)
-                yield position, decode_outcome(fields.get(b"outcome") or fields.get("outcome"))
+        position = check_position(after)
+        return self._entries(position, follow)
+
+    def _entries(self, position: str, follow: bool) -> Iterator[tuple[str, Outcome]]:
+        if position == "$":
+            position = self._hold(self._wire.newest())
+        while (page := self._hold(self._wire.page(position, follow))) or follow:
+            for position, fields in page:
+                yield position, entry_outcome(position, fields)
 
     def wait(self, job_id: str, timeout_s: float | None = None) -> Outcome:
         """Block until ``job_id`` has an outcome; see :meth:`Ticket.wait`."""
-        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+        listen_s = patience(job_id, timeout_s)
         if (outcome := self.outcome(job_id)) is not None:
             return outcome
-        with _availability(), self._redis.pubsub() as channel:
+        with availability(), self._redis.pubsub() as channel:
             channel.subscribe(self.keys.outcome_prefix + job_id)
-            while True:
-                if (outcome := self.outcome(job_id)) is not None:
-                    return outcome
-                left_s = _LOOK_S if ends_at is None else ends_at - time.monotonic()
-                if left_s <= 0:
-                    raise WaitTimeout(f"no outcome of {job_id} within {timeout_s} s; the request goes on")
-                channel.get_message(timeout=min(left_s, _LOOK_S))
+            while (outcome := self.outcome(job_id)) is None:
+                channel.get_message(timeout=listen_s())
+        return outcome
 
-    def retry(self, job_ids: Iterable[str]) -> list[str]:
+    def retry(self, job_ids: Iterable[str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.
 
+        ``missing_ok`` leaves out the ids that cannot be retried (any more) instead of raising.
+
         Raises:
-            UnknownRequest: one of them is not among the failed ones; those before it were started.
+            UnknownRequest: some are not among the failed ones; none was started.
+            QueueUnavailable: Redis did not answer; those that it started meanwhile are no longer among the failed ones.
         """
-        registry = self._failed_registry()
-        started = []
-        for job_id in job_ids:
-            with _availability():
-                try:
-                    registry.requeue(job_id)
-                except (NoSuchJobError, InvalidJobOperation):
-                    raise UnknownRequest(
-                        f"{job_id} is not among the failed requests of queue {self.keys.queue}"
-                    ) from None
-                self._redis.delete(self.keys.outcome_prefix + job_id)
-            started.append(job_id)
-        return started
+        return self._hold(self._wire.retry(job_ids, missing_ok), repeat=False)
 
     def failed_ids(self) -> list[str]:
         """Ids of the requests that ended in a failed kind and can be retried, oldest first."""
-        with _availability():
-            return self._failed_registry().get_job_ids(cleanup=False)
+        return self._hold(self._wire.failed_ids())
+
+    def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
+        """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
+        return self._hold(self._wire.statuses(list(job_ids)))
 
     def job(self, ticket_or_id: Ticket | str) -> Job:
-        """RQ's job of a request, for those who look at the queue through RQ."""
+        """RQ's job of a request, for those who look at the queue through RQ.
+
+        RQ needs a connection that does not decode answers.
+        """
         job_id = ticket_or_id if isinstance(ticket_or_id, str) else ticket_or_id.id
-        with _availability():
+        with availability():
             return Job.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
 
-    def _failed_registry(self) -> FailedJobRegistry:
-        return FailedJobRegistry(queue=Queue(self.keys.queue, connection=self._redis, serializer=JSONSerializer))
-
-    def _newest(self) -> str:
-        with _availability():
-            newest: Any = self._redis.xrevrange(self.keys.outcomes, count=1)
-        return text(newest[0][0]) if newest else "0-0"
-
-    def _run(self, words: list[Any], durable: bool) -> Any:
-        with _availability():
+    def _hold(self, conversation: Conversation[T], *, repeat: bool = True) -> T:
+        with availability():
             try:
-                return self._evaluate(words, durable)
-            except redis.ConnectionError:
-                # A kept connection that the server had closed. The ids are in the words: a repeat finds itself.
-                return self._evaluate(words, durable)
+                commands = next(conversation)
+                while True:
+                    commands = conversation.send(self._answers(commands, repeat))
+            except StopIteration as end:
+                return cast(T, end.value)
 
-    def _evaluate(self, words: list[Any], durable: bool) -> Any:
+    def _answers(self, commands: list[Command], repeat: bool) -> list[Any]:
         try:
-            return self._send(("EVALSHA", _SHA, *words), durable)
-        except redis.exceptions.NoScriptError:
-            return self._send(("EVAL", ENQUEUE_SCRIPT, *words), durable)
+            return self._round_trip(commands)
+        except redis.AuthenticationError:
+            raise
+        except redis.ConnectionError:
+            if not repeat:
+                raise
+            # A kept connection that the server had closed. The ids are in the words: a repeat finds itself.
+            return self._round_trip(commands)
 
-    def _send(self, command: tuple[Any, ...], durable: bool) -> Any:
-        if not durable:
-            return self._redis.execute_command(*command)
-        # WAITAOF speaks of what its own connection has written, so both go through one.
-        pipeline = self._redis.pipeline(transaction=False)
-        pipeline.execute_command(*command)
-        pipeline.execute_command("WAITAOF", 1, 0, DURABLE_WAIT_MS)
-        answer, written = pipeline.execute(raise_on_error=False)
-        if isinstance(answer, Exception):
-            raise answer
-        check_durable(written)
-        return answer
-
-
-def _entries(page: Any) -> list[Any]:
-    """Entries of a one-stream XREAD, in either shape that redis-py gives (list by RESP2, mapping by RESP3)."""
-    if not page:
-        return []
-    stream = next(iter(page.values())) if isinstance(page, dict) else page[0][1]
-    return stream[0] if stream and isinstance(stream[0], list) else stream
-
-
-@contextlib.contextmanager
-def _availability() -> Iterator[None]:
-    """Redis' own errors as one of ours, saying what to do; the address with its password is left out."""
-    try:
-        yield
-    except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise QueueUnavailable(f"Redis did not answer ({type(error).__name__}); repeating the call is safe") from error
+    def _round_trip(self, commands: list[Command]) -> list[Any]:
+        if len(commands) > 1:
+            # One connection for all: WAITAOF speaks of what its own connection has written.
+            with self._redis.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                return pipeline.execute(raise_on_error=False)
+        try:
+            return [self._redis.execute_command(*commands[0])]
+        except redis.ResponseError as error:
+            return [error]

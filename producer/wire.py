@@ -1,30 +1,59 @@
-"""What the two clients send and read back, without doing either: the enqueue script's words and answers.
+"""What the two clients say to Redis and make of its answers, without doing either.
 
 The synchronous and the asyncio client differ in how they wait for Redis and in nothing else, so the rest stands here.
+A conversation is a generator: it yields the commands of one round trip, is sent their answers (an error as a value),
+and returns what the caller wanted to know.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
+import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha1
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 from uuid import uuid4
 
+import redis.exceptions
 from redis import Redis
 from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
-from producer.message import TASK, CancelRequest, Keys, check_queue_name, encode_call
+from producer.message import (
+    TASK,
+    CancelRequest,
+    InvalidRequest,
+    Keys,
+    MalformedMessage,
+    Outcome,
+    check_queue_name,
+    clean_text,
+    decode_outcome,
+    encode_call,
+)
 
-#: The enqueue script's source; both clients load it under its hash.
-ENQUEUE_SCRIPT = files("producer").joinpath("scripts/enqueue.lua").read_text("utf-8")
-#: Requests in one call of the script: more would hold the server up for longer than a cancel should wait.
+T = TypeVar("T")
+Command: TypeAlias = tuple[Any, ...]
+Conversation: TypeAlias = Generator[list[Command], list[Any], T]
+
+#: Requests in one call of a script, keys in one MGET: more would hold the server up for longer than a cancel should
+#: wait.
 CHUNK = 1000
+#: Entries of the ledger read at a time.
+_PAGE = 500
+#: An announcement can be lost with its connection, so a waiter looks for itself this often, s.
+_LOOK_S = 1.0
+#: How long one read of the ledger waits for a new entry, ms.
+_FOLLOW_MS = 1000
+#: How long a durable enqueue waits for the append-only file, ms: everysec syncs within a second.
+_DURABLE_MS = 1500
 #: Life of RQ's hash and result, s: short once finished (the outcome record lives on), a week where a person must look.
 RESULT_TTL_S = 600
 FAILURE_TTL_S = 7 * 86_400
@@ -34,8 +63,9 @@ POINTER_LIFE_S = 8 * 86_400
 _ENDLESS_RETRIES = 1_000_000
 #: What a stock RQ worker allows one step, s: connect, send, answer, and a query after it.
 _STEP_TIMEOUT_S = 60
-#: How long a durable enqueue waits for the append-only file, ms: everysec syncs within a second.
-DURABLE_WAIT_MS = 1500
+
+_STREAM_ID = re.compile(r"\$|[0-9]{1,20}(-[0-9]{1,20})?")
+_ERROR_CODE = re.compile(r"[A-Z]{3,}\b")
 
 
 class CancelQueueError(Exception):
@@ -43,7 +73,7 @@ class CancelQueueError(Exception):
 
 
 class QueueUnavailable(CancelQueueError):
-    """Redis did not answer in time. The call may or may not have been carried out; repeating it is safe."""
+    """Redis did not answer in time, or refused. The call may or may not have been carried out; repeating it is safe."""
 
 
 class WaitTimeout(CancelQueueError, TimeoutError):
@@ -51,11 +81,101 @@ class WaitTimeout(CancelQueueError, TimeoutError):
 
 
 class NotDurable(CancelQueueError):
-    """The request is on the queue, but the server did not confirm that its append-only file holds it."""
+    """The requests are on the queue, but the server did not confirm that its append-only file holds them.
+
+    ``tickets`` are those that the call would have returned.
+    """
+
+    tickets: Sequence[TicketFields] = ()
 
 
 class UnknownRequest(CancelQueueError, LookupError):
-    """No job of this id is there to be retried: it never was, still runs, ended well, or its record has expired."""
+    """No job of this id is there to be retried: it never was, still runs, ended well, or its record has expired.
+
+    ``job_ids`` are all the ids that are so; none of the call's requests was retried.
+    """
+
+    def __init__(self, job_ids: Sequence[str], queue: str) -> None:
+        named = ", ".join(clean_text(job_id, 80) for job_id in job_ids[:3])
+        more = f" and {len(job_ids) - 3} more" if len(job_ids) > 3 else ""
+        verb = "is" if len(job_ids) == 1 else "are"
+        super().__init__(f"{named}{more} {verb} not among the failed requests of queue {queue}")
+        self.job_ids = tuple(job_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TicketFields:
+    """A request that is on the queue. ``duplicate``: it shares the job of an unfinished request for the same order."""
+
+    id: str
+    request: CancelRequest
+    duplicate: bool
+
+    def as_dict(self) -> dict[str, object]:
+        """The ticket as the command line prints it."""
+        request = self.request
+        return {
+            "id": self.id,
+            "algo_id": request.algo_id,
+            "client_algo_id": request.client_algo_id,
+            "account": request.account,
+            "duplicate": self.duplicate,
+        }
+
+
+class Script:
+    """A Lua script, called by its hash once the server knows it."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.sha = sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+    def call(self, words: Sequence[Any], *then: Command) -> Conversation[list[Any]]:
+        """Answers of the script, and of the commands that follow it on the same connection."""
+        answers = yield [("EVALSHA", self.sha, *words), *then]
+        if isinstance(answers[0], redis.exceptions.NoScriptError):
+            answers = yield [("EVAL", self.source, *words), *then]
+        return [_good(answers[0]), *answers[1:]]
+
+
+ENQUEUE = Script(files("producer").joinpath("scripts/enqueue.lua").read_text("utf-8"))
+
+# What RQ's requeue does, for all ids or for none, and the start of the new run with it. Left to the claim, the start
+# would come later: the deadline would not count yet, and a cancel of the same order would not find this job.
+RETRY = Script("""
+-- KEYS  1 waiting list, 2 set of queues, 3 failed registry
+-- ARGV  1 job prefix, 2 outcome prefix, 3 order prefix, 4 pointer's life in s, 5 RQ's stamp, 6 retries that RQ may
+--       count down, 7 compressed nothing (RQ's exc_info), 8 what: check, all (or none), known; then the ids
+-- Gives the ids that are not among the failed ones.
+local time = redis.call('TIME')
+local now_ms = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+local known, unknown, seen = {}, {}, {}
+for i = 9, #ARGV do
+  local id = ARGV[i]
+  if not seen[id] then
+    seen[id] = true
+    local is_failed = redis.call('ZSCORE', KEYS[3], id) and redis.call('EXISTS', ARGV[1] .. id) == 1
+    table.insert(is_failed and known or unknown, id)
+  end
+end
+if ARGV[8] == 'check' or (ARGV[8] == 'all' and #unknown > 0) then return unknown end
+for _, id in ipairs(known) do
+  local job = ARGV[1] .. id
+  redis.call('ZREM', KEYS[3], id)
+  redis.call('HSET', job, 'status', 'queued', 'enqueued_at', ARGV[5], 'started_at', '', 'ended_at', '',
+    'exc_info', ARGV[7], 'retries_left', ARGV[6], 'c_enqueued_at_ms', now_ms, 'c_asked_at_ms', now_ms)
+  redis.call('HSETNX', job, 'c_run', '1')
+  redis.call('HINCRBY', job, 'c_run', 1)
+  redis.call('HDEL', job, 'c_done', 'c_attempts', 'c_deadline_at_ms')
+  redis.call('PERSIST', job)
+  redis.call('DEL', ARGV[2] .. id)
+  local order = redis.call('HGET', job, 'c_order')
+  if order then redis.call('SET', ARGV[3] .. order, id, 'NX', 'EX', tonumber(ARGV[4])) end
+  redis.call('RPUSH', KEYS[1], id)
+end
+if #known > 0 then redis.call('SADD', KEYS[2], KEYS[1]) end
+return unknown
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +202,20 @@ def rows(requests: Iterable[CancelRequest]) -> Iterator[list[Row]]:
         yield chunk
 
 
-class Enqueue:
-    """The words of the enqueue script for one queue."""
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What an enqueue came to: id of the carrying job, request and duplicate, in the caller's order."""
 
-    def __init__(self, queue: str) -> None:
+    carried: list[tuple[str, CancelRequest, bool]]
+    not_durable: NotDurable | None
+
+
+class Wire:
+    """The conversations about one queue. ``timeout_s`` is how long the connection lets the server take to answer."""
+
+    def __init__(self, queue: str, timeout_s: float | None = None) -> None:
         self.keys = Keys(check_queue_name(queue), RQ_KEY_PREFIX)
+        self._timeout_s = timeout_s
         self._template = self._job_fields()
 
     def _job_fields(self) -> dict[str, Any]:
@@ -108,7 +237,21 @@ class Enqueue:
         del fields["data"], fields["description"]
         return {name: value.value if isinstance(value, JobStatus) else value for name, value in fields.items()}
 
-    def words(self, chunk: Sequence[Row]) -> list[Any]:
+    def enqueue(self, requests: Iterable[CancelRequest], durable: bool) -> Conversation[Accepted]:
+        """Put requests on the queue, one round trip for each :data:`CHUNK`."""
+        carried: dict[int, tuple[str, CancelRequest, bool]] = {}
+        not_durable: NotDurable | None = None
+        wait_ms = self._server_wait_ms(_DURABLE_MS)
+        then: list[Command] = [("WAITAOF", 1, 0, wait_ms)] if durable else []
+        for chunk in rows(requests):
+            answer, *written = yield from ENQUEUE.call(self._enqueue_words(chunk), *then)
+            for row, job_id, duplicate in zip(chunk, answer[::2], answer[1::2], strict=True):
+                carried[row.position] = (text(job_id), row.request, bool(int(duplicate)))
+            if written:
+                not_durable = not_durable or _not_durable(written[0], wait_ms)
+        return Accepted([carried[position] for position in range(len(carried))], not_durable)
+
+    def _enqueue_words(self, chunk: Sequence[Row]) -> list[Any]:
         """KEYS count, KEYS and ARGV of one call."""
         stamp = utcformat(now())
         shared: list[Any] = []
@@ -125,25 +268,175 @@ class Enqueue:
             words += (row.id, request.order_key, data, request.describe(), deadline_ms, urgent)
         return words
 
-    @staticmethod
-    def answers(chunk: Sequence[Row], answer: Sequence[Any]) -> Iterator[tuple[Row, str, bool]]:
-        """The row, the id of the job that carries it, and whether another request had made that job."""
-        for row, job_id, duplicate in zip(chunk, answer[::2], answer[1::2], strict=True):
-            yield row, text(job_id), bool(int(duplicate))
+    def outcome(self, job_id: str) -> Conversation[Outcome | None]:
+        """One outcome, or None while there is none."""
+        (record,) = yield [("GET", self.keys.outcome_prefix + job_id)]
+        return None if _good(record) is None else decode_outcome(record)
+
+    def outcomes_of(self, job_ids: Iterable[str]) -> Conversation[dict[str, Outcome]]:
+        """Those outcomes that are there, one round trip for each :data:`CHUNK` ids."""
+        found: dict[str, Outcome] = {}
+        for page in pages(list(job_ids)):
+            (records,) = yield [("MGET", *(self.keys.outcome_prefix + job_id for job_id in page))]
+            for job_id, record in zip(page, _good(records), strict=True):
+                if record is not None:
+                    found[job_id] = decode_outcome(record)
+        return found
+
+    def newest(self) -> Conversation[str]:
+        """The ledger's newest entry."""
+        (newest,) = yield [("XREVRANGE", self.keys.outcomes, "+", "-", "COUNT", 1)]
+        return text(newest[0][0]) if _good(newest) else "0-0"
+
+    def page(self, after: str, follow: bool) -> Conversation[list[tuple[str, Any]]]:
+        """Stream id and record of the entries after one; ``follow`` lets the server wait for some."""
+        block: Command = ("BLOCK", self._server_wait_ms(_FOLLOW_MS)) if follow else ()
+        (page,) = yield [("XREAD", "COUNT", _PAGE, *block, "STREAMS", self.keys.outcomes, after)]
+        return [(text(entry_id), fields) for entry_id, fields in _entries(_good(page))]
+
+    def retry(self, job_ids: Iterable[str], missing_ok: bool) -> Conversation[list[str]]:
+        """Start new runs; gives the ids that were started.
+
+        Raises:
+            UnknownRequest: ids are not among the failed ones; unless ``missing_ok``, nothing was started then.
+        """
+        chunks = list(pages(list(dict.fromkeys(job_ids))))
+        if len(chunks) > 1 and not missing_ok:
+            self._all_known((yield from self._each(chunks, "check")))
+        started: list[str] = []
+        for chunk in chunks:
+            unknown = yield from self._each([chunk], "known" if missing_ok else "all")
+            if not missing_ok:
+                self._all_known(unknown)
+            started += [job_id for job_id in chunk if job_id not in unknown]
+        return started
+
+    def _all_known(self, unknown: Iterable[str]) -> None:
+        if named := list(unknown):
+            raise UnknownRequest(named, self.keys.queue)
+
+    def _each(self, chunks: Iterable[list[str]], what: str) -> Conversation[dict[str, None]]:
+        keys, unknown = self.keys, dict[str, None]()
+        for chunk in chunks:
+            words: list[Any] = [3, keys.waiting, keys.queues, keys.failed]
+            words += (keys.job_prefix, keys.outcome_prefix, keys.order_prefix, POINTER_LIFE_S, utcformat(now()))
+            words += (_ENDLESS_RETRIES, zlib.compress(b""), what, *chunk)
+            (answer,) = yield from RETRY.call(words)
+            unknown |= dict.fromkeys(text(job_id) for job_id in answer)
+        return unknown
+
+    def failed_ids(self) -> Conversation[list[str]]:
+        """Ids in RQ's FailedJobRegistry, oldest first."""
+        (job_ids,) = yield [("ZRANGE", self.keys.failed, 0, -1)]
+        return [text(job_id) for job_id in _good(job_ids)]
+
+    def statuses(self, job_ids: Sequence[str]) -> Conversation[list[str | None]]:
+        """RQ's status of each job, None where there is no such job."""
+        found: list[str | None] = []
+        for page in pages(job_ids):
+            answers = yield [("HGET", self.keys.job_prefix + job_id, "status") for job_id in page]
+            found += [None if _good(status) is None else text(status) for status in answers]
+        return found
+
+    def _server_wait_ms(self, most_ms: int) -> int:
+        """How long the server may be asked to wait, so that its answer comes before the connection gives up."""
+        return most_ms if self._timeout_s is None else max(1, min(most_ms, int(self._timeout_s * 750)))
 
 
-def check_durable(written: Any) -> None:
-    """Read the answer of WAITAOF: how many local files, then replicas, hold the write.
+def timeout_of(options: Mapping[str, Any]) -> float | None:
+    """The socket time-out among the options of a connection pool, s."""
+    timeout_s = options.get("socket_timeout")
+    return None if timeout_s is None else float(timeout_s)
+
+
+def patience(job_id: str, timeout_s: float | None) -> Callable[[], float]:
+    """A function that says for how many seconds to listen before the next look.
+
+    Calling it raises WaitTimeout once ``timeout_s`` seconds have passed since now (None: never).
+    """
+    ends_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
+
+    def listen_s() -> float:
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0:
+            raise WaitTimeout(f"no outcome of {job_id} within {timeout_s} s; the request goes on")
+        return min(left_s, _LOOK_S)
+
+    return listen_s
+
+
+def check_position(after: str) -> str:
+    """Return ``after`` if it can name a place in the ledger.
 
     Raises:
-        NotDurable: none does, or the server cannot tell (older than 7.2, or without an append-only file).
+        InvalidRequest: it cannot.
     """
-    if isinstance(written, Exception):
-        raise NotDurable(f"enqueued, but not confirmed as durable: {written}") from None
-    if int(written[0]) < 1:
-        raise NotDurable(f"enqueued, but not in the append-only file within {DURABLE_WAIT_MS} ms")
+    if not _STREAM_ID.fullmatch(after):
+        raise InvalidRequest("after", after, "must be a stream id such as 1700000000000-0, or $ for the newest entry")
+    return after
+
+
+def entry_outcome(entry_id: str, fields: Mapping[Any, Any]) -> Outcome:
+    """The outcome that a ledger entry holds.
+
+    Raises:
+        MalformedMessage: it holds none of this version; the text names the entry, so that a reader can go on after it.
+    """
+    try:
+        return decode_outcome(fields.get(b"outcome") or fields.get("outcome") or b"")
+    except MalformedMessage as error:
+        raise MalformedMessage(f"ledger entry {entry_id}: {error}") from None
+
+
+def pages(job_ids: Sequence[str]) -> Iterator[list[str]]:
+    """The ids, :data:`CHUNK` at a time."""
+    for start in range(0, len(job_ids), CHUNK):
+        yield list(job_ids[start : start + CHUNK])
+
+
+@contextlib.contextmanager
+def availability() -> Iterator[None]:
+    """Redis' own errors as one of ours; the address with its password is left out.
+
+    What a server says of a command can quote the command, and a refused login is a command: only its code is kept.
+    """
+    try:
+        yield
+    except redis.exceptions.AuthenticationError as error:
+        raise QueueUnavailable(f"Redis refused the login ({type(error).__name__})") from None
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+        raise QueueUnavailable(f"Redis did not answer ({type(error).__name__}); repeating the call is safe") from error
+    except redis.exceptions.ResponseError as error:
+        code = _ERROR_CODE.match(str(error))
+        raise QueueUnavailable(f"Redis refused ({code.group() if code else type(error).__name__})") from None
 
 
 def text(value: Any) -> str:
     """A word from Redis, whether the caller's connection decodes answers or not."""
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _good(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _not_durable(written: Any, wait_ms: int) -> NotDurable | None:
+    """Read the answer of WAITAOF: how many local files, then replicas, hold the write.
+
+    A server older than 7.2, or without an append-only file, answers with an error.
+    """
+    if isinstance(written, Exception):
+        return NotDurable(f"enqueued, but this server cannot confirm it as durable: {clean_text(str(written))}")
+    if int(written[0]) < 1:
+        return NotDurable(f"enqueued, but not in the append-only file within {wait_ms} ms")
+    return None
+
+
+def _entries(page: Any) -> list[Any]:
+    """Entries of a one-stream XREAD, in either shape that redis-py gives (list by RESP2, mapping by RESP3)."""
+    if not page:
+        return []
+    stream = next(iter(page.values())) if isinstance(page, dict) else page[0][1]
+    return list(stream[0] if stream and isinstance(stream[0], list) else stream)

@@ -3,50 +3,95 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import click  # comes with rq
 import redis
 
 from worker import log
-from worker.runner import EX_UNAVAILABLE, CancelWorker
-from worker.settings import Settings, SettingsError
+from worker.settings import SETTINGS, Settings, SettingsError
 
-EX_CONFIG = 78  # sysexits.h
+EX_OK = 0
+EX_UNAVAILABLE = 69  # sysexits.h
+EX_CONFIG = 78
 
 
-def _settings(queue: str | None = None, concurrency: int | None = None) -> Settings:
+def _settings_table() -> str:
+    """The settings for `--help`; click leaves a paragraph that begins with \b as it is."""
+    width = max(len(setting.variable) for setting in SETTINGS)
+    rows = (f"  {s.variable:<{width}}  {s.default or '-'}\n      {s.meaning}: {s.accepts}" for s in SETTINGS)
+    return "\b\nSettings are environment variables, each with its default:\n" + "\n".join(rows)
+
+
+_EPILOG = f"""
+\b
+Examples:
+  python -m worker                          one worker, settings from the environment
+  python -m worker --burst                  work off what is there, then leave
+  python -m worker check                    is everything there, and are the keys accepted?
+  python -m worker sandbox --faults all     see it work against a local exchange that misbehaves
+
+\b
+Exit codes: 0 stopped as asked; 2 bad usage; 69 Redis refused the login, or (check) something is unreachable;
+78 bad settings, or (check) a key is refused; 130 left at once after a second Ctrl-C.
+
+{_settings_table()}
+"""
+
+
+def _settings(queue: str | None = None, concurrency: str | None = None) -> Settings:
     try:
         settings = Settings.from_env().overridden(queue=queue, concurrency=concurrency)
     except SettingsError as error:
         for problem in error.problems:
-            click.echo(problem, err=True)
+            click.echo(f"error: {problem}", err=True)
         sys.exit(EX_CONFIG)
     log.configure(settings.log_level, settings.log_format)
     return settings
 
 
-@click.group(invoke_without_command=True)
-@click.option("--queue", help="Queue to serve, instead of CANCEL_QUEUE.")
-@click.option("--concurrency", help="Requests in flight at the most, instead of WORKER_CONCURRENCY.")
+@click.group(
+    invoke_without_command=True,
+    epilog=_EPILOG,
+    context_settings={"max_content_width": 118, "help_option_names": ["-h", "--help"]},
+)
+@click.option("--queue", metavar="Q", help="Queue to serve, instead of CANCEL_QUEUE.")
+@click.option("--concurrency", metavar="N", help="Requests in flight at the most, instead of WORKER_CONCURRENCY.")
 @click.option("--burst", is_flag=True, help="Leave when queue, retries and leases are empty.")
 @click.pass_context
-def main(context: click.Context, /, **options: Any) -> None:
-    """Cancel orders from the queue until told to stop."""
-    if context.invoked_subcommand is None:
-        run(**options)
-
-
-def run(queue: str | None, concurrency: int | None, burst: bool) -> None:
+def main(context: click.Context, /, queue: str | None, concurrency: str | None, burst: bool) -> None:
+    """Sign and send the cancels on the queue, and record what became of each order, until told to stop."""
+    if context.invoked_subcommand is not None:
+        return
     settings = _settings(queue, concurrency)
+    from worker.runner import CancelWorker  # the other commands need none of it
+
     try:
         worker = CancelWorker([settings.queue], settings=settings)
         worker.work(burst=burst)
     except redis.AuthenticationError:
-        log.error("redis", state="refused", redis=settings.display_redis_url)
+        log.error("redis", state="refused", redis=settings.display_redis_url, error="the login was refused")
         sys.exit(EX_UNAVAILABLE)
     sys.exit(worker.exit_code)
 
 
-if __name__ == "__main__":
+@main.command("check")
+def check_command() -> None:
+    """Prove the settings, Redis, the exchange's time, and each key by a query for an order that cannot exist."""
+    settings = _settings()
+    from worker.check import Fault, check
+
+    exits = {Fault.NONE: EX_OK, Fault.UNREACHABLE: EX_UNAVAILABLE, Fault.SETTINGS: EX_CONFIG}
+    worst = EX_OK
+    for finding in check(settings):
+        click.echo(f"{'ok    ' if finding.fault is Fault.NONE else 'FAILED'}  {finding.what:<16}  {finding.said}")
+        worst = max(worst, exits[finding.fault])
+    sys.exit(worst)
+
+
+def start() -> None:
+    """The command line, without a traceback for Ctrl-C."""
     main(prog_name="python -m worker")
+
+
+if __name__ == "__main__":
+    start()

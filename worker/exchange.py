@@ -86,6 +86,7 @@ class _Attempt:
         self.phase = "could not connect"
         self.seen = False
         self.sent_ns = 0
+        self.connection: _PlainConnection | None = None
 
     def time_left_s(self) -> float:
         """How long the next wait for the network may take, seconds.
@@ -273,6 +274,7 @@ class _PlainConnection(HTTPConnection):
         if self.sock is None:
             self.connect()
         attempt = _attempt()
+        attempt.connection = self
         attempt.connected()
         super().request(*args, **kwargs)
         attempt.written()
@@ -548,6 +550,8 @@ class Exchange:
         try:
             response = self._adapter.send(self._prepare(method, path, api_key), stream=True, timeout=self._timeouts)
         except Exception as error:  # noqa: BLE001 - whatever it was, a cancel in doubt must be recorded as one
+            if attempt.connection is not None:
+                attempt.connection.close()  # urllib3 has done it, but for an error that it takes for the pool's
             return attempt.failure(error, outer_error)
         finally:
             _current.swap(outer_attempt)

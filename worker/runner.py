@@ -20,10 +20,13 @@ import redis
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker, WorkerStatus
 
+from producer.message import Call
 from worker import log
+from worker.canceller import policy_of
 from worker.crew import Crew
 from worker.settings import Settings
 from worker.store import Store, connect_like
+from worker.verdict import OrderRef, classify
 from worker.wiring import open_canceller, open_exchange, open_redis, open_store
 
 EX_OK = 0
@@ -67,11 +70,16 @@ class CancelWorker(BaseWorker):
         self._store: Store = open_store(own, self._settings, self.name, queue)
         canceller, self._gate = open_canceller(self._settings, self._exchange, clock, self._store, self.name)
         self._clock = clock
+        self._policy = policy_of(self._settings)
         self._crew = Crew(self._settings.concurrency, self._store, canceller, self._gate)
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
         """Keep our own time-outs: RQ would wait 415 s for an answer."""
         return connection
+
+    def _set_ip_address(self, connection: redis.Redis) -> None:  # noqa: ARG002
+        """Not at construction: Redis may be away when a worker starts. See `_be_born`."""
+        self.ip_address = "unknown"
 
     def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
         """Work until told to stop, or with ``burst`` until nothing is left; gives whether any outcome was recorded.
@@ -94,6 +102,7 @@ class CancelWorker(BaseWorker):
     def _be_born(self) -> None:
         while not self._stop.is_set():
             try:
+                super()._set_ip_address(self.connection)
                 self.register_birth()  # type: ignore[no-untyped-call]
                 self.subscribe()  # type: ignore[no-untyped-call]
                 self.set_state(WorkerStatus.IDLE)
@@ -160,9 +169,16 @@ class CancelWorker(BaseWorker):
 
     def _warm(self) -> None:
         """Keep connections open and the clock true, so that the next cancel waits for neither."""
-        while not self._ended.wait(_WARM_S):
-            if not self._gate.closed(self._store.clock.now_ms()):
-                self._exchange.keep_warm()
+        while not self._ended.wait(_WARM_S if self._clock.measured else _LOOK_S):
+            now_ms = self._store.clock.now_ms()
+            if self._gate.closed(now_ms):
+                continue
+            self._exchange.keep_warm()
+            if (refusal := self._exchange.take_refusal()) is not None:
+                verdict = classify(Call.QUERY, OrderRef(None), refusal)
+                self._gate.close(
+                    verdict.pause_ms(now_ms, self._policy), f"{verdict.http} {verdict.msg}".strip(), now_ms
+                )
 
     # -- stopping --
 

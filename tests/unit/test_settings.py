@@ -630,6 +630,14 @@ def test_bad_settings_show_no_secret(environ: dict[str, str]) -> None:
     assert CANARY not in said
 
 
+@pytest.mark.parametrize(
+    "text", ["redis://u:86421?x@h:6379/0", "redis://86421?x@h", "redis://:86421", "redis://:86421/x@h"]
+)
+def test_a_password_that_looks_like_host_or_port_is_not_shown(text: str) -> None:
+    """Where it is unclear which part of a URL is the password, only the scheme is shown."""
+    assert "86421" not in everything_said({**ACCOUNT, "REDIS_URL": text})
+
+
 @given(
     st.text(max_size=12), st.text(max_size=12), st.sampled_from(["@redis.example:6379/0", "@h", "@h/0?db=1", "@h:x"])
 )

@@ -44,7 +44,7 @@ class ControlError(RuntimeError):
 class ExchangeConfig:
     """How a local exchange is set up; `reset` goes back to this."""
 
-    #: Name to API key and the means to check its signatures: an HMAC secret, or a public key (RSA, Ed25519) as PEM text.
+    #: Name to API key and what checks its signatures: an HMAC secret, or a public key (RSA, Ed25519) as PEM text.
     accounts: Mapping[str, tuple[str, str]] = field(repr=False)
     faults: str = "none"  # a name in FAULT_SETS
     seed: int = 0

@@ -353,8 +353,8 @@ _SERVER_SIDE = {
     Fault.RETRY_500: _code(-1000, "Request occur unknown error.", "retry later", status=500),
     Fault.BAD_GATEWAY_502: FaultSpec("502 HTML, nothing done", _page(502, "502 Bad Gateway"), reach=Reach.COMMON),
     Fault.UNKNOWN_503: FaultSpec("503 whose text leaves it open, nothing done", _UNKNOWN_503, reach=Reach.COMMON),
-    Fault.UNAVAILABLE_503: _code(-1001, _TEXT_UNAVAILABLE, "documented as a failure", Reach.COMMON, 503),
-    Fault.INTERNAL_503: _code(-1001, _TEXT_INTERNAL, "documented as a failure", Reach.COMMON, 503),
+    Fault.UNAVAILABLE_503: _code(-1001, _TEXT_UNAVAILABLE, "service unavailable, a failure", Reach.COMMON, 503),
+    Fault.INTERNAL_503: _code(-1001, _TEXT_INTERNAL, "internal error, a failure", Reach.COMMON, 503),
     Fault.THROTTLED_503: _code(-1008, _TEXT_THROTTLED, "overload protection", status=503),
     Fault.GATEWAY_TIMEOUT_504: FaultSpec(
         "504 HTML, nothing done", _page(504, "504 Gateway Time-out"), reach=Reach.COMMON
@@ -423,10 +423,10 @@ _PERMANENT = {
     Fault.NOT_FOUND_1099: _code(-1099, "Not found, unauthenticated, or unauthorized.", "key", _FINAL),
     Fault.CHARACTERS_1100: _code(-1100, "Illegal characters found in parameter 'algoId'.", "parameter", _FINAL),
     Fault.MISSING_1102: _code(-1102, "Mandatory parameter 'algoId' was not sent.", "parameter", _FINAL),
-    Fault.DISABLED_2011: _code(-2011, "This action is disabled on this account.", "account", _FINAL),
-    Fault.ACCOUNT_2011: _code(-2011, "This account may not place or cancel orders.", "account", _FINAL),
-    Fault.SYMBOL_2011: _code(-2011, "This symbol is not permitted for this account.", "account", _FINAL),
-    Fault.RESTRICTED_2011: _code(-2011, "Order was not canceled due to cancel restrictions.", "account", _FINAL),
+    Fault.DISABLED_2011: _code(-2011, "This action is disabled on this account.", "cancelling is disabled", _FINAL),
+    Fault.ACCOUNT_2011: _code(-2011, "This account may not place or cancel orders.", "account barred", _FINAL),
+    Fault.SYMBOL_2011: _code(-2011, "This symbol is not permitted for this account.", "symbol barred", _FINAL),
+    Fault.RESTRICTED_2011: _code(-2011, "Order was not canceled due to cancel restrictions.", "restricted", _FINAL),
     Fault.KEY_FORMAT_2014: FaultSpec("-2014: malformed key", KEY_FORMAT, reach=_FINAL),
     Fault.KEY_2015: FaultSpec("-2015: key, address or permission refused", KEY_REFUSED, reach=_FINAL),
     Fault.KEY_LOCKED_2017: _code(-2017, "API Keys are locked on this account.", "key", _FINAL, 401),
@@ -622,14 +622,18 @@ class FaultPlan:
         struck = call is Call.CANCEL and self._is_struck(algo_id)
         if turn > LAST_SEEDED_TURN or not (choices or struck):
             return None
-        draws = [_draw(self.seed, algo_id, call, n) for n in range(1, turn + 1)]
-        hits = [chance < self.rate * _RANGE for chance, _ in draws]
-        hits[0] |= struck
-        if not hits[-1] or sum(hits) > self._share(algo_id, call):
+        chance, choice = _draw(self.seed, algo_id, call, turn)
+        strikes = struck and turn == 1
+        if not strikes and chance >= self.rate * _RANGE:
             return None
-        if struck and turn == 1:
+        earlier = [_draw(self.seed, algo_id, call, n)[0] < self.rate * _RANGE for n in range(1, turn)]
+        if struck and turn > 1:
+            earlier[0] = True
+        if sum(earlier) >= self._share(algo_id, call):
+            return None
+        if strikes:
             choices = self.fault_set.incidents
-        return choices[draws[-1][1] % len(choices)] if choices else None
+        return choices[choice % len(choices)] if choices else None
 
     def _allowed(self, fault: Fault | None, by_client_id: bool) -> Fault | None:
         if fault is None or (by_client_id and fault is Fault.CLIENT_ID_REUSED):
