@@ -18,6 +18,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
+from producer.status import Status, read_status
 from producer.wire import (
     Command,
     Conversation,
@@ -175,6 +176,10 @@ class CancelClient:
     def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
         return self._hold(self._wire.statuses(list(job_ids)))
+
+    def status(self) -> Status:
+        """How the queue stands, in three round trips; see :class:`producer.status.Status`."""
+        return read_status(self._redis, self.keys)
 
     def job(self, ticket_or_id: Ticket | str) -> Job:
         """RQ's job of a request, for those who look at the queue through RQ.

@@ -125,8 +125,8 @@ class Canceller:
         self._resyncing = threading.Lock()
         self._resynced_ns = 0
 
-    def work(self, grant: Grant, hold: Hold, request: CancelRequest | None = None) -> Settlement | None:
-        """Carry a job as far as it goes without waiting; None if the lease was lost on the way.
+    def work(self, grant: Grant, hold: Hold, request: CancelRequest | None = None) -> Settlement:
+        """Carry a job as far as it goes without waiting.
 
         ``request`` spares the decoding where RQ has done it.
         """
@@ -139,9 +139,8 @@ class Canceller:
             return self._refuse(grant, request, f"account {request.account!r} has no key in this worker")
         step = first_step(pursuit.case(), pursuit.history, self._policy, self._now_ms())
         while isinstance(step, Again) and step.delay_ms == 0:
-            if hold.lost():
-                return None
-            if self._gate.closed(self._now_ms()):
+            # Nothing may be sent: the job goes back as it is. If somebody else has it by now, the fence sees to it.
+            if hold.lost() or self._gate.closed(self._now_ms()):
                 return Settlement(grant, attempts=tuple(pursuit.history), pin=pursuit.pin())
             step = self._attempt(pursuit, step, hold)
         if isinstance(step, Again):
@@ -191,7 +190,7 @@ class Canceller:
             )
         now_ms = self._now_ms()
         if verdict.means in GATED:
-            self._gate.close(verdict.pause_ms(now_ms, self._policy), f"{verdict.http} {verdict.msg}".strip(), now_ms)
+            self._gate.close_for(verdict, self._policy, now_ms)
         decision = next_step(case, pursuit.history, verdict, self._policy, now_ms, random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
             pursuit.learn(verdict)  # an order that is left alone is not the one that was meant

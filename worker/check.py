@@ -64,7 +64,7 @@ def _redis(settings: Settings) -> Finding:
     shown = settings.display_redis_url
     connection = open_redis(settings)
     try:
-        info: dict[str, object] = connection.info("server")  # type: ignore[assignment]
+        info: dict[str, object] = connection.info("server")
     except redis.AuthenticationError:
         return Finding("redis", f"{shown} refused the login", Fault.UNREACHABLE)
     except (redis.ConnectionError, redis.TimeoutError) as error:

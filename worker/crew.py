@@ -31,6 +31,8 @@ _LOOK_S = 1.0
 _AWAY_FIRST_S, _AWAY_LONGEST_S = 0.05, 1.0
 #: After Redis came back, others' expired leases are left alone this long, s: their holders settle first.
 _SETTLE_FIRST_S = 2.0
+#: The part of a lease by which our own idea of its end stays behind Redis'.
+_LEASE_MARGIN = 0.1
 
 
 @dataclass(slots=True)
@@ -39,11 +41,13 @@ class _Held:
 
     grant: Grant
     crew: Crew
+    good_until_s: float  # monotonic: the end of the lease as far as we know it
     is_lost: bool = False
     is_settling: bool = False
 
     def lost(self) -> bool:
-        return self.is_lost
+        # A process that was paused may wake up long after somebody else took the job, before it hears of that.
+        return self.is_lost or time.monotonic() > self.good_until_s
 
     def sent(self) -> None:
         self.crew.promote()
@@ -52,14 +56,15 @@ class _Held:
 class Crew:
     """``size`` requests in flight at the most, on at most two threads more than that."""
 
-    def __init__(self, size: int, store: Store, canceller: Canceller, gate: Gate) -> None:
+    def __init__(self, size: int, lease_s: float, store: Store, canceller: Canceller, gate: Gate) -> None:
         self._size = size
+        self._lease_s = lease_s
         self._store = store
         self._canceller = canceller
         self._gate = gate
         self._turn = threading.Condition()
         self._ready: deque[_Held] = deque()
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _Held] = {}  # by lease: one job can come back while its last settlement is answered
         self._running = 0
         self._idle = 0
         self._threads: list[threading.Thread] = []
@@ -86,16 +91,17 @@ class Crew:
     def held(self) -> list[tuple[str, str]]:
         """Id and lease of each job in our hands, for the renewal."""
         with self._turn:
-            return [(job_id, held.grant.lease) for job_id, held in self._held.items()]
+            return [(held.grant.id, lease) for lease, held in self._held.items()]
 
-    def lose(self, job_ids: set[str]) -> None:
-        """Somebody else has these jobs now: nothing more is sent for them."""
+    def renewed(self, asked_at_s: float, lost: set[str]) -> None:
+        """Leases were prolonged at ``asked_at_s`` (monotonic), but for the ``lost`` ones: somebody else has those."""
         with self._turn:
-            for job_id in job_ids:
-                held = self._held.get(job_id)
-                if held is not None and not held.is_settling:  # else it may have been settled just now
+            for lease, held in self._held.items():
+                if lease not in lost:
+                    held.good_until_s = max(held.good_until_s, asked_at_s + self._lease_s)
+                elif not held.is_settling and not held.is_lost:  # else it may have been settled just now
                     held.is_lost = True
-                    log.warning("lease_lost", id=job_id)
+                    log.warning("lease_lost", id=held.grant.id)
 
     def in_flight(self) -> int:
         """Jobs in our hands."""
@@ -117,8 +123,8 @@ class Crew:
             unstarted, self._ready = list(self._ready), deque()
             self._turn.notify_all()
         self._retries.stop()
-        for held in unstarted:
-            self._settle(Settlement(held.grant))
+        self._heap.extend(Settlement(held.grant) for held in unstarted)
+        self._drain()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the requests in flight to be answered and settled; False if some were not in time."""
@@ -159,18 +165,18 @@ class Crew:
 
     def _live(self) -> None:
         while (held := self._next()) is not None:
+            settlement = None
             try:
                 settlement = self._canceller.work(held.grant, held)
             except Exception as error:  # noqa: BLE001 - whatever it is, the thread lives
                 # A defect is no answer: the lease brings the job back, and the attempt counts as unclear. What it says
                 # may hold what must not be logged; where it stands may not.
                 log.error("defect", id=held.grant.id, error=type(error).__name__, where=_where(error))
-                settlement = None
             with self._turn:
                 self._running -= 1
                 held.is_settling = True
                 if settlement is None:
-                    self._held.pop(held.grant.id, None)
+                    self._held.pop(held.grant.lease, None)
             if settlement is not None:
                 self._settle(settlement)
 
@@ -190,7 +196,7 @@ class Crew:
                 else:
                     self._running += 1
                     return self._ready.popleft()
-            claimed = self._lead()
+            claimed = self._guarded(self._lead)
             with self._turn:
                 self._leading = False
                 self._accept(claimed)
@@ -199,7 +205,7 @@ class Crew:
                     self._wake(len(self._ready))
 
     def _lead(self) -> Claimed | None:
-        """Wait at the queue for a second at the most."""
+        """Wait at the queue, for a second at the most."""
         pause = self._suspended or self._gate.closed(self._store.clock.now_ms())
         if pause:
             self._abandon.wait(_LOOK_S)
@@ -219,11 +225,22 @@ class Crew:
         self._gate.observe(claimed.gate_until_ms)
         return claimed
 
+    def _guarded(self, claim: Callable[[], Claimed | None]) -> Claimed | None:
+        """A defect in claiming must not leave the queue without anybody at it."""
+        try:
+            return claim()
+        except Exception as error:  # noqa: BLE001 - as above
+            log.error("defect", where=_where(error), error=type(error).__name__)
+            self._abandon.wait(_LOOK_S)
+            return None
+
     def _accept(self, claimed: Claimed | None) -> None:
         """Take what a claim brought into our hands (the caller holds the turn)."""
         grants = claimed.grants if claimed is not None else []
+        # The server gave the leases within the wait before now; what the answer's way took is a small part of them.
+        good_until_s = time.monotonic() + self._lease_s - _LEASE_MARGIN * self._lease_s
         for grant in grants:
-            self._held[grant.id] = held = _Held(grant, self)
+            self._held[grant.lease] = held = _Held(grant, self, good_until_s)
             if self._stopping:
                 self._heap.append(Settlement(grant))
             else:
@@ -237,7 +254,7 @@ class Crew:
             free = self._free()
             if self._stopping or free < 1 or self._gate.closed(self._store.clock.now_ms()):
                 return  # whoever is free next claims it
-        claimed = self._claim(free, wait=False)
+        claimed = self._guarded(lambda: self._claim(free, wait=False))
         with self._turn:
             self._accept(claimed)
             self._wake(len(self._ready))
@@ -259,25 +276,34 @@ class Crew:
                 self._settling.release()
 
     def _write(self, group: list[Settlement]) -> None:
-        attempt = 0
-        while True:
-            try:
-                answers = self._store.settle(group)
-                break
-            except redis.RedisError as error:
-                # The outcomes are kept until they are written; a repeat of a write that had worked changes nothing.
-                self._away(error, attempt)
-                attempt += 1
-                if self._abandon.is_set():
-                    return
+        answers = self._answers(group)
         with self._turn:
-            for settlement in group:
-                self._held.pop(settlement.grant.id, None)
+            if not self._abandon.is_set():
+                for settlement in group:
+                    self._held.pop(settlement.grant.lease, None)
         for settlement, answer in zip(group, answers, strict=True):
             self._tell(settlement, answer)
 
-    def _tell(self, settlement: Settlement, answer: int) -> None:
+    def _answers(self, group: list[Settlement]) -> list[int | None]:
+        attempt = 0
+        while not self._abandon.is_set():
+            try:
+                return list(self._store.settle(group))
+            except redis.RedisError as error:
+                if type(error) is redis.ResponseError:  # not for being away, read-only, loading or out of memory
+                    if len(group) > 1:  # one row must not hold up the others
+                        return [answer for settlement in group for answer in self._answers([settlement])]
+                    log.error("defect", id=group[0].grant.id, where="settle", error=str(error))
+                    return [None]
+                # The outcomes are kept until they are written; a repeat of a write that had worked changes nothing.
+                self._away(error, attempt)
+                attempt += 1
+        return [None] * len(group)
+
+    def _tell(self, settlement: Settlement, answer: int | None) -> None:
         grant, outcome = settlement.grant, settlement.outcome
+        if answer is None:
+            return
         if answer == 0:
             log.warning("fenced", id=grant.id, kind=outcome.kind if outcome else None)
         elif outcome is None:

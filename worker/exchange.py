@@ -564,16 +564,18 @@ class Exchange:
 
     def _read(self, attempt: _Attempt, raw: BaseHTTPResponse) -> Reply:
         """Read the body. One that breaks off is marked: status and Retry-After count all the same."""
-        whole = False
+        if raw.status < 200:
+            # The true answer is still to come, and must not be taken for the next request's.
+            raw.close()
+        body, whole = b"", False
         outer_attempt = _current.swap(attempt)
         try:
             body, whole = _read_body(raw)
         finally:
             _current.swap(outer_attempt)
-            # After a 1xx the true answer is still to come, and must not be taken for the next request's.
-            if not whole or raw.status < 200:
+            if not whole:
                 raw.close()
-                raw.release_conn()
+            raw.release_conn()
         headers = raw.headers
         return Reply(
             http=raw.status,

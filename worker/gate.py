@@ -8,6 +8,7 @@ from collections.abc import Callable
 import redis
 
 from worker import log
+from worker.verdict import Policy, Verdict
 
 
 class Gate:
@@ -30,6 +31,10 @@ class Gate:
         """Note what Redis says; an end that is later here has not reached Redis yet, and holds."""
         with self._lock:
             self.until_ms = max(self.until_ms, until_ms)
+
+    def close_for(self, verdict: Verdict, policy: Policy, now_ms: int) -> None:
+        """Close it as long as a gated ``verdict`` asks for."""
+        self.close(verdict.pause_ms(now_ms, policy), f"{verdict.http} {verdict.msg}".strip(), now_ms)
 
     def close(self, pause_ms: int, reason: str, now_ms: int) -> None:
         """Close it here at once, and for everybody as soon as Redis hears of it."""

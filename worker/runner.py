@@ -17,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 import redis
+from rq import worker_registration
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker, WorkerStatus
 
@@ -71,7 +72,7 @@ class CancelWorker(BaseWorker):
         canceller, self._gate = open_canceller(self._settings, self._exchange, clock, self._store, self.name)
         self._clock = clock
         self._policy = policy_of(self._settings)
-        self._crew = Crew(self._settings.concurrency, self._store, canceller, self._gate)
+        self._crew = Crew(self._settings.concurrency, self._settings.lease_s, self._store, canceller, self._gate)
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
         """Keep our own time-outs: RQ would wait 415 s for an answer."""
@@ -144,41 +145,52 @@ class CancelWorker(BaseWorker):
 
     def _look(self) -> None:
         """Renew the leases of all jobs in flight, tell RQ that we live, learn of the gate and of suspension."""
-        lease_s = self._settings.lease_s
-        while not self._ended.wait(min(lease_s / 4, _LOOK_S)):
+        while not self._ended.wait(min(self._settings.lease_s / 4, _LOOK_S)):
             try:
                 self._look_once()
             except redis.RedisError as error:
                 log.debug("look", error=type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - without renewals every job in flight would be lost
+                log.error("defect", where="look", error=type(error).__name__)
 
     def _look_once(self) -> None:
+        asked_at_s = time.monotonic()
         held = self._crew.held()
         lost, gate_until_ms, suspended = self._store.renew(held)
-        self._crew.lose(lost)
+        self._crew.renewed(asked_at_s, lost)
         self._gate.observe(gate_until_ms)
         self._gate.share(self._store.clock.now_ms())
         self._crew.suspend(suspended)
         state = WorkerStatus.SUSPENDED if suspended else WorkerStatus.BUSY if held else WorkerStatus.IDLE
         with self.connection.pipeline(transaction=False) as pipeline:
+            self.heartbeat(pipeline=pipeline)
             if state != self.get_state():
                 self.set_state(state, pipeline=pipeline)
-            self.heartbeat(pipeline=pipeline)
-            pipeline.execute()
-        if self.should_run_maintenance_tasks:
-            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            is_new = pipeline.execute()[0] == 1
+        if is_new:  # Redis came back without its data
+            with self.connection.pipeline() as pipeline:
+                pipeline.hset(self.key, mapping={**self.serialize(), "state": state})
+                worker_registration.register(self, pipeline)
+                pipeline.execute()
 
     def _warm(self) -> None:
         """Keep connections open and the clock true, so that the next cancel waits for neither."""
         while not self._ended.wait(_WARM_S if self._clock.measured else _LOOK_S):
+            if self.should_run_maintenance_tasks:
+                self._maintain()
             now_ms = self._store.clock.now_ms()
             if self._gate.closed(now_ms):
                 continue
             self._exchange.keep_warm()
             if (refusal := self._exchange.take_refusal()) is not None:
-                verdict = classify(Call.QUERY, OrderRef(None), refusal)
-                self._gate.close(
-                    verdict.pause_ms(now_ms, self._policy), f"{verdict.http} {verdict.msg}".strip(), now_ms
-                )
+                self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms)
+
+    def _maintain(self) -> None:
+        """RQ's own clean-up of registries, for what stock workers left."""
+        try:
+            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            log.warning("maintenance", error=type(error).__name__)
 
     # -- stopping --
 

@@ -226,7 +226,7 @@ class Store:
         return [int(row) for row in answer]
 
     def renew(self, held: Sequence[tuple[str, str]]) -> tuple[set[str], int, bool]:
-        """Prolong the leases of ``held`` (id, lease); gives the ids that are lost, the gate's end, and suspension."""
+        """Prolong the leases of ``held`` (id, lease); gives the lost ones, the gate's end, and suspension."""
         words = (word for pair in held for word in pair)
         script = _evalsha(_RENEW, (self.keys.leases,), (self.keys.job_prefix, self._lease_ms, *words))
         gate, suspended, lost = self.roundtrip(
@@ -234,7 +234,7 @@ class Store:
         )
         _raise(gate, suspended)
         lost = self._checked(_RENEW, script, lost)
-        return {job_id.decode() for job_id in lost}, int(gate or 0), suspended == 1
+        return {lease.decode() for lease in lost}, int(gate or 0), suspended == 1
 
     def close_gate(self, pause_ms: int, reason: str) -> int:
         """Close the shared gate for at least ``pause_ms``; gives its end, ms by Redis' clock."""

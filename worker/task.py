@@ -64,7 +64,6 @@ def cancel_algo_order(request: object) -> object:
         settlement = canceller.work(claimed.grants[0], Unfenced(), decoded)
     except MessageError:
         settlement = canceller.work(claimed.grants[0], Unfenced())
-    assert settlement is not None  # an unfenced hold is never lost
     store.settle([settlement])
     if settlement.outcome is None:
         return _retry(settlement.delay_ms or 0)

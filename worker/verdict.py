@@ -425,7 +425,7 @@ def in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
     return any(
         attempt.call is Call.CANCEL
         and attempt.verdict == Means.UNCLEAR
-        and (open_at_ms is None or attempt.at_ms + window_ms > open_at_ms)
+        and (open_at_ms is None or attempt.at_ms + attempt.ms + window_ms > open_at_ms)
         for attempt in history
     )
 

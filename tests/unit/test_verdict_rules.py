@@ -31,7 +31,7 @@ from worker.verdict import (
     next_step,
 )
 
-PROFILE = settings(derandomize=True, deadline=None, max_examples=60)
+PROFILE = settings(derandomize=True, deadline=None, max_examples=40)
 _T = TypeVar("_T")
 
 T0 = 1750485492076

@@ -407,7 +407,12 @@ def _integer(name: str, value: str) -> int:
     return int(value)
 
 
-def _check_time(parameters: dict[str, str], server_ms: int) -> None:
+def check_time(parameters: dict[str, str], server_ms: int) -> None:
+    """Refuse a timestamp that is ahead of the exchange's clock or outside its window (exchange.md 2).
+
+    Raises:
+        Refusal: -1021 with one of its two texts, or -1102, -1100 or -1130 for parameters that are missing or wrong.
+    """
     timestamp = _integer("timestamp", _mandatory(parameters, "timestamp"))
     window_ms = _integer("recvWindow", parameters.get("recvWindow", str(DEFAULT_RECV_WINDOW_MS)))
     if not 1 <= window_ms <= MAX_RECV_WINDOW_MS:
@@ -709,7 +714,7 @@ class ExchangeServer:
             self.tally.bad_signatures += 1
             raise Refusal(BAD_SIGNATURE)
         parameters = _parameters(request)
-        _check_time(parameters, now_ms + self.book.clock_skew_ms)
+        check_time(parameters, now_ms + self.book.clock_skew_ms)
         return account, parameters
 
     def _cancel(self, request: Request, now_ms: int) -> Reply:

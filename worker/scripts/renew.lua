@@ -1,12 +1,12 @@
 -- Prolong the leases of all jobs in flight in one call.
 -- KEYS  1 leases    ARGV  1 job prefix, 2 lease in ms, then id and lease of each job
--- Gives the ids whose lease somebody else has taken.
+-- Gives the leases that somebody else has taken.
 local lost = {}
 for i = 3, #ARGV, 2 do
   if redis.call('HGET', ARGV[1] .. ARGV[i], 'c_lease') == ARGV[i + 1] then
     redis.call('ZADD', KEYS[1], now_ms + tonumber(ARGV[2]), ARGV[i])
   else
-    lost[#lost + 1] = ARGV[i]
+    lost[#lost + 1] = ARGV[i + 1]
   end
 end
 return lost

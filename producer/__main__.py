@@ -1,0 +1,453 @@
+"""``python -m producer``: cancel orders, look up outcomes, retry, and watch a queue, from a shell.
+
+The only place of the package that reads the environment. It is built with click, which RQ brings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from producer import console
+from producer.client import CancelClient, Ticket
+from producer.message import (
+    DEFAULT_ACCOUNT,
+    DEFAULT_QUEUE,
+    CancelRequest,
+    InvalidRequest,
+    MalformedMessage,
+    Outcome,
+)
+from producer.status import Status, aligned
+from producer.wire import QueueUnavailable, UnknownRequest, check_position
+
+#: Between two looks of --watch, s.
+_WATCH_S = 1.0
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class ExitCode(IntEnum):
+    """What the shell is told."""
+
+    DONE = 0  # every order is known to be off the book, or without --wait every request was accepted
+    NOT_OFF_THE_BOOK = 1  # some order is not known to be off the book; stronger than TIMED_OUT
+    USAGE = 2  # bad usage or input; nothing was done
+    TIMED_OUT = 3  # no outcome yet; the requests go on
+    UNREACHABLE = 4  # Redis did not answer, or refused
+    INTERRUPTED = 130  # Ctrl-C; requests that were accepted go on
+
+
+_EXIT_CODES = """\b
+Exit codes:
+  0    all orders are known to be off the book (cancelled, already_cancelled,
+       expired, rejected); without --wait: all requests were accepted
+  1    some are not known to be off the book (triggered, even when FINISHED,
+       and every failed kind), or an id is unknown; stronger than 3
+  2    bad usage or input; nothing was done
+  3    no outcome yet
+  4    Redis cannot be reached, or refuses
+  130  interrupted; what was accepted goes on
+"""
+_ENVIRONMENT = """\b
+Environment: REDIS_URL, CANCEL_QUEUE; for rediss:// also
+REDIS_TLS_VERIFY (required or none) and REDIS_TLS_CA (a PEM file).
+"""
+
+
+def _epilog(*examples: str) -> str:
+    lines = "\n".join(f"  {example}" for example in examples)
+    return f"\b\nExamples:\n{lines}\n\n{_EXIT_CODES}\n{_ENVIRONMENT}"
+
+
+class _Failure(click.ClickException):
+    """One line on stderr and an exit code."""
+
+    def __init__(self, message: str, code: ExitCode) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _InOrder(click.Command):
+    """Remembers in which order its options were given, which click sorts by name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, keeping the sequence of options under ``given``."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta["given"] = [parameter.name for parameter in given]
+        return super().parse_args(ctx, args)
+
+
+def _common(function: F) -> F:
+    """The options that every command has."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout."),
+        click.option(
+            "--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, show_default=True, show_envvar=True, metavar="Q"
+        ),
+        click.option(
+            "--redis-url",
+            envvar="REDIS_URL",
+            default="redis://localhost:6379/0",
+            show_default=True,
+            show_envvar=True,
+            metavar="URL",
+            help="A password on a command line is visible in ps: one with a password belongs into REDIS_URL.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@contextlib.contextmanager
+def _client(redis_url: str, queue: str) -> Iterator[CancelClient]:
+    try:
+        client = console.connect(
+            redis_url, queue, os.environ.get("REDIS_TLS_VERIFY", ""), os.environ.get("REDIS_TLS_CA", "")
+        )
+    except (console.BadSetting, InvalidRequest) as error:
+        raise _Failure(str(error), ExitCode.USAGE) from None
+    with client:
+        try:
+            yield client
+        except QueueUnavailable as error:
+            raise _Failure(_unreachable(error, redis_url), ExitCode.UNREACHABLE) from None
+
+
+def _unreachable(error: QueueUnavailable, redis_url: str) -> str:
+    return f"{error} [{console.address(redis_url)}{console.why_unreachable(error)}]"
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_epilog(
+        "python -m producer cancel --algo-id 2146760 --wait 5",
+        "python -m producer outcomes --follow --json",
+        "python -m producer status --watch",
+        "python -m producer COMMAND --help",
+    ),
+)
+def cli() -> None:
+    """Ask for conditional orders to be cancelled, and learn what became of each."""
+
+
+# --- cancel -------------------------------------------------------------------------------------------------------
+
+
+def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    if value is not None and (math.isnan(value) or value < 0):
+        raise click.BadParameter("must be a number of seconds, 0 or more")
+    return value
+
+
+@cli.command(
+    cls=_InOrder,
+    epilog=_epilog(
+        "python -m producer cancel --algo-id 2146760",
+        "python -m producer cancel --client-algo-id stop-17 --urgent --deadline 30 --wait 5",
+        "python -m producer cancel --from-file ids.txt --account desk2 --wait 60 --json",
+        "jq -c '{algo_id, symbol}' orders.json | python -m producer cancel --from-file -",
+    ),
+)
+@click.option("--algo-id", multiple=True, metavar="ID", help="The exchange's id of an order; may be repeated.")
+@click.option("--client-algo-id", multiple=True, metavar="ID", help="The client's id of an order; may be repeated.")
+@click.option(
+    "--from-file",
+    multiple=True,
+    metavar="F|-",
+    help="A file, or - for stdin, with one order per line: digits (an algo id), a JSON object with fields of "
+    "CancelRequest, or anything else as a client algo id. Blank lines and # comments are skipped. One bad line and "
+    "nothing of it is enqueued; a file without an id is an error.",
+)
+@click.option("--account", default=DEFAULT_ACCOUNT, show_default=True, metavar="A")
+@click.option("--symbol", metavar="S", help="Carried into the outcome.")
+@click.option("--tag", metavar="T", help="Carried into the outcome.")
+@click.option("--deadline", type=float, metavar="S", help="How long the cancel is worth pursuing, seconds.")
+@click.option("--urgent", is_flag=True, help="Go before what waits already.")
+@click.option("--wait", type=float, metavar="S", callback=_seconds, help="Wait up to S seconds for the outcomes.")
+@_common
+@click.pass_context
+def cancel(
+    ctx: click.Context, redis_url: str, queue: str, as_json: bool, wait: float | None, **options: Any
+) -> ExitCode:
+    """Enqueue cancels of orders, in the order given.
+
+    The options about the request apply to all ids, and to each line of a file that does not say otherwise. Prints
+    one line for each request: its ticket, or with --wait its outcome.
+    """
+    requests = _requests(ctx.meta["given"], options)
+    with _client(redis_url, queue) as client:
+        tickets = client.cancel_many(requests)
+        if wait is not None:
+            return _wait(client, tickets, wait, as_json)
+    if as_json:
+        _print_lines(_dump(ticket.as_dict()) for ticket in tickets)
+    else:
+        _print_lines(aligned([console.ticket_cells(ticket) for ticket in tickets]))
+    return ExitCode.DONE
+
+
+def _requests(given: Sequence[str], options: Mapping[str, Any]) -> list[CancelRequest]:
+    """What the command line asks for, in its order."""
+    words = {name: iter(options[name]) for name in ("algo_id", "client_algo_id", "from_file")}
+    defaults = {name: options[name] for name in ("account", "symbol", "tag", "urgent")}
+    defaults["deadline_s"] = options["deadline"]
+    requests: list[CancelRequest] = []
+    try:
+        CancelRequest(algo_id=1, **defaults)  # a bad option is told once, not for each line of a file
+        for name in given:
+            if name == "algo_id":
+                requests.append(CancelRequest(algo_id=console.algo_id_of(next(words[name])), **defaults))
+            elif name == "client_algo_id":
+                requests.append(CancelRequest(client_algo_id=next(words[name]), **defaults))
+            elif name == "from_file":
+                requests += _requests_of_file(next(words[name]), defaults)
+    except (InvalidRequest, console.BadFile) as error:
+        raise _Failure(str(error), ExitCode.USAGE) from None
+    if not requests:
+        raise click.UsageError("give --algo-id, --client-algo-id or --from-file")
+    return requests
+
+
+def _requests_of_file(name: str, defaults: Mapping[str, Any]) -> list[CancelRequest]:
+    if name == "-":
+        return console.read_requests(sys.stdin.buffer, "stdin", defaults)
+    try:
+        with Path(name).open("rb") as file:
+            return console.read_requests(file, name, defaults)
+    except OSError as error:
+        raise console.BadFile(f"{name}: {error.strerror or type(error).__name__}; nothing was enqueued") from None
+
+
+def _wait(client: CancelClient, tickets: Sequence[Ticket], timeout_s: float, as_json: bool) -> ExitCode:
+    job_ids = [ticket.id for ticket in tickets]
+    found: dict[str, Outcome] = {}
+    try:
+        with console.progress(len(set(job_ids))) as shown:
+            console.collect(client, job_ids, timeout_s, found, shown)
+    except KeyboardInterrupt:
+        _say("interrupted; the requests go on")
+        return ExitCode.INTERRUPTED
+    finally:
+        # However the waiting ended: without its id nobody could ask for an outcome later.
+        if as_json:
+            _print_lines(_outcome_json(ticket.id, found) for ticket in tickets)
+        else:
+            _print_lines(aligned([_cells(ticket.id, found, ticket.request, "no outcome yet") for ticket in tickets]))
+    return _judged(job_ids, found)
+
+
+def _judged(job_ids: Sequence[str], found: Mapping[str, Outcome]) -> ExitCode:
+    if any(not outcome.off_the_book for outcome in found.values()):
+        return ExitCode.NOT_OFF_THE_BOOK
+    return ExitCode.DONE if all(job_id in found for job_id in job_ids) else ExitCode.TIMED_OUT
+
+
+def _outcome_json(job_id: str, found: Mapping[str, Outcome], **more: object) -> str:
+    outcome = found.get(job_id)
+    return _dump({"id": job_id, "kind": None, **more}) if outcome is None else outcome.encode()
+
+
+def _cells(job_id: str, found: Mapping[str, Outcome], order: CancelRequest | None, words: str) -> tuple[str, ...]:
+    outcome = found.get(job_id)
+    return console.missing_cells(job_id, order, words) if outcome is None else console.outcome_cells(outcome)
+
+
+# --- outcome, outcomes --------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    epilog=_epilog(
+        "python -m producer outcome 4c7e0f1a3d5b4e6f8a9b0c1d2e3f4a5b",
+        "python -m producer outcome ID1 ID2 --json",
+    )
+)
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@_common
+def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> ExitCode:
+    """Show what became of requests, in the order given.
+
+    For a request without an outcome yet --json prints {"id","kind":null,"status"} with RQ's status, and exits with
+    3; status is null for an id that nobody knows (any more), and the exit code 1.
+    """
+    with _client(redis_url, queue) as client:
+        found = client.outcomes_of(ids)
+        missing = [job_id for job_id in ids if job_id not in found]
+        statuses = dict(zip(missing, client.statuses(missing), strict=True))
+    if as_json:
+        _print_lines(_outcome_json(job_id, found, status=statuses.get(job_id)) for job_id in ids)
+    else:
+        words = {job_id: f"no outcome yet, {status}" if status else "unknown id" for job_id, status in statuses.items()}
+        _print_lines(aligned([_cells(job_id, found, None, words.get(job_id, "")) for job_id in ids]))
+    if None in statuses.values():
+        return ExitCode.NOT_OFF_THE_BOOK
+    return _judged(ids, found)
+
+
+@cli.command(
+    epilog=_epilog(
+        "python -m producer outcomes",
+        "python -m producer outcomes --after '$' --follow",
+        "python -m producer outcomes --after 1763797200000-0 --json | jq .kind",
+    )
+)
+@click.option(
+    "--after",
+    default="0-0",
+    show_default=True,
+    metavar="STREAM-ID",
+    help="Begin after this entry; $ is the newest one.",
+)
+@click.option("--follow", is_flag=True, help="Go on with new ones as they come.")
+@_common
+def outcomes(redis_url: str, queue: str, as_json: bool, after: str, follow: bool) -> ExitCode:
+    """List the ledger: one line for each outcome, oldest first.
+
+    --json prints the outcome's record with its stream id as "entry", to go on --after it. Exits with 0.
+    """
+    try:
+        check_position(after)
+    except InvalidRequest as error:
+        raise _Failure(str(error), ExitCode.USAGE) from None
+    with _client(redis_url, queue) as client:
+        for entry, ended in client.outcomes(after, follow=follow):
+            if as_json:
+                _print(_dump({**ended.as_dict(), "entry": entry}))
+            else:
+                _print(console.streamed((entry, *console.outcome_cells(ended))))
+    return ExitCode.DONE
+
+
+# --- retry --------------------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    epilog=_epilog(
+        "python -m producer retry 4c7e0f1a3d5b4e6f8a9b0c1d2e3f4a5b",
+        "python -m producer retry --failed",
+    )
+)
+@click.argument("ids", metavar="[ID...]", nargs=-1)
+@click.option("--failed", is_flag=True, help="All that ended in a failed kind.")
+@_common
+def retry(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...], failed: bool) -> ExitCode:
+    """Start a new run, with a new deadline, of requests that ended in a failed kind, and print their ids.
+
+    An id that is not among the failed ones is an error (2), and none is retried then.
+    """
+    if bool(ids) == failed:
+        raise click.UsageError("give ids or --failed, and not both" if ids else "give ids or --failed")
+    with _client(redis_url, queue) as client:
+        try:
+            started = client.retry(client.failed_ids() if failed else ids, missing_ok=failed)
+        except UnknownRequest as error:
+            raise _Failure(f"{error}; nothing was retried", ExitCode.USAGE) from None
+    _print_lines(_dump({"id": job_id}) if as_json else job_id for job_id in started)
+    if not started:
+        _say("there is nothing to retry")
+    return ExitCode.DONE
+
+
+# --- status -------------------------------------------------------------------------------------------------------
+
+
+@cli.command(epilog=_epilog("python -m producer status", "python -m producer status --watch --queue cancels"))
+@click.option("--watch", is_flag=True, help="Look again every second until Ctrl-C.")
+@_common
+def status(redis_url: str, queue: str, as_json: bool, watch: bool) -> ExitCode:
+    """Show the queue: what waits and for how long, what is in flight, the last minute's outcomes, gate and workers."""
+    with _client(redis_url, queue) as client:
+        seen = client.status()
+        if not watch:
+            _print_lines([_dump(seen.as_dict())] if as_json else seen.lines())
+            return ExitCode.DONE
+        with _screen(as_json) as show:
+            show(seen)
+            while True:
+                time.sleep(_WATCH_S)
+                try:
+                    show(client.status())
+                except QueueUnavailable as error:
+                    # Whoever watches wants to see it come back.
+                    _say(_unreachable(error, redis_url))
+
+
+@contextlib.contextmanager
+def _screen(as_json: bool) -> Iterator[Callable[[Status], None]]:
+    """A function that shows a status in the place of the one before it: with rich on a terminal, else below it."""
+    if as_json:
+        yield lambda seen: _print(_dump(seen.as_dict()))
+        return
+    live = _live() if sys.stdout.isatty() else None
+    if live is None:
+        yield lambda seen: _print_lines([*seen.lines(), ""])
+        return
+    with live:
+        yield lambda seen: live.update("\n".join(seen.lines()), refresh=True)
+
+
+def _live() -> Any:
+    try:
+        from rich.console import Console
+        from rich.live import Live
+    except ImportError:
+        return None
+    # Names come from Redis: nothing in them is markup.
+    return Live(console=Console(markup=False, highlight=False, emoji=False), auto_refresh=False)
+
+
+# --- the way out --------------------------------------------------------------------------------------------------
+
+
+def _print(line: str) -> None:
+    """One line on stdout, at once: whoever reads it through a pipe acts on it."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stdout.flush()
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _dump(value: Mapping[str, object]) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def main() -> int:
+    """Run the command line; gives the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        return int(cli.main(prog_name="python -m producer", standalone_mode=False))
+    except click.Abort:
+        return ExitCode.INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.code if isinstance(error, _Failure) else error.exit_code
+    except MalformedMessage as error:
+        _say(f"Error: {error}")
+        return ExitCode.NOT_OFF_THE_BOOK
+    except BrokenPipeError:
+        # The reader has left (`| head`); nothing is to be said, not by the interpreter's last flush either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.NOT_OFF_THE_BOOK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""The command line's material, free of click and of the environment: connecting, reading ids, waiting, showing."""
+
+from __future__ import annotations
+
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, BinaryIO
+from urllib.parse import parse_qs, urlsplit
+
+from producer.client import CancelClient
+from producer.message import (
+    MAX_ALGO_ID,
+    MAX_PAYLOAD_BYTES,
+    VERSION,
+    CancelRequest,
+    InvalidRequest,
+    MalformedMessage,
+    MessageError,
+    Outcome,
+    clean_text,
+    decode_request,
+    loads,
+)
+from producer.wire import TicketFields
+
+#: Bad lines of a file that are reported one by one.
+SHOWN_BAD_LINES = 20
+#: Time between two lines of progress where there is no terminal, s.
+PROGRESS_S = 5.0
+#: Options that a Redis URL may carry; others would override the time-outs that the client sets.
+_URL_OPTIONS = frozenset({"db", "username", "password", "ssl_cert_reqs", "ssl_ca_certs", "ssl_check_hostname"})
+_URL_FORMS = "redis://[user:password@]host[:port][/database], the same with rediss:// for TLS, or unix:///path"
+#: Time between two looks for outcomes, s: from soon to seldom.
+_FIRST_PAUSE_S = 0.01
+_LAST_PAUSE_S = 0.25
+
+
+class BadSetting(ValueError):
+    """A connection setting cannot be used. The text names it and what it must be, and never shows its value."""
+
+
+class BadFile(ValueError):
+    """A file of ids cannot be used; the text has a line for each of the first faults."""
+
+
+# --- Connecting ---------------------------------------------------------------------------------------------------
+
+
+def connect(url: str, queue: str, tls_verify: str, tls_ca: str) -> CancelClient:
+    """A client for ``url``; ``tls_verify`` (required, none, or empty) and ``tls_ca`` matter to rediss:// alone.
+
+    Raises:
+        BadSetting: the URL or a TLS setting cannot be used.
+        InvalidRequest: ``queue`` cannot name a queue.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+        options = parse_qs(parts.query, keep_blank_values=True)
+    except ValueError:
+        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}; percent-encode what is special in the password") from None
+    if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.scheme == "unix"):
+        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}")
+    if not options.keys() <= _URL_OPTIONS:
+        raise BadSetting(f"REDIS_URL: after the question mark only {', '.join(sorted(_URL_OPTIONS))} may be set")
+    tls = _tls_options(options, tls_verify, tls_ca) if parts.scheme == "rediss" else {}
+    try:
+        return CancelClient.from_url(url, queue, **tls)
+    except InvalidRequest:
+        raise
+    except (ValueError, TypeError):
+        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}") from None
+
+
+def _tls_options(options: Mapping[str, list[str]], verify: str, ca_file: str) -> dict[str, Any]:
+    """What redis-py is told beside the URL, whose own options win: they must not say less than the setting."""
+    by_url = options.get("ssl_cert_reqs", [""])[-1]
+    if verify not in ("", "required", "none"):
+        raise BadSetting("REDIS_TLS_VERIFY must be required or none")
+    if by_url not in ("", "required", "none"):
+        raise BadSetting("REDIS_URL: ssl_cert_reqs must be required or none")
+    if by_url and verify and by_url != verify:
+        raise BadSetting(f"REDIS_TLS_VERIFY must not contradict REDIS_URL, which says ssl_cert_reqs={by_url}")
+    required = (by_url or verify or "required") == "required"
+    found: dict[str, Any] = {"ssl_cert_reqs": "required" if required else "none", "ssl_check_hostname": required}
+    if ca_file:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=ca_file)
+        except OSError:  # ssl.SSLError is one
+            raise BadSetting("REDIS_TLS_CA must be the path of a PEM file") from None
+        found["ssl_ca_certs"] = ca_file
+    return found
+
+
+def address(url: str) -> str:
+    """Where a Redis URL leads, fit to be shown: without user, password and options."""
+    parts = urlsplit(url)
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
+
+
+def why_unreachable(error: BaseException) -> str:
+    """A hint for people, from the causes of an error; empty where there is none to give."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f": {clean_text(cause.verify_message)}; see REDIS_TLS_CA and REDIS_TLS_VERIFY"
+        if isinstance(cause, OSError) and cause.strerror:
+            return f": {clean_text(cause.strerror)}"
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
+# --- Reading ids --------------------------------------------------------------------------------------------------
+
+
+def algo_id_of(text: str) -> int:
+    """A whole number as people type it.
+
+    Raises:
+        InvalidRequest: it is none, or starts with a zero as only a client's id would.
+    """
+    if not (text.isascii() and text.isdigit()) or len(text) > 19 or text.startswith("0"):
+        raise InvalidRequest("algo_id", text, f"must be a whole number from 1 to {MAX_ALGO_ID}")
+    return int(text)
+
+
+def request_of(line: str, defaults: Mapping[str, Any]) -> CancelRequest | None:
+    """The request of one line: digits are an algo id, a line that starts with { is a JSON object with fields of
+    CancelRequest, anything else is a client algo id. None for a blank line and a # comment.
+
+    Raises:
+        InvalidRequest, MalformedMessage: the line is none of these.
+    """
+    word = line.strip()
+    if not word or word.startswith("#"):
+        return None
+    if word.startswith("{"):
+        return decode_request({"v": VERSION, **defaults, **loads(word)})
+    if word.isdigit():
+        return CancelRequest(algo_id=algo_id_of(word), **defaults)
+    return CancelRequest(client_algo_id=word, **defaults)
+
+
+def read_requests(file: BinaryIO, name: str, defaults: Mapping[str, Any]) -> list[CancelRequest]:
+    """The requests of a file, in its order; ``defaults`` are the fields that its lines leave out.
+
+    Raises:
+        BadFile: lines break a rule, or there is no request in it.
+    """
+    requests: list[CancelRequest] = []
+    faults: list[str] = []
+    bad = 0
+    for number, line in enumerate(_lines(file), 1):
+        try:
+            request = request_of(_decoded(line), defaults)
+        except MessageError as error:
+            bad += 1
+            if bad <= SHOWN_BAD_LINES:
+                faults.append(f"{name}:{number}: {_fault(line, error)}")
+            continue
+        if request is not None:
+            requests.append(request)
+    if bad > SHOWN_BAD_LINES:
+        faults.append(f"{name}: {bad - SHOWN_BAD_LINES:,} more bad lines")
+    if bad:
+        raise BadFile("\n".join([*faults, "nothing was enqueued"]))
+    if not requests:
+        raise BadFile(f"{name}: there is no id in it; nothing was enqueued")
+    return requests
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines, each cut one byte after the largest that is read: what is no text file must not fill the memory."""
+    limit = MAX_PAYLOAD_BYTES + 1
+    for line in iter(partial(file.readline, limit), b""):
+        rest = line
+        while len(rest) == limit and not rest.endswith(b"\n"):
+            rest = file.readline(limit)
+        yield line
+
+
+def _decoded(line: bytes) -> str:
+    if len(line) > MAX_PAYLOAD_BYTES:
+        raise MalformedMessage(f"longer than {MAX_PAYLOAD_BYTES} bytes")
+    try:
+        return line.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        raise MalformedMessage("not UTF-8") from None
+
+
+def _fault(line: bytes, error: MessageError) -> str:
+    if isinstance(error, InvalidRequest):
+        return str(error)  # names field and value
+    return f"{clean_text(line[:400].decode('utf-8', 'replace'), 80)!r}: {error}"
+
+
+# --- Waiting ------------------------------------------------------------------------------------------------------
+
+
+def collect(
+    client: CancelClient,
+    job_ids: Iterable[str],
+    timeout_s: float,
+    found: dict[str, Outcome],
+    progress: Callable[[int], None],
+) -> None:
+    """Look for outcomes until all are there or the time is up, adding them to ``found``.
+
+    One loop for all ids. An error, Ctrl-C too, leaves in ``found`` what had come before it.
+    """
+    ends_at = time.monotonic() + timeout_s
+    pending = list(dict.fromkeys(job_ids))
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        began = time.monotonic()
+        found |= client.outcomes_of(pending)
+        pending = [job_id for job_id in pending if job_id not in found]
+        progress(len(found))
+        looked = time.monotonic()
+        if not pending or looked >= ends_at:
+            return
+        # Whoever waits for very many must not keep the server busy with looking.
+        pause_s = max(min(pause_s * 1.3, _LAST_PAUSE_S), 4 * (looked - began))
+        time.sleep(min(pause_s, ends_at - looked))
+
+
+def progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A function that takes how many outcomes there are and shows it on stderr: a bar on a terminal if rich is
+    installed, else a line every few seconds."""
+    if sys.stderr.isatty():
+        try:
+            return _bar(total)
+        except ImportError:
+            pass
+    return nullcontext(_Plain(total))
+
+
+class _Plain:
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._began = self._shown = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._shown >= PROGRESS_S:
+            self._shown = now
+            print(  # noqa: T201
+                f"{done:,} of {self._total:,} have an outcome after {now - self._began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        TextColumn("outcomes"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+    @contextmanager
+    def shown() -> Iterator[Callable[[int], None]]:
+        with bar:
+            task = bar.add_task("", total=total)
+            yield lambda done: bar.update(task, completed=done)
+
+    return shown()
+
+
+# --- Showing ------------------------------------------------------------------------------------------------------
+
+
+def ticket_cells(ticket: TicketFields) -> tuple[str, ...]:
+    """A ticket for people: id, order, account, what became of the enqueue."""
+    request = ticket.request
+    accepted = "joined an open request" if ticket.duplicate else "accepted"
+    return ticket.id, _order(request.algo_id, request.client_algo_id), f"account={request.account}", accepted
+
+
+def outcome_cells(outcome: Outcome) -> tuple[str, ...]:
+    """An outcome for people: id, order, kind, whether the order may be live, what else is known."""
+    live = {True: "MAY BE LIVE", False: "not live", None: "no order"}[outcome.may_be_live]
+    details = []
+    if outcome.actual_order_id:
+        symbol = f" {outcome.symbol}" if outcome.symbol else ""
+        details.append(f"now order {outcome.actual_order_id}{symbol}")
+    if outcome.order_status:
+        details.append(f"status {outcome.order_status}")
+    if outcome.error:
+        details.append(outcome.error)
+    words = (outcome.id, _order(outcome.algo_id, outcome.client_algo_id), outcome.kind.value, live, ", ".join(details))
+    return tuple(clean_text(word) for word in words)
+
+
+def missing_cells(job_id: str, order: CancelRequest | None, words: str) -> tuple[str, ...]:
+    """The same for a request that has no outcome (yet)."""
+    named = "-" if order is None else _order(order.algo_id, order.client_algo_id)
+    return clean_text(job_id), named, "-", "MAY BE LIVE", words
+
+
+def streamed(cells: Sequence[str]) -> str:
+    """Cells as one line, for those that come one by one and cannot know how wide the others are."""
+    widths = (20, 32, 28, 17, 11)
+    padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False))
+    return "  ".join([*padded, *cells[len(widths) :]]).rstrip()
+
+
+def _order(algo_id: int | None, client_algo_id: str | None) -> str:
+    if algo_id is not None:
+        return f"algo_id={algo_id}"
+    return "-" if client_algo_id is None else f"client_algo_id={client_algo_id}"
