@@ -179,7 +179,7 @@ def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> floa
 @_common
 @click.pass_context
 def cancel(
-    ctx: click.Context, redis_url: str, queue: str, as_json: bool, wait: float | None, **options: Any
+    ctx: click.Context, /, redis_url: str, queue: str, as_json: bool, wait: float | None, **options: Any
 ) -> ExitCode:
     """Enqueue cancels of orders, in the order given.
 
@@ -333,10 +333,11 @@ def outcomes(redis_url: str, queue: str, as_json: bool, after: str, follow: bool
 
 
 @cli.command(
+    short_help="Start new runs of requests that ended in a failed kind.",
     epilog=_epilog(
         "python -m producer retry 4c7e0f1a3d5b4e6f8a9b0c1d2e3f4a5b",
         "python -m producer retry --failed",
-    )
+    ),
 )
 @click.argument("ids", metavar="[ID...]", nargs=-1)
 @click.option("--failed", is_flag=True, help="All that ended in a failed kind.")
@@ -362,7 +363,10 @@ def retry(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...], faile
 # --- status -------------------------------------------------------------------------------------------------------
 
 
-@cli.command(epilog=_epilog("python -m producer status", "python -m producer status --watch --queue cancels"))
+@cli.command(
+    short_help="Show how a queue stands.",
+    epilog=_epilog("python -m producer status", "python -m producer status --watch --queue cancels"),
+)
 @click.option("--watch", is_flag=True, help="Look again every second until Ctrl-C.")
 @_common
 def status(redis_url: str, queue: str, as_json: bool, watch: bool) -> ExitCode:

@@ -14,6 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
+from producer.status import Status, read_status
 from producer.wire import (
     Command,
     Conversation,
@@ -151,6 +152,10 @@ class AsyncCancelClient:
     async def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
         return await self._hold(self._wire.statuses(list(job_ids)))
+
+    async def status(self) -> Status:
+        """How the queue stands, in three round trips; see :class:`producer.status.Status`."""
+        return await self._hold(read_status(self.keys))
 
     async def _hold(self, conversation: Conversation[T], *, repeat: bool = True) -> T:
         with availability():

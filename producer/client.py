@@ -179,7 +179,7 @@ class CancelClient:
 
     def status(self) -> Status:
         """How the queue stands, in three round trips; see :class:`producer.status.Status`."""
-        return read_status(self._redis, self.keys)
+        return self._hold(read_status(self.keys))
 
     def job(self, ticket_or_id: Ticket | str) -> Job:
         """RQ's job of a request, for those who look at the queue through RQ.

@@ -8,7 +8,6 @@ talks to nobody. Every value is frozen once built, and every decoder answers bad
 from __future__ import annotations
 
 import json
-import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -162,7 +161,7 @@ def _check_ids(algo_id: object, client_algo_id: object) -> None:
 
 def _check_deadline(deadline_s: object) -> None:
     number = isinstance(deadline_s, int | float) and not isinstance(deadline_s, bool)
-    if not number or not math.isfinite(deadline_s) or not 0 < deadline_s <= MAX_DEADLINE_S:  # type: ignore[arg-type,operator]
+    if not number or not 0 < deadline_s <= MAX_DEADLINE_S:  # type: ignore[operator]
         raise InvalidRequest("deadline_s", deadline_s, f"must be more than 0 and at most {MAX_DEADLINE_S} seconds")
 
 
@@ -391,6 +390,11 @@ def encode_request(request: CancelRequest) -> dict[str, object]:
     return payload
 
 
+def _is_ours(record: Mapping[Any, Any]) -> bool:
+    version = record.get("v")
+    return version == VERSION and type(version) is int  # to Python, true is 1
+
+
 _REQUEST_FIELDS = frozenset({"v", "account", "algo_id", "client_algo_id", "deadline_s", "symbol", "tag", "urgent"})
 
 
@@ -403,7 +407,7 @@ def decode_request(payload: object) -> CancelRequest:
     """
     if not isinstance(payload, Mapping):
         raise MalformedMessage(f"a cancel request is a JSON object, not {_shown(payload)}")
-    if payload.get("v") != VERSION or isinstance(payload.get("v"), bool):
+    if not _is_ours(payload):
         raise MalformedMessage(f"v={_shown(payload.get('v'))}: this side speaks version {VERSION}")
     extra = sorted(str(name) for name in payload if name not in _REQUEST_FIELDS)
     if extra:
@@ -458,7 +462,7 @@ def decode_outcome(text: str | bytes) -> Outcome:
         MalformedMessage: it is not one of this version.
     """
     record = loads(text, limit=16 * MAX_PAYLOAD_BYTES)
-    if not isinstance(record, dict) or record.get("v") != VERSION:
+    if not isinstance(record, dict) or not _is_ours(record):
         raise MalformedMessage(f"not an outcome record of version {VERSION}")
     try:
         return Outcome(
@@ -469,7 +473,7 @@ def decode_outcome(text: str | bytes) -> Outcome:
             finished_at_ms=int(record["finished_at_ms"]),
             **{name: record[name] for name in _PLAIN_OUTCOME_FIELDS},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MalformedMessage(f"not an outcome record: {type(error).__name__} {_shown(str(error))}") from None
 
 
@@ -505,7 +509,7 @@ def _attempts(rows: object) -> tuple[Attempt, ...]:
             )
             for row in rows
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MalformedMessage(f"not an attempt: {type(error).__name__} {_shown(str(error))}") from None
 
 
@@ -549,6 +553,8 @@ def _inflate(data: bytes) -> bytes:
         return data
     if len(plain) > MAX_PAYLOAD_BYTES:
         raise MalformedMessage(f"the payload inflates beyond {MAX_PAYLOAD_BYTES} bytes")
+    if data and not inflater.eof:
+        raise MalformedMessage("the compressed payload is cut off")
     return plain
 
 
@@ -561,7 +567,7 @@ def clean_text(text: str, limit: int = MAX_MSG_CHARS) -> str:
 def _shown(value: object) -> str:
     try:
         return clean_text(repr(value), 80)
-    except ValueError:  # a whole number too long for Python to print
+    except (ValueError, RecursionError):  # a whole number too long for Python to print, or nested too deeply
         return f"<{type(value).__name__}>"
 
 

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from redis import Redis
 from rq.utils import utcparse
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from producer.message import JobField, Keys, MalformedMessage, Outcome, OutcomeKind
-from producer.wire import availability, entry_outcome, text
+from producer.wire import Command, Conversation, entry_outcome, good, text
 
 #: The window of the figures about outcomes, s.
 WINDOW_S = 60
@@ -161,19 +160,18 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
-def read_status(connection: Redis, keys: Keys) -> Status:
-    """Look at a queue in three round trips, however long the queue and its ledger are.
-
-    Raises:
-        QueueUnavailable: Redis did not answer.
-    """
-    with availability():
-        first = _First.read(connection, keys)
-        entries, gate, states, workers = _details(connection, keys, first)
-        rows = _worker_rows(first, workers)
-        hosts = sorted({row.host for row in rows})
-        gates = [("all", gate), *zip(hosts, _gates(connection, keys, hosts), strict=True)]
+def read_status(keys: Keys) -> Conversation[Status]:
+    """Look at a queue in three round trips, however long the queue and its ledger are."""
+    first = _First.of((yield _First.commands(keys)))
+    entries, gate, *rest = good((yield _details(keys, first)))
+    states, workers = rest[: len(first.head)], rest[len(first.head) :]
+    rows = _worker_rows(first, workers)
+    hosts = sorted({row.host for row in rows})
+    gates = [("all", gate)]
+    if hosts:
+        gates += zip(hosts, good((yield [("HGETALL", keys.gate(host)) for host in hosts])), strict=True)
     outcomes, kinds = _outcomes(entries)
+    timed = [outcome for outcome in outcomes if outcome.enqueued_at_ms is not None]
     return Status(
         queue=keys.queue,
         at_ms=first.now_ms,
@@ -187,11 +185,9 @@ def read_status(connection: Redis, keys: Keys) -> Status:
         gates=tuple(_gate(scope, fields, first.now_ms) for scope, fields in gates if fields or scope == "all"),
         outcomes=kinds,
         outcomes_partial=len(entries) == MAX_ENTRIES,
-        enqueue_to_outcome=Percentiles.of(
-            [max(0, o.finished_at_ms - o.enqueued_at_ms) for o in outcomes if o.enqueued_at_ms is not None]
-        ),
+        enqueue_to_outcome=Percentiles.of([o.finished_at_ms - (o.enqueued_at_ms or 0) for o in timed]),
         enqueue_to_first_attempt=Percentiles.of(
-            [max(0, o.attempts[0].at_ms - o.enqueued_at_ms) for o in outcomes if o.attempts and o.enqueued_at_ms]
+            [o.attempts[0].at_ms - (o.enqueued_at_ms or 0) for o in timed if o.attempts]
         ),
         workers=tuple(rows),
     )
@@ -210,20 +206,24 @@ class _First:
     head: list[str]
     worker_keys: list[str]
 
+    @staticmethod
+    def commands(keys: Keys) -> list[Command]:
+        return [
+            ("TIME",),
+            ("LLEN", keys.waiting),
+            ("LLEN", keys.claiming),
+            ("ZCARD", keys.leases),
+            ("ZCARD", keys.scheduled),
+            ("ZCARD", keys.failed),
+            ("EXISTS", keys.suspended),
+            ("LRANGE", keys.claiming, 0, _HEAD - 1),
+            ("LRANGE", keys.waiting, 0, _HEAD - 1),
+            ("SRANDMEMBER", WORKERS_BY_QUEUE_KEY % keys.queue, _MAX_WORKERS),
+        ]
+
     @classmethod
-    def read(cls, connection: Redis, keys: Keys) -> _First:
-        pipeline = connection.pipeline(transaction=False)
-        pipeline.time()
-        pipeline.llen(keys.waiting)
-        pipeline.llen(keys.claiming)
-        pipeline.zcard(keys.leases)
-        pipeline.zcard(keys.scheduled)
-        pipeline.zcard(keys.failed)
-        pipeline.exists(keys.suspended)
-        pipeline.lrange(keys.claiming, 0, _HEAD - 1)
-        pipeline.lrange(keys.waiting, 0, _HEAD - 1)
-        pipeline.srandmember(WORKERS_BY_QUEUE_KEY % keys.queue, _MAX_WORKERS)
-        (seconds, micros), waiting, claiming, in_flight, scheduled, failed, suspended, *lists = pipeline.execute()
+    def of(cls, answers: list[Any]) -> _First:
+        (seconds, micros), waiting, claiming, in_flight, scheduled, failed, suspended, *lists = good(answers)
         at_claim, at_head, workers = ([text(item) for item in items] for items in lists)
         return cls(
             now_ms=int(seconds) * 1000 + int(micros) // 1000,
@@ -237,24 +237,15 @@ class _First:
         )
 
 
-def _details(connection: Redis, keys: Keys, first: _First) -> tuple[list[Any], Any, list[Any], list[Any]]:
+def _details(keys: Keys, first: _First) -> list[Command]:
     """Entries of the last minute, the shared gate, states of the jobs at the head, and workers' hashes."""
-    pipeline = connection.pipeline(transaction=False)
-    pipeline.xrevrange(keys.outcomes, min=first.now_ms - WINDOW_S * 1000, count=MAX_ENTRIES)
-    pipeline.hgetall(keys.gate("all"))
-    for job_id in first.head:
-        pipeline.hmget(keys.job_prefix + job_id, ("status", JobField.ENQUEUED_AT_MS, "enqueued_at"))
-    for key in first.worker_keys:
-        pipeline.hmget(key, _WORKER_FIELDS)
-    entries, gate, *rest = pipeline.execute()
-    return entries, gate, rest[: len(first.head)], rest[len(first.head) :]
-
-
-def _gates(connection: Redis, keys: Keys, hosts: Sequence[str]) -> list[Any]:
-    pipeline = connection.pipeline(transaction=False)
-    for host in hosts:
-        pipeline.hgetall(keys.gate(host))
-    return pipeline.execute() if hosts else []
+    job_fields = ("status", JobField.ENQUEUED_AT_MS, "enqueued_at")
+    since_ms = first.now_ms - WINDOW_S * 1000
+    commands: list[Command] = [("XREVRANGE", keys.outcomes, "+", since_ms, "COUNT", MAX_ENTRIES)]
+    commands.append(("HGETALL", keys.gate("all")))
+    commands += [("HMGET", keys.job_prefix + job_id, *job_fields) for job_id in first.head]
+    commands += [("HMGET", key, *_WORKER_FIELDS) for key in first.worker_keys]
+    return commands
 
 
 def _oldest_s(now_ms: int, states: Sequence[Sequence[Any]]) -> float | None:

@@ -135,7 +135,8 @@ class Script:
         answers = yield [("EVALSHA", self.sha, *words), *then]
         if isinstance(answers[0], redis.exceptions.NoScriptError):
             answers = yield [("EVAL", self.source, *words), *then]
-        return [_good(answers[0]), *answers[1:]]
+        good(answers[:1])
+        return answers
 
 
 ENQUEUE = Script(files("producer").joinpath("scripts/enqueue.lua").read_text("utf-8"))
@@ -270,29 +271,29 @@ class Wire:
 
     def outcome(self, job_id: str) -> Conversation[Outcome | None]:
         """One outcome, or None while there is none."""
-        (record,) = yield [("GET", self.keys.outcome_prefix + job_id)]
-        return None if _good(record) is None else decode_outcome(record)
+        (record,) = good((yield [("GET", self.keys.outcome_prefix + job_id)]))
+        return None if record is None else decode_outcome(record)
 
     def outcomes_of(self, job_ids: Iterable[str]) -> Conversation[dict[str, Outcome]]:
         """Those outcomes that are there, one round trip for each :data:`CHUNK` ids."""
         found: dict[str, Outcome] = {}
         for page in pages(list(job_ids)):
-            (records,) = yield [("MGET", *(self.keys.outcome_prefix + job_id for job_id in page))]
-            for job_id, record in zip(page, _good(records), strict=True):
+            (records,) = good((yield [("MGET", *(self.keys.outcome_prefix + job_id for job_id in page))]))
+            for job_id, record in zip(page, records, strict=True):
                 if record is not None:
                     found[job_id] = decode_outcome(record)
         return found
 
     def newest(self) -> Conversation[str]:
         """The ledger's newest entry."""
-        (newest,) = yield [("XREVRANGE", self.keys.outcomes, "+", "-", "COUNT", 1)]
-        return text(newest[0][0]) if _good(newest) else "0-0"
+        (newest,) = good((yield [("XREVRANGE", self.keys.outcomes, "+", "-", "COUNT", 1)]))
+        return text(newest[0][0]) if newest else "0-0"
 
     def page(self, after: str, follow: bool) -> Conversation[list[tuple[str, Any]]]:
         """Stream id and record of the entries after one; ``follow`` lets the server wait for some."""
         block: Command = ("BLOCK", self._server_wait_ms(_FOLLOW_MS)) if follow else ()
-        (page,) = yield [("XREAD", "COUNT", _PAGE, *block, "STREAMS", self.keys.outcomes, after)]
-        return [(text(entry_id), fields) for entry_id, fields in _entries(_good(page))]
+        (page,) = good((yield [("XREAD", "COUNT", _PAGE, *block, "STREAMS", self.keys.outcomes, after)]))
+        return [(text(entry_id), fields) for entry_id, fields in _entries(page)]
 
     def retry(self, job_ids: Iterable[str], missing_ok: bool) -> Conversation[list[str]]:
         """Start new runs; gives the ids that were started.
@@ -327,15 +328,15 @@ class Wire:
 
     def failed_ids(self) -> Conversation[list[str]]:
         """Ids in RQ's FailedJobRegistry, oldest first."""
-        (job_ids,) = yield [("ZRANGE", self.keys.failed, 0, -1)]
-        return [text(job_id) for job_id in _good(job_ids)]
+        (job_ids,) = good((yield [("ZRANGE", self.keys.failed, 0, -1)]))
+        return [text(job_id) for job_id in job_ids]
 
     def statuses(self, job_ids: Sequence[str]) -> Conversation[list[str | None]]:
         """RQ's status of each job, None where there is no such job."""
         found: list[str | None] = []
         for page in pages(job_ids):
-            answers = yield [("HGET", self.keys.job_prefix + job_id, "status") for job_id in page]
-            found += [None if _good(status) is None else text(status) for status in answers]
+            answers = good((yield [("HGET", self.keys.job_prefix + job_id, "status") for job_id in page]))
+            found += [None if status is None else text(status) for status in answers]
         return found
 
     def _server_wait_ms(self, most_ms: int) -> int:
@@ -411,15 +412,17 @@ def availability() -> Iterator[None]:
         raise QueueUnavailable(f"Redis refused ({code.group() if code else type(error).__name__})") from None
 
 
+def good(answers: list[Any]) -> list[Any]:
+    """The answers, once none of them is an error; raises the first that is."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
 def text(value: Any) -> str:
     """A word from Redis, whether the caller's connection decodes answers or not."""
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _good(answer: Any) -> Any:
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def _not_durable(written: Any, wait_ms: int) -> NotDurable | None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Self
 
 import redis
+
+from producer.message import Keys, Outcome, decode_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,3 +170,91 @@ def scrubbed() -> dict[str, str]:
     """This process' environment without any setting of the project's."""
     names = ("BINANCE_", "CANCEL_", "BACKOFF_", "WORKER_", "LEASE_", "REDIS_", "LOG_", "RQ_", "DYNO", "EGRESS_")
     return {name: value for name, value in os.environ.items() if not name.startswith(names)}
+
+
+def plain(answer: Any) -> Any:
+    """An answer of Redis with its bytes as text, however deep they lie; bytes that are no UTF-8 are replaced."""
+    if isinstance(answer, bytes):
+        return answer.decode("utf-8", "replace")
+    if isinstance(answer, dict):
+        return {plain(name): plain(value) for name, value in answer.items()}
+    if isinstance(answer, list | tuple | set):
+        return [plain(item) for item in answer]
+    return answer
+
+
+class Peek:
+    """What stands in Redis about one queue, as text."""
+
+    def __init__(self, connection: redis.Redis, queue: str = "cancels") -> None:
+        self.keys = Keys(queue)
+        self._redis = connection
+
+    def __call__(self, *command: Any) -> Any:
+        """Run one command."""
+        return plain(self._redis.execute_command(*command))
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """The job's hash."""
+        return dict(plain(self._redis.hgetall(self.keys.job_prefix + job_id)))
+
+    def waiting(self) -> list[str]:
+        """The ids on the queue, first one first."""
+        return list(self("LRANGE", self.keys.waiting, 0, -1))
+
+    def ledger(self) -> list[Outcome]:
+        """All outcomes, oldest first."""
+        return [decode_outcome(fields[1]) for _, fields in plain(self._redis.xrange(self.keys.outcomes, "-", "+"))]
+
+    def kinds(self) -> Counter[str]:
+        """How many outcomes of each kind there are."""
+        return Counter(outcome.kind.value for outcome in self.ledger())
+
+    def now_ms(self) -> int:
+        """The server's time, ms since the epoch."""
+        seconds, micros = self("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+
+class TurnCounter:
+    """A TCP proxy in front of a server that counts round trips: times at which a client speaks after an answer."""
+
+    def __init__(self, port: int) -> None:
+        self.turns = 0
+        self._target = port
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = self._listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self._target))
+                self._sockets += (client, server)
+                threading.Thread(target=self._carry, args=(client, server), daemon=True).start()
+
+    def _carry(self, client: socket.socket, server: socket.socket) -> None:
+        answered = True
+        with contextlib.suppress(OSError):
+            while True:
+                for source in select.select([client, server], [], [])[0]:
+                    data = source.recv(1 << 20)
+                    if not data:
+                        return
+                    if source is client:
+                        self.turns += answered
+                        server.sendall(data)
+                    else:
+                        client.sendall(data)
+                    answered = source is server

@@ -12,6 +12,7 @@ Nothing is sent twice, no redirect is followed, neither environment nor netrc is
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import re
@@ -121,6 +122,12 @@ class _Attempt:
             self._on_sent()
         except Exception as error:  # noqa: BLE001 - the request is out: its answer matters more than the caller's hook
             _log.warning("on_sent_failed error=%s", type(error).__name__)
+
+    def give_up_connection(self) -> None:
+        # urllib3 has done it, except after an error that it takes for the pool's own.
+        if self.connection is not None:
+            with contextlib.suppress(OSError):
+                self.connection.close()
 
     def failure(self, error: Exception, outer: BaseException | None) -> Failure:
         """``error`` as a failure that names classes only: its text may hold a URL. ``outer``: not of our making."""
@@ -550,8 +557,7 @@ class Exchange:
         try:
             response = self._adapter.send(self._prepare(method, path, api_key), stream=True, timeout=self._timeouts)
         except Exception as error:  # noqa: BLE001 - whatever it was, a cancel in doubt must be recorded as one
-            if attempt.connection is not None:
-                attempt.connection.close()  # urllib3 has done it, but for an error that it takes for the pool's
+            attempt.give_up_connection()
             return attempt.failure(error, outer_error)
         finally:
             _current.swap(outer_attempt)
@@ -566,7 +572,7 @@ class Exchange:
         """Read the body. One that breaks off is marked: status and Retry-After count all the same."""
         if raw.status < 200:
             # The true answer is still to come, and must not be taken for the next request's.
-            raw.close()
+            attempt.give_up_connection()
         body, whole = b"", False
         outer_attempt = _current.swap(attempt)
         try:
@@ -574,7 +580,7 @@ class Exchange:
         finally:
             _current.swap(outer_attempt)
             if not whole:
-                raw.close()
+                attempt.give_up_connection()
             raw.release_conn()
         headers = raw.headers
         return Reply(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -206,7 +206,10 @@ CODE_MEANS: dict[int, Means] = {
     -1022: Means.KEY_REFUSED,  # invalid signature
     -1023: Means.DENIED,  # start after end
     -1099: Means.DENIED,  # not found, unauthenticated or unauthorized
-    **dict.fromkeys(range(-1130, -1099), Means.DENIED),  # parameters: illegal, missing, unread, empty, combined badly
+    **dict.fromkeys(range(-1106, -1099), Means.DENIED),  # parameters: illegal, too many, missing, unread, empty
+    **dict.fromkeys(range(-1127, -1107), Means.DENIED),  # parameters of other calls: asset, symbol, listen key
+    -1128: Means.DENIED,  # combination of parameters
+    -1130: Means.DENIED,  # value of a parameter
     -2013: Means.NO_SUCH_ORDER,
     -2014: Means.KEY_REFUSED,  # key's format
     -2015: Means.KEY_REFUSED,  # key, address or permission
@@ -383,6 +386,8 @@ def next_step(
     stop = _final(case, history, verdict, policy, now_ms)
     if stop is not None:
         return stop
+    if verdict.order is not None:
+        case = replace(case, by_client_id=False)  # the answer told the algo id, and the caller pins it
     if now_ms >= case.deadline_at_ms:
         return _bound(history, policy, "the deadline passed")
     delay_ms = _delay(history, verdict, policy, now_ms, roll)
@@ -400,18 +405,14 @@ def next_step(
 def call_for(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int) -> Call:
     """Which call comes next at ``at_ms``: a query wherever a cancel would be a guess."""
     last = history[-1] if history else None
-    if last is not None:
-        means = Means(last.verdict)
-        if means in _ASK_AFTER or (means is Means.UNCLEAR):
-            return Call.QUERY
-        if means is not Means.OPEN and last.call is Call.QUERY:
-            return Call.QUERY  # it was never answered
+    if last is not None and last.verdict != Means.OPEN and (last.call is Call.QUERY or last.verdict in _ASK_AFTER):
+        return Call.QUERY  # it was not answered for good, or there is something to ask
     stale = at_ms - case.enqueued_at_ms > CLIENT_ID_GRACE_MS or in_doubt(history, policy)
     return Call.QUERY if case.by_client_id and stale else Call.CANCEL
 
 
-#: After these the order's state must be read before anything else is tried.
-_ASK_AFTER = frozenset({Means.NO_SUCH_ORDER, Means.TRIGGER_RACE, Means.TRIGGERING, Means.ODD_STATUS})
+#: After these answers to a cancel the order's state must be read before anything else is tried.
+_ASK_AFTER = frozenset({Means.UNCLEAR, Means.NO_SUCH_ORDER, Means.TRIGGER_RACE})
 
 
 def in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:

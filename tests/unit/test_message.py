@@ -58,7 +58,7 @@ from producer.message import (
     may_be_live,
 )
 
-PROFILE = settings(derandomize=True, deadline=None, max_examples=30)
+PROFILE = settings(derandomize=True, deadline=None, max_examples=25)
 
 # ---- any valid value ------------------------------------------------------------------------------------------------
 

@@ -550,7 +550,8 @@ def test_the_last_state_skips_what_shows_none() -> None:
 
 # ---- doubt ----------------------------------------------------------------------------------------------------------
 
-WINDOW_MS = POLICY.recv_window_ms + 1_000
+#: When a cancel that was under way for TOOK_MS can no longer be accepted, counted from its start.
+WINDOW_MS = TOOK_MS + POLICY.recv_window_ms + 1_000
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import pytest
-from hypothesis import Phase, find, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.message import Attempt, Call, OutcomeKind, decode_attempts, encode_attempts
@@ -31,13 +31,13 @@ from worker.verdict import (
     next_step,
 )
 
-PROFILE = settings(derandomize=True, deadline=None, max_examples=40)
+PROFILE = settings(derandomize=True, deadline=None, max_examples=30)
 _T = TypeVar("_T")
 
 T0 = 1750485492076
 ALGO_ID = 2146760
 CLIENT_ID = "6B2I9XVcJpCjqPAJ4YoFX7"
-#: How long after it was sent a cancel can still be accepted, and how far ahead its timestamp may have been, ms.
+#: How long after its timestamp a cancel can still be accepted, and how far ahead that may have been, ms.
 STRIKE_MS = 5_000 + 1_000
 #: Against a loop that never ends; bounds of attempts and time end every run long before.
 MAX_CALLS = 3_000
@@ -198,11 +198,10 @@ def _planned(run: Run) -> Iterator[tuple[Turn, Again]]:
 # ---- the runs below are worth something: they reach every end -------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", OutcomeKind)
-def test_the_runs_reach_every_kind(kind: OutcomeKind) -> None:
+def test_the_runs_reach_every_kind() -> None:
     """No rule here holds only because its case never comes up."""
-    one = settings(PROFILE, max_examples=2_000, phases=[Phase.generate], database=None)
-    assert find(RUNS, lambda run: run.stop.kind is kind, settings=one).stop.kind is kind
+    chance = random.Random(7)
+    assert {_run(chance.randbytes(40)).stop.kind for _ in range(600)} == set(OutcomeKind)
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
@@ -296,7 +295,8 @@ def test_already_cancelled_is_not_ours(run: Run) -> None:
 def test_an_unsettled_cancel_is_never_called_a_failure(run: Run) -> None:
     """While a cancel may have worked, the outcome claims neither that it was refused nor that nothing was done."""
     seen_open_ms = [a.at_ms for a in run.history if a.verdict == "open"]
-    unsettled = [a for a in run.unclear_cancels if not any(ms >= a.at_ms + STRIKE_MS for ms in seen_open_ms)]
+    last_open_ms = max(seen_open_ms, default=0)
+    unsettled = [a for a in run.unclear_cancels if last_open_ms < a.at_ms + a.ms + STRIKE_MS]
     if unsettled:
         assert run.stop.kind not in ("refused", "not_found", "gave_up", "overdue", "already_cancelled")
 

@@ -25,7 +25,7 @@ from worker.verdict import (
     classify,
 )
 
-PROFILE = settings(derandomize=True, deadline=None, max_examples=40)
+PROFILE = settings(derandomize=True, deadline=None, max_examples=25)
 
 ALGO_ID = 2146760
 CLIENT_ID = "6B2I9XVcJpCjqPAJ4YoFX7"
