@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from rq.job import JobStatus
 
 from producer import console
 from producer.client import CancelClient, Ticket
@@ -32,6 +33,9 @@ from producer.message import (
 from producer.status import Status, aligned
 from producer.wire import QueueUnavailable, UnknownRequest, check_position
 
+#: RQ's status of a job whose outcome is still to come.
+_OPEN = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.STARTED})
+_UNKNOWN = "unknown id"
 #: Between two looks of --watch, s.
 _WATCH_S = 1.0
 
@@ -259,9 +263,17 @@ def _outcome_json(job_id: str, found: Mapping[str, Outcome], **more: object) -> 
     return _dump({"id": job_id, "kind": None, **more}) if outcome is None else outcome.encode()
 
 
+def _words(status: str | None) -> str:
+    """What is said of a request that has no record."""
+    if status is None:
+        return _UNKNOWN
+    return f"no outcome yet, {status}" if status in _OPEN else f"record has run out, {status}"
+
+
 def _cells(job_id: str, found: Mapping[str, Outcome], order: CancelRequest | None, words: str) -> tuple[str, ...]:
-    outcome = found.get(job_id)
-    return console.missing_cells(job_id, order, words) if outcome is None else console.outcome_cells(outcome)
+    if job_id in found:
+        return console.outcome_cells(found[job_id])
+    return console.missing_cells(job_id, order, words, known=words != _UNKNOWN)
 
 
 # --- outcome, outcomes --------------------------------------------------------------------------------------------
@@ -278,19 +290,18 @@ def _cells(job_id: str, found: Mapping[str, Outcome], order: CancelRequest | Non
 def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> ExitCode:
     """Show what became of requests, in the order given.
 
-    For a request without an outcome yet --json prints {"id","kind":null,"status"} with RQ's status, and exits with
-    3; status is null for an id that nobody knows (any more), and the exit code 1.
+    Where there is no record --json prints {"id","kind":null,"status"} with RQ's status of the job. The exit code is
+    3 while the request is queued, scheduled or started, and 1 if its record has run out or nobody knows the id.
     """
     with _client(redis_url, queue) as client:
+        # In this order: a request that ends in between is found.
+        statuses = dict(zip(ids, client.statuses(ids), strict=True))
         found = client.outcomes_of(ids)
-        missing = [job_id for job_id in ids if job_id not in found]
-        statuses = dict(zip(missing, client.statuses(missing), strict=True))
     if as_json:
         _print_lines(_outcome_json(job_id, found, status=statuses.get(job_id)) for job_id in ids)
     else:
-        words = {job_id: f"no outcome yet, {status}" if status else "unknown id" for job_id, status in statuses.items()}
-        _print_lines(aligned([_cells(job_id, found, None, words.get(job_id, "")) for job_id in ids]))
-    if None in statuses.values():
+        _print_lines(aligned([_cells(job_id, found, None, _words(statuses[job_id])) for job_id in ids]))
+    if any(job_id not in found and status not in _OPEN for job_id, status in statuses.items()):
         return ExitCode.NOT_OFF_THE_BOOK
     return _judged(ids, found)
 

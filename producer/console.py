@@ -303,10 +303,10 @@ def outcome_cells(outcome: Outcome) -> tuple[str, ...]:
     return tuple(clean_text(word) for word in words)
 
 
-def missing_cells(job_id: str, order: CancelRequest | None, words: str) -> tuple[str, ...]:
-    """The same for a request that has no outcome (yet)."""
+def missing_cells(job_id: str, order: CancelRequest | None, words: str, known: bool = True) -> tuple[str, ...]:
+    """The same for a request that has no outcome (yet); ``known``: there is a job, hence an order."""
     named = "-" if order is None else _order(order.algo_id, order.client_algo_id)
-    return clean_text(job_id), named, "-", "MAY BE LIVE", words
+    return clean_text(job_id), named, "-", "MAY BE LIVE" if known else "-", words
 
 
 def streamed(cells: Sequence[str]) -> str:

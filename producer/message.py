@@ -357,6 +357,14 @@ class Keys:
         """Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`."""
         return f"{self.queue}:order:"
 
+    def breaker(self, account: str) -> str:
+        """Hash that says that the key of ``account`` is refused, and since when; there only while it is suspected."""
+        return f"{self.queue}:key:{account}"
+
+    def held(self, account: str) -> str:
+        """Set of the jobs that wait for the key of ``account`` to be accepted again."""
+        return f"{self.queue}:held:{account}"
+
     @staticmethod
     def gate(scope: str) -> str:
         """The shared pause of one egress address: ``all``, or the host name of a worker that has its own."""

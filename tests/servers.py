@@ -156,7 +156,7 @@ class Workers:
 
     def _registered(self) -> int:
         with redis.Redis.from_url(self.environment["REDIS_URL"]) as client:
-            return int(client.scard("rq:workers"))  # type: ignore[arg-type]
+            return int(client.scard("rq:workers"))
 
     def stop(self) -> None:
         """End what still runs."""
@@ -204,7 +204,7 @@ class Peek:
 
     def ledger(self) -> list[Outcome]:
         """All outcomes, oldest first."""
-        return [decode_outcome(fields[1]) for _, fields in plain(self._redis.xrange(self.keys.outcomes, "-", "+"))]
+        return [decode_outcome(fields["outcome"]) for _, fields in self("XRANGE", self.keys.outcomes, "-", "+")]
 
     def kinds(self) -> Counter[str]:
         """How many outcomes of each kind there are."""
@@ -246,7 +246,7 @@ class TurnCounter:
 
     def _carry(self, client: socket.socket, server: socket.socket) -> None:
         answered = True
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             while True:
                 for source in select.select([client, server], [], [])[0]:
                     data = source.recv(1 << 20)

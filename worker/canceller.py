@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from producer.message import (
@@ -28,7 +28,8 @@ from producer.message import (
 from worker import log
 from worker.clock import ServerClock
 from worker.exchange import Exchange
-from worker.gate import Gate
+from worker.gate import Gate, ms_to_next_minute
+from worker.keyguard import KeyGuard
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.store import Grant, Settlement
@@ -110,6 +111,7 @@ class Canceller:
         exchange: Exchange,
         clock: ServerClock,
         gate: Gate,
+        keys: KeyGuard,
         policy: Policy,
         credential_for: Callable[[str], Credential | None],
         now_ms: Callable[[], int],
@@ -122,6 +124,9 @@ class Canceller:
         self._credential_for = credential_for
         self._now_ms = now_ms
         self._worker = worker
+        self._keys = keys
+        self._counting = threading.Lock()
+        self._calling = 0
         self._resyncing = threading.Lock()
         self._resynced_ns = 0
 
@@ -139,14 +144,16 @@ class Canceller:
             return self._refuse(grant, request, f"account {request.account!r} has no key in this worker")
         step = first_step(pursuit.case(), pursuit.history, self._policy, self._now_ms())
         while isinstance(step, Again) and step.delay_ms == 0:
+            if (held_ms := self._held_back_ms(pursuit, step)) > 0:
+                return self._again(pursuit, held_ms)
             # Nothing may be sent: the job goes back as it is. If somebody else has it by now, the fence sees to it.
             if hold.lost() or self._gate.closed(self._now_ms()):
                 return Settlement(grant, attempts=tuple(pursuit.history), pin=pursuit.pin())
             step = self._attempt(pursuit, step, hold)
         if isinstance(step, Again):
             log.info("again", id=grant.id, call=step.call, delay_ms=step.delay_ms, attempts=len(pursuit.history))
-            return Settlement(grant, attempts=tuple(pursuit.history), pin=pursuit.pin(), delay_ms=step.delay_ms)
-        return Settlement(grant, outcome=self._outcome(pursuit, step))
+            return self._again(pursuit, step.delay_ms)
+        return Settlement(grant, outcome=self._outcome(pursuit, self._with_key_reason(pursuit, step)))
 
     def _take_up(self, grant: Grant, request: CancelRequest | None) -> _Pursuit | None:
         if request is None:
@@ -162,6 +169,30 @@ class Canceller:
         symbol = request.symbol or pin.get("symbol")
         return _Pursuit(grant, request, credential, history, algo_id, symbol, bool(pin))
 
+    @staticmethod
+    def _again(pursuit: _Pursuit, delay_ms: int) -> Settlement:
+        return Settlement(pursuit.grant, attempts=tuple(pursuit.history), pin=pursuit.pin(), delay_ms=delay_ms)
+
+    def _held_back_ms(self, pursuit: _Pursuit, step: Again) -> int:
+        """How long the request has to wait for its key or for the budget, ms; it is no attempt. 0: it may go."""
+        now_ms = self._now_ms()
+        wait_ms = 0
+        if not self._gate.allows(step.call, self._exchange.last_used_weight()):
+            wait_ms = ms_to_next_minute(self._clock.now_ms())
+        elif (until_ms := self._keys.wait_until_ms(pursuit.request.account, pursuit.grant.id)) > 0:
+            wait_ms = max(until_ms - now_ms, 1)
+        # At its deadline at the latest it is looked at again, to be ended.
+        return min(wait_ms, max(pursuit.grant.deadline_at_ms - now_ms, 1))
+
+    def _with_key_reason(self, pursuit: _Pursuit, stop: Stop) -> Stop:
+        """A request that its key kept waiting until the deadline was refused, for that reason."""
+        reason = self._keys.reason(pursuit.request.account)
+        if reason is None or stop.kind not in (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP):
+            return stop
+        return replace(
+            stop, kind=OutcomeKind.REFUSED, error=f"held back until the deadline: the key is refused: {reason}"
+        )
+
     def _attempt(self, pursuit: _Pursuit, step: Again, hold: Hold) -> Stop | Again:
         """Make one signed call, note it, and decide what follows."""
         if step.resync:
@@ -169,7 +200,13 @@ class Canceller:
         at_ms = self._now_ms()
         pursuit.began_ns = time.monotonic_ns()
         case = pursuit.case()
-        answer = self._call(pursuit, step.call, hold)
+        with self._counting:
+            self._calling += 1
+        try:
+            answer = self._call(pursuit, step.call, hold)
+        finally:
+            with self._counting:
+                self._calling -= 1
         took_ms = (time.monotonic_ns() - pursuit.began_ns) // 1_000_000
         verdict = classify(step.call, pursuit.ref(), answer)
         n = len(pursuit.history) + 1
@@ -189,12 +226,19 @@ class Canceller:
                 ms=took_ms,
             )
         now_ms = self._now_ms()
-        if verdict.means in GATED:
-            self._gate.close_for(verdict, self._policy, now_ms)
+        self._note(pursuit, verdict, now_ms)
         decision = next_step(case, pursuit.history, verdict, self._policy, now_ms, random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
             pursuit.learn(verdict)  # an order that is left alone is not the one that was meant
         return decision
+
+    def _note(self, pursuit: _Pursuit, verdict: Verdict, now_ms: int) -> None:
+        """What an answer says about the address and the key, beside the order."""
+        if verdict.means in GATED:
+            self._gate.close_for(verdict, self._policy, now_ms)
+        else:
+            self._gate.spend(self._exchange.last_used_weight(), self._calling, self._clock.now_ms(), now_ms)
+        self._keys.tell(pursuit.request.account, verdict)
 
     def _resync(self, since_ns: int) -> None:
         """Measure the exchange's clock anew, once for all requests that were refused by the same old one."""

@@ -161,7 +161,8 @@ class Crew:
                 self._wake(1)
 
     def _free(self) -> int:
-        return self._size - self._running - len(self._ready)
+        ceiling = self._gate.ceiling(self._size, self._store.clock.now_ms())
+        return ceiling - self._running - len(self._ready)
 
     def _live(self) -> None:
         while (held := self._next()) is not None:

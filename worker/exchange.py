@@ -571,8 +571,7 @@ class Exchange:
     def _read(self, attempt: _Attempt, raw: BaseHTTPResponse) -> Reply:
         """Read the body. One that breaks off is marked: status and Retry-After count all the same."""
         if raw.status < 200:
-            # The true answer is still to come, and must not be taken for the next request's.
-            attempt.give_up_connection()
+            _abandon(raw)  # the true answer is still to come, and must not be taken for the next request's
         body, whole = b"", False
         outer_attempt = _current.swap(attempt)
         try:
@@ -580,7 +579,7 @@ class Exchange:
         finally:
             _current.swap(outer_attempt)
             if not whole:
-                attempt.give_up_connection()
+                _abandon(raw)
             raw.release_conn()
         headers = raw.headers
         return Reply(
@@ -634,6 +633,11 @@ def _id_of(ref: OrderRef) -> list[tuple[str, str | int]]:
     if ref.client_algo_id is not None:
         return [("clientAlgoId", ref.client_algo_id)]
     raise ValueError("an order is named by its algo id or its client algo id")
+
+
+def _abandon(raw: BaseHTTPResponse) -> None:
+    with contextlib.suppress(OSError):
+        raw.close()  # and its connection
 
 
 def _read_body(raw: BaseHTTPResponse) -> tuple[bytes, bool]:

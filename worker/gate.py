@@ -1,4 +1,8 @@
-"""The pause that all requests of one egress address share, as this process last knew it."""
+"""The pause that all requests of one egress address share, and the budget that keeps it from being needed.
+
+Redis holds the truth about the pause; each process looks at its own memory right before each send, which a claim or a
+renewal refreshes each second. The exchange tells the weight that the address has used with every answer.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,42 @@ from collections.abc import Callable
 
 import redis
 
+from producer.message import Call
 from worker import log
-from worker.verdict import Policy, Verdict
+from worker.verdict import Means, Policy, Verdict
+
+#: After a pause the requests in flight grow from one to all within this time, ms.
+RAMP_MS = 2_000
+#: Shares of the weight limit: the pause until the next minute, and the end of queries, so that the rest is for cancels.
+CLOSE_AT, NO_QUERIES_AT = 0.9, 0.75
+#: The weight that an address may use in a minute where exchangeInfo could not be read (exchange.md 3).
+DEFAULT_WEIGHT_LIMIT = 2_400
+_MINUTE_MS = 60_000
+
+#: Publishes a closing: pause in ms, reason, doubling; gives the gate's end (:meth:`worker.store.Store.close_gate`).
+Publish = Callable[[int, str, bool], int]
 
 
 class Gate:
-    """Looked at right before each send. Redis holds the truth; a claim or renewal brings it here each second.
+    """One worker's view of the gate. Times are Redis' clock, ms."""
 
-    ``publish`` closes the gate for everybody for some ms (:meth:`worker.store.Store.close_gate`) and gives its end.
-    """
-
-    def __init__(self, publish: Callable[[int, str], int]) -> None:
+    def __init__(self, publish: Publish) -> None:
         self._publish = publish
         self._lock = threading.Lock()
-        self._unshared: tuple[int, str] | None = None
-        self.until_ms = 0  # by Redis' clock
+        self._unshared: tuple[int, str, bool] | None = None
+        self.until_ms = 0
+        self.weight_limit = DEFAULT_WEIGHT_LIMIT
 
     def closed(self, now_ms: int) -> bool:
         """Whether nothing may be sent now."""
         return now_ms < self.until_ms
+
+    def ceiling(self, size: int, now_ms: int) -> int:
+        """Requests in flight at the most: ``size``, but few at first after a pause."""
+        since_ms = now_ms - self.until_ms
+        if since_ms >= RAMP_MS:
+            return size
+        return max(1, size * max(since_ms, 0) // RAMP_MS)
 
     def observe(self, until_ms: int) -> None:
         """Note what Redis says; an end that is later here has not reached Redis yet, and holds."""
@@ -34,16 +55,18 @@ class Gate:
 
     def close_for(self, verdict: Verdict, policy: Policy, now_ms: int) -> None:
         """Close it as long as a gated ``verdict`` asks for."""
-        self.close(verdict.pause_ms(now_ms, policy), f"{verdict.http} {verdict.msg}".strip(), now_ms)
+        reason = f"{verdict.http} {verdict.msg}".strip()
+        self._close(verdict.pause_ms(now_ms, policy), reason, now_ms, doubling=verdict.means is Means.BLOCKED)
 
-    def close(self, pause_ms: int, reason: str, now_ms: int) -> None:
-        """Close it here at once, and for everybody as soon as Redis hears of it."""
-        self.observe(now_ms + pause_ms)
-        with self._lock:
-            if self._unshared is None or self._unshared[0] < now_ms + pause_ms:
-                self._unshared = (now_ms + pause_ms, reason)
-        log.warning("gate", state="closed", pause_ms=pause_ms, reason=reason)
-        self.share(now_ms)
+    def spend(self, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> None:
+        """Close it until the exchange's next minute if the weight used, with what is under way, nears the limit."""
+        if used + in_flight >= CLOSE_AT * self.weight_limit and not self.closed(now_ms):
+            reason = f"weight {used} used and {in_flight} under way of {self.weight_limit} a minute"
+            self._close(ms_to_next_minute(server_now_ms), reason, now_ms, doubling=False)
+
+    def allows(self, call: Call, used: int) -> bool:
+        """Whether the budget has room for ``call``: cancels have the last quarter to themselves."""
+        return call is Call.CANCEL or used < NO_QUERIES_AT * self.weight_limit
 
     def share(self, now_ms: int) -> None:
         """Tell Redis of a closing that it has not heard of; called again until it has."""
@@ -51,12 +74,28 @@ class Gate:
             unshared = self._unshared
         if unshared is None:
             return
-        until_ms, reason = unshared
+        until_ms, reason, doubling = unshared
         try:
-            self.observe(self._publish(max(until_ms - now_ms, 0), reason))
+            self.observe(self._publish(max(until_ms - now_ms, 0), reason, doubling))
         except redis.RedisError as error:
             log.error("gate", state="not_shared", reason=reason, error=type(error).__name__)
             return
         with self._lock:
             if self._unshared == unshared:
                 self._unshared = None
+
+    def _close(self, pause_ms: int, reason: str, now_ms: int, *, doubling: bool) -> None:
+        until_ms = now_ms + pause_ms
+        with self._lock:
+            known = until_ms <= self.until_ms
+            self.until_ms = max(self.until_ms, until_ms)
+            if not known:
+                self._unshared = (until_ms, reason, doubling)
+        if not known:  # the requests that were in flight are refused together; once is enough to say it
+            log.warning("gate", state="closed", pause_ms=pause_ms, reason=reason)
+            self.share(now_ms)
+
+
+def ms_to_next_minute(server_now_ms: int) -> int:
+    """How long until the exchange counts weight from nothing again, ms, with a little to be sure."""
+    return _MINUTE_MS - server_now_ms % _MINUTE_MS + 250

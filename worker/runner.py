@@ -66,6 +66,7 @@ class CancelWorker(BaseWorker):
         self._ended = threading.Event()  # upkeep is not needed any more
         self._interrupts = 0
         self.exit_code = EX_OK
+        self._knows_limit = False
         queue = self.queues[0].name
         self._exchange, clock = open_exchange(self._settings)
         self._store: Store = open_store(own, self._settings, self.name, queue)
@@ -89,6 +90,7 @@ class CancelWorker(BaseWorker):
         """
         self._install_signal_handlers()
         self._exchange.sync_time()
+        self._learn_weight_limit()
         self._be_born()
         self._crew.start()
         upkeep = [threading.Thread(target=loop, name=loop.__name__, daemon=True) for loop in (self._look, self._warm)]
@@ -176,6 +178,7 @@ class CancelWorker(BaseWorker):
     def _warm(self) -> None:
         """Keep connections open and the clock true, so that the next cancel waits for neither."""
         while not self._ended.wait(_WARM_S if self._clock.measured else _LOOK_S):
+            self._learn_weight_limit()
             if self.should_run_maintenance_tasks:
                 self._maintain()
             now_ms = self._store.clock.now_ms()
@@ -184,6 +187,11 @@ class CancelWorker(BaseWorker):
             self._exchange.keep_warm()
             if (refusal := self._exchange.take_refusal()) is not None:
                 self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms)
+
+    def _learn_weight_limit(self) -> None:
+        if not self._knows_limit and (limit := self._exchange.weight_limit()) is not None:
+            self._gate.weight_limit = limit
+            self._knows_limit = True
 
     def _maintain(self) -> None:
         """RQ's own clean-up of registries, for what stock workers left."""

@@ -149,7 +149,12 @@ class _Script:
         self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
-_CLAIM, _SETTLE, _RENEW, _GATE, _BEGIN = map(_Script, ("claim.lua", "settle.lua", "renew.lua", "gate.lua", "begin.lua"))
+_CLAIM = _Script("claim.lua")
+_SETTLE = _Script("settle.lua")
+_RENEW = _Script("renew.lua")
+_GATE = _Script("gate.lua")
+_KEY = _Script("key.lua")
+_BEGIN = _Script("begin.lua")
 
 
 class Store:
@@ -236,10 +241,19 @@ class Store:
         lost = self._checked(_RENEW, script, lost)
         return {lease.decode() for lease in lost}, int(gate or 0), suspended == 1
 
-    def close_gate(self, pause_ms: int, reason: str) -> int:
-        """Close the shared gate for at least ``pause_ms``; gives its end, ms by Redis' clock."""
-        script = _evalsha(_GATE, (self._gate,), (pause_ms, reason, self._worker))
+    def close_gate(self, pause_ms: int, reason: str, doubling: bool) -> int:
+        """Close the shared gate for at least ``pause_ms``; gives its end, ms by Redis' clock.
+
+        ``doubling``: twice as long as the last time, if that was within an hour.
+        """
+        script = _evalsha(_GATE, (self._gate,), (pause_ms, reason, self._worker, int(doubling)))
         return int(self._checked(_GATE, script, self.roundtrip(script)[0]))
+
+    def key(self, account: str, what: str, word: str, failures: int, probe_every_ms: int) -> int:
+        """See :class:`worker.keyguard.KeyStore`."""
+        keys = (self.keys.breaker(account), self.keys.held(account), self.keys.scheduled)
+        script = _evalsha(_KEY, keys, (what, failures, probe_every_ms, word))
+        return int(self._checked(_KEY, script, self.roundtrip(script)[0]))
 
     def begin(self, job_id: str) -> tuple[Claimed, bool]:
         """Note that a stock RQ worker runs one step of ``job_id``; gives it as a grant without its payload, and

@@ -10,6 +10,7 @@ from worker.canceller import Canceller, policy_of
 from worker.clock import ServerClock
 from worker.exchange import Exchange
 from worker.gate import Gate
+from worker.keyguard import KeyGuard
 from worker.settings import Settings
 from worker.store import Store, connect
 
@@ -55,6 +56,7 @@ def open_canceller(
         exchange=exchange,
         clock=clock,
         gate=gate,
+        keys=KeyGuard(store),
         policy=policy_of(settings),
         credential_for=settings.credential_for,
         now_ms=store.clock.now_ms,

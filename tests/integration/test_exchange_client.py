@@ -8,6 +8,7 @@ import datetime
 import email.utils
 import hashlib
 import hmac
+import http.client
 import ipaddress
 import json
 import logging
@@ -27,6 +28,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from producer.message import Call
 from worker.clock import BEHIND_MS, ServerClock
@@ -593,6 +596,26 @@ def test_early_hint_is_not_taken_for_the_next_answer(bench: Bench, credential: C
     assert server.used == [1, 2]
 
 
+@pytest.mark.parametrize("proxied", [False, True])
+def test_small_packets_are_not_held_back(
+    bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch, proxied: bool
+) -> None:
+    """Every connection has Nagle's algorithm off, the one to a proxy too."""
+    server = bench.server(answering(http_answer()))
+    proxy = bench.server(relaying(tunnels=False))
+    options: list[int] = []
+    real = http.client.HTTPConnection.putrequest
+
+    def watch(connection: Any, *args: Any, **kwargs: Any) -> None:
+        options.append(connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        real(connection, *args, **kwargs)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "putrequest", watch)
+    client = bench.client(server.url, egress_proxy_url=proxy.url if proxied else None)
+    assert replied(client.cancel(credential, REF)).http == 200
+    assert options == [1]
+
+
 def test_closed_client_sends_nothing(bench: Bench, credential: Credential) -> None:
     """After close() calls fail as not sent."""
     server, client = bench.to(answering(http_answer()))
@@ -827,6 +850,30 @@ def test_redirect_is_not_followed(bench: Bench, credential: Credential, status: 
     answer = replied(client.cancel(credential, REF))
     assert answer.http == int(status[:3])
     assert elsewhere.connections == 0
+
+
+VALID = http_answer(Retry_After="3", X_MBX_USED_WEIGHT_1M="5")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, len(VALID)), junk=st.binary(max_size=12), resume=st.integers(0, len(VALID)))
+def test_any_bytes_are_an_answer_or_a_failure(
+    bench: Bench, credential: Credential, cut: int, junk: bytes, resume: int
+) -> None:
+    """Whatever a server sends before it closes, nothing is raised, and success needs the whole, true answer."""
+
+    def behave(peer: Peer) -> None:
+        peer.read_head()
+        peer.send(VALID[:cut] + junk + VALID[resume:])
+
+    server, client = bench.to(behave)
+    answer = client.cancel(credential, REF)
+    if isinstance(answer, Failure):
+        assert answer.seen
+    elif classify(Call.CANCEL, REF, answer).means is Means.CONFIRMED:
+        assert (answer.http, answer.truncated) == (200, False)
+        assert json.loads(answer.body)["algoId"] == REF.algo_id
+    assert len(server.heads) == 1
 
 
 # ---- TLS ------------------------------------------------------------------------------------------------------------

@@ -220,7 +220,13 @@ BOUNDS: list[tuple[str, list[Answer], dict[str, Any], list[str] | int, str]] = [
     ("clock refusals for ever", [LATE_CLOCK], {}, 27, "gave_up"),
     ("one attempt allowed, overload", [OVERLOAD], {"policy": Policy(max_attempts=1)}, [C], "gave_up"),
     ("one attempt allowed, timeout", [TIMEOUT], {"policy": Policy(max_attempts=1)}, [C], "unknown"),
-    ("two allowed: the last is a query's", [TIMEOUT, CANCELED], {"policy": Policy(max_attempts=2)}, [C, Q], "cancelled"),
+    (
+        "two allowed: the last is a query's",
+        [TIMEOUT, CANCELED],
+        {"policy": Policy(max_attempts=2)},
+        [C, Q],
+        "cancelled",
+    ),
     ("two allowed: no second cancel", [OVERLOAD, OK], {"policy": Policy(max_attempts=2)}, [C], "gave_up"),
     ("three allowed: none after NEW", [TIMEOUT, NEW, OK], {"policy": Policy(max_attempts=3)}, [C, Q], "unknown"),
 ]
@@ -283,6 +289,7 @@ def test_the_deadline_comes_before_the_horizon() -> None:
 
 
 # ---- by client id alone ---------------------------------------------------------------------------------------------
+
 
 def test_a_fresh_client_id_is_cancelled_at_once() -> None:
     """Up to a second after the request the id cannot have been reused: no look-up delays the cancel."""

@@ -417,7 +417,9 @@ def test_with_both_ids_the_algo_id_alone_decides() -> None:
     """Only the algo id is sent, so only the algo id is compared."""
     both_ids = OrderRef(ALGO_ID, "another")
     assert classify(Call.CANCEL, both_ids, Reply(200, confirmation())).means is Means.CONFIRMED
-    assert classify(Call.CANCEL, both_ids, Reply(200, confirmation(algoId=1, clientAlgoId="another"))).means == "unclear"
+    assert (
+        classify(Call.CANCEL, both_ids, Reply(200, confirmation(algoId=1, clientAlgoId="another"))).means == "unclear"
+    )
 
 
 # ---- what else is read from an answer -------------------------------------------------------------------------------

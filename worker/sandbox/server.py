@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from os import read
+from typing import cast
 from urllib.parse import unquote
 
 from worker.sandbox import control
@@ -159,8 +160,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         self._peer = str((transport.get_extra_info("peername") or ("?",))[0])
         self._exchange.connections.add(self)
 
