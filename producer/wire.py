@@ -54,6 +54,8 @@ _LOOK_S = 1.0
 _FOLLOW_MS = 1000
 #: How long a durable enqueue waits for the append-only file, ms: everysec syncs within a second.
 _DURABLE_MS = 1500
+#: How late the end of such a wait may come, ms: the server looks for it ten times a second.
+_LATENESS_MS = 250
 #: Life of RQ's hash and result, s: short once finished (the outcome record lives on), a week where a person must look.
 RESULT_TTL_S = 600
 FAILURE_TTL_S = 7 * 86_400
@@ -341,7 +343,9 @@ class Wire:
 
     def _server_wait_ms(self, most_ms: int) -> int:
         """How long the server may be asked to wait, so that its answer comes before the connection gives up."""
-        return most_ms if self._timeout_s is None else max(1, min(most_ms, int(self._timeout_s * 750)))
+        if self._timeout_s is None:
+            return most_ms
+        return max(1, min(most_ms, int(self._timeout_s * 1000) - _LATENESS_MS))
 
 
 def timeout_of(options: Mapping[str, Any]) -> float | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import click  # comes with rq
 import redis
 
 from worker import log
-from worker.settings import SETTINGS, Settings, SettingsError
+from worker.settings import SETTINGS, Settings, SettingsError, sandbox_server
 
 EX_OK = 0
 EX_UNAVAILABLE = 69  # sysexits.h
@@ -86,6 +88,38 @@ def check_command() -> None:
         click.echo(f"{'ok    ' if finding.fault is Fault.NONE else 'FAILED'}  {finding.what:<16}  {finding.said}")
         worst = max(worst, exits[finding.fault])
     sys.exit(worst)
+
+
+@main.command("sandbox")
+@click.option("--orders", type=click.IntRange(1, 20_000), default=200, show_default=True, help="Orders to cancel.")
+@click.option("--workers", type=click.IntRange(1, 16), default=2, show_default=True, help="Worker processes.")
+@click.option(
+    "--concurrency", type=click.IntRange(1, 512), default=64, show_default=True, help="Requests in flight of each."
+)
+@click.option(
+    "--faults",
+    type=click.Choice(["none", "some", "all"]),
+    default="some",
+    show_default=True,
+    help="What the exchange does wrong: nothing, the usual, or everything known.",
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Same seed, same orders and faults.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
+@click.option(
+    "--keep-logs", type=click.Path(file_okay=False, path_type=Path), help="Keep the workers' logs in this directory."
+)
+def sandbox_command(**options: Any) -> None:
+    """See it all work: a Redis, an exchange that misbehaves, workers and a producer on this machine alone.
+
+    Opens orders at the exchange, cancels all of them, and holds every outcome against the exchange's own book. Needs no
+    setting and no key.
+
+    \b
+    Exit codes: 0 all as in the book, 1 something is not, 2 bad usage, 69 a part did not start, 130 interrupted.
+    """
+    from worker.sandbox.run import Options, run
+
+    sys.exit(run(Options(**options), *sandbox_server()))
 
 
 def start() -> None:

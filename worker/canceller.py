@@ -153,7 +153,9 @@ class Canceller:
         if isinstance(step, Again):
             log.info("again", id=grant.id, call=step.call, delay_ms=step.delay_ms, attempts=len(pursuit.history))
             return self._again(pursuit, step.delay_ms)
-        return Settlement(grant, outcome=self._outcome(pursuit, self._with_key_reason(pursuit, step)))
+        return Settlement(
+            grant, outcome=self._outcome(pursuit, self._with_key_reason(pursuit, step)), pin=pursuit.pin()
+        )
 
     def _take_up(self, grant: Grant, request: CancelRequest | None) -> _Pursuit | None:
         if request is None:

@@ -88,10 +88,10 @@ class Crew:
         with self._turn:
             self._hire()
 
-    def held(self) -> list[tuple[str, str]]:
+    def held(self) -> list[tuple[str | bytes, str]]:
         """Id and lease of each job in our hands, for the renewal."""
         with self._turn:
-            return [(held.grant.id, lease) for lease, held in self._held.items()]
+            return [(held.grant.key, lease) for lease, held in self._held.items()]
 
     def renewed(self, asked_at_s: float, lost: set[str]) -> None:
         """Leases were prolonged at ``asked_at_s`` (monotonic), but for the ``lost`` ones: somebody else has those."""
@@ -310,6 +310,8 @@ class Crew:
         elif outcome is None:
             if settlement.delay_ms is not None:
                 self._retries.add(answer - self._store.clock.now_ms())
+        elif answer == 2:
+            log.info("deadline_moved", id=grant.id, kind=outcome.kind)
         else:
             self.outcomes += 1
             first_ms = outcome.attempts[0].at_ms - grant.enqueued_at_ms if outcome.attempts else None

@@ -730,3 +730,15 @@ class Settings:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("settings cannot be pickled: they hold secrets")
+
+
+def sandbox_server(environ: Mapping[str, str] | None = None) -> tuple[str | None, dict[str, str]]:
+    """What the sandbox is told by ``environ``, by default the process's environment.
+
+    The Redis server that VALKEY_SERVER names (None: the embedded one), and the environment without any setting of the
+    worker's, for processes that get settings of their own: no key of a person reaches the sandbox.
+    """
+    given = os.environ if environ is None else environ
+    ours = {setting.variable for setting in SETTINGS}
+    rest = {name: value for name, value in given.items() if name not in ours and not name.startswith("BINANCE_")}
+    return given.get("VALKEY_SERVER") or None, rest

@@ -95,6 +95,12 @@ class Grant:
     run: int
     attempts: bytes
     pin: bytes
+    raw_id: bytes = b""
+
+    @property
+    def key(self) -> str | bytes:
+        """The id as Redis knows it: a stranger's need not be UTF-8."""
+        return self.raw_id or self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +129,8 @@ class Settlement:
         if outcome is None:
             attempts = "" if self.attempts is None else encode_attempts(self.attempts)
             if self.delay_ms is None:
-                return ["back", grant.id, grant.lease, attempts, self.pin, "", "", ""]
-            return ["again", grant.id, grant.lease, attempts, self.pin, self.delay_ms, "", ""]
+                return ["back", grant.key, grant.lease, attempts, self.pin, "", "", "", "", ""]
+            return ["again", grant.key, grant.lease, attempts, self.pin, self.delay_ms, "", "", "", ""]
         failed = outcome.kind.failed
         by_deadline = outcome.kind in ("overdue", "gave_up", "unknown")
         said = f"{outcome.kind.value}: {outcome.error}".encode()
@@ -132,13 +138,15 @@ class Settlement:
         result = b64encode(zlib.compress(said) if failed else b'"%s"' % outcome.kind.value.encode())
         return [
             "done",
-            grant.id,
+            grant.key,
             grant.lease,
             outcome.encode(),
             "1" if failed else "0",
             result,
             zlib.compress(said) if failed else "",
             grant.deadline_at_ms if by_deadline else "",
+            encode_attempts(outcome.attempts) if by_deadline else "",
+            self.pin,
         ]
 
 
@@ -222,6 +230,8 @@ class Store:
     def settle(self, settlements: Sequence[Settlement]) -> list[int]:
         """Settle a group. For each: 0 if the lease was no longer ours, 1, or for another try its due time in ms.
 
+        2 for an outcome means that it was not recorded: the deadline by which it was decided has moved meanwhile.
+
         Raises:
             redis.RedisError: no answer; calling again with the same rows does no harm.
         """
@@ -230,7 +240,7 @@ class Store:
         answer = self._checked(_SETTLE, script, self.roundtrip(script)[0])
         return [int(row) for row in answer]
 
-    def renew(self, held: Sequence[tuple[str, str]]) -> tuple[set[str], int, bool]:
+    def renew(self, held: Sequence[tuple[str | bytes, str]]) -> tuple[set[str], int, bool]:
         """Prolong the leases of ``held`` (id, lease); gives the lost ones, the gate's end, and suspension."""
         words = (word for pair in held for word in pair)
         script = _evalsha(_RENEW, (self.keys.leases,), (self.keys.job_prefix, self._lease_ms, *words))
@@ -336,4 +346,5 @@ def _grant(row: list[Any]) -> Grant:
         run=int(run),
         attempts=attempts,
         pin=pin,
+        raw_id=job_id,
     )

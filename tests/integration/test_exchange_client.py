@@ -163,7 +163,7 @@ def answering(*answers: bytes) -> Behaviour:
     return behave
 
 
-def relaying(user_and_password: str = "", tunnels: bool = True) -> Behaviour:
+def relaying(user_and_password: str = "", tunnels: bool = True, late_s: float = 0) -> Behaviour:
     """A proxy for CONNECT and for whole URLs, which may want a password."""
     wanted = "Basic " + base64.b64encode(user_and_password.encode()).decode()
 
@@ -174,6 +174,7 @@ def relaying(user_and_password: str = "", tunnels: bool = True) -> Behaviour:
             return
         match = re.match(r"CONNECT 127\.0\.0\.1:(\d+) " if tunnels else r"\w+ http://127\.0\.0\.1:(\d+)/", head)
         assert match is not None
+        threading.Event().wait(late_s)
         with socket.create_connection(("127.0.0.1", int(match[1]))) as onward:
             if tunnels:
                 peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
@@ -821,13 +822,13 @@ def test_cut_body_keeps_the_pause(bench: Bench, credential: Credential) -> None:
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 def test_huge_body_is_read_in_part(bench: Bench, credential: Credential, framing: str) -> None:
     """At most 64 KiB are read, the rest is not waited for, and its connection is not used again."""
-    size = 4 * 1024 * 1024
+    size = 4 * BODY_LIMIT
     head = {
         "length": b"Content-Length: %d\r\n\r\n" % size,
         "chunked": b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % size,
         "close": b"Connection: close\r\n\r\n",
     }[framing]
-    server, client = bench.to(answering(b"HTTP/1.1 200 OK\r\n" + head + b"x" * size))
+    server, client = bench.to(answering(b"HTTP/1.1 200 OK\r\n" + head + b"x" * (BODY_LIMIT + 1)))
     for _ in range(2):
         answer = replied(client.cancel(credential, REF))
         assert (answer.body, answer.truncated) == (b"x" * BODY_LIMIT, True)
@@ -925,12 +926,38 @@ def test_hanging_handshake_is_bounded_and_unseen(bench: Bench, credential: Crede
         failed(client.cancel(credential, REF), seen=False, reason="no TLS session: TimeoutError")
 
 
-def test_what_is_sent_has_time_to_be_answered(bench: Bench, credential: Credential) -> None:
+def late_tls(tls: ssl.SSLContext, late_s: float) -> Behaviour:
+    """Let the client wait for the handshake, then answer as if nothing had been."""
+
+    def behave(peer: Peer) -> None:
+        threading.Event().wait(late_s)
+        with tls.wrap_socket(peer.sock, server_side=True) as peer.sock:
+            answering(http_answer())(peer)
+
+    return behave
+
+
+def test_what_is_sent_has_time_to_be_answered(bench: Bench, credential: Credential, authority: Authority) -> None:
     """Connecting may use half of the attempt, not all of it: then the request stays unsent, and out of doubt."""
-    server = bench.server(Peer.wait_until_closed)
-    client = bench.client(f"https://127.0.0.1:{server.port}", connect_timeout_s=5, total_timeout_s=TOTAL_S)
-    with bounded(TOTAL_S / 2):
-        failed(client.cancel(credential, REF), seen=False, reason="no TLS session: TimeoutError")
+    server = bench.server(late_tls(authority.server_context(LOOPBACK), 0.6 * TOTAL_S))
+    client = bench.client(
+        f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file, connect_timeout_s=5, total_timeout_s=TOTAL_S
+    )
+    failed(client.cancel(credential, REF), seen=False, reason="no TLS session: TimeoutError")
+
+
+def test_steps_of_connecting_share_one_bound(bench: Bench, credential: Credential, authority: Authority) -> None:
+    """A slow tunnel and a slow handshake, each within the bound, are not within it together."""
+    server = bench.server(late_tls(authority.server_context(LOOPBACK), 0.6 * TOTAL_S))
+    proxy = bench.server(relaying(late_s=0.6 * TOTAL_S))
+    client = bench.client(
+        f"https://127.0.0.1:{server.port}",
+        ca_file=authority.ca_file,
+        connect_timeout_s=5,
+        total_timeout_s=2 * TOTAL_S,
+        egress_proxy_url=proxy.url,
+    )
+    failed(client.cancel(credential, REF), seen=False, reason="no TLS session: TimeoutError")
 
 
 def test_no_session_keys_are_written(
@@ -1094,29 +1121,33 @@ def test_used_weight_is_noted_from_every_answer(bench: Bench, credential: Creden
     assert client.last_used_weight() == 0
 
 
-def test_late_weight_of_the_last_minute_is_not_the_new_ones(bench: Bench, credential: Credential) -> None:
-    """A weight belongs to the minute in which its request was sent, and does not hide a newer one."""
-    wall = [1_760_000_000_000]
-    go, reached = threading.Event(), threading.Event()
+def test_late_weight_belongs_to_the_minute_of_its_request(bench: Bench, credential: Credential) -> None:
+    """An answer that arrives after the minute has turned does not fill the new one, nor hide a newer answer."""
+    minute_ms = 1_760_000_040_000
+    started_ns = time.monotonic_ns()
+
+    def wall_ms() -> int:  # the minute turns soon after the start
+        return minute_ms - 300 + (time.monotonic_ns() - started_ns) // 1_000_000
+
+    newer = threading.Event()
+    answered = threading.Event()
 
     def behave(peer: Peer) -> None:
-        while peer.read_head():
-            if peer.number == 1:
-                reached.set()
-                assert go.wait(5)
-            peer.send(http_answer(x_mbx_used_weight_1m="2300" if peer.number == 1 else "3"))
+        while head := peer.read_head():
+            if head.startswith(b"DELETE"):
+                until(lambda: wall_ms() > minute_ms + 20)
+                answered.set()
+                assert newer.wait(5)
+            peer.send(http_answer(x_mbx_used_weight_1m="2300" if head.startswith(b"DELETE") else "3"))
 
-    _, client = bench.to(behave, clock=ServerClock(wall_ms=lambda: wall[0]))
-    first = threading.Thread(target=client.cancel, args=(credential, REF))
-    first.start()
-    assert reached.wait(5)
-    assert replied(client.cancel(credential, REF)).http == 200
+    _, client = bench.to(behave, clock=ServerClock(wall_ms=wall_ms))
+    late = threading.Thread(target=client.cancel, args=(credential, REF))
+    late.start()
+    assert answered.wait(5)
+    client.query(credential, REF)
+    newer.set()
+    late.join()
     assert client.last_used_weight() == 3
-    newer = client.used_weight
-    wall[0] -= 60_000  # seen from the new minute, the first request was sent in the one before
-    go.set()
-    first.join()
-    assert client.used_weight == newer
 
 
 # ---- time, warmth, limits -------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ local function state_if_free(id)
   elseif status == 'started' then
     -- Not ours: a stock worker runs it, unless its execution has run out.
     if redis.call('ZCOUNT', executions_prefix .. id, text(now_s), '+inf') > 0 then return nil end
-  elseif status ~= 'queued' then
-    return nil
+  elseif status and status ~= 'queued' then
+    return nil -- a hash without a status is somebody's mistake, which gets an outcome too
   end
   if not f[6] then redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms)) end
   return redis.call('HMGET', job, 'c_enqueued_at_ms', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_attempts', 'c_pin')

@@ -6,9 +6,10 @@ local now_s = time[1] + time[2] / 1000000
 -- Numbers beyond 2^53 never pass through here; those below must not come out as 1.7e+12.
 local function text(number) return string.format('%.0f', number) end
 
--- YYYY-MM-DDThh:mm:ss.ffffffZ as rq.utils.utcformat writes it (days to civil date: Howard Hinnant's algorithm).
-local function rq_time()
-  local s = tonumber(time[1])
+-- YYYY-MM-DDThh:mm:ss.ffffffZ as rq.utils.utcformat writes it (days to civil date: Howard Hinnant's algorithm), of now
+-- unless told.
+local function rq_time(seconds, micros)
+  local s = seconds or tonumber(time[1])
   local z = math.floor(s / 86400) + 719468
   local era = math.floor(z / 146097)
   local doe = z - era * 146097
@@ -20,7 +21,7 @@ local function rq_time()
   local year = yoe + era * 400 + (month <= 2 and 1 or 0)
   local rest = s % 86400
   return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day, math.floor(rest / 3600),
-    math.floor(rest % 3600 / 60), rest % 60, tonumber(time[2]))
+    math.floor(rest % 3600 / 60), rest % 60, micros or tonumber(time[2]))
 end
 
 -- A deadline given by a request holds; one left to the worker counts from the moment of asking; the later one wins.

@@ -3,13 +3,14 @@
 -- KEYS  1 waiting list, 2 leases, 3 scheduled, 4 started, 5 finished, 6 failed, 7 ledger, 8 worker, 9 its executions
 -- ARGV  1 job prefix, 2 execution prefix, 3 executions prefix, 4 order prefix, 5 outcome prefix, 6 result prefix,
 --       7 worker's name, 8 outcome's life in s, 9 ledger's length, 10 result's life in s, 11 failure's life in s,
---       12 default deadline in ms, then for each row eight words:
+--       12 default deadline in ms, then for each row ten words:
 --       what (done, again, back), id, lease (empty: a stock worker holds it), then
 --       done   outcome record, failed (1 or 0), result (base64), exc_info (compressed), deadline it was decided by in ms
---              (empty: the decision does not hang on the deadline)
---       again  attempts, pin, delay in ms, two unused
---       back   attempts, pin, three unused
--- Gives for each row: 0 not ours any more, 1 done, or for `again` the due time in ms.
+--              (empty: the decision does not hang on the deadline), attempts, pin
+--       again  attempts, pin, delay in ms, four unused
+--       back   attempts, pin, five unused
+-- Gives for each row: 0 not ours any more, 1 done, 2 not done because the deadline has moved (the job goes on), or for
+-- `again` the due time in ms.
 local job_prefix, executions_prefix, worker = ARGV[1], ARGV[3], ARGV[7]
 local finished, failed = 0, 0
 local working_s = 0
@@ -76,8 +77,9 @@ end
 local function done(id, job, lease, began_ms, i)
   if deadline_moved(job, ARGV[i + 7]) then
     release(id, job, lease)
+    keep(job, ARGV[i + 8], ARGV[i + 9])
     requeue(id, job)
-    return 1
+    return 2
   end
   release(id, job, lease)
   as_rq_does(id, job, lease, began_ms, i)
@@ -121,7 +123,7 @@ local function settle(what, id, lease, i)
 end
 
 local answer = {}
-for i = 13, #ARGV, 8 do answer[#answer + 1] = text(settle(ARGV[i], ARGV[i + 1], ARGV[i + 2], i)) end
+for i = 13, #ARGV, 10 do answer[#answer + 1] = text(settle(ARGV[i], ARGV[i + 1], ARGV[i + 2], i)) end
 
 -- RQ counts a worker's jobs in its hash; one that expired must not come back without its other fields.
 if finished + failed > 0 and redis.call('EXISTS', KEYS[8]) == 1 then

@@ -1,0 +1,350 @@
+"""A TCP proxy that misbehaves as it is told: resets, lost replies, latency, black holes, refused connections.
+
+The words are toxiproxy's. It stands in front of Valkey or of the exchange, on loopback, in a thread of the test's own
+process; every method may be called from any other thread. What it does by chance depends on its seed, on the number of
+the connection and on the number of the turn in it, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+
+#: How long the bytes of a lost reply are swallowed before the connection breaks, s: a pipeline's later commands run
+#: meanwhile, so that what is lost is the reply and not the command.
+_LOSE_FOR_S = 0.05
+#: How much of a request and of its answer is kept to recognise it, bytes.
+_KEPT_BYTES = 256 * 1024
+_RANGE = 2**64
+
+
+class Toxic(StrEnum):
+    """What can happen to a turn by chance: one request, and the answer to it."""
+
+    RESET = "reset"  # the request is not passed on, the connection breaks
+    LOSE = "lose"  # the request is passed on and carried out, the answer breaks off
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """How often a turn meets a toxic, as probabilities, and the draw that decides."""
+
+    seed: int = 0
+    reset: float = 0.0
+    lose: float = 0.0
+
+    def meets(self, connection: int, turn: int) -> tuple[Toxic | None, int]:
+        """The toxic of a turn, and how many bytes of a lost answer pass before it breaks off."""
+        digest = blake2b(f"{self.seed}:{connection}:{turn}".encode(), digest_size=16).digest()
+        chance = int.from_bytes(digest[:8], "big") / _RANGE
+        if chance < self.reset:
+            return Toxic.RESET, 0
+        if chance < self.reset + self.lose:
+            return Toxic.LOSE, digest[8] % 48
+        return None, 0
+
+
+@dataclass(slots=True)
+class Trap:
+    """Lies in wait for one exchange of words: the answer to a request that holds ``request`` breaks off.
+
+    ``answer``: only an answer that holds this too. ``keep``: how many of its bytes pass before.
+    """
+
+    request: bytes
+    answer: bytes
+    keep: int
+    times: int
+    sprung: int = 0
+
+    def fits(self, asked: bytes, answered: bytes) -> bool:
+        """Whether this exchange of words is the one."""
+        return self.sprung < self.times and self.request in asked and self.answer in answered
+
+
+@dataclass(slots=True)
+class Count:
+    """What the proxy has done so far."""
+
+    connections: int = 0
+    resets: int = 0
+    replies_lost: int = 0
+
+
+class Proxy:
+    """Between clients and a server on loopback. A context manager; leaves the server alone."""
+
+    def __init__(self, target_port: int, *, seed: int = 0) -> None:
+        self.target_port = target_port
+        self.count = Count()
+        self.seed = seed
+        self.weather = Weather(seed)
+        self.traps: list[Trap] = []
+        self.latency_s = 0.0
+        self.is_hole = False
+        self.links: set[_Link] = set()
+        self._server: asyncio.Server | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._thread.start()
+        self.port = 0
+        self.port = self._run(self._listen())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def redis_url(self) -> str:
+        """Its address, for a server that is a Valkey."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def http_url(self) -> str:
+        """Its address, for a server that is the exchange."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def latency(self, ms: float) -> None:
+        """Every answer comes so much later, ms."""
+        self._do(lambda: setattr(self, "latency_s", ms / 1000))
+
+    def timeout(self, on: bool = True) -> None:
+        """A black hole: nothing passes in either direction, and nobody is told. Switched off, what was held passes."""
+        self._do(lambda: self._set_hole(on))
+
+    def down(self) -> None:
+        """Refuse new connections and reset all that are there."""
+
+        async def close() -> None:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+            self._reset_all()
+
+        self._run(close())
+
+    def up(self) -> None:
+        """Accept connections again."""
+        if self._server is None:
+            self._run(self._listen())
+
+    def reset_peer(self) -> int:
+        """Reset all connections (RST to both ends); gives how many there were."""
+        return self._do(self._reset_all)
+
+    def limit_data(self, request: bytes, answer: bytes = b"", *, keep: int = 0, times: int = 1) -> Trap:
+        """Have the next answers to such a request break off after ``keep`` bytes, once the command has run."""
+        trap = Trap(request, answer, keep, times)
+        self._do(lambda: self.traps.append(trap))
+        return trap
+
+    def let_it_rain(self, *, reset: float = 0.0, lose: float = 0.0) -> None:
+        """From now on turns meet these toxics with these probabilities; without arguments, none."""
+        self._do(lambda: setattr(self, "weather", Weather(self.seed, reset, lose)))
+
+    def heal(self) -> None:
+        """Take every toxic out."""
+
+        def heal() -> None:
+            self.weather, self.latency_s = Weather(self.seed), 0.0
+            self.traps.clear()
+            self._set_hole(False)
+
+        self._do(heal)
+        self.up()
+
+    def close(self) -> None:
+        """Break all connections and end; harmless when it has ended."""
+        if not self._thread.is_alive():
+            return
+        self.down()
+        self._run(asyncio.sleep(0.01))  # transports close their sockets in a later turn of the loop
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # -- inside the loop
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    def _do(self, work: Callable[[], T]) -> T:
+        async def call() -> T:
+            return work()
+
+        return self._run(call())
+
+    async def _listen(self) -> int:
+        self._server = await self._loop.create_server(
+            lambda: _End(_Link(self), is_client=True), "127.0.0.1", self.port, backlog=1024
+        )
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def _set_hole(self, on: bool) -> None:
+        self.is_hole = on
+        for link in list(self.links):
+            link.hold(on)
+
+    def _reset_all(self) -> int:
+        links = list(self.links)
+        for link in links:
+            link.reset()
+        return len(links)
+
+
+class _End(asyncio.Protocol):
+    """One end of a link."""
+
+    def __init__(self, link: _Link, *, is_client: bool) -> None:
+        self._link = link
+        self._is_client = is_client
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        if self._is_client:
+            self._link.accept(transport)
+        else:
+            self._link.connect(transport)
+
+    def data_received(self, data: bytes) -> None:
+        (self._link.request if self._is_client else self._link.answer)(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._link.close()
+
+
+@dataclass(eq=False, slots=True)
+class _Link:
+    """A client's connection and the one to the server that carries it on."""
+
+    proxy: Proxy
+    number: int = 0
+    turn: int = 0
+    client: asyncio.Transport | None = None
+    server: asyncio.Transport | None = None
+    opening: asyncio.Task[None] | None = None
+    is_closed: bool = False
+    is_lost: bool = False  # the answer is broken off: the rest of it is swallowed
+    asked: bytearray = field(default_factory=bytearray)
+    answered: bytearray = field(default_factory=bytearray)
+    early: bytearray = field(default_factory=bytearray)  # came before the server was connected
+    toxic: Toxic | None = None
+    keep: int = 0
+
+    def accept(self, client: asyncio.Transport) -> None:
+        """A client has come."""
+        self.client = client
+        self.number = self.proxy.count.connections
+        self.proxy.count.connections += 1
+        self.proxy.links.add(self)
+        self.hold(self.proxy.is_hole)
+        self.opening = asyncio.get_running_loop().create_task(self._open())
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.create_connection(lambda: _End(self, is_client=False), "127.0.0.1", self.proxy.target_port)
+        except OSError:
+            self.reset()
+
+    def connect(self, server: asyncio.Transport) -> None:
+        """The server has answered the door."""
+        self.server = server
+        if self.is_closed:
+            _break(server)
+            return
+        self.hold(self.proxy.is_hole)
+        server.write(bytes(self.early))
+
+    def hold(self, on: bool) -> None:
+        """Stop reading at both ends, or go on."""
+        for end in (self.client, self.server):
+            if end is not None and not end.is_closing():
+                (end.pause_reading if on else end.resume_reading)()
+
+    def request(self, data: bytes) -> None:
+        """Bytes from the client."""
+        if self.answered or not self.asked:
+            self.turn += 1
+            self.asked.clear()
+            self.answered.clear()
+            self.toxic, self.keep = self.proxy.weather.meets(self.number, self.turn)
+        if self.toxic is Toxic.RESET:
+            self.reset()
+            return
+        if len(self.asked) < _KEPT_BYTES:
+            self.asked += data
+        if self.server is None:
+            self.early += data
+        else:
+            self.server.write(data)
+
+    def answer(self, data: bytes) -> None:
+        """Bytes from the server."""
+        passed = len(self.answered)
+        self.answered += data[: max(_KEPT_BYTES - passed, 1)]
+        if self.is_lost:
+            return
+        if self._is_to_be_lost():
+            self.is_lost = True
+            self.proxy.count.replies_lost += 1
+            self._pass(data[: max(self.keep - passed, 0)])
+            asyncio.get_running_loop().call_later(_LOSE_FOR_S, self.reset)
+            return
+        self._pass(data)
+
+    def _is_to_be_lost(self) -> bool:
+        for trap in self.proxy.traps:
+            if trap.fits(self.asked, self.answered):
+                trap.sprung += 1
+                self.keep = trap.keep
+                return True
+        return self.toxic is Toxic.LOSE
+
+    def _pass(self, data: bytes) -> None:
+        if self.proxy.latency_s > 0:
+            asyncio.get_running_loop().call_later(self.proxy.latency_s, self._write, data)
+        else:
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        if data and self.client is not None and not self.client.is_closing():
+            self.client.write(data)
+
+    def reset(self) -> None:
+        """Break both connections with RST."""
+        if not self.is_closed:
+            self.proxy.count.resets += 1
+        for end in (self.client, self.server):
+            if end is not None:
+                _break(end)
+        self.close()
+
+    def close(self) -> None:
+        """One end has gone: the other one goes too, once it has what was meant for it."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self.proxy.links.discard(self)
+        for end in (self.client, self.server):
+            if end is not None:
+                end.close()
+
+
+def _break(transport: asyncio.Transport) -> None:
+    # Lingering for zero seconds makes the kernel send RST instead of FIN.
+    raw = transport.get_extra_info("socket")
+    if raw is not None and not transport.is_closing():
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
