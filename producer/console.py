@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, BinaryIO
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from producer.client import CancelClient
 from producer.message import (
@@ -57,14 +58,8 @@ def connect(url: str, queue: str, tls_verify: str, tls_ca: str) -> CancelClient:
         BadSetting: the URL or a TLS setting cannot be used.
         InvalidRequest: ``queue`` cannot name a queue.
     """
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-        options = parse_qs(parts.query, keep_blank_values=True)
-    except ValueError:
-        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}; percent-encode what is special in the password") from None
-    if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.scheme == "unix"):
-        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}")
+    parts = _checked(url)
+    options = parse_qs(parts.query, keep_blank_values=True)
     if not options.keys() <= _URL_OPTIONS:
         raise BadSetting(f"REDIS_URL: after the question mark only {', '.join(sorted(_URL_OPTIONS))} may be set")
     tls = _tls_options(options, tls_verify, tls_ca) if parts.scheme == "rediss" else {}
@@ -74,6 +69,23 @@ def connect(url: str, queue: str, tls_verify: str, tls_ca: str) -> CancelClient:
         raise
     except (ValueError, TypeError):
         raise BadSetting(f"REDIS_URL must be {_URL_FORMS}") from None
+
+
+def _checked(url: str) -> SplitResult:
+    """The parts of a URL that redis-py would not take for something else."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}; percent-encode what is special in the password") from None
+    if parts.scheme == "unix":
+        sound = not parts.hostname and parts.path not in ("", "/")
+    else:
+        sound = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and port != 0
+        sound = sound and re.fullmatch(r"/?|/[0-9]{1,6}", parts.path) is not None
+    if not sound or "#" in url or not url.isprintable() or " " in url:
+        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}; percent-encode what is special in the password")
+    return parts
 
 
 def _tls_options(options: Mapping[str, list[str]], verify: str, ca_file: str) -> dict[str, Any]:

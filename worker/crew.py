@@ -156,6 +156,8 @@ class Crew:
 
     def promote(self) -> None:
         """Let another thread take the place at the queue, if it is empty."""
+        if self._leading:  # looked at again under the lock; a glance is enough for most requests of a burst
+            return
         with self._turn:
             if not self._leading and not self._stopping and self._free() > 0:
                 self._wake(1)

@@ -249,28 +249,33 @@ class _Resolver:
 _resolver = _Resolver()
 
 
+def _connected_socket(attempt: _Attempt, kind: tuple[int, int, int], address: Any) -> socket.socket:
+    sock = _BoundedSocket(*kind)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(attempt.time_left_s())
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 class _PlainConnection(HTTPConnection):
     """A connection that signs what it sends, and notes how far the attempt has got."""
 
     def _new_conn(self) -> socket.socket:
         attempt = _attempt()
-        error: OSError | None = None
+        error = OSError("the name has no address")
         for family, kind, protocol, _, address in _resolver.lookup(self.host, self.port, attempt.time_left_s()):
-            sock = _BoundedSocket(family, kind, protocol)
             try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(attempt.time_left_s())
-                sock.connect(address)
+                sock = _connected_socket(attempt, (family, kind, protocol), address)
             except OSError as failed:
-                sock.close()
                 error = failed
-            except BaseException:
-                sock.close()
-                raise
             else:
-                attempt.phase = "no tunnel through the proxy" if self.proxy_is_tunneling else "no TLS session"
+                attempt.phase = "no tunnel through the proxy" if self.proxy else "no TLS session"
                 return sock
-        raise error or OSError("the name has no address")
+        raise error
 
     def _tunnel(self) -> None:
         super()._tunnel()

@@ -687,7 +687,7 @@ def test_many_are_retried_or_none(client: CancelClient, connection: redis.Redis)
         client.retry([*job_ids, "nobody"])
     assert connection.llen(KEYS.waiting) == 0
     assert client.retry(job_ids + job_ids) == job_ids
-    assert [job_id.decode() for job_id in connection.lrange(KEYS.waiting, 0, -1)] == job_ids
+    assert [text(job_id) for job_id in connection.lrange(KEYS.waiting, 0, -1)] == job_ids
 
 
 def test_rq_requeues_to_the_same_hash(client: CancelClient, workers: Workers, connection: redis.Redis) -> None:

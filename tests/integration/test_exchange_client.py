@@ -569,20 +569,22 @@ def test_request_on_a_dying_connection_is_not_sent_again(bench: Bench, credentia
     assert server.used == [1, 1, 2]
 
 
-def test_second_address_is_tried(bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name with a dead address and a living one is reached through the living one."""
+def test_every_address_is_tried(bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of which some addresses are dead or of no use here is reached through the living one."""
     server = bench.server(answering(http_answer()))
     real = socket.getaddrinfo
 
-    def two_addresses(host: str, port: int, *args: Any, **options: Any) -> list[Any]:
+    def addresses(host: str, port: int, *args: Any, **options: Any) -> list[Any]:
         if host != "exchange.test":
             return real(host, port, *args, **options)
         if options.get("flags"):
             raise socket.gaierror(socket.EAI_NONAME, "a name")
         kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
-        return [(*kind, ("127.0.0.1", free_port())), (*kind, ("127.0.0.1", server.port))]
+        unsupported = (socket.AF_INET, socket.SOCK_STREAM, 255, "")  # as IPv6 is where the kernel has none
+        dead, living = ("127.0.0.1", free_port()), ("127.0.0.1", server.port)
+        return [(*unsupported, living), (*kind, dead), (*kind, living)]
 
-    monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
     assert replied(bench.client("http://exchange.test:1").cancel(credential, REF)).http == 200
 
 

@@ -43,7 +43,7 @@ _BOOK_SAYS: dict[OutcomeKind, frozenset[AlgoStatus]] = {
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request that was enqueued, and the order that was meant by it."""
+    """A job: what was enqueued for one request or for several that share it, and the order that was meant."""
 
     id: str
     algo_id: int
@@ -139,6 +139,7 @@ class Report:
     concurrency: int
     faults: str
     seed: int
+    requests: int  # that were enqueued, some of them for the same order
     asked: Sequence[Asked]
     outcomes: Sequence[Outcome]
     book: Sequence[BookEntry]
@@ -241,7 +242,8 @@ class Report:
             "concurrency": self.concurrency,
             "faults": self.faults,
             "seed": self.seed,
-            "requests": len(self.asked),
+            "requests": self.requests,
+            "jobs": len(self.asked),
             "outcomes": {kind.value: count for kind, (count, _) in self.kinds.items()},
             "differences": [asdict(difference) for difference in self.differences],
             "offending": self.offending,

@@ -27,7 +27,7 @@ from typing import Any, Self
 import redis
 from rq.worker import BaseWorker
 
-from producer import CancelClient, CancelQueueError, Outcome
+from producer import CancelClient, CancelQueueError, Outcome, Ticket
 from producer.message import DEFAULT_ACCOUNT, MessageError
 from worker.sandbox.control import ControlError, ExchangeConfig, start_exchange
 from worker.sandbox.faults import FaultTiming
@@ -57,7 +57,7 @@ _SETTINGS = {
     "BACKOFF_CAP_MS": "500",
     "LEASE_S": "3",
     "NOT_FOUND_HORIZON_S": "30",  # every order exists: longer than all false answers in a row
-    "WAF_PAUSE_S": "2",
+    "WAF_PAUSE_S": "1",  # it doubles with each further block
     "SHUTDOWN_GRACE_S": "10",
     "LOG_LEVEL": "INFO",
 }
@@ -69,9 +69,10 @@ _TIMING = FaultTiming(
     finished_after_ms=500,
     retry_after_s=1,
     ban_s=3,
-    firewall_ms=2_000,
+    firewall_ms=1_000,
     drip_interval_ms=30,
 )
+_MAX_INCIDENTS = 3
 _LATENCY_MS = 5.0
 _WEIGHT_LIMIT = 1_000_000  # limits are the incidents' affair
 
@@ -244,6 +245,7 @@ class _Run:
         self._logs = logs
         self._screen = screen
         self._interrupts = interrupts
+        self._requests = 0
         self._asked: dict[str, Asked] = {}
         self._outcomes: list[Outcome] = []
         self._done: Counter[str] = Counter()
@@ -279,6 +281,7 @@ class _Run:
             seed=options.seed,
             faults_for_ms=options.deadline_s * 1_000 // 3,
             timing=_TIMING,
+            max_incidents=_MAX_INCIDENTS,
             weight_limit_per_minute=_WEIGHT_LIMIT,
             latency_ms=_LATENCY_MS,
         )
@@ -330,7 +333,7 @@ class _Run:
             together += [(wanted, algo_id) for wanted, algo_id in together if wanted.twice is Twice.AT_ONCE]
             tickets = self._client.cancel_many(wanted.request(algo_id) for wanted, algo_id in together)
             for ticket, (_, algo_id) in zip(tickets, together, strict=True):
-                self._asked[ticket.id] = Asked(ticket.id, algo_id)
+                self._note(ticket, algo_id)
             for wanted, algo_id in group:
                 if wanted.alone:
                     self._ask_alone(wanted, algo_id)
@@ -350,7 +353,11 @@ class _Run:
             symbol=request.symbol,
             tag=request.tag,
         )
-        self._asked[ticket.id] = Asked(ticket.id, algo_id)
+        self._note(ticket, algo_id)
+
+    def _note(self, ticket: Ticket, algo_id: int) -> None:
+        self._requests += 1
+        self._asked[ticket.id] = Asked(ticket.id, algo_id)  # requests for one order may share a ticket
 
     def _follow(self) -> None:
         """Wait until every request has its outcome, or until none can be expected any more."""
@@ -385,6 +392,7 @@ class _Run:
             concurrency=options.concurrency,
             faults=options.faults,
             seed=options.seed,
+            requests=self._requests,
             asked=list(self._asked.values()),
             outcomes=self._outcomes,
             book=list(self._exchange.book().values()),

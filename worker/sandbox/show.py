@@ -151,7 +151,7 @@ def _figures(report: Report) -> list[tuple[str, str]]:
     pauses = [f"{incident.fault} {incident.duration_ms} ms" for incident in stats.incidents]
     calls = [(f"requests {call}", counts(answers)) for call, answers in sorted(stats.requests.items())]
     return [
-        ("orders / requests enqueued", f"{report.orders} / {len(report.asked)}"),
+        ("orders / requests / jobs", f"{report.orders} / {report.requests} / {len(report.asked)}"),
         ("workers / in flight each", f"{report.workers} / {report.concurrency}"),
         ("faults / seed", f"{report.faults} / {report.seed}"),
         ("attempts in total / most / mean", f"{attempts['total']} / {attempts['max']} / {attempts['mean']}"),

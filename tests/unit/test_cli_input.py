@@ -1,0 +1,272 @@
+"""What the command line reads: ids as people type them, files of orders, and settings of the connection."""
+
+from __future__ import annotations
+
+import io
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from producer.console import (
+    SHOWN_BAD_LINES,
+    BadFile,
+    BadSetting,
+    address,
+    algo_id_of,
+    connect,
+    read_requests,
+    request_of,
+    why_unreachable,
+)
+from producer.message import MAX_PAYLOAD_BYTES, CancelRequest, InvalidRequest, MessageError
+
+DEFAULTS: dict[str, Any] = {"account": "desk2", "symbol": "BTCUSDT", "tag": None, "urgent": True, "deadline_s": 30.0}
+PASSWORD = "password-of-the-tests"
+
+
+def read(text: str | bytes, **defaults: Any) -> list[CancelRequest]:
+    """The requests of a file with this content."""
+    raw = text.encode() if isinstance(text, str) else text
+    return read_requests(io.BytesIO(raw), "ids.txt", defaults)
+
+
+@pytest.mark.parametrize("algo_id", [1, 2146760, 2**53 + 1, 2**63 - 1])
+def test_an_algo_id_is_taken_exactly(algo_id: int) -> None:
+    """Every id of 64 bits survives, beyond the 53 bits of a float too."""
+    assert algo_id_of(str(algo_id)) == algo_id
+    assert read(f"{algo_id}\n") == [CancelRequest(algo_id=algo_id)]
+    assert read(f'{{"algo_id": {algo_id}}}\n') == [CancelRequest(algo_id=algo_id)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "+1", "1.0", "1e3", "1_000", "007", " 1", "0x10", "٣", "²", "9" * 20, "9" * 5000]
+)
+def test_what_only_looks_like_an_algo_id_is_refused(text: str) -> None:
+    """Python's own reading of numbers is more generous than a cancel may be: none of its spellings is taken."""
+    with pytest.raises(InvalidRequest, match="algo_id="):
+        algo_id_of(text)
+
+
+def test_a_file_may_mix_every_kind_of_line() -> None:
+    """Digits are algo ids, objects have the fields of a request, the rest are client ids; comments and blanks go."""
+    lines = [
+        "\ufeff# ids of tonight",
+        "",
+        "2146760",
+        "  2146761\t\r",
+        "stop-17",
+        '{"algo_id": 5, "client_algo_id": "x", "tag": "t"}',
+        '{"client_algo_id": "007", "deadline_s": 1.5, "urgent": true}',
+        "   # indented comment",
+        "8",
+    ]
+    assert read("\n".join(lines)) == [
+        CancelRequest(algo_id=2146760),
+        CancelRequest(algo_id=2146761),
+        CancelRequest(client_algo_id="stop-17"),
+        CancelRequest(algo_id=5, client_algo_id="x", tag="t"),
+        CancelRequest(client_algo_id="007", deadline_s=1.5, urgent=True),
+        CancelRequest(algo_id=8),
+    ]
+
+
+def test_options_are_the_defaults_of_a_line() -> None:
+    """What a line says itself wins over the command line, in both directions."""
+    said = '{"algo_id": 3, "account": "desk3", "symbol": "ETHUSDT", "tag": "t", "urgent": false, "deadline_s": 1}'
+
+    assert read(f"1\nstop\n{said}\n", **DEFAULTS) == [
+        CancelRequest(1, None, "desk2", 30.0, True, "BTCUSDT", None),
+        CancelRequest(None, "stop", "desk2", 30.0, True, "BTCUSDT", None),
+        CancelRequest(3, None, "desk3", 1, False, "ETHUSDT", "t"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("0", "algo_id='0': must be a whole number from 1 to 9223372036854775807"),
+        ("007", "algo_id='007': must be a whole number"),
+        ("9223372036854775808", "algo_id=9223372036854775808: must be a whole number"),
+        ("two words", "client_algo_id='two words': must match"),
+        ("x" * 37, "must match"),
+        ("[1]", "client_algo_id='[1]': must match"),
+        ('{"algo_id": "5"}', "algo_id='5': must be a whole number"),
+        ('{"algo_id": 5, "account": "Desk"}', "account='Desk': must match"),
+        ('{"algo_id": 5, "deadline_s": -1}', "deadline_s=-1: must be more than 0"),
+        ('{"symbol": "BTCUSDT"}', "algo_id=None: give algo_id or client_algo_id"),
+        ('{"algo_id": 5, "price": 1}', "unknown field 'price'"),
+        ('{"algo_id": 5, "v": 2}', "v=2: this side speaks version 1"),
+        ('{"algo_id": 5', """'{"algo_id": 5': not JSON"""),
+        ('{"algo_id": NaN}', "NaN is not a number of JSON"),
+        ('{"algo_id": 1e400}', "must be a whole number"),
+        ('{"algo_id": ' + "9" * 30 + "}", "does not fit in 64 bits"),
+        ('{"a":' * 10_000, "nested too deeply"),
+        ("a\x1bb", "client_algo_id="),
+    ],
+)
+def test_a_bad_line_is_told_with_its_place_value_and_rule(line: str, told: str) -> None:
+    """The report begins with file and line, repeats the value without its control characters, and names the rule."""
+    with pytest.raises(BadFile) as caught:
+        read(f"1\n\n{line}\n2\n")
+
+    first, last = str(caught.value).splitlines()
+    assert first.startswith("ids.txt:3: ")
+    assert told in first
+    assert last == "nothing was enqueued"
+    assert first.isprintable()
+    assert len(first) < 300
+
+
+def test_bytes_that_are_no_text_are_a_bad_line() -> None:
+    """A binary file is refused line by line and never guessed at."""
+    with pytest.raises(BadFile, match=r"ids\.txt:2: .*not UTF-8"):
+        read(b"1\n\xff\xfe\x00\n")
+
+
+def test_a_line_without_an_end_does_not_fill_the_memory() -> None:
+    """A line longer than a request can be is one bad line, and the lines after it keep their numbers."""
+    with pytest.raises(BadFile) as caught:
+        read(b"x" * (3 * MAX_PAYLOAD_BYTES) + b"\n1\nno good\n" + b"y" * (MAX_PAYLOAD_BYTES + 1))
+
+    assert [line.split(": ")[0] for line in str(caught.value).splitlines()[:-1]] == [
+        "ids.txt:1",
+        "ids.txt:3",
+        "ids.txt:4",
+    ]
+    assert f"longer than {MAX_PAYLOAD_BYTES} bytes" in str(caught.value)
+
+
+def test_many_bad_lines_are_counted_after_the_first_ones() -> None:
+    """Twenty are shown one by one, the rest by number."""
+    with pytest.raises(BadFile) as caught:
+        read("no good\n" * 1234)
+
+    lines = str(caught.value).splitlines()
+    assert len(lines) == SHOWN_BAD_LINES + 2
+    assert lines[SHOWN_BAD_LINES - 1].startswith(f"ids.txt:{SHOWN_BAD_LINES}: ")
+    assert lines[SHOWN_BAD_LINES] == "ids.txt: 1,214 more bad lines"
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# nothing today\n"])
+def test_a_file_without_an_id_is_an_error(text: str) -> None:
+    """Whoever pipes ids here and lost them on the way must hear of it."""
+    with pytest.raises(BadFile, match="there is no id in it"):
+        read(text)
+
+
+@given(st.text(max_size=60))
+def test_any_line_is_a_request_or_nothing_or_a_told_error(line: str) -> None:
+    """No line ends in another error, and what it becomes asks for nothing that does not stand in it."""
+    try:
+        request = request_of(line, {})
+    except MessageError:
+        return
+    if request is None:
+        assert not line.strip() or line.strip().startswith("#")
+    elif not line.strip().startswith("{"):
+        assert line.strip() in (str(request.algo_id), request.client_algo_id)
+
+
+# --- connecting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:6379",
+        f"http://:{PASSWORD}@localhost",
+        f"redis://:{PASSWORD}@",
+        f"redis://:{PASSWORD}@localhost:port/0",
+        f"redis://user:{PASSWORD}#x@localhost:6379",
+        f"redis://:{PASSWORD}@localhost:6379/0?socket_timeout=100",
+        f"redis://:{PASSWORD}@localhost:6379/0?nonsense=1",
+        f"rediss://:{PASSWORD}@localhost:6379/0?ssl_cert_reqs=perhaps",
+        f"redis://[{PASSWORD}",
+        f"redis://user#{PASSWORD}@localhost",
+        f"redis://user:{PASSWORD} @localhost",
+        f"redis://:{PASSWORD}@localhost:0",
+        f"unix://{PASSWORD}",
+        f"redis://:{PASSWORD}@localhost/database",
+        "",
+    ],
+)
+def test_a_bad_redis_url_is_told_without_being_shown(url: str) -> None:
+    """The error says what a URL must be; its password stands in none of its parts."""
+    with pytest.raises(BadSetting, match="REDIS_URL") as caught:
+        connect(url, "cancels", "", "")
+    assert PASSWORD not in repr(caught.value) + str(caught.value.__cause__) + str(caught.value.__suppress_context__)
+
+
+@pytest.mark.parametrize(
+    ("url", "verify", "verified"),
+    [
+        ("rediss://localhost", "", True),
+        ("rediss://localhost", "required", True),
+        ("rediss://localhost", "none", False),
+        ("rediss://localhost?ssl_cert_reqs=none", "", False),
+        ("rediss://localhost?ssl_cert_reqs=required", "required", True),
+    ],
+)
+def test_tls_is_verified_unless_told_otherwise(url: str, verify: str, verified: bool) -> None:
+    """rediss:// checks certificate and name; only the setting or the URL switch both off."""
+    with connect(url, "cancels", verify, "") as client:
+        options = client._redis.connection_pool.connection_kwargs
+    assert options["ssl_cert_reqs"] == ("required" if verified else "none")
+    assert options["ssl_check_hostname"] is verified
+
+
+@pytest.mark.parametrize(
+    ("url", "verify", "ca"),
+    [
+        ("rediss://localhost", "perhaps", ""),
+        ("rediss://localhost?ssl_cert_reqs=none", "required", ""),
+        ("rediss://localhost", "", "/nowhere/ca.pem"),
+    ],
+)
+def test_settings_that_cannot_hold_are_refused(url: str, verify: str, ca: str) -> None:
+    """A setting that the URL would silently override, and a file that is not there, stop the command."""
+    with pytest.raises(BadSetting, match="REDIS_TLS_"):
+        connect(url, "cancels", verify, ca)
+
+
+def test_a_ca_file_must_hold_certificates(tmp_path: Path) -> None:
+    """Any other file is refused before a connection is tried."""
+    (tmp_path / "ca.pem").write_text("nothing")
+    with pytest.raises(BadSetting, match="REDIS_TLS_CA"):
+        connect("rediss://localhost", "cancels", "", str(tmp_path / "ca.pem"))
+
+
+@pytest.mark.parametrize("queue", ["", "a b", "cancels:x", "q" * 65])
+def test_a_bad_queue_name_is_refused(queue: str) -> None:
+    """A name that would break out of the keys' pattern is told by the contract's own error."""
+    with pytest.raises(InvalidRequest, match="queue="):
+        connect("redis://localhost", queue, "", "")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"rediss://user:{PASSWORD}@example.com:6380/1?ssl_cert_reqs=none", "rediss://example.com:6380/1"),
+        (f"redis://:{PASSWORD}@localhost", "redis://localhost"),
+        (f"unix://user:{PASSWORD}@/run/redis.sock", "unix:///run/redis.sock"),
+    ],
+)
+def test_an_address_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    """What is printed about a server leads to it and holds neither user nor password nor options."""
+    assert address(url) == shown
+
+
+def test_the_cause_of_a_failed_connection_is_told() -> None:
+    """A certificate that nobody vouches for points to the two settings; other causes speak the system's words."""
+    bad = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    bad.verify_message = "self-signed certificate"
+    wrapped = RuntimeError("outer")
+    wrapped.__cause__ = bad
+
+    assert "self-signed certificate; see REDIS_TLS_CA and REDIS_TLS_VERIFY" in why_unreachable(wrapped)
+    assert why_unreachable(ConnectionRefusedError(111, "Connection refused")) == ": Connection refused"
+    assert why_unreachable(RuntimeError("whatever")) == ""
