@@ -610,10 +610,11 @@ class Exchange:
         if header is None or not header.isascii() or not header.isdigit() or len(header) > 9:
             return
         # By the minute of sending: a late answer to a request of the last minute must not fill the new one.
-        waited_ms = (time.monotonic_ns() - attempt.sent_ns) // 1_000_000
-        minute = (self._clock.now_ms() - waited_ms) // 60_000
+        now_ms = self._clock.now_ms()
+        minute = (now_ms - (time.monotonic_ns() - attempt.sent_ns) // 1_000_000) // 60_000
         last = self.used_weight
-        if last is None or minute >= last.minute:
+        # A minute that is still to come was noted by a clock that has been put right since.
+        if last is None or not minute < last.minute <= now_ms // 60_000:
             self.used_weight = UsedWeight(int(header), minute, time.monotonic())
 
     def _retry_after_ms(self, header: str | None) -> int | None:

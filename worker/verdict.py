@@ -328,6 +328,8 @@ def _json_object(answer: Reply) -> dict[str, Any] | None:
 
 def _code_and_msg(answer: Reply, body: dict[str, Any] | None) -> tuple[int | None, str]:
     if body is None:
+        if answer.truncated:  # half a text may be equal to a whole one that says something else
+            return None, ""
         return None, clean_text(answer.body[:1000].decode("utf-8", "replace"))
     msg = body.get("msg")
     return _whole(body.get("code")), clean_text(msg) if isinstance(msg, str) else ""

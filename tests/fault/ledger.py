@@ -1,5 +1,8 @@
 """tmp"""
+
 import re
+
+
 def pattern_of(key: str) -> str:
     key = re.sub(r"[0-9a-f]{32}", "*", key)
     return key

@@ -6,21 +6,18 @@ each test looks at what its point left.
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import redis
 
 from producer import CancelClient, Outcome
-from producer.message import Attempt, Call, OutcomeKind
+from producer.message import Attempt, OutcomeKind
 from tests.conftest import API_KEY, API_SECRET
 from tests.fault.conftest import TAKEN_OVER_S, environment, wait_for_line
 from tests.fault.crashing import Point
@@ -74,10 +71,13 @@ class Scene:
     crashed: str = ""  # the job that the dead worker had
     died_at_ms: int = 0
 
+    @property
+    def queue(self) -> str:
+        """The queue's name."""
+        return f"q-{self.point}"
+
     def play(self) -> None:
         """Ask for cancels until the one worker has died, and wait until all have ended."""
-        wait_for_line(self.dying, "event=started", 60)
-        wait_for_line(self.peer, "event=started", 60)
         (self._until_stopping_dies if self.point in STOPPING else self._until_working_dies)()
         eventually(lambda: len(self.client.outcomes_of(self.orders)) == len(self.orders), 10, f"{self.point}: outcomes")
 
@@ -102,7 +102,7 @@ class Scene:
                 eventually(lambda ids=asked: len(self.client.outcomes_of(ids)) == 4, 10)  # type: ignore[misc]
                 self.crashed = max(asked, key=lambda each: len(self.outcome(each).attempts))
                 return
-            self.dying = start_dying(self.fleet, self.point)
+            self.dying = start_dying(self.fleet, self.point, self.queue)
             wait_for_line(self.dying, "event=started", 60)
         raise AssertionError(f"{self.point} was not reached: {self.dying.output()}")
 
@@ -136,10 +136,9 @@ class Scene:
         return outcome
 
 
-def start_dying(fleet: Workers, point: Point, nth: int = 1) -> Worker:
+def start_dying(fleet: Workers, point: Point, queue: str) -> Worker:
     """A worker that dies at ``point``, named so that it is recognised."""
-    launcher = (*CRASHING, f"{point}@{nth}", "--")
-    return fleet.start(command=launcher, wait=False, CANCEL_QUEUE=f"q-{point}", DYNO=f"dying-{point}")
+    return fleet.start(command=(*CRASHING, point, "--"), wait=False, CANCEL_QUEUE=queue, DYNO=f"dying-{point}")
 
 
 @dataclass
@@ -151,6 +150,7 @@ class Stage:
     fleet: Workers
     scenes: dict[Point, Scene]
     failures: dict[Point, BaseException]
+    normal: set[tuple[str, bool]]  # what a run without a death leaves
     connection: redis.Redis
 
     def scene(self, point: Point) -> Scene:
@@ -175,15 +175,35 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         scenes = {}
         try:
             for point in Point:
-                client = CancelClient.from_url(valkey.url, f"q-{point}")
-                peer = fleet.start(wait=False, CANCEL_QUEUE=f"q-{point}", DYNO=f"peer-{point}")
-                scenes[point] = Scene(point, fleet, client, exchange, start_dying(fleet, point), peer)
-            yield Stage(valkey, exchange, fleet, scenes, play_all(scenes), connection)
+                queue = f"q-{point}"
+                client = CancelClient.from_url(valkey.url, queue)
+                peer = fleet.start(wait=False, CANCEL_QUEUE=queue, DYNO=f"peer-{point}")
+                scenes[point] = Scene(point, fleet, client, exchange, start_dying(fleet, point, queue), peer)
+            normal = play_without_death(fleet, valkey, exchange, connection)
+            for worker in fleet.all:
+                wait_for_line(worker, "event=started", 60)
+            failures = play_all(scenes)
+            fleet.stop()  # the tests only look
+            yield Stage(valkey, exchange, fleet, scenes, failures, normal, connection)
         finally:
             fleet.stop()
             connection.close()
             for scene in scenes.values():
                 scene.client.close()
+
+
+def play_without_death(
+    fleet: Workers, valkey: Valkey, exchange: RunningExchange, connection: redis.Redis
+) -> set[tuple[str, bool]]:
+    """Cancels on a queue of their own, one with a retry; gives the keys that are left of them."""
+    worker = fleet.start(wait=False, CANCEL_QUEUE="q-normal")
+    first, second = (order.algo_id for order in exchange.add_orders(2))
+    exchange.script_faults(first, [Fault.INTERNAL_503])
+    with CancelClient.from_url(valkey.url, "q-normal") as client:
+        tickets = [client.cancel(algo_id=algo_id) for algo_id in (first, second)]
+        for ticket in tickets:
+            assert ticket.wait(60).kind is OutcomeKind.CANCELLED, worker.output()
+    return keys_left(connection, "q-normal", [ticket.id for ticket in tickets])
 
 
 def play_all(scenes: dict[Point, Scene]) -> dict[Point, BaseException]:
@@ -205,7 +225,7 @@ class TestCrashPoint:
     def test_one_outcome_each(self, stage: Stage, point: Point) -> None:
         """Whatever step its worker died at, each request has exactly one outcome."""
         scene = stage.scene(point)
-        ledger = Peek(stage.connection, f"q-{point}").ledger()
+        ledger = Peek(stage.connection, scene.queue).ledger()
         assert sorted(outcome.id for outcome in ledger) == sorted(scene.orders)
 
     def test_the_kind_is_the_books(self, stage: Stage, point: Point) -> None:
@@ -235,41 +255,34 @@ class TestCrashPoint:
         assert resumed_at_ms - scene.died_at_ms <= TAKEN_OVER_S * 1000
 
     def test_leaves_what_a_normal_run_leaves(self, stage: Stage, point: Point) -> None:
-        """No key is left that a run without a death would not leave, and only those without a time to live that it
-        leaves so."""
+        """A death leaves no kind of key, and none without a time to live, that a run without one does not leave."""
         scene = stage.scene(point)
-        finished = {f"q-{point}:outcome:{job_id}" for job_id in scene.orders}
-        left = set()
-        for raw in stage.connection.scan_iter(count=1000):
-            key = raw.decode()
-            if f"q-{point}" in key or any(job_id in key for job_id in scene.orders):
-                left.add((pattern_of(key).replace(f"q-{point}", "Q"), stage.connection.ttl(key) > 0))
-        assert left == {
-            ("rq:queue:Q", False) if stage.connection.exists(f"rq:queue:q-{point}") else ("rq:job:*", True),
-            ("rq:job:*", True),
-            ("rq:results:*", True),
-            ("rq:finished:Q", False),
-            ("rq:workers:Q", False),
-            ("Q:outcomes", False),
-            ("Q:outcome:*", True),
-        }
-        assert {key for key in finished if stage.connection.exists(key)} == finished
+        assert keys_left(stage.connection, scene.queue, scene.orders) == stage.normal
 
 
-def test_an_id_between_pop_and_claim_stands_in_the_claiming_list(stage: Stage, tmp_path: Path) -> None:
+def keys_left(connection: redis.Redis, queue: str, job_ids: Iterable[str]) -> set[tuple[str, bool]]:
+    """The kinds of keys of a queue, each with whether it has a time to live."""
+    marks = (queue, *job_ids)
+    keys = [raw.decode() for raw in connection.scan_iter(count=1000)]
+    return {
+        (pattern_of(key).replace(queue, "QUEUE"), connection.ttl(key) > 0)
+        for key in keys
+        if any(mark in key for mark in marks)
+    }
+
+
+def test_an_id_between_pop_and_claim_stands_in_the_claiming_list(stage: Stage) -> None:
     """The step before the claim leaves the id in our own list, started by nobody, and the next claim finds it there."""
-    exchange, queue = stage.exchange, "q-moved"
-    with CancelClient.from_url(stage.valkey.url, queue) as client:
-        stop(stage.scene(Point.MOVED).peer)
-        dying = start_dying(stage.fleet, Point.MOVED)
+    with CancelClient.from_url(stage.valkey.url, "q-alone") as client:
+        dying = start_dying(stage.fleet, Point.MOVED, "q-alone")
         wait_for_line(dying, "event=started")
-        ticket = client.cancel(algo_id=exchange.add_orders()[0].algo_id)
+        ticket = client.cancel(algo_id=stage.exchange.add_orders()[0].algo_id)
         assert dying.process.wait(10) == -signal.SIGKILL
-        peek = Peek(stage.connection, queue)
+        peek = Peek(stage.connection, "q-alone")
         assert peek("LRANGE", peek.keys.claiming, 0, -1) == [ticket.id]
         assert peek.waiting() == []
         assert peek.job(ticket.id)["status"] == "queued"
-        assert stage.fleet.start("--burst", wait=False, CANCEL_QUEUE=queue).process.wait(20) == 0
+        assert stage.fleet.start("--burst", wait=False, CANCEL_QUEUE="q-alone").process.wait(20) == 0
         outcome = client.outcome(ticket.id)
     assert outcome is not None
     assert [said(attempt) for attempt in outcome.attempts] == [SURE]
@@ -277,22 +290,13 @@ def test_an_id_between_pop_and_claim_stands_in_the_claiming_list(stage: Stage, t
 
 def test_two_holders_die_one_after_the_other(stage: Stage) -> None:
     """A job whose second holder dies too is unclear twice, and is cancelled once by the third."""
-    queue = f"q-{Point.SENT}"
-    stop(stage.scene(Point.SENT).peer)
     order = stage.exchange.add_orders()[0]
-    with CancelClient.from_url(stage.valkey.url, queue) as client:
-        first = start_dying(stage.fleet, Point.BEFORE_SEND)
-        first_queue = f"q-{Point.BEFORE_SEND}"
-        stop(stage.scene(Point.BEFORE_SEND).peer)
-        wait_for_line(first, "event=started")
-        with CancelClient.from_url(stage.valkey.url, first_queue) as client:
-            ticket = client.cancel(algo_id=order.algo_id)
-            assert first.process.wait(10) == -signal.SIGKILL
-            launcher = (*CRASHING, Point.QUERIED, "--")
-            second = stage.fleet.start(command=launcher, wait=False, CANCEL_QUEUE=first_queue)
-            assert second.process.wait(20) == -signal.SIGKILL
-            assert stage.fleet.start("--burst", wait=False, CANCEL_QUEUE=first_queue).process.wait(20) == 0
-            outcome = client.outcome(ticket.id)
+    with CancelClient.from_url(stage.valkey.url, "q-twice") as client:
+        ticket = client.cancel(algo_id=order.algo_id)
+        for point in (Point.BEFORE_SEND, Point.QUERIED):
+            assert start_dying(stage.fleet, point, "q-twice").process.wait(20) == -signal.SIGKILL
+        assert stage.fleet.start("--burst", wait=False, CANCEL_QUEUE="q-twice").process.wait(20) == 0
+        outcome = client.outcome(ticket.id)
     assert outcome is not None
     assert outcome.kind is OutcomeKind.CANCELLED
     assert [said(attempt) for attempt in outcome.attempts] == [LOST, LOST, OPEN, SURE]

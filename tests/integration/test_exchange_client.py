@@ -1152,6 +1152,17 @@ def test_late_weight_belongs_to_the_minute_of_its_request(bench: Bench, credenti
     assert client.last_used_weight() == 3
 
 
+def test_weight_noted_by_a_wrong_clock_is_replaced(bench: Bench, credential: Credential) -> None:
+    """When a clock that ran ahead is put right, the next answer's weight counts at once."""
+    wall = [1_760_000_000_000]
+    answers = [http_answer(x_mbx_used_weight_1m="2000"), http_answer(x_mbx_used_weight_1m="4")]
+    _, client = bench.to(answering(*answers), clock=ServerClock(wall_ms=lambda: wall[0]))
+    client.cancel(credential, REF)
+    wall[0] -= 3_600_000
+    client.cancel(credential, REF)
+    assert client.last_used_weight() == 4
+
+
 # ---- time, warmth, limits -------------------------------------------------------------------------------------------
 
 
