@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from functools import lru_cache
 from typing import Any
 
 from producer.message import clean_text
@@ -23,7 +24,10 @@ logger = logging.getLogger("cancel")
 def event(level: int, name: str, **fields: object) -> None:
     """Log ``name`` with its fields; a field that is None is left out."""
     if logger.isEnabledFor(level):
-        logger.log(level, name, extra={"fields": fields})
+        # Made here, as logging's own way would first look for the caller's file and line, which nobody is shown.
+        record = logger.makeRecord(logger.name, level, "", 0, name, (), None)
+        record.fields = fields
+        logger.handle(record)
 
 
 def info(name: str, **fields: object) -> None:
@@ -49,11 +53,14 @@ def debug(name: str, **fields: object) -> None:
 def _value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
     if isinstance(value, float):
         return f"{value:.3f}"
-    text = clean_text(str(value), _MAX_VALUE_CHARS)
-    if text and _PLAIN.issuperset(text):
+    text = str(value)
+    if text and len(text) <= _MAX_VALUE_CHARS and _PLAIN.issuperset(text):
         return text
+    text = clean_text(text, _MAX_VALUE_CHARS)
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
@@ -73,9 +80,16 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(_fields(record), default=str, ensure_ascii=False)
 
 
+@lru_cache(maxsize=8)
+def _second(since_epoch: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(since_epoch))
+
+
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    fields: dict[str, Any] = {"at": f"{stamp}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+    fields: dict[str, Any] = {
+        "at": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
+        "level": record.levelname.lower(),
+    }
     if record.name == logger.name:
         fields["event"] = record.msg
         given: dict[str, object] = getattr(record, "fields", {})
