@@ -1,11 +1,12 @@
 """The client for asyncio programs: the methods of :class:`producer.client.CancelClient` as coroutines.
 
-Cancelling a task that is in one of them leaves no connection half read: redis-py closes it.
+Cancelling a task that is in one of them ends it and leaves no connection half read.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
@@ -131,14 +132,16 @@ class AsyncCancelClient:
 
     async def wait(self, job_id: str, timeout_s: float | None = None) -> Outcome:
         """Wait until ``job_id`` has an outcome; see :meth:`AsyncTicket.wait`."""
-        listen_s = patience(job_id, timeout_s)
+        listen_s, end_if_cancelled = patience(job_id, timeout_s), _cancellation()
         if (outcome := await self.outcome(job_id)) is not None:
             return outcome
         with availability():
             async with self._redis.pubsub() as channel:
                 await channel.subscribe(self.keys.outcome_prefix + job_id)
+                end_if_cancelled()
                 while (outcome := await self.outcome(job_id)) is None:
                     await channel.get_message(timeout=listen_s())
+                    end_if_cancelled()
         return outcome
 
     async def retry(self, job_ids: Iterable[str], *, missing_ok: bool = False) -> list[str]:
@@ -158,11 +161,14 @@ class AsyncCancelClient:
         return await self._hold(read_status(self.keys))
 
     async def _hold(self, conversation: Conversation[T], *, repeat: bool = True) -> T:
+        end_if_cancelled = _cancellation()
         with availability():
             try:
                 commands = next(conversation)
                 while True:
-                    commands = conversation.send(await self._answers(commands, repeat))
+                    answers = await self._answers(commands, repeat)
+                    end_if_cancelled()
+                    commands = conversation.send(answers)
             except StopIteration as end:
                 return cast(T, end.value)
 
@@ -188,3 +194,19 @@ class AsyncCancelClient:
             return [await self._redis.execute_command(*commands[0])]
         except redis.ResponseError as error:
             return [error]
+
+
+def _cancellation() -> Callable[[], None]:
+    """A function that raises CancelledError if this task has been cancelled since now.
+
+    redis-py sends under asyncio.wait_for, which before Python 3.12 forgets a cancellation that comes just as it ends: a
+    waiter would then wait on for ever.
+    """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
+
+    def end_if_cancelled() -> None:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+    return end_if_cancelled

@@ -84,9 +84,12 @@ class Valkey:
 
 
 def _answers(client: redis.Redis) -> bool:
-    with contextlib.suppress(redis.ConnectionError):
+    try:
         return bool(client.ping())
-    return False
+    except redis.AuthenticationError:
+        return True
+    except redis.ConnectionError:
+        return False
 
 
 @contextlib.contextmanager
@@ -94,8 +97,8 @@ def running_valkey(*options: str) -> Iterator[Valkey]:
     """A server for the length of a block."""
     with tempfile.TemporaryDirectory() as directory:
         server = Valkey(Path(directory), options)
-        server.start()
         try:
+            server.start()
             yield server
         finally:
             server.stop(signal.SIGKILL)
@@ -131,7 +134,7 @@ class Workers:
         self.all: list[Worker] = []
 
     def start(self, *arguments: str, command: tuple[str, ...] = (), wait: bool = True, **environment: str) -> Worker:
-        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until RQ knows it."""
+        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it)."""
         log = self._directory / f"worker-{len(self.all)}.log"
         file = log.open("wb")
         process = subprocess.Popen(
@@ -143,13 +146,16 @@ class Workers:
             start_new_session=True,
         )
         worker = Worker(process, log, file)
-        before = self._registered() if wait else 0
+        before = self._registered() if wait and command else 0
         self.all.append(worker)
         if wait:
             eventually(
-                lambda: process.poll() is not None or self._registered() > before,
+                lambda: (
+                    process.poll() is not None
+                    or (self._registered() > before if command else "event=started " in worker.output())
+                ),
                 20,
-                "the worker registers",
+                "the worker starts",
             )
             assert process.poll() is None, worker.output()
         return worker

@@ -23,7 +23,7 @@ import redis
 from worker import log
 from worker.canceller import Canceller
 from worker.gate import Gate
-from worker.store import Claimed, Grant, Settlement, Store
+from worker.store import CLAIM_WAIT_S, Claimed, Grant, Settlement, Store
 
 #: While the gate is closed or RQ suspended, the queue is looked at this often, s, without waiting at it.
 _LOOK_S = 1.0
@@ -69,6 +69,7 @@ class Crew:
         self._idle = 0
         self._threads: list[threading.Thread] = []
         self._leading = False
+        self._is_due = False  # a retry fell due while all slots were taken
         self._stopping = False
         self._suspended = False
         self._heap: deque[Settlement] = deque()
@@ -124,7 +125,8 @@ class Crew:
             self._turn.notify_all()
         self._retries.stop()
         self._heap.extend(Settlement(held.grant) for held in unstarted)
-        self._drain()
+        # Not in this thread: while Redis is away it would wait for it longer than the grace.
+        threading.Thread(target=self._drain, name="cancel-handback", daemon=True).start()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the requests in flight to be answered and settled; False if some were not in time."""
@@ -190,8 +192,9 @@ class Crew:
                 while not (self._ready and self._running < self._size):
                     if self._stopping:
                         return None
-                    if not self._leading and self._free() > 0:
-                        self._leading = True
+                    if self._free() > 0 and (self._is_due or not self._leading):
+                        due, self._is_due = self._is_due, False
+                        self._leading = self._leading or not due
                         break
                     self._idle += 1
                     self._turn.wait()
@@ -199,9 +202,9 @@ class Crew:
                 else:
                     self._running += 1
                     return self._ready.popleft()
-            claimed = self._guarded(self._lead)
+            claimed = self._guarded(self._claim_at_once if due else self._lead)
             with self._turn:
-                self._leading = False
+                self._leading = self._leading and due
                 self._accept(claimed)
                 # One job: this thread sends it, and the next leader is called when its bytes are out (see `promote`).
                 if len(self._ready) > 1:
@@ -209,16 +212,24 @@ class Crew:
 
     def _lead(self) -> Claimed | None:
         """Wait at the queue, for a second at the most."""
-        pause = self._suspended or self._gate.closed(self._store.clock.now_ms())
-        if pause:
+        if self._paused():
             self._abandon.wait(_LOOK_S)
         if self._stopping:
             return None
-        return self._claim(max(self._free(), 1), wait=not pause)
+        pause = self._paused()
+        # During a pause only overdue jobs are given. They need no request: the ramp after a pause is not for them.
+        slots = self._size - self._running - len(self._ready) if pause else self._free()
+        return self._claim(max(slots, 1), wait=not pause)
+
+    def _paused(self) -> bool:
+        return self._suspended or self._gate.closed(self._store.clock.now_ms())
+
+    def _claim_at_once(self) -> Claimed | None:
+        return self._claim(max(self._free(), 1), wait=False)
 
     def _claim(self, slots: int, *, wait: bool) -> Claimed | None:
         try:
-            take_lost = time.monotonic() >= self._redis_back_at
+            take_lost = not self._redis_away and time.monotonic() >= self._redis_back_at
             claimed = self._store.claim(slots, wait=wait, take_lost=take_lost)
         except redis.RedisError as error:
             self._away(error)
@@ -239,9 +250,14 @@ class Crew:
 
     def _accept(self, claimed: Claimed | None) -> None:
         """Take what a claim brought into our hands (the caller holds the turn)."""
-        grants = claimed.grants if claimed is not None else []
-        # The server gave the leases within the wait before now; what the answer's way took is a small part of them.
-        good_until_s = time.monotonic() + self._lease_s - _LEASE_MARGIN * self._lease_s
+        if claimed is None:
+            return
+        grants, given_at_s, margin_s = claimed.grants, time.monotonic(), _LEASE_MARGIN * self._lease_s
+        # The server gave the leases within the wait before now, and what the answer's way took is a small part of them;
+        # but a process that was paused at the queue reads of leases that have long been taken.
+        if given_at_s - claimed.asked_at_s > CLAIM_WAIT_S + margin_s:
+            given_at_s = claimed.asked_at_s
+        good_until_s = given_at_s + self._lease_s - margin_s
         for grant in grants:
             self._held[grant.lease] = held = _Held(grant, self, good_until_s)
             if self._stopping:
@@ -255,9 +271,12 @@ class Crew:
         """A retry of ours is due: claim without waiting, beside the thread that waits at the queue."""
         with self._turn:
             free = self._free()
-            if self._stopping or free < 1 or self._gate.closed(self._store.clock.now_ms()):
+            if self._stopping or self._gate.closed(self._store.clock.now_ms()):
+                return  # after the pause whoever leads claims it
+            self._is_due = free < 1
+            if self._is_due:
                 return  # whoever is free next claims it
-        claimed = self._guarded(lambda: self._claim(free, wait=False))
+        claimed = self._guarded(self._claim_at_once)
         with self._turn:
             self._accept(claimed)
             self._wake(len(self._ready))

@@ -89,9 +89,11 @@ class CancelWorker(BaseWorker):
         RQ's other options (scheduler, idle time, job count) mean nothing here: retries need no scheduler.
         """
         self._install_signal_handlers()
-        self._exchange.sync_time()
-        self._learn_weight_limit()
-        self._be_born()
+        if not self._be_born():
+            self._exchange.close()
+            return False
+        self._meet_exchange()
+        self._tell_start()
         self._crew.start()
         upkeep = [threading.Thread(target=loop, name=loop.__name__, daemon=True) for loop in (self._look, self._warm)]
         for thread in upkeep:
@@ -102,20 +104,42 @@ class CancelWorker(BaseWorker):
             self._leave()
         return self._crew.outcomes > 0
 
-    def _be_born(self) -> None:
+    def _be_born(self) -> bool:
+        """Register as RQ's workers do, as soon as Redis is there; False if told to stop before."""
+        is_away = False
         while not self._stop.is_set():
             try:
                 super()._set_ip_address(self.connection)
-                self.register_birth()  # type: ignore[no-untyped-call]
-                self.subscribe()  # type: ignore[no-untyped-call]
+                if self.birth_date is None:  # else it was done, perhaps unheard: RQ takes our own hash for another's
+                    self.register_birth()  # type: ignore[no-untyped-call]
+                if self.pubsub_thread is None:
+                    self.subscribe()  # type: ignore[no-untyped-call]
                 self.set_state(WorkerStatus.IDLE)
+                seconds, micros = self.connection.time()
+                self._store.clock.observe(seconds * 1000 + micros // 1000)
+                self._gate.observe(self._store.renew([])[1])
             except redis.AuthenticationError:
                 raise
             except (redis.ConnectionError, redis.TimeoutError) as error:
-                log.error("redis", state="away", error=type(error).__name__)
+                if not is_away:
+                    log.error("redis", state="away", error=type(error).__name__)
+                is_away = True
                 self._stop.wait(_LOOK_S)
                 continue
-            break
+            if is_away:
+                log.info("redis", state="back")
+            return True
+        return False
+
+    def _meet_exchange(self) -> None:
+        """Measure its clock and learn its limit, unless nothing may be sent now."""
+        now_ms = self._store.clock.now_ms()
+        if not self._gate.closed(now_ms):
+            self._exchange.sync_time()
+            self._learn_weight_limit()
+            self._heed_refusal(now_ms)
+
+    def _tell_start(self) -> None:
         log.info(
             "started",
             worker=self.name,
@@ -178,15 +202,19 @@ class CancelWorker(BaseWorker):
     def _warm(self) -> None:
         """Keep connections open and the clock true, so that the next cancel waits for neither."""
         while not self._ended.wait(_WARM_S if self._clock.measured else _LOOK_S):
-            self._learn_weight_limit()
             if self.should_run_maintenance_tasks:
                 self._maintain()
             now_ms = self._store.clock.now_ms()
             if self._gate.closed(now_ms):
                 continue
             self._exchange.keep_warm()
-            if (refusal := self._exchange.take_refusal()) is not None:
-                self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms)
+            self._learn_weight_limit()
+            self._heed_refusal(now_ms)
+
+    def _heed_refusal(self, now_ms: int) -> None:
+        """A 429, 418 or 403 to one of our unsigned calls closes the gate as any other does."""
+        if (refusal := self._exchange.take_refusal()) is not None:
+            self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms)
 
     def _learn_weight_limit(self) -> None:
         if not self._knows_limit and (limit := self._exchange.weight_limit()) is not None:
@@ -197,7 +225,7 @@ class CancelWorker(BaseWorker):
         """RQ's own clean-up of registries, for what stock workers left."""
         try:
             self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
-        except redis.RedisError as error:
+        except Exception as error:  # noqa: BLE001 - it stumbles over damaged entries, and must not end the upkeep
             log.warning("maintenance", error=type(error).__name__)
 
     # -- stopping --

@@ -11,7 +11,7 @@ import time
 import zlib
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any
@@ -72,9 +72,11 @@ class RedisClock:
     def __init__(self) -> None:
         self._offset_ms: float | None = None
 
-    def observe(self, now_ms: int) -> None:
-        """Note an answer that has just arrived."""
-        self._offset_ms = now_ms - time.monotonic_ns() / 1e6
+    def observe(self, now_ms: int, asked_at_s: float | None = None) -> None:
+        """Note an answer that has just arrived; one to a question of long ago (monotonic) is no news any more."""
+        is_late = asked_at_s is not None and time.monotonic() - asked_at_s > SOCKET_TIMEOUT_S
+        if self._offset_ms is None or not is_late:
+            self._offset_ms = now_ms - time.monotonic_ns() / 1e6
 
     def now_ms(self) -> int:
         """Now, ms since the epoch; the host's clock before the first answer."""
@@ -111,6 +113,7 @@ class Claimed:
     gate_until_ms: int  # 0: open
     suspended: bool
     grants: list[Grant]
+    asked_at_s: float = field(default_factory=time.monotonic)  # no lease of these is older (monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,13 +222,15 @@ class Store:
         words: Words = (slots, self._lease_ms, self._deadline_ms, self._execution, number)
         words = (*self._claim_words, *words, MAX_PAYLOAD_BYTES, int(take_lost), POINTER_LIFE_S)
         script = _evalsha(_CLAIM, self._claim_keys, words)
+        asked_at_s = time.monotonic()
         if wait:
             move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
             answer = self._checked(_CLAIM, script, self.roundtrip(move, script)[1])
         else:
             answer = self._checked(_CLAIM, script, self.roundtrip(script)[0])
-        self.clock.observe(int(answer[0]))
-        return Claimed(int(answer[0]), int(answer[1]), answer[2] == 1, [_grant(row) for row in answer[3:]])
+        self.clock.observe(int(answer[0]), asked_at_s)
+        grants = [_grant(row) for row in answer[3:]]
+        return Claimed(int(answer[0]), int(answer[1]), answer[2] == 1, grants, asked_at_s)
 
     def settle(self, settlements: Sequence[Settlement]) -> list[int]:
         """Settle a group. For each: 0 if the lease was no longer ours, 1, or for another try its due time in ms.

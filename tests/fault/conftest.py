@@ -1,20 +1,30 @@
-"""What the fault tests share: scaled waits, servers that can be hurt, proxies, and looks from outside."""
+"""What the fault tests share: scaled waits, stages with servers that can be hurt, and looks from outside.
+
+Most of a fault's time is waiting: for a lease to run out, for a server to come back. So a module plays all of its
+scenes at the same time, each on servers or queues of its own, and each test then asks how its scene ended.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import pytest
 import redis
 
+from producer import CancelClient
 from tests.conftest import API_KEY, API_SECRET
 from tests.fault.proxy import Proxy
 from tests.servers import Valkey, Worker, Workers, eventually, running_valkey
-from worker.sandbox.control import RunningExchange
+from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
+
+T = TypeVar("T")
 
 #: Waits scaled down from the defaults, so that a lease can run out many times in a test run.
 LEASE_S = 1.0
@@ -27,38 +37,90 @@ FAST = {
     "NOT_FOUND_HORIZON_S": "2",
     "CANCEL_DEADLINE_S": "60",
 }
+#: Scenes that run at the same time: starting Python is the only thing about them that needs a processor.
+_AT_ONCE = 8
+#: Writes that were acknowledged are on the disk: the server may be killed.
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 
-@pytest.fixture
-def durable() -> Iterator[Valkey]:
-    """A server of the test's own that has every acknowledged write on its disk, and so may be killed."""
-    with running_valkey("--appendonly", "yes", "--appendfsync", "always") as server:
-        yield server
+class Stage:
+    """Where one scene is played; everything on it ends with the scene."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def enter(self, thing: AbstractContextManager[T]) -> T:
+        """Keep something open until the end of the scene."""
+        return self._stack.enter_context(thing)
+
+    def valkey(self, *options: str) -> Valkey:
+        """A server of the scene's own."""
+        return self.enter(running_valkey(*(options or DURABLE)))
+
+    def proxy(self, valkey: Valkey) -> Proxy:
+        """A proxy in front of it."""
+        return self.enter(Proxy(valkey.port))
+
+    def exchange(self, latency_ms: float = 0.0) -> RunningExchange:
+        """An exchange of the scene's own, without faults of its own."""
+        accounts = {"default": (API_KEY, API_SECRET)}
+        return self.enter(start_exchange(ExchangeConfig(accounts, latency_ms=latency_ms)))
+
+    def fleet(self, redis_url: str, exchange: RunningExchange, **settings: str) -> Workers:
+        """Starts workers on these two, with the waits scaled."""
+        directory = self._directory / f"fleet-{len(list(self._directory.iterdir()))}"
+        directory.mkdir()
+        workers = Workers(directory, environment(redis_url, exchange.url) | settings)
+        self._stack.callback(workers.stop)
+        return workers
+
+    def client(self, redis_url: str, queue: str = "cancels", timeout_s: float = 2.0) -> CancelClient:
+        """A producers' client."""
+        return self.enter(CancelClient.from_url(redis_url, queue, timeout_s=timeout_s))
+
+    def direct(self, valkey: Valkey) -> redis.Redis:
+        """A connection that goes around every proxy."""
+        return self.enter(redis.Redis(port=valkey.port))
 
 
-@pytest.fixture
-def proxy(durable: Valkey) -> Iterator[Proxy]:
-    """A proxy in front of it."""
-    with Proxy(durable.port) as proxy:
-        yield proxy
+Scene: TypeAlias = Callable[[Stage], None]
 
 
-@pytest.fixture
-def direct(durable: Valkey) -> Iterator[redis.Redis]:
-    """A connection that goes around the proxy."""
-    with redis.Redis(port=durable.port) as client:
-        yield client
+class Scenes(dict[str, Scene]):
+    """A module's scenes by name. Each is a function whose docstring says the rule that it shows."""
+
+    def add(self, scene: Scene) -> Scene:
+        """Decorator: one more scene."""
+        self[scene.__name__] = scene
+        return scene
+
+    def play(self, directory: Path) -> dict[str, Future[None]]:
+        """Play all of them; gives how each ended."""
+
+        def one(name: str, scene: Scene) -> None:
+            place = directory / name
+            place.mkdir()
+            with Stage(place) as stage:
+                scene(stage)
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return {name: pool.submit(one, name, scene) for name, scene in self.items()}
 
 
-@pytest.fixture
-def fleet(proxy: Proxy, exchange: RunningExchange, tmp_path: Path) -> Iterator[Workers]:
-    """Starts workers that reach their Redis through the proxy, with the waits scaled."""
-    workers = Workers(tmp_path, environment(proxy.redis_url, exchange.url))
-    try:
-        yield workers
-    finally:
-        proxy.close()  # workers that are cut off must not hold up the end
-        workers.stop()
+@pytest.fixture(scope="module")
+def played(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
+    """How the scenes of the module (its ``SCENES``) ended."""
+    scenes: Scenes = request.module.SCENES
+    return scenes.play(tmp_path_factory.mktemp(request.module.__name__.rpartition(".")[2]))
 
 
 def environment(redis_url: str, exchange_url: str) -> dict[str, str]:
@@ -93,8 +155,11 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def cpu_share(pid: int, over_s: float) -> float:
-    """How much of one core a process uses, watched for so long."""
-    before, began = cpu_s(pid), time.monotonic()
-    eventually(lambda: time.monotonic() - began >= over_s, over_s + 5)
-    return (cpu_s(pid) - before) / (time.monotonic() - began)
+def state(pid: int) -> str:
+    """A process' state as the kernel names it; T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(") ")[2][0]
+
+
+def rest(seconds: float) -> None:
+    """Let time pass that a fault is to last; nothing is waited for."""
+    time.sleep(seconds)

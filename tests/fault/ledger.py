@@ -4,5 +4,4 @@ import re
 
 
 def pattern_of(key: str) -> str:
-    key = re.sub(r"[0-9a-f]{32}", "*", key)
-    return key
+    return re.sub(r"[0-9a-f]{32}", "*", key)

@@ -5,134 +5,142 @@ from __future__ import annotations
 
 import signal
 import time
+from concurrent.futures import Future
 
 import pytest
-import redis
 
 from producer import CancelClient, Ticket
 from producer.message import OutcomeKind
-from tests.fault.conftest import FAST, LEASE_S, environment, name_of
+from tests.fault.conftest import Scenes, Stage, name_of, state
 from tests.servers import Peek, Valkey, Worker, Workers, eventually
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
+#: A wait at the queue ends within a second, on behalf of a process that stands still too: before the lease does.
+LEASE_S = "1.5"
+#: Time between a DELETE's arrival and its answer, in which the worker is paused, ms.
+LATENCY_MS = 400
 #: How long a woken worker is watched for requests that it must not send, s: longer than its looks at Redis.
 WATCHED_S = 1.5
+SCENES = Scenes()
 
 
-@pytest.fixture(autouse=True)
-def _scaled(workers: Workers, valkey: Valkey, exchange: RunningExchange) -> None:
-    workers.environment.update(environment(valkey.url, exchange.url))
+class Pair:
+    """A worker that is to be paused, and a peer that comes when it is."""
+
+    def __init__(self, stage: Stage, latency_ms: float = LATENCY_MS) -> None:
+        self.valkey: Valkey = stage.valkey()
+        self.exchange: RunningExchange = stage.exchange(latency_ms)
+        self.client: CancelClient = stage.client(self.valkey.url)
+        self.peek = Peek(stage.direct(self.valkey))
+        self._fleet: Workers = stage.fleet(self.valkey.url, self.exchange, LEASE_S=LEASE_S)
+        self.paused = self._fleet.start()
+
+    def pause(self) -> None:
+        """Stop the process as a suspended host would."""
+        self.paused.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: state(self.paused.process.pid) == "T", what="the process stands still")
+
+    def wake(self) -> None:
+        """Let it go on."""
+        self.paused.process.send_signal(signal.SIGCONT)
+
+    def send(self, *faults: Fault) -> tuple[Ticket, int]:
+        """Have a DELETE sent and the sender paused before it has the answer; gives its order too."""
+        order = self.exchange.add_orders()[0]
+        if faults:
+            self.exchange.script_faults(order.algo_id, faults)
+        ticket = self.client.cancel(algo_id=order.algo_id)
+        eventually(lambda: self.requests(order.algo_id)[0] == 1, what="the DELETE arrives")
+        self.pause()
+        return ticket, order.algo_id
+
+    def peer_takes_over(self, ticket: Ticket) -> Worker:
+        """Start the peer and wait until it has ended the job."""
+        peer = self._fleet.start()
+        assert ticket.wait(15).kind is OutcomeKind.CANCELLED
+        assert [outcome.worker for outcome in self.peek.ledger()] == [name_of(peer)]
+        return peer
+
+    def requests(self, algo_id: int) -> tuple[int, int]:
+        """DELETEs and GETs that the exchange has got for an order."""
+        entry = self.exchange.book()[algo_id]
+        return entry.deletes, entry.gets
+
+    def wake_and_watch(self, algo_id: int) -> None:
+        """See that the woken worker sends nothing for the order, and that the outcome stays the only one."""
+        before, records = self.requests(algo_id), len(self.peek.ledger())
+        self.wake()
+        ends_at = time.monotonic() + WATCHED_S
+        while time.monotonic() < ends_at:
+            assert self.requests(algo_id) == before
+            time.sleep(0.05)
+        assert len(self.peek.ledger()) == records
+        assert self.exchange.book()[algo_id].deletes_effective == 1
 
 
-def pause(worker: Worker) -> None:
-    """Stop the process as a suspended host would."""
-    worker.process.send_signal(signal.SIGSTOP)
-    eventually(lambda: state(worker) == "T", what="the process stands still")
-
-
-def wake(worker: Worker) -> None:
-    """Let it go on."""
-    worker.process.send_signal(signal.SIGCONT)
-
-
-def state(worker: Worker) -> str:
-    """The process' state as the kernel names it; T is stopped."""
-    with open(f"/proc/{worker.process.pid}/stat") as stat:
-        return stat.read().rpartition(") ")[2][0]
-
-
-def requests(exchange: RunningExchange, algo_id: int) -> tuple[int, int]:
-    """DELETEs and GETs that the exchange has got for an order."""
-    entry = exchange.book()[algo_id]
-    return entry.deletes, entry.gets
-
-
-def watch(exchange: RunningExchange, algo_id: int, expected: tuple[int, int]) -> None:
-    """See that no more requests come for a while."""
-    ends_at = time.monotonic() + WATCHED_S
-    while time.monotonic() < ends_at:
-        assert requests(exchange, algo_id) == expected
-        time.sleep(0.05)
-
-
-def records(connection: redis.Redis, ticket: Ticket) -> list[str]:
-    """Who recorded an outcome for the ticket."""
-    return [outcome.worker for outcome in Peek(connection).ledger() if outcome.id == ticket.id]
-
-
-def test_an_answer_read_after_the_lease_is_not_recorded(
-    workers: Workers, client: CancelClient, connection: redis.Redis, exchange: RunningExchange
-) -> None:
+@SCENES.add
+def an_answer_read_after_the_lease_is_not_recorded(stage: Stage) -> None:
     """Paused between its DELETE and the answer, the first worker's outcome is refused: the peer's stands alone."""
-    exchange.set_latency_ms(500)
-    paused = workers.start()
-    order = exchange.add_orders()[0]
-    ticket = client.cancel(algo_id=order.algo_id)
-    eventually(lambda: requests(exchange, order.algo_id)[0] == 1, what="the DELETE arrives")
-    pause(paused)
-    peer = workers.start()
-    outcome = ticket.wait(10)
-    assert outcome.kind is OutcomeKind.CANCELLED
-    assert [attempt.msg for attempt in outcome.attempts] == ["worker lost", "CANCELED"]
-    seen = requests(exchange, order.algo_id)
-    wake(paused)
-    eventually(lambda: "event=fenced" in paused.output(), 5, "the late outcome is refused")
-    watch(exchange, order.algo_id, seen)
-    assert records(connection, ticket) == [name_of(peer)]
-    assert exchange.book()[order.algo_id].deletes_effective == 1
+    pair = Pair(stage)
+    ticket, algo_id = pair.send()
+    pair.peer_takes_over(ticket)
+    assert [attempt.msg for attempt in ticket.wait(1).attempts] == ["worker lost", "CANCELED"]
+    pair.wake_and_watch(algo_id)
+    assert "event=fenced" in pair.paused.output()
 
 
-@pytest.mark.parametrize("fault", [Fault.UNKNOWN_503, Fault.AHEAD_1021])
-def test_no_request_follows_an_answer_that_calls_for_one(
-    workers: Workers, client: CancelClient, connection: redis.Redis, exchange: RunningExchange, fault: Fault
-) -> None:
-    """An answer that asks for another call at once is read too late: the woken worker sends nothing more."""
-    exchange.set_latency_ms(500)
-    paused = workers.start()
-    order = exchange.add_orders()[0]
-    exchange.script_faults(order.algo_id, [fault])
-    ticket = client.cancel(algo_id=order.algo_id)
-    eventually(lambda: requests(exchange, order.algo_id)[0] == 1, what="the DELETE arrives")
-    pause(paused)
-    exchange.set_latency_ms(0)
-    peer = workers.start()
-    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
-    seen = requests(exchange, order.algo_id)
-    wake(paused)
-    watch(exchange, order.algo_id, seen)
-    assert records(connection, ticket) == [name_of(peer)]
+@SCENES.add
+def no_query_follows_an_answer_read_too_late(stage: Stage) -> None:
+    """An unclear answer asks for a query at once; read after the lease, it gets none."""
+    pair = Pair(stage)
+    ticket, algo_id = pair.send(Fault.UNKNOWN_503)
+    pair.peer_takes_over(ticket)
+    pair.wake_and_watch(algo_id)
 
 
-def test_a_claim_that_is_read_after_its_lease_sends_nothing(
-    workers: Workers, client: CancelClient, connection: redis.Redis, exchange: RunningExchange
-) -> None:
+@SCENES.add
+def no_second_delete_follows_an_answer_read_too_late(stage: Stage) -> None:
+    """A clock refusal asks for the same DELETE at once; read after the lease, it gets none."""
+    pair = Pair(stage)
+    ticket, algo_id = pair.send(Fault.AHEAD_1021)
+    pair.peer_takes_over(ticket)
+    pair.wake_and_watch(algo_id)
+
+
+@SCENES.add
+def a_claim_read_after_its_lease_sends_nothing(stage: Stage) -> None:
     """Redis hands a job to a worker that stands still at the queue; it wakes when somebody else has done the job."""
-    paused = workers.start()
-    order = exchange.add_orders()[0]
-    peek = Peek(connection)
+    pair = Pair(stage, latency_ms=0)
     for _ in range(10):
-        pause(paused)
-        ticket = client.cancel(algo_id=order.algo_id)
-        if not peek.waiting():
+        pair.pause()
+        order = pair.exchange.add_orders()[0]
+        ticket = pair.client.cancel(algo_id=order.algo_id)
+        if not pair.peek.waiting():
             break
-        # It stood still between two waits, when nobody is at the queue: once more.
-        wake(paused)
+        pair.wake()  # it stood still between two waits, when nobody was at the queue: once more
         ticket.wait(5)
-        order = exchange.add_orders()[0]
-    assert peek.job(ticket.id)["worker_name"] == name_of(paused)
-    began = time.monotonic()
-    peer = workers.start()
-    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
-    eventually(lambda: time.monotonic() - began > LEASE_S)
-    seen = requests(exchange, order.algo_id)
-    wake(paused)
-    watch(exchange, order.algo_id, seen)
-    assert records(connection, ticket) == [name_of(peer)]
+        pair.peek("DEL", pair.peek.keys.outcomes)
+    assert pair.peek.job(ticket.id)["worker_name"] == name_of(pair.paused)
+    pair.peer_takes_over(ticket)
+    pair.wake_and_watch(order.algo_id)
 
 
-def test_a_worker_that_was_cut_off_from_redis_sends_nothing_more(
-    workers: Workers, client: CancelClient, connection: redis.Redis, exchange: RunningExchange
-) -> None:
-    """A worker whose leases cannot be renewed stops sending by its own clock, before it hears that they are gone."""
-    assert FAST["LEASE_S"] == "1"
+@SCENES.add
+def the_woken_worker_works_on(stage: Stage) -> None:
+    """A worker that lost its jobs to a pause takes new ones as before."""
+    pair = Pair(stage, latency_ms=50)
+    ticket, algo_id = pair.send()
+    peer = pair.peer_takes_over(ticket)
+    assert peer.stop() == 0
+    pair.wake_and_watch(algo_id)
+    order = pair.exchange.add_orders()[0]
+    outcome = pair.client.cancel(algo_id=order.algo_id).wait(5)
+    assert (outcome.kind, outcome.worker) == (OutcomeKind.CANCELLED, name_of(pair.paused))
+    assert len(outcome.attempts) == 1
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_fence(played: dict[str, Future[None]], name: str) -> None:
+    """Each scene above shows its rule."""
+    played[name].result()

@@ -69,11 +69,11 @@ _ALGO_IDS = st.integers(1, MAX_ALGO_ID)
 _INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
-def _texts(most: int, least: int = 1, chars: str = _PRINTABLE) -> st.SearchStrategy[str]:
+def _texts(most: int = 8, least: int = 1, chars: str = _PRINTABLE) -> st.SearchStrategy[str]:
     return st.lists(st.sampled_from(chars), min_size=least, max_size=most).map("".join)
 
 
-_CLIENT_IDS = _texts(36, chars=".:/_-ABCXYZabcxyz0189")
+_CLIENT_IDS = _texts(chars=".:/_-ABCXYZabcxyz0189")
 
 REQUESTS = st.builds(
     lambda ids, **rest: CancelRequest(algo_id=ids[0], client_algo_id=ids[1], **rest),
@@ -87,8 +87,8 @@ REQUESTS = st.builds(
     | st.integers(1, MAX_DEADLINE_S)
     | st.floats(0, MAX_DEADLINE_S, exclude_min=True, allow_subnormal=False),
     urgent=st.booleans(),
-    symbol=st.none() | _texts(32),
-    tag=st.none() | _texts(64),
+    symbol=st.none() | _texts(),
+    tag=st.none() | _texts(),
 )
 ATTEMPTS = st.builds(
     Attempt,
@@ -97,28 +97,28 @@ ATTEMPTS = st.builds(
     call=st.sampled_from(Call),
     http=st.none() | st.integers(100, 599),
     code=st.none() | _INT64,
-    msg=_texts(40, 0),
-    verdict=_texts(20, 0),
+    msg=_texts(least=0),
+    verdict=_texts(least=0),
     ms=_INT64,
 )
 OUTCOMES = st.builds(
     Outcome,
-    id=_texts(40),
+    id=_texts(),
     run=_INT64,
     kind=st.sampled_from(OutcomeKind),
-    account=st.none() | _texts(32),
+    account=st.none() | _texts(),
     algo_id=st.none() | _ALGO_IDS,
     client_algo_id=st.none() | _CLIENT_IDS,
-    symbol=st.none() | _texts(32),
-    tag=st.none() | _texts(64),
+    symbol=st.none() | _texts(),
+    tag=st.none() | _texts(),
     may_be_live=st.none() | st.booleans(),
-    order_status=st.none() | _texts(20),
-    actual_order_id=st.none() | _texts(40),
+    order_status=st.none() | _texts(),
+    actual_order_id=st.none() | _texts(),
     attempts=st.lists(ATTEMPTS, max_size=3).map(tuple),
     enqueued_at_ms=st.none() | _INT64,
     finished_at_ms=_INT64,
-    worker=_texts(20, 0),
-    error=st.none() | _texts(40, 0),
+    worker=_texts(least=0),
+    error=st.none() | _texts(least=0),
 )
 #: Any JSON, a little of the contract mixed in so that the search gets past the first checks.
 _NAMES = st.sampled_from(
@@ -213,11 +213,24 @@ def test_a_job_holds_only_what_was_set() -> None:
     assert encode_request(REQUEST)["urgent"] is True
 
 
-@pytest.mark.parametrize("change", [{"algo_id": 1}, {"account": "other"}, {"urgent": True}])
-def test_requests_are_frozen(change: dict[str, Any]) -> None:
-    """A checked request cannot be changed into an unchecked one."""
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(CancelRequest(algo_id=2), *next(iter(change.items())))
+@pytest.mark.parametrize("value", [REQUEST, ATTEMPT, OUTCOME, Keys()], ids=lambda value: type(value).__name__)
+def test_messages_are_frozen(value: Any) -> None:
+    """What was checked or recorded cannot be changed afterwards."""
+    for field in dataclasses.fields(value):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, field.name, 5)
+
+
+def test_a_long_history_survives() -> None:
+    """A request with a thousand attempts behind it, far more than a request's own size, is still read."""
+    attempts = (ATTEMPT,) * 1_000
+    assert decode_attempts(encode_attempts(attempts)) == attempts
+    assert decode_outcome(dataclasses.replace(OUTCOME, attempts=attempts).encode()).attempts == attempts
+
+
+def test_words_beyond_ascii_stay_readable_in_redis() -> None:
+    """A record holds text as text: who reads Redis by hand sees the symbol, not its escapes."""
+    assert '"symbol":"币安USDT"' in encode_call(REQUEST).decode()
 
 
 def test_the_order_key_is_the_id_that_the_exchange_is_asked_by() -> None:
@@ -289,6 +302,14 @@ def test_a_bad_request_is_refused_by_field_value_and_rule(field: str, given_: di
     assert str(error).startswith(f"{field}=")
     assert str(error).endswith(error.rule)
     _assert_fit_for_a_log(str(error))
+
+
+def test_the_extremes_are_accepted() -> None:
+    """Each limit is itself allowed."""
+    greatest = CancelRequest(MAX_ALGO_ID, "z" * 36, "a" * 32, MAX_DEADLINE_S, symbol="S" * 32, tag="t" * 64)
+    assert decode_call(encode_call(greatest)) == greatest
+    assert (MAX_ALGO_ID, MAX_DEADLINE_S) == (9223372036854775807, 604_800)
+    assert CancelRequest(algo_id=1, deadline_s=0.001, symbol="S", tag="t").algo_id == 1
 
 
 def test_the_refused_value_is_shown() -> None:
@@ -391,7 +412,7 @@ NASTY_JOBS: dict[str, bytes] = {
     "args by name": f'["{TASK}",null,[],{{"request":{{"v":1,"algo_id":1}}}}]'.encode(),
     "an argument by name too": _call('{"v":1,"algo_id":1}', kwargs='{"x":1}'),
     "two arguments": _call('{"v":1,"algo_id":1},{"v":1,"algo_id":2}'),
-    "args as an object": f'["{TASK}",null,{{"v":1,"algo_id":1}},{{}}]'.encode(),
+    "args as an object": f'["{TASK}",null,{{"0":{{"v":1,"algo_id":1}}}},{{}}]'.encode(),
     "kwargs as a list": _call('{"v":1,"algo_id":1}', kwargs="[]"),
     "three parts": f'["{TASK}",null,[]]'.encode(),
     "an object instead of a call": b'{"v":1,"algo_id":1}',
@@ -467,6 +488,17 @@ def test_the_refusal_of_a_job_says_what_was_wrong(name: str, words: str) -> None
     with pytest.raises(MessageError) as caught:
         decode_call(NASTY_JOBS[name])
     assert words in str(caught.value)
+
+
+def test_a_payload_of_the_largest_size_is_read() -> None:
+    """64 KiB are allowed, compressed or not; the next byte is not."""
+    largest = _call('{"v":1,"algo_id":1}').ljust(MAX_PAYLOAD_BYTES)
+    assert MAX_PAYLOAD_BYTES == 65_536
+    for data in (largest, zlib.compress(largest)):
+        assert decode_call(data) == CancelRequest(algo_id=1)
+    for data in (largest + b" ", zlib.compress(largest + b" ")):
+        with pytest.raises(MalformedMessage):
+            decode_call(data)
 
 
 def test_a_zip_bomb_is_never_inflated() -> None:
@@ -638,17 +670,11 @@ def unconnected() -> Iterator[redis.Redis]:
 
 @PROFILE
 @given(REQUESTS)
-def test_rqs_serializer_reads_our_call(request_: CancelRequest) -> None:
-    """A stock worker with RQ's JSON serializer gets the function and the one argument."""
+def test_rqs_serializer_and_we_read_each_other(request_: CancelRequest) -> None:
+    """A stock worker gets the function and its one argument, and a job made by plain RQ is a request like any other."""
     function, instance, args, kwargs = JSONSerializer.loads(encode_call(request_))
     assert (function, instance, kwargs) == (TASK, None, {})
     assert args == [encode_request(request_)]
-
-
-@PROFILE
-@given(REQUESTS)
-def test_we_read_rqs_serializer(request_: CancelRequest) -> None:
-    """A job made by plain RQ with the contract's payload is a request like any other."""
     assert decode_call(JSONSerializer.dumps((TASK, None, (encode_request(request_),), {}))) == request_
 
 
@@ -787,6 +813,7 @@ def test_keys_of_our_own() -> None:
     """Our keys begin with the queue's name, so that two queues never share a lease or an outcome."""
     assert (KEYS.claiming, KEYS.leases, KEYS.outcomes) == ("stops:claiming", "stops:leases", "stops:outcomes")
     assert (KEYS.outcome_prefix, KEYS.order_prefix) == ("stops:outcome:", "stops:order:")
+    assert (KEYS.breaker("hedge-2"), KEYS.held("hedge-2")) == ("stops:key:hedge-2", "stops:held:hedge-2")
     assert (Keys.gate("all"), Keys.gate("worker.1")) == ("gate:all", "gate:worker.1")
 
 

@@ -11,11 +11,8 @@ import pytest
 
 from producer.message import Attempt, Call, OutcomeKind
 from worker.verdict import (
-    BAN_PAUSE_MS,
     CLIENT_ID_GRACE_MS,
     LAST_TRY_MS,
-    LIMIT_PAUSE_MS,
-    TRIGGER_POLL_MS,
     Again,
     Case,
     Failure,
@@ -163,6 +160,7 @@ PROCEDURE: list[tuple[str, list[Answer], list[str], str]] = [
     ("timeout, query not sent, CANCELED", [TIMEOUT, NO_CONNECTION, CANCELED], [C, Q, Q], "cancelled"),
     ("timeout, query 429, CANCELED", [TIMEOUT, LIMITED, CANCELED], [C, Q, Q], "cancelled"),
     ("timeout, query late clock, CANCELED", [TIMEOUT, LATE_CLOCK, CANCELED], [C, Q, Q], "cancelled"),
+    ("-2011, query times out, CANCELED", [GONE, TIMEOUT, CANCELED], [C, Q, Q], "already_cancelled"),
     ("timeout, query TRIGGERED", [TIMEOUT, TRIGGERED], [C, Q], "triggered"),
     ("timeout, query EXPIRED", [TIMEOUT, EXPIRED], [C, Q], "expired"),
     # "unknown order" alone decides nothing
@@ -281,6 +279,25 @@ def test_a_cancels_word_alone_is_never_believed() -> None:
     assert played.kind == "not_found"
 
 
+@pytest.mark.parametrize("seen", [Means.OPEN, Means.TRIGGERING, Means.ODD_STATUS])
+def test_the_horizon_is_counted_from_when_the_order_was_last_seen(seen: Means) -> None:
+    """Not a millisecond before the horizon is it believed, and a state in between starts the horizon anew."""
+    lost_ms = T0 + 9_000
+    history = [
+        attempt(Means.NO_SUCH_ORDER),
+        attempt(Means.NO_SUCH_ORDER, Call.QUERY, T0 + 50),
+        attempt(seen, Call.QUERY, T0 + 8_000),
+        attempt(Means.NO_SUCH_ORDER, Call.QUERY, lost_ms),
+        attempt(Means.NO_SUCH_ORDER, Call.QUERY, lost_ms + 8_000),
+    ]
+    verdict = classify(Call.QUERY, OrderRef(ALGO_ID), NOT_THERE)
+    early = next_step(CASE, history, verdict, POLICY, lost_ms + 9_999, 0.999)
+    assert early == Again(Call.QUERY, 1)
+    stop = next_step(CASE, history, verdict, POLICY, lost_ms + 10_000, 0.999)
+    assert isinstance(stop, Stop)
+    assert stop.kind == "not_found"
+
+
 def test_the_deadline_comes_before_the_horizon() -> None:
     """A request that is no longer wanted is not asked about until a longer horizon ends."""
     played = play([GONE, NOT_THERE], deadline_s=4)
@@ -342,6 +359,31 @@ def test_an_order_counts_as_newer_beyond_the_grace(later_ms: int, calls: list[st
     assert (played.calls, played.kind) == (calls, kind)
 
 
+def test_an_order_without_a_time_of_creation_is_left_alone() -> None:
+    """Only an order that is known to be from before the request may be hit through its client id."""
+    played = play([state("NEW", created_ms=None), OK], by_client_id=True, age_ms=5_000)
+    assert (played.calls, played.kind) == ([Q], "unknown")
+
+
+def test_a_doubtful_client_id_is_resolved_even_while_fresh() -> None:
+    """An unclear cancel may have freed the client id within the first second already."""
+    case = Case(by_client_id=True, enqueued_at_ms=T0, deadline_at_ms=T0 + 300_000)
+    history = [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + 100)]
+    assert first_step(case, history, POLICY, T0 + 200) == Again(Call.QUERY)
+    assert first_step(case, history[1:], POLICY, T0 + 200) == Again(Call.CANCEL)
+
+
+def test_the_last_attempt_resolves_a_client_id_that_grew_old() -> None:
+    """The attempt that is kept for a query is used where the backoff makes the next call a query."""
+    played = play([OVERLOAD, CANCELED], by_client_id=True, policy=Policy(max_attempts=2, backoff_base_ms=4_000))
+    assert (played.calls, played.kind) == ([C, Q], "already_cancelled")
+
+
+def test_a_look_up_that_is_refused_is_backed_off() -> None:
+    """Before the first cancel too, an overloaded exchange is not asked in a tight loop."""
+    assert play([OVERLOAD, NEW, OK], by_client_id=True, age_ms=5_000, roll=0.5).delays == [50, 0]
+
+
 def test_by_algo_id_the_time_of_creation_is_not_asked() -> None:
     """An algo id is never reused, so an order by algo id is ours whatever its time says."""
     assert play([GONE, NEWER, OK]).kind == "cancelled"
@@ -375,8 +417,8 @@ def test_only_a_clock_refusal_asks_for_a_resync() -> None:
     ("answer", "delay_ms"),
     [
         (LIMITED, 3_000),
-        (refusal(429, -1003), LIMIT_PAUSE_MS),
-        (refusal(418, -1003), BAN_PAUSE_MS),
+        (refusal(429, -1003), 10_000),
+        (refusal(418, -1003), 120_000),
         (refusal(418, -1003, f"IP banned until {T0 + TOOK_MS + 7_000}."), 7_000),
         (refusal(418, -1003, f"IP banned until {T0 + TOOK_MS + 7_000}.", 9_000), 9_000),
         (FORBIDDEN, 20_000),
@@ -416,9 +458,8 @@ def test_a_triggering_order_is_polled_fast_then_slower(roll: float) -> None:
     """A trigger takes about ten milliseconds; one that takes longer is asked about ever less often, up to the cap."""
     policy = Policy(max_attempts=40, backoff_cap_ms=1_000)
     played = play([RACE, TRIGGERING], roll=roll, policy=policy, deadline_s=3600)
-    most = [min(TRIGGER_POLL_MS << n, 1_000) for n in range(39)]
-    assert len(played.delays) == 39
-    assert all(full / 2 - 1 <= delay <= full for full, delay in zip(most, played.delays, strict=True))
+    most = [10, 20, 40, 80, 160, 320, 640, *[1_000] * 32]
+    assert played.delays == [int(full * (0.5 + roll / 2)) for full in most]
 
 
 def test_backoff_doubles_up_to_its_cap_with_full_jitter() -> None:
@@ -434,6 +475,31 @@ def test_the_last_try_comes_before_the_deadline() -> None:
     played = play([OVERLOAD, OK], policy=policy, deadline_s=10, roll=0.9)
     assert played.kind == "cancelled"
     assert played.history[-1].at_ms == T0 + 10_000 - LAST_TRY_MS
+
+
+@pytest.mark.parametrize(("left_ms", "goes_on"), [(3_001, True), (3_000, False), (2_999, False)])
+def test_a_pause_must_end_before_the_deadline(left_ms: int, goes_on: bool) -> None:
+    """A pause that ends just when the deadline comes leaves no time to send anything."""
+    case = Case(by_client_id=False, enqueued_at_ms=T0, deadline_at_ms=T0 + left_ms)
+    verdict = classify(Call.CANCEL, OrderRef(ALGO_ID), LIMITED)
+    step = next_step(case, [attempt(Means.LIMITED)], verdict, POLICY, T0, 0.5)
+    assert isinstance(step, Again) is goes_on
+
+
+@pytest.mark.parametrize(("left_ms", "delay_ms"), [(1_500, 500), (1_001, 1), (1_000, None), (1, None)])
+def test_there_is_a_last_try_only_with_time_for_its_answer(left_ms: int, delay_ms: int | None) -> None:
+    """The last try starts a second before the deadline; a request with less than that left is over."""
+    case = Case(by_client_id=False, enqueued_at_ms=T0, deadline_at_ms=T0 + left_ms)
+    verdict = classify(Call.CANCEL, OrderRef(ALGO_ID), OVERLOAD)
+    policy = Policy(backoff_base_ms=60_000, backoff_cap_ms=60_000)
+    step = next_step(case, [attempt(Means.BUSY)], verdict, policy, T0, 0.5)
+    assert (step.delay_ms if isinstance(step, Again) else None) == delay_ms
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    """Who sets nothing gets the documented bounds."""
+    assert dataclasses.astuple(Policy()) == (25, 100, 15_000, 10_000, 5_000, 300_000)
+    assert (CLIENT_ID_GRACE_MS, LAST_TRY_MS) == (1_000, 1_000)
 
 
 def test_after_the_last_try_it_gives_up() -> None:
@@ -500,6 +566,7 @@ def test_the_deadline_during_the_last_call_ends_the_request() -> None:
         stop = next_step(CASE, [attempt(verdict.means, call)], verdict, POLICY, late, 0.5)
         assert isinstance(stop, Stop)
         assert stop.kind == kind
+        assert not stop.kind.failed or (stop.error or "").startswith("the deadline passed; last: ")
 
 
 # ---- what the outcome tells -----------------------------------------------------------------------------------------
@@ -574,6 +641,14 @@ WINDOW_MS = TOOK_MS + POLICY.recv_window_ms + 1_000
         ([attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS - 1)], True),
         ([attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS)], False),
         ([attempt(Means.OPEN, Call.QUERY), attempt(Means.UNCLEAR, at_ms=T0 + 50)], True),
+        (
+            [
+                attempt(Means.UNCLEAR),
+                attempt(Means.OPEN, Call.QUERY, T0 + 100),
+                attempt(Means.OPEN, Call.QUERY, T0 + 60_000),
+            ],
+            False,
+        ),
     ],
     ids=[
         "nothing sent",
@@ -586,6 +661,7 @@ WINDOW_MS = TOOK_MS + POLICY.recv_window_ms + 1_000
         "NEW while the cancel can still strike",
         "NEW after the cancel's window",
         "NEW before the cancel",
+        "NEW twice, the second time after the window",
     ],
 )
 def test_only_a_query_after_the_window_settles_an_unclear_cancel(history: list[Attempt], doubt: bool) -> None:

@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 
 from producer.message import MAX_MSG_CHARS, Call, clean_text
 from worker.verdict import (
-    BAN_PAUSE_MS,
     CODE_MEANS,
     HTTP_FALLBACK,
     HTTP_MEANS,
-    LIMIT_PAUSE_MS,
     Failure,
     Means,
     OrderRef,
@@ -167,6 +165,7 @@ HTTP_ROWS = [
     both("503 Internal error as text", Reply(503, INTERNAL_503.encode()), Means.BUSY),
     both("503 -1008", Reply(503, refusal(-1008, THROTTLED_503)), Means.BUSY),
     both("503 text in capitals", Reply(503, b"SERVICE UNAVAILABLE\r\n"), Means.BUSY),
+    both("503 text cut off", Reply(503, UNAVAILABLE_503.encode(), truncated=True), Means.UNCLEAR),
     both("503 a page that holds the text", Reply(503, UNAVAILABLE_PAGE), Means.UNCLEAR),
     both("503 the text and more", Reply(503, refusal(-1001, f"{UNKNOWN_503} {UNAVAILABLE_503}")), Means.UNCLEAR),
     both("503 empty", Reply(503, b""), Means.UNCLEAR),
@@ -176,6 +175,7 @@ HTTP_ROWS = [
     # any other 5xx: unknown
     both("500 Request occur unknown error", Reply(500, refusal(-1000, "Request occur unknown error.")), Means.UNCLEAR),
     both("500 Service Unavailable", Reply(500, UNAVAILABLE_503.encode()), Means.UNCLEAR),
+    both("500 with a code that would be a refusal", Reply(500, refusal(-2011, "Unknown order sent.")), Means.UNCLEAR),
     both("502 HTML", Reply(502, BAD_GATEWAY), Means.UNCLEAR),
     both("502 with a code that would be a refusal", Reply(502, refusal(-2015)), Means.UNCLEAR),
     both("504 HTML", Reply(504, CLOUDFRONT), Means.UNCLEAR),
@@ -321,7 +321,7 @@ def test_a_query_reads_the_orders_state(status: str, means: Means) -> None:
     """Each state has a meaning of its own; one that is not known proves nothing."""
     verdict = classify(Call.QUERY, BY_ALGO_ID, Reply(200, order(algoStatus=status)))
     assert verdict.means is means
-    assert verdict.msg == status
+    assert (verdict.http, verdict.msg) == (200, status)
     assert verdict.order is not None
     assert verdict.order.status == status
 
@@ -384,6 +384,12 @@ def test_ids_beyond_a_doubles_precision_are_compared_exactly(echo: str, means: M
     assert verdict.means is means
     if verdict.order is not None:
         assert verdict.order.algo_id == BIG
+
+
+def test_true_is_not_the_id_one() -> None:
+    """To Python true equals 1; to the exchange it is no id."""
+    assert classify(Call.CANCEL, OrderRef(1), Reply(200, confirmation(algoId=True))).means is Means.UNCLEAR
+    assert classify(Call.CANCEL, OrderRef(1), Reply(200, confirmation(algoId=1))).means is Means.CONFIRMED
 
 
 def test_the_largest_id_is_confirmed_and_the_next_is_not() -> None:
@@ -463,6 +469,8 @@ def test_a_challenge_is_named() -> None:
     """An empty challenge is explained in the record."""
     verdict = classify(Call.CANCEL, BY_ALGO_ID, Reply(202, b"", challenge=True))
     assert (verdict.http, verdict.msg) == (202, "challenge by the firewall")
+    verdict = classify(Call.CANCEL, BY_ALGO_ID, Reply(405, b"Human?", challenge=True))
+    assert (verdict.http, verdict.msg) == (405, "Human?")
 
 
 NOW = 1750485492076
@@ -472,14 +480,14 @@ NOW = 1750485492076
     ("answer", "pause_ms"),
     [
         (Reply(429, b"", retry_after_ms=35_000), 35_000),
-        (Reply(429, b""), LIMIT_PAUSE_MS),
-        (Reply(418, b""), BAN_PAUSE_MS),
+        (Reply(429, b""), 10_000),
+        (Reply(418, b""), 120_000),
         (Reply(418, refusal(-1003, BAN)), 120_000),
         (Reply(418, refusal(-1003, BAN), retry_after_ms=35_000), 120_000),
         (Reply(418, refusal(-1003, BAN), retry_after_ms=200_000), 200_000),
         (Reply(400, refusal(-1003, BAN)), 120_000),
-        (Reply(429, refusal(-1003, "banned until 17504856120760")), LIMIT_PAUSE_MS),
-        (Reply(429, refusal(-1003, "banned until further notice")), LIMIT_PAUSE_MS),
+        (Reply(429, refusal(-1003, "banned until 17504856120760")), 10_000),
+        (Reply(429, refusal(-1003, "banned until further notice")), 10_000),
         (Reply(403, CLOUDFRONT), 300_000),
         (Reply(403, CLOUDFRONT, retry_after_ms=1), 300_000),
         (Reply(202, b"", challenge=True), 300_000),

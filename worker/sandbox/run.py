@@ -57,7 +57,7 @@ _SETTINGS = {
     "BACKOFF_CAP_MS": "500",
     "LEASE_S": "3",
     "NOT_FOUND_HORIZON_S": "30",  # every order exists: longer than all false answers in a row
-    "WAF_PAUSE_S": "1",  # it doubles with each further block
+    "WAF_PAUSE_S": "2",  # it doubles with each further block
     "SHUTDOWN_GRACE_S": "10",
     "LOG_LEVEL": "INFO",
 }
@@ -67,12 +67,13 @@ _TIMING = FaultTiming(
     late_execution_ms=1_300,
     forgotten_ms=1_000,
     finished_after_ms=500,
-    retry_after_s=1,
+    retry_after_s=2,
     ban_s=3,
-    firewall_ms=1_000,
+    firewall_ms=2_000,
     drip_interval_ms=30,
 )
-_MAX_INCIDENTS = 3
+#: Pauses last two seconds and more, so that a worker that does not keep one is noticed: a run can bear a few.
+_MAX_INCIDENTS = {"none": 0, "some": 2, "all": 3}
 _LATENCY_MS = 5.0
 _WEIGHT_LIMIT = 1_000_000  # limits are the incidents' affair
 
@@ -281,7 +282,7 @@ class _Run:
             seed=options.seed,
             faults_for_ms=options.deadline_s * 1_000 // 3,
             timing=_TIMING,
-            max_incidents=_MAX_INCIDENTS,
+            max_incidents=_MAX_INCIDENTS[options.faults],
             weight_limit_per_minute=_WEIGHT_LIMIT,
             latency_ms=_LATENCY_MS,
         )
@@ -427,10 +428,8 @@ def run(options: Options, server: str | None, environment: Mapping[str, str]) ->
             note(f"error: {str(error) or type(error).__name__}")
             return EXIT_FAILED if isinstance(error, MessageError) else EXIT_UNAVAILABLE
         finally:
-            if logs is not None and not keep:
-                shutil.rmtree(logs, ignore_errors=True)
-            elif logs is not None:
-                note(f"the workers' logs are in {logs}")
+            if logs is not None:
+                _leave(logs, keep)
     _print(report, options)
     return EXIT_OK if report.ok else EXIT_FAILED
 
@@ -443,6 +442,13 @@ def _log_directory(options: Options) -> Path:
     except OSError as error:
         raise CannotStart(f"--keep-logs {options.keep_logs}: {error.strerror}") from None
     return options.keep_logs.resolve()
+
+
+def _leave(logs: Path, keep: bool) -> None:
+    if keep and any(logs.iterdir()):
+        note(f"the workers' logs are in {logs}")
+    else:
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def _reckoned(

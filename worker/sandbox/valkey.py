@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 START_TIMEOUT_S = 10.0
 #: Somebody else may take the port between the look and the start.
@@ -93,7 +95,8 @@ class Valkey:
 
     def _came_up(self) -> bool:
         ends_at = time.monotonic() + START_TIMEOUT_S
-        with redis.Redis(port=self.port, socket_timeout=1, socket_connect_timeout=1) as client:
+        at_once = Retry(NoBackoff(), 0)  # the client's own would sleep for a second
+        with redis.Redis(port=self.port, socket_timeout=1, socket_connect_timeout=1, retry=at_once) as client:
             while self._process.poll() is None and time.monotonic() < ends_at:
                 with suppress(redis.RedisError):
                     shown = client.config_get("dir")

@@ -69,9 +69,10 @@ local function record(id, job, outcome)
   end
 end
 
+local front = {} -- ids for the front of the queue, in the order in which they stood there
 local function requeue(id, job)
   redis.call('HSET', job, 'status', 'queued')
-  redis.call('LPUSH', KEYS[1], id)
+  front[#front + 1] = id
 end
 
 local function done(id, job, lease, began_ms, i)
@@ -124,6 +125,7 @@ end
 
 local answer = {}
 for i = 13, #ARGV, 10 do answer[#answer + 1] = text(settle(ARGV[i], ARGV[i + 1], ARGV[i + 2], i)) end
+for i = #front, 1, -1 do redis.call('LPUSH', KEYS[1], front[i]) end
 
 -- RQ counts a worker's jobs in its hash; one that expired must not come back without its other fields.
 if finished + failed > 0 and redis.call('EXISTS', KEYS[8]) == 1 then

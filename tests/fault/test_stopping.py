@@ -1,0 +1,265 @@
+"""SIGTERM, SIGINT, suspension and RQ's shutdown command: nothing more is claimed, what is in flight is finished, what
+was not started is back at the front at once, no attempt is counted, and the process leaves in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+
+import pytest
+from rq.command import send_shutdown_command
+
+from producer import CancelClient, CancelRequest, Ticket
+from producer.message import OutcomeKind
+from tests.fault.conftest import TAKEN_OVER_S, Scenes, Stage, name_of, wait_for_line
+from tests.servers import ROOT, Peek, Valkey, Worker, Workers, eventually, scrubbed
+from worker.sandbox.control import RunningExchange
+from worker.sandbox.faults import Fault
+
+SCENES = Scenes()
+GRACE_S = 20
+#: A wait at the queue that has begun must end (1 s), and RQ's thread for commands with its own look (1 s).
+IDLE_EXIT_S = 3.0
+SLOW_MS = 3000.0
+
+
+class Scenery:
+    """A queue, an exchange that takes its time, and workers."""
+
+    def __init__(self, stage: Stage, latency_ms: float = 0.0, **settings: str) -> None:
+        self.valkey: Valkey = stage.valkey()
+        self.proxy = stage.proxy(self.valkey)
+        self.exchange: RunningExchange = stage.exchange(latency_ms)
+        self.client: CancelClient = stage.client(self.valkey.url)
+        self.connection = stage.direct(self.valkey)
+        self.peek = Peek(self.connection)
+        settings = {"SHUTDOWN_GRACE_S": str(GRACE_S)} | settings
+        self.fleet: Workers = stage.fleet(self.proxy.redis_url, self.exchange, **settings)
+
+    def ask(self, count: int) -> list[Ticket]:
+        """Open orders and ask for their cancels."""
+        orders = self.exchange.add_orders(count)
+        return self.client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in orders])
+
+    def wait_for_requests(self, count: int) -> None:
+        """Wait until so many requests are in flight at the exchange."""
+        eventually(lambda: self.exchange.stats().in_flight >= count, what=f"{count} requests in flight")
+
+    def done(self) -> set[str]:
+        """Ids that have an outcome."""
+        return {outcome.id for outcome in self.peek.ledger()}
+
+    def finish(self, tickets: list[Ticket]) -> None:
+        """Let a new worker do the rest; each order gets one outcome, after one attempt, by one DELETE."""
+        self.exchange.set_latency_ms(0)
+        worker = self.fleet.start("--burst", wait=False)
+        assert worker.process.wait(20) == 0, worker.output()
+        ledger = self.peek.ledger()
+        assert sorted(outcome.id for outcome in ledger) == sorted(ticket.id for ticket in tickets)
+        assert {(outcome.kind, len(outcome.attempts)) for outcome in ledger} == {(OutcomeKind.CANCELLED, 1)}
+        assert {entry.deletes for entry in self.exchange.book().values()} == {1}
+
+
+def leave(worker: Worker, within_s: float) -> float:
+    """Wait for the process to end by itself with exit code 0; gives how long it took, s."""
+    began = time.monotonic()
+    assert worker.process.wait(within_s) == 0, worker.output()
+    return time.monotonic() - began
+
+
+@SCENES.add
+def idle_workers_leave_soon(stage: Stage) -> None:
+    """Idle, a worker leaves on SIGTERM within the second that it may be waiting at the queue, and RQ forgets it."""
+    scenery = Scenery(stage)
+    worker = scenery.fleet.start()
+    worker.process.send_signal(signal.SIGTERM)
+    leave(worker, IDLE_EXIT_S)
+    assert scenery.peek("SCARD", "rq:workers") == 0
+    assert "event=stopped" in worker.output()
+
+
+@SCENES.add
+def under_load_nothing_is_lost_or_counted(stage: Stage) -> None:
+    """With hundreds waiting, requests in flight are finished, the rest waits in its order, nothing is counted."""
+    scenery = Scenery(stage, latency_ms=60, WORKER_CONCURRENCY="8")
+    worker = scenery.fleet.start()
+    tickets = scenery.ask(300)
+    eventually(lambda: len(scenery.done()) > 40, what="some are done")
+    worker.process.send_signal(signal.SIGTERM)
+    leave(worker, IDLE_EXIT_S)
+    done = scenery.done()
+    assert scenery.peek.waiting() == [ticket.id for ticket in tickets if ticket.id not in done]
+    assert scenery.peek("ZCARD", scenery.peek.keys.leases) == 0
+    scenery.finish(tickets)
+
+
+@SCENES.add
+def twice_and_to_the_whole_group(stage: Stage) -> None:
+    """A second and a third SIGTERM to all processes, as platforms send them, change nothing."""
+    scenery = Scenery(stage, latency_ms=SLOW_MS, WORKER_CONCURRENCY="4")
+    worker = scenery.fleet.start()
+    tickets = scenery.ask(6)
+    scenery.wait_for_requests(4)
+    for _ in range(3):
+        os.killpg(worker.process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+    assert leave(worker, GRACE_S) > 1  # it waited for the answers
+    assert len(scenery.done()) == 4
+    scenery.finish(tickets)
+
+
+@SCENES.add
+def unstarted_jobs_go_back_at_once(stage: Stage) -> None:
+    """A job that comes while the worker is stopping is at the front again while a slow request still holds it up."""
+    scenery = Scenery(stage, latency_ms=SLOW_MS)
+    worker = scenery.fleet.start()
+    tickets = scenery.ask(1)
+    scenery.wait_for_requests(1)
+    worker.process.send_signal(signal.SIGTERM)
+    wait_for_line(worker, "event=stopping")
+    tickets += scenery.ask(3)
+    later = [ticket.id for ticket in tickets[1:]]
+    eventually(lambda: scenery.peek.waiting() == later, 1, "they are back, in their order")
+    assert worker.process.poll() is None
+    leave(worker, GRACE_S)
+    assert scenery.peek.waiting() == later
+    assert all("c_attempts" not in scenery.peek.job(job_id) for job_id in later)
+    scenery.finish(tickets)
+
+
+@SCENES.add
+def a_retry_that_waits_is_left_to_others(stage: Stage) -> None:
+    """A stopping worker does not wait for its retries: they stay scheduled, and the next worker makes them."""
+    scenery = Scenery(stage, BACKOFF_BASE_MS="5000", BACKOFF_CAP_MS="5000")
+    worker = scenery.fleet.start()
+    order = scenery.exchange.add_orders()[0]
+    scenery.exchange.script_faults(order.algo_id, [Fault.INTERNAL_503])
+    ticket = scenery.client.cancel(algo_id=order.algo_id)
+    eventually(lambda: scenery.peek("ZCARD", scenery.peek.keys.scheduled) == 1, what="the retry is scheduled")
+    worker.process.send_signal(signal.SIGTERM)
+    leave(worker, IDLE_EXIT_S)
+    assert ticket.id in scenery.done() or scenery.peek("ZCARD", scenery.peek.keys.scheduled) == 1
+    scenery.fleet.start("--burst", wait=False)
+    assert [attempt.verdict for attempt in ticket.wait(10).attempts] == ["busy", "confirmed"]
+
+
+@SCENES.add
+def while_redis_is_away(stage: Stage) -> None:
+    """A worker that cannot reach Redis leaves in time as well, idle or with an outcome that it cannot write."""
+    scenery = Scenery(stage, latency_ms=500, SHUTDOWN_GRACE_S="6")
+    idle, busy = scenery.fleet.start(CANCEL_QUEUE="other"), scenery.fleet.start()
+    tickets = scenery.ask(1)
+    scenery.wait_for_requests(1)
+    scenery.proxy.timeout()
+    time.sleep(0.7)  # the answer comes, and cannot be written
+    for worker in (idle, busy):
+        worker.process.send_signal(signal.SIGTERM)
+    leave(idle, 6)
+    leave(busy, 6)
+    scenery.proxy.timeout(False)
+    scenery.proxy.reset_peer()
+    scenery.fleet.start("--burst", wait=False)
+    assert tickets[0].wait(10).kind is OutcomeKind.CANCELLED
+    assert scenery.exchange.book()[tickets[0].request.algo_id or 0].deletes_effective == 1
+
+
+@SCENES.add
+def a_request_slower_than_the_grace_is_left_behind(stage: Stage) -> None:
+    """The grace holds whatever the exchange does; the job comes back with its attempt as unclear."""
+    scenery = Scenery(stage, latency_ms=3500, SHUTDOWN_GRACE_S="4")
+    worker = scenery.fleet.start()
+    tickets = scenery.ask(2)
+    scenery.wait_for_requests(2)
+    worker.process.send_signal(signal.SIGTERM)
+    leave(worker, 4)
+    left_at_s = time.monotonic()
+    assert "left=2" in worker.output()
+    scenery.exchange.set_latency_ms(0)
+    scenery.fleet.start(wait=False)
+    for ticket in tickets:
+        outcome = ticket.wait(10)
+        assert outcome.kind is OutcomeKind.CANCELLED
+        assert outcome.attempts[0].msg == "worker lost"
+    assert time.monotonic() - left_at_s < TAKEN_OVER_S + 3  # starting a process is in it
+
+
+@SCENES.add
+def sigint_is_the_same(stage: Stage) -> None:
+    """A person's Ctrl-C lets requests in flight finish and leaves the rest in its order."""
+    scenery = Scenery(stage, latency_ms=1000, WORKER_CONCURRENCY="2")
+    worker = scenery.fleet.start()
+    tickets = scenery.ask(4)
+    scenery.wait_for_requests(2)
+    worker.process.send_signal(signal.SIGINT)
+    leave(worker, IDLE_EXIT_S)
+    assert scenery.peek.waiting() == [ticket.id for ticket in tickets[2:]]
+    scenery.finish(tickets)
+
+
+@SCENES.add
+def a_second_sigint_leaves_at_once(stage: Stage) -> None:
+    """The second Ctrl-C waits for nothing: exit code 130, and a line that says how many jobs it left; they return."""
+    scenery = Scenery(stage, latency_ms=SLOW_MS)
+    worker = scenery.fleet.start()
+    tickets = scenery.ask(2)
+    scenery.wait_for_requests(2)
+    worker.process.send_signal(signal.SIGINT)
+    wait_for_line(worker, "event=stopping")
+    worker.process.send_signal(signal.SIGINT)
+    assert worker.process.wait(1) == 130
+    assert "left at once: 2 jobs in flight" in worker.output()
+    scenery.exchange.set_latency_ms(0)
+    scenery.fleet.start(wait=False)
+    assert {ticket.wait(10).kind for ticket in tickets} == {OutcomeKind.CANCELLED}
+
+
+@SCENES.add
+def suspended_and_resumed(stage: Stage) -> None:
+    """While `rq suspend` holds nothing is started, what is in flight ends; `rq resume` goes on within 1.5 s."""
+    scenery = Scenery(stage, latency_ms=1500)
+    worker = scenery.fleet.start()
+    first = scenery.ask(1)
+    scenery.wait_for_requests(1)
+    rq(scenery, "suspend")
+    eventually(lambda: scenery.peek("HGET", f"rq:worker:{name_of(worker)}", "state") == "suspended", 3)
+    second = scenery.ask(3)
+    assert first[0].wait(5).kind is OutcomeKind.CANCELLED
+    time.sleep(1.2)
+    assert [entry.deletes for entry in scenery.exchange.book().values()] == [1, 0, 0, 0]
+    assert scenery.peek.waiting() == [ticket.id for ticket in second]
+    rq(scenery, "resume")
+    eventually(lambda: scenery.exchange.stats().in_flight == 3, 1.5, "the rest is sent")
+    assert {ticket.wait(5).kind for ticket in second} == {OutcomeKind.CANCELLED}
+    worker.process.send_signal(signal.SIGTERM)
+    leave(worker, IDLE_EXIT_S)
+
+
+def rq(scenery: Scenery, command: str) -> None:
+    """Run RQ's own command line."""
+    arguments = [sys.executable, "-m", "rq.cli", command, "-u", scenery.valkey.url]
+    ended = subprocess.run(arguments, cwd=ROOT, env=scrubbed(), check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+@SCENES.add
+def rqs_shutdown_command(stage: Stage) -> None:
+    """RQ's shutdown command stops the worker that it names as SIGTERM would, and no other."""
+    scenery = Scenery(stage, latency_ms=1000)
+    named, other = scenery.fleet.start(), scenery.fleet.start()
+    tickets = scenery.ask(6)
+    scenery.wait_for_requests(6)
+    send_shutdown_command(scenery.connection, name_of(named))
+    leave(named, IDLE_EXIT_S)
+    assert other.process.poll() is None
+    for ticket in tickets:
+        assert [attempt.verdict for attempt in ticket.wait(5).attempts] == ["confirmed"]
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_stopping(played: dict[str, Future[None]], name: str) -> None:
+    """Each scene above shows its rule."""
+    played[name].result()

