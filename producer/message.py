@@ -51,6 +51,10 @@ class InvalidRequest(MessageError):
         self.value = value
         self.rule = rule
 
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
+        """Strategies hand errors from process to process."""
+        return InvalidRequest, (self.field, self.value, self.rule)
+
 
 class MalformedMessage(MessageError):
     """Bytes from Redis are not a message of this contract (foreign job, other version, damaged, too large)."""
@@ -479,25 +483,31 @@ def decode_outcome(text: str | bytes) -> Outcome:
             kind=OutcomeKind(record["kind"]),
             attempts=_attempts(record["attempts"]),
             finished_at_ms=int(record["finished_at_ms"]),
-            **{name: record[name] for name in _PLAIN_OUTCOME_FIELDS},
+            **{name: _typed(record[name], kind) for name, kind in _PLAIN_OUTCOME_FIELDS.items()},
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MalformedMessage(f"not an outcome record: {type(error).__name__} {_shown(str(error))}") from None
 
 
-_PLAIN_OUTCOME_FIELDS = (
-    "account",
-    "algo_id",
-    "client_algo_id",
-    "symbol",
-    "tag",
-    "may_be_live",
-    "order_status",
-    "actual_order_id",
-    "enqueued_at_ms",
-    "worker",
-    "error",
-)
+_PLAIN_OUTCOME_FIELDS: dict[str, type] = {
+    "account": str,
+    "algo_id": int,
+    "client_algo_id": str,
+    "symbol": str,
+    "tag": str,
+    "may_be_live": bool,
+    "order_status": str,
+    "actual_order_id": str,
+    "enqueued_at_ms": int,
+    "worker": str,
+    "error": str,
+}
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if value is not None and type(value) is not kind:
+        raise TypeError(f"{_shown(value)} is not {kind.__name__}")
+    return value
 
 
 def _attempts(rows: object) -> tuple[Attempt, ...]:

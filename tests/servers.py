@@ -67,11 +67,13 @@ class Valkey:
         """Its first database."""
         return f"redis://127.0.0.1:{self.port}/0"
 
-    def start(self) -> None:
-        """Start and wait until it answers."""
+    def start(self, wait: bool = True) -> None:
+        """Start and, unless told not to, wait until it answers."""
         command = [server_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
         command += ["--dir", str(self.directory), *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        if not wait:
+            return
         with redis.Redis(port=self.port) as client:
             eventually(lambda: _answers(client), what="Valkey answers")
 

@@ -44,6 +44,7 @@ from worker.verdict import (
     Reply,
     Stop,
     Verdict,
+    as_known,
     classify,
     first_step,
     next_step,
@@ -165,7 +166,7 @@ class Canceller:
         credential = self._credential_for(request.account)
         if credential is None:
             return None
-        history = list(decode_attempts(grant.attempts))
+        history = as_known(decode_attempts(grant.attempts))
         pin: dict[str, Any] = json.loads(grant.pin) if grant.pin else {}
         algo_id = request.algo_id if request.algo_id is not None else pin.get("algo_id")
         symbol = request.symbol or pin.get("symbol")

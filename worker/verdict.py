@@ -36,6 +36,8 @@ AHEAD_MS = 1000
 #: Pauses where the exchange names none, ms: after 429, and after 418 (its shortest ban is two minutes).
 LIMIT_PAUSE_MS = 10_000
 BAN_PAUSE_MS = 120_000
+#: No pause is shorter, ms: one of nothing would ask a closed exchange again and again, and count no attempt.
+LEAST_PAUSE_MS = 1_000
 
 
 class Means(StrEnum):
@@ -140,7 +142,7 @@ class Verdict:
             asked = max(asked or 0, self.banned_until_ms - now_ms)
         if asked is None:
             return BAN_PAUSE_MS if self.http == 418 else LIMIT_PAUSE_MS
-        return max(asked, 0)
+        return max(asked, LEAST_PAUSE_MS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +248,6 @@ _PERMANENT_2011 = (
     "account may not",
     "symbol is not permitted",
     "symbol is restricted",
-    "symbol is not permitted/restricted",
     "cancel restrictions",
 )
 _BAN_EPOCH = re.compile(r"banned until (\d{13})(?!\d)")
@@ -363,6 +364,14 @@ def _whole(value: object) -> int | None:
 
 def _folded(msg: str) -> str:
     return msg.strip().rstrip(".").casefold()
+
+
+def as_known(history: Sequence[Attempt]) -> list[Attempt]:
+    """A history out of Redis; a verdict that this version does not know (a newer worker's) is read as unclear."""
+    return [a if a.verdict in _KNOWN else replace(a, verdict=Means.UNCLEAR.value) for a in history]
+
+
+_KNOWN = frozenset(means.value for means in Means)
 
 
 # ---- decide ---------------------------------------------------------------------------------------------------------
@@ -487,7 +496,7 @@ def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Pol
 
 def _is_newer_order(case: Case, order: OrderView) -> bool:
     created = order.create_time_ms
-    return case.by_client_id and created is not None and created > case.enqueued_at_ms + CLIENT_ID_GRACE_MS
+    return case.by_client_id and (created is None or created > case.enqueued_at_ms + CLIENT_ID_GRACE_MS)
 
 
 def _horizon_ends(history: Sequence[Attempt], policy: Policy, now_ms: int) -> int:

@@ -38,7 +38,7 @@ FAST = {
     "CANCEL_DEADLINE_S": "60",
 }
 #: Scenes that run at the same time: starting Python is the only thing about them that needs a processor.
-_AT_ONCE = 8
+_AT_ONCE = 16
 #: Writes that were acknowledged are on the disk: the server may be killed.
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 

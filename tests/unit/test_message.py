@@ -823,3 +823,22 @@ def test_a_prefix_of_rq_moves_rqs_keys_only() -> None:
     moved = {name for name in names if getattr(Keys(rq="app"), name) != getattr(Keys(), name)}
     assert moved == set(names) - {"claiming", "leases", "outcomes", "outcome_prefix", "order_prefix"}
     assert all(getattr(Keys(rq="app"), name).startswith("app:") for name in moved)
+
+
+@pytest.mark.parametrize(("name", "value"), [("account", {"a": [1]}), ("algo_id", "1"), ("may_be_live", 1), ("tag", 5)])
+def test_an_outcome_of_other_types_is_malformed(name: str, value: object) -> None:
+    """A record whose fields are not of their types is no outcome, and is said so by one error."""
+    record = json.loads(Outcome("id", 1, OutcomeKind.CANCELLED).encode()) | {name: value}
+
+    with pytest.raises(MalformedMessage):
+        decode_outcome(json.dumps(record))
+
+
+def test_a_refused_request_can_be_handed_to_another_process() -> None:
+    """The error keeps field, value and rule when it is pickled, as multiprocessing does."""
+    with pytest.raises(InvalidRequest) as caught:
+        CancelRequest(algo_id=0)
+
+    copy = pickle.loads(pickle.dumps(caught.value))
+
+    assert (copy.field, copy.value, copy.rule) == (caught.value.field, caught.value.value, caught.value.rule)

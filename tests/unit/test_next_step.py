@@ -21,6 +21,8 @@ from worker.verdict import (
     Policy,
     Reply,
     Stop,
+    Verdict,
+    as_known,
     backoff_ms,
     call_for,
     classify,
@@ -701,3 +703,24 @@ def test_a_settled_cancel_leaves_the_next_refusal_a_refusal() -> None:
 def test_a_query_comes_wherever_a_cancel_would_be_a_guess(last: Attempt, call: Call) -> None:
     """What is asked next hangs on whether the order's state is known well enough to cancel."""
     assert call_for(CASE, [last], POLICY, T0 + 100) is call
+
+
+def test_a_verdict_of_a_newer_version_is_read_as_unclear() -> None:
+    """An attempt whose verdict this version does not know may have worked: it is in doubt until a query settles it."""
+    attempt = Attempt(1, 1_750_485_492_076, Call.CANCEL, 200, 200, "", "brand_new", 5)
+
+    history = as_known([attempt])
+
+    assert in_doubt(history, Policy())
+
+
+def test_no_pause_is_shorter_than_a_second() -> None:
+    """A 429 that asks for no pause, and a ban that has just ended, still keep everybody quiet for a second."""
+    now_ms = 1_750_485_492_076
+
+    pauses = [
+        Verdict(Means.LIMITED, 429, retry_after_ms=0).pause_ms(now_ms, Policy()),
+        Verdict(Means.LIMITED, 418, banned_until_ms=now_ms - 5).pause_ms(now_ms, Policy()),
+    ]
+
+    assert pauses == [1000, 1000]

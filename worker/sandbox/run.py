@@ -428,8 +428,10 @@ def run(options: Options, server: str | None, environment: Mapping[str, str]) ->
             note(f"error: {str(error) or type(error).__name__}")
             return EXIT_FAILED if isinstance(error, MessageError) else EXIT_UNAVAILABLE
         finally:
-            if logs is not None:
-                _leave(logs, keep)
+            if logs is not None and keep and any(logs.iterdir()):
+                note(f"the workers' logs are in {logs}")
+            elif logs is not None and options.keep_logs is None:
+                shutil.rmtree(logs, ignore_errors=True)
     _print(report, options)
     return EXIT_OK if report.ok else EXIT_FAILED
 
@@ -442,13 +444,6 @@ def _log_directory(options: Options) -> Path:
     except OSError as error:
         raise CannotStart(f"--keep-logs {options.keep_logs}: {error.strerror}") from None
     return options.keep_logs.resolve()
-
-
-def _leave(logs: Path, keep: bool) -> None:
-    if keep and any(logs.iterdir()):
-        note(f"the workers' logs are in {logs}")
-    else:
-        shutil.rmtree(logs, ignore_errors=True)
 
 
 def _reckoned(

@@ -1,0 +1,370 @@
+"""Redis down, paused, cut off, read-only, loading or full: no worker exits, none spins, all go on within two seconds of
+its return, outcomes of requests in flight are written, and a repeated enqueue is harmless."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+
+import pytest
+import redis
+from rq.command import send_shutdown_command
+
+from producer import CancelClient, CancelRequest, QueueUnavailable, Ticket
+from producer.message import OutcomeKind
+from producer.wire import ENQUEUE
+from tests.fault.conftest import DURABLE, Scenes, Stage, cpu_s, is_running, name_of, wait_for_line
+from tests.fault.proxy import Proxy
+from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port
+from worker import store
+from worker.sandbox.control import RunningExchange
+
+SCENES = Scenes()
+#: How soon after Redis' return work goes on, s (the issue's bound).
+BACK_S = 2.0
+#: Most CPU that a worker may use while Redis is away: part of one core.
+IDLE_SHARE = 0.15
+PRODUCER_TIMEOUT_S = 1.0
+
+
+class Scenery:
+    """A durable server behind a proxy, an exchange, and one worker with nothing to do."""
+
+    def __init__(self, stage: Stage, latency_ms: float = 0.0, options: tuple[str, ...] = (), **settings: str) -> None:
+        self.stage = stage
+        self.valkey: Valkey = stage.valkey(*DURABLE, *options)
+        self.proxy: Proxy = stage.proxy(self.valkey)
+        self.exchange: RunningExchange = stage.exchange(latency_ms)
+        self.client: CancelClient = stage.client(self.valkey.url)
+        self.connection = stage.direct(self.valkey)
+        self.peek = Peek(self.connection)
+        self.fleet: Workers = stage.fleet(self.proxy.redis_url, self.exchange, **settings)
+        self.worker: Worker = self.fleet.start()
+        assert self.ask(1)[0].wait(5).kind is OutcomeKind.CANCELLED  # scripts are loaded, connections open
+
+    def ask(self, count: int) -> list[Ticket]:
+        """Open orders and ask for their cancels."""
+        orders = self.exchange.add_orders(count)
+        return self.client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in orders])
+
+    def in_flight(self, count: int) -> list[Ticket]:
+        """Have requests in flight."""
+        tickets = self.ask(count)
+        eventually(lambda: self.exchange.stats().in_flight >= count, what=f"{count} requests in flight")
+        return tickets
+
+    def away(self, seconds: float) -> float:
+        """Let Redis be away; gives how much of one core the worker uses meanwhile, its first second left out."""
+        time.sleep(1.0)
+        before, began = cpu_s(self.worker.process.pid), time.monotonic()
+        time.sleep(seconds - 1.0)
+        return (cpu_s(self.worker.process.pid) - before) / (time.monotonic() - began)
+
+    def goes_on(self, *tickets: Ticket) -> None:
+        """Work goes on in time: these and a new request get their outcomes, each after one attempt."""
+        began = time.monotonic()
+        everything = [*tickets, *retried(lambda: self.ask(1))]
+        for ticket in everything:
+            outcome = ticket.wait(max(began + BACK_S - time.monotonic(), 0.01))
+            assert outcome.kind is OutcomeKind.CANCELLED
+            assert [attempt.verdict for attempt in outcome.attempts] == ["confirmed"]
+        assert is_running(self.worker)
+        ids = [outcome.id for outcome in self.peek.ledger()]
+        assert len(ids) == len(set(ids))
+        assert {entry.deletes for entry in self.exchange.book().values()} == {1}
+
+    def obeys_commands(self) -> None:
+        """RQ's commands reach the worker again."""
+        eventually(lambda: self.connection.pubsub_numsub(f"rq:pubsub:{name_of(self.worker)}")[0][1] == 1, 5)
+        send_shutdown_command(self.connection, name_of(self.worker))
+        assert self.worker.process.wait(5) == 0
+
+
+def retried(call: Callable[[], list[Ticket]]) -> list[Ticket]:
+    """Repeat a producer's call until it is acknowledged, as its error says that one may."""
+    ends_at = time.monotonic() + 5
+    while time.monotonic() < ends_at:
+        with suppress(QueueUnavailable):
+            return call()
+    return call()
+
+
+@SCENES.add
+def killed_and_restarted(stage: Stage) -> None:
+    """kill -9 with the append-only file: what was acknowledged is there, what was in flight is written."""
+    scenery = Scenery(stage, latency_ms=1000, WORKER_CONCURRENCY="4")
+    tickets = [*scenery.in_flight(4), *scenery.ask(3)]
+    scenery.valkey.stop(signal.SIGKILL)
+    share = scenery.away(3.5)
+    assert "event=outcome" not in scenery.worker.output().split("state=away")[1]
+    scenery.exchange.set_latency_ms(0)
+    scenery.valkey.start()
+    scenery.goes_on(*tickets)
+    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was away"
+    scenery.obeys_commands()
+
+
+@SCENES.add
+def paused(stage: Stage) -> None:
+    """SIGSTOP and SIGCONT: the server answers nothing for longer than any time-out, and then all at once."""
+    scenery = Scenery(stage, latency_ms=1000)
+    tickets = scenery.in_flight(2)
+    process = scenery.valkey.process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    share = scenery.away(5.0)
+    scenery.exchange.set_latency_ms(0)
+    process.send_signal(signal.SIGCONT)
+    scenery.goes_on(*tickets)
+    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was away"
+    scenery.obeys_commands()
+
+
+@SCENES.add
+def in_a_black_hole(stage: Stage) -> None:
+    """Nothing passes and nobody is told, connections then break: nothing is lost, commands are obeyed again."""
+    scenery = Scenery(stage, latency_ms=500, LEASE_S="30")
+    tickets = scenery.in_flight(2)
+    scenery.proxy.timeout()
+    scenery.away(4.0)
+    scenery.exchange.set_latency_ms(0)
+    scenery.proxy.timeout(False)
+    scenery.proxy.reset_peer()
+    scenery.goes_on(*tickets)
+    scenery.obeys_commands()
+
+
+@SCENES.add
+def connections_refused(stage: Stage) -> None:
+    """Refused connections are tried again with pauses in between, and the log says it once."""
+    scenery = Scenery(stage, latency_ms=500)
+    tickets = scenery.in_flight(2)
+    scenery.proxy.down()
+    share = scenery.away(3.0)
+    scenery.exchange.set_latency_ms(0)
+    scenery.proxy.up()
+    scenery.goes_on(*tickets)
+    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was away"
+    assert len(re.findall("event=redis state=away", scenery.worker.output())) == 1
+
+
+@SCENES.add
+def connections_reset_under_load(stage: Stage) -> None:
+    """Every connection is reset again and again while hundreds are worked off: each gets one outcome."""
+    scenery = Scenery(stage, latency_ms=20, WORKER_CONCURRENCY="8")
+    tickets = scenery.ask(400)
+    for _ in range(12):
+        time.sleep(0.1)
+        scenery.proxy.reset_peer()
+    assert is_running(scenery.worker)
+    for ticket in tickets:
+        assert ticket.wait(20).kind is OutcomeKind.CANCELLED
+    ledger = scenery.peek.ledger()
+    assert len(ledger) == len({outcome.id for outcome in ledger}) == len(tickets) + 1
+
+
+def lost_reply(stage: Stage, script: str, **traits: object) -> tuple[Scenery, list[Ticket]]:
+    """Ask for one cancel whose ``script`` runs and is not answered; gives the scenery after its outcome."""
+    scenery = Scenery(stage, **traits)  # type: ignore[arg-type]
+    trap = scenery.proxy.limit_data(getattr(store, script).sha.encode(), b"$32")
+    tickets = scenery.ask(1)
+    eventually(lambda: trap.sprung, 5, "a reply is lost")
+    return scenery, tickets
+
+
+@SCENES.add
+def the_reply_to_a_claim_is_lost(stage: Stage) -> None:
+    """A claim ran and nobody knows: its job comes back when the lease ends, and counts as perhaps sent."""
+    scenery, tickets = lost_reply(stage, "_CLAIM")
+    outcome = tickets[0].wait(5)
+    assert outcome.kind is OutcomeKind.CANCELLED
+    assert [attempt.msg for attempt in outcome.attempts] == ["worker lost", "NEW", "success"]
+    assert scenery.exchange.book()[tickets[0].request.algo_id or 0].deletes == 1
+
+
+@SCENES.add
+def the_reply_to_a_settlement_is_lost(stage: Stage) -> None:
+    """A settlement ran and nobody knows: it is repeated, changes nothing, and the outcome stands once."""
+    scenery = Scenery(stage)
+    trap = scenery.proxy.limit_data(store._SETTLE.sha.encode())
+    tickets = scenery.ask(1)
+    eventually(lambda: trap.sprung, 5, "a reply is lost")
+    scenery.goes_on(*tickets)
+
+
+@SCENES.add
+def the_reply_to_a_renewal_is_lost(stage: Stage) -> None:
+    """A renewal that is not answered is made again before the lease ends: the job stays with its worker."""
+    scenery = Scenery(stage, latency_ms=2500)
+    tickets = scenery.in_flight(1)
+    trap = scenery.proxy.limit_data(store._RENEW.sha.encode(), times=3)
+    peer = scenery.fleet.start()
+    eventually(lambda: trap.sprung >= 2, 5, "replies are lost")
+    outcome = tickets[0].wait(5)
+    assert [attempt.verdict for attempt in outcome.attempts] == ["confirmed"]
+    assert outcome.worker == name_of(scenery.worker)
+    assert is_running(peer)
+
+
+@SCENES.add
+def the_reply_to_an_enqueue_is_lost(stage: Stage) -> None:
+    """A producer's call whose reply is lost is repeated by the client under the same ids: one job, not a duplicate."""
+    scenery = Scenery(stage, latency_ms=300)
+    client = stage.client(scenery.proxy.redis_url)
+    order = scenery.exchange.add_orders()[0]
+    client.outcome("none")  # connected
+    trap = scenery.proxy.limit_data(ENQUEUE.sha.encode())
+    ticket = client.cancel(algo_id=order.algo_id)
+    assert trap.sprung == 1
+    assert not ticket.duplicate
+    assert ticket.wait(5).id == ticket.id
+    assert scenery.exchange.book()[order.algo_id].deletes == 1
+
+
+@SCENES.add
+def producers_learn_it_in_time(stage: Stage) -> None:
+    """A producer gets a clear error within its time-out, in a black hole too; repeating is harmless."""
+    scenery = Scenery(stage, latency_ms=300)
+    client = stage.client(scenery.proxy.redis_url, timeout_s=PRODUCER_TIMEOUT_S)
+    order = scenery.exchange.add_orders()[0]
+    client.outcome("none")  # connected
+    for hurt, heal in ((scenery.proxy.timeout, scenery.proxy.heal), (scenery.proxy.down, scenery.proxy.up)):
+        hurt()
+        began = time.monotonic()
+        with pytest.raises(QueueUnavailable, match="repeating the call is safe"):
+            client.cancel(algo_id=order.algo_id)
+        assert time.monotonic() - began < PRODUCER_TIMEOUT_S + 0.5
+        heal()
+    first, second = (retried(lambda: [client.cancel(algo_id=order.algo_id)])[0] for _ in range(2))
+    assert (second.id, second.duplicate) == (first.id, True)
+    assert first.wait(5).kind is OutcomeKind.CANCELLED
+    time.sleep(1.2)  # what the black hole held has arrived by now
+    assert scenery.exchange.book()[order.algo_id].deletes == 1
+
+
+@SCENES.add
+def read_only(stage: Stage) -> None:
+    """A server that became a replica refuses writes: workers wait it out, producers are told."""
+    scenery = Scenery(stage, latency_ms=500, LEASE_S="30")
+    tickets = scenery.in_flight(2)
+    scenery.connection.execute_command("REPLICAOF", "127.0.0.1", free_port())
+    with pytest.raises(QueueUnavailable, match="READONLY"):
+        scenery.ask(1)
+    share = scenery.away(3.0)
+    assert is_running(scenery.worker)
+    scenery.exchange.set_latency_ms(0)
+    scenery.connection.execute_command("REPLICAOF", "NO", "ONE")
+    scenery.goes_on(*tickets)
+    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was read-only"
+
+
+@SCENES.add
+def loading(stage: Stage) -> None:
+    """A server that is still loading its file refuses everything: workers wait it out, producers are told."""
+    slow = ("--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024")
+    scenery = Scenery(stage, latency_ms=500, options=slow)
+    with scenery.connection.pipeline(transaction=False) as pipeline:
+        for number in range(3000):
+            pipeline.set(f"ballast:{number}", "x" * 200)
+        pipeline.execute()
+    tickets = scenery.in_flight(2)
+    scenery.valkey.stop(signal.SIGKILL)
+    scenery.valkey.start(wait=False)
+    eventually(lambda: answers_loading(scenery.connection), 5, "the server says LOADING")
+    with pytest.raises(QueueUnavailable):
+        scenery.client.outcome("none")
+    share = scenery.away(2.0)
+    assert answers_loading(scenery.connection)
+    scenery.exchange.set_latency_ms(0)
+    eventually(lambda: not answers_loading(scenery.connection), 20, "it has loaded")
+    scenery.goes_on(*tickets)
+    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was loading"
+
+
+def answers_loading(connection: redis.Redis) -> bool:
+    """Whether the server is up and loading."""
+    try:
+        connection.ping()
+    except redis.exceptions.BusyLoadingError:
+        return True
+    except redis.ConnectionError:
+        return False
+    return False
+
+
+@SCENES.add
+def out_of_memory(stage: Stage) -> None:
+    """A full server refuses what grows: nothing is half done, and work goes on when there is room."""
+    scenery = Scenery(stage, latency_ms=500, LEASE_S="30", WORKER_CONCURRENCY="2")
+    tickets = [*scenery.in_flight(2), *scenery.ask(3)]
+    scenery.connection.config_set("maxmemory", 1)
+    with pytest.raises(QueueUnavailable, match="OOM"):
+        scenery.ask(1)
+    share = scenery.away(3.0)
+    assert is_running(scenery.worker)
+    scenery.exchange.set_latency_ms(0)
+    scenery.connection.config_set("maxmemory", 0)
+    scenery.goes_on(*tickets)
+    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was full"
+
+
+@SCENES.add
+def flushed(stage: Stage) -> None:
+    """A server that comes back empty: the worker registers itself again and works on, RQ sees it."""
+    scenery = Scenery(stage)
+    name = name_of(scenery.worker)
+    scenery.connection.flushall()
+    eventually(lambda: f"rq:worker:{name}" in scenery.peek("SMEMBERS", "rq:workers"), BACK_S)
+    assert scenery.peek("HGET", f"rq:worker:{name}", "queues") == "cancels"
+    assert scenery.peek("TTL", f"rq:worker:{name}") > 0
+    scenery.goes_on()
+    scenery.connection.script_flush()
+    scenery.goes_on()
+    scenery.obeys_commands()
+
+
+@SCENES.add
+def peers_leave_leases_alone_at_first(stage: Stage) -> None:
+    """When Redis returns, holders settle before anybody takes leases that ran out meanwhile: no attempt is lost."""
+    scenery = Scenery(stage, latency_ms=1000)
+    peers = [scenery.fleet.start() for _ in range(2)]
+    tickets = scenery.in_flight(6)
+    scenery.proxy.down()
+    time.sleep(3.0)  # three leases
+    scenery.exchange.set_latency_ms(0)
+    scenery.proxy.up()
+    scenery.goes_on(*tickets)
+    assert all(is_running(peer) for peer in peers)
+
+
+@SCENES.add
+def a_worker_starts_while_redis_is_away(stage: Stage) -> None:
+    """A worker that is started too early waits for Redis and then works."""
+    scenery = Scenery(stage)
+    assert scenery.worker.stop() == 0
+    scenery.proxy.down()
+    scenery.worker = scenery.fleet.start(wait=False)
+    wait_for_line(scenery.worker, "event=redis state=away")
+    assert is_running(scenery.worker)
+    scenery.proxy.up()
+    scenery.goes_on()
+
+
+@SCENES.add
+def the_login_is_refused(stage: Stage) -> None:
+    """A password that Redis does not accept (any more) ends the worker with exit code 69, for a restart to read it."""
+    scenery = Scenery(stage)
+    scenery.connection.config_set("requirepass", "rotated")
+    scenery.proxy.reset_peer()
+    assert scenery.worker.process.wait(10) == 69
+    assert "the login was refused" in scenery.worker.output()
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_redis_away(played: dict[str, Future[None]], name: str) -> None:
+    """Each scene above shows its rule."""
+    played[name].result()

@@ -1,0 +1,502 @@
+"""``python -m producer`` as a shell meets it: real processes, exit codes, stdout and stderr apart."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from producer import CancelClient, CancelRequest
+from producer.message import Keys, decode_outcome
+from tests.integration.test_client import PASSWORD, Proxy, blocked, calls, fail, stopped
+from tests.integration.test_sandbox_server import certificate
+from tests.servers import ROOT, Valkey, Workers, eventually, scrubbed
+from worker.sandbox.control import RunningExchange
+
+KEYS = Keys()
+LARGEST = 2**63 - 1
+
+
+class Shell:
+    """Runs the command line with REDIS_URL set, as an operator's shell has it."""
+
+    def __init__(self, url: str) -> None:
+        self.environment = scrubbed() | {"REDIS_URL": url}
+
+    def command(self, *arguments: str) -> list[str]:
+        """The words of a call; a warning in it is an error."""
+        return [sys.executable, "-W", "error", "-m", "producer", *arguments]
+
+    def __call__(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run to the end."""
+        return subprocess.run(
+            self.command(*arguments),
+            input=stdin,
+            cwd=ROOT,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+
+    @contextlib.contextmanager
+    def running(self, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+        """Start it, and end it if the test does not."""
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        with subprocess.Popen(
+            self.command(*arguments), cwd=ROOT, env=self.environment, text=True, **options
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+@pytest.fixture
+def shell(valkey: Valkey) -> Shell:
+    """The command line on the server of the tests."""
+    return Shell(valkey.url)
+
+
+def objects(stdout: str) -> list[dict[str, Any]]:
+    """One JSON object for each line, and nothing else."""
+    return [json.loads(line) for line in stdout.splitlines()]
+
+
+def one_line(stderr: str) -> str:
+    """All that was said: one line, and no traceback."""
+    lines = stderr.splitlines()
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+# --- help and usage -----------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_exit_code_with_examples(shell: Shell) -> None:
+    """Each command's help ends with examples and exit codes, and says where a password belongs."""
+    told = shell("cancel", "--help").stdout
+
+    for code in ("0", "1", "2", "3", "4", "130"):
+        assert re.search(rf"^ +{code} ", told, re.MULTILINE)
+    assert "python -m producer cancel --from-file ids.txt" in told
+    assert "visible in ps" in " ".join(told.split())
+    assert "REDIS_TLS_VERIFY" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "Usage:"),
+        (("cancle",), "No such command 'cancle'"),
+        (("cancel", "--algoid", "1"), "--algo-id"),
+        (("cancel",), "give --algo-id, --client-algo-id or --from-file"),
+        (("cancel", "--algo-id", "1", "--deadline", "soon"), "'soon' is not a valid float"),
+        (("cancel", "--algo-id", "1", "--deadline", "nan"), "deadline_s=nan: must be more than 0"),
+        (("cancel", "--algo-id", "1", "--wait", "-1"), "0 or more"),
+        (("cancel", "--algo-id", "1", "--algo-id", "1e3"), "algo_id='1e3': must be a whole number"),
+        (("cancel", "--client-algo-id", "a b"), "client_algo_id='a b': must match"),
+        (("cancel", "--algo-id", "1", "--account", "Desk"), "account='Desk': must match"),
+        (("cancel", "--algo-id", "1", "--queue", "a:b"), "queue='a:b': must match"),
+        (("cancel", "--from-file", "nowhere.txt"), "nowhere.txt: No such file or directory"),
+        (("outcome",), "Missing argument"),
+        (("outcomes", "--after", "yesterday"), "after='yesterday': must be a stream id"),
+        (("retry",), "give ids or --failed"),
+        (("retry", "x", "--failed"), "and not both"),
+        (("status", "--redis-url", f"http://:{PASSWORD}@localhost"), "REDIS_URL must be redis://"),
+    ],
+)
+def test_bad_usage_ends_with_2(shell: Shell, connection: redis.Redis, arguments: tuple[str, ...], told: str) -> None:
+    """What is wrong is told on stderr, nothing is printed on stdout, nothing is enqueued, no password is shown."""
+    done = shell(*arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert PASSWORD not in done.stderr
+    assert connection.dbsize() == 0
+
+
+# --- cancel -------------------------------------------------------------------------------------------------------
+
+
+def test_cancel_prints_a_ticket_for_each_request_in_the_order_given(
+    shell: Shell, client: CancelClient, connection: redis.Redis, tmp_path: Path
+) -> None:
+    """Ids of both kinds and files come out as they were mixed, duplicates too, 64 bits exact."""
+    file = tmp_path / "ids.txt"
+    file.write_text(f'# tonight\n3\n{{"algo_id": {LARGEST}, "account": "desk3"}}\n')
+    done = shell(
+        *("cancel", "--json", "--client-algo-id", "stop-1", "--algo-id", "1", "--from-file", str(file)),
+        *(
+            "--algo-id",
+            "3",
+            "--client-algo-id",
+            "stop-2",
+            "--account",
+            "desk2",
+            "--deadline",
+            "60",
+            "--symbol",
+            "BTCUSDT",
+        ),
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    tickets = objects(done.stdout)
+    assert [list(ticket) for ticket in tickets] == [["id", "algo_id", "client_algo_id", "account", "duplicate"]] * 6
+    assert [tuple(ticket.values())[1:] for ticket in tickets] == [
+        (None, "stop-1", "desk2", False),
+        (1, None, "desk2", False),
+        (3, None, "desk2", False),
+        (LARGEST, None, "desk3", False),
+        (3, None, "desk2", True),
+        (None, "stop-2", "desk2", False),
+    ]
+    assert str(LARGEST) in done.stdout
+    assert tickets[4]["id"] == tickets[2]["id"]
+    assert connection.llen(KEYS.waiting) == 5
+    assert client.job(tickets[5]["id"]).args == [
+        {"v": 1, "account": "desk2", "client_algo_id": "stop-2", "deadline_s": 60.0, "symbol": "BTCUSDT"}
+    ]
+
+
+def test_cancel_reads_ids_from_a_pipe_and_speaks_to_people(shell: Shell) -> None:
+    """`--from-file -` takes stdin; without --json the lines are aligned words."""
+    done = shell("cancel", "--from-file", "-", "--urgent", stdin="17\r\nstop-17\n\n17\n")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [re.split(r" {2,}", line) for line in done.stdout.splitlines()]
+    assert [row[1:] for row in rows] == [
+        ["algo_id=17", "account=default", "accepted"],
+        ["client_algo_id=stop-17", "account=default", "accepted"],
+        ["algo_id=17", "account=default", "joined an open request"],
+    ]
+    assert len({line.index("account=") for line in done.stdout.splitlines()}) == 1
+
+
+def test_one_bad_line_and_nothing_of_the_call_is_enqueued(shell: Shell, connection: redis.Redis) -> None:
+    """Bad lines are told with number, value and rule; good ones and the other options' ids are not enqueued either."""
+    done = shell("cancel", "--algo-id", "1", "--from-file", "-", stdin='2\n0\n{"algo_id": "x"}\n3\n')
+
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.removeprefix("Error: ").splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["stdin:2", "stdin:3", "nothing was enqueued"]
+    assert "algo_id='x': must be a whole number" in lines[1]
+    assert connection.dbsize() == 0
+
+
+def test_waiting_for_orders_that_go_ends_with_0(shell: Shell, workers: Workers, exchange: RunningExchange) -> None:
+    """With --wait the records come out, in the order given, and 0 says that all orders are off the book."""
+    first, second = (order.algo_id for order in exchange.add_orders(2))
+    exchange.cancel(second)
+    workers.start()
+
+    done = shell("cancel", "--json", "--wait", "10", *(f"--algo-id={i}" for i in (second, first, second)))
+
+    assert (done.returncode, done.stderr) == (0, "")
+    records = [decode_outcome(line) for line in done.stdout.splitlines()]
+    assert [(record.algo_id, record.kind.value) for record in records] == [
+        (second, "already_cancelled"),
+        (first, "cancelled"),
+        (second, "already_cancelled"),
+    ]
+    assert records[0] == records[2]
+
+
+def test_an_order_that_is_not_off_the_book_ends_with_1(
+    shell: Shell, workers: Workers, exchange: RunningExchange
+) -> None:
+    """A triggered order, even a FINISHED one, and a refused request are 1, also when another one has no outcome yet."""
+    triggered, cancelled = (order.algo_id for order in exchange.add_orders(2))
+    exchange.trigger(triggered, finished_after_ms=0)
+    workers.start()
+
+    done = shell("cancel", "--wait", "1", f"--algo-id={triggered}", f"--algo-id={cancelled}", "--algo-id=5")
+
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = done.stdout.splitlines()
+    assert re.search(r"triggered +not live +now order \d+ BTCUSDT, status FINISHED$", lines[0])
+    assert re.search(r"cancelled +not live", lines[1])
+    assert re.search(r"algo_id=5 +- +MAY BE LIVE +no outcome yet$", lines[2])
+
+
+def test_no_outcome_in_time_ends_with_3(shell: Shell, connection: redis.Redis) -> None:
+    """The wait takes its time and no longer, looks in one MGET, and what is missing has kind null."""
+    began = time.monotonic()
+    done = shell("cancel", "--json", "--wait", "0.5", "--algo-id", "1", "--client-algo-id", "x")
+
+    assert 0.5 <= time.monotonic() - began < 5
+    assert (done.returncode, done.stderr) == (3, "")
+    assert [list(row.items())[1:] for row in objects(done.stdout)] == [[("kind", None)]] * 2
+    assert connection.llen(KEYS.waiting) == 2
+    assert calls(connection, "mget") < 60
+
+
+def test_a_wait_that_is_interrupted_gives_the_ids(shell: Shell, connection: redis.Redis) -> None:
+    """Ctrl-C ends the waiting with 130; the requests go on, and their ids are printed all the same."""
+    with shell.running("cancel", "--json", "--wait", "60", "--algo-id", "1") as process:
+        eventually(lambda: connection.llen(KEYS.waiting), what="the request is enqueued")
+        time.sleep(0.2)  # now it waits
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=10)
+
+    assert process.returncode == 130
+    assert objects(stdout)[0]["kind"] is None
+    assert one_line(stderr) == "interrupted; the requests go on"
+
+
+def test_a_server_that_dies_during_the_wait_ends_with_4(shell: Shell, valkey: Valkey, connection: redis.Redis) -> None:
+    """What was enqueued is printed with its id, the one line on stderr says why there is no more."""
+    with shell.running("cancel", "--json", "--wait", "60", "--algo-id", "1") as process:
+        eventually(lambda: connection.llen(KEYS.waiting), what="the request is enqueued")
+        with stopped(valkey):
+            stdout, stderr = process.communicate(timeout=10)
+
+    assert process.returncode == 4
+    assert len(objects(stdout)[0]["id"]) == 32
+    assert "Redis did not answer" in one_line(stderr)
+
+
+def test_a_long_wait_shows_progress_on_a_terminal(shell: Shell) -> None:
+    """On a terminal a bar is drawn on stderr; stdout stays clean."""
+    leader, follower = pty.openpty()
+    with shell.running("cancel", "--json", "--wait", "0.8", "--algo-id", "1", stderr=follower) as process:
+        os.close(follower)
+        stdout, _ = process.communicate(timeout=10)
+    drawn = b""
+    with contextlib.suppress(OSError):  # the terminal's other end is closed
+        while chunk := os.read(leader, 65536):
+            drawn += chunk
+    os.close(leader)
+
+    assert b"0/1" in drawn
+    assert objects(stdout)[0]["kind"] is None
+
+
+# --- outcome, outcomes, retry -------------------------------------------------------------------------------------
+
+
+def test_outcome_tells_ended_from_open_from_unknown(
+    shell: Shell, client: CancelClient, workers: Workers, exchange: RunningExchange
+) -> None:
+    """0 for an order off the book, 3 while there is no outcome yet, 1 for a failed kind and for an unknown id."""
+    (order,) = exchange.add_orders()
+    workers.start()
+    ended = client.cancel(algo_id=order.algo_id)
+    ended.wait(10)
+    (failed,) = fail(client, workers)
+    workers.all[0].stop(signal.SIGKILL)
+    waiting = client.cancel(algo_id=99)
+
+    assert shell("outcome", ended.id).returncode == 0
+    done = shell("outcome", "--json", ended.id, waiting.id)
+    assert done.returncode == 3
+    assert objects(done.stdout)[0]["kind"] == "cancelled"
+    assert objects(done.stdout)[1] == {"id": waiting.id, "kind": None, "status": "queued"}
+    done = shell("outcome", waiting.id, "nobody", failed)
+    assert (done.returncode, done.stderr) == (1, "")
+    words = [re.split(r" {2,}", line) for line in done.stdout.splitlines()]
+    assert words[0] == [waiting.id, "-", "-", "MAY BE LIVE", "no outcome yet, queued"]
+    assert words[1] == ["nobody", "-", "-", "-", "unknown id"]
+    assert words[2][:4] == [failed, "algo_id=1", "refused", "MAY BE LIVE"]
+
+
+def test_retry_starts_all_or_none(shell: Shell, client: CancelClient, workers: Workers) -> None:
+    """An unknown id is named and ends with 2; --failed takes what there is, and nothing is no error."""
+    first, second = fail(client, workers, 2)
+    workers.all[0].stop(signal.SIGKILL)
+
+    refused = shell("retry", first, "nobody")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "nobody is not among the failed requests" in one_line(refused.stderr)
+    assert client.failed_ids() == [first, second]
+    assert shell("retry", first).stdout == f"{first}\n"
+    rest = shell("retry", "--failed", "--json")
+    assert (rest.returncode, objects(rest.stdout), rest.stderr) == (0, [{"id": second}], "")
+    nothing = shell("retry", "--failed")
+    assert (nothing.returncode, nothing.stdout) == (0, "")
+    assert one_line(nothing.stderr) == "there is nothing to retry"
+
+
+def test_outcomes_lists_and_follows_the_ledger(
+    shell: Shell, client: CancelClient, workers: Workers, exchange: RunningExchange
+) -> None:
+    """Past entries come at once, new ones as they are recorded; the stream id leads back; Ctrl-C ends with 130."""
+    orders = [order.algo_id for order in exchange.add_orders(2)]
+    workers.start()
+    client.cancel(algo_id=orders[0]).wait(10)
+    with shell.running("outcomes", "--follow", "--json") as process:
+        assert process.stdout is not None
+        past = json.loads(process.stdout.readline())
+        eventually(lambda: blocked(client) >= 2, what="it follows")
+        client.cancel(algo_id=orders[1]).wait(10)
+        new = json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=10)
+
+    assert (process.returncode, stdout, stderr.strip()) == (130, "", "")
+    assert [past["algo_id"], new["algo_id"]] == orders
+    plain = shell("outcomes", "--after", past["entry"])
+    assert (plain.returncode, plain.stderr) == (0, "")
+    assert re.split(r" {2,}", plain.stdout.strip())[:5] == [
+        *(new["entry"], new["id"], f"algo_id={orders[1]}", "cancelled", "not live")
+    ]
+
+
+def test_a_reader_that_leaves_is_no_error_to_speak_of(shell: Shell, connection: redis.Redis) -> None:
+    """`| head` gets its line; the command ends without a word."""
+    record = '{"v":1,"id":"x","run":1,"kind":"cancelled","attempts":[],"finished_at_ms":1,"may_be_live":false'
+    fields = ("account", "algo_id", "client_algo_id", "symbol", "tag", "order_status", "actual_order_id")
+    rest = "".join(f',"{name}":null' for name in (*fields, "enqueued_at_ms", "worker", "error"))
+    pipeline = connection.pipeline()
+    for _ in range(3000):
+        pipeline.xadd(KEYS.outcomes, {"outcome": record + rest + "}"})
+    pipeline.execute()
+    for arguments in (("outcomes",), ("status",)):
+        with shell.running(*arguments) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            if arguments == ("outcomes",):
+                assert process.stdout.readline().endswith("not live\n")
+            process.stdout.close()
+            assert process.stderr.read() == ""
+            assert process.wait(10) == 1
+
+
+def test_an_entry_that_cannot_be_read_is_named(shell: Shell, connection: redis.Redis) -> None:
+    """One line says which, so that --after goes on behind it."""
+    entry: Any = connection.xadd(KEYS.outcomes, {"outcome": '{"v":2}'})
+
+    done = shell("outcomes")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert entry.decode() in one_line(done.stderr)
+
+
+# --- status -------------------------------------------------------------------------------------------------------
+
+
+def test_status_is_one_object_or_a_page(shell: Shell, client: CancelClient, workers: Workers) -> None:
+    """--json gives every figure on one line; without it each has its labelled line, workers a row each."""
+    workers.start()
+    fail(client, workers)
+    done = shell("status", "--json")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    (seen,) = objects(done.stdout)
+    assert list(seen) == [
+        *("queue", "at_ms", "queued", "oldest_queued_s", "in_flight", "scheduled", "failed", "suspended", "gates"),
+        *("outcomes_last_minute", "outcomes_partial", "latency_ms", "workers"),
+    ]
+    assert (seen["queue"], seen["queued"], seen["failed"]) == ("cancels", 0, 1)
+    assert seen["outcomes_last_minute"] == {"refused": 1}
+    (worker,) = seen["workers"]
+    assert (worker["pid"], worker["failed"]) == (workers.all[0].process.pid, 1)
+    page = shell("status", CANCEL_QUEUE="elsewhere").stdout
+    assert re.search(r"^queue +elsewhere$", page, re.MULTILINE)
+    assert re.search(r"^workers +0$", page, re.MULTILINE)
+
+
+def test_watching_goes_on_through_an_outage_until_it_is_interrupted(shell: Shell, valkey: Valkey) -> None:
+    """A new status each second; while Redis is silent a line on stderr says so; Ctrl-C ends with 130."""
+    with shell.running("status", "--watch", "--json") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = json.loads(process.stdout.readline())
+        with stopped(valkey):
+            assert "Redis did not answer" in process.stderr.readline()
+        second = json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=10)
+
+    assert second["at_ms"] >= first["at_ms"] + 1000
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
+def test_watching_on_a_terminal_redraws_the_page(shell: Shell) -> None:
+    """On a terminal the page is drawn in place of the one before it."""
+    leader, follower = pty.openpty()
+    with shell.running("status", "--watch", stdout=follower) as process:
+        os.close(follower)
+        drawn = b""
+        while drawn.count(b"queued") < 2:
+            drawn += os.read(leader, 65536)
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+    os.close(leader)
+
+    assert process.returncode == 130
+    assert b"\x1b[1A" in drawn  # a line up
+
+
+# --- bad days -----------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_there_ends_with_4(valkey: Valkey, connection: redis.Redis) -> None:
+    """One line: what failed, where, why; no traceback, and of the URL neither user nor password."""
+    with Proxy(valkey.port) as proxy:
+        port = proxy.port
+    gone = Shell(f"redis://user:{PASSWORD}@127.0.0.1:{port}/0")("cancel", "--algo-id", "1")
+    assert (gone.returncode, gone.stdout) == (4, "")
+    assert f"[redis://127.0.0.1:{port}/0: Connection refused]" in one_line(gone.stderr)
+    refused = Shell(f"redis://user:{PASSWORD}@127.0.0.1:{valkey.port}/0")("status")
+    assert (refused.returncode, refused.stdout) == (4, "")
+    assert "Redis refused the login" in one_line(refused.stderr)
+    assert PASSWORD not in gone.stderr + refused.stderr
+    assert connection.dbsize() == 0
+
+
+def test_tls_is_verified_unless_the_settings_say_otherwise(valkey: Valkey, tmp_path: Path) -> None:
+    """A self-signed server is refused with a hint; REDIS_TLS_CA vouches for it, REDIS_TLS_VERIFY=none does not ask."""
+    cert_path, key_path = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert_path, key_path)
+    with Proxy(valkey.port, context) as proxy:
+        shell = Shell(f"rediss://127.0.0.1:{proxy.port}/0")
+        refused = shell("status")
+        assert refused.returncode == 4
+        assert "see REDIS_TLS_CA and REDIS_TLS_VERIFY" in one_line(refused.stderr)
+        assert shell("status", REDIS_TLS_CA=cert_path).returncode == 0
+        assert shell("status", REDIS_TLS_VERIFY="none").returncode == 0
+        bad = shell("status", REDIS_TLS_VERIFY="no")
+        assert (bad.returncode, one_line(bad.stderr)) == (2, "Error: REDIS_TLS_VERIFY must be required or none")
+
+
+def test_nothing_of_the_worker_is_needed(shell: Shell) -> None:
+    """The command line runs where neither the worker's code nor an HTTP client can be imported."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('worker', 'requests', 'rich')));"
+        "from producer.__main__ import main; sys.argv = ['x', 'cancel', '--algo-id', '1', '--wait', '0']; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=shell.environment, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_a_plain_terminal_gets_plain_progress(client: CancelClient, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where stderr is no terminal a line every few seconds says how far the waiting has come."""
+    from producer import console
+
+    tickets = client.cancel_many(CancelRequest(algo_id=number) for number in range(1, 1202))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "PROGRESS_S", 0.1)
+        with console.progress(len(tickets)) as shown:
+            console.collect(client, [ticket.id for ticket in tickets], 0.5, {}, shown)
+
+    assert re.search(r"^0 of 1,201 have an outcome after \d+ s$", capsys.readouterr().err, re.MULTILINE)
