@@ -444,12 +444,12 @@ def _dump(value: Mapping[str, object]) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def main() -> int:
-    """Run the command line; gives the exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (by default with the process' arguments); gives the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        return int(cli.main(prog_name="python -m producer", standalone_mode=False))
+        return int(cli.main(arguments, prog_name="python -m producer", standalone_mode=False))
     except click.Abort:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:

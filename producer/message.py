@@ -376,18 +376,19 @@ class Keys:
 
 
 class JobField:
-    """Our own fields of RQ's job hash; RQ keeps fields that it does not know."""
+    """Our own fields of RQ's job hash; RQ keeps fields that it does not know. The scripts spell them out."""
 
     ENQUEUED_AT_MS = "c_enqueued_at_ms"
-    DEADLINE_AT_MS = "c_deadline_at_ms"
+    ASKED_AT_MS = "c_asked_at_ms"  # when a request last left its deadline to the worker
+    DEADLINE_AT_MS = "c_deadline_at_ms"  # the latest deadline that a request gave
     RUN = "c_run"
-    ORDER = "c_order"
+    ORDER = "c_order"  # the order's key, to find its pointer
     URGENT = "c_urgent"
     ATTEMPTS = "c_attempts"
-    PIN = "c_pin"
+    PIN = "c_pin"  # what was learned of the order: algo id, symbol
     LEASE = "c_lease"
-    OPEN_AT_MS = "c_open_at_ms"
-    DONE = "c_done"
+    OPEN_AT_MS = "c_open_at_ms"  # since when an attempt may be out
+    DONE = "c_done"  # this run has its outcome
 
 
 def encode_request(request: CancelRequest) -> dict[str, object]:

