@@ -78,6 +78,11 @@ class RedisClock:
         if self._offset_ms is None or not is_late:
             self._offset_ms = now_ms - time.monotonic_ns() / 1e6
 
+    @property
+    def measured(self) -> bool:
+        """Whether there was an answer yet."""
+        return self._offset_ms is not None
+
     def now_ms(self) -> int:
         """Now, ms since the epoch; the host's clock before the first answer."""
         if self._offset_ms is None:
@@ -132,8 +137,8 @@ class Settlement:
         if outcome is None:
             attempts = "" if self.attempts is None else encode_attempts(self.attempts)
             if self.delay_ms is None:
-                return ["back", grant.key, grant.lease, attempts, self.pin, "", "", "", "", ""]
-            return ["again", grant.key, grant.lease, attempts, self.pin, self.delay_ms, "", "", "", ""]
+                return ["back", grant.key, grant.lease, attempts, self.pin, "", "", "", ""]
+            return ["again", grant.key, grant.lease, attempts, self.pin, self.delay_ms, "", "", ""]
         failed = outcome.kind.failed
         by_deadline = outcome.kind in ("overdue", "gave_up", "unknown")
         said = f"{outcome.kind.value}: {outcome.error}".encode()
@@ -146,7 +151,6 @@ class Settlement:
             outcome.encode(),
             "1" if failed else "0",
             result,
-            zlib.compress(said) if failed else "",
             grant.deadline_at_ms if by_deadline else "",
             encode_attempts(outcome.attempts) if by_deadline else "",
             self.pin,
@@ -220,16 +224,20 @@ class Store:
         with self._lock:
             number, self._claims = self._claims, self._claims + slots
         words: Words = (slots, self._lease_ms, self._deadline_ms, self._execution, number)
-        words = (*self._claim_words, *words, MAX_PAYLOAD_BYTES, int(take_lost), POINTER_LIFE_S)
+        gives_up_at_ms = self.clock.now_ms() + round(SOCKET_TIMEOUT_S * 1000) if self.clock.measured else 0
+        words = (*self._claim_words, *words, MAX_PAYLOAD_BYTES, int(take_lost), POINTER_LIFE_S, gives_up_at_ms)
         script = _evalsha(_CLAIM, self._claim_keys, words)
         asked_at_s = time.monotonic()
         if wait:
             move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
-            answer = self._checked(_CLAIM, script, self.roundtrip(move, script)[1])
+            moved, answer = self.roundtrip(move, script)
         else:
-            answer = self._checked(_CLAIM, script, self.roundtrip(script)[0])
+            moved, answer = None, self.roundtrip(script)[0]
+        answer = self._checked(_CLAIM, script, answer)
         self.clock.observe(int(answer[0]), asked_at_s)
         grants = [_grant(row) for row in answer[3:]]
+        if not grants:
+            _raise(moved)  # a full server refuses the wait but not the claim: the next one must not follow at once
         return Claimed(int(answer[0]), int(answer[1]), answer[2] == 1, grants, asked_at_s)
 
     def settle(self, settlements: Sequence[Settlement]) -> list[int]:

@@ -56,16 +56,18 @@ def cancel_algo_order(request: object) -> object:
     if settled:
         return _ended(job, store)
     gate.observe(claimed.gate_until_ms)
-    now_ms = store.clock.now_ms()
-    if gate.closed(now_ms) and now_ms < claimed.grants[0].deadline_at_ms:
-        return _retry(gate.until_ms - now_ms)
+    now_ms, deadline_at_ms = store.clock.now_ms(), claimed.grants[0].deadline_at_ms
+    if gate.closed(now_ms) and now_ms < deadline_at_ms:
+        return _retry(min(gate.until_ms, deadline_at_ms) - now_ms)
+    if now_ms < deadline_at_ms:
+        _measure_clock()
     try:
         decoded = decode_request(request)
         settlement = canceller.work(claimed.grants[0], Unfenced(), decoded)
     except MessageError:
         settlement = canceller.work(claimed.grants[0], Unfenced())
-    store.settle([settlement])
-    if settlement.outcome is None:
+    (answer,) = store.settle([settlement])
+    if settlement.outcome is None or answer == 2:
         return _retry(settlement.delay_ms or 0)
     return _ended(job, store)
 
@@ -91,8 +93,14 @@ def _exchange() -> tuple[Settings, Exchange, ServerClock]:
     """One for a process; RQ's default worker class has a process for each job."""
     settings = Settings.from_env()
     exchange, clock = open_exchange(settings)
-    exchange.sync_time(samples=1)
     return settings, exchange, clock
+
+
+def _measure_clock() -> None:
+    """Once for a process, and not before the gate was looked at: it is a request like any other."""
+    _, exchange, clock = _exchange()
+    if not clock.measured:
+        exchange.sync_time(samples=1)
 
 
 def _tools(job: Job) -> tuple[Store, Gate, Canceller]:

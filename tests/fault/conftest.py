@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import TypeAlias, TypeVar
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from producer import CancelClient
 from tests.conftest import API_KEY, API_SECRET
@@ -87,7 +89,8 @@ class Stage:
 
     def direct(self, valkey: Valkey) -> redis.Redis:
         """A connection that goes around every proxy."""
-        return self.enter(redis.Redis(port=valkey.port))
+        connection: redis.Redis = redis.Redis(port=valkey.port, retry=Retry(NoBackoff(), 0))
+        return self.enter(connection)
 
 
 Scene: TypeAlias = Callable[[Stage], None]
@@ -115,9 +118,7 @@ class Scenes(dict[str, Scene]):
 
 
 @pytest.fixture(scope="module")
-def played(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[None]]]:
+def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[None]]:
     """How the scenes of the module (its ``SCENES``) ended."""
     scenes: Scenes = request.module.SCENES
     return scenes.play(tmp_path_factory.mktemp(request.module.__name__.rpartition(".")[2]))

@@ -1,7 +1,203 @@
-"""tmp"""
+"""The reckoning after a run with faults: what producers were promised, what the queue recorded, what the exchange saw.
+
+Pure. The queue's part follows Jepsen's total-queue checker: every request that was acknowledged must come out, nothing
+may come out that was not asked for, and nothing twice. The exchange's part holds each outcome against its own book.
+"""
+
+from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from producer.message import Call, Outcome, OutcomeKind
+from worker.sandbox.control import BookEntry, Incident
+
+#: What a script notes for an attempt whose worker never came back (worker/scripts/common.lua).
+WORKER_LOST = "worker lost"
+#: Kinds to which a request comes only if faults outlast its bounds.
+UNDECIDED = (OutcomeKind.UNKNOWN, OutcomeKind.GAVE_UP, OutcomeKind.OVERDUE)
+_STATUSES = {
+    OutcomeKind.CANCELLED: ("CANCELED",),
+    OutcomeKind.ALREADY_CANCELLED: ("CANCELED",),
+    OutcomeKind.TRIGGERED: ("TRIGGERED", "FINISHED"),
+    OutcomeKind.EXPIRED: ("EXPIRED",),
+    OutcomeKind.REJECTED: ("REJECTED",),
+}
+#: From then on no request may leave during a ban, ms after its first answer (the issue's bound).
+BAN_HEARD_MS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request in one call of a producer: the order, and the ticket's id if the call was acknowledged."""
+
+    algo_id: int
+    id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """A worker that got SIGKILL while it held jobs; the time is Redis' clock, ms."""
+
+    at_ms: int
+    held: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyKind:
+    """Keys of one kind that are left: how many, and how many of them have a time to live."""
+
+    pattern: str
+    count: int
+    with_ttl: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSide:
+    """What became of the producers' requests. Requests are counted in calls, everything else in job ids."""
+
+    attempted: int
+    acknowledged: int
+    ok: int
+    lost: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    recovered: int
+    duplicated: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSide:
+    """What the exchange saw, and where an outcome says something else than its book."""
+
+    orders: int
+    deletes: int
+    repeated_deletes: int
+    harmful: tuple[str, ...]  # orders that nobody asked to cancel and that were touched
+    differences: tuple[str, ...]
+    kinds: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def undecided(self) -> int:
+        """Outcomes of the kinds that faults which end before the deadline must not bring about."""
+        return sum(self.kinds.get(kind.value, 0) for kind in UNDECIDED)
+
+
+def queue_side(asks: Sequence[Ask], records: Sequence[Outcome], order_of: Mapping[str, int]) -> QueueSide:
+    """Judge the ledger's ``records`` against the producers' ``asks``; ``order_of`` a client id is its algo id."""
+    acknowledged = {ask.id for ask in asks if ask.id is not None}
+    in_doubt = {ask.algo_id for ask in asks if ask.id is None}
+    recorded = {record.id for record in records}
+    strangers = [record for record in records if record.id not in acknowledged]
+    unexpected = {record.id for record in strangers if order_named(record, order_of) not in in_doubt}
+    runs = Counter((record.id, record.run) for record in records)
+    return QueueSide(
+        attempted=len(asks),
+        acknowledged=sum(ask.id is not None for ask in asks),
+        ok=len(acknowledged & recorded),
+        lost=tuple(sorted(acknowledged - recorded)),
+        unexpected=tuple(sorted(unexpected)),
+        recovered=len({record.id for record in strangers} - unexpected),
+        duplicated=tuple(sorted(f"{job_id} run {run}" for (job_id, run), count in runs.items() if count > 1)),
+    )
+
+
+def exchange_side(
+    asks: Sequence[Ask], records: Sequence[Outcome], book: Mapping[int, BookEntry], order_of: Mapping[str, int]
+) -> ExchangeSide:
+    """Judge the ledger's ``records`` against the exchange's own ``book``."""
+    asked = {ask.algo_id for ask in asks}
+    by_order: dict[int | None, list[Outcome]] = defaultdict(list)
+    for record in records:
+        by_order[order_named(record, order_of)].append(record)
+    differences = []
+    for algo_id, of_order in by_order.items():
+        entry = book.get(algo_id) if algo_id is not None else None
+        for record in of_order:
+            said = difference(record, entry, is_alone=len(of_order) == 1)
+            if said is not None:
+                differences.append(f"{record.id} order {algo_id}: {said}")
+    bystanders = [entry for algo_id, entry in book.items() if algo_id not in asked]
+    touched = [entry for entry in bystanders if entry.deletes or entry.status != "NEW"]
+    return ExchangeSide(
+        orders=len(asked),
+        deletes=sum(entry.deletes for entry in book.values()),
+        repeated_deletes=sum(max(entry.deletes - 1, 0) for entry in book.values()),
+        harmful=tuple(f"{entry.algo_id} {entry.status} {entry.deletes} DELETEs" for entry in touched),
+        differences=tuple(differences),
+        kinds=dict(Counter(record.kind.value for record in records)),
+    )
+
+
+def order_named(record: Outcome, order_of: Mapping[str, int]) -> int | None:
+    """The algo id of the order that a record is about."""
+    if record.algo_id is not None:
+        return record.algo_id
+    return order_of.get(record.client_algo_id or "")
+
+
+def difference(record: Outcome, entry: BookEntry | None, *, is_alone: bool) -> str | None:
+    """Where an outcome contradicts the book, or None. ``is_alone``: no other job was about the same order."""
+    if entry is None:
+        return f"{record.kind} for an order that the exchange does not know"
+    if record.kind in UNDECIDED:
+        return None  # counted, and no contradiction to anything
+    if record.kind not in _STATUSES:
+        return f"{record.kind} ({record.error}), but the order was there and the key was good"
+    if entry.status not in _STATUSES[record.kind]:
+        return f"{record.kind}, but the book says {entry.status}"
+    if record.kind is OutcomeKind.TRIGGERED and record.actual_order_id != entry.actual_order_id:
+        return f"triggered as {record.actual_order_id}, but the book says {entry.actual_order_id}"
+    unclear = any(a.call is Call.CANCEL and a.verdict == "unclear" for a in record.attempts)
+    if record.kind is OutcomeKind.CANCELLED and not entry.deletes_effective and not unclear:
+        return "cancelled by us, but the book says by somebody else"
+    if record.kind is OutcomeKind.ALREADY_CANCELLED and entry.deletes_effective and is_alone:
+        return "already cancelled, but the book says by us"
+    if record.kind.off_the_book and record.may_be_live is not False:
+        return f"{record.kind}, but may_be_live is {record.may_be_live}"
+    return None
+
+
+def recoveries_ms(kills: Iterable[Kill], records: Iterable[Outcome]) -> list[int]:
+    """For each job that a killed worker held: ms from the kill to the next request for it, shortest first.
+
+    Jobs that needed none, because their outcome had been recorded, are left out.
+    """
+    attempts = {record.id: record.attempts for record in records}
+    found = []
+    for kill in kills:
+        for job_id in kill.held:
+            later = [a.at_ms for a in attempts.get(job_id, ()) if a.msg != WORKER_LOST and a.at_ms >= kill.at_ms]
+            if later:
+                found.append(min(later) - kill.at_ms)
+    return sorted(found)
+
+
+def requests_during_bans(incidents: Iterable[Incident]) -> int:
+    """Requests that came when everybody could have heard of the ban."""
+    return sum(since_ms > BAN_HEARD_MS for incident in incidents for since_ms in incident.requests_ms)
+
+
+_PARTS = (
+    (re.compile(r"^(rq:worker:)[^:]+"), r"\1*"),  # a worker's name
+    (re.compile(r"^([^:]+:order:).+"), r"\1*"),  # an order
+    (re.compile(r"[0-9a-f]{32}(:[0-9a-f]{12}-[0-9]+)?"), "*"),  # a job's id, and its execution's
+)
 
 
 def pattern_of(key: str) -> str:
-    return re.sub(r"[0-9a-f]{32}", "*", key)
+    """A key with what differs from job to job, order to order and worker to worker left out."""
+    for part, stand_in in _PARTS:
+        key = part.sub(stand_in, key)
+    return key
+
+
+def key_kinds(keys: Iterable[tuple[str, bool]]) -> list[KeyKind]:
+    """Keys, each with whether it has a time to live, counted by kind."""
+    counts: Counter[str] = Counter()
+    with_ttl: Counter[str] = Counter()
+    for key, has_ttl in keys:
+        counts[pattern_of(key)] += 1
+        with_ttl[pattern_of(key)] += has_ttl
+    return [KeyKind(pattern, count, with_ttl[pattern]) for pattern, count in sorted(counts.items())]

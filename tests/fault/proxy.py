@@ -66,7 +66,7 @@ class Trap:
     times: int
     sprung: int = 0
 
-    def fits(self, asked: bytes, answered: bytes) -> bool:
+    def fits(self, asked: bytearray, answered: bytearray) -> bool:
         """Whether this exchange of words is the one."""
         return self.sprung < self.times and self.request in asked and self.answer in answered
 

@@ -150,12 +150,13 @@ def blocked(client: CancelClient) -> int:
 
 
 def fail(client: CancelClient, workers: Workers, count: int = 1) -> list[str]:
-    """Requests that ended in a failed kind: no worker has their account."""
+    """Requests that ended in a failed kind, as no worker has their account; ids in the order of RQ's registry."""
     if not workers.all:
         workers.start()
     tickets = client.cancel_many(CancelRequest(algo_id=number, account="nobody") for number in range(1, count + 1))
     assert {ticket.wait(10).kind for ticket in tickets} == {OutcomeKind.REFUSED}
-    return [ticket.id for ticket in tickets]
+    assert sorted(client.failed_ids()) == sorted(ticket.id for ticket in tickets)
+    return client.failed_ids()
 
 
 # --- one order, one job -------------------------------------------------------------------------------------------
@@ -458,7 +459,7 @@ def test_a_call_after_a_restart_of_the_server_works() -> None:
 
 def test_a_silent_server_is_unavailable_within_the_time_out(valkey: Valkey) -> None:
     """A server that is stopped costs each call its time-out, and every call says the same."""
-    with CancelClient.from_url(valkey.url, timeout_s=0.3) as client:
+    with CancelClient.from_url(valkey.url, timeout_s=0.2) as client:
         ticket = client.cancel(algo_id=1)
         with stopped(valkey):
             for call in (
@@ -724,14 +725,14 @@ class Counting(redis.Connection):
 
 def test_a_status_costs_three_round_trips(valkey: Valkey, workers: Workers, connection: redis.Redis) -> None:
     """However much there is to tell, with workers and their gates and thousands of outcomes."""
-    for _ in range(3):
+    for _ in range(2):
         workers.start()
     pool = redis.ConnectionPool(connection_class=Counting, host="127.0.0.1", port=valkey.port)
     with redis.Redis(connection_pool=pool) as counted, CancelClient(counted) as client:
-        client.cancel_many(CancelRequest(algo_id=number, account="nobody") for number in range(1, 500))
+        client.cancel_many(CancelRequest(algo_id=number, account="nobody") for number in range(1, 300))
         record = next(client.outcomes(follow=True))[1]
         pipeline = connection.pipeline()
-        for _ in range(6000):
+        for _ in range(5200):
             pipeline.xadd(KEYS.outcomes, {"outcome": record.encode()})
         pipeline.execute()
         Counting.sent = 0
@@ -739,7 +740,7 @@ def test_a_status_costs_three_round_trips(valkey: Valkey, workers: Workers, conn
         seen = client.status()
 
         assert Counting.sent <= 3
-    assert len(seen.workers) == 3
+    assert len(seen.workers) == 2
     assert seen.outcomes_partial
     assert sum(seen.outcomes.values()) == 5000
     pool.disconnect()

@@ -467,6 +467,16 @@ def test_handed_back_job_is_first_and_untried(client: CancelClient, open_store: 
     assert (again.id, again.attempts, again.run) == (grant.id, b"", 1)
 
 
+def test_jobs_handed_back_together_keep_their_order(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
+    """A worker that hands several jobs back leaves the queue as it found it."""
+    tickets = [ticket.id for ticket in orders(client, 5)]
+    store = open_store()
+
+    store.settle([Settlement(grant) for grant in claim(store, 3)])
+
+    assert peek.waiting() == tickets
+
+
 def test_handed_back_job_keeps_what_was_tried(client: CancelClient, open_store: OpenStore) -> None:
     """A job that is handed back in the middle of its attempts keeps them."""
     client.cancel(algo_id=1)
@@ -677,6 +687,18 @@ def test_later_end_of_the_gate_holds(open_store: OpenStore, peek: Peek) -> None:
     assert 3_600_000 < peek("PTTL", peek.keys.gate("all")) <= 3_690_000
 
 
+def test_doubling_pause(open_store: OpenStore, peek: Peek) -> None:
+    """A firewall's block that comes again after its pause lasts twice as long; those during the pause are one."""
+    store = open_store()
+    store.close_gate(60, "403", True)
+    until_ms = store.close_gate(60, "403", True)
+    assert until_ms <= peek.now_ms() + 60
+    eventually(lambda: peek.now_ms() > until_ms, what="the pause is over")
+
+    now_ms = peek.now_ms()
+    assert store.close_gate(60, "403", True) >= now_ms + 120
+
+
 @pytest.mark.parametrize("pause", ["gate", "suspension"])
 def test_overdue_job_is_given_even_during_a_pause(
     pause: str, client: CancelClient, open_store: OpenStore, peek: Peek
@@ -803,6 +825,22 @@ def test_first_outcome_of_a_stock_workers_run_stands(
     requeue(connection, ticket.id)
     begun, settled = one.begin(ticket.id)
     assert (begun.grants[0].run, settled) == (2, False)
+
+
+def test_later_deadline_undoes_a_stock_workers_decision_too(
+    client: CancelClient, open_store: OpenStore, peek: Peek
+) -> None:
+    """A stock worker's overdue step is not recorded when the order was asked for again meanwhile."""
+    ticket = client.cancel(algo_id=1, deadline_s=1)
+    store = open_store("stock")
+    grant = store.begin(ticket.id)[0].grants[0]
+    client.cancel(algo_id=1, deadline_s=60)
+
+    assert store.settle([ended(grant, OutcomeKind.UNKNOWN, attempts=(tried(1),))]) == [2]
+
+    assert peek.ledger() == []
+    again, settled = store.begin(ticket.id)
+    assert (decode_attempts(again.grants[0].attempts), settled) == ((tried(1),), False)
 
 
 def test_step_under_a_closed_gate_is_no_attempt(client: CancelClient, open_store: OpenStore) -> None:

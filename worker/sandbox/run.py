@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -50,9 +50,13 @@ _STOP_TIMEOUT_S = 15.0
 #: Requests enqueued by one call.
 _BATCH = 40
 
-#: The workers' settings: short windows and pauses, so that a run shows in seconds what takes minutes in production.
+#: recvWindow, ms: short, so that time-outs are, but with room for the whole crew to be answered by a busy machine.
+_RECV_WINDOW_MS = 1_500
+_RECV_WINDOW_MS_PER_REQUEST = 8
+_LONGEST_RECV_WINDOW_MS = 10_000
+
+#: The workers' settings: short pauses, so that a run shows in seconds what takes minutes in production.
 _SETTINGS = {
-    "BINANCE_RECV_WINDOW_MS": "1500",
     "BACKOFF_BASE_MS": "20",
     "BACKOFF_CAP_MS": "500",
     "LEASE_S": "3",
@@ -61,10 +65,8 @@ _SETTINGS = {
     "SHUTDOWN_GRACE_S": "10",
     "LOG_LEVEL": "INFO",
 }
-#: The exchange's side of it. A client waits 0.8 x recvWindow: late answers come after that, late executions too.
+#: The exchange's side of it.
 _TIMING = FaultTiming(
-    late_answer_ms=2_500,
-    late_execution_ms=1_300,
     forgotten_ms=1_000,
     finished_after_ms=500,
     retry_after_s=2,
@@ -94,6 +96,18 @@ class Options:
     def deadline_s(self) -> int:
         """How long each request may take."""
         return _DEADLINE_S + self.orders // _ORDERS_PER_DEADLINE_S
+
+    @property
+    def recv_window_ms(self) -> int:
+        """How old a request may be at the exchange."""
+        in_flight = self.workers * self.concurrency
+        return min(max(_RECV_WINDOW_MS, _RECV_WINDOW_MS_PER_REQUEST * in_flight), _LONGEST_RECV_WINDOW_MS)
+
+    @property
+    def timing(self) -> FaultTiming:
+        """How long faults last: a client waits for 0.8 x recvWindow, and what is late comes after that."""
+        window_ms = self.recv_window_ms
+        return replace(_TIMING, late_answer_ms=window_ms + 1_000, late_execution_ms=round(0.9 * window_ms))
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -281,7 +295,7 @@ class _Run:
             faults=options.faults,
             seed=options.seed,
             faults_for_ms=options.deadline_s * 1_000 // 3,
-            timing=_TIMING,
+            timing=options.timing,
             max_incidents=_MAX_INCIDENTS[options.faults],
             weight_limit_per_minute=_WEIGHT_LIMIT,
             latency_ms=_LATENCY_MS,
@@ -294,6 +308,7 @@ class _Run:
             **keys.variables,
             "REDIS_URL": valkey.url,
             "BINANCE_BASE_URL": self._exchange.url,
+            "BINANCE_RECV_WINDOW_MS": str(options.recv_window_ms),
             "WORKER_CONCURRENCY": str(options.concurrency),
             "CANCEL_DEADLINE_S": str(options.deadline_s),
             "LEDGER_MAXLEN": str(max(4 * options.orders, 1_000)),

@@ -3,7 +3,8 @@
 -- KEYS  1 waiting list, 2 claiming list, 3 leases, 4 scheduled, 5 started, 6 suspended, 7 gate, 8 worker's executions
 -- ARGV  1 job prefix, 2 execution prefix, 3 executions prefix, 4 order prefix, 5 outcome prefix, 6 worker prefix,
 --       7 worker's name, 8 free slots, 9 lease in ms, 10 default deadline in ms, 11 execution id's prefix,
---       12 first execution number, 13 largest payload in bytes, 14 take lost leases (1 or 0), 15 pointer's life in s
+--       12 first execution number, 13 largest payload in bytes, 14 take lost leases (1 or 0), 15 pointer's life in s,
+--       16 when the asker stops waiting for the answer, in ms (0: not known)
 -- Gives: now in ms, the gate's end in ms (0: open), suspended (1 or 0), then one row for each job given.
 local waiting, claiming, leases, scheduled, started = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local job_prefix, execution_prefix, executions_prefix = ARGV[1], ARGV[2], ARGV[3]
@@ -103,6 +104,9 @@ local function try(id, only_overdue)
 end
 
 empty_claiming()
+-- After a pause of the server or the network this may run long after it was sent: what it gave, nobody would take.
+local gives_up_at_ms = tonumber(ARGV[16])
+if gives_up_at_ms > 0 and now_ms >= gives_up_at_ms then return {text(now_ms), '0', redis.call('EXISTS', KEYS[6])} end
 bring_back_due()
 if ARGV[14] == '1' then take_lost() end
 local closed_until_ms = tonumber(redis.call('HGET', KEYS[7], 'until_ms') or '0')

@@ -3,12 +3,12 @@
 -- KEYS  1 waiting list, 2 leases, 3 scheduled, 4 started, 5 finished, 6 failed, 7 ledger, 8 worker, 9 its executions
 -- ARGV  1 job prefix, 2 execution prefix, 3 executions prefix, 4 order prefix, 5 outcome prefix, 6 result prefix,
 --       7 worker's name, 8 outcome's life in s, 9 ledger's length, 10 result's life in s, 11 failure's life in s,
---       12 default deadline in ms, then for each row ten words:
+--       12 default deadline in ms, then for each row nine words:
 --       what (done, again, back), id, lease (empty: a stock worker holds it), then
---       done   outcome record, failed (1 or 0), result (base64), exc_info (compressed), deadline it was decided by in ms
---              (empty: the decision does not hang on the deadline), attempts, pin
---       again  attempts, pin, delay in ms, four unused
---       back   attempts, pin, five unused
+--       done   outcome record, failed (1 or 0), result (base64), deadline it was decided by in ms (empty: the decision
+--              does not hang on the deadline), attempts, pin
+--       again  attempts, pin, delay in ms, three unused
+--       back   attempts, pin, four unused
 -- Gives for each row: 0 not ours any more, 1 done, 2 not done because the deadline has moved (the job goes on), or for
 -- `again` the due time in ms.
 local job_prefix, executions_prefix, worker = ARGV[1], ARGV[3], ARGV[7]
@@ -44,7 +44,6 @@ local function as_rq_does(id, job, lease, began_ms, i)
   if is_failed then life_s, registry, status = tonumber(ARGV[11]), KEYS[6], 'failed' end
   local stamp, result = rq_time(), ARGV[6] .. id
   redis.call('HSET', job, 'status', status, 'ended_at', stamp, 'last_heartbeat', stamp)
-  if ARGV[i + 6] ~= '' then redis.call('HSET', job, 'exc_info', ARGV[i + 6]) end
   redis.call('EXPIRE', job, life_s)
   redis.call('XADD', result, 'MAXLEN', 10, '*', 'type', is_failed and 2 or 1, 'worker_name', worker,
     is_failed and 'exc_string' or 'return_value', ARGV[i + 5], 'execution_id', lease,
@@ -76,9 +75,9 @@ local function requeue(id, job)
 end
 
 local function done(id, job, lease, began_ms, i)
-  if deadline_moved(job, ARGV[i + 7]) then
+  if deadline_moved(job, ARGV[i + 6]) then
     release(id, job, lease)
-    keep(job, ARGV[i + 8], ARGV[i + 9])
+    keep(job, ARGV[i + 7], ARGV[i + 8])
     requeue(id, job)
     return 2
   end
@@ -104,7 +103,11 @@ local function settle(what, id, lease, i)
   if lease == '' then
     -- A stock worker: RQ does RQ's part, here only the outcome is recorded, and the first one of a run stands.
     if redis.call('HEXISTS', job, 'c_done') == 1 or redis.call('EXISTS', job) == 0 then return 0 end
-    if what == 'done' then
+    if what == 'done' and deadline_moved(job, ARGV[i + 6]) then
+      keep(job, ARGV[i + 7], ARGV[i + 8])
+      redis.call('HDEL', job, 'c_open_at_ms')
+      return 2
+    elseif what == 'done' then
       redis.call('HSET', job, 'status', ARGV[i + 4] == '1' and 'failed' or 'finished', 'ended_at', rq_time())
       record(id, job, ARGV[i + 3])
     else
@@ -124,7 +127,7 @@ local function settle(what, id, lease, i)
 end
 
 local answer = {}
-for i = 13, #ARGV, 10 do answer[#answer + 1] = text(settle(ARGV[i], ARGV[i + 1], ARGV[i + 2], i)) end
+for i = 13, #ARGV, 9 do answer[#answer + 1] = text(settle(ARGV[i], ARGV[i + 1], ARGV[i + 2], i)) end
 for i = #front, 1, -1 do redis.call('LPUSH', KEYS[1], front[i]) end
 
 -- RQ counts a worker's jobs in its hash; one that expired must not come back without its other fields.

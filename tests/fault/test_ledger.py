@@ -1,0 +1,174 @@
+"""The judging itself: it must see what it is there to see."""
+
+from __future__ import annotations
+
+import pytest
+
+from producer.message import Attempt, Call, Outcome, OutcomeKind
+from tests.fault.ledger import (
+    Ask,
+    Kill,
+    difference,
+    exchange_side,
+    key_kinds,
+    pattern_of,
+    queue_side,
+    recoveries_ms,
+    requests_during_bans,
+)
+from worker.sandbox.control import BookEntry, Incident
+
+A, B, C = ("a" * 32, "b" * 32, "c" * 32)
+
+
+def record(job_id: str, algo_id: int | None = 1, kind: str = "cancelled", **traits: object) -> Outcome:
+    """An outcome."""
+    known: dict[str, object] = {"may_be_live": not OutcomeKind(kind).off_the_book, "run": 1}
+    return Outcome(id=job_id, algo_id=algo_id, kind=OutcomeKind(kind), **(known | traits))  # type: ignore[arg-type]
+
+
+def entry(algo_id: int = 1, status: str = "CANCELED", **traits: object) -> BookEntry:
+    """A line of the exchange's book."""
+    known: dict[str, object] = {
+        "account": "default",
+        "client_algo_id": f"auto-{algo_id}",
+        "symbol": "BTCUSDT",
+        "actual_order_id": "",
+        "create_time_ms": 0,
+        "update_time_ms": 0,
+        "decoy": False,
+        "deletes": 1,
+        "deletes_effective": int(status == "CANCELED"),
+        "gets": 0,
+        "delete_arrivals_ns": [],
+        "faults": [],
+    }
+    return BookEntry(algo_id=algo_id, status=status, **(known | traits))  # type: ignore[arg-type]
+
+
+def attempt(at_ms: int, msg: str = "success", verdict: str = "confirmed") -> Attempt:
+    """A cancel's attempt."""
+    return Attempt(1, at_ms, Call.CANCEL, 200, 200, msg, verdict, 5)
+
+
+def test_everything_acknowledged_and_recorded_once_is_ok() -> None:
+    """A clean run has nothing but ok; requests that share a job are one."""
+    side = queue_side([Ask(1, A), Ask(1, A), Ask(2, B)], [record(A), record(B, 2)], {})
+    assert (side.attempted, side.acknowledged, side.ok) == (3, 3, 2)
+    assert (side.lost, side.unexpected, side.recovered, side.duplicated) == ((), (), 0, ())
+
+
+def test_acknowledged_without_a_record_is_lost() -> None:
+    """A promise without an outcome is a loss."""
+    assert queue_side([Ask(1, A), Ask(2, B)], [record(A)], {}).lost == (B,)
+
+
+def test_a_second_record_of_a_run_is_a_duplicate_and_a_new_run_is_not() -> None:
+    """One entry for an id and run."""
+    assert queue_side([Ask(1, A)], [record(A), record(A)], {}).duplicated == (f"{A} run 1",)
+    assert queue_side([Ask(1, A)], [record(A), record(A, run=2)], {}).duplicated == ()
+
+
+def test_records_of_unacknowledged_ids() -> None:
+    """What comes out for a call of unknown end was recovered; for no such call it is unexpected."""
+    side = queue_side([Ask(1, None), Ask(1, A)], [record(A), record(B), record(C, 2)], {})
+    assert (side.recovered, side.unexpected) == (1, (C,))
+    assert side.lost == ()
+
+
+def test_orders_known_by_client_id() -> None:
+    """A record without an algo id is about the order of its client id."""
+    by_client = record(B, None, client_algo_id="auto-1")
+    assert queue_side([Ask(1, None)], [by_client], {"auto-1": 1}).recovered == 1
+    assert queue_side([Ask(1, None)], [by_client], {}).unexpected == (B,)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "line"),
+    [
+        (record(A), entry()),
+        (record(A, attempts=(attempt(1, verdict="unclear"),)), entry(deletes_effective=0)),
+        (record(A, kind="already_cancelled"), entry(deletes_effective=0)),
+        (record(A, kind="triggered", actual_order_id="7"), entry(status="FINISHED", actual_order_id="7")),
+        (record(A, kind="expired"), entry(status="EXPIRED")),
+        (record(A, kind="rejected"), entry(status="REJECTED")),
+        (record(A, kind="unknown"), entry(status="NEW")),
+    ],
+)
+def test_outcomes_that_agree_with_the_book(outcome: Outcome, line: BookEntry) -> None:
+    """An outcome that the book bears out is no difference."""
+    assert difference(outcome, line, is_alone=True) is None
+
+
+@pytest.mark.parametrize(
+    ("outcome", "line"),
+    [
+        (record(A), None),
+        (record(A), entry(status="NEW")),
+        (record(A), entry(deletes_effective=0)),
+        (record(A, kind="already_cancelled"), entry()),
+        (record(A, kind="triggered", actual_order_id="7"), entry(status="TRIGGERED", actual_order_id="8")),
+        (record(A, kind="triggered"), entry()),
+        (record(A, kind="not_found"), entry(status="NEW")),
+        (record(A, kind="refused"), entry(status="NEW")),
+        (record(A, may_be_live=True), entry()),
+    ],
+)
+def test_outcomes_that_contradict_the_book(outcome: Outcome, line: BookEntry | None) -> None:
+    """An outcome that the book does not bear out is a difference."""
+    assert difference(outcome, line, is_alone=True) is not None
+
+
+def test_two_jobs_for_one_order() -> None:
+    """When a repeated request became a job of its own, the second one finds the order cancelled by the first."""
+    records = [record(A), record(B, kind="already_cancelled")]
+    side = exchange_side([Ask(1, None), Ask(1, B)], records, {1: entry(deletes=2)}, {})
+    assert (side.differences, side.repeated_deletes, side.harmful) == ((), 1, ())
+
+
+def test_orders_that_nobody_asked_about_must_stay() -> None:
+    """A DELETE for a bystander is harm, whatever it did; an untouched one is none."""
+    book = {1: entry(), 2: entry(2, "NEW", deletes=0), 3: entry(3, "NEW", deletes=1)}
+    side = exchange_side([Ask(1, A)], [record(A)], book, {})
+    assert [line.split()[0] for line in side.harmful] == ["3"]
+
+
+def test_undecided_kinds_are_counted() -> None:
+    """unknown, gave_up and overdue are added up."""
+    records = [record(A, kind="unknown"), record(B, kind="gave_up"), record(C, kind="overdue"), record(A)]
+    assert exchange_side([Ask(1, A)], records, {1: entry()}, {}).undecided == 3
+
+
+def test_recovery_runs_from_the_kill_to_the_next_request() -> None:
+    """The noted but unfinished attempt is not the next request; a job that needed none is left out."""
+    history = (attempt(100, "worker lost", "unclear"), attempt(2600), attempt(2700))
+    records = [record(A, attempts=history), record(B, attempts=(attempt(100),))]
+    assert recoveries_ms([Kill(1000, (A, B, C))], records) == [1600]
+
+
+def test_requests_during_bans_leave_the_first_second_out() -> None:
+    """In the first second of a ban not everybody can have heard of it."""
+    assert requests_during_bans([Incident("banned_418", "127.0.0.1", 0, 2000, [10, 999, 1001, 1500])]) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "pattern"),
+    [
+        (f"rq:job:{A}", "rq:job:*"),
+        (f"rq:execution:{A}:0123456789ab-17", "rq:execution:*"),
+        ("rq:worker:worker.1.0123456789ab", "rq:worker:*"),
+        ("rq:worker:host.12.0123456789ab:executions", "rq:worker:*:executions"),
+        ("cancels:order:default:a:17", "cancels:order:*"),
+        (f"cancels:outcome:{A}", "cancels:outcome:*"),
+        ("cancels:outcomes", "cancels:outcomes"),
+    ],
+)
+def test_kinds_of_keys(key: str, pattern: str) -> None:
+    """Keys that differ in an id, an order or a worker's name alone are of one kind."""
+    assert pattern_of(key) == pattern
+
+
+def test_keys_are_counted_by_kind_and_life() -> None:
+    """Each kind says how many of its keys end by themselves."""
+    kinds = key_kinds([(f"rq:job:{A}", True), (f"rq:job:{B}", False), ("rq:queues", False)])
+    assert [(kind.pattern, kind.count, kind.with_ttl) for kind in kinds] == [("rq:job:*", 2, 1), ("rq:queues", 1, 0)]

@@ -1,0 +1,500 @@
+"""RQ's own eyes and hands on these jobs and workers: what it shows, what it leaves, what it can be told to do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+from rq import Queue, SimpleWorker
+from rq.command import send_shutdown_command
+from rq.job import Job
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+from rq.results import Result
+from rq.serializers import JSONSerializer
+from rq.timeouts import TimerDeathPenalty
+from rq.worker import BaseWorker
+
+from producer import CancelClient, CancelRequest, OutcomeKind, Ticket
+from producer.message import TASK, encode_request
+from tests.conftest import API_KEY, API_SECRET
+from tests.servers import ROOT, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
+from worker import task
+from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
+from worker.sandbox.faults import Fault
+
+
+@pytest.fixture
+def peek(connection: redis.Redis) -> Peek:
+    """A look at the queue's keys."""
+    return Peek(connection)
+
+
+@pytest.fixture
+def queue(connection: redis.Redis) -> Queue:
+    """The queue as RQ's users open it."""
+    return Queue("cancels", connection=connection, serializer=JSONSerializer)
+
+
+def rq(valkey: Valkey, *arguments: str, **environment: str) -> str:
+    """Run RQ's command line; gives what it prints."""
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("rq")), *arguments[:1], "--url", valkey.url, *arguments[1:]],
+        cwd=ROOT,
+        env=scrubbed() | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+
+
+def fetch(job_id: str, connection: redis.Redis) -> Job:
+    """The job as RQ's users read it."""
+    return Job.fetch(job_id, connection=connection, serializer=JSONSerializer)
+
+
+def under_way(client: CancelClient, exchange: RunningExchange, latency_ms: int = 1500) -> tuple[Ticket, int]:
+    """A request that the exchange has received and takes its time to answer."""
+    exchange.set_latency_ms(latency_ms)
+    algo_id = exchange.add_orders(1)[0].algo_id
+    ticket = client.cancel(algo_id=algo_id)
+    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
+    return ticket, algo_id
+
+
+# ---- while it works -------------------------------------------------------------------------------------------------
+
+
+def test_job_under_way(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, queue: Queue
+) -> None:
+    """While its request is under way RQ shows the job as started, with its execution and its worker."""
+    workers.start()
+    ticket, _ = under_way(client, exchange)
+
+    job = fetch(ticket.id, connection)
+    (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
+    assert (job.get_status(), job.func_name, job.worker_name) == ("started", TASK, worker.name)
+    assert job.args == [encode_request(ticket.request)]
+    assert job.started_at is not None
+    started = StartedJobRegistry(queue=queue)
+    assert started.get_job_ids() == [ticket.id]
+    assert job.id in started
+    (execution,) = job.get_executions()
+    assert (execution.job_id, execution.worker_name) == (ticket.id, worker.name)
+    assert abs(execution.created_at.timestamp() - time.time()) < 5
+    assert [each.job_id for each in worker.get_current_executions()] == [ticket.id]
+
+    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
+    assert (started.get_job_ids(), job.get_executions()) == ([], [])
+    assert worker.get_current_executions(refresh=True) == []
+
+
+def test_worker_as_rq_sees_it(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, queue: Queue
+) -> None:
+    """RQ lists the worker with its queue, process and state, and its heartbeat goes on while it works."""
+    process = workers.start().process
+    (worker,) = BaseWorker.all(connection=connection, queue=queue, serializer=JSONSerializer)
+    assert (worker.pid, worker.queue_names(), worker.death_date) == (process.pid, ["cancels"], None)
+    eventually(lambda: connection.hget(worker.key, "state") == b"idle", what="it is idle")
+
+    under_way(client, exchange, 2500)
+    eventually(lambda: connection.hget(worker.key, "state") == b"busy", what="it is busy")
+    before = connection.hget(worker.key, "last_heartbeat")
+    eventually(lambda: connection.hget(worker.key, "last_heartbeat") != before, 3, "it beats while it works")
+    assert 0 < connection.ttl(worker.key) <= 480
+    eventually(lambda: connection.hget(worker.key, "state") == b"idle", what="it is idle again")
+
+
+def test_rq_info(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, valkey: Valkey, connection: redis.Redis
+) -> None:
+    """`rq info` shows queue, jobs and worker, and its clean-up harms neither a job under way nor its outcome."""
+    workers.start("--concurrency", "1")
+    ticket, _ = under_way(client, exchange, 3000)
+    waiting = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
+
+    (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
+    eventually(lambda: connection.hget(worker.key, "state") == b"busy", what="it is busy")
+
+    shown = rq(valkey, "info", "--raw")
+
+    assert "queue cancels 1, 1 executing, 0 finished, 0 failed" in shown
+    assert re.search(rf"^worker {re.escape(worker.name)} .* busy cancels\.", shown, re.MULTILINE), shown
+    assert ticket.wait(10).kind is waiting.wait(10).kind is OutcomeKind.CANCELLED
+
+
+def test_suspend_and_resume(
+    workers: Workers,
+    client: CancelClient,
+    exchange: RunningExchange,
+    valkey: Valkey,
+    connection: redis.Redis,
+    peek: Peek,
+) -> None:
+    """`rq suspend` ends the sending within a second or so, `rq resume` brings it back; overdue requests end anyhow."""
+    workers.start()
+    rq(valkey, "suspend")
+    (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
+    eventually(lambda: connection.hget(worker.key, "state") == b"suspended", 5, "the worker is suspended")
+    one, two = (order.algo_id for order in exchange.add_orders(2))
+    ticket, overdue = client.cancel(algo_id=one), client.cancel(algo_id=two, deadline_s=0.5)
+
+    assert overdue.wait(5).kind is OutcomeKind.OVERDUE
+    assert (peek.waiting(), exchange.book()[one].deletes) == ([ticket.id], 0)
+
+    rq(valkey, "resume")
+    outcome = ticket.wait(5)
+    assert (outcome.kind, len(outcome.attempts)) == (OutcomeKind.CANCELLED, 1)
+
+
+def test_shutdown_command(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """RQ's shutdown command stops a worker in order: what is under way is recorded, and it is gone from RQ's list."""
+    process = workers.start().process
+    ticket, _ = under_way(client, exchange, 500)
+    (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
+
+    send_shutdown_command(connection, worker.name)
+
+    assert process.wait(10) == 0
+    outcome = client.outcome(ticket.id)
+    assert outcome is not None
+    assert outcome.kind is OutcomeKind.CANCELLED
+    assert BaseWorker.all(connection=connection, serializer=JSONSerializer) == []
+    assert worker.death_date is not None
+
+
+def test_commands_survive_an_outage(workers: Workers, connection: redis.Redis) -> None:
+    """RQ's commands reach a worker whose connection for them was cut meanwhile."""
+    process = workers.start().process
+    (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
+    assert connection.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
+    eventually(lambda: connection.pubsub_numsub(worker.pubsub_channel_name)[0][1] == 0, what="it does not listen")
+    eventually(lambda: connection.pubsub_numsub(worker.pubsub_channel_name)[0][1] == 1, 10, "it listens again")
+
+    send_shutdown_command(connection, worker.name)
+
+    assert process.wait(10) == 0
+
+
+def test_retry_stands_in_rqs_scheduled_registry(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, queue: Queue
+) -> None:
+    """A request that waits for its next try is shown by RQ as scheduled, with its time."""
+    workers.start(BACKOFF_BASE_MS="60000", BACKOFF_CAP_MS="60000")
+    algo_id = exchange.add_orders(1)[0].algo_id
+    exchange.script_faults(algo_id, [Fault.UNAVAILABLE_503] * 20)
+    ticket = client.cancel(algo_id=algo_id)
+    job = fetch(ticket.id, connection)
+
+    eventually(lambda: job.get_status(refresh=True) == "scheduled", what="the retry is scheduled")
+
+    registry = ScheduledJobRegistry(queue=queue)
+    assert registry.get_job_ids() == [ticket.id]
+    assert 0 <= registry.get_scheduled_time(job.id).timestamp() - time.time() < 61
+    job.refresh()
+    assert (job.number_of_retries, job.retries_left is not None and job.retries_left > 1000) == (1, True)
+
+
+# ---- what it leaves -------------------------------------------------------------------------------------------------
+
+#: Fields of a job's hash that may differ from what RQ's own worker leaves, with the reason.
+TOLERATED_JOB_FIELDS = {
+    "created_at": "another moment",
+    "enqueued_at": "another moment",
+    "started_at": "another moment",
+    "ended_at": "another moment",
+    "last_heartbeat": "another moment",
+    "data": "another order",
+    "description": "another order",
+    "origin": "another queue",
+    "worker_name": "another worker",
+    "retries_left": "a stock worker is kept from repeating a failed kind by 0; ours decides for itself",
+}
+#: Fields that only one side has, with the reason. Our own begin with `c_`.
+ONE_SIDED_JOB_FIELDS: dict[str, str] = {}
+TOLERATED_WORKER_FIELDS = {
+    "birth": "another moment",
+    "last_heartbeat": "another moment",
+    "pid": "another process",
+    "ip_address": "another connection",
+    "queues": "another queue",
+    "total_working_time": "another duration",
+}
+ONE_SIDED_WORKER_FIELDS = {
+    "current_job": "RQ's worker has one job at a time, ours many: they are in its set of executions",
+    "death": "RQ's worker has left when it is looked at, ours still works",
+    "shutdown_requested_date": "RQ notes it at a stop by signal",
+}
+
+
+class QuietWorker(SimpleWorker):
+    """RQ's worker as it is, in this process: signals and time-outs belong to the test runner."""
+
+    death_penalty_class = TimerDeathPenalty
+
+    def _install_signal_handlers(self) -> None:
+        """None here."""
+
+
+@dataclass
+class Pair:
+    """The same two jobs, one that succeeds and one that fails, once with our worker and once with RQ's."""
+
+    connection: redis.Redis
+    ours: Peek
+    theirs: Peek
+    worker: str  # ours
+    jobs: dict[str, tuple[str, str]]  # success or failure to the ids, ours and theirs
+
+    def hashes(self, what: str) -> tuple[dict[str, str], dict[str, str]]:
+        """Both hashes of the job, without the fields that are the project's own."""
+        ours, theirs = (
+            peek.job(job_id) for peek, job_id in zip((self.ours, self.theirs), self.jobs[what], strict=True)
+        )
+        return without_own(ours), without_own(theirs)
+
+
+def without_own(fields: dict[str, str]) -> dict[str, str]:
+    """Fields that RQ knows."""
+    return {name: value for name, value in fields.items() if not name.startswith("c_")}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Runs them, on a server of their own."""
+    accounts = {"default": (API_KEY, API_SECRET)}
+    with (
+        running_valkey() as server,
+        start_exchange(ExchangeConfig(accounts=accounts)) as exchange,
+        pytest.MonkeyPatch.context() as patch,
+        redis.Redis(port=server.port) as connection,
+    ):
+        keys = {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET}
+        environment = {"REDIS_URL": server.url, "BINANCE_BASE_URL": exchange.url, **keys}
+        fleet = Workers(tmp_path_factory.mktemp("pair"), environment)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            fleet.start()
+            yield worked_by_both(server, exchange, connection)
+        finally:
+            fleet.stop()
+            task._exchange()[1].close()
+            task._exchange.cache_clear()
+
+
+def worked_by_both(server: Valkey, exchange: RunningExchange, connection: redis.Redis) -> Pair:
+    """One job that succeeds and one that fails, for each of the two kinds of worker."""
+    ids = [order.algo_id for order in exchange.add_orders(4)]
+    for algo_id in (ids[1], ids[3]):
+        exchange.script_faults(algo_id, [Fault.DISABLED_2011])
+    (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
+    pairs = []
+    for name, some in (("cancels", ids[:2]), ("theirs", ids[2:])):
+        with CancelClient.from_url(server.url, queue=name) as client:
+            tickets = client.cancel_many([CancelRequest(algo_id=algo_id) for algo_id in some])
+            if name == "theirs":
+                queue = Queue(name, connection=connection, serializer=JSONSerializer)
+                stock = QuietWorker([queue], connection=connection, serializer=JSONSerializer, name="stock")
+                stock.work(burst=True, logging_level="CRITICAL")
+            assert [ticket.wait(10).kind.value for ticket in tickets] == ["cancelled", "refused"]
+            pairs.append([ticket.id for ticket in tickets])
+    jobs = dict(zip(("success", "failure"), zip(*pairs, strict=True), strict=True))
+    return Pair(connection, Peek(connection), Peek(connection, "theirs"), worker.name, jobs)
+
+
+@pytest.mark.parametrize("what", ["success", "failure"])
+def test_job_hash_is_as_rq_leaves_it(what: str, pair: Pair) -> None:
+    """After its end a job's hash has the fields and values that RQ's own worker leaves for the same function."""
+    ours, theirs = pair.hashes(what)
+
+    assert ours.keys() - ONE_SIDED_JOB_FIELDS.keys() == theirs.keys() - ONE_SIDED_JOB_FIELDS.keys()
+    differing = {name for name in ours if name in theirs and ours[name] != theirs[name]}
+    assert differing <= TOLERATED_JOB_FIELDS.keys(), {name: (ours[name], theirs[name]) for name in differing}
+    stamp = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+    for name in ("started_at", "ended_at", "last_heartbeat"):
+        assert stamp.fullmatch(ours[name]), (name, ours[name])
+        assert stamp.fullmatch(theirs[name]), (name, theirs[name])
+
+
+@pytest.mark.parametrize("what", ["success", "failure"])
+def test_lifetimes_are_as_rq_leaves_them(what: str, pair: Pair) -> None:
+    """Hash, result and registry entry live as long as they would with RQ's own worker."""
+    ours, theirs = pair.jobs[what]
+    registry = "finished" if what == "success" else "failed"
+
+    for prefix in (pair.ours.keys.job_prefix, pair.ours.keys.result_prefix, "cancels:outcome:"):
+        mine = pair.ours("TTL", prefix + ours)
+        other = pair.theirs("TTL", prefix.replace("cancels", "theirs") + theirs)
+        assert abs(mine - other) <= 10, (prefix, mine, other)
+        assert mine > 0
+    mine = float(pair.ours("ZSCORE", getattr(pair.ours.keys, registry), ours))
+    other = float(pair.theirs("ZSCORE", getattr(pair.theirs.keys, registry), theirs))
+    assert abs(mine - other) <= 10
+
+
+@pytest.mark.parametrize("what", ["success", "failure"])
+def test_result_is_as_rq_leaves_it(what: str, pair: Pair) -> None:
+    """RQ reads the same kind of result from our job as from its own: one entry, with value or failure text."""
+    found = []
+    for peek, job_id in zip((pair.ours, pair.theirs), pair.jobs[what], strict=True):
+        entries = peek("XRANGE", peek.keys.result_prefix + job_id, "-", "+")
+        ((_, fields),) = entries
+        (result,) = fetch(job_id, pair.connection).results()
+        found.append((fields, result))
+    (ours, mine), (theirs, other) = found
+
+    assert ours.keys() == theirs.keys()
+    assert ours["type"] == theirs["type"]
+    assert mine.type is other.type is (Result.Type.SUCCESSFUL if what == "success" else Result.Type.FAILED)
+    assert mine.return_value == other.return_value == ("cancelled" if what == "success" else None)
+    if what == "failure":
+        # RQ keeps a traceback that ends with the exception's text, ours is that text.
+        assert (mine.exc_string or "").startswith("refused: ")
+        assert (other.exc_string or "").strip().endswith(mine.exc_string or "?")
+    assert mine.execution_started_at is not None
+    assert mine.execution_ended_at is not None
+    assert mine.execution_started_at <= mine.execution_ended_at
+    for name in ("execution_started_at", "execution_ended_at"):
+        assert abs(float(ours[name]) - time.time()) < 60
+        assert abs(float(ours[name]) - float(theirs[name])) < 60
+
+
+def test_job_reads_back_as_from_rq(pair: Pair) -> None:
+    """Job.fetch gives status, value, failure text and counters of our jobs as of RQ's own."""
+    for what in ("success", "failure"):
+        ours, theirs = (fetch(job_id, pair.connection) for job_id in pair.jobs[what])
+        for name in ("is_finished", "is_failed", "number_of_retries", "meta", "dependency_ids"):
+            assert getattr(ours, name) == getattr(theirs, name), name
+        assert ours.get_status() == theirs.get_status()
+        assert ours.return_value() == theirs.return_value()
+        assert ours.started_at is not None
+        assert ours.ended_at is not None
+        assert ours.started_at <= ours.ended_at
+
+
+def test_registries_are_as_rq_leaves_them(pair: Pair) -> None:
+    """Finished and failed jobs stand in RQ's registries, and nothing stays in those of queued, started or due jobs."""
+    for name, side in (("cancels", 0), ("theirs", 1)):
+        queue = Queue(name, connection=pair.connection, serializer=JSONSerializer)
+        assert FinishedJobRegistry(queue=queue).get_job_ids() == [pair.jobs["success"][side]]
+        assert FailedJobRegistry(queue=queue).get_job_ids() == [pair.jobs["failure"][side]]
+        assert (queue.get_job_ids(), queue.started_job_registry.get_job_ids()) == ([], [])
+        assert (queue.scheduled_job_registry.get_job_ids(), queue.deferred_job_registry.get_job_ids()) == ([], [])
+        for job_id in (pair.jobs["success"][side], pair.jobs["failure"][side]):
+            assert pair.ours("EXISTS", f"rq:executions:{job_id}") == 0
+            assert pair.ours("KEYS", f"rq:execution:{job_id}:*") == []
+
+
+def test_worker_hash_is_as_rq_leaves_it(pair: Pair) -> None:
+    """Our worker's hash has the fields of RQ's, and counts the same jobs."""
+    ours, theirs = (dict(pair.ours("HGETALL", f"rq:worker:{name}")) for name in (pair.worker, "stock"))
+
+    assert ours.keys() - ONE_SIDED_WORKER_FIELDS.keys() == theirs.keys() - ONE_SIDED_WORKER_FIELDS.keys()
+    differing = {name for name in ours if name in theirs and ours[name] != theirs[name]}
+    assert differing <= TOLERATED_WORKER_FIELDS.keys(), {name: (ours[name], theirs[name]) for name in differing}
+    assert (ours["successful_job_count"], ours["failed_job_count"]) == ("1", "1")
+    assert 0 < float(ours["total_working_time"]) < 10
+
+
+# ---- what RQ can do with it -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["registry", "command line"])
+def test_requeue_starts_a_new_run(
+    by: str,
+    workers: Workers,
+    client: CancelClient,
+    exchange: RunningExchange,
+    connection: redis.Redis,
+    queue: Queue,
+    valkey: Valkey,
+    peek: Peek,
+) -> None:
+    """A failed request that RQ requeues runs again from the start: run 2, a new deadline, one more ledger entry."""
+    workers.start()
+    algo_id = exchange.add_orders(1)[0].algo_id
+    exchange.script_faults(algo_id, [Fault.DISABLED_2011])
+    ticket = client.cancel(algo_id=algo_id, deadline_s=20, tag="t")
+    first = ticket.wait(10)
+    assert (first.kind, first.run) == (OutcomeKind.REFUSED, 1)
+
+    if by == "registry":
+        FailedJobRegistry(queue=queue).requeue(ticket.id)
+    else:
+        rq(valkey, "requeue", "--queue", "cancels", "--serializer", "json", ticket.id)
+
+    eventually(lambda: len(peek.ledger()) == 2, what="the second run has its outcome")
+    second = peek.ledger()[1]
+    assert (second.id, second.run, second.kind, second.tag) == (ticket.id, 2, OutcomeKind.CANCELLED, "t")
+    assert [attempt.n for attempt in second.attempts] == [1]
+    assert (second.enqueued_at_ms or 0) > first.finished_at_ms - 1
+    assert client.outcome(ticket.id) == second
+    job = fetch(ticket.id, connection)
+    result = job.latest_result()
+    assert result is not None
+    assert (job.get_status(), result.return_value) == ("finished", "cancelled")
+    assert FailedJobRegistry(queue=queue).get_job_ids() == []
+
+
+def test_requeue_of_an_overdue_request_counts_its_deadline_anew(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, queue: Queue, peek: Peek
+) -> None:
+    """The new run of a request that was overdue is not overdue at once."""
+    algo_id = exchange.add_orders(1)[0].algo_id
+    ticket = client.cancel(algo_id=algo_id, deadline_s=0.01)
+    time.sleep(0.02)
+    workers.start()
+    assert ticket.wait(10).kind is OutcomeKind.OVERDUE
+
+    FailedJobRegistry(queue=queue).requeue(ticket.id)
+
+    eventually(lambda: [outcome.kind.value for outcome in peek.ledger()] == ["overdue", "cancelled"], what="run 2")
+
+
+def test_emptied_queue(workers: Workers, client: CancelClient, exchange: RunningExchange, valkey: Valkey) -> None:
+    """`rq empty` takes waiting requests away for good, and a new request for such an order starts a job of its own."""
+    algo_id = exchange.add_orders(1)[0].algo_id
+    gone = client.cancel(algo_id=algo_id)
+    rq(valkey, "empty", "--serializer", "json", "cancels")
+    workers.start()
+
+    fresh = client.cancel(algo_id=algo_id)
+
+    assert (fresh.id != gone.id, fresh.duplicate) == (True, False)
+    assert fresh.wait(10).kind is OutcomeKind.CANCELLED
+    assert client.outcome(gone.id) is None
+
+
+def test_rqs_command_line_starts_our_worker(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, valkey: Valkey, connection: redis.Redis
+) -> None:
+    """`rq worker -w worker.runner.CancelWorker` starts ours, with its concurrency and its clean stop."""
+    command = (str(Path(sys.executable).with_name("rq")), "worker", "-w", "worker.runner.CancelWorker")
+    worker = workers.start("--serializer", "json", "--url", valkey.url, "cancels", command=command)
+    exchange.set_latency_ms(300)
+    ids = [order.algo_id for order in exchange.add_orders(30)]
+    began = time.monotonic()
+
+    tickets = client.cancel_many([CancelRequest(algo_id=algo_id) for algo_id in ids])
+
+    assert {ticket.wait(10).kind for ticket in tickets} == {OutcomeKind.CANCELLED}
+    assert time.monotonic() - began < 5
+    assert exchange.stats().peak_in_flight > 5
+    assert worker.stop() == 0
+    assert "Traceback" not in worker.output()
+    for secret in (API_KEY, API_SECRET):
+        assert secret not in worker.output()
+    assert connection.scard("rq:workers") == 0

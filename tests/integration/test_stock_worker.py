@@ -1,0 +1,233 @@
+"""A stock `rq worker --with-scheduler` on the same queue: the same outcomes as with ours, only slower."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import redis
+from rq import Queue
+from rq.job import Job
+from rq.registry import FailedJobRegistry
+from rq.serializers import JSONSerializer
+
+from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
+from producer.message import TASK
+from tests.servers import Peek, Valkey, Worker, Workers, eventually
+from worker.sandbox.control import RunningExchange
+from worker.sandbox.faults import Fault
+
+
+@pytest.fixture
+def peek(connection: redis.Redis) -> Peek:
+    """A look at the queue's keys."""
+    return Peek(connection)
+
+
+def start_stock(workers: Workers, valkey: Valkey, **environment: str) -> Worker:
+    """Start RQ's own worker as its users do, with the project's settings in the environment."""
+    command = (str(Path(sys.executable).with_name("rq")), "worker", "cancels")
+    options = ("--serializer", "json", "--with-scheduler", "--url", valkey.url)
+    return workers.start(*options, command=command, **environment)
+
+
+def outcomes(client: CancelClient, ids: list[str], timeout_s: float = 40) -> dict[str, Outcome]:
+    """Their outcomes, once all of them are there."""
+    eventually(lambda: len(client.outcomes_of(ids)) == len(ids), timeout_s, "all outcomes are there")
+    return client.outcomes_of(ids)
+
+
+def status(job_id: str, connection: redis.Redis) -> str:
+    """RQ's word for the job."""
+    return str(Job.fetch(job_id, connection=connection, serializer=JSONSerializer).get_status())
+
+
+#: Name, faults of the cancel, and then what both workers must make of it.
+ROWS: list[tuple[str, list[Fault | None], OutcomeKind, list[str]]] = [
+    ("clean", [], OutcomeKind.CANCELLED, ["confirmed"]),
+    ("cancelled before", [Fault.CANCELLED_BEFORE], OutcomeKind.ALREADY_CANCELLED, ["no_such_order", "canceled"]),
+    ("triggered", [Fault.TRIGGERED_BEFORE], OutcomeKind.TRIGGERED, ["no_such_order", "triggered"]),
+    ("no answer", [Fault.DROP_AFTER], OutcomeKind.CANCELLED, ["unclear", "canceled"]),
+    ("overload", [Fault.UNAVAILABLE_503], OutcomeKind.CANCELLED, ["busy", "confirmed"]),
+    ("disabled", [Fault.DISABLED_2011], OutcomeKind.REFUSED, ["denied"]),
+]
+FOREIGN = {"v": 99, "what": "nothing of ours"}
+
+
+def test_same_outcomes_as_ours(
+    workers: Workers,
+    valkey: Valkey,
+    client: CancelClient,
+    exchange: RunningExchange,
+    connection: redis.Redis,
+    peek: Peek,
+) -> None:
+    """Success, race, doubt, retry, refusal and foreign payload come to the same outcome with either kind of worker."""
+    foreign = Queue("cancels", connection=connection, serializer=JSONSerializer)
+    seen: dict[str, list[tuple[object, ...]]] = {}
+    for worker in ("ours", "stock"):
+        ids = [order.algo_id for order in exchange.add_orders(len(ROWS))]
+        for algo_id, (_, faults, _, _) in zip(ids, ROWS, strict=True):
+            if faults:
+                exchange.script_faults(algo_id, faults)
+        tickets = client.cancel_many([CancelRequest(algo_id=algo_id, tag="t") for algo_id in ids])
+        stranger = foreign.enqueue(TASK, FOREIGN)
+        process = workers.start() if worker == "ours" else start_stock(workers, valkey)
+        found = outcomes(client, [*(ticket.id for ticket in tickets), stranger.id])
+        eventually(lambda: peek("ZCARD", peek.keys.started) == 0, 10, "RQ has finished too")
+        process.stop()
+        seen[worker] = [
+            (o.kind, [a.verdict for a in o.attempts], o.may_be_live, o.order_status, o.account, o.tag, o.error, o.run)
+            for o in (found[ticket.id] for ticket in tickets)
+        ]
+        refused = found[stranger.id]
+        seen[worker].append((refused.kind, refused.attempts, refused.may_be_live, refused.error))
+        statuses = [status(job_id, connection) for job_id in found]
+        assert Counter(statuses) == {"finished": 5, "failed": 2}, worker
+
+    assert [row[:2] for row in seen["ours"][:-1]] == [(kind, verdicts) for _, _, kind, verdicts in ROWS]
+    assert seen["stock"] == seen["ours"]
+    assert Counter(Counter(outcome.id for outcome in peek.ledger()).values()) == {1: 14}
+    assert len(FailedJobRegistry("cancels", connection=connection, serializer=JSONSerializer)) == 4
+
+
+def test_failed_kinds_are_not_run_again(
+    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """RQ does not retry what ended in a failed kind, though the job was born with retries left."""
+    algo_id = exchange.add_orders(1)[0].algo_id
+    exchange.script_faults(algo_id, [Fault.DISABLED_2011])
+    ticket = client.cancel(algo_id=algo_id)
+    overdue = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id, deadline_s=0.01)
+    start_stock(workers, valkey)
+
+    assert [each.wait(15).kind for each in (ticket, overdue)] == [OutcomeKind.REFUSED, OutcomeKind.OVERDUE]
+    registry = FailedJobRegistry("cancels", connection=connection, serializer=JSONSerializer)
+    eventually(lambda: set(registry.get_job_ids()) == {ticket.id, overdue.id}, 10, "RQ has filed both as failed")
+    time.sleep(1.5)
+    assert status(ticket.id, connection) == "failed"
+    assert sorted(entry.deletes for entry in exchange.book().values()) == [0, 1]
+
+
+def run_again(ticket: Ticket, connection: redis.Redis) -> None:
+    """Have RQ run a job once more although it is done, as its recovery may after a crash."""
+    queue = Queue("cancels", connection=connection, serializer=JSONSerializer)
+    connection.lpush(queue.key, ticket.id)
+
+
+def test_recorded_outcome_is_found_when_run_again(
+    workers: Workers,
+    valkey: Valkey,
+    client: CancelClient,
+    exchange: RunningExchange,
+    connection: redis.Redis,
+    peek: Peek,
+) -> None:
+    """When RQ runs a finished request's job again, its outcome is found: nothing is sent, nothing is recorded twice."""
+    start_stock(workers, valkey)
+    good, bad = (order.algo_id for order in exchange.add_orders(2))
+    exchange.script_faults(bad, [Fault.DISABLED_2011])
+    tickets = [client.cancel(algo_id=algo_id) for algo_id in (good, bad)]
+    assert [ticket.wait(15).kind for ticket in tickets] == [OutcomeKind.CANCELLED, OutcomeKind.REFUSED]
+    before = peek.ledger()
+    eventually(lambda: peek("ZCARD", peek.keys.started) == 0, 10, "RQ has finished too")
+    runs = peek("XLEN", peek.keys.result_prefix + tickets[0].id)
+
+    for ticket in tickets:
+        run_again(ticket, connection)
+    eventually(
+        lambda: [peek("XLEN", peek.keys.result_prefix + ticket.id) for ticket in tickets] == [runs + 1] * 2,
+        15,
+        "both have run again",
+    )
+
+    assert peek.ledger() == before
+    assert [status(ticket.id, connection) for ticket in tickets] == ["finished", "failed"]
+    assert {entry.deletes for entry in exchange.book().values()} == {1}
+
+
+def test_crash_of_a_stock_worker_leaves_a_doubt(
+    workers: Workers,
+    valkey: Valkey,
+    client: CancelClient,
+    exchange: RunningExchange,
+    connection: redis.Redis,
+    peek: Peek,
+) -> None:
+    """An attempt of a stock worker that was killed counts as perhaps sent when another worker goes on."""
+    stock = start_stock(workers, valkey)
+    exchange.set_latency_ms(3000)
+    algo_id = exchange.add_orders(1)[0].algo_id
+    ticket = client.cancel(algo_id=algo_id)
+    eventually(lambda: exchange.book()[algo_id].deletes == 1, 15, "the request is under way")
+    for child in children(stock.process.pid):
+        kill(child)
+    stock.process.kill()
+    exchange.set_latency_ms(0)
+    job = Job.fetch(ticket.id, connection=connection, serializer=JSONSerializer)
+    for execution in job.get_executions():  # as RQ's maintenance does, minutes later
+        with connection.pipeline() as pipeline:
+            execution.delete(job=job, pipeline=pipeline)
+            pipeline.execute()
+    Queue("cancels", connection=connection, serializer=JSONSerializer)._enqueue_job(job)
+    workers.start()
+
+    outcome = ticket.wait(15)
+
+    assert (outcome.kind, [a.verdict for a in outcome.attempts]) == (OutcomeKind.CANCELLED, ["unclear", "canceled"])
+    assert exchange.book()[algo_id].deletes == 1
+    assert len(peek.ledger()) == 1
+
+
+def test_closed_gate_is_respected(
+    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A stock worker sends nothing while the gate is closed, not even for the time, and counts no attempt for it."""
+    peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 4000)
+    exchange.start_incident(Fault.LIMITED_429, duration_ms=3900)
+    one, two = (order.algo_id for order in exchange.add_orders(2))
+    ticket, overdue = client.cancel(algo_id=one), client.cancel(algo_id=two, deadline_s=1)
+    start_stock(workers, valkey)
+
+    assert overdue.wait(15).kind is OutcomeKind.OVERDUE
+    outcome = ticket.wait(20)
+    assert (outcome.kind, [a.verdict for a in outcome.attempts]) == (OutcomeKind.CANCELLED, ["confirmed"])
+    assert exchange.stats().requests_during_incidents == 0
+
+
+def test_gate_is_closed_for_others(
+    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A 429 that a stock worker meets closes the gate for every worker."""
+    start_stock(workers, valkey)
+    exchange.start_incident(Fault.LIMITED_429, duration_ms=2500)
+
+    ticket = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
+
+    eventually(lambda: peek("EXISTS", peek.keys.gate("all")), 10, "the gate is closed in Redis")
+    assert int(peek("HGET", peek.keys.gate("all"), "until_ms")) > peek.now_ms()
+    assert ticket.wait(20).kind is OutcomeKind.CANCELLED
+
+
+def children(pid: int) -> list[int]:
+    """Processes that this one has started, and theirs."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            if parent == pid:
+                found += [int(entry.name), *children(int(entry.name))]
+    return found
+
+
+def kill(pid: int) -> None:
+    """End one process at once."""
+    os.kill(pid, signal.SIGKILL)
