@@ -165,7 +165,7 @@ def read_status(keys: Keys) -> Conversation[Status]:
     first = _First.of((yield _First.commands(keys)))
     entries, gate, *rest = good((yield _details(keys, first)))
     states, workers = rest[: len(first.head)], rest[len(first.head) :]
-    rows = _worker_rows(first, workers)
+    rows = _worker_rows(keys, first, workers)
     hosts = sorted({row.host for row in rows})
     gates = [("all", gate)]
     if hosts:
@@ -271,13 +271,13 @@ def _gate(scope: str, fields: Mapping[Any, Any], now_ms: int) -> Gate:
     return Gate(scope, False, (until_ms - now_ms) / 1000, until_ms, known.get("reason"), known.get("by"))
 
 
-def _worker_rows(first: _First, hashes: Sequence[Sequence[Any]]) -> list[WorkerRow]:
+def _worker_rows(keys: Keys, first: _First, hashes: Sequence[Sequence[Any]]) -> list[WorkerRow]:
     rows = []
     for key, fields in zip(first.worker_keys, hashes, strict=True):
         host, pid, state, ok, failed, heartbeat, death = (None if f is None else text(f) for f in fields)
         if heartbeat and not death:  # a killed worker's hash runs out, and its key stays in the set for a while
             age_s = max(0.0, first.now_ms / 1000 - utcparse(heartbeat).timestamp())
-            name = key.split(":", 2)[-1]
+            name = key.removeprefix(keys.worker_prefix)
             rows.append(
                 WorkerRow(
                     name, host or "?", int(pid) if pid else None, state or "?", int(ok or 0), int(failed or 0), age_s

@@ -1,10 +1,13 @@
 """Calls to the exchange over HTTP; the only module that knows an HTTP client.
 
-Two questions decide how it is built. Can the exchange have seen the request? The connection itself notes the moment
-before the first byte of a request is written, after name look-up, connect, proxy tunnel and TLS handshake; no
-exception's class is taken for an answer. And who gets to see the signature? Only the connection, which signs and
-appends the query while it writes the request line: the URLs that requests and urllib3 keep, log and put into their
-exceptions end at the path.
+Pool, TLS, proxies and connecting are those of requests and urllib3. On a connection that stands, the request is
+written in one piece and the answer read by :mod:`worker.http1`: their general way of doing that costs four times the
+CPU, and a cancel is little else.
+
+Two questions decide how it is built. Can the exchange have seen the request? The moment before its first byte is
+written is noted, after name look-up, connect, proxy tunnel and TLS handshake; no exception's class is taken for an
+answer. And who gets to see the signature? Only the socket: the request is signed when it is written, and nothing that
+requests or urllib3 keep, log or put into their exceptions has any part of it.
 
 Nothing is sent twice, no redirect is followed, neither environment nor netrc is looked at, no cookie is kept.
 """
@@ -29,16 +32,14 @@ from email.utils import parsedate_to_datetime
 from typing import Any, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
-import requests
 from requests.adapters import HTTPAdapter
-from requests.structures import CaseInsensitiveDict
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.response import BaseHTTPResponse
 
 from worker.clock import ServerClock
-from worker.signing import Credential, signed_query
+from worker.http1 import ResponseReader
+from worker.signing import Credential, check_api_key, signed_query
 from worker.verdict import Failure, OrderRef, Reply
 
 __all__ = ["Exchange", "UsedWeight"]
@@ -50,12 +51,18 @@ BODY_LIMIT = 64 * 1024
 MAX_RETRY_AFTER_MS = 3 * 24 * 3600 * 1000
 #: Connections kept beyond the callers' own, for the calls that keep others warm.
 SPARE_CONNECTIONS = 4
+#: Most bytes of one read: what a TLS record holds, so that no part of one is left where a look at the socket, before
+#: its next use, would not find it.
+READ_SIZE = 16 * 1024
+#: A time-out this close to the right one is left as it is, seconds: setting one is a system call.
+TIMEOUT_TOLERANCE_S = 0.002
 
 _ORDER_PATH = "/fapi/v1/algoOrder"
 _TIME_PATH = "/fapi/v1/time"
 _INFO_PATH = "/fapi/v1/exchangeInfo"
 _PROXY_RULE = "the egress proxy must be http(s)://[user:password@]host[:port]"
-_HEADERS = {"User-Agent": "algo-cancel-queue", "Accept": "application/json", "Accept-Encoding": "identity"}
+_FIELDS = {"User-Agent": "algo-cancel-queue", "Accept": "application/json", "Accept-Encoding": "identity"}
+_VISIBLE_ASCII = re.compile(r"[!-~]*")
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
 _RATE_LIMITS = re.compile(rb'"rateLimits"\s*:\s*')
 #: Statuses that concern every request of this address.
@@ -63,7 +70,6 @@ _GATE_STATUSES = frozenset({403, 418, 429})
 
 _log = logging.getLogger(__name__)
 
-Query = Callable[[], str]
 Answer = Reply | Failure
 
 
@@ -74,7 +80,11 @@ class _Attempt:
     """How far one request has got, and how long it may still take."""
 
     def __init__(
-        self, total_s: float, connect_s: float, query: Query | None, on_sent: Callable[[], None] | None
+        self,
+        total_s: float,
+        connect_s: float,
+        request: Callable[[], bytes],
+        on_sent: Callable[[], None] | None = None,
     ) -> None:
         now_s = time.monotonic()
         self.deadline_s = now_s + total_s
@@ -83,11 +93,12 @@ class _Attempt:
         self._connect_s = connect_s
         self._connecting = True
         self._on_sent = on_sent
-        self.query = query
+        self._request = request
         self.phase = "could not connect"
         self.seen = False
         self.sent_ns = 0
-        self.connection: _PlainConnection | None = None
+        self.connection: HTTPConnection | None = None
+        self.answer = ResponseReader(BODY_LIMIT)
 
     def time_left_s(self) -> float:
         """How long the next wait for the network may take, seconds.
@@ -100,21 +111,17 @@ class _Attempt:
             raise TimeoutError("the attempt's time is used up")
         return min(left_s, self._connect_s) if self._connecting else left_s
 
-    @property
-    def connecting(self) -> bool:
-        return self._connecting
+    def send(self, connection: HTTPConnection) -> None:
+        """Sign and write the request, now that there is a connection, and tell the caller.
 
-    def connected(self) -> None:
+        Raises:
+            OSError: it could not be written, or no time is left for it.
+            Exception: it could not be signed.
+        """
         self._connecting = False
         self.phase = "not sent"
         self.time_left_s()
-
-    def writing(self) -> None:
-        self.seen = True
-        self.phase = "sending broke off"
-        self.sent_ns = time.monotonic_ns()
-
-    def written(self) -> None:
+        self._write(connection.sock)
         self.phase = "no answer"
         if self._on_sent is None:
             return
@@ -123,8 +130,15 @@ class _Attempt:
         except Exception as error:  # noqa: BLE001 - the request is out: its answer matters more than the caller's hook
             _log.warning("on_sent_failed error=%s", type(error).__name__)
 
-    def give_up_connection(self) -> None:
-        # urllib3 has done it, except after an error that it takes for the pool's own.
+    def _write(self, sock: socket.socket) -> None:
+        # In a frame of its own, so that no signature is among the variables that a later error's traceback shows.
+        request = self._request()
+        self.seen = True
+        self.phase = "sending broke off"
+        self.sent_ns = time.monotonic_ns()
+        sock.sendall(request)
+
+    def close_connection(self) -> None:
         if self.connection is not None:
             with contextlib.suppress(OSError):
                 self.connection.close()
@@ -132,7 +146,7 @@ class _Attempt:
     def failure(self, error: Exception, outer: BaseException | None) -> Failure:
         """``error`` as a failure that names classes only: its text may hold a URL. ``outer``: not of our making."""
         root: BaseException = error
-        for _ in range(10):  # more layers than requests and urllib3 have; a cycle must not hold us
+        for _ in range(10):  # more layers than urllib3 has; a cycle must not hold us
             inner = root.__cause__ or root.__context__
             if inner is None or inner is outer:
                 break
@@ -173,7 +187,9 @@ class _BoundedSocket(socket.socket):
     def _bound(self) -> None:
         attempt = _current.attempt
         if attempt is not None:
-            self.settimeout(attempt.time_left_s())
+            left_s = attempt.time_left_s()
+            if abs((self.gettimeout() or 0) - left_s) > TIMEOUT_TOLERANCE_S:
+                self.settimeout(left_s)
 
     def recv(self, *args: Any) -> bytes:
         self._bound()
@@ -262,7 +278,7 @@ def _connected_socket(attempt: _Attempt, kind: tuple[int, int, int], address: An
 
 
 class _PlainConnection(HTTPConnection):
-    """A connection that signs what it sends, and notes how far the attempt has got."""
+    """A connection that notes how far the attempt has got while it is made."""
 
     def _new_conn(self) -> socket.socket:
         attempt = _attempt()
@@ -281,26 +297,6 @@ class _PlainConnection(HTTPConnection):
         super()._tunnel()
         _attempt().phase = "no TLS session"
 
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        # Left to http.client, a plain connection would connect within the first send.
-        if self.sock is None:
-            self.connect()
-        attempt = _attempt()
-        attempt.connection = self
-        attempt.connected()
-        super().request(*args, **kwargs)
-        attempt.written()
-
-    def putrequest(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:
-        query = _attempt().query
-        super().putrequest(method, url if query is None else f"{url}?{query()}", *args, **kwargs)
-
-    def send(self, data: Any) -> None:
-        attempt = _attempt()
-        if not attempt.connecting:  # else it is the CONNECT for the proxy
-            attempt.writing()
-        super().send(data)
-
 
 class _TlsConnection(_PlainConnection, HTTPSConnection):
     """The same over TLS."""
@@ -318,42 +314,44 @@ class _TlsPool(HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    """Sends to one host. What the general adapter works out anew for each request is worked out once."""
+    """The connections to one host, as requests' adapter makes them; its own way of sending is not used."""
 
     def __init__(self, base: SplitResult, proxy: SplitResult | None, ca_file: str | None, pool_size: int) -> None:
-        super().__init__(max_retries=0)
+        super().__init__(pool_connections=1, pool_maxsize=pool_size)
+        self._login = _proxy_authorization(proxy)
         tls = _tls_context(ca_file) if "https" in (base.scheme, proxy and proxy.scheme) else None
         if proxy is None:
-            self.poolmanager = PoolManager(num_pools=1, maxsize=pool_size, ssl_context=tls)
+            self.init_poolmanager(1, pool_size, ssl_context=tls)
+            manager = self.poolmanager
         else:
-            self.poolmanager = ProxyManager(
-                f"{proxy.scheme}://{_host_and_port(proxy)}",
-                num_pools=1,
-                maxsize=pool_size,
-                proxy_headers=_proxy_authorization(proxy),
-                proxy_ssl_context=tls,
-                ssl_context=tls,
-            )
-        self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
-        self._pool = self.poolmanager.connection_from_host(base.hostname, base.port, base.scheme)
-        # A proxy is given the whole URL of a plain request, and a tunnel for anything else.
-        self._cut = 0 if proxy is not None and base.scheme == "http" else len(f"{base.scheme}://{base.netloc}")
+            url = f"{proxy.scheme}://{_host_and_port(proxy)}"
+            manager = self.proxy_manager_for(url, proxy_ssl_context=tls, ssl_context=tls)
+        manager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+        self._pool: HTTPConnectionPool = manager.connection_from_host(base.hostname, base.port, base.scheme)
+        self._tunnels = proxy is not None and base.scheme == "https"
 
-    def get_connection_with_tls_context(self, *_args: Any, **_kwargs: Any) -> HTTPConnectionPool:
-        return cast(HTTPConnectionPool, self._pool)
+    def proxy_headers(self, proxy: str) -> dict[str, str]:  # noqa: ARG002 - there is one proxy
+        return self._login
 
-    def cert_verify(self, *_args: Any, **_kwargs: Any) -> None:
-        """Nothing to set: the pool's TLS context demands a certificate, and no argument can change that."""
+    # urllib3 lends a connection without sending on it under these private names only, and a tunnel likewise; a test
+    # watches them.
 
-    def request_url(self, request: requests.PreparedRequest, *_args: Any, **_kwargs: Any) -> str:
-        return cast(str, request.url)[self._cut :]
+    def take(self) -> HTTPConnection:
+        """The connection used last of those that are idle and still stand, or one that is not connected yet.
 
-    def build_response(self, req: requests.PreparedRequest, resp: BaseHTTPResponse) -> requests.Response:
-        response = requests.Response()
-        response.status_code = resp.status
-        response.request = req
-        response.raw = resp
-        return response
+        Raises:
+            urllib3.exceptions.ClosedPoolError: after :meth:`close`.
+        """
+        return cast(HTTPConnection, self._pool._get_conn())
+
+    def connect(self, connection: HTTPConnection) -> None:
+        if self._tunnels:
+            self._pool._prepare_proxy(connection)
+        else:
+            connection.connect()
+
+    def give_back(self, connection: HTTPConnection) -> None:
+        self._pool._put_conn(connection)
 
     def close(self) -> None:
         self._pool.close()
@@ -383,7 +381,7 @@ def _split(url: str, rule: str) -> SplitResult:
 def _split_base(base_url: str) -> SplitResult:
     rule = "the exchange's base URL must be http(s)://host[:port][/path]"
     base = _split(base_url.rstrip("/"), rule)
-    if base.query or base.fragment or "@" in base.netloc:
+    if base.query or base.fragment or "@" in base.netloc or not _VISIBLE_ASCII.fullmatch(base_url):
         raise ValueError(rule)
     return base
 
@@ -392,9 +390,14 @@ def _host_and_port(url: SplitResult) -> str:
     return url.netloc.rpartition("@")[2]
 
 
-def _proxy_authorization(proxy: SplitResult) -> dict[str, str]:
+def _host_field(url: SplitResult) -> str:
+    host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
+    return f"{host}" if url.port in (None, {"http": 80, "https": 443}[url.scheme]) else f"{host}:{url.port}"
+
+
+def _proxy_authorization(proxy: SplitResult | None) -> dict[str, str]:
     """Kept apart from the proxy's URL, so that the password is in nothing that may be shown."""
-    if proxy.username is None:
+    if proxy is None or proxy.username is None:
         return {}
     login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
     return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
@@ -441,14 +444,16 @@ class Exchange:
     ) -> None:
         base = _split_base(base_url)
         proxy = _split(egress_proxy_url, _PROXY_RULE) if egress_proxy_url else None
-        self._prefix = base.geturl()
+        # A proxy is given the whole URL of a plain request, and a tunnel for anything else.
+        whole_url = proxy is not None and base.scheme == "http"
+        self._prefix = base.geturl() if whole_url else base.path
+        self._fields = {"Host": _host_field(base), **_FIELDS, **(_proxy_authorization(proxy) if whole_url else {})}
         self._recv_window_ms = recv_window_ms
         self._clock = clock
         self._connect_s = connect_timeout_s
         self._total_s = 0.8 * recv_window_ms / 1000 if total_timeout_s is None else total_timeout_s
-        self._timeouts = (self._connect_s, self._total_s)  # the sockets' own bounds are tighter
         self._adapter = _Adapter(base, proxy, ca_file, pool_size + SPARE_CONNECTIONS)
-        self._prepared: dict[tuple[str, str, str | None], requests.PreparedRequest] = {}
+        self._heads: dict[tuple[str, str, str | None], tuple[str, str]] = {}
         self._lock = threading.Lock()
         self._sent = 0
         self._refusal: Reply | None = None
@@ -513,39 +518,41 @@ class Exchange:
     # -- calls
 
     def _signed(self, method: str, credential: Credential, ref: OrderRef, on_sent: Callable[[], None] | None) -> Answer:
-        def query() -> str:
-            return signed_query(_id_of(ref), credential, self._clock.now_ms(), self._recv_window_ms)
+        def request() -> bytes:
+            target, rest = self._head(method, _ORDER_PATH, credential.api_key)
+            query = signed_query(_id_of(ref), credential, self._clock.now_ms(), self._recv_window_ms)
+            return f"{target}?{query}{rest}".encode("ascii")
 
-        attempt = _Attempt(self._total_s, self._connect_s, query, on_sent)
-        opened = self._open(attempt, method, _ORDER_PATH, credential.api_key)
-        return opened if isinstance(opened, Failure) else self._read(attempt, opened)
+        attempt = _Attempt(self._total_s, self._connect_s, request, on_sent)
+        return self._open(attempt) or self._read(attempt)
 
     def _unsigned(self, path: str) -> Answer:
-        attempt = _Attempt(self._total_s, self._connect_s, None, None)
-        opened = self._open(attempt, "GET", path)
-        return opened if isinstance(opened, Failure) else self._read_unsigned(attempt, opened)
+        attempt = self._unsigned_attempt(path)
+        return self._open(attempt) or self._read_unsigned(attempt)
+
+    def _unsigned_attempt(self, path: str) -> _Attempt:
+        return _Attempt(self._total_s, self._connect_s, lambda: "".join(self._head("GET", path)).encode("ascii"))
 
     def _ask_time(self, connections: int) -> int:
         opened = []
         for _ in range(connections):
-            attempt = _Attempt(self._total_s, self._connect_s, None, None)
-            response = self._open(attempt, "GET", _TIME_PATH)
-            if isinstance(response, Failure):
+            attempt = self._unsigned_attempt(_TIME_PATH)
+            if self._open(attempt) is not None:
                 break
             # Unread, an answer keeps its connection from the next call.
-            opened.append((attempt, response, time.monotonic_ns()))
+            opened.append((attempt, time.monotonic_ns()))
         return sum([self._read_time(*one) for one in opened])
 
-    def _read_time(self, attempt: _Attempt, response: BaseHTTPResponse, received_ns: int) -> bool:
-        reply = self._read_unsigned(attempt, response)
+    def _read_time(self, attempt: _Attempt, received_ns: int) -> bool:
+        reply = self._read_unsigned(attempt)
         server_time_ms = _server_time_ms(reply.body) if reply.http == 200 else None
         if server_time_ms is None:
             return False
         self._clock.add_sample(attempt.sent_ns, received_ns, server_time_ms)
         return True
 
-    def _read_unsigned(self, attempt: _Attempt, response: BaseHTTPResponse) -> Reply:
-        reply = self._read(attempt, response)
+    def _read_unsigned(self, attempt: _Attempt) -> Reply:
+        reply = self._read(attempt)
         if reply.http in _GATE_STATUSES or reply.challenge:
             with self._lock:
                 self._refusal = reply
@@ -553,58 +560,62 @@ class Exchange:
 
     # -- one exchange of request and answer
 
-    def _open(
-        self, attempt: _Attempt, method: str, path: str, api_key: str | None = None
-    ) -> BaseHTTPResponse | Failure:
-        """Send the request and read the answer's head."""
+    def _open(self, attempt: _Attempt) -> Failure | None:
+        """Send the request and read the answer's head, with what came along with it; None if that went well."""
         outer_error = sys.exception()
         outer_attempt = _current.swap(attempt)
+        opened = False
         try:
-            response = self._adapter.send(self._prepare(method, path, api_key), stream=True, timeout=self._timeouts)
+            connection = attempt.connection = self._adapter.take()
+            if connection.is_closed:
+                self._adapter.connect(connection)
+            attempt.send(connection)
+            while not attempt.answer.status:
+                attempt.answer.feed(connection.sock.recv(READ_SIZE))
+            opened = True
         except Exception as error:  # noqa: BLE001 - whatever it was, a cancel in doubt must be recorded as one
-            attempt.give_up_connection()
             return attempt.failure(error, outer_error)
         finally:
             _current.swap(outer_attempt)
+            if not opened:
+                attempt.close_connection()
             if attempt.seen:
                 with self._lock:
                     self._sent += 1
-        raw = cast(BaseHTTPResponse, response.raw)
-        self._note_weight(attempt, raw.headers.get("x-mbx-used-weight-1m"))
-        return raw
+        self._note_weight(attempt, attempt.answer.headers.get("x-mbx-used-weight-1m"))
+        return None
 
-    def _read(self, attempt: _Attempt, raw: BaseHTTPResponse) -> Reply:
-        """Read the body. One that breaks off is marked: status and Retry-After count all the same."""
-        if raw.status < 200:
-            _abandon(raw)  # the true answer is still to come, and must not be taken for the next request's
-        body, whole = b"", False
+    def _read(self, attempt: _Attempt) -> Reply:
+        """Read the rest of the body. One that breaks off is marked: status and Retry-After count all the same."""
+        answer, connection = attempt.answer, cast(HTTPConnection, attempt.connection)
         outer_attempt = _current.swap(attempt)
         try:
-            body, whole = _read_body(raw)
+            while not answer.ended:
+                answer.feed(connection.sock.recv(READ_SIZE))
+        except Exception:  # noqa: BLE001, S110, SIM105 - cut off or out of time: the caller learns that it is not whole
+            pass
         finally:
             _current.swap(outer_attempt)
-            if not whole:
-                _abandon(raw)
-            raw.release_conn()
-        headers = raw.headers
+            if answer.reusable:
+                self._adapter.give_back(connection)
+            else:
+                attempt.close_connection()
         return Reply(
-            http=raw.status,
-            body=body,
-            retry_after_ms=self._retry_after_ms(headers.get("retry-after")),
-            challenge=headers.get("x-amzn-waf-action", "").lower() == "challenge",
-            truncated=not whole,
+            http=answer.status,
+            body=answer.body,
+            retry_after_ms=self._retry_after_ms(answer.headers.get("retry-after")),
+            challenge=answer.headers.get("x-amzn-waf-action", "").lower() == "challenge",
+            truncated=not answer.whole,
         )
 
-    def _prepare(self, method: str, path: str, api_key: str | None) -> requests.PreparedRequest:
-        prepared = self._prepared.get((method, path, api_key))
-        if prepared is None:
-            prepared = requests.PreparedRequest()
-            prepared.method = method
-            prepared.url = self._prefix + path
-            headers = _HEADERS if api_key is None else {**_HEADERS, "X-MBX-APIKEY": api_key}
-            prepared.headers = CaseInsensitiveDict(headers)
-            self._prepared[method, path, api_key] = prepared
-        return prepared
+    def _head(self, method: str, path: str, api_key: str | None = None) -> tuple[str, str]:
+        """A request's head, the same for all of its kind, in two parts: a query goes between them."""
+        head = self._heads.get((method, path, api_key))
+        if head is None:
+            fields = self._fields if api_key is None else {**self._fields, "X-MBX-APIKEY": check_api_key(api_key)}
+            lines = [" HTTP/1.1", *[f"{name}: {value}" for name, value in fields.items()], "", ""]
+            head = self._heads[method, path, api_key] = (f"{method} {self._prefix}{path}", "\r\n".join(lines))
+        return head
 
     def _note_weight(self, attempt: _Attempt, header: str | None) -> None:
         if header is None or not header.isascii() or not header.isdigit() or len(header) > 9:
@@ -639,24 +650,6 @@ def _id_of(ref: OrderRef) -> list[tuple[str, str | int]]:
     if ref.client_algo_id is not None:
         return [("clientAlgoId", ref.client_algo_id)]
     raise ValueError("an order is named by its algo id or its client algo id")
-
-
-def _abandon(raw: BaseHTTPResponse) -> None:
-    with contextlib.suppress(OSError):
-        raw.close()  # and its connection
-
-
-def _read_body(raw: BaseHTTPResponse) -> tuple[bytes, bool]:
-    """As much of the body as there is, at most BODY_LIMIT bytes, and whether that is all of it."""
-    body = b""
-    try:
-        while chunk := raw.read(BODY_LIMIT + 1 - len(body), decode_content=False):
-            body += chunk
-            if len(body) > BODY_LIMIT:
-                return body[:BODY_LIMIT], False
-    except Exception:  # noqa: BLE001 - cut off, reset, out of time: the caller learns that it is not whole
-        return body, False
-    return body, True
 
 
 def _server_time_ms(body: bytes) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+from dataclasses import replace
 from functools import cache
 
 from rq import Retry, get_current_job
@@ -65,7 +66,8 @@ def cancel_algo_order(request: object) -> object:
         decoded = decode_request(request)
         settlement = canceller.work(claimed.grants[0], Unfenced(), decoded)
     except MessageError:
-        settlement = canceller.work(claimed.grants[0], Unfenced())
+        # Decoded anew there, for the reason of the refusal.
+        settlement = canceller.work(replace(claimed.grants[0], data=job.data), Unfenced())
     (answer,) = store.settle([settlement])
     if settlement.outcome is None or answer == 2:
         return _retry(settlement.delay_ms or 0)

@@ -90,7 +90,8 @@ class Stage:
     def direct(self, valkey: Valkey) -> redis.Redis:
         """A connection that goes around every proxy."""
         connection: redis.Redis = redis.Redis(port=valkey.port, retry=Retry(NoBackoff(), 0))
-        return self.enter(connection)
+        self._stack.callback(connection.close)
+        return connection
 
 
 Scene: TypeAlias = Callable[[Stage], None]

@@ -101,7 +101,6 @@ def test_bad_usage_ends_with_2(shell: Shell, connection: redis.Redis) -> None:
     """What is wrong is told on stderr, nothing is printed on stdout, nothing is enqueued, no password is shown."""
     for arguments, told in (
         (("cancel", "--algoid", "1"), "--algo-id"),
-        (("cancel", "--algo-id", "1", "--algo-id", "1e3"), "algo_id='1e3': must be a whole number"),
         (("status", "--redis-url", f"http://:{PASSWORD}@localhost"), "REDIS_URL must be redis://"),
     ):
         done = shell(*arguments)
@@ -467,8 +466,6 @@ def test_tls_is_verified_unless_the_settings_say_otherwise(valkey: Valkey, tmp_p
         assert "see REDIS_TLS_CA and REDIS_TLS_VERIFY" in one_line(refused.stderr)
         assert shell("status", REDIS_TLS_CA=cert_path).returncode == 0
         assert shell("status", REDIS_TLS_VERIFY="none").returncode == 0
-        bad = shell("status", REDIS_TLS_VERIFY="no")
-        assert (bad.returncode, one_line(bad.stderr)) == (2, "Error: REDIS_TLS_VERIFY must be required or none")
 
 
 def test_nothing_of_the_worker_is_needed(shell: Shell) -> None:

@@ -843,6 +843,30 @@ def test_later_deadline_undoes_a_stock_workers_decision_too(
     assert (decode_attempts(again.grants[0].attempts), settled) == ((tried(1),), False)
 
 
+def test_open_step_of_a_stock_worker_is_a_doubt_for_ours(client: CancelClient, open_store: OpenStore) -> None:
+    """A step that a stock worker began and never ended is on record when one of ours gets the job."""
+    ticket = client.cancel(algo_id=1)
+    began = open_store("stock").begin(ticket.id)[0]
+
+    (grant,) = claim(open_store("ours"))
+
+    (lost,) = decode_attempts(grant.attempts)
+    assert (lost.n, lost.verdict, lost.at_ms) == (1, "unclear", began.now_ms)
+
+
+def test_outcome_of_a_stock_worker_beside_ours_stands(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
+    """When a stock worker was given a job that one of ours holds, the first outcome of the two is the only one."""
+    ticket = client.cancel(algo_id=1)
+    ours, stock = open_store("ours"), open_store("stock")
+    (held,) = claim(ours)
+    begun = stock.begin(ticket.id)[0].grants[0]
+
+    assert stock.settle([ended(begun, worker="stock")]) == [1]
+    assert ours.settle([ended(held, OutcomeKind.ALREADY_CANCELLED, worker="ours")]) == [0]
+    assert [outcome.worker for outcome in peek.ledger()] == ["stock"]
+    assert ours.drained()
+
+
 def test_step_under_a_closed_gate_is_no_attempt(client: CancelClient, open_store: OpenStore) -> None:
     """A stock worker that finds the gate closed is told so, and nothing is counted."""
     ticket = client.cancel(algo_id=1)

@@ -29,11 +29,11 @@ def peek(connection: redis.Redis) -> Peek:
     return Peek(connection)
 
 
-def start_stock(workers: Workers, valkey: Valkey, **environment: str) -> Worker:
+def start_stock(workers: Workers, valkey: Valkey) -> Worker:
     """Start RQ's own worker as its users do, with the project's settings in the environment."""
     command = (str(Path(sys.executable).with_name("rq")), "worker", "cancels")
     options = ("--serializer", "json", "--with-scheduler", "--url", valkey.url)
-    return workers.start(*options, command=command, **environment)
+    return workers.start(*options, command=command)
 
 
 def outcomes(client: CancelClient, ids: list[str], timeout_s: float = 40) -> dict[str, Outcome]:
@@ -44,7 +44,7 @@ def outcomes(client: CancelClient, ids: list[str], timeout_s: float = 40) -> dic
 
 def status(job_id: str, connection: redis.Redis) -> str:
     """RQ's word for the job."""
-    return str(Job.fetch(job_id, connection=connection, serializer=JSONSerializer).get_status())
+    return Job.fetch(job_id, connection=connection, serializer=JSONSerializer).get_status().value
 
 
 #: Name, faults of the cancel, and then what both workers must make of it.

@@ -54,7 +54,8 @@ end
 -- An entry of the waiting list is a hint: whether its job may be given is told by the job alone.
 local function state_if_free(id)
   local job = job_prefix .. id
-  local f = redis.call('HMGET', job, 'status', 'ended_at', 'c_done', 'c_lease', 'c_order', 'c_enqueued_at_ms')
+  local f = redis.call('HMGET', job, 'status', 'ended_at', 'c_done', 'c_lease', 'c_order', 'c_enqueued_at_ms',
+    'c_open_at_ms', 'c_attempts')
   local status = f[1]
   if f[4] or (not status and redis.call('EXISTS', job) == 0) then return nil end
   if f[3] then
@@ -65,6 +66,11 @@ local function state_if_free(id)
     if redis.call('ZCOUNT', executions_prefix .. id, text(now_s), '+inf') > 0 then return nil end
   elseif status and status ~= 'queued' then
     return nil -- a hash without a status is somebody's mistake, which gets an outcome too
+  end
+  if f[7] then
+    -- Nobody holds it, yet an attempt is open: a stock worker began one and never came back.
+    redis.call('HSET', job, 'c_attempts', with_lost_attempt(f[8], tonumber(f[7])))
+    redis.call('HDEL', job, 'c_open_at_ms')
   end
   if not f[6] then redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms)) end
   return redis.call('HMGET', job, 'c_enqueued_at_ms', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_attempts', 'c_pin')

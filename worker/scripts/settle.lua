@@ -75,6 +75,10 @@ local function requeue(id, job)
 end
 
 local function done(id, job, lease, began_ms, i)
+  if redis.call('HEXISTS', job, 'c_done') == 1 then -- a stock worker ran it beside us; the first outcome stands
+    release(id, job, lease)
+    return 0
+  end
   if deadline_moved(job, ARGV[i + 6]) then
     release(id, job, lease)
     keep(job, ARGV[i + 7], ARGV[i + 8])

