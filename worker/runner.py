@@ -6,7 +6,9 @@ What RQ does for one job at a time, :class:`worker.crew.Crew` does for many; the
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import signal
 import socket
 import sys
@@ -42,6 +44,29 @@ _WARM_S = 25.0
 _FAREWELL_S = 3.0
 
 
+class _StopRequest:
+    """What a signal leaves for the main thread.
+
+    Not a threading.Event: the handler runs in the main thread, perhaps while that very thread holds the event's lock in
+    `wait`, and would then wait for itself. SimpleQueue's `put` is made to be called from anywhere.
+    """
+
+    def __init__(self) -> None:
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._made = False
+
+    def make(self) -> None:
+        self._made = True
+        self._news.put(None)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether to stop, known within ``timeout_s``."""
+        if not self._made:
+            with contextlib.suppress(queue.Empty):
+                self._news.get(timeout=timeout_s)
+        return self._made
+
+
 class CancelWorker(BaseWorker):
     """An RQ worker that keeps many cancels in flight in one process, on one queue."""
 
@@ -62,14 +87,13 @@ class CancelWorker(BaseWorker):
             raise ValueError(
                 f"one queue for each worker, not {', '.join(self.queue_names())}: start a process for each"
             )
-        self._stop = threading.Event()  # asked to stop
+        self._stop = _StopRequest()
         self._ended = threading.Event()  # upkeep is not needed any more
         self._interrupts = 0
         self.exit_code = EX_OK
         self._knows_limit = False
-        queue = self.queues[0].name
         self._exchange, clock = open_exchange(self._settings)
-        self._store: Store = open_store(own, self._settings, self.name, queue)
+        self._store: Store = open_store(own, self._settings, self.name, self.queues[0].name)
         canceller, self._gate = open_canceller(self._settings, self._exchange, clock, self._store, self.name)
         self._clock = clock
         self._policy = policy_of(self._settings)
@@ -107,7 +131,7 @@ class CancelWorker(BaseWorker):
     def _be_born(self) -> bool:
         """Register as RQ's workers do, as soon as Redis is there; False if told to stop before."""
         is_away = False
-        while not self._stop.is_set():
+        while not self._stop.wait(0):
             try:
                 super()._set_ip_address(self.connection)
                 if self.birth_date is None:  # else it was done, perhaps unheard: RQ takes our own hash for another's
@@ -244,7 +268,7 @@ class CancelWorker(BaseWorker):
                 sys.stderr.write(f"left at once: {left} jobs in flight come back when their leases run out\n")
                 sys.stderr.flush()
                 os._exit(EX_INTERRUPTED)
-        self._stop.set()
+        self._stop.make()
 
     def _leave(self) -> None:
         grace_s = self._settings.shutdown_grace_s
@@ -273,7 +297,7 @@ class CancelWorker(BaseWorker):
         """RQ 3.0 lets the thread die of a time-out; commands must work again when Redis does."""
         if not isinstance(exc, redis.RedisError | OSError):
             raise exc
-        self._stop.wait(_LOOK_S)
+        self._ended.wait(_LOOK_S)
 
     def kill_horse(self, *_: Any, **__: Any) -> None:
         """RQ's `stop-job` command kills the process that runs a job; here it would kill every job."""
