@@ -1,8 +1,8 @@
 """Calls to the exchange over HTTP; the only module that knows an HTTP client.
 
 Pool, TLS, proxies and connecting are those of requests and urllib3. On a connection that stands, the request is
-written in one piece and the answer read by :mod:`worker.http1`: their general way of doing that costs four times the
-CPU, and a cancel is little else.
+written in one piece and the answer read by :mod:`worker.http1`: their general way of doing that costs three times the
+CPU of it all.
 
 Two questions decide how it is built. Can the exchange have seen the request? The moment before its first byte is
 written is noted, after name look-up, connect, proxy tunnel and TLS handshake; no exception's class is taken for an
@@ -62,6 +62,7 @@ _TIME_PATH = "/fapi/v1/time"
 _INFO_PATH = "/fapi/v1/exchangeInfo"
 _PROXY_RULE = "the egress proxy must be http(s)://[user:password@]host[:port]"
 _FIELDS = {"User-Agent": "algo-cancel-queue", "Accept": "application/json", "Accept-Encoding": "identity"}
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 _VISIBLE_ASCII = re.compile(r"[!-~]*")
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
 _RATE_LIMITS = re.compile(rb'"rateLimits"\s*:\s*')
@@ -391,8 +392,8 @@ def _host_and_port(url: SplitResult) -> str:
 
 
 def _host_field(url: SplitResult) -> str:
-    host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
-    return f"{host}" if url.port in (None, {"http": 80, "https": 443}[url.scheme]) else f"{host}:{url.port}"
+    host = f"[{url.hostname}]" if ":" in str(url.hostname) else str(url.hostname)
+    return host if url.port in (None, _DEFAULT_PORTS[url.scheme]) else f"{host}:{url.port}"
 
 
 def _proxy_authorization(proxy: SplitResult | None) -> dict[str, str]:
@@ -592,7 +593,7 @@ class Exchange:
         try:
             while not answer.ended:
                 answer.feed(connection.sock.recv(READ_SIZE))
-        except Exception:  # noqa: BLE001, S110, SIM105 - cut off or out of time: the caller learns that it is not whole
+        except Exception:  # noqa: BLE001, S110 - cut off or out of time: the caller learns that it is not whole
             pass
         finally:
             _current.swap(outer_attempt)

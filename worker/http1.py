@@ -162,7 +162,7 @@ class ResponseReader:
                 break
             left = int(size_line[1], 16)
             self._last_chunk = left == 0
-            at = size_line.end() - 2 * self._last_chunk  # the trailers' end is looked for like a head's
+            at = size_line.end() - (2 if self._last_chunk else 0)  # the trailers' end is looked for like a head's
         self.body = b"".join(parts)[: self._body_limit]
         self._buffer, self._left = buffer[at:], left
         self.ended = room < 0 or (left == 0 and self._take_framing())

@@ -77,7 +77,11 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
-        return json.dumps(_fields(record), default=str, ensure_ascii=False)
+        fields = {
+            name: value if isinstance(value, int | float) else clean_text(str(value), _MAX_VALUE_CHARS)
+            for name, value in _fields(record).items()
+        }
+        return json.dumps(fields, ensure_ascii=False)
 
 
 @lru_cache(maxsize=8)

@@ -100,7 +100,8 @@ QUICK = Scale(
         Kind.RAIN: (1.0, 2.0),
         Kind.HOLE: (0.5, 1.5),
     },
-    rests_s=dict.fromkeys(Kind, 0.8) | {Kind.KILL: 2.6, Kind.TERM: 1.8},
+    # A claim whose reply was lost leaves leases in nobody's hand: they must have run out before the next blow.
+    rests_s=dict.fromkeys(Kind, 1.2) | {Kind.KILL: 2.6, Kind.TERM: 1.8},
     restart_s=0.3,
     drain_s=25,
 )
@@ -125,7 +126,7 @@ FULL = Scale(
         Kind.RAIN: (5, 10),
         Kind.HOLE: (2, 10),
     },
-    rests_s=dict.fromkeys(Kind, 5.0) | {Kind.KILL: 14.0, Kind.TERM: 7.0},
+    rests_s=dict.fromkeys(Kind, 9.0) | {Kind.KILL: 14.0, Kind.TERM: 7.0},
     restart_s=2.0,
     drain_s=180,
 )

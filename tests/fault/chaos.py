@@ -152,6 +152,10 @@ class Team:
                 self.walked_out.append(f"{place.dyno} exit code {place.worker.process.returncode}")
                 self._vacate(place)
 
+    def is_at_work(self, place: Place) -> bool:
+        """Whether the worker at a place has begun to claim."""
+        return place.worker is not None and "event=started" in place.worker.output()
+
     def held_by(self, place: Place) -> list[str]:
         """Ids of the jobs that the worker at a place has a lease on."""
         ids = self._peek("ZRANGE", self._peek.keys.leases, 0, -1)
@@ -187,10 +191,10 @@ class Team:
         """Send a signal that does not end the process."""
         self._in_place(place).process.send_signal(number)
 
-    def _in_place(self, place: Place) -> Worker:
+    @staticmethod
+    def _in_place(place: Place) -> Worker:
         if place.worker is None:
-            self.tend()
-        assert place.worker is not None
+            raise RuntimeError(f"the worker {place.dyno} did not start again")
         return place.worker
 
     def _vacate(self, place: Place) -> None:
@@ -253,6 +257,8 @@ class World:
         """One blow, from beginning to end."""
         self.now = f"{blow.kind} worker {blow.worker}" if blow.kind in _ON_WORKERS else f"{blow.kind}"
         place = self.team.places[blow.worker]
+        if blow.kind in _ON_WORKERS:  # one that is just starting has nothing to lose yet
+            self.until(lambda: self.team.is_at_work(place), _PATIENCE_S)
         _STRIKES[blow.kind](self, place, blow)
         self.struck.append(blow)
         self.now = "calm"
@@ -343,7 +349,7 @@ def world_of(scale: Scale, seed: int, jobs: int, logs: Path | None) -> Iterator[
         settings |= {"REDIS_URL": proxies[0].redis_url, "BINANCE_BASE_URL": exchange.url, **scale.settings}
         fleet = Workers(directory, settings)
         stack.callback(fleet.stop)
-        direct: redis.Redis = redis.Redis(port=valkey.port, socket_timeout=5, retry=Retry(NoBackoff(), 0))
+        direct: redis.Redis = redis.Redis(port=valkey.port, socket_timeout=5, retry=Retry(NoBackoff(), 1))
         stack.callback(direct.close)
         peek = Peek(direct)
         yield World(scale, seed, valkey, proxies, exchange, Team(fleet, peek, scale.restart_s), peek)
@@ -407,6 +413,7 @@ def reckon(world: World, drained_s: float) -> Reckoning:
     """Stop the workers and hold everything against everything."""
     peek, team = world.peek, world.team
     for place in team.places:
+        world.until(lambda place=place: team.is_at_work(place), _PATIENCE_S)  # type: ignore[misc]
         team.terminate(place)
     asks = [ask for producer in world.producers for ask in producer.asks]
     records, book, stats = peek.ledger(), world.exchange.book(), world.exchange.stats()

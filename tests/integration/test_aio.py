@@ -246,7 +246,7 @@ def test_bad_days_are_told_in_time(valkey: Valkey) -> None:
     """A stopped server, a dead one, a refused login and a bad field end in the same errors as with the other client."""
 
     async def silent() -> None:
-        async with AsyncCancelClient.from_url(valkey.url, timeout_s=0.3) as client:
+        async with AsyncCancelClient.from_url(valkey.url, timeout_s=0.2) as client:
             ticket = await client.cancel(algo_id=1)
             with stopped(valkey):
                 for call in (client.cancel(algo_id=2), client.outcome("x"), ticket.wait(5), client.failed_ids()):

@@ -250,14 +250,14 @@ def test_they_share_it_whatever_finishes_meanwhile(
     client: CancelClient, workers: Workers, exchange: RunningExchange
 ) -> None:
     """However fast workers are, and although one call is several round trips, one order gets one job and one DELETE."""
-    orders = [order.algo_id for order in exchange.add_orders(400)]
+    orders = [order.algo_id for order in exchange.add_orders(200)]
     workers.start()
 
-    tickets = client.cancel_many(CancelRequest(algo_id=algo_id) for algo_id in orders * 3)
+    tickets = client.cancel_many(CancelRequest(algo_id=algo_id) for algo_id in orders * 6)
 
     assert len({ticket.id for ticket in tickets}) == len(orders)
-    assert [tickets[i].id for i in range(400)] == [tickets[i].id for i in range(400, 800)]
-    assert {ticket.wait(20).kind for ticket in tickets[:400]} == {OutcomeKind.CANCELLED}
+    assert [tickets[i].id for i in range(200)] == [tickets[i].id for i in range(200, 400)]
+    assert {ticket.wait(20).kind for ticket in tickets[:200]} == {OutcomeKind.CANCELLED}
     assert {entry.deletes for entry in exchange.book().values()} == {1}
 
 

@@ -18,10 +18,12 @@ from typing import Any, NoReturn
 
 import pytest
 import requests.exceptions
+import urllib3.connection
+import urllib3.connectionpool
 import urllib3.exceptions
 
 from worker.clock import ServerClock
-from worker.exchange import Exchange
+from worker.exchange import Exchange, _BoundedSocket
 from worker.signing import Credential
 from worker.verdict import Failure, OrderRef, Reply
 
@@ -227,15 +229,31 @@ def test_raised_after_the_first_byte(
 ) -> None:
     """Raised while writing or while waiting for the answer, it is a failure that may have been seen, and no retry."""
     with monkeypatch.context() as patch:
-        patch.setattr(http.client.HTTPConnection, "getresponse", _raiser(_made(cls)))
+        patch.setattr(_BoundedSocket, "recv", _raiser(_made(cls)))
         failure = _is_failure(exchange.cancel(credential, REF), seen=True)
         assert failure.reason.startswith("no answer: ")
     with monkeypatch.context() as patch:
-        patch.setattr(http.client.HTTPConnection, "send", _raiser(_made(cls)))
-        _is_failure(exchange.cancel(credential, REF), seen=True)
+        patch.setattr(_BoundedSocket, "sendall", _raiser(_made(cls)))
+        failure = _is_failure(exchange.cancel(credential, REF), seen=True)
+        assert failure.reason.startswith("sending broke off: ")
     assert exchange.requests_sent == 2
     _still_works(exchange, credential)
     assert server.requests <= 2
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters"),
+    [
+        (urllib3.connectionpool.HTTPConnectionPool, "_get_conn", ["self", "timeout"]),
+        (urllib3.connectionpool.HTTPConnectionPool, "_put_conn", ["self", "conn"]),
+        (urllib3.connectionpool.HTTPSConnectionPool, "_prepare_proxy", ["self", "conn"]),
+        (urllib3.connection.HTTPConnection, "_new_conn", ["self"]),
+        (urllib3.connection.HTTPConnection, "_tunnel", ["self"]),
+    ],
+)
+def test_urllib3_still_has_what_is_borrowed(owner: type, name: str, parameters: list[str]) -> None:
+    """These private methods of urllib3 are called or replaced by the client: a release without them needs a new one."""
+    assert list(inspect.signature(getattr(owner, name)).parameters) == parameters
 
 
 def test_reason_names_the_root(exchange: Exchange, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +287,13 @@ def test_order_without_an_id_is_not_sent(exchange: Exchange, credential: Credent
     assert exchange.cancel(credential, OrderRef(None)) == Failure(seen=False, reason="not sent: ValueError")
 
 
+def test_key_that_would_break_the_head_is_not_sent(exchange: Exchange, server: _Answering) -> None:
+    """A key with a line break in it cannot add a field or a request of its own."""
+    smuggler = Credential("default", "key\r\nX: y", "hmac", lambda _payload: "c4n4ry")
+    assert exchange.cancel(smuggler, REF) == Failure(seen=False, reason="not sent: CredentialError")
+    assert server.requests == 0
+
+
 @pytest.mark.parametrize("cls", [KeyboardInterrupt, SystemExit])
 def test_stop_of_the_process_passes(
     cls: type[BaseException], server: _Answering, exchange: Exchange, credential: Credential
@@ -294,6 +319,9 @@ def test_stop_of_the_process_passes(
         "https://fapi.binance.com?x=hunter2",
         "https://fapi.binance.com:hunter2",
         "https://[hunter2",
+        "https://fapi.binance.com/a hunter2",
+        "https://fapi.binance.com/\r\nhunter2: x",
+        "https://fapi.bin\xe4nce.com",
     ],
 )
 def test_bad_base_url_is_refused(url: str) -> None:

@@ -1,0 +1,211 @@
+"""The gate as one process knows it: when it is closed, what Redis is told of it, and how it opens again."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from producer.message import Call
+from worker.gate import CLOSE_AT, DEFAULT_WEIGHT_LIMIT, NO_QUERIES_AT, RAMP_MS, Gate, ms_to_next_minute
+from worker.verdict import BAN_PAUSE_MS, LIMIT_PAUSE_MS, Means, Policy, Verdict
+
+NOW_MS = 1_700_000_000_000
+LIMITED = Verdict(Means.LIMITED, 429, -1003, "Too many requests.", retry_after_ms=3000)
+BLOCKED = Verdict(Means.BLOCKED, 403, None, "Forbidden")
+
+
+class Board:
+    """Where closings are published; it answers with its own end, or fails while Redis is away."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, str, bool]] = []
+        self.until_ms = 0
+        self.is_away = False
+
+    def publish(self, pause_ms: int, reason: str, doubling: bool) -> int:
+        """As :meth:`worker.store.Store.close_gate`."""
+        if self.is_away:
+            raise redis.ConnectionError("away")
+        self.told.append((pause_ms, reason, doubling))
+        return self.until_ms
+
+
+@pytest.fixture
+def board() -> Board:
+    """Nothing told yet."""
+    return Board()
+
+
+@pytest.fixture
+def gate(board: Board) -> Gate:
+    """Open, as at a start."""
+    return Gate(board.publish)
+
+
+def test_open_at_the_start(gate: Gate) -> None:
+    """A gate that nobody closed lets everything pass, with all requests in flight."""
+    assert not gate.closed(NOW_MS)
+    assert gate.ceiling(64, NOW_MS) == 64
+
+
+def test_closed_until_what_redis_says(gate: Gate) -> None:
+    """An end that Redis told holds up to its very millisecond, and not longer."""
+    gate.observe(NOW_MS + 500)
+
+    assert gate.closed(NOW_MS)
+    assert gate.closed(NOW_MS + 499)
+    assert not gate.closed(NOW_MS + 500)
+
+
+@pytest.mark.parametrize("earlier", [0, NOW_MS, NOW_MS + 499])
+def test_earlier_end_opens_nothing(earlier: int, gate: Gate) -> None:
+    """An answer that left Redis before a closing did not know of it."""
+    gate.observe(NOW_MS + 500)
+    gate.observe(earlier)
+
+    assert gate.closed(NOW_MS + 499)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "pause_ms", "doubling"),
+    [
+        (LIMITED, 3000, False),
+        (Verdict(Means.LIMITED, 429), LIMIT_PAUSE_MS, False),
+        (Verdict(Means.LIMITED, 418), BAN_PAUSE_MS, False),
+        (Verdict(Means.LIMITED, 418, retry_after_ms=2000, banned_until_ms=NOW_MS + 9000), 9000, False),
+        (Verdict(Means.LIMITED, 418, retry_after_ms=9000, banned_until_ms=NOW_MS + 2000), 9000, False),
+        (BLOCKED, Policy().waf_pause_ms, True),
+    ],
+)
+def test_closed_as_long_as_the_exchange_asks(
+    verdict: Verdict, pause_ms: int, doubling: bool, gate: Gate, board: Board
+) -> None:
+    """A refusal closes the gate here at once and tells Redis for how long; only a firewall's block doubles."""
+    gate.close_for(verdict, Policy(), NOW_MS)
+
+    assert gate.closed(NOW_MS + pause_ms - 1)
+    assert not gate.closed(NOW_MS + pause_ms)
+    ((told_ms, reason, doubled),) = board.told
+    assert (told_ms, doubled) == (pause_ms, doubling)
+    assert reason.startswith(str(verdict.http))
+
+
+def test_later_end_of_redis_holds(gate: Gate, board: Board) -> None:
+    """When somebody else closed it for longer, Redis' answer to our own closing says so, and it holds."""
+    board.until_ms = NOW_MS + 60_000
+
+    gate.close_for(LIMITED, Policy(), NOW_MS)
+
+    assert gate.closed(NOW_MS + 59_999)
+
+
+def test_refusals_of_one_moment_are_told_once(gate: Gate, board: Board) -> None:
+    """Requests that were in flight together are refused together: the first one closes the gate for all."""
+    for _ in range(10):
+        gate.close_for(LIMITED, Policy(), NOW_MS)
+
+    assert len(board.told) == 1
+
+
+def test_closing_holds_while_redis_is_away(gate: Gate, board: Board) -> None:
+    """A closing that Redis did not hear holds here, and is told later with what is left of it."""
+    board.is_away = True
+    gate.close_for(LIMITED, Policy(), NOW_MS)
+    gate.share(NOW_MS + 500)
+    assert gate.closed(NOW_MS + 2999)
+    assert board.told == []
+
+    board.is_away = False
+    gate.share(NOW_MS + 1000)
+    gate.share(NOW_MS + 1500)
+
+    assert board.told == [(2000, "429 Too many requests.", False)]
+
+
+def test_only_the_latest_unheard_closing_is_told(gate: Gate, board: Board) -> None:
+    """Of several closings that Redis did not hear, the one that lasts longest is told."""
+    board.is_away = True
+    gate.close_for(LIMITED, Policy(), NOW_MS)
+    gate.close_for(BLOCKED, Policy(), NOW_MS)
+    gate.close_for(LIMITED, Policy(), NOW_MS + 1)
+    board.is_away = False
+
+    gate.share(NOW_MS + 1)
+
+    assert [(reason, doubling) for _, reason, doubling in board.told] == [("403 Forbidden", True)]
+
+
+def test_closing_during_a_publication_is_not_lost(board: Board) -> None:
+    """A later closing that comes while an earlier one is being told is told afterwards."""
+    gates: list[Gate] = []
+
+    def publish(pause_ms: int, reason: str, doubling: bool) -> int:
+        if not board.told:
+            board.told.append((pause_ms, reason, doubling))
+            gates[0].close_for(BLOCKED, Policy(), NOW_MS)
+            return NOW_MS + pause_ms
+        return board.publish(pause_ms, reason, doubling)
+
+    gates.append(Gate(publish))
+    gates[0].close_for(LIMITED, Policy(), NOW_MS)
+
+    assert [reason for _, reason, _ in board.told] == ["429 Too many requests.", "403 Forbidden"]
+
+
+@given(size=st.integers(1, 512))
+def test_opens_with_a_ramp(size: int) -> None:
+    """After a pause requests in flight grow from one to all, never falling back, never to none."""
+    gate = Gate(Board().publish)
+    gate.observe(NOW_MS)
+    ceilings = [gate.ceiling(size, NOW_MS + at_ms) for at_ms in range(-1000, RAMP_MS + 1, 50)]
+
+    assert ceilings[0] == 1
+    assert all(1 <= before <= after <= size for before, after in itertools.pairwise(ceilings))
+    assert gate.ceiling(size, NOW_MS + RAMP_MS // 2) <= max(1, size // 2)
+    assert ceilings[-1] == size
+
+
+@pytest.mark.parametrize("in_flight", [0, 63])
+def test_weight_near_the_limit_closes_until_the_next_minute(in_flight: int, gate: Gate, board: Board) -> None:
+    """At nine tenths of the limit, requests under way included, everybody waits for the exchange's next minute."""
+    edge = int(CLOSE_AT * DEFAULT_WEIGHT_LIMIT) - in_flight
+    server_ms = 60_000 * 1000 + 45_000
+
+    gate.spend(edge - 1, in_flight, server_ms, NOW_MS)
+    assert not gate.closed(NOW_MS)
+
+    gate.spend(edge, in_flight, server_ms, NOW_MS)
+    gate.spend(edge + 5, in_flight, server_ms + 10, NOW_MS + 10)
+    assert gate.closed(NOW_MS + 14_999)
+    assert not gate.closed(NOW_MS + 16_000)
+    assert len(board.told) == 1
+
+
+def test_limit_of_the_exchange_replaces_the_usual_one(gate: Gate) -> None:
+    """The budget follows the limit that the exchange tells."""
+    gate.weight_limit = 6000
+    gate.spend(5000, 0, 0, NOW_MS)
+    assert not gate.closed(NOW_MS)
+    gate.spend(5400, 0, 0, NOW_MS)
+    assert gate.closed(NOW_MS)
+
+
+def test_last_quarter_is_for_cancels(gate: Gate) -> None:
+    """Queries stop at three quarters of the budget, cancels do not."""
+    edge = int(NO_QUERIES_AT * DEFAULT_WEIGHT_LIMIT)
+
+    assert [gate.allows(Call.QUERY, used) for used in (0, edge - 1, edge)] == [True, True, False]
+    assert gate.allows(Call.CANCEL, edge)
+
+
+@given(st.integers(0, 5 * 10**12))
+def test_next_minute_is_never_far_nor_past(server_ms: int) -> None:
+    """The wait for the exchange's next minute ends in it, shortly after its beginning."""
+    begins_ms = server_ms + ms_to_next_minute(server_ms)
+
+    assert begins_ms // 60_000 == server_ms // 60_000 + 1
+    assert begins_ms % 60_000 < 1000

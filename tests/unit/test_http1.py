@@ -1,0 +1,440 @@
+"""The reader of answers: it agrees with the standard library on what is sound, and refuses what is not."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import itertools
+import socket
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.http1 import FIELD_LIMIT, FRAMING_LIMIT, MalformedResponse, ResponseReader
+
+LIMIT = 200
+NEXT = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nsecond"
+
+
+def read(*pieces: bytes, limit: int = LIMIT) -> ResponseReader:
+    """What a client sees that gets ``pieces`` one by one and stops when the answer has ended."""
+    reader = ResponseReader(limit)
+    for piece in pieces:
+        reader.feed(piece)
+        if reader.ended:
+            break
+    return reader
+
+
+def with_end(data: bytes, limit: int = LIMIT) -> ResponseReader:
+    """The same if the connection is closed behind ``data``."""
+    return read(*([data] if data else []), b"", limit=limit)
+
+
+def ok(*lines: bytes, body: bytes = b"") -> bytes:
+    return b"\r\n".join([b"HTTP/1.1 200 OK", *lines, b"", body])
+
+
+def chunked(body: bytes) -> bytes:
+    return ok(b"Transfer-Encoding: chunked", body=body)
+
+
+class _Socket:
+    """As much of a socket as http.client's reader asks for."""
+
+    def __init__(self, data: bytes) -> None:
+        self.rest = io.BytesIO(data)
+
+    def makefile(self, _mode: str) -> io.BytesIO:
+        return self.rest
+
+
+def standard(data: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, fields and body as the standard library's client reads them."""
+    response = http.client.HTTPResponse(cast(socket.socket, _Socket(data)), method="DELETE")
+    response.begin()
+    fields: dict[str, str] = {}
+    for name, value in response.getheaders():
+        key, text = name.lower(), value.strip(" \t")  # the blanks around it are no part of a value
+        fields[key] = f"{fields[key]}, {text}" if key in fields else text
+    return response.status, fields, response.read()
+
+
+#: A busy machine is no error of the reader.
+PATIENT = settings(deadline=None, max_examples=150)
+
+
+# ---- sound answers --------------------------------------------------------------------------------------------------
+
+NAMES = st.from_regex(r"X-[A-Za-z0-9!#$%&'*+.^_`|~-]{1,8}", fullmatch=True)
+VALUES = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=12)
+PADDING = st.sampled_from(["", " ", "\t", "  \t "])
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound answer, where its head ends, and what must be known of it."""
+
+    data: bytes
+    head_size: int
+    body: bytes
+    until_close: bool
+    keeps: bool
+
+
+@st.composite
+def any_case(draw: st.DrawFn, name: str) -> str:
+    return "".join(letter.upper() if draw(st.booleans()) else letter.lower() for letter in name)
+
+
+@st.composite
+def chunks(draw: st.DrawFn, body: bytes) -> bytes:
+    """``body`` in chunks of any size, with extensions and trailers."""
+    out, rest = b"", body
+    while rest:
+        size = draw(st.integers(1, len(rest)))
+        digits = draw(st.sampled_from([b"%x", b"%X", b"00%x"])) % size
+        out += digits + draw(st.sampled_from([b"", b";a", b';name="va lue"', b" ; x=1", b"  "])) + b"\r\n"
+        out += rest[:size] + b"\r\n"
+        rest = rest[size:]
+    trailers = draw(st.lists(st.tuples(NAMES, VALUES), max_size=2))
+    return out + b"0\r\n" + b"".join(f"{n}: {v}\r\n".encode() for n, v in trailers) + b"\r\n"
+
+
+@st.composite
+def sound_answers(draw: st.DrawFn) -> Sound:
+    status = draw(st.sampled_from([200, 204, 304, 400, 418, 429, 503]))
+    body = draw(st.binary(max_size=60)) if status not in (204, 304) else b""
+    framing = draw(st.sampled_from(["length", "chunked", "close"]))
+    version = 1 if framing == "chunked" else draw(st.sampled_from([0, 1]))
+    reason = draw(st.sampled_from(["", " ", " OK", " I'm a teapot: x"]))
+    fields = draw(st.lists(st.tuples(NAMES, VALUES), max_size=4))
+    connection = draw(st.sampled_from(["", "close", "Close", "keep-alive", "Keep-Alive"]))
+    payload = body
+    if framing == "length":
+        fields.append((draw(any_case("content-length")), str(len(body))))
+    elif framing == "chunked" and status not in (204, 304):
+        fields.append((draw(any_case("transfer-encoding")), draw(any_case("chunked"))))
+        payload = draw(chunks(body))
+    if connection:
+        fields.append((draw(any_case("connection")), connection))
+    lines = [f"{name}:{draw(PADDING)}{value}{draw(PADDING)}" for name, value in draw(st.permutations(fields))]
+    interim = draw(st.sampled_from(["", "HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 100 \r\nX-A: b\r\n\r\n"]))
+    head = "\r\n".join([f"{interim}HTTP/1.{version} {status}{reason}", *lines, "", ""]).encode()
+    keeps = connection.lower() == "keep-alive" if version == 0 else connection.lower() != "close"
+    until_close = framing == "close" and status not in (204, 304)
+    return Sound(head + payload, len(head), body, until_close, keeps and not until_close)
+
+
+def split(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = [0, *sorted({cut % len(data) for cut in cuts} - {0}), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+@PATIENT
+@given(sound_answers(), st.lists(st.integers(0, 400), max_size=12))
+def test_reads_what_the_standard_library_reads(sound: Sound, cuts: list[int]) -> None:
+    """Any sound answer, cut into any pieces, gives the status, fields and body that http.client finds in it."""
+    reader = read(*split(sound.data, cuts), *([b""] if sound.until_close else []))
+    assert (reader.status, reader.headers, reader.body) == standard(sound.data)
+    assert reader.body == sound.body
+    assert (reader.ended, reader.whole, reader.reusable) == (True, True, sound.keeps)
+
+
+@PATIENT
+@given(sound_answers())
+def test_byte_by_byte(sound: Sound) -> None:
+    """An answer that drips in is over with its last byte, not before."""
+    pieces = [bytes([byte]) for byte in sound.data]
+    assert read(*pieces[:-1]).ended is False
+    assert read(*pieces, b"").whole
+
+
+@PATIENT
+@given(sound_answers(), st.lists(st.integers(0, 400), max_size=6))
+def test_next_answer_is_never_touched(sound: Sound, cuts: list[int]) -> None:
+    """Bytes behind an answer are no part of it, and forbid the connection's reuse if they came along with it."""
+    if sound.until_close:
+        return
+    reader = read(*split(sound.data + NEXT, cuts))
+    assert (reader.body, reader.whole) == (sound.body, True)
+    together = read(sound.data + NEXT)
+    assert (together.body, together.whole, together.reusable) == (sound.body, True, False)
+
+
+@PATIENT
+@given(sound_answers(), st.integers(0, 10_000), st.booleans())
+def test_cut_answer_is_not_whole(sound: Sound, place: int, in_pieces: bool) -> None:
+    """Wherever the connection breaks, there is no answer, or one that is marked as cut and not reused."""
+    cut = place % len(sound.data)
+    data = sound.data[:cut]
+    pieces = [data[n : n + 1] for n in range(cut)] if in_pieces else [data] if data else []
+    if cut < sound.head_size:
+        with pytest.raises(http.client.RemoteDisconnected):
+            read(*pieces, b"")
+        return
+    reader = read(*pieces, b"")
+    assert reader.ended
+    assert (reader.whole, reader.reusable) == (sound.until_close, False)
+    assert sound.body.startswith(reader.body)
+
+
+@PATIENT
+@given(st.binary(max_size=120), st.lists(st.integers(0, 200), max_size=8), sound_answers(), st.integers(0, 10_000))
+def test_any_bytes_end(junk: bytes, cuts: list[int], sound: Sound, place: int) -> None:
+    """Whatever comes, in whatever pieces: an answer or a refusal, the same one, and never more than was sent."""
+    at = place % (len(sound.data) + 1)
+    for data in (junk, sound.data[:at] + junk + sound.data[at:], sound.data[:at] + junk):
+        results: list[Any] = []
+        for pieces in ([data] if data else [], split(data, cuts) if data else []):
+            try:
+                reader = read(*pieces, b"")
+            except (MalformedResponse, http.client.RemoteDisconnected):
+                results.append(None)
+            else:
+                assert reader.ended
+                assert not reader.reusable or reader.whole
+                results.append((reader.status, reader.headers, reader.body, reader.whole))
+        assert results[0] == results[1]
+
+
+# ---- heads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"220 mail ready\r\n",
+        b"\r\nHTTP/1.1 200 OK",
+        b"http/1.1 200 OK\r\n\r\n",
+        b"HTTP/2 200\r\n\r\n",
+        b"HTTP/1.1  200 OK\r\n\r\n",
+        b"HTTP/1.1 20 OK\r\n\r\n",
+        b"HTTP/1.1 2000 OK\r\n\r\n",
+        b"HTTP/1.1 099 Low\r\n\r\n",
+        b"HTTP/1.1 +20 OK\r\n\r\n",
+        b"HTTP/1.1 200\xb2 OK\r\n\r\n",
+        b"HTTP/1.1 200OK\r\n\r\n",
+        b"HTTP/1.1 200 O\0K\r\n\r\n",
+        ok(b"no colon here"),
+        ok(b": no name"),
+        ok(b"Content-Length : 5", body=b"abcde"),
+        ok(b"Content Length: 5", body=b"abcde"),
+        ok(b"X: a\0b"),
+        ok(b"X: a\rb"),
+        ok(b"X: a\nContent-Length: 5", body=b"abcde"),
+        ok(b"X\xff: a"),
+    ],
+)
+def test_malformed_head_is_refused(head: bytes) -> None:
+    """A head that is none, or that two readers could read differently, is no answer."""
+    with pytest.raises(MalformedResponse):
+        read(head)
+
+
+@pytest.mark.parametrize("lines", [FIELD_LIMIT, FIELD_LIMIT + 1])
+def test_number_of_fields_is_bounded(lines: int) -> None:
+    """A head has at most a hundred fields."""
+    data = ok(*[b"X-%d: y" % n for n in range(lines - 1)], b"Content-Length: 0")
+    if lines > FIELD_LIMIT:
+        with pytest.raises(MalformedResponse):
+            read(data)
+    else:
+        assert read(data).reusable
+
+
+def test_size_of_the_head_is_bounded() -> None:
+    """A head that does not end is refused when it is too long, not when the memory is full."""
+    start = b"HTTP/1.1 200 OK\r\nX: "
+    assert read(start, b"x" * (FRAMING_LIMIT - len(start))).status == 0
+    with pytest.raises(MalformedResponse):
+        read(start, b"x" * (FRAMING_LIMIT - len(start)), b"x")
+    with pytest.raises(MalformedResponse):
+        read(ok(b"X: " + b"x" * FRAMING_LIMIT))
+
+
+def test_folded_field_is_unfolded() -> None:
+    """A line that goes on in the next one is one line, and cannot hide a field."""
+    reader = read(ok(b"X-A: one", b"\t Content-Length: 9", b"Content-Length: 2", body=b"{}"))
+    assert reader.headers == {"x-a": "one Content-Length: 9", "content-length": "2"}
+    assert (reader.body, reader.reusable) == (b"{}", True)
+
+
+def test_repeated_field_is_joined() -> None:
+    """Neither of two values is preferred."""
+    assert read(ok(b"Retry-After: 3", b"RETRY-AFTER: 5", b"Content-Length: 0")).headers["retry-after"] == "3, 5"
+
+
+def test_octets_above_ascii_are_kept() -> None:
+    """A value may hold any octet but NUL and line breaks."""
+    assert read(ok(b"X-A: \xe9", b"Content-Length: 0")).headers["x-a"] == "\xe9"
+
+
+# ---- framing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"Content-Length: 5", b"Content-Length: 6"],
+        [b"Content-Length: 5", b"Content-Length: 5"],
+        [b"Content-Length: 5, 5"],
+        [b"Content-Length: -1"],
+        [b"Content-Length: +5"],
+        [b"Content-Length: 0x5"],
+        [b"Content-Length: 5_0"],
+        [b"Content-Length: 5 0"],
+        [b"Content-Length: \xb2"],
+        [b"Content-Length: five"],
+        [b"Content-Length:"],
+        [b"Content-Length: " + b"9" * 19],
+        [b"Content-Length: " + b"9" * 5_000],
+        [b"Content-Length: 5", b"Transfer-Encoding: chunked"],
+        [b"Transfer-Encoding: chunked", b"Content-Length: 5"],
+        [b"Transfer-Encoding: gzip"],
+        [b"Transfer-Encoding: gzip, chunked"],
+        [b"Transfer-Encoding: chunked, chunked"],
+        [b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"],
+        [b"Transfer-Encoding: xchunked"],
+        [b"Transfer-Encoding:"],
+    ],
+)
+def test_doubtful_end_is_refused(lines: list[bytes]) -> None:
+    """Where lengths contradict each other or make no sense, nobody can say where the answer ends."""
+    with pytest.raises(MalformedResponse):
+        read(ok(*lines, body=b"5\r\nabcde\r\n0\r\n\r\n"))
+
+
+def test_chunks_of_an_old_server_are_refused() -> None:
+    """HTTP/1.0 knows no chunks (RFC 9112, 6.1)."""
+    with pytest.raises(MalformedResponse):
+        read(b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"g\r\nabc\r\n0\r\n\r\n",
+        b"-3\r\nabc\r\n0\r\n\r\n",
+        b"+3\r\nabc\r\n0\r\n\r\n",
+        b"0x3\r\nabc\r\n0\r\n\r\n",
+        b"1_0\r\n0123456789abcdef\r\n0\r\n\r\n",
+        b" 3\r\nabc\r\n0\r\n\r\n",
+        b"\r\nabc\r\n0\r\n\r\n",
+        b";x\r\nabc\r\n0\r\n\r\n",
+        b"3 x\r\nabc\r\n0\r\n\r\n",
+        b"3\nabc\r\n0\r\n\r\n",
+        b"3;a\nb\r\nabc\r\n0\r\n\r\n",
+        b"3;a\0b\r\nabc\r\n0\r\n\r\n",
+        b"3\r\nabcd\r\n0\r\n\r\n",
+        b"3\r\nabc0\r\n\r\n",
+        b"3\r\nabc\n0\r\n\r\n",
+        b"00000000000000003\r\nabc\r\n0\r\n\r\n",
+        b"f" * 400 + b"\r\nabc\r\n0\r\n\r\n",
+        b"3;" + b"x" * FRAMING_LIMIT + b"x\r\nabc\r\n0\r\n\r\n",
+        b"0\r\nX: " + b"x" * FRAMING_LIMIT,
+    ],
+)
+def test_malformed_chunks_are_not_whole(body: bytes) -> None:
+    """A size that is none, or a chunk of another size than it says, ends the answer at once, as a cut one."""
+    reader = read(chunked(body))
+    assert (reader.status, reader.ended, reader.whole, reader.reusable) == (200, True, False, False)
+    assert b"abc".startswith(reader.body)
+
+
+def test_huge_chunk_is_read_to_the_limit() -> None:
+    """A chunk of any size costs no more than the limit."""
+    reader = read(chunked(b"ffffffffffffffff\r\n"), b"x" * LIMIT, b"x")
+    assert (reader.body, reader.ended, reader.whole) == (b"x" * LIMIT, True, False)
+
+
+@pytest.mark.parametrize(
+    ("head", "before", "after"),
+    [
+        (ok(b"Content-Length: %d" % (LIMIT + 1)), b"", b""),
+        (ok(b"Content-Length: " + b"9" * 18), b"", b""),
+        (ok(b"Connection: close"), b"", b""),
+        (chunked(b""), b"%x\r\n" % (LIMIT + 1), b"\r\n0\r\n\r\n"),
+    ],
+)
+def test_body_is_bounded(head: bytes, before: bytes, after: bytes) -> None:
+    """One byte beyond the limit ends the reading, whatever was promised."""
+    for pieces in ([head + before + b"x" * (LIMIT + 1) + after], [head, before, b"x" * LIMIT, b"x", after]):
+        reader = read(*[piece for piece in pieces if piece])
+        assert (reader.body, reader.ended, reader.whole, reader.reusable) == (b"x" * LIMIT, True, False, False)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ok(b"Content-Length: %d" % LIMIT, body=b"x" * LIMIT),
+        ok(b"Connection: close", body=b"x" * LIMIT),
+        chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (LIMIT, b"x" * LIMIT)),
+    ],
+)
+def test_body_of_the_limit_is_whole(data: bytes) -> None:
+    """The limit itself is allowed."""
+    reader = with_end(data)
+    assert (reader.body, reader.whole) == (b"x" * LIMIT, True)
+
+
+@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
+@pytest.mark.parametrize("line", [b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X: y"])
+def test_status_without_a_body(status: bytes, line: bytes) -> None:
+    """These never have one, whatever their fields say; what follows is not theirs."""
+    head = b"HTTP/1.1 %b\r\n%b\r\n\r\n" % (status, line)
+    alone, followed = read(head), read(head + NEXT)
+    assert (alone.body, alone.whole, alone.reusable) == (b"", True, True)
+    assert (followed.body, followed.whole, followed.reusable) == (b"", True, False)
+
+
+def test_continue_is_passed_over() -> None:
+    """Any number of "100 Continue" is no answer, even with fields that would frame one."""
+    data = b"HTTP/1.1 100 Continue\r\nContent-Length: 9\r\n\r\n" * 3 + ok(b"Content-Length: 2", body=b"{}")
+    reader = read(data)
+    assert (reader.status, reader.headers, reader.body) == (200, {"content-length": "2"}, b"{}")
+    assert reader.reusable
+    assert read(b"HTTP/1.1 100 Continue\r\n\r\n").status == 0
+    with pytest.raises(http.client.RemoteDisconnected):
+        with_end(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+@pytest.mark.parametrize("status", [b"101 Switching Protocols", b"102 Processing", b"103 Early Hints"])
+def test_other_interim_answer_ends_the_connection(status: bytes) -> None:
+    """An interim answer that nobody asked for is handed over, and nothing behind it is taken for another's."""
+    for rest in (b"", NEXT):
+        reader = read(b"HTTP/1.1 %b\r\nUpgrade: x\r\nConnection: upgrade, keep-alive\r\n\r\n%b" % (status, rest))
+        assert (reader.status, reader.body, reader.whole) == (int(status[:3]), b"", True)
+        assert not reader.reusable
+
+
+@pytest.mark.parametrize(
+    ("version", "connection", "reusable"),
+    [
+        (1, b"", True),
+        (1, b"keep-alive", True),
+        (1, b"close", False),
+        (1, b"Keep-Alive, CLOSE", False),
+        (0, b"", False),
+        (0, b"Keep-Alive", True),
+        (0, b"close", False),
+    ],
+)
+def test_reuse_follows_version_and_connection(version: int, connection: bytes, reusable: bool) -> None:
+    """HTTP/1.1 stays open unless it says close, HTTP/1.0 closes unless it says keep-alive."""
+    data = b"HTTP/1.%d 200 OK\r\nConnection: %b\r\nContent-Length: 0\r\n\r\n" % (version, connection)
+    assert read(data).reusable is reusable
+
+
+def test_end_of_the_connection_ends_an_unframed_body() -> None:
+    """Without a length the body lasts until the connection closes, and is whole then."""
+    reader = ResponseReader(LIMIT)
+    reader.feed(ok(b"X: y", body=b"ab"))
+    reader.feed(b"c")
+    assert not reader.ended
+    reader.feed(b"")
+    assert (reader.body, reader.whole, reader.reusable) == (b"abc", True, False)
