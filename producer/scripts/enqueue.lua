@@ -38,26 +38,34 @@ end
 
 local fields = {}
 for i = 6, 5 + shared do fields[#fields + 1] = ARGV[i] end
+local function create(id, order, i)
+  local job, urgent = job_prefix .. id, ARGV[i + 5]
+  redis.call('HSET', job, 'data', ARGV[i + 2], 'description', ARGV[i + 3], 'c_order', order, 'c_run', '1',
+    'c_enqueued_at_ms', text(now_ms), unpack(fields))
+  ask(job, ARGV[i + 4])
+  if urgent == '1' then redis.call('HSET', job, 'c_urgent', '1') end
+  redis.call(urgent == '1' and 'LPUSH' or 'RPUSH', waiting, id)
+  redis.call('SET', order_prefix .. order, id, 'EX', pointer_life_s)
+end
+
 local answer = {}
 redis.call('SADD', KEYS[2], waiting)
+local last_order, last_id
 for i = 6 + shared, #ARGV, 6 do
-  local id, order, data, description = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
-  local deadline_ms, urgent = ARGV[i + 4], ARGV[i + 5]
-  local job, pointer = job_prefix .. id, order_prefix .. order
+  local id, order = ARGV[i], ARGV[i + 1]
   local duplicate = 0
-  if redis.call('EXISTS', job, outcome_prefix .. id) == 0 then
-    local other = redis.call('GET', pointer)
-    if other and join(other, deadline_ms, urgent) then
+  if redis.call('EXISTS', job_prefix .. id, outcome_prefix .. id) == 0 then
+    local other = redis.call('GET', order_prefix .. order)
+    if other and join(other, ARGV[i + 4], ARGV[i + 5]) then
       id, duplicate = other, 1
+    elseif order == last_order then
+      -- The job of the row before has its outcome already: this is a repeat, and requests of one call share a ticket.
+      id, duplicate = last_id, 1
     else
-      redis.call('HSET', job, 'data', data, 'description', description, 'c_order', order, 'c_run', '1',
-        'c_enqueued_at_ms', text(now_ms), unpack(fields))
-      ask(job, deadline_ms)
-      if urgent == '1' then redis.call('HSET', job, 'c_urgent', '1') end
-      redis.call(urgent == '1' and 'LPUSH' or 'RPUSH', waiting, id)
-      redis.call('SET', pointer, id, 'EX', pointer_life_s)
+      create(id, order, i)
     end
   end
+  last_order, last_id = order, id
   answer[#answer + 1] = id
   answer[#answer + 1] = duplicate
 end

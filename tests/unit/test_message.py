@@ -7,9 +7,11 @@ import dataclasses
 import json
 import math
 import pickle
+import re
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -709,21 +711,16 @@ def test_a_job_that_rq_cannot_read_is_not_read_by_us_either(unconnected: redis.R
 
 def test_our_job_fields_are_none_of_rqs(unconnected: redis.Redis) -> None:
     """Our fields of the job hash cannot overwrite RQ's: none has a name that RQ writes."""
-    ours = {value for name, value in vars(JobField).items() if not name.startswith("_")}
-    assert ours == {
-        "c_enqueued_at_ms",
-        "c_deadline_at_ms",
-        "c_run",
-        "c_order",
-        "c_urgent",
-        "c_attempts",
-        "c_pin",
-        "c_lease",
-        "c_open_at_ms",
-        "c_done",
-    }
     job = Job.create(TASK, args=[{}], connection=unconnected, serializer=JSONSerializer, meta={"a": 1})
     assert not [field for field in job.to_dict() if field.startswith("c_")]
+
+
+def test_the_scripts_use_the_fields_that_are_named_here() -> None:
+    """Every field of ours that a script reads or writes stands in the contract, and the contract has no other."""
+    ours = {value for name, value in vars(JobField).items() if not name.startswith("_")}
+    scripts = [path.read_text() for side in ("producer", "worker") for path in Path(side, "scripts").glob("*.lua")]
+
+    assert {field for script in scripts for field in re.findall(r"'(c_[a-z_]+)'", script)} == ours
 
 
 # ---- key names ------------------------------------------------------------------------------------------------------

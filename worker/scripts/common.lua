@@ -33,6 +33,7 @@ end
 
 -- RQ's requeue puts a settled job back with its end cleared. That starts a new run, with a new deadline.
 local function start_run(id, job, order_pointer, pointer_life_s, outcome)
+  redis.call('HSETNX', job, 'c_run', '1') -- a job that RQ itself enqueued has none
   redis.call('HINCRBY', job, 'c_run', 1)
   redis.call('HDEL', job, 'c_done', 'c_attempts', 'c_deadline_at_ms')
   redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms))
