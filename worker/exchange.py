@@ -1,8 +1,8 @@
 """Calls to the exchange over HTTP; the only module that knows an HTTP client.
 
 Pool, TLS, proxies and connecting are those of requests and urllib3. On a connection that stands, the request is
-written in one piece and the answer read by :mod:`worker.http1`: their general way of doing that costs three times the
-CPU of it all.
+written in one piece and the answer read by :mod:`worker.http1`: sent their general way, it would cost three times as
+much CPU.
 
 Two questions decide how it is built. Can the exchange have seen the request? The moment before its first byte is
 written is noted, after name look-up, connect, proxy tunnel and TLS handshake; no exception's class is taken for an
@@ -188,8 +188,8 @@ class _BoundedSocket(socket.socket):
     def _bound(self) -> None:
         attempt = _current.attempt
         if attempt is not None:
-            left_s = attempt.time_left_s()
-            if abs((self.gettimeout() or 0) - left_s) > TIMEOUT_TOLERANCE_S:
+            left_s, timeout_s = attempt.time_left_s(), self.gettimeout()
+            if timeout_s is None or abs(timeout_s - left_s) > TIMEOUT_TOLERANCE_S:
                 self.settimeout(left_s)
 
     def recv(self, *args: Any) -> bytes:

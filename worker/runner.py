@@ -290,6 +290,9 @@ class CancelWorker(BaseWorker):
             seconds=time.monotonic() - began,
         )
         self._exchange.close()
+        if threading.current_thread() is threading.main_thread():
+            # One more SIGTERM while the interpreter takes itself apart must not turn this into a death by signal.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     # -- RQ's commands and pub/sub --
 

@@ -5,7 +5,7 @@ exchange (TLS if there is a certificate; it closes connections that were idle fo
 is for whoever measures:
 
     POST /reset?delay_ms=&refuses_first=1&slow=ID&slow_ms=    forget all arrivals; how to answer from now on
-    GET /state       counts; "asked" is the number of orders of which a cancel has come
+    GET /state       counts; "asked" is the number of orders of which a cancel has come, "again" of those with another
     GET /arrivals    {"<algo id>": [[ns since the epoch, number of the connection], ...]}
     GET /handshakes  ns since the epoch at which each connection was ready, by number
 
@@ -84,12 +84,13 @@ class Market:
         self._delay_s = float(asked.get("delay_ms", 0)) / 1000
         self._refuses_first = asked.get("refuses_first") == "1"
         self._slow, self._slow_s = asked.get("slow", ""), float(asked.get("slow_ms", 0)) / 1000
-        self._bad, self._peak = 0, self._in_flight
+        self._again, self._bad, self._peak = 0, 0, self._in_flight
         return {}
 
     def _state(self) -> object:
         return {
             "asked": len(self._arrivals),
+            "again": self._again,
             "bad": self._bad,
             "peak": self._peak,
             "connections": len(self._handshakes),
@@ -113,6 +114,7 @@ class Market:
         algo_id = parameters.get("algoId", "0")
         came = self._arrivals.setdefault(algo_id, [])
         came.append((came_ns, connection))
+        self._again += len(came) == 2
         if self._refuses_first and len(came) == 1:
             return _BUSY, self._delay_s
         body = {"algoId": int(algo_id), "clientAlgoId": f"c{algo_id}", "code": "200", "msg": "success"}
@@ -210,9 +212,7 @@ async def serve(secret: bytes, closes_after_s: float, tls: ssl.SSLContext | None
     """Serve on two ports of loopback until killed."""
     loop = asyncio.get_running_loop()
     market = Market(secret)
-    server = await loop.create_server(
-        lambda: Connection(market, False, closes_after_s), HOST, 0, backlog=1024, ssl=tls
-    )
+    server = await loop.create_server(lambda: Connection(market, False, closes_after_s), HOST, 0, backlog=1024, ssl=tls)
     control = await loop.create_server(lambda: Connection(market, True, 0), HOST, 0)
     ports = {"port": server.sockets[0].getsockname()[1], "control": control.sockets[0].getsockname()[1]}
     sys.stdout.write(json.dumps(ports) + "\n")

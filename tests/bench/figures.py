@@ -1,4 +1,4 @@
-"""What was measured, as it stands in the JSON: every raw figure, nothing derived. Times in ms unless named otherwise."""
+"""What was measured, as it stands in the JSON: every raw figure, nothing derived."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Retries:
     orders: int
     delays_ms: list[float]  # from the first DELETE to when the second was due
     late_ms: list[float]  # from when it was due, by the scheduled registry's score, to its arrival
-    unscheduled: int  # sent again without having stood in the registry
+    at_once: int  # sent again without having stood in the registry: the pause was nothing
     lost: int  # not sent, or not sent again
     unrecorded: int
     repeats: int  # sent more than once again

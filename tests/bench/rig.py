@@ -72,7 +72,7 @@ class Exchange:
         self._call("POST", f"/reset?{urlencode(query)}")
 
     def state(self) -> dict[str, int]:
-        """Counts: asked, bad, peak, connections."""
+        """Counts: asked, again, bad, peak, connections."""
         return dict(self._call("GET", "/state"))
 
     def arrivals(self) -> dict[int, list[Arrival]]:
@@ -84,10 +84,10 @@ class Exchange:
         """When each connection was ready, ns since the epoch, by its number."""
         return list(self._call("GET", "/handshakes"))
 
-    def wait_for(self, orders: int, limit_s: float) -> bool:
-        """Wait until a cancel of so many orders has come; False if some have not within ``limit_s``."""
+    def wait_for(self, orders: int, limit_s: float, *, again: bool = False) -> bool:
+        """Wait until a cancel (``again``: a second one) of so many orders has come; False if not within ``limit_s``."""
         ends_at = time.monotonic() + limit_s
-        while self.state()["asked"] < orders:
+        while self.state()["again" if again else "asked"] < orders:
             if time.monotonic() > ends_at:
                 return False
             time.sleep(0.02)

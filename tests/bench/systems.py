@@ -6,11 +6,10 @@ import contextlib
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import ClassVar
 
 import redis
 from rq import Queue
@@ -20,22 +19,21 @@ from rq.registry import FinishedJobRegistry
 from producer import CancelClient, CancelRequest
 from producer.message import Keys
 from tests.bench import floor
+from tests.bench.report import TITLES
 from tests.bench.rig import Rig
-from tests.servers import Workers
+from tests.servers import Worker, Workers
 
-#: Queue of each system: nothing of one stands in another's way.
-PROJECT_QUEUE, RQ_QUEUE = "cancels", "stock"
+PROJECT_QUEUE = "cancels"
 _CALL_LIMIT_S = 10.0
 
 
 class Producer(ABC):
     """A strategy's side. ``jobs`` says which job carries an order; ``retries`` where retries wait for their time."""
 
-    retries: ClassVar[str | None] = None
-
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, queue: str) -> None:
         self.redis = redis.Redis.from_url(url, socket_timeout=_CALL_LIMIT_S)
         self.jobs: dict[int, str] = {}
+        self.retries = Keys(queue).scheduled
 
     @abstractmethod
     def put(self, order: int) -> None:
@@ -61,11 +59,9 @@ class Producer(ABC):
 class ProjectProducer(Producer):
     """Through the project's client."""
 
-    retries = Keys(PROJECT_QUEUE).scheduled
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.client = CancelClient.from_url(url, PROJECT_QUEUE, timeout_s=_CALL_LIMIT_S)
+    def __init__(self, url: str, queue: str) -> None:
+        super().__init__(url, queue)
+        self.client = CancelClient.from_url(url, queue, timeout_s=_CALL_LIMIT_S)
 
     def put(self, order: int) -> None:
         self.jobs[order] = self.client.cancel(algo_id=order).id
@@ -92,11 +88,9 @@ class ProjectProducer(Producer):
 class RqProducer(Producer):
     """Through RQ's own queue."""
 
-    retries = Keys(RQ_QUEUE).scheduled
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self._queue = Queue(RQ_QUEUE, connection=self.redis, serializer="json")
+    def __init__(self, url: str, queue: str) -> None:
+        super().__init__(url, queue)
+        self._queue = Queue(queue, connection=self.redis, serializer="json")
         self._finished = FinishedJobRegistry(queue=self._queue)
         self._retry = RqRetry(max=3, interval=[1, 2, 4])
 
@@ -137,23 +131,28 @@ class System:
     """One of those that are compared."""
 
     name: str
-    title: str
+    queue: str  # its own: nothing of one system stands in another's way
     command: tuple[str, ...]
-    producer: Callable[[str], Producer]
+    producer: Callable[[str, str], Producer]
     most_in_flight: int
     pace_s: float  # between two cancels, so that each one finds an idle worker
 
+    @property
+    def title(self) -> str:
+        """As people read it."""
+        return TITLES[self.name]
 
-def _stock(worker_class: str) -> tuple[str, ...]:
+
+def _stock(worker_class: str, queue: str) -> tuple[str, ...]:
     # Without its scheduler stock RQ would not retry at all.
     options = ("--serializer", "json", "--worker-class", worker_class, "--with-scheduler", "--quiet")
-    return (sys.executable, "-m", "rq.cli", "worker", RQ_QUEUE, *options)
+    return (sys.executable, "-m", "rq.cli", "worker", queue, *options)
 
 
-PROJECT = System("project", "this project", (), ProjectProducer, 512, 0.03)
-RQ_SIMPLE = System("rq-simple", "RQ SimpleWorker", _stock("rq.SimpleWorker"), RqProducer, 1, 0.03)
-RQ_WORKER = System("rq-worker", "RQ Worker (forks)", _stock("rq.Worker"), RqProducer, 1, 0.12)
-FLOOR = System("floor", "bare BLPOP + DELETE", (sys.executable, "-m", "tests.bench.floor"), FloorProducer, 1, 0.03)
+PROJECT = System("project", PROJECT_QUEUE, (), ProjectProducer, 512, 0.03)
+RQ_SIMPLE = System("rq-simple", "simple", _stock("rq.SimpleWorker", "simple"), RqProducer, 1, 0.03)
+RQ_WORKER = System("rq-worker", "forking", _stock("rq.Worker", "forking"), RqProducer, 1, 0.12)
+FLOOR = System("floor", floor.LIST, (sys.executable, "-m", "tests.bench.floor"), FloorProducer, 1, 0.03)
 SYSTEMS = (PROJECT, RQ_SIMPLE, RQ_WORKER, FLOOR)
 
 
@@ -162,28 +161,49 @@ class Running:
     """A system at work: its worker process, and a way to its queue."""
 
     system: System
-    pid: int
+    worker: Worker
     in_flight: int
     producer: Producer
+
+    @property
+    def pid(self) -> int:
+        """Of the worker's process."""
+        return self.worker.process.pid
 
 
 @contextlib.contextmanager
 def running(
-    system: System, rig: Rig, in_flight: int = 64, *, far: bool = False, **environment: str
+    system: System, rig: Rig, in_flight: int = 64, *, far: bool = False, environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
-    """A worker of ``system`` for the length of a block; it has joined its queue when the block begins."""
+    """A worker of ``system`` for the length of a block; it need not have joined its queue when the block begins.
+
+    ``environment`` goes to the worker beside what every worker is told.
+    """
     in_flight = min(in_flight, system.most_in_flight)
     url = rig.far_url if far else rig.valkey.url
     fleet = Workers(Path(mkdtemp(dir=rig.directory)), rig.environment(far))
-    producer = system.producer(url)
+    producer = system.producer(url, system.queue)
     try:
         # RQ's command line has a name of its own for the address.
-        options = {"WORKER_CONCURRENCY": str(in_flight), "RQ_REDIS_URL": url, **environment}
-        worker = fleet.start(command=system.command, wait=system is not FLOOR, **options)
-        yield Running(system, worker.process.pid, in_flight, producer)
+        options = {"WORKER_CONCURRENCY": str(in_flight), "RQ_REDIS_URL": url, **(environment or {})}
+        worker = fleet.start(command=system.command, wait=False, **options)
+        yield Running(system, worker, in_flight, producer)
     finally:
         producer.close()
         fleet.stop()
+
+
+def wait_ready(running: Running, limit_s: float = 30.0) -> None:
+    """Return once a worker of the project says that it works.
+
+    Raises:
+        RuntimeError: it does not within ``limit_s``.
+    """
+    ends_at = time.monotonic() + limit_s
+    while "event=started " not in running.worker.output():
+        if time.monotonic() > ends_at or running.worker.process.poll() is not None:
+            raise RuntimeError(f"the worker does not start; it printed:\n{running.worker.output()[-2000:]}")
+        time.sleep(0.02)
 
 
 def wait_recorded(producer: Producer, count: int, limit_s: float) -> bool:

@@ -10,6 +10,9 @@ from typing import Self
 
 _PROC = Path("/proc")
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+#: Linux makes the id of a process' CPU clock out of its pid and this (clock_getcpuclockid(3)); in nanoseconds, where
+#: /proc/PID/stat has steps of 10 ms.
+_CPUCLOCK_SCHED = 2
 _PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 _SAMPLE_S = 0.05
 
@@ -27,14 +30,15 @@ def tree(pid: int) -> list[int]:
 
 
 def cpu_s(pid: int) -> float | None:
-    """CPU seconds of a process, its living descendants, and those that it has waited for; in steps of 10 ms."""
+    """CPU seconds of a process, its living descendants, and those that it has waited for (these in steps of 10 ms)."""
     total = None
     for each in tree(pid):
         try:
-            fields = (_PROC / str(each) / "stat").read_text("ascii").rpartition(")")[2].split()
+            waited = (_PROC / str(each) / "stat").read_text("ascii").rpartition(")")[2].split()[13:15]  # cutime cstime
+            own_s = time.clock_gettime(~each << 3 | _CPUCLOCK_SCHED)
         except OSError:
-            continue
-        total = (total or 0.0) + sum(map(int, fields[11:15])) * _TICK_S  # utime stime cutime cstime
+            continue  # it has ended, or this system does not tell
+        total = (total or 0.0) + own_s + sum(map(int, waited)) * _TICK_S
     return total
 
 
@@ -50,12 +54,12 @@ def rss_mib(pid: int) -> float | None:
 
 
 def until_quiet(pid: int, limit_s: float = 3.0) -> None:
-    """Return once a process has used no CPU for two steps of its clock, or after ``limit_s``."""
+    """Return once a process has used next to no CPU for a moment, or after ``limit_s``."""
     ends_at, before = time.monotonic() + limit_s, cpu_s(pid)
     while time.monotonic() < ends_at:
         time.sleep(0.1)
         now = cpu_s(pid)
-        if now is None or before is None or now - before < 2 * _TICK_S:
+        if now is None or before is None or now - before < 0.01:
             return
         before = now
 

@@ -56,11 +56,6 @@ class Scale:
     restart_s: float  # between a worker's death and its successor's start
     drain_s: float  # patience at the end
 
-    @property
-    def round_s(self) -> float:
-        """The longest that one round of blows can take."""
-        return sum(self.lengths_s[kind][1] + self.rests_s[kind] for kind in ROUND)
-
 
 QUICK = Scale(
     name="quick",
@@ -134,7 +129,10 @@ SCALES = {scale.name: scale for scale in (QUICK, FULL)}
 
 
 def schedule(seed: int, scale: Scale, duration_s: float) -> list[Blow]:
-    """The blows of a run that produces for ``duration_s``: rounds in which each kind falls, in an order by the seed."""
+    """The blows of a run that produces for ``duration_s``: rounds in which each kind falls, in an order by the seed.
+
+    The first round is always whole.
+    """
     dice = random.Random(f"blows {seed}")
     blows: list[Blow] = []
     at_s = scale.rests_s[Kind.RESET]
@@ -143,7 +141,7 @@ def schedule(seed: int, scale: Scale, duration_s: float) -> list[Blow]:
         dice.shuffle(kinds)
         for kind in kinds:
             length_s = round(dice.uniform(*scale.lengths_s[kind]), 3)
-            if at_s + length_s > duration_s:
+            if len(blows) >= len(ROUND) and at_s + length_s > duration_s:
                 return blows
             blows.append(Blow(round(at_s, 3), kind, dice.randrange(WORKERS), length_s))
             at_s += length_s + scale.rests_s[kind]

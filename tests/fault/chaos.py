@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import redis
@@ -157,8 +157,8 @@ class Team:
         return place.worker is not None and "event=started" in place.worker.output()
 
     def held_by(self, place: Place) -> list[str]:
-        """Ids of the jobs that the worker at a place has a lease on."""
-        ids = self._peek("ZRANGE", self._peek.keys.leases, 0, -1)
+        """Ids of the jobs on which the worker at a place has a lease that has not run out."""
+        ids = self._peek("ZRANGEBYSCORE", self._peek.keys.leases, self._peek.now_ms(), "+inf")
         prefix = self._peek.keys.job_prefix
         return [i for i in ids if str(self._peek("HGET", prefix + i, "worker_name")).startswith(place.dyno + ".")]
 
@@ -244,14 +244,14 @@ class World:
             return
         self.said_s = time.monotonic()
         keys = self.peek.keys
-        asked = sum(len(producer.asks) for producer in self.producers)
+        told = sum(ask.id is not None for producer in self.producers for ask in list(producer.asks))
         try:
             counts = [self.peek("XLEN", keys.outcomes), self.peek("LLEN", keys.waiting)]
             counts += [self.peek("ZCARD", keys.leases), self.peek("ZCARD", keys.scheduled)]
             stands = "recorded {}, waiting {}, in flight {}, retries {}".format(*counts)
         except redis.RedisError as error:
             stands = f"Redis is away ({type(error).__name__})"
-        note(f"{time.monotonic() - self.began_s:6.1f} s  asked {asked} of {self.orders}, {stands} | {self.now}")
+        note(f"{time.monotonic() - self.began_s:6.1f} s  acknowledged {told} of {self.orders}, {stands} | {self.now}")
 
     def strike(self, blow: Blow) -> None:
         """One blow, from beginning to end."""
@@ -363,7 +363,7 @@ def run(scale: Scale, seed: int, jobs: int, logs: Path | None = None) -> Reckoni
             raise RuntimeError("the workers did not start")
         produce_and_strike(world, jobs)
         drained_s = drain(world)
-        return reckon(world, drained_s)
+        return reckon(world, drained_s, logs)
 
 
 def produce_and_strike(world: World, jobs: int) -> None:
@@ -372,8 +372,8 @@ def produce_and_strike(world: World, jobs: int) -> None:
     orders = world.exchange.add_orders(jobs + BYSTANDERS)
     shares = requests_for(orders[:jobs], world.seed)
     world.orders = sum(map(len, shares))
-    duration_s = max(world.orders / scale.orders_per_s, scale.round_s)
-    blows = schedule(world.seed, scale, duration_s)
+    blows = schedule(world.seed, scale, world.orders / scale.orders_per_s)
+    duration_s = max(world.orders / scale.orders_per_s, blows[-1].at_s + blows[-1].length_s)
     url = world.proxies[1].redis_url
     for number, share in enumerate(shares):
         world.producers.append(Producer(number, world.seed, url, share, len(share) / duration_s))
@@ -409,7 +409,7 @@ def drain(world: World) -> float:
     return took_s
 
 
-def reckon(world: World, drained_s: float) -> Reckoning:
+def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
     """Stop the workers and hold everything against everything."""
     peek, team = world.peek, world.team
     for place in team.places:
@@ -419,6 +419,9 @@ def reckon(world: World, drained_s: float) -> Reckoning:
     records, book, stats = peek.ledger(), world.exchange.book(), world.exchange.stats()
     order_of = {entry.client_algo_id: algo_id for algo_id, entry in book.items() if not entry.decoy}
     keys = [(key, peek("TTL", key) >= 0) for key in peek("KEYS", "*")]
+    if logs is not None:
+        (logs / "ledger.jsonl").write_text("".join(record.encode() + "\n" for record in records), "utf-8")
+        (logs / "kills.json").write_text(json.dumps([asdict(kill) for kill in team.kills]), "utf-8")
     return Reckoning(
         scale=world.scale.name,
         seed=world.seed,
@@ -455,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--scale", choices=SCALES, default="quick", help="quick: waits scaled down; full: the defaults")
     parser.add_argument("--json", action="store_true", help="the reckoning as one JSON object")
-    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="keep the workers' logs there")
+    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="keep logs and ledger there")
     chosen = parser.parse_args(arguments)
     if chosen.jobs < 1:
         parser.error("--jobs must be at least 1")

@@ -113,9 +113,23 @@ def twice_and_to_the_whole_group(stage: Stage) -> None:
 
 
 @SCENES.add
+def again_and_again_until_the_end(stage: Stage) -> None:
+    """SIGTERM that comes while the process is taking itself apart does not turn its exit code into a failure."""
+    scenery = Scenery(stage)
+    workers = [scenery.fleet.start(wait=False) for _ in range(3)]
+    for worker in workers:
+        wait_for_line(worker, "event=started")
+        ends_at = time.monotonic() + IDLE_EXIT_S
+        while worker.process.poll() is None and time.monotonic() < ends_at:
+            worker.process.send_signal(signal.SIGTERM)
+            time.sleep(0.002)
+        assert worker.process.returncode == 0
+
+
+@SCENES.add
 def unstarted_jobs_go_back_at_once(stage: Stage) -> None:
     """A job that comes while the worker is stopping is at the front again while a slow request still holds it up."""
-    scenery = Scenery(stage, latency_ms=SLOW_MS)
+    scenery = Scenery(stage, latency_ms=2000)
     worker = scenery.fleet.start()
     tickets = scenery.ask(1)
     scenery.wait_for_requests(1)
@@ -142,7 +156,9 @@ def a_retry_that_waits_is_left_to_others(stage: Stage) -> None:
     eventually(lambda: scenery.peek("ZCARD", scenery.peek.keys.scheduled) == 1, what="the retry is scheduled")
     worker.process.send_signal(signal.SIGTERM)
     leave(worker, IDLE_EXIT_S)
-    assert ticket.id in scenery.done() or scenery.peek("ZCARD", scenery.peek.keys.scheduled) == 1
+    # Drawn short, it may have been made before the stop, or be due and back on the queue.
+    stands = [*scenery.peek("ZRANGE", scenery.peek.keys.scheduled, 0, -1), *scenery.peek.waiting(), *scenery.done()]
+    assert stands == [ticket.id]
     scenery.fleet.start("--burst", wait=False)
     assert [attempt.verdict for attempt in ticket.wait(10).attempts] == ["busy", "confirmed"]
 
@@ -170,7 +186,7 @@ def while_redis_is_away(stage: Stage) -> None:
 @SCENES.add
 def a_request_slower_than_the_grace_is_left_behind(stage: Stage) -> None:
     """The grace holds whatever the exchange does; the job comes back with its attempt as unclear."""
-    scenery = Scenery(stage, latency_ms=3500, SHUTDOWN_GRACE_S="4")
+    scenery = Scenery(stage, latency_ms=2500, SHUTDOWN_GRACE_S="4")
     worker = scenery.fleet.start()
     tickets = scenery.ask(2)
     scenery.wait_for_requests(2)
@@ -203,7 +219,7 @@ def sigint_is_the_same(stage: Stage) -> None:
 @SCENES.add
 def a_second_sigint_leaves_at_once(stage: Stage) -> None:
     """The second Ctrl-C waits for nothing: exit code 130, and a line that says how many jobs it left; they return."""
-    scenery = Scenery(stage, latency_ms=SLOW_MS)
+    scenery = Scenery(stage, latency_ms=2000)
     worker = scenery.fleet.start()
     tickets = scenery.ask(2)
     scenery.wait_for_requests(2)

@@ -633,27 +633,24 @@ def test_unasked_answer_is_not_taken_for_the_next(
 
 def test_last_used_connection_is_used_first(bench: Bench, credential: Credential) -> None:
     """Of several idle connections the warmest serves the next call."""
-    together = threading.Barrier(2)
-    order: list[int] = []
+    both_asked = threading.Barrier(2)
+    first_is_done = threading.Event()
 
     def behave(peer: Peer) -> None:
         while head := peer.read_head():
-            if b"algoId=1&" in head and peer.number not in order:
-                together.wait(5)
-                until(lambda: peer.number == 1 or order == [1])
+            if b"algoId=1&" in head:
+                both_asked.wait(5)
+                assert peer.number == 1 or first_is_done.wait(5)
             peer.send(http_answer())
-            order.append(peer.number)
 
     server, client = bench.to(behave)
-
-    def call() -> None:
-        client.cancel(credential, OrderRef(1))
-
-    threads = [threading.Thread(target=call) for _ in range(2)]
+    threads = [threading.Thread(target=client.cancel, args=(credential, OrderRef(1))) for _ in range(2)]
     for thread in threads:
         thread.start()
-    threads_done = [thread.join(10) for thread in threads]
-    assert len(threads_done) == len(order) == 2
+    until(lambda: not all(thread.is_alive() for thread in threads))
+    first_is_done.set()
+    for thread in threads:
+        thread.join()
     for _ in range(3):
         client.cancel(credential, REF)
     assert server.used[2:] == [2, 2, 2]

@@ -61,7 +61,7 @@ def fetch(job_id: str, connection: redis.Redis) -> Job:
     return Job.fetch(job_id, connection=connection, serializer=JSONSerializer)
 
 
-def under_way(client: CancelClient, exchange: RunningExchange, latency_ms: int = 1500) -> tuple[Ticket, int]:
+def under_way(client: CancelClient, exchange: RunningExchange, latency_ms: int = 2000) -> tuple[Ticket, int]:
     """A request that the exchange has received and takes its time to answer."""
     exchange.set_latency_ms(latency_ms)
     algo_id = exchange.add_orders(1)[0].algo_id

@@ -12,7 +12,6 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -320,12 +319,12 @@ def test_retries_start_on_time(workers: Workers, client: CancelClient, exchange:
 
     found = outcomes(client, cancel_all(client, ids))
 
-    delays = {ticket: [] for ticket in (outcome.id for outcome in found)}  # type: dict[str, list[int]]
-    for event in events(worker, "again"):
-        delays[event["id"]].append(int(event["delay_ms"]))
+    delays = {(event["id"], int(event["attempts"])): int(event["delay_ms"]) for event in events(worker, "again")}
+    assert len(delays) > 20
     for outcome in found:
         assert steps(outcome) == [*["busy"] * 4, "confirmed"]
-        for (before, after), delay_ms in zip(itertools.pairwise(outcome.attempts), delays[outcome.id], strict=True):
+        for before, after in itertools.pairwise(outcome.attempts):
+            delay_ms = delays.get((outcome.id, before.n), 0)  # one of less than a millisecond is no wait
             late_ms = after.at_ms - (before.at_ms + before.ms + delay_ms)
             assert -5 <= late_ms < 500, (late_ms, outcome)
 
@@ -376,10 +375,10 @@ def test_rate_limit_stops_every_worker(
     tickets = cancel_all(client, ids)
     eventually(lambda: len(peek.ledger()) > 50, what="both are at work")
 
-    exchange.start_incident(Fault.LIMITED_429, duration_ms=4000)
+    exchange.start_incident(Fault.LIMITED_429, duration_ms=3000)
     eventually(lambda: peek("EXISTS", peek.keys.gate("all")), 2, "the gate is closed in Redis")
     gate = dict(peek("HGETALL", peek.keys.gate("all")))
-    assert int(gate["until_ms"]) > peek.now_ms() + 2000
+    assert int(gate["until_ms"]) > peek.now_ms() + 1000
     assert gate["reason"].startswith("429")
     late = workers.start()
 
@@ -523,20 +522,20 @@ def test_plain_rq_enqueue_is_accepted(
 
 
 def test_damaged_registries_do_not_harm_the_worker(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
 ) -> None:
     """RQ's own clean-up may stumble over what it finds: the worker's upkeep goes on all the same."""
     for entry in ("no-execution-id", b"\xff:x", "a:b:c"):
         connection.execute_command("ZADD", "rq:wip:cancels", 1, entry)
     connection.lpush("rq:queue:cancels:intermediate", b"\xff")
-    worker = workers.start(LEASE_S="1")
-    exchange.set_latency_ms(1500)
+    # A worker that starts under a closed gate has not measured the clock: its upkeep comes early, and does it later.
+    peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 2500)
+    worker = workers.start()
+
+    eventually(lambda: events(worker, "maintenance"), 5, "the clean-up stumbles")
+    eventually(lambda: exchange.stats().requests.get("GET /fapi/v1/time"), 8, "the upkeep goes on")
     (algo_id,) = opened(exchange, 1)
-    time.sleep(1.2)  # beyond the first look after the warm-up
-
-    outcome = client.cancel(algo_id=algo_id).wait(10)
-
-    assert (outcome.kind, steps(outcome)) == (OutcomeKind.CANCELLED, ["confirmed"])
+    assert client.cancel(algo_id=algo_id).wait(10).kind is OutcomeKind.CANCELLED
     assert "Traceback" not in worker.output()
 
 
@@ -633,9 +632,8 @@ def test_sigkill_under_load(workers: Workers, client: CancelClient, exchange: Ru
     """The jobs of a killed worker are taken over within a lease and 1.5 s; each still ends in one outcome."""
     victim = workers.start(LEASE_S="1", WORKER_CONCURRENCY="16")
     workers.start(LEASE_S="1", WORKER_CONCURRENCY="16")
-    exchange.set_latency_ms(300)
-    ids = opened(exchange, 400)
-    tickets = cancel_all(client, ids)
+    exchange.set_latency_ms(250)
+    tickets = cancel_all(client, opened(exchange, 200))
     eventually(lambda: len(peek.ledger()) > 40, what="both are at work")
 
     killed_ms = peek.now_ms()
@@ -823,7 +821,7 @@ def test_redis_comes_after_the_worker(new_fleet: NewFleet, exchange: RunningExch
     server = Valkey(tmp_path)
     worker = new_fleet(REDIS_URL=server.url).start(wait=False)
     eventually(lambda: events(worker, "redis"), 15, "it says that Redis is away")
-    time.sleep(2.5)
+    time.sleep(1.6)
     assert worker.process.poll() is None
     assert [event["state"] for event in events(worker, "redis")] == ["away"]
 
@@ -889,11 +887,11 @@ def test_outage_longer_than_the_lease_sends_nothing_twice(
     fleet = new_fleet(REDIS_URL=durable.url, LEASE_S="2")
     for _ in range(2):
         fleet.start()
-    exchange.set_latency_ms(3500)
+    exchange.set_latency_ms(3000)
     with CancelClient.from_url(durable.url) as client, redis.Redis(port=durable.port) as connection:
         tickets = cancel_all(client, opened(exchange, 40))
         eventually(lambda: sum(entry.deletes for entry in exchange.book().values()) == 40, what="all are under way")
-        killed_for(durable, 2.2)
+        killed_for(durable, 2.1)
         tickets += cancel_all(client, opened(exchange, 10))  # who claims these may see the leases that ran out
 
         found = outcomes(client, tickets, 30)
@@ -904,7 +902,7 @@ def test_outage_longer_than_the_lease_sends_nothing_twice(
 
 def test_stop_while_redis_is_away(durable: Valkey, new_fleet: NewFleet, exchange: RunningExchange) -> None:
     """A worker that is told to stop during an outage leaves within its grace, whatever it still holds."""
-    worker = new_fleet(REDIS_URL=durable.url, LEASE_S="1", SHUTDOWN_GRACE_S="5", WORKER_CONCURRENCY="2").start()
+    worker = new_fleet(REDIS_URL=durable.url, LEASE_S="1", SHUTDOWN_GRACE_S="4", WORKER_CONCURRENCY="2").start()
     exchange.set_latency_ms(400)
     with CancelClient.from_url(durable.url) as client, redis.Redis(port=durable.port) as connection:
         tickets = cancel_all(client, opened(exchange, 20))
@@ -912,7 +910,7 @@ def test_stop_while_redis_is_away(durable: Valkey, new_fleet: NewFleet, exchange
         durable.stop(signal.SIGKILL)
         began = time.monotonic()
         assert worker.stop() == 0
-        assert time.monotonic() - began < 5.5
+        assert time.monotonic() - began < 4.5
         assert "Traceback" not in worker.output()
         durable.start()
         new_fleet(REDIS_URL=durable.url, LEASE_S="1").start()
@@ -924,7 +922,7 @@ def test_stop_with_unstarted_jobs_while_redis_is_away(
     durable: Valkey, new_fleet: NewFleet, exchange: RunningExchange
 ) -> None:
     """Jobs that were claimed and not begun do not keep a worker that has no Redis to hand them back to."""
-    fleet = new_fleet(REDIS_URL=durable.url, LEASE_S="1", SHUTDOWN_GRACE_S="5", WORKER_CONCURRENCY="1")
+    fleet = new_fleet(REDIS_URL=durable.url, LEASE_S="1", SHUTDOWN_GRACE_S="4", WORKER_CONCURRENCY="1")
     worker = fleet.start(BACKOFF_BASE_MS="1500", BACKOFF_CAP_MS="1500")
     with CancelClient.from_url(durable.url) as client, redis.Redis(port=durable.port) as connection:
         one, two = opened(exchange, 2)
@@ -940,7 +938,7 @@ def test_stop_with_unstarted_jobs_while_redis_is_away(
         began = time.monotonic()
 
         assert worker.stop() == 0
-        assert time.monotonic() - began < 5.5
+        assert time.monotonic() - began < 4.5
         durable.start()
         exchange.set_latency_ms(0)
         fleet.start()
@@ -975,17 +973,15 @@ def test_two_queues_do_not_meet(
 
 
 def test_idle_worker_costs_next_to_nothing(workers: Workers, connection: redis.Redis) -> None:
-    """A worker without work sends Redis a handful of commands a second, away or there, and uses little of a core."""
+    """A worker without work sends Redis a handful of commands a second and uses little of a core."""
     worker = workers.start()
-    time.sleep(1)
-    with suppress(FileNotFoundError):
-        before, began = cpu_s(worker), time.monotonic()
-        connection.config_resetstat()
-        time.sleep(2)
-        commands = connection.info("stats")["total_commands_processed"]
-        used = (cpu_s(worker) - before) / (time.monotonic() - began)
-        assert commands / 2 < 40
-        assert used < 0.2
+    before, began = cpu_s(worker), time.monotonic()
+    connection.config_resetstat()
+    time.sleep(1.5)
+    commands = connection.info("stats")["total_commands_processed"]
+    seconds = time.monotonic() - began
+    assert commands / seconds < 40
+    assert (cpu_s(worker) - before) / seconds < 0.2
 
 
 def cpu_s(worker: Worker) -> float:

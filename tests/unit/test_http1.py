@@ -114,6 +114,7 @@ def sound_answers(draw: st.DrawFn) -> Sound:
     fields = draw(st.lists(st.tuples(NAMES, VALUES), max_size=4))
     connection = draw(st.sampled_from(["", "close", "Close", "keep-alive", "Keep-Alive"]))
     payload = body
+    fields = [(name, value + draw(PADDING)) for name, value in fields]  # behind a length, http.client errs on it
     if framing == "length":
         fields.append((draw(any_case("content-length")), str(len(body))))
     elif framing == "chunked" and status not in (204, 304):
@@ -121,7 +122,7 @@ def sound_answers(draw: st.DrawFn) -> Sound:
         payload = draw(chunks(body))
     if connection:
         fields.append((draw(any_case("connection")), connection))
-    lines = [f"{name}:{draw(PADDING)}{value}{draw(PADDING)}" for name, value in draw(st.permutations(fields))]
+    lines = [f"{name}:{draw(PADDING)}{value}" for name, value in draw(st.permutations(fields))]
     interim = draw(st.sampled_from(["", "HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 100 \r\nX-A: b\r\n\r\n"]))
     head = "\r\n".join([f"{interim}HTTP/1.{version} {status}{reason}", *lines, "", ""]).encode()
     keeps = connection.lower() == "keep-alive" if version == 0 else connection.lower() != "close"
@@ -337,6 +338,7 @@ def test_chunks_of_an_old_server_are_refused() -> None:
         b"f" * 400 + b"\r\nabc\r\n0\r\n\r\n",
         b"3;" + b"x" * FRAMING_LIMIT + b"x\r\nabc\r\n0\r\n\r\n",
         b"0\r\nX: " + b"x" * FRAMING_LIMIT,
+        b"0\r\nX: " + b"x" * FRAMING_LIMIT + b"\r\n\r\n",
     ],
 )
 def test_malformed_chunks_are_not_whole(body: bytes) -> None:

@@ -1,0 +1,236 @@
+"""`python -m tests.bench`: measure the project beside stock RQ and a bare floor, in one run on this machine.
+
+Everything runs on loopback, in processes of its own: a Valkey, an exchange that checks signatures, a proxy that puts
+Redis further away, one worker at a time. Progress goes to stderr, tables to stdout. Figures of different machines, or
+of one machine at different times, do not compare; the ratios of one run do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.bench import behaviour, endurance, measures, plot
+from tests.bench.common import Bench, Sizes
+from tests.bench.environment import describe
+from tests.bench.figures import Results
+from tests.bench.report import ratios, tables
+from tests.bench.rig import Rig, open_rig
+from tests.bench.systems import PROJECT, SYSTEMS
+
+EX_OK, EX_LOST, EX_USAGE, EX_FAILED, EX_INTERRUPTED = 0, 1, 2, 3, 130
+MEASURES = {
+    "idle": "latency of one cancel, exchange 5 ms away",
+    "far": "the same with Redis further away",
+    "burst": "cancels/s, CPU and memory, exchange 50 ms away",
+    "calls": "cancel() and cancel_many() against a bare PING",
+    "cost": "cost per cancel with much on the queue, in ledger and registries",
+    "cold": "first cancel after a pause, exchange over TLS that closes idle connections",
+    "retries": "start of retries against when they were due",
+    "memory": "memory of worker and Redis over many cancels",
+    "share": "two workers on one burst",
+    "slow": "one slow order and the others",
+}
+
+QUICK = Sizes(
+    warm_up=5,
+    paced_s=5.0,
+    idle={"project": 60, "rq-simple": 30, "rq-worker": 8, "floor": 60},
+    far={"project": 50, "rq-simple": 25, "rq-worker": 6, "floor": 50},
+    burst={1: 20, 8: 150, 64: 600, 256: 600},
+    stock_burst={"rq-simple": 20, "rq-worker": 8, "floor": 20},
+    pings=200,
+    many=2000,
+    waiting=10_000,
+    window=600,
+    memory_step=1000,
+    memory_steps=3,
+    memory_ledger=500,
+    closes_after_s=3.0,
+    warm_s="1.25",
+    retries={"project": 100},
+    share=600,
+    slow={"project": 40},
+    limit_s=20.0,
+)
+FULL = Sizes(
+    warm_up=20,
+    paced_s=60.0,
+    idle={"project": 300, "rq-simple": 200, "rq-worker": 60, "floor": 300},
+    far={"project": 300, "rq-simple": 150, "rq-worker": 50, "floor": 300},
+    burst={1: 100, 8: 1000, 64: 2000, 256: 2000},
+    stock_burst={"rq-simple": 150, "rq-worker": 60, "floor": 150},
+    pings=1000,
+    many=2000,
+    waiting=100_000,
+    window=3000,
+    memory_step=10_000,
+    memory_steps=20,
+    memory_ledger=20_000,
+    closes_after_s=60.0,
+    warm_s="",
+    retries={"project": 400, "rq-simple": 10},
+    share=2000,
+    slow={"project": 60, "rq-simple": 5},
+    limit_s=60.0,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    quick: bool
+    json: str | None
+    plot: Path | None
+    redis_ms: float
+    measures: tuple[str, ...]
+    systems: tuple[str, ...]
+    rounds: int
+
+
+def _options(arguments: list[str]) -> Options:
+    names = [system.name for system in SYSTEMS]
+    shown = "\n".join(f"  {name:<10}{what}" for name, what in MEASURES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"measurements:\n{shown}\nsystems:\n  {' '.join(names)}\n"
+        "exit codes: 0 measured, 1 a cancel was lost (no DELETE, or no record), 2 bad usage, 3 not measured",
+    )
+    parser.add_argument("--quick", action="store_true", help="less of everything: under a minute")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write every raw figure; - is stdout, the tables then go to stderr"
+    )
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw idle latency and throughput (matplotlib)")
+    parser.add_argument("--redis-ms", metavar="ONE_WAY", type=float, default=0.5, help="distance for `far` (0.5)")
+    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="these measurements, systems, or both")
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, default=1, help="idle, far, burst and cost so many times (1)"
+    )
+    given = parser.parse_args(arguments)
+    if unknown := set(given.only) - MEASURES.keys() - set(names):
+        parser.error(f"--only: no such measurement or system: {', '.join(sorted(unknown))}")
+    if not 0 < given.redis_ms <= 1000 or not 0 < given.rounds <= 100:
+        parser.error("--redis-ms is more than 0 and at most 1000, --rounds is 1 to 100")
+    chosen = tuple(name for name in MEASURES if name in given.only) or tuple(MEASURES)
+    systems = tuple(name for name in names if name in given.only) or tuple(names)
+    return Options(given.quick, given.json, given.plot, given.redis_ms, chosen, systems, given.rounds)
+
+
+def measure(options: Options, bench: Bench, rig: Rig, results: Results) -> None:
+    """Take the measurements that were asked for."""
+    wanted, has_project = options.measures, PROJECT in bench.systems
+    if "burst" in wanted:
+        results.capacity.append(measures.capacity(bench, rig))
+    for _ in range(options.rounds):
+        if {"idle", "burst"} & set(wanted):
+            measures.speed(bench, rig, results, wanted)
+        if "far" in wanted:
+            measures.far(bench, rig, results)
+        if "cost" in wanted and has_project:
+            results.cost += [endurance.cost(bench, rig, full) for full in (False, True)]
+    if "calls" in wanted and has_project:
+        results.calls.append(measures.calls(bench, rig))
+    with _long_pause(bench, results, wanted):
+        behaviour.together(bench, rig, results, wanted)
+        if "memory" in wanted and has_project:
+            results.memory.append(endurance.memory(bench, rig))
+
+
+@contextlib.contextmanager
+def _long_pause(bench: Bench, results: Results, wanted: tuple[str, ...]) -> Iterator[None]:
+    """The first cancel after a pause: the pause lasts while the block runs, and longer if need be."""
+    if "cold" not in wanted:
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pausing = threading.Event()
+        cold = pool.submit(behaviour.first_after_idle, bench, pausing)
+        while not (pausing.wait(0.1) or cold.done()):
+            pass
+        yield
+        results.cold += cold.result()
+
+
+def _progress() -> Callable[[str], None]:
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"{time.monotonic() - began:6.1f} s  {line}\n")
+        sys.stderr.flush()
+
+    return say
+
+
+def run(options: Options) -> int:
+    """Measure and report; gives the exit code."""
+    if options.plot is not None:
+        plot.library()
+    began, results = time.monotonic(), Results()
+    systems = [system for system in SYSTEMS if system.name in options.systems]
+    bench = Bench(QUICK if options.quick else FULL, systems, options.redis_ms, _progress())
+    with open_rig(options.redis_ms) as rig:
+        environment = describe(rig.redis)
+        measure(options, bench, rig, results)
+    environment |= {"load_1m_after": os.getloadavg()[0], "seconds": round(time.monotonic() - began, 1)}
+    _report(options, environment, results)
+    return EX_LOST if results.losses() else EX_OK
+
+
+def _report(options: Options, environment: dict[str, object], results: Results) -> None:
+    where = f"{environment['cores']} cores, Python {environment['python']}, {environment['server']}"
+    text = "\n\n".join(table.text() for table in tables(results))
+    lost = "".join(f"LOST  {line}\n" for line in results.losses())
+    ending = f"{where}, {environment['seconds']} s; stock workers do fewer cancels, one at a time"
+    out = sys.stderr if options.json == "-" else sys.stdout
+    out.write(f"{text}\n\n{ending}\n{lost}")
+    if options.json is not None:
+        _write_json(options, environment, results)
+    if options.plot is not None:
+        plot.draw(results, options.plot, where)
+
+
+def _write_json(options: Options, environment: dict[str, object], results: Results) -> None:
+    record = {
+        "v": 1,
+        "environment": environment,
+        "options": {**asdict(options), "plot": None if options.plot is None else str(options.plot)},
+        "results": asdict(results),
+        "ratios": [{**asdict(one), "ratio": one.value} for one in ratios(results)],
+        "losses": results.losses(),
+    }
+    text = json.dumps(record, allow_nan=False) + "\n"
+    if options.json == "-":
+        sys.stdout.write(text)
+    elif options.json is not None:
+        Path(options.json).write_text(text, "utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; gives the exit code."""
+    options = _options(arguments)
+    try:
+        return run(options)
+    except plot.MissingLibrary as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EX_USAGE
+    except (RuntimeError, AssertionError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EX_FAILED
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
