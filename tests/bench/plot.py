@@ -46,8 +46,8 @@ def draw(results: Results, file: Path, where: str) -> None:
         named = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
         named |= dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
         if named:
-            figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), fontsize=8.5)
-        figure.supxlabel(where, fontsize=8, color="#555555")
+            options = {"ncols": len(named), "fontsize": 8.5, "title": where, "title_fontsize": 8, "frameon": False}
+            figure.legend(named.values(), named.keys(), loc="outside lower center", **options)
         for axes in (left, right):
             axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.7)
             axes.spines[["top", "right"]].set_visible(False)
@@ -64,7 +64,9 @@ def _latencies(axes: Any, results: Results) -> None:
         axes.step(ordered, shares, where="post", color=_COLOURS[system], label=TITLES[system], linewidth=width)
         middle = percentile(values, 0.5)
         if middle is not None:
-            axes.annotate(f"{number(middle)} ms", (middle, 50), (5, -4), textcoords="offset points", fontsize=8)
+            # The leftmost curve is close to the next one.
+            beside: dict[str, Any] = {"xytext": (-5, -4), "ha": "right"} if system == "floor" else {"xytext": (5, -4)}
+            axes.annotate(f"{number(middle)} ms", (middle, 50), textcoords="offset points", fontsize=8, **beside)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 101)
