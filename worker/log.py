@@ -116,3 +116,9 @@ def configure(level: str, style: str) -> None:
     # RQ tells each job at INFO in its own colours; our events say the same.
     for name in ("rq.worker", "rq.job", "rq.queue", "rq.registry", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def configure_unless_done(level: str, style: str) -> None:
+    """The same where somebody else's command line (`rq worker -w …`) started the process and knows nothing of us."""
+    if not logger.hasHandlers():
+        configure(level, style)

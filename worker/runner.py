@@ -112,6 +112,7 @@ class CancelWorker(BaseWorker):
 
         RQ's other options (scheduler, idle time, job count) mean nothing here: retries need no scheduler.
         """
+        log.configure_unless_done(self._settings.log_level, self._settings.log_format)
         self._install_signal_handlers()
         if not self._be_born():
             self._exchange.close()
@@ -301,6 +302,13 @@ class CancelWorker(BaseWorker):
         if not isinstance(exc, redis.RedisError | OSError):
             raise exc
         self._ended.wait(_LOOK_S)
+
+    def handle_payload(self, message: Any) -> None:
+        """A command of RQ's; what is none must not end the thread that listens for them."""
+        try:
+            super().handle_payload(message)  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            log.warning("ignored", command="not understood", error=type(error).__name__)
 
     def kill_horse(self, *_: Any, **__: Any) -> None:
         """RQ's `stop-job` command kills the process that runs a job; here it would kill every job."""

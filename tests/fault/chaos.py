@@ -418,7 +418,8 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
     asks = [ask for producer in world.producers for ask in producer.asks]
     records, book, stats = peek.ledger(), world.exchange.book(), world.exchange.stats()
     order_of = {entry.client_algo_id: algo_id for algo_id, entry in book.items() if not entry.decoy}
-    keys = [(key, peek("TTL", key) >= 0) for key in peek("KEYS", "*")]
+    # A key that ends between the two commands had a time to live.
+    keys = [(key, peek("TTL", key) != -1) for key in peek("KEYS", "*")]
     if logs is not None:
         (logs / "ledger.jsonl").write_text("".join(record.encode() + "\n" for record in records), "utf-8")
         (logs / "kills.json").write_text(json.dumps([asdict(kill) for kill in team.kills]), "utf-8")

@@ -24,8 +24,8 @@ OTHER = ("another-key-of-the-tests", "another-secret-of-the-tests")
 
 @pytest.fixture
 def small_budget() -> Iterator[RunningExchange]:
-    """An exchange that allows a weight of 60 a minute, and whose minute ends in about four seconds."""
-    skew_ms = 56_000 - int(time.time() * 1000) % 60_000
+    """An exchange that allows a weight of 60 a minute, and whose minute ends soon, yet not before the workers stand."""
+    skew_ms = 47_000 - int(time.time() * 1000) % 60_000
     accounts = {"default": (API_KEY, API_SECRET)}
     config = ExchangeConfig(accounts=accounts, weight_limit_per_minute=60, clock_skew_ms=skew_ms)
     with start_exchange(config) as running:
@@ -56,7 +56,7 @@ def test_the_weight_limit_is_not_reached(
         tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in orders)
         outcomes = eventually(
             lambda: found if len(found := client.outcomes_of([t.id for t in tickets])) == len(tickets) else None,
-            30,
+            40,
             "all outcomes",
         )
 

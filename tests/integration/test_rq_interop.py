@@ -498,3 +498,15 @@ def test_rqs_command_line_starts_our_worker(
     for secret in (API_KEY, API_SECRET):
         assert secret not in worker.output()
     assert connection.scard("rq:workers") == 0
+
+
+def test_a_strange_message_does_not_end_the_listening(workers: Workers, connection: redis.Redis) -> None:
+    """After a message that is no command of RQ's, the worker still hears RQ's shutdown command."""
+    worker = workers.start()
+    name = next(iter(BaseWorker.all(connection))).name
+    for strange in ("not JSON", "[1]", '{"command": 5}', "{}"):
+        connection.publish(f"rq:pubsub:{name}", strange)
+
+    send_shutdown_command(connection, name)
+
+    assert worker.process.wait(20) == 0
