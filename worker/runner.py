@@ -30,7 +30,7 @@ from worker.crew import Crew
 from worker.settings import Settings
 from worker.store import Store, connect_like
 from worker.verdict import OrderRef, classify
-from worker.wiring import open_canceller, open_exchange, open_redis, open_store
+from worker.wiring import lease_of, open_canceller, open_exchange, open_redis, open_store
 
 EX_OK = 0
 EX_UNAVAILABLE = 69  # sysexits.h: Redis refused the login
@@ -92,12 +92,13 @@ class CancelWorker(BaseWorker):
         self._interrupts = 0
         self.exit_code = EX_OK
         self._knows_limit = False
+        self._renewed_at_s = 0.0  # monotonic
         self._exchange, clock = open_exchange(self._settings)
         self._store: Store = open_store(own, self._settings, self.name, self.queues[0].name)
         canceller, self._gate = open_canceller(self._settings, self._exchange, clock, self._store, self.name)
         self._clock = clock
         self._policy = policy_of(self._settings)
-        self._crew = Crew(self._settings.concurrency, self._settings.lease_s, self._store, canceller, self._gate)
+        self._crew = Crew(self._settings.concurrency, lease_of(self._settings), self._store, canceller, self._gate)
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
         """Keep our own time-outs: RQ would wait 415 s for an answer."""
@@ -206,13 +207,18 @@ class CancelWorker(BaseWorker):
 
     def _look_once(self) -> None:
         asked_at_s = time.monotonic()
-        held = self._crew.held()
+        # Not at each look: what is renewed all the time is taken over a whole lease after its holder's death.
+        is_due = asked_at_s >= self._renewed_at_s + self._settings.lease_s / 4
+        held = self._crew.held() if is_due else []
         lost, gate_until_ms, suspended = self._store.renew(held)
-        self._crew.renewed(asked_at_s, lost)
+        if is_due:
+            self._renewed_at_s = asked_at_s
+            self._crew.renewed(asked_at_s, lost)
         self._gate.observe(gate_until_ms)
         self._gate.share(self._store.clock.now_ms())
         self._crew.suspend(suspended)
-        state = WorkerStatus.SUSPENDED if suspended else WorkerStatus.BUSY if held else WorkerStatus.IDLE
+        at_work = WorkerStatus.BUSY if self._crew.in_flight() else WorkerStatus.IDLE
+        state = WorkerStatus.SUSPENDED if suspended else at_work
         with self.connection.pipeline(transaction=False) as pipeline:
             self.heartbeat(pipeline=pipeline)
             if state != self.get_state():

@@ -55,6 +55,11 @@ class Pair:
         self.pause()
         return ticket, order.algo_id
 
+    def gets(self, ticket: Ticket) -> bool:
+        """Whether Redis gives a new job to the worker that stands still, and does not keep it waiting."""
+        eventually(lambda: self.peek.waiting() or self.peek.job(ticket.id)["worker_name"], what="a place for the job")
+        return not self.peek.waiting()
+
     def peer_takes_over(self, ticket: Ticket) -> Worker:
         """Start the peer and wait until it has ended the job."""
         peer = self._fleet.start()
@@ -116,7 +121,7 @@ def a_claim_read_after_its_lease_sends_nothing(stage: Stage) -> None:
         pair.pause()
         order = pair.exchange.add_orders()[0]
         ticket = pair.client.cancel(algo_id=order.algo_id)
-        if not pair.peek.waiting():
+        if pair.gets(ticket):
             break
         pair.wake()  # it stood still between two waits, when nobody was at the queue: once more
         ticket.wait(5)
