@@ -179,9 +179,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
                 client = CancelClient.from_url(valkey.url, queue)
                 peer = fleet.start(wait=False, CANCEL_QUEUE=queue, DYNO=f"peer-{point}")
                 scenes[point] = Scene(point, fleet, client, exchange, start_dying(fleet, point, queue), peer)
+                for worker in (peer, scenes[point].dying):
+                    wait_for_line(worker, "event=started", 60)
             normal = play_without_death(fleet, valkey, exchange, connection)
-            for worker in fleet.all:
-                wait_for_line(worker, "event=started", 60)
             failures = play_all(scenes)
             fleet.stop()  # the tests only look
             yield Stage(valkey, exchange, fleet, scenes, failures, normal, connection)

@@ -118,6 +118,8 @@ def a_claim_read_after_its_lease_sends_nothing(stage: Stage) -> None:
     """Redis hands a job to a worker that stands still at the queue; it wakes when somebody else has done the job."""
     pair = Pair(stage, latency_ms=0)
     for _ in range(10):
+        pair.client.cancel(algo_id=pair.exchange.add_orders()[0].algo_id).wait(5)  # the server knows the scripts now
+        pair.peek("DEL", pair.peek.keys.outcomes)
         pair.pause()
         order = pair.exchange.add_orders()[0]
         ticket = pair.client.cancel(algo_id=order.algo_id)
@@ -125,7 +127,6 @@ def a_claim_read_after_its_lease_sends_nothing(stage: Stage) -> None:
             break
         pair.wake()  # it stood still between two waits, when nobody was at the queue: once more
         ticket.wait(5)
-        pair.peek("DEL", pair.peek.keys.outcomes)
     assert pair.peek.job(ticket.id)["worker_name"] == name_of(pair.paused)
     pair.peer_takes_over(ticket)
     pair.wake_and_watch(order.algo_id)

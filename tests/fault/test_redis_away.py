@@ -333,9 +333,7 @@ def flushed(stage: Stage) -> None:
 def peers_leave_leases_alone_at_first(stage: Stage) -> None:
     """When Redis returns, holders settle before anybody takes leases that ran out meanwhile: no attempt is lost."""
     scenery = Scenery(stage, latency_ms=1000)
-    peers = [scenery.fleet.start(wait=False) for _ in range(2)]
-    for peer in peers:
-        wait_for_line(peer, "event=started")
+    peers = [scenery.fleet.start() for _ in range(2)]
     tickets = scenery.in_flight(6)
     scenery.proxy.down()
     time.sleep(3.0)  # three leases
