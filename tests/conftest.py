@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import redis
 from producer import CancelClient
 from tests.servers import Valkey, Workers, running_valkey, scrubbed
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
+
+# A runner in the background may have Ctrl-C ignored, and every process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 API_KEY = "sandbox-key-of-the-tests"
 API_SECRET = "sandbox-secret-of-the-tests"

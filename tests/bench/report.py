@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tests.bench.figures import Burst, Cost, Idle, Results
+from tests.bench.figures import Burst, Cost, Idle, Memory, Results
 
 PROJECT = "project"
 TITLES: Mapping[str, str] = {
@@ -111,7 +111,8 @@ def ratios(results: Results) -> list[Ratio]:
         for share in (0.5, 0.99):
             figures = {system: percentile(values, share) for system, values in latencies.items()}
             found += _against(f"{name}: p{share * 100:.0f} from cancel() to its DELETE", figures)
-    return [*found, *_burst_ratios(results.burst), *_call_ratios(results), *_cost_ratios(results.cost)]
+    found += [*_burst_ratios(results.burst), *_call_ratios(results), *_cost_ratios(results.cost)]
+    return [*found, *_memory_ratios(results.memory)]
 
 
 def _against(what: str, figures: Mapping[str, float | None]) -> list[Ratio]:
@@ -160,6 +161,19 @@ def _cost_ratios(measured: Sequence[Cost]) -> list[Ratio]:
         full, empty = (median(per(total(o), o.cancels) for o in measured if o.full is state) for state in (True, False))
         if full is not None and empty is not None:
             found.append(Ratio(f"full queue, ledger and registries: {what} per cancel", "an empty start", full, empty))
+    return found
+
+
+def _memory_ratios(measured: Sequence[Memory]) -> list[Ratio]:
+    found = []
+    for one in measured:
+        half, last = one.steps[(len(one.steps) - 1) // 2], one.steps[-1]
+        halfway = f"after {half.cancels}"
+        if half.rss_mib is not None and last.rss_mib is not None:
+            found.append(
+                Ratio(f"memory of the worker after {last.cancels} cancels", halfway, last.rss_mib, half.rss_mib)
+            )
+        found.append(Ratio(f"memory of Redis after {last.cancels} cancels", halfway, last.redis_mib, half.redis_mib))
     return found
 
 

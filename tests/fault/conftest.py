@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import pytest
 import redis
@@ -41,9 +41,8 @@ FAST = {
     "NOT_FOUND_HORIZON_S": "2",
     "CANCEL_DEADLINE_S": "60",
 }
-#: Scenes that run at the same time. Starting Python is the only thing about them that needs a processor, so only three
-#: workers start at a time: a test of how soon something happens must not wait for others' imports.
-_AT_ONCE = 16
+#: Starting Python is the only thing about a scene that needs a processor, so only three workers start at a time: a
+#: test of how soon something happens must not wait for others' imports.
 _STARTING = threading.BoundedSemaphore(3)
 #: Writes that were acknowledged are on the disk: the server may be killed.
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
@@ -64,6 +63,7 @@ class Stage:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._stack = ExitStack()
+        self.scenery: Any = None  # what an earlier scene of the row has built
 
     def __enter__(self) -> Stage:
         return self
@@ -113,22 +113,41 @@ Scene: TypeAlias = Callable[[Stage], None]
 class Scenes(dict[str, Scene]):
     """A module's scenes by name. Each is a function whose docstring says the rule that it shows."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: dict[str, list[str]] = {}  # by the name of the first scene
+
     def add(self, scene: Scene) -> Scene:
-        """Decorator: one more scene."""
-        self[scene.__name__] = scene
-        return scene
+        """Decorator: a scene on a stage of its own."""
+        return self._note(scene, scene)
+
+    def after(self, first: Scene) -> Callable[[Scene], Scene]:
+        """Decorator: a scene on the stage of ``first``, when what is noted for it before has been played."""
+        return lambda scene: self._note(scene, first)
 
     def play(self, directory: Path) -> dict[str, Future[None]]:
         """Play all of them; gives how each ended."""
+        ends: dict[str, Future[None]] = {name: Future() for name in self}
 
-        def one(name: str, scene: Scene) -> None:
-            place = directory / name
+        def play_row(names: list[str]) -> None:
+            place = directory / names[0]
             place.mkdir()
             with Stage(place) as stage:
-                scene(stage)
+                for name in names:
+                    try:
+                        ends[name].set_result(self[name](stage))
+                    except BaseException as error:  # noqa: BLE001 - its test raises it
+                        ends[name].set_exception(error)
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return {name: pool.submit(one, name, scene) for name, scene in self.items()}
+        with ThreadPoolExecutor(len(self._rows)) as pool:
+            for row in [pool.submit(play_row, names) for names in self._rows.values()]:
+                row.result()
+        return ends
+
+    def _note(self, scene: Scene, first: Scene) -> Scene:
+        self[scene.__name__] = scene
+        self._rows.setdefault(first.__name__, []).append(scene.__name__)
+        return scene
 
 
 @pytest.fixture(scope="module")

@@ -34,12 +34,13 @@ PRODUCER_TIMEOUT_S = 1.0
 class Scenery:
     """A durable server behind a proxy, an exchange, and one worker with nothing to do."""
 
-    def __init__(self, stage: Stage, latency_ms: float = 0.0, options: tuple[str, ...] = (), **settings: str) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, options: tuple[str, ...] = (), **settings: str) -> None:
+        stage.scenery = self
         self.valkey: Valkey = stage.valkey(*DURABLE, *options)
         self.proxy: Proxy = stage.proxy(self.valkey)
-        self.exchange: RunningExchange = stage.exchange(latency_ms)
+        self.exchange: RunningExchange = stage.exchange()
         self.client: CancelClient = stage.client(self.valkey.url)
+        self.producer: CancelClient = stage.client(self.proxy.redis_url, timeout_s=PRODUCER_TIMEOUT_S)
         self.connection = stage.direct(self.valkey)
         self.peek = Peek(self.connection)
         self.fleet: Workers = stage.fleet(self.proxy.redis_url, self.exchange, **settings)
@@ -51,18 +52,22 @@ class Scenery:
         orders = self.exchange.add_orders(count)
         return self.client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in orders])
 
-    def in_flight(self, count: int) -> list[Ticket]:
-        """Have requests in flight."""
+    def in_flight(self, count: int, latency_ms: float) -> list[Ticket]:
+        """Have requests in flight that are answered after ``latency_ms``; later ones are answered at once."""
+        self.exchange.set_latency_ms(latency_ms)
         tickets = self.ask(count)
         eventually(lambda: self.exchange.stats().in_flight >= count, what=f"{count} requests in flight")
+        self.exchange.set_latency_ms(0)
         return tickets
 
-    def away(self, seconds: float) -> float:
-        """Let Redis be away; gives how much of one core the worker uses meanwhile, its first second left out."""
+    def away(self, seconds: float) -> None:
+        """Let Redis be away; after the first second the worker must use next to no CPU."""
         time.sleep(1.0)
         before, began = cpu_s(self.worker.process.pid), time.monotonic()
         time.sleep(seconds - 1.0)
-        return (cpu_s(self.worker.process.pid) - before) / (time.monotonic() - began)
+        share = (cpu_s(self.worker.process.pid) - before) / (time.monotonic() - began)
+        assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was away"
+        assert is_running(self.worker)
 
     def goes_on(self, *tickets: Ticket) -> None:
         """Work goes on in time: these and a new request get their outcomes, each after one attempt."""
@@ -77,11 +82,9 @@ class Scenery:
         assert len(ids) == len(set(ids))
         assert {entry.deletes for entry in self.exchange.book().values()} == {1}
 
-    def obeys_commands(self) -> None:
-        """RQ's commands reach the worker again."""
-        eventually(lambda: self.connection.pubsub_numsub(f"rq:pubsub:{name_of(self.worker)}")[0][1] == 1, 5)
-        send_shutdown_command(self.connection, name_of(self.worker))
-        assert self.worker.process.wait(5) == 0
+    def deletes(self, ticket: Ticket) -> int:
+        """DELETEs for the ticket's order."""
+        return self.exchange.book()[ticket.request.algo_id or 0].deletes
 
 
 def retried(call: Callable[[], list[Ticket]]) -> list[Ticket]:
@@ -96,66 +99,128 @@ def retried(call: Callable[[], list[Ticket]]) -> list[Ticket]:
 @SCENES.add
 def killed_and_restarted(stage: Stage) -> None:
     """kill -9 with the append-only file: what was acknowledged is there, what was in flight is written."""
-    scenery = Scenery(stage, latency_ms=1000, WORKER_CONCURRENCY="4")
-    tickets = [*scenery.in_flight(4), *scenery.ask(3)]
+    scenery = Scenery(stage, WORKER_CONCURRENCY="4")
+    tickets = [*scenery.in_flight(4, 1000), *scenery.ask(3)]
     scenery.valkey.stop(signal.SIGKILL)
-    share = scenery.away(3.5)
-    assert "event=outcome" not in scenery.worker.output().split("state=away")[1]
-    scenery.exchange.set_latency_ms(0)
+    scenery.away(3.5)
     scenery.valkey.start()
     scenery.goes_on(*tickets)
-    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was away"
-    scenery.obeys_commands()
+
+
+@SCENES.after(killed_and_restarted)
+def in_a_black_hole(stage: Stage) -> None:
+    """Nothing passes and nobody is told, and then connections break: what was in flight is written."""
+    scenery: Scenery = stage.scenery
+    tickets = scenery.in_flight(2, 500)
+    scenery.proxy.timeout()
+    scenery.away(4.0)
+    scenery.proxy.timeout(False)
+    scenery.proxy.reset_peer()
+    scenery.goes_on(*tickets)
 
 
 @SCENES.add
 def paused(stage: Stage) -> None:
     """SIGSTOP and SIGCONT: the server answers nothing for longer than any time-out, and then all at once."""
-    scenery = Scenery(stage, latency_ms=1000)
-    tickets = scenery.in_flight(2)
+    scenery = Scenery(stage)
+    tickets = scenery.in_flight(2, 1000)
     process = scenery.valkey.process
     assert process is not None
     process.send_signal(signal.SIGSTOP)
-    share = scenery.away(5.0)
-    scenery.exchange.set_latency_ms(0)
+    scenery.away(5.0)
     process.send_signal(signal.SIGCONT)
     scenery.goes_on(*tickets)
-    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was away"
-    scenery.obeys_commands()
 
 
-@SCENES.add
-def in_a_black_hole(stage: Stage) -> None:
-    """Nothing passes and nobody is told, connections then break: nothing is lost, commands are obeyed again."""
-    scenery = Scenery(stage, latency_ms=500, LEASE_S="30")
-    tickets = scenery.in_flight(2)
-    scenery.proxy.timeout()
-    scenery.away(4.0)
-    scenery.exchange.set_latency_ms(0)
-    scenery.proxy.timeout(False)
-    scenery.proxy.reset_peer()
-    scenery.goes_on(*tickets)
-    scenery.obeys_commands()
+@SCENES.after(paused)
+def commands_are_obeyed_after_an_outage(stage: Stage) -> None:
+    """RQ's commands reach the worker again: its thread for them survives what RQ's own does not."""
+    scenery: Scenery = stage.scenery
+    name = name_of(scenery.worker)
+    for outage in (scenery.proxy.reset_peer, scenery.proxy.down):
+        outage()
+        scenery.proxy.up()
+        eventually(lambda: scenery.connection.pubsub_numsub(f"rq:pubsub:{name}")[0][1] == 1, 5, "it listens again")
+    send_shutdown_command(scenery.connection, name)
+    assert scenery.worker.process.wait(5) == 0
 
 
 @SCENES.add
 def connections_refused(stage: Stage) -> None:
     """Refused connections are tried again with pauses in between, and the log says it once."""
-    scenery = Scenery(stage, latency_ms=500)
-    tickets = scenery.in_flight(2)
+    scenery = Scenery(stage, LEASE_S="30", WORKER_CONCURRENCY="2")
+    tickets = scenery.in_flight(2, 500)
     scenery.proxy.down()
-    share = scenery.away(3.0)
-    scenery.exchange.set_latency_ms(0)
+    scenery.away(3.0)
     scenery.proxy.up()
     scenery.goes_on(*tickets)
-    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was away"
     assert len(re.findall("event=redis state=away", scenery.worker.output())) == 1
+
+
+@SCENES.after(connections_refused)
+def read_only(stage: Stage) -> None:
+    """A server that became a replica refuses writes: workers wait it out, producers are told."""
+    scenery: Scenery = stage.scenery
+    tickets = scenery.in_flight(2, 500)
+    scenery.connection.execute_command("REPLICAOF", "127.0.0.1", free_port())
+    with pytest.raises(QueueUnavailable, match="ReadOnly"):
+        scenery.client.cancel(algo_id=1)
+    scenery.away(3.0)
+    scenery.connection.execute_command("REPLICAOF", "NO", "ONE")
+    scenery.goes_on(*tickets)
+
+
+@SCENES.after(connections_refused)
+def out_of_memory(stage: Stage) -> None:
+    """A full server refuses what grows: nothing is half done, and work goes on when there is room."""
+    scenery: Scenery = stage.scenery
+    tickets = [*scenery.in_flight(2, 500), *scenery.ask(3)]
+    scenery.connection.config_set("maxmemory", 1)
+    with pytest.raises(QueueUnavailable, match="OutOfMemory"):
+        scenery.client.cancel(algo_id=1)
+    scenery.away(3.0)
+    scenery.connection.config_set("maxmemory", 0)
+    scenery.goes_on(*tickets)
+
+
+@SCENES.add
+def loading(stage: Stage) -> None:
+    """A server that is still loading its file refuses everything: workers wait it out, producers are told."""
+    scenery = Scenery(stage, ("--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024"))
+    with scenery.connection.pipeline(transaction=False) as pipeline:
+        for number in range(4000):
+            pipeline.set(f"ballast:{number}", "x" * 200)
+        pipeline.execute()
+    scenery.connection.bgrewriteaof()
+    eventually(lambda: not scenery.connection.info("persistence")["aof_rewrite_in_progress"], 10, "a base file")
+    tickets = scenery.in_flight(2, 500)
+    scenery.valkey.stop(signal.SIGKILL)
+    scenery.valkey.start(wait=False)
+    eventually(lambda: is_loading(scenery.connection), 5, "the server says LOADING")
+    with pytest.raises(QueueUnavailable):
+        scenery.client.outcome("none")
+    scenery.away(2.0)
+    assert is_loading(scenery.connection)
+    eventually(lambda: not is_loading(scenery.connection), 20, "it has loaded")
+    scenery.goes_on(*tickets)
+
+
+def is_loading(connection: redis.Redis) -> bool:
+    """Whether the server is up and loading."""
+    try:
+        connection.ping()
+    except redis.exceptions.BusyLoadingError:
+        return True
+    except redis.ConnectionError:
+        return False
+    return False
 
 
 @SCENES.add
 def connections_reset_under_load(stage: Stage) -> None:
     """Every connection is reset again and again while hundreds are worked off: each gets one outcome."""
-    scenery = Scenery(stage, latency_ms=20, WORKER_CONCURRENCY="8")
+    scenery = Scenery(stage, WORKER_CONCURRENCY="8")
+    scenery.exchange.set_latency_ms(20)
     tickets = scenery.ask(400)
     for _ in range(12):
         time.sleep(0.1)
@@ -165,25 +230,6 @@ def connections_reset_under_load(stage: Stage) -> None:
         assert ticket.wait(20).kind is OutcomeKind.CANCELLED
     ledger = scenery.peek.ledger()
     assert len(ledger) == len({outcome.id for outcome in ledger}) == len(tickets) + 1
-
-
-def lost_reply(stage: Stage, script: str, **traits: object) -> tuple[Scenery, list[Ticket]]:
-    """Ask for one cancel whose ``script`` runs and is not answered; gives the scenery after its outcome."""
-    scenery = Scenery(stage, **traits)  # type: ignore[arg-type]
-    trap = scenery.proxy.limit_data(getattr(store, script).sha.encode(), b"$32")
-    tickets = scenery.ask(1)
-    eventually(lambda: trap.sprung, 5, "a reply is lost")
-    return scenery, tickets
-
-
-@SCENES.add
-def the_reply_to_a_claim_is_lost(stage: Stage) -> None:
-    """A claim ran and nobody knows: its job comes back when the lease ends, and counts as perhaps sent."""
-    scenery, tickets = lost_reply(stage, "_CLAIM")
-    outcome = tickets[0].wait(5)
-    assert outcome.kind is OutcomeKind.CANCELLED
-    assert [attempt.msg for attempt in outcome.attempts] == ["worker lost", "NEW", "success"]
-    assert scenery.exchange.book()[tickets[0].request.algo_id or 0].deletes == 1
 
 
 @SCENES.add
@@ -196,122 +242,74 @@ def the_reply_to_a_settlement_is_lost(stage: Stage) -> None:
     scenery.goes_on(*tickets)
 
 
-@SCENES.add
-def the_reply_to_a_renewal_is_lost(stage: Stage) -> None:
-    """A renewal that is not answered is made again before the lease ends: the job stays with its worker."""
-    scenery = Scenery(stage, latency_ms=2500)
-    tickets = scenery.in_flight(1)
-    trap = scenery.proxy.limit_data(store._RENEW.sha.encode(), times=3)
-    peer = scenery.fleet.start()
-    eventually(lambda: trap.sprung >= 2, 5, "replies are lost")
-    outcome = tickets[0].wait(5)
-    assert [attempt.verdict for attempt in outcome.attempts] == ["confirmed"]
-    assert outcome.worker == name_of(scenery.worker)
-    assert is_running(peer)
+@SCENES.after(the_reply_to_a_settlement_is_lost)
+def the_reply_to_a_claim_is_lost(stage: Stage) -> None:
+    """A claim ran and nobody knows: its job comes back when the lease ends, and counts as perhaps sent."""
+    scenery: Scenery = stage.scenery
+    trap = scenery.proxy.limit_data(store._CLAIM.sha.encode(), b"$32")
+    ticket = scenery.ask(1)[0]
+    eventually(lambda: trap.sprung, 5, "a reply is lost")
+    outcome = ticket.wait(5)
+    assert outcome.kind is OutcomeKind.CANCELLED
+    assert [attempt.msg for attempt in outcome.attempts] == ["worker lost", "NEW", "success"]
+    assert scenery.deletes(ticket) == 1
 
 
-@SCENES.add
+@SCENES.after(the_reply_to_a_settlement_is_lost)
 def the_reply_to_an_enqueue_is_lost(stage: Stage) -> None:
     """A producer's call whose reply is lost is repeated by the client under the same ids: one job, not a duplicate."""
-    scenery = Scenery(stage, latency_ms=300)
-    client = stage.client(scenery.proxy.redis_url)
-    order = scenery.exchange.add_orders()[0]
-    client.outcome("none")  # connected
+    scenery: Scenery = stage.scenery
+    scenery.producer.outcome("none")  # connected
     trap = scenery.proxy.limit_data(ENQUEUE.sha.encode())
-    ticket = client.cancel(algo_id=order.algo_id)
+    ticket = scenery.producer.cancel(algo_id=scenery.exchange.add_orders()[0].algo_id)
     assert trap.sprung == 1
     assert not ticket.duplicate
     assert ticket.wait(5).id == ticket.id
-    assert scenery.exchange.book()[order.algo_id].deletes == 1
+    assert scenery.deletes(ticket) == 1
 
 
-@SCENES.add
+@SCENES.after(the_reply_to_a_settlement_is_lost)
 def producers_learn_it_in_time(stage: Stage) -> None:
     """A producer gets a clear error within its time-out, in a black hole too; repeating is harmless."""
-    scenery = Scenery(stage, latency_ms=300)
-    client = stage.client(scenery.proxy.redis_url, timeout_s=PRODUCER_TIMEOUT_S)
-    order = scenery.exchange.add_orders()[0]
-    client.outcome("none")  # connected
+    scenery: Scenery = stage.scenery
+    scenery.exchange.set_latency_ms(300)
+    algo_id = scenery.exchange.add_orders()[0].algo_id
     for hurt, heal in ((scenery.proxy.timeout, scenery.proxy.heal), (scenery.proxy.down, scenery.proxy.up)):
+        scenery.producer.outcome("none")  # connected
         hurt()
         began = time.monotonic()
         with pytest.raises(QueueUnavailable, match="repeating the call is safe"):
-            client.cancel(algo_id=order.algo_id)
+            scenery.producer.cancel(algo_id=algo_id)
         assert time.monotonic() - began < PRODUCER_TIMEOUT_S + 0.5
         heal()
-    first, second = (retried(lambda: [client.cancel(algo_id=order.algo_id)])[0] for _ in range(2))
+    first, second = (retried(lambda: [scenery.producer.cancel(algo_id=algo_id)])[0] for _ in range(2))
     assert (second.id, second.duplicate) == (first.id, True)
     assert first.wait(5).kind is OutcomeKind.CANCELLED
     time.sleep(1.2)  # what the black hole held has arrived by now
-    assert scenery.exchange.book()[order.algo_id].deletes == 1
+    assert scenery.deletes(first) == 1
 
 
 @SCENES.add
-def read_only(stage: Stage) -> None:
-    """A server that became a replica refuses writes: workers wait it out, producers are told."""
-    scenery = Scenery(stage, latency_ms=500, LEASE_S="30")
-    tickets = scenery.in_flight(2)
-    scenery.connection.execute_command("REPLICAOF", "127.0.0.1", free_port())
-    with pytest.raises(QueueUnavailable, match="ReadOnly"):
-        scenery.client.cancel(algo_id=1)
-    share = scenery.away(3.0)
-    assert is_running(scenery.worker)
-    scenery.exchange.set_latency_ms(0)
-    scenery.connection.execute_command("REPLICAOF", "NO", "ONE")
+def peers_leave_leases_alone_at_first(stage: Stage) -> None:
+    """When Redis returns, holders settle before anybody takes leases that ran out meanwhile: no attempt is lost."""
+    scenery = Scenery(stage)
+    peers = [scenery.fleet.start() for _ in range(2)]
+    tickets = scenery.in_flight(6, 1000)
+    scenery.proxy.down()
+    scenery.away(3.0)  # three leases
+    scenery.proxy.up()
     scenery.goes_on(*tickets)
-    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was read-only"
+    assert all(is_running(peer) for peer in peers)
 
 
-@SCENES.add
-def loading(stage: Stage) -> None:
-    """A server that is still loading its file refuses everything: workers wait it out, producers are told."""
-    slow = ("--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024")
-    scenery = Scenery(stage, latency_ms=500, options=slow)
-    with scenery.connection.pipeline(transaction=False) as pipeline:
-        for number in range(4000):
-            pipeline.set(f"ballast:{number}", "x" * 200)
-        pipeline.execute()
-    scenery.connection.bgrewriteaof()
-    eventually(lambda: not scenery.connection.info("persistence")["aof_rewrite_in_progress"], 10, "a base file")
-    tickets = scenery.in_flight(2)
-    scenery.valkey.stop(signal.SIGKILL)
-    scenery.valkey.start(wait=False)
-    eventually(lambda: answers_loading(scenery.connection), 5, "the server says LOADING")
-    with pytest.raises(QueueUnavailable):
-        scenery.client.outcome("none")
-    share = scenery.away(2.0)
-    assert answers_loading(scenery.connection)
-    scenery.exchange.set_latency_ms(0)
-    eventually(lambda: not answers_loading(scenery.connection), 20, "it has loaded")
-    scenery.goes_on(*tickets)
-    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was loading"
-
-
-def answers_loading(connection: redis.Redis) -> bool:
-    """Whether the server is up and loading."""
-    try:
-        connection.ping()
-    except redis.exceptions.BusyLoadingError:
-        return True
-    except redis.ConnectionError:
-        return False
-    return False
-
-
-@SCENES.add
-def out_of_memory(stage: Stage) -> None:
-    """A full server refuses what grows: nothing is half done, and work goes on when there is room."""
-    scenery = Scenery(stage, latency_ms=500, LEASE_S="30", WORKER_CONCURRENCY="2")
-    tickets = [*scenery.in_flight(2), *scenery.ask(3)]
-    scenery.connection.config_set("maxmemory", 1)
-    with pytest.raises(QueueUnavailable, match="OutOfMemory"):
-        scenery.client.cancel(algo_id=1)
-    share = scenery.away(3.0)
-    assert is_running(scenery.worker)
-    scenery.exchange.set_latency_ms(0)
-    scenery.connection.config_set("maxmemory", 0)
-    scenery.goes_on(*tickets)
-    assert share < IDLE_SHARE, f"{share:.0%} of a core while Redis was full"
+@SCENES.after(peers_leave_leases_alone_at_first)
+def the_reply_to_a_renewal_is_lost(stage: Stage) -> None:
+    """A renewal that is not answered is made again before the lease ends: the job stays with its worker."""
+    scenery: Scenery = stage.scenery
+    tickets = scenery.in_flight(1, 2500)
+    trap = scenery.proxy.limit_data(store._RENEW.sha.encode(), times=3)
+    eventually(lambda: trap.sprung >= 2, 5, "replies are lost")
+    assert [attempt.verdict for attempt in tickets[0].wait(5).attempts] == ["confirmed"]
 
 
 @SCENES.add
@@ -326,27 +324,12 @@ def flushed(stage: Stage) -> None:
     scenery.goes_on()
     scenery.connection.script_flush()
     scenery.goes_on()
-    scenery.obeys_commands()
 
 
-@SCENES.add
-def peers_leave_leases_alone_at_first(stage: Stage) -> None:
-    """When Redis returns, holders settle before anybody takes leases that ran out meanwhile: no attempt is lost."""
-    scenery = Scenery(stage, latency_ms=1000)
-    peers = [scenery.fleet.start() for _ in range(2)]
-    tickets = scenery.in_flight(6)
-    scenery.proxy.down()
-    time.sleep(3.0)  # three leases
-    scenery.exchange.set_latency_ms(0)
-    scenery.proxy.up()
-    scenery.goes_on(*tickets)
-    assert all(is_running(peer) for peer in peers)
-
-
-@SCENES.add
+@SCENES.after(flushed)
 def a_worker_starts_while_redis_is_away(stage: Stage) -> None:
     """A worker that is started too early waits for Redis and then works."""
-    scenery = Scenery(stage)
+    scenery: Scenery = stage.scenery
     assert scenery.worker.stop() == 0
     scenery.proxy.down()
     scenery.worker = scenery.fleet.start(wait=False)
@@ -356,10 +339,10 @@ def a_worker_starts_while_redis_is_away(stage: Stage) -> None:
     scenery.goes_on()
 
 
-@SCENES.add
+@SCENES.after(flushed)
 def the_login_is_refused(stage: Stage) -> None:
     """A password that Redis does not accept (any more) ends the worker with exit code 69, for a restart to read it."""
-    scenery = Scenery(stage)
+    scenery: Scenery = stage.scenery
     scenery.connection.config_set("requirepass", "rotated")
     scenery.proxy.reset_peer()
     assert scenery.worker.process.wait(10) == 69

@@ -15,7 +15,7 @@ from rq.command import send_shutdown_command
 
 from producer import CancelClient, CancelRequest, Ticket
 from producer.message import OutcomeKind
-from tests.fault.conftest import TAKEN_OVER_S, Scenes, Stage, name_of, wait_for_line
+from tests.fault.conftest import Scenes, Stage, name_of, wait_for_line
 from tests.servers import ROOT, Peek, Valkey, Worker, Workers, eventually, scrubbed
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -24,21 +24,31 @@ SCENES = Scenes()
 GRACE_S = 20
 #: A wait at the queue that has begun must end (1 s), and RQ's thread for commands with its own look (1 s).
 IDLE_EXIT_S = 3.0
-SLOW_MS = 3000.0
 
 
 class Scenery:
     """A queue, an exchange that takes its time, and workers."""
 
-    def __init__(self, stage: Stage, latency_ms: float = 0.0, **settings: str) -> None:
+    def __init__(self, stage: Stage) -> None:
+        stage.scenery = self
         self.valkey: Valkey = stage.valkey()
         self.proxy = stage.proxy(self.valkey)
-        self.exchange: RunningExchange = stage.exchange(latency_ms)
+        self.exchange: RunningExchange = stage.exchange()
         self.client: CancelClient = stage.client(self.valkey.url)
         self.connection = stage.direct(self.valkey)
         self.peek = Peek(self.connection)
-        settings = {"SHUTDOWN_GRACE_S": str(GRACE_S)} | settings
-        self.fleet: Workers = stage.fleet(self.proxy.redis_url, self.exchange, **settings)
+        self.fleet: Workers = stage.fleet(self.proxy.redis_url, self.exchange)
+        self._settings = dict(self.fleet.environment)
+
+    @classmethod
+    def on(cls, stage: Stage, latency_ms: float = 0.0, **settings: str) -> Scenery:
+        """The row's scenery with an empty queue and book; the answers' delay and the next workers' settings are new."""
+        scenery: Scenery = stage.scenery or cls(stage)
+        scenery.connection.flushall()
+        scenery.exchange.reset()
+        scenery.exchange.set_latency_ms(latency_ms)
+        scenery.fleet.environment = {**scenery._settings, "SHUTDOWN_GRACE_S": str(GRACE_S), **settings}
+        return scenery
 
     def ask(self, count: int) -> list[Ticket]:
         """Open orders and ask for their cancels."""
@@ -52,6 +62,15 @@ class Scenery:
     def done(self) -> set[str]:
         """Ids that have an outcome."""
         return {outcome.id for outcome in self.peek.ledger()}
+
+    def left(self, tickets: list[Ticket]) -> None:
+        """Those of ``tickets`` that are not done wait in their order, and nothing says that they were ever tried."""
+        done = self.done()
+        rest = [ticket.id for ticket in tickets if ticket.id not in done]
+        assert self.peek.waiting() == rest
+        assert self.peek("ZCARD", self.peek.keys.leases) == 0
+        assert all("c_attempts" not in self.peek.job(job_id) for job_id in rest)
+        assert all(len(outcome.attempts) == 1 for outcome in self.peek.ledger())
 
     def finish(self, tickets: list[Ticket]) -> None:
         """Let a new worker do the rest; each order gets one outcome, after one attempt, by one DELETE."""
@@ -74,7 +93,7 @@ def leave(worker: Worker, within_s: float) -> float:
 @SCENES.add
 def idle_workers_leave_soon(stage: Stage) -> None:
     """Idle, a worker leaves on SIGTERM within the second that it may be waiting at the queue, and RQ forgets it."""
-    scenery = Scenery(stage)
+    scenery = Scenery.on(stage)
     worker = scenery.fleet.start()
     worker.process.send_signal(signal.SIGTERM)
     leave(worker, IDLE_EXIT_S)
@@ -82,41 +101,11 @@ def idle_workers_leave_soon(stage: Stage) -> None:
     assert "event=stopped" in worker.output()
 
 
-@SCENES.add
-def under_load_nothing_is_lost_or_counted(stage: Stage) -> None:
-    """With hundreds waiting, requests in flight are finished, the rest waits in its order, nothing is counted."""
-    scenery = Scenery(stage, latency_ms=60, WORKER_CONCURRENCY="8")
-    worker = scenery.fleet.start()
-    tickets = scenery.ask(300)
-    eventually(lambda: len(scenery.done()) > 40, what="some are done")
-    worker.process.send_signal(signal.SIGTERM)
-    leave(worker, IDLE_EXIT_S)
-    done = scenery.done()
-    assert scenery.peek.waiting() == [ticket.id for ticket in tickets if ticket.id not in done]
-    assert scenery.peek("ZCARD", scenery.peek.keys.leases) == 0
-    scenery.finish(tickets)
-
-
-@SCENES.add
-def twice_and_to_the_whole_group(stage: Stage) -> None:
-    """A second and a third SIGTERM to all processes, as platforms send them, change nothing."""
-    scenery = Scenery(stage, latency_ms=SLOW_MS, WORKER_CONCURRENCY="4")
-    worker = scenery.fleet.start()
-    tickets = scenery.ask(6)
-    scenery.wait_for_requests(4)
-    for _ in range(3):
-        os.killpg(worker.process.pid, signal.SIGTERM)
-        time.sleep(0.3)
-    assert leave(worker, GRACE_S) > 1  # it waited for the answers
-    assert len(scenery.done()) == 4
-    scenery.finish(tickets)
-
-
-@SCENES.add
+@SCENES.after(idle_workers_leave_soon)
 def again_and_again_until_the_end(stage: Stage) -> None:
     """SIGTERM that comes while the process is taking itself apart does not turn its exit code into a failure."""
-    scenery = Scenery(stage)
-    for worker in [scenery.fleet.start() for _ in range(3)]:
+    scenery = Scenery.on(stage)
+    for worker in [scenery.fleet.start() for _ in range(2)]:
         ends_at = time.monotonic() + IDLE_EXIT_S
         while worker.process.poll() is None and time.monotonic() < ends_at:
             worker.process.send_signal(signal.SIGTERM)
@@ -125,9 +114,50 @@ def again_and_again_until_the_end(stage: Stage) -> None:
 
 
 @SCENES.add
+def under_load_nothing_is_lost_or_counted(stage: Stage) -> None:
+    """With hundreds waiting, requests in flight are finished, the rest waits in its order, nothing is counted."""
+    scenery = Scenery.on(stage, latency_ms=60, WORKER_CONCURRENCY="8")
+    worker = scenery.fleet.start()
+    tickets = scenery.ask(300)
+    eventually(lambda: len(scenery.done()) > 40, what="some are done")
+    worker.process.send_signal(signal.SIGTERM)
+    leave(worker, IDLE_EXIT_S)
+    scenery.left(tickets)
+    scenery.finish(tickets)
+
+
+@SCENES.add
+def twice_and_to_the_whole_group(stage: Stage) -> None:
+    """A second and a third SIGTERM to all processes, as platforms send them, change nothing; it awaits slow answers."""
+    scenery = Scenery.on(stage, latency_ms=3000, WORKER_CONCURRENCY="4")
+    worker = scenery.fleet.start()
+    tickets = scenery.ask(6)
+    scenery.wait_for_requests(4)
+    for _ in range(3):
+        os.killpg(worker.process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+    leave(worker, GRACE_S)
+    assert len(scenery.done()) == 4
+    scenery.left(tickets)
+
+
+@SCENES.after(twice_and_to_the_whole_group)
+def sigint_is_the_same(stage: Stage) -> None:
+    """A person's Ctrl-C lets requests in flight finish and leaves the rest in its order."""
+    scenery = Scenery.on(stage, latency_ms=1000, WORKER_CONCURRENCY="2")
+    worker = scenery.fleet.start()
+    tickets = scenery.ask(4)
+    scenery.wait_for_requests(2)
+    worker.process.send_signal(signal.SIGINT)
+    leave(worker, IDLE_EXIT_S)
+    assert len(scenery.done()) == 2
+    scenery.left(tickets)
+
+
+@SCENES.add
 def unstarted_jobs_go_back_at_once(stage: Stage) -> None:
     """A job that comes while the worker is stopping is at the front again while a slow request still holds it up."""
-    scenery = Scenery(stage, latency_ms=2000)
+    scenery = Scenery.on(stage, latency_ms=2000)
     worker = scenery.fleet.start()
     tickets = scenery.ask(1)
     scenery.wait_for_requests(1)
@@ -138,15 +168,14 @@ def unstarted_jobs_go_back_at_once(stage: Stage) -> None:
     eventually(lambda: scenery.peek.waiting() == later, 1, "they are back, in their order")
     assert worker.process.poll() is None
     leave(worker, GRACE_S)
-    assert scenery.peek.waiting() == later
-    assert all("c_attempts" not in scenery.peek.job(job_id) for job_id in later)
+    scenery.left(tickets)
     scenery.finish(tickets)
 
 
-@SCENES.add
+@SCENES.after(unstarted_jobs_go_back_at_once)
 def a_retry_that_waits_is_left_to_others(stage: Stage) -> None:
     """A stopping worker does not wait for its retries: they stay scheduled, and the next worker makes them."""
-    scenery = Scenery(stage, BACKOFF_BASE_MS="5000", BACKOFF_CAP_MS="5000")
+    scenery = Scenery.on(stage, BACKOFF_BASE_MS="5000", BACKOFF_CAP_MS="5000")
     worker = scenery.fleet.start()
     order = scenery.exchange.add_orders()[0]
     scenery.exchange.script_faults(order.algo_id, [Fault.INTERNAL_503])
@@ -164,7 +193,7 @@ def a_retry_that_waits_is_left_to_others(stage: Stage) -> None:
 @SCENES.add
 def while_redis_is_away(stage: Stage) -> None:
     """A worker that cannot reach Redis leaves in time as well, idle or with an outcome that it cannot write."""
-    scenery = Scenery(stage, latency_ms=500, SHUTDOWN_GRACE_S="6")
+    scenery = Scenery.on(stage, latency_ms=500, SHUTDOWN_GRACE_S="6")
     idle, busy = scenery.fleet.start(CANCEL_QUEUE="other"), scenery.fleet.start()
     tickets = scenery.ask(1)
     scenery.wait_for_requests(1)
@@ -184,40 +213,25 @@ def while_redis_is_away(stage: Stage) -> None:
 @SCENES.add
 def a_request_slower_than_the_grace_is_left_behind(stage: Stage) -> None:
     """The grace holds whatever the exchange does; the job comes back with its attempt as unclear."""
-    scenery = Scenery(stage, latency_ms=2500, SHUTDOWN_GRACE_S="4")
+    scenery = Scenery.on(stage, latency_ms=2500, SHUTDOWN_GRACE_S="4")
     worker = scenery.fleet.start()
     tickets = scenery.ask(2)
     scenery.wait_for_requests(2)
     worker.process.send_signal(signal.SIGTERM)
     leave(worker, 4)
-    left_at_s = time.monotonic()
     assert "left=2" in worker.output()
     scenery.exchange.set_latency_ms(0)
-    scenery.fleet.start(wait=False)
+    scenery.fleet.start("--burst", wait=False)
     for ticket in tickets:
         outcome = ticket.wait(10)
         assert outcome.kind is OutcomeKind.CANCELLED
         assert outcome.attempts[0].msg == "worker lost"
-    assert time.monotonic() - left_at_s < TAKEN_OVER_S + 3  # starting a process is in it
 
 
-@SCENES.add
-def sigint_is_the_same(stage: Stage) -> None:
-    """A person's Ctrl-C lets requests in flight finish and leaves the rest in its order."""
-    scenery = Scenery(stage, latency_ms=1000, WORKER_CONCURRENCY="2")
-    worker = scenery.fleet.start()
-    tickets = scenery.ask(4)
-    scenery.wait_for_requests(2)
-    worker.process.send_signal(signal.SIGINT)
-    leave(worker, IDLE_EXIT_S)
-    assert scenery.peek.waiting() == [ticket.id for ticket in tickets[2:]]
-    scenery.finish(tickets)
-
-
-@SCENES.add
+@SCENES.after(a_request_slower_than_the_grace_is_left_behind)
 def a_second_sigint_leaves_at_once(stage: Stage) -> None:
     """The second Ctrl-C waits for nothing: exit code 130, and a line that says how many jobs it left; they return."""
-    scenery = Scenery(stage, latency_ms=2000)
+    scenery = Scenery.on(stage, latency_ms=2000)
     worker = scenery.fleet.start()
     tickets = scenery.ask(2)
     scenery.wait_for_requests(2)
@@ -227,14 +241,14 @@ def a_second_sigint_leaves_at_once(stage: Stage) -> None:
     assert worker.process.wait(1) == 130
     assert "left at once: 2 jobs in flight" in worker.output()
     scenery.exchange.set_latency_ms(0)
-    scenery.fleet.start(wait=False)
+    scenery.fleet.start("--burst", wait=False)
     assert {ticket.wait(10).kind for ticket in tickets} == {OutcomeKind.CANCELLED}
 
 
 @SCENES.add
 def suspended_and_resumed(stage: Stage) -> None:
     """While `rq suspend` holds nothing is started, what is in flight ends; `rq resume` goes on within 1.5 s."""
-    scenery = Scenery(stage, latency_ms=1500)
+    scenery = Scenery.on(stage, latency_ms=1500)
     worker = scenery.fleet.start()
     first = scenery.ask(1)
     scenery.wait_for_requests(1)
@@ -252,17 +266,10 @@ def suspended_and_resumed(stage: Stage) -> None:
     leave(worker, IDLE_EXIT_S)
 
 
-def rq(scenery: Scenery, command: str) -> None:
-    """Run RQ's own command line."""
-    arguments = [sys.executable, "-m", "rq.cli", command, "-u", scenery.valkey.url]
-    ended = subprocess.run(arguments, cwd=ROOT, env=scrubbed(), check=False, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-
-
-@SCENES.add
+@SCENES.after(suspended_and_resumed)
 def rqs_shutdown_command(stage: Stage) -> None:
     """RQ's shutdown command stops the worker that it names as SIGTERM would, and no other."""
-    scenery = Scenery(stage, latency_ms=1000)
+    scenery = Scenery.on(stage, latency_ms=1000)
     named, other = scenery.fleet.start(), scenery.fleet.start()
     tickets = scenery.ask(6)
     scenery.wait_for_requests(6)
@@ -271,6 +278,13 @@ def rqs_shutdown_command(stage: Stage) -> None:
     assert other.process.poll() is None
     for ticket in tickets:
         assert [attempt.verdict for attempt in ticket.wait(5).attempts] == ["confirmed"]
+
+
+def rq(scenery: Scenery, command: str) -> None:
+    """Run RQ's own command line."""
+    arguments = [sys.executable, "-m", "rq.cli", command, "-u", scenery.valkey.url]
+    ended = subprocess.run(arguments, cwd=ROOT, env=scrubbed(), check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("name", SCENES)

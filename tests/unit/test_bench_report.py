@@ -123,6 +123,15 @@ def test_ratios_are_to_what_was_measured_beside() -> None:
     assert exact[cpu, "an empty start"] == pytest.approx(1.1)
 
 
+def test_memory_is_held_against_half_of_the_way() -> None:
+    """Growth at the beginning is not held against a worker: its second half is."""
+    steps = [MemoryStep(n * 10, 40.0 + n, 30, 5, 2.0, 6000) for n in range(1, 5)]
+
+    found = ratios(Results(memory=[Memory(100, steps, 0, 0, 0)]))
+
+    assert [(ratio.project, ratio.other, ratio.to) for ratio in found] == [(44, 42, "after 20"), (2, 2, "after 20")]
+
+
 def test_without_the_project_there_is_no_ratio() -> None:
     """Others are not compared among themselves; a figure that could not be taken makes no ratio."""
     assert ratios(Results(idle=[an_idle("rq-simple", 8), an_idle("floor", 1)])) == []
