@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Least coverage of lines and branches together, percent: the decisions in full, every other file nearly.
 FULL = ("producer/message.py", "worker/verdict.py")
 FLOOR = 90.0
-#: How the whole suite is run: three files at a time, as most of their time is waiting; then the faults by themselves, as
-#: they play several scenes at a time of their own accord and measure how soon somebody notices.
+#: How the whole suite is run: three files at a time, as most of their time is waiting; then the faults by themselves:
+#: they play several scenes at a time of their own accord, and measure how soon somebody notices.
 ROUNDS = (("-n", "3", "--dist", "loadfile", "tests/unit", "tests/integration"), ("tests/fault",))
 
 

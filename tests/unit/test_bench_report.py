@@ -170,6 +170,7 @@ def test_only_what_was_measured_is_shown() -> None:
         "Burst",
         "Retries",
         "Memory over many cancels (Redis",
+        "Further ratios",
     ]
     assert "5000/s" in shown
     assert "this project" in shown
