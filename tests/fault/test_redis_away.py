@@ -178,7 +178,10 @@ def out_of_memory(stage: Stage) -> None:
     scenery.connection.config_set("maxmemory", 1)
     with pytest.raises(QueueUnavailable, match="OutOfMemory"):
         scenery.client.cancel(algo_id=1)
+    scenery.connection.config_resetstat()
     scenery.away(3.0)
+    # A full server refuses the wait at the queue at once: the next one must not follow at once.
+    assert scenery.connection.info("commandstats")["cmdstat_blmove"]["rejected_calls"] < 40
     scenery.connection.config_set("maxmemory", 0)
     scenery.goes_on(*tickets)
 
