@@ -155,7 +155,7 @@ def server() -> Iterator[_Answering]:
 
 @pytest.fixture
 def exchange(server: _Answering) -> Iterator[Exchange]:
-    client = Exchange(server.url, recv_window_ms=500, clock=ServerClock())
+    client = Exchange(server.url, recv_window_ms=3_000, clock=ServerClock())
     yield client
     client.close()
 
