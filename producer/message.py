@@ -361,6 +361,11 @@ class Keys:
         """Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`."""
         return f"{self.queue}:order:"
 
+    @property
+    def suspects(self) -> str:
+        """Set of the accounts whose key was refused since it was last accepted; each has a :meth:`breaker`."""
+        return f"{self.queue}:keys"
+
     def breaker(self, account: str) -> str:
         """Hash that says that the key of ``account`` is refused, and since when; there only while it is suspected."""
         return f"{self.queue}:key:{account}"
@@ -389,6 +394,25 @@ class JobField:
     LEASE = "c_lease"
     OPEN_AT_MS = "c_open_at_ms"  # since when an attempt may be out
     DONE = "c_done"  # this run has its outcome
+
+
+class BreakerField:
+    """Fields of the hash that :meth:`Keys.breaker` names."""
+
+    FAILURES = "failures"  # refusals in a row
+    REASON = "reason"  # what the exchange said last
+    SINCE_MS = "since_ms"  # when it opened; it is not open without this
+    PROBE_AT_MS = "probe_at_ms"  # when the next request may try the key
+
+
+class WorkerField:
+    """Our own fields of RQ's worker hash, written at each heartbeat."""
+
+    CONCURRENCY = "c_concurrency"
+    IN_FLIGHT = "c_in_flight"
+    CLOCK_OFFSET_MS = "c_clock_offset_ms"  # the exchange's clock minus the host's; absent while it is not measured
+    USED_WEIGHT = "c_used_weight"  # of the present minute, for its egress address
+    WEIGHT_LIMIT = "c_weight_limit"
 
 
 def encode_request(request: CancelRequest) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import click  # comes with rq
 import redis
 
 from worker import log
-from worker.settings import SETTINGS, Settings, SettingsError, sandbox_server
+from worker.settings import SETTINGS, Settings, SettingsError, environment_for_readers, sandbox_server
 
 EX_OK = 0
 EX_UNAVAILABLE = 69  # sysexits.h
@@ -31,6 +32,8 @@ Examples:
   python -m worker --burst                  work off what is there, then leave
   python -m worker check                    is everything there, and are the keys accepted?
   python -m worker sandbox --faults all     see it work against a local exchange that misbehaves
+  python -m worker metrics --port 9464      Prometheus metrics of the queue
+  python -m worker web --port 8080          a page about the queue
 
 \b
 Exit codes: 0 stopped as asked; 2 bad usage; 69 Redis refused the login, or (check) something is unreachable;
@@ -120,6 +123,31 @@ def sandbox_command(**options: Any) -> None:
     from worker.sandbox.run import Options, run
 
     sys.exit(run(Options(**options), *sandbox_server()))
+
+
+def _hand_over(command: str, arguments: tuple[str, ...]) -> None:
+    """Become `python -m producer COMMAND`: what only reads the queue runs without the worker's code and secrets."""
+    os.execve(sys.executable, [sys.executable, "-m", "producer", command, *arguments], environment_for_readers())  # noqa: S606
+
+
+_READER: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
+}
+
+
+@main.command("metrics", **_READER)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def metrics_command(arguments: tuple[str, ...]) -> None:
+    """Serve Prometheus metrics of the queue (the same as `python -m producer metrics`)."""
+    _hand_over("metrics", arguments)
+
+
+@main.command("web", **_READER)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def web_command(arguments: tuple[str, ...]) -> None:
+    """Serve the page for operators (the same as `python -m producer web`)."""
+    _hand_over("web", arguments)
 
 
 def start() -> None:

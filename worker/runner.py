@@ -7,6 +7,7 @@ What RQ does for one job at a time, :class:`worker.crew.Crew` does for many; the
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import signal
@@ -23,7 +24,7 @@ from rq import worker_registration
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker, WorkerStatus
 
-from producer.message import Call
+from producer.message import Call, WorkerField
 from worker import log
 from worker.canceller import policy_of
 from worker.crew import Crew
@@ -221,6 +222,7 @@ class CancelWorker(BaseWorker):
         state = WorkerStatus.SUSPENDED if suspended else at_work
         with self.connection.pipeline(transaction=False) as pipeline:
             self.heartbeat(pipeline=pipeline)
+            pipeline.hset(self.key, mapping=self._figures())
             if state != self.get_state():
                 self.set_state(state, pipeline=pipeline)
             is_new = pipeline.execute()[0] == 1
@@ -229,6 +231,18 @@ class CancelWorker(BaseWorker):
                 pipeline.hset(self.key, mapping={**self.serialize(), "state": state})
                 worker_registration.register(self, pipeline)
                 pipeline.execute()
+
+    def _figures(self) -> dict[Any, Any]:
+        """What an operator wants to know of this process beside what RQ says of it."""
+        figures: dict[Any, Any] = {
+            WorkerField.CONCURRENCY: self._settings.concurrency,
+            WorkerField.IN_FLIGHT: self._crew.in_flight(),
+            WorkerField.USED_WEIGHT: self._exchange.last_used_weight(),
+            WorkerField.WEIGHT_LIMIT: self._gate.weight_limit,
+        }
+        if self._clock.measured:
+            figures[WorkerField.CLOCK_OFFSET_MS] = self._clock.offset_ms
+        return figures
 
     def _warm(self) -> None:
         """Keep connections open and the clock true, so that the next cancel waits for neither."""
@@ -312,6 +326,10 @@ class CancelWorker(BaseWorker):
     def handle_payload(self, message: Any) -> None:
         """A command of RQ's; what is none must not end the thread that listens for them."""
         try:
+            if json.loads(message["data"])["command"] == "shutdown":
+                # RQ sends itself a Ctrl-C, of which the second means to leave at once; a command only ever means to stop.
+                self._stop.make()
+                return
             super().handle_payload(message)  # type: ignore[no-untyped-call]
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             log.warning("ignored", command="not understood", error=type(error).__name__)

@@ -732,6 +732,12 @@ class Settings:
         raise TypeError("settings cannot be pickled: they hold secrets")
 
 
+def environment_for_readers(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a command that only reads the queue: all of it but what belongs to the exchange."""
+    given = os.environ if environ is None else environ
+    return {name: value for name, value in given.items() if not name.startswith(("BINANCE_", "EGRESS_PROXY_URL"))}
+
+
 def sandbox_server(environ: Mapping[str, str] | None = None) -> tuple[str | None, dict[str, str]]:
     """What the sandbox is told by ``environ``, by default the process's environment.
 

@@ -274,8 +274,8 @@ class Store:
 
     def key(self, account: str, what: str, word: str, failures: int, probe_every_ms: int) -> int:
         """See :class:`worker.keyguard.KeyStore`."""
-        keys = (self.keys.breaker(account), self.keys.held(account), self.keys.scheduled)
-        script = _evalsha(_KEY, keys, (what, failures, probe_every_ms, word))
+        keys = (self.keys.breaker(account), self.keys.held(account), self.keys.scheduled, self.keys.suspects)
+        script = _evalsha(_KEY, keys, (what, failures, probe_every_ms, word, account))
         return int(self._checked(_KEY, script, self.roundtrip(script)[0]))
 
     def begin(self, job_id: str) -> tuple[Claimed, bool]:
