@@ -6,7 +6,9 @@ renewal refreshes each second. The exchange tells the weight that the address ha
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable
 
 import redis
@@ -22,6 +24,11 @@ CLOSE_AT, NO_QUERIES_AT = 0.9, 0.75
 #: The weight that an address may use in a minute where exchangeInfo could not be read (exchange.md 3).
 DEFAULT_WEIGHT_LIMIT = 2_400
 _MINUTE_MS = 60_000
+#: A closing that moves a pause's end by no more than this, ms, is told to Redis at the next :meth:`Gate.share`: the
+#: requests that were in flight are refused one after another.
+_SAME_PAUSE_MS = 1_000
+#: ... unless the pause ends before the others would hear of it, ms.
+_HEARD_WITHIN_MS = 2_000
 
 #: Publishes a closing: pause in ms, reason, doubling; gives the gate's end (:meth:`worker.store.Store.close_gate`).
 Publish = Callable[[int, str, bool], int]
@@ -34,6 +41,7 @@ class Gate:
         self._publish = publish
         self._lock = threading.Lock()
         self._unshared: tuple[int, str, bool] | None = None
+        self._shared_at_s = -math.inf  # monotonic: when Redis last heard of a closing of ours
         self.until_ms = 0
         self.weight_limit = DEFAULT_WEIGHT_LIMIT
 
@@ -52,6 +60,20 @@ class Gate:
         """Note what Redis says; an end that is later here has not reached Redis yet, and holds."""
         with self._lock:
             self.until_ms = max(self.until_ms, until_ms)
+
+    def told(self, until_ms: int | None, now_ms: int, asked_at_s: float) -> None:
+        """Note what Redis' own record said when asked at ``asked_at_s`` (monotonic); None: it has no record.
+
+        A person may write an earlier end there (`HSET gate:all until_ms 0`). A record that is gone says nothing: a
+        Redis that lost its data must not end a ban.
+        """
+        with self._lock:
+            opened = until_ms is not None and until_ms < self.until_ms and now_ms < self.until_ms
+            if opened and self._unshared is None and asked_at_s > self._shared_at_s:
+                self.until_ms = max(until_ms or 0, now_ms)  # from now on it ramps up
+                log.warning("gate", state="opened", reason="its record in Redis was changed")
+        if not opened:
+            self.observe(until_ms or 0)
 
     def close_for(self, verdict: Verdict, policy: Policy, now_ms: int) -> None:
         """Close it as long as a gated ``verdict`` asks for."""
@@ -81,17 +103,18 @@ class Gate:
             log.error("gate", state="not_shared", reason=reason, error=type(error).__name__)
             return
         with self._lock:
+            self._shared_at_s = time.monotonic()
             if self._unshared == unshared:
                 self._unshared = None
 
     def _close(self, pause_ms: int, reason: str, now_ms: int, *, doubling: bool) -> None:
         until_ms = now_ms + pause_ms
         with self._lock:
-            known = until_ms <= self.until_ms
-            self.until_ms = max(self.until_ms, until_ms)
-            if not known:
-                self._unshared = (until_ms, reason, doubling)
-        if not known:  # the requests that were in flight are refused together; once is enough to say it
+            before_ms, self.until_ms = self.until_ms, max(self.until_ms, until_ms)
+            if until_ms <= before_ms:
+                return
+            self._unshared = (until_ms, reason, doubling)
+        if now_ms + _HEARD_WITHIN_MS > before_ms or until_ms > before_ms + _SAME_PAUSE_MS:
             log.warning("gate", state="closed", pause_ms=pause_ms, reason=reason)
             self.share(now_ms)
 

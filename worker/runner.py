@@ -144,7 +144,7 @@ class CancelWorker(BaseWorker):
                 self.set_state(WorkerStatus.IDLE)
                 seconds, micros = self.connection.time()
                 self._store.clock.observe(seconds * 1000 + micros // 1000)
-                self._gate.observe(self._store.renew([])[1])
+                self._gate.observe(self._store.renew([])[1] or 0)
             except redis.AuthenticationError:
                 raise
             except (redis.ConnectionError, redis.TimeoutError) as error:
@@ -215,8 +215,9 @@ class CancelWorker(BaseWorker):
         if is_due:
             self._renewed_at_s = asked_at_s
             self._crew.renewed(asked_at_s, lost)
-        self._gate.observe(gate_until_ms)
-        self._gate.share(self._store.clock.now_ms())
+        now_ms = self._store.clock.now_ms()
+        self._gate.told(gate_until_ms, now_ms, asked_at_s)
+        self._gate.share(now_ms)
         self._crew.suspend(suspended)
         at_work = WorkerStatus.BUSY if self._crew.in_flight() else WorkerStatus.IDLE
         state = WorkerStatus.SUSPENDED if suspended else at_work
@@ -327,7 +328,7 @@ class CancelWorker(BaseWorker):
         """A command of RQ's; what is none must not end the thread that listens for them."""
         try:
             if json.loads(message["data"])["command"] == "shutdown":
-                # RQ sends itself a Ctrl-C, of which the second means to leave at once; a command only ever means to stop.
+                # RQ would send itself a Ctrl-C, and a second one means to leave at once. A command never means that.
                 self._stop.make()
                 return
             super().handle_payload(message)  # type: ignore[no-untyped-call]

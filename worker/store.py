@@ -12,6 +12,7 @@ import zlib
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any
@@ -119,6 +120,14 @@ class Claimed:
     suspended: bool
     grants: list[Grant]
     asked_at_s: float = field(default_factory=time.monotonic)  # no lease of these is older (monotonic)
+
+
+class Begun(IntEnum):
+    """What a stock worker finds when it begins a step."""
+
+    FREE = 0
+    SETTLED = 1  # this run has its outcome
+    HELD = 2  # a worker of ours has the job in hand
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +262,9 @@ class Store:
         answer = self._checked(_SETTLE, script, self.roundtrip(script)[0])
         return [int(row) for row in answer]
 
-    def renew(self, held: Sequence[tuple[str | bytes, str]]) -> tuple[set[str], int, bool]:
-        """Prolong the leases of ``held`` (id, lease); gives the lost ones, the gate's end, and suspension."""
+    def renew(self, held: Sequence[tuple[str | bytes, str]]) -> tuple[set[str], int | None, bool]:
+        """Prolong the leases of ``held`` (id, lease); gives the lost ones, the gate's end if Redis has a record of
+        one, and suspension."""
         words = (word for pair in held for word in pair)
         script = _evalsha(_RENEW, (self.keys.leases,), (self.keys.job_prefix, self._lease_ms, *words))
         gate, suspended, lost = self.roundtrip(
@@ -262,7 +272,7 @@ class Store:
         )
         _raise(gate, suspended)
         lost = self._checked(_RENEW, script, lost)
-        return {lease.decode() for lease in lost}, int(gate or 0), suspended == 1
+        return {lease.decode() for lease in lost}, None if gate is None else int(gate), suspended == 1
 
     def close_gate(self, pause_ms: int, reason: str, doubling: bool) -> int:
         """Close the shared gate for at least ``pause_ms``; gives its end, ms by Redis' clock.
@@ -278,19 +288,18 @@ class Store:
         script = _evalsha(_KEY, keys, (what, failures, probe_every_ms, word, account))
         return int(self._checked(_KEY, script, self.roundtrip(script)[0]))
 
-    def begin(self, job_id: str) -> tuple[Claimed, bool]:
-        """Note that a stock RQ worker runs one step of ``job_id``; gives it as a grant without its payload, and
-        whether this run has its outcome already."""
+    def begin(self, job_id: str) -> tuple[Claimed, Begun]:
+        """Note that a stock RQ worker runs one step of ``job_id``; gives it as a grant without its payload."""
         keys = self.keys
         script = _evalsha(
             _BEGIN,
-            (keys.job_prefix + job_id, self._gate, keys.outcome_prefix + job_id),
+            (keys.job_prefix + job_id, self._gate, keys.outcome_prefix + job_id, keys.leases),
             (job_id, self._deadline_ms, keys.order_prefix, POINTER_LIFE_S),
         )
         row = self._checked(_BEGIN, script, self.roundtrip(script)[0])
         self.clock.observe(int(row[0]))
         grant = Grant(job_id, "", b"", int(row[2]), int(row[3]), int(row[4]), row[5], row[6])
-        return Claimed(int(row[0]), int(row[1]), False, [grant]), row[7] == 1
+        return Claimed(int(row[0]), int(row[1]), False, [grant]), Begun(row[7])
 
     def recorded(self, job_id: str) -> bytes | None:
         """The outcome record of ``job_id``, if there is one."""

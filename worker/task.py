@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+import time
 from dataclasses import replace
 from functools import cache
 
@@ -16,11 +17,13 @@ from worker.clock import ServerClock
 from worker.exchange import Exchange
 from worker.gate import Gate
 from worker.settings import Settings
-from worker.store import Store
+from worker.store import Begun, Claimed, Store
 from worker.wiring import open_canceller, open_exchange, open_store
 
 #: RQ's bound on retries; ours are attempts and deadline.
 _ENDLESS = 1_000_000_000
+#: How long a step waits for a worker of ours that has its job in hand, s: most answers come within it.
+_HELD_S = 5.0
 
 
 class CancelFailed(Exception):
@@ -53,9 +56,11 @@ def cancel_algo_order(request: object) -> object:
             f"{TASK} runs inside an RQ worker; to cancel an order, enqueue it with producer.CancelClient"
         )
     store, gate, canceller = _tools(job)
-    claimed, settled = store.begin(job.id)
-    if settled:
+    claimed, found = _begin(job, store)
+    if found is Begun.SETTLED:
         return _ended(job, store)
+    if found is Begun.HELD:
+        return _retry(1)
     gate.observe(claimed.gate_until_ms)
     now_ms, deadline_at_ms = store.clock.now_ms(), claimed.grants[0].deadline_at_ms
     if gate.closed(now_ms) and now_ms < deadline_at_ms:
@@ -72,6 +77,14 @@ def cancel_algo_order(request: object) -> object:
     if settlement.outcome is None or answer == 2:
         return _retry(settlement.delay_ms or 0)
     return _ended(job, store)
+
+
+def _begin(job: Job, store: Store) -> tuple[Claimed, Begun]:
+    """Begin a step; while a worker of ours has the job in hand, wait for its end, which RQ is then told of."""
+    ends_at = time.monotonic() + _HELD_S
+    while (begun := store.begin(job.id))[1] is Begun.HELD and time.monotonic() < ends_at:
+        time.sleep(0.1)
+    return begun
 
 
 def _retry(delay_ms: int) -> Retry:

@@ -34,7 +34,7 @@ from producer.message import (
     encode_request,
 )
 from tests.servers import Peek, TurnCounter, Valkey, eventually
-from worker.store import Grant, Settlement, Store, connect
+from worker.store import Begun, Grant, Settlement, Store, connect
 
 OpenStore = Callable[..., Store]
 
@@ -396,7 +396,7 @@ def test_renewal_tells_what_is_lost_and_what_is_closed(client: CancelClient, ope
 
     assert first.renew([(lost.id, lost.lease), (kept.id, kept.lease)]) == ({lost.lease}, until_ms, True)
     peek("DEL", peek.keys.suspended, peek.keys.gate("all"))
-    assert first.renew([]) == (set(), 0, False)
+    assert first.renew([]) == (set(), None, False)
 
 
 def test_repeated_settlement_changes_nothing(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
@@ -718,6 +718,29 @@ def test_overdue_job_is_given_even_during_a_pause(
     assert peek.waiting() == [early.id, late.id]
 
 
+def test_overdue_jobs_behind_a_long_queue_are_given_during_a_pause(
+    client: CancelClient, open_store: OpenStore, peek: Peek
+) -> None:
+    """Each look of a pause goes through another stretch of the queue, so that an overdue job deep in it is found."""
+    orders(client, 1200)
+    overdue = client.cancel_many(CancelRequest(algo_id=5000 + i, deadline_s=0.001) for i in range(3))
+    waiting = set(peek.waiting())
+    store = open_store()
+    store.close_gate(60_000, "x", False)
+
+    given: list[str] = []
+
+    def look() -> bool:
+        given.extend(ids(claim(store)))
+        return len(given) >= 3
+
+    eventually(look, 20, "the overdue jobs are given")
+
+    assert sorted(given) == sorted(ticket.id for ticket in overdue)
+    assert set(peek.waiting()) == waiting - set(given)
+    assert len(peek.waiting()) == 1200
+
+
 def test_suspension_gives_nothing(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
     """While RQ is suspended jobs stay on the queue in their order; afterwards they are given."""
     tickets = [ticket.id for ticket in orders(client, 3)]
@@ -786,13 +809,13 @@ def test_step_of_a_stock_worker_is_noted_before_it_is_sent(client: CancelClient,
     """A step that was begun and never ended counts as an attempt that may have been sent."""
     ticket = client.cancel(algo_id=1)
     store = open_store("stock")
-    first, settled = store.begin(ticket.id)
-    assert (first.grants[0].attempts, first.gate_until_ms, settled) == (b"", 0, False)
+    first, found = store.begin(ticket.id)
+    assert (first.grants[0].attempts, first.gate_until_ms, found) == (b"", 0, Begun.FREE)
 
-    second, settled = store.begin(ticket.id)
+    second, found = store.begin(ticket.id)
 
     (lost,) = decode_attempts(second.grants[0].attempts)
-    assert (lost.n, lost.verdict, settled) == (1, "unclear", False)
+    assert (lost.n, lost.verdict, found) == (1, "unclear", Begun.FREE)
 
 
 def test_step_of_a_stock_worker_keeps_its_attempts(client: CancelClient, open_store: OpenStore) -> None:
@@ -818,13 +841,13 @@ def test_first_outcome_of_a_stock_workers_run_stands(
     assert one.settle([ended(first, OutcomeKind.UNKNOWN, worker="one")]) == [1]
     assert other.settle([ended(second, worker="other")]) == [0]
     assert [outcome.worker for outcome in peek.ledger()] == ["one"]
-    assert one.begin(ticket.id)[1] is True
+    assert one.begin(ticket.id)[1] is Begun.SETTLED
 
     job = Job.fetch(ticket.id, connection=connection, serializer=JSONSerializer)
     FailedJobRegistry("cancels", connection=connection, serializer=JSONSerializer).add(job, ttl=600)
     requeue(connection, ticket.id)
-    begun, settled = one.begin(ticket.id)
-    assert (begun.grants[0].run, settled) == (2, False)
+    begun, found = one.begin(ticket.id)
+    assert (begun.grants[0].run, found) == (2, Begun.FREE)
 
 
 def test_later_deadline_undoes_a_stock_workers_decision_too(
@@ -839,8 +862,8 @@ def test_later_deadline_undoes_a_stock_workers_decision_too(
     assert store.settle([ended(grant, OutcomeKind.UNKNOWN, attempts=(tried(1),))]) == [2]
 
     assert peek.ledger() == []
-    again, settled = store.begin(ticket.id)
-    assert (decode_attempts(again.grants[0].attempts), settled) == ((tried(1),), False)
+    again, found = store.begin(ticket.id)
+    assert (decode_attempts(again.grants[0].attempts), found) == ((tried(1),), Begun.FREE)
 
 
 def test_open_step_of_a_stock_worker_is_a_doubt_for_ours(client: CancelClient, open_store: OpenStore) -> None:
@@ -855,16 +878,28 @@ def test_open_step_of_a_stock_worker_is_a_doubt_for_ours(client: CancelClient, o
 
 
 def test_outcome_of_a_stock_worker_beside_ours_stands(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
-    """When a stock worker was given a job that one of ours holds, the first outcome of the two is the only one."""
+    """When a stock worker began a job before one of ours was given it, the first outcome of the two is the only one."""
     ticket = client.cancel(algo_id=1)
     ours, stock = open_store("ours"), open_store("stock")
-    (held,) = claim(ours)
     begun = stock.begin(ticket.id)[0].grants[0]
+    (held,) = claim(ours)
 
     assert stock.settle([ended(begun, worker="stock")]) == [1]
     assert ours.settle([ended(held, OutcomeKind.ALREADY_CANCELLED, worker="ours")]) == [0]
     assert [outcome.worker for outcome in peek.ledger()] == ["stock"]
     assert ours.drained()
+
+
+def test_step_of_a_job_in_our_hand_is_not_taken(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
+    """A stock worker that meets a second entry of a job learns that ours has it, which notes no attempt; later, not."""
+    ticket = client.cancel(algo_id=1)
+    ours, stock = open_store("ours"), open_store("stock")
+    (held,) = claim(ours)
+
+    assert stock.begin(ticket.id)[1] is Begun.HELD
+    assert ours.settle([Settlement(held, attempts=(tried(1),), delay_ms=60_000)])[0] > 1
+    begun, found = stock.begin(ticket.id)
+    assert (decode_attempts(begun.grants[0].attempts), found) == ((tried(1),), Begun.FREE)
 
 
 def test_step_under_a_closed_gate_is_no_attempt(client: CancelClient, open_store: OpenStore) -> None:

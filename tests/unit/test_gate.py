@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import redis
@@ -209,3 +210,56 @@ def test_next_minute_is_never_far_nor_past(server_ms: int) -> None:
 
     assert begins_ms // 60_000 == server_ms // 60_000 + 1
     assert begins_ms % 60_000 < 1000
+
+
+def test_wave_of_refusals_is_told_once_and_then_at_the_next_look(gate: Gate, board: Board) -> None:
+    """Requests that were in flight together are one closing; how much later the last one moved the end is told too."""
+    for late_ms in range(64):
+        gate.close_for(LIMITED, Policy(), NOW_MS + late_ms)
+    assert len(board.told) == 1
+    assert gate.until_ms == NOW_MS + 63 + 3000
+
+    gate.share(NOW_MS + 500)
+
+    assert board.told[1:] == [(2563, board.told[0][1], False)]
+
+
+def test_end_that_moves_far_is_told_at_once(gate: Gate, board: Board) -> None:
+    """A ban after a short pause must reach the other workers before they send again."""
+    gate.close_for(LIMITED, Policy(), NOW_MS)
+    gate.close_for(Verdict(Means.LIMITED, 418), Policy(), NOW_MS + 10)
+
+    assert [pause_ms for pause_ms, _, _ in board.told] == [3000, BAN_PAUSE_MS]
+
+
+def test_a_person_can_open_it(gate: Gate) -> None:
+    """An earlier end that somebody wrote into its record holds here too, and the requests ramp up from there."""
+    gate.observe(NOW_MS + 60_000)
+
+    gate.told(0, NOW_MS, time.monotonic())
+
+    assert not gate.closed(NOW_MS)
+    assert gate.ceiling(64, NOW_MS) == 1
+
+
+@pytest.mark.parametrize("until_ms", [None, NOW_MS + 60_000])
+def test_record_that_is_gone_opens_nothing(until_ms: int | None, gate: Gate) -> None:
+    """A Redis that lost its data does not end a ban."""
+    gate.observe(NOW_MS + 60_000)
+
+    gate.told(until_ms, NOW_MS, time.monotonic())
+
+    assert gate.closed(NOW_MS + 59_999)
+
+
+def test_record_read_before_a_closing_opens_nothing(gate: Gate, board: Board) -> None:
+    """What Redis answered before it heard of our closing is old news, and one that it has not heard of holds."""
+    asked_at_s = time.monotonic()
+    gate.close_for(LIMITED, Policy(), NOW_MS)
+    gate.told(0, NOW_MS, asked_at_s)
+    assert gate.closed(NOW_MS)
+
+    board.is_away = True
+    gate.close_for(Verdict(Means.LIMITED, 418), Policy(), NOW_MS)
+    gate.told(0, NOW_MS, time.monotonic())
+    assert gate.closed(NOW_MS + BAN_PAUSE_MS - 1)

@@ -10,6 +10,8 @@ local waiting, claiming, leases, scheduled, started = KEYS[1], KEYS[2], KEYS[3],
 local job_prefix, execution_prefix, executions_prefix = ARGV[1], ARGV[2], ARGV[3]
 local worker, slots, lease_ms, default_deadline_ms = ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local STEP = 100 -- entries of one kind brought back in one call: the server must not stand still
+local SWEEP = 500 -- waiting entries looked at in one call during a pause
+local TAKEN = '\0taken' -- stands where an entry was until the list is cleared of it; no id begins so
 local GRACE_S = 3600 -- RQ's maintenance may take a job for abandoned only this long after its deadline
 
 -- An id that a claim moved here and could not take (its connection broke) goes back to the front.
@@ -109,6 +111,23 @@ local function try(id, only_overdue)
   return 'given'
 end
 
+-- Nothing may be sent; a request whose deadline has passed needs nothing sent. Each second another stretch of the queue
+-- is looked through, so that a long one is, too, before long.
+local function give_overdue()
+  local stretches = math.ceil(redis.call('LLEN', waiting) / SWEEP)
+  if stretches == 0 then return end
+  local first = math.floor(now_s) % stretches * SWEEP
+  local taken = false
+  for i, id in ipairs(redis.call('LRANGE', waiting, first, first + SWEEP - 1)) do
+    if #given >= slots then break end
+    if try(id, true) ~= 'keep' then
+      redis.call('LSET', waiting, first + i - 1, TAKEN)
+      taken = true
+    end
+  end
+  if taken then redis.call('LREM', waiting, 0, TAKEN) end
+end
+
 empty_claiming()
 -- After a pause of the server or the network this may run long after it was sent: what it gave, nobody would take.
 local gives_up_at_ms = tonumber(ARGV[16])
@@ -120,15 +139,7 @@ if closed_until_ms <= now_ms then closed_until_ms = 0 end
 local suspended = redis.call('EXISTS', KEYS[6])
 
 if closed_until_ms > 0 or suspended == 1 then
-  -- Nothing may be sent; a request whose deadline has passed needs nothing sent.
-  local kept = {}
-  for _ = 1, STEP do
-    if #given >= slots then break end
-    local id = redis.call('LPOP', waiting)
-    if not id then break end
-    if try(id, true) == 'keep' then kept[#kept + 1] = id end
-  end
-  for i = #kept, 1, -1 do redis.call('LPUSH', waiting, kept[i]) end
+  give_overdue()
 else
   for _ = 1, slots + STEP do
     if #given >= slots then break end
