@@ -268,12 +268,13 @@ def suspended_and_resumed(stage: Stage) -> None:
 
 @SCENES.after(suspended_and_resumed)
 def rqs_shutdown_command(stage: Stage) -> None:
-    """RQ's shutdown command stops the worker that it names as SIGTERM would, and no other."""
+    """RQ's shutdown command, also sent twice, stops the worker that it names as SIGTERM would, and no other."""
     scenery = Scenery.on(stage, latency_ms=1000)
     named, other = scenery.fleet.start(), scenery.fleet.start()
     tickets = scenery.ask(6)
     scenery.wait_for_requests(6)
-    send_shutdown_command(scenery.connection, name_of(named))
+    for _ in range(2):
+        send_shutdown_command(scenery.connection, name_of(named))
     leave(named, IDLE_EXIT_S)
     assert other.process.poll() is None
     for ticket in tickets:
