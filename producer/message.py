@@ -453,7 +453,10 @@ def decode_request(payload: object) -> CancelRequest:
 
 
 def encode_call(request: CancelRequest) -> bytes:
-    """The job's `data` as RQ's JSONSerializer writes it, before compression: function, instance, args, kwargs."""
+    """The job's `data` as RQ's JSONSerializer writes it: function, instance, args, kwargs.
+
+    RQ reads it uncompressed as well as compressed (rq.job.Job.restore), and so short a text does not shrink.
+    """
     return _dumps([TASK, None, [encode_request(request)], {}]).encode()
 
 
@@ -589,6 +592,8 @@ _DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_int64)
 
 def _inflate(data: bytes) -> bytes:
     """RQ compresses a job's data and reads it uncompressed too; a small bomb must not become a large string."""
+    if data.startswith(b"["):  # no zlib stream begins so
+        return data
     inflater = zlib.decompressobj()
     try:
         plain = inflater.decompress(data, MAX_PAYLOAD_BYTES + 1)

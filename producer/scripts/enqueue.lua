@@ -1,11 +1,11 @@
 -- Enqueue cancel requests, or join them to the open job of the same order. Safe to repeat: the caller makes the ids.
 -- KEYS  1 waiting list, 2 set of queues
--- ARGV  1 job prefix, 2 order prefix, 3 outcome prefix, 4 pointer's life in s, 5 number of shared fields' words,
---       then those words (field, value, ...: RQ's job hash), then for each request six words:
+-- ARGV  1 RQ's stamp of now, then for each request six words:
 --       id, order key, data, description, deadline in ms from now (empty: the worker's default), urgent (1 or empty)
 -- Gives for each request: the id of the job that carries it, and 1 if another request had made that job.
-local waiting, job_prefix, order_prefix, outcome_prefix = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
-local pointer_life_s, shared = tonumber(ARGV[4]), tonumber(ARGV[5])
+-- The lines before these, made by producer.wire, say what no call of a client changes: JOB_PREFIX, ORDER_PREFIX,
+-- OUTCOME_PREFIX, POINTER_LIFE_S, and FIELDS: RQ's own fields of such a job (field, value, ...).
+local waiting, stamp = KEYS[1], ARGV[1]
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local OPEN = {queued = true, scheduled = true, started = true}
@@ -24,7 +24,7 @@ local function ask(job, deadline_ms)
 end
 
 local function join(id, deadline_ms, urgent)
-  local job = job_prefix .. id
+  local job = JOB_PREFIX .. id
   local status = redis.call('HGET', job, 'status')
   if not (status and OPEN[status]) then return false end
   ask(job, deadline_ms)
@@ -36,26 +36,25 @@ local function join(id, deadline_ms, urgent)
   return true
 end
 
-local fields = {}
-for i = 6, 5 + shared do fields[#fields + 1] = ARGV[i] end
 local function create(id, order, i)
-  local job, urgent = job_prefix .. id, ARGV[i + 5]
+  local job, deadline_ms, urgent = JOB_PREFIX .. id, ARGV[i + 4], ARGV[i + 5]
+  local asked, at = 'c_asked_at_ms', text(now_ms)
+  if deadline_ms ~= '' then asked, at = 'c_deadline_at_ms', text(now_ms + tonumber(deadline_ms)) end
   redis.call('HSET', job, 'data', ARGV[i + 2], 'description', ARGV[i + 3], 'c_order', order, 'c_run', '1',
-    'c_enqueued_at_ms', text(now_ms), unpack(fields))
-  ask(job, ARGV[i + 4])
+    'c_enqueued_at_ms', text(now_ms), asked, at, 'created_at', stamp, 'enqueued_at', stamp, unpack(FIELDS))
   if urgent == '1' then redis.call('HSET', job, 'c_urgent', '1') end
   redis.call(urgent == '1' and 'LPUSH' or 'RPUSH', waiting, id)
-  redis.call('SET', order_prefix .. order, id, 'EX', pointer_life_s)
+  redis.call('SET', ORDER_PREFIX .. order, id, 'EX', POINTER_LIFE_S)
 end
 
 local answer = {}
 redis.call('SADD', KEYS[2], waiting)
 local last_order, last_id
-for i = 6 + shared, #ARGV, 6 do
+for i = 2, #ARGV, 6 do
   local id, order = ARGV[i], ARGV[i + 1]
   local duplicate = 0
-  if redis.call('EXISTS', job_prefix .. id, outcome_prefix .. id) == 0 then
-    local other = redis.call('GET', order_prefix .. order)
+  if redis.call('EXISTS', JOB_PREFIX .. id, OUTCOME_PREFIX .. id) == 0 then
+    local other = redis.call('GET', ORDER_PREFIX .. order)
     if other and join(other, ARGV[i + 4], ARGV[i + 5]) then
       id, duplicate = other, 1
     elseif order == last_order then

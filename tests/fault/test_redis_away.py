@@ -16,7 +16,7 @@ from rq.command import send_shutdown_command
 
 from producer import CancelClient, CancelRequest, QueueUnavailable, Ticket
 from producer.message import OutcomeKind
-from producer.wire import ENQUEUE
+from producer.wire import Wire
 from tests.fault.conftest import DURABLE, Scenes, Stage, cpu_s, is_running, name_of, wait_for_line
 from tests.fault.proxy import Proxy
 from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port
@@ -263,7 +263,7 @@ def the_reply_to_an_enqueue_is_lost(stage: Stage) -> None:
     """A producer's call whose reply is lost is repeated by the client under the same ids: one job, not a duplicate."""
     scenery: Scenery = stage.scenery
     scenery.producer.outcome("none")  # connected
-    trap = scenery.proxy.limit_data(ENQUEUE.sha.encode())
+    trap = scenery.proxy.limit_data(Wire("cancels").enqueue_script.sha.encode())
     ticket = scenery.producer.cancel(algo_id=scenery.exchange.add_orders()[0].algo_id)
     assert trap.sprung == 1
     assert not ticket.duplicate

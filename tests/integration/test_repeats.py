@@ -6,7 +6,7 @@ import redis
 
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.message import Keys, Outcome
-from producer.wire import ENQUEUE, Wire, rows
+from producer.wire import Wire, rows
 from tests.servers import Valkey
 from worker.store import Settlement, Store, connect
 
@@ -16,8 +16,9 @@ def test_a_repeat_after_the_outcome_gives_no_row_a_new_job(
 ) -> None:
     """Two requests for one order, enqueued, finished, and enqueued again with the same ids, make no second job."""
     (chunk,) = rows([CancelRequest(algo_id=7), CancelRequest(algo_id=7)])
-    words = Wire("cancels")._enqueue_words(chunk)
-    first = connection.eval(ENQUEUE.source, *words)
+    wire = Wire("cancels")
+    words = wire._enqueue_words(chunk)
+    first = connection.eval(wire.enqueue_script.source, *words)
     with connect(valkey.url) as own:
         store = Store(
             own, "cancels", "w", gate_scope="all", lease_ms=8000, deadline_ms=9000, outcome_ttl_s=99, ledger_maxlen=99
@@ -25,7 +26,7 @@ def test_a_repeat_after_the_outcome_gives_no_row_a_new_job(
         (grant,) = store.claim(2, wait=False).grants
         store.settle([Settlement(grant, outcome=Outcome(grant.id, 1, OutcomeKind.CANCELLED))])
 
-    again = connection.eval(ENQUEUE.source, *words)
+    again = connection.eval(wire.enqueue_script.source, *words)
 
     assert again == first
     assert connection.llen(Keys().waiting) == 0

@@ -818,7 +818,7 @@ def test_a_prefix_of_rq_moves_rqs_keys_only() -> None:
     """With another RQ_KEY_PREFIX every key of RQ's moves and none of ours does."""
     names = [name for name, value in vars(Keys).items() if isinstance(value, property)]
     moved = {name for name in names if getattr(Keys(rq="app"), name) != getattr(Keys(), name)}
-    assert moved == set(names) - {"claiming", "leases", "outcomes", "outcome_prefix", "order_prefix"}
+    assert moved == set(names) - {"claiming", "leases", "outcomes", "outcome_prefix", "order_prefix", "suspects"}
     assert all(getattr(Keys(rq="app"), name).startswith("app:") for name in moved)
 
 

@@ -371,7 +371,7 @@ def test_what_the_signer_keeps_shows_no_secret() -> None:
     kept = inspect.getclosurevars(Credential.from_secret("desk", FAPI_KEY, CANARY)._signer).nonlocals
     assert kept
     assert CANARY not in repr(kept)
-    with pytest.raises(TypeError, match="cannot be pickled"):
+    with pytest.raises(TypeError, match="pickle"):
         pickle.dumps(kept)
 
 
