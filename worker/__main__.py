@@ -32,6 +32,7 @@ Examples:
   python -m worker --burst                  work off what is there, then leave
   python -m worker check                    is everything there, and are the keys accepted?
   python -m worker sandbox --faults all     see it work against a local exchange that misbehaves
+  python -m worker sandbox --serve          keep it up for a strategy under development
   python -m worker metrics --port 9464      Prometheus metrics of the queue
   python -m worker web --port 8080          a page about the queue
 
@@ -111,15 +112,27 @@ def check_command() -> None:
 @click.option(
     "--keep-logs", type=click.Path(file_okay=False, path_type=Path), help="Keep the workers' logs in this directory."
 )
-def sandbox_command(**options: Any) -> None:
+@click.option(
+    "--serve", "stay", is_flag=True, help="Cancel nothing: stay up for a strategy of yours, and print where it all is."
+)
+@click.option("--port", type=click.IntRange(0, 65_535), help="With --serve: the exchange's port.  [default: any]")
+@click.option("--redis-port", type=click.IntRange(0, 65_535), help="With --serve: Redis' port.  [default: any]")
+def sandbox_command(stay: bool, port: int | None, redis_port: int | None, **options: Any) -> None:
     """See it all work: a Redis, an exchange that misbehaves, workers and a producer on this machine alone.
 
     Opens orders at the exchange, cancels all of them, and holds every outcome against the exchange's own book. Needs no
-    setting and no key.
+    setting and no key. With --serve it opens the orders and leaves the cancels to you, until Ctrl-C or SIGTERM.
 
     \b
-    Exit codes: 0 all as in the book, 1 something is not, 2 bad usage, 69 a part did not start, 130 interrupted.
+    Exit codes: 0 all as in the book, 1 something is not, 2 bad usage, 69 a part did not start, 130 interrupted;
+    with --serve: 0 after SIGTERM, 69 a part did not start or ended, 130 after Ctrl-C.
     """
+    if stay:
+        from worker.sandbox.serve import ServeOptions, serve
+
+        sys.exit(serve(ServeOptions(port=port or 0, redis_port=redis_port or 0, **options), *sandbox_server()))
+    if port is not None or redis_port is not None:
+        raise click.UsageError("--port and --redis-port need --serve")
     from worker.sandbox.run import Options, run
 
     sys.exit(run(Options(**options), *sandbox_server()))

@@ -13,6 +13,7 @@ from enum import StrEnum
 import redis
 
 from producer.message import MAX_ALGO_ID, Call
+from worker.away import trouble
 from worker.clock import ServerClock
 from worker.exchange import Exchange
 from worker.settings import Settings
@@ -70,7 +71,7 @@ def _redis(settings: Settings) -> Finding:
     except (redis.ConnectionError, redis.TimeoutError) as error:
         return Finding(
             "redis",
-            f"{shown} does not answer within {SOCKET_TIMEOUT_S:g} s ({type(error).__name__})",
+            f"{shown} does not answer within {SOCKET_TIMEOUT_S:g} s ({trouble(error)})",
             Fault.UNREACHABLE,
         )
     finally:

@@ -26,6 +26,7 @@ from rq.worker import BaseWorker, WorkerStatus
 
 from producer.message import Call, WorkerField
 from worker import log
+from worker.away import trouble
 from worker.canceller import policy_of
 from worker.crew import Crew
 from worker.settings import Settings
@@ -149,7 +150,7 @@ class CancelWorker(BaseWorker):
                 raise
             except (redis.ConnectionError, redis.TimeoutError) as error:
                 if not is_away:
-                    log.error("redis", state="away", error=type(error).__name__)
+                    log.error("redis", state="away", error=trouble(error))
                 is_away = True
                 self._stop.wait(_LOOK_S)
                 continue

@@ -199,6 +199,7 @@ class Store:
         self.keys = keys = Keys(queue, RQ_KEY_PREFIX)
         self.clock = RedisClock()
         self._pool = connection.connection_pool
+        self._waiting: Any = None  # the connection of whoever waits at the queue, kept from one wait to the next
         self._gate = keys.gate(gate_scope)
         self._worker = worker
         self._lease_ms = lease_ms
@@ -239,7 +240,7 @@ class Store:
         asked_at_s = time.monotonic()
         if wait:
             move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
-            moved, answer = self.roundtrip(move, script)
+            moved, answer = self._wait(move, script)
         else:
             moved, answer = None, self.roundtrip(script)[0]
         answer = self._checked(_CLAIM, script, answer)
@@ -324,13 +325,23 @@ class Store:
         """
         connection: Any = self._pool.get_connection()
         try:
-            connection.send_packed_command(connection.pack_commands(commands))
-            return [_answer(connection) for _ in commands]
-        except BaseException:
-            connection.disconnect()
-            raise
+            return _exchange(connection, commands)
         finally:
             self._pool.release(connection)
+
+    def _wait(self, *commands: Words) -> list[Any]:
+        """The same on a connection that is not given back, so that nothing stands between its answer and the job.
+
+        One thread at a time waits; another one would merely not find it.
+        """
+        connection, self._waiting = self._waiting or self._pool.get_connection(), None
+        try:
+            answers = _exchange(connection, commands)
+        except BaseException:
+            self._pool.release(connection)
+            raise
+        self._waiting = connection
+        return answers
 
     def _checked(self, script: _Script, command: Words, answer: Any) -> Any:
         """The script's answer, with the script loaded and called alone if the server did not have it."""
@@ -342,6 +353,15 @@ class Store:
 
 def _evalsha(script: _Script, keys: Words, words: Words) -> Words:
     return ("EVALSHA", script.sha, len(keys), *keys, *words)
+
+
+def _exchange(connection: Any, commands: Sequence[Words]) -> list[Any]:
+    try:
+        connection.send_packed_command(connection.pack_commands(commands))
+        return [_answer(connection) for _ in commands]
+    except BaseException:
+        connection.disconnect()
+        raise
 
 
 def _answer(connection: Any) -> Any:

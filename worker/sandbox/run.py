@@ -56,7 +56,7 @@ _RECV_WINDOW_MS_PER_REQUEST = 8
 _LONGEST_RECV_WINDOW_MS = 10_000
 
 #: The workers' settings: short pauses, so that a run shows in seconds what takes minutes in production.
-_SETTINGS = {
+QUICK_SETTINGS = {
     "BACKOFF_BASE_MS": "20",
     "BACKOFF_CAP_MS": "500",
     "LEASE_S": "3",
@@ -75,9 +75,9 @@ _TIMING = FaultTiming(
     drip_interval_ms=30,
 )
 #: Pauses last two seconds and more, so that a worker that does not keep one is noticed: a run can bear a few.
-_MAX_INCIDENTS = {"none": 0, "some": 2, "all": 3}
-_LATENCY_MS = 5.0
-_WEIGHT_LIMIT = 1_000_000  # limits are the incidents' affair
+MAX_INCIDENTS = {"none": 0, "some": 2, "all": 3}
+LATENCY_MS = 5.0
+WEIGHT_LIMIT = 1_000_000  # limits are the incidents' affair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class _Keys:
+class RunKeys:
     """Keys made for one run: what checks them, for the exchange, and the workers' variables."""
 
     accounts: dict[str, tuple[str, str]]
@@ -183,6 +183,11 @@ class Interrupts:
         self._received = number
 
     @property
+    def received(self) -> int | None:
+        """The last signal that came."""
+        return self._received
+
+    @property
     def exit_code(self) -> int:
         """As shells tell the death by this signal: 130 for Ctrl-C."""
         return 128 + (self._received or signal.SIGINT)
@@ -197,7 +202,7 @@ class Interrupts:
 
 
 @dataclass(slots=True)
-class _Fleet:
+class Fleet:
     """The worker processes; their output goes to files."""
 
     logs: Path
@@ -252,6 +257,25 @@ class _Fleet:
             kill(process)
 
 
+def start_workers(fleet: Fleet, count: int, valkey: Valkey, interrupts: Interrupts) -> None:
+    """Start workers and wait until RQ knows all of them.
+
+    Raises:
+        CannotStart: one has ended, or they took too long.
+        Interrupted: a signal asked for the end.
+    """
+    for _ in range(count):
+        fleet.start()
+    ends_at = time.monotonic() + _START_TIMEOUT_S
+    with redis.Redis(port=valkey.port, socket_timeout=5) as connection:
+        while BaseWorker.count(connection=connection) < count:
+            interrupts.check()
+            fleet.check()
+            if time.monotonic() > ends_at:
+                raise CannotStart(f"the workers did not start within {_START_TIMEOUT_S:g} s")
+            time.sleep(0.02)
+
+
 class _Run:
     """One run, from the first process to the report."""
 
@@ -272,13 +296,13 @@ class _Run:
         """Run; what was started is left to ``parts`` to stop."""
         began_s = time.monotonic()
         self._screen.say("starting Redis, the exchange and the workers")
-        keys = _Keys.make()
+        keys = RunKeys.make()
         data = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="cancel-sandbox-")))
         valkey = parts.enter_context(Valkey(binary, data))
         self._exchange = parts.enter_context(start_exchange(self._exchange_config(keys)))
-        self._fleet = _Fleet(self._logs, {**environment, **self._worker_settings(keys, valkey)})
+        self._fleet = Fleet(self._logs, {**environment, **self._worker_settings(keys, valkey)})
         parts.callback(self._fleet.kill)
-        self._start_workers(valkey)
+        start_workers(self._fleet, self._options.workers, valkey, self._interrupts)
         self._client = parts.enter_context(CancelClient.from_url(valkey.url, timeout_s=10.0))
         self._exchange.reset()  # the faults' time begins now
         self._enqueue(self._open_orders())
@@ -288,7 +312,7 @@ class _Run:
         self._read_ledger()
         return self._report(exit_codes, time.monotonic() - began_s)
 
-    def _exchange_config(self, keys: _Keys) -> ExchangeConfig:
+    def _exchange_config(self, keys: RunKeys) -> ExchangeConfig:
         options = self._options
         return ExchangeConfig(
             keys.accounts,
@@ -296,15 +320,15 @@ class _Run:
             seed=options.seed,
             faults_for_ms=options.deadline_s * 1_000 // 3,
             timing=options.timing,
-            max_incidents=_MAX_INCIDENTS[options.faults],
-            weight_limit_per_minute=_WEIGHT_LIMIT,
-            latency_ms=_LATENCY_MS,
+            max_incidents=MAX_INCIDENTS[options.faults],
+            weight_limit_per_minute=WEIGHT_LIMIT,
+            latency_ms=LATENCY_MS,
         )
 
-    def _worker_settings(self, keys: _Keys, valkey: Valkey) -> dict[str, str]:
+    def _worker_settings(self, keys: RunKeys, valkey: Valkey) -> dict[str, str]:
         options = self._options
         return {
-            **_SETTINGS,
+            **QUICK_SETTINGS,
             **keys.variables,
             "REDIS_URL": valkey.url,
             "BINANCE_BASE_URL": self._exchange.url,
@@ -313,18 +337,6 @@ class _Run:
             "CANCEL_DEADLINE_S": str(options.deadline_s),
             "LEDGER_MAXLEN": str(max(4 * options.orders, 1_000)),
         }
-
-    def _start_workers(self, valkey: Valkey) -> None:
-        for _ in range(self._options.workers):
-            self._fleet.start()
-        ends_at = time.monotonic() + _START_TIMEOUT_S
-        with redis.Redis(port=valkey.port, socket_timeout=5) as connection:
-            while BaseWorker.count(connection=connection) < self._options.workers:
-                self._interrupts.check()
-                self._fleet.check()
-                if time.monotonic() > ends_at:
-                    raise CannotStart(f"the workers did not start within {_START_TIMEOUT_S:g} s")
-                time.sleep(0.02)
 
     def _open_orders(self) -> list[tuple[Wanted, int]]:
         """The orders of the plan with the ids that the exchange gave them."""
@@ -432,7 +444,7 @@ def run(options: Options, server: str | None, environment: Mapping[str, str]) ->
         keep = options.keep_logs is not None
         try:
             binary = server_binary(server)
-            logs = _log_directory(options)
+            logs = log_directory(options)
             report = _reckoned(options, logs, interrupts, binary, environment)
             keep = keep or not report.ok
         except Interrupted:
@@ -451,7 +463,8 @@ def run(options: Options, server: str | None, environment: Mapping[str, str]) ->
     return EXIT_OK if report.ok else EXIT_FAILED
 
 
-def _log_directory(options: Options) -> Path:
+def log_directory(options: Options) -> Path:
+    """Where the workers' logs go. Raises CannotStart when it cannot be made."""
     if options.keep_logs is None:
         return Path(tempfile.mkdtemp(prefix="cancel-sandbox-logs-"))
     try:

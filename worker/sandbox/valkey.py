@@ -51,13 +51,13 @@ def server_binary(chosen: str | None) -> str:
 class Valkey:
     """A server on loopback with an append-only file in ``directory``: running once built, until `stop`."""
 
-    def __init__(self, binary: str, directory: Path) -> None:
-        """Raises CannotStart when the server does not come up."""
+    def __init__(self, binary: str, directory: Path, port: int = 0) -> None:
+        """``port`` 0: any free one. Raises CannotStart when the server does not come up."""
         self._binary = binary
         self._directory = directory.resolve()
         self._log = self._directory / "valkey.log"
-        for _ in range(_TRIES):
-            self.port = _free_port()
+        for _ in range(1 if port else _TRIES):
+            self.port = port or _free_port()
             self._process = self._launch()
             try:
                 if self._came_up():
@@ -78,6 +78,11 @@ class Valkey:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def check(self) -> None:
+        """Raises CannotStart if it has ended."""
+        if (code := self._process.poll()) is not None:
+            raise CannotStart(f"{self._binary} ended by itself with exit code {code}: {last_line(self._log)}")
 
     def stop(self) -> None:
         """End it at once: nobody wants the data any more."""

@@ -54,58 +54,73 @@ local function take_lost()
 end
 
 -- An entry of the waiting list is a hint: whether its job may be given is told by the job alone.
+local function read(job)
+  local f = redis.call('HMGET', job, 'status', 'ended_at', 'c_done', 'c_lease', 'c_order', 'c_enqueued_at_ms',
+    'c_open_at_ms', 'c_attempts', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_pin')
+  return {status = f[1], ended_at = f[2], done = f[3], lease = f[4], order = f[5], enqueued_at = f[6], open_at = f[7],
+    attempts = f[8], asked_at = f[9], deadline_at = f[10], run = f[11], pin = f[12]}
+end
+
 local function state_if_free(id)
   local job = job_prefix .. id
-  local f = redis.call('HMGET', job, 'status', 'ended_at', 'c_done', 'c_lease', 'c_order', 'c_enqueued_at_ms',
-    'c_open_at_ms', 'c_attempts')
-  local status = f[1]
-  if f[4] or (not status and redis.call('EXISTS', job) == 0) then return nil end
-  if f[3] then
-    if status ~= 'queued' or (f[2] and f[2] ~= '') then return nil end
-    start_run(id, job, f[5] and ARGV[4] .. f[5], tonumber(ARGV[15]), ARGV[5] .. id)
+  local state = read(job)
+  local status, changed = state.status, false
+  if state.lease or (not status and redis.call('EXISTS', job) == 0) then return nil end
+  if state.done then
+    if status ~= 'queued' or (state.ended_at and state.ended_at ~= '') then return nil end
+    start_run(id, job, state.order and ARGV[4] .. state.order, tonumber(ARGV[15]), ARGV[5] .. id)
+    changed = true
   elseif status == 'started' then
     -- Not ours: a stock worker runs it, unless its execution has run out.
     if redis.call('ZCOUNT', executions_prefix .. id, text(now_s), '+inf') > 0 then return nil end
   elseif status and status ~= 'queued' then
     return nil -- a hash without a status is somebody's mistake, which gets an outcome too
   end
-  if f[7] then
+  if state.open_at then
     -- Nobody holds it, yet an attempt is open: a stock worker began one and never came back.
-    redis.call('HSET', job, 'c_attempts', with_lost_attempt(f[8], tonumber(f[7])))
+    redis.call('HSET', job, 'c_attempts', with_lost_attempt(state.attempts, tonumber(state.open_at)))
     redis.call('HDEL', job, 'c_open_at_ms')
+    changed = true
   end
-  if not f[6] then redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms)) end
-  return redis.call('HMGET', job, 'c_enqueued_at_ms', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_attempts', 'c_pin')
+  if not state.enqueued_at then
+    redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms))
+    changed = true
+  end
+  return changed and read(job) or state
 end
 
 local number = tonumber(ARGV[12])
+local stamp, now_text = nil, string.format('%.6f', now_s)
+local new_leases, new_started, new_entries = {}, {}, {} -- written at the end, with one call each
 local function give(id, state, deadline_ms)
   local job, execution = job_prefix .. id, ARGV[11] .. text(number)
-  local entry, stamp = id .. ':' .. execution, rq_time()
+  local entry = id .. ':' .. execution
   local end_s = math.ceil(math.max(deadline_ms, now_ms) / 1000) + GRACE_S
   local life_s = end_s - math.floor(now_s)
-  number = number + 1
+  number, stamp = number + 1, stamp or rq_time()
   -- The attempt is noted before it is sent: should nobody come back with its answer, it counts as perhaps done.
   redis.call('HSET', job, 'status', 'started', 'started_at', stamp, 'last_heartbeat', stamp, 'worker_name', worker,
     'c_lease', execution, 'c_open_at_ms', text(now_ms))
-  redis.call('ZADD', leases, now_ms + lease_ms, id)
-  redis.call('ZADD', started, end_s, entry)
-  redis.call('HSET', execution_prefix .. entry, 'id', execution, 'job_id', id, 'created_at', string.format('%.6f', now_s),
-    'last_heartbeat', string.format('%.6f', now_s), 'worker_name', worker)
+  redis.call('HSET', execution_prefix .. entry, 'id', execution, 'job_id', id, 'created_at', now_text,
+    'last_heartbeat', now_text, 'worker_name', worker)
   redis.call('EXPIRE', execution_prefix .. entry, life_s)
   redis.call('ZADD', executions_prefix .. id, end_s, execution)
   redis.call('EXPIRE', executions_prefix .. id, life_s)
-  redis.call('SADD', KEYS[8], entry)
+  local n = #new_entries
+  new_leases[2 * n + 1], new_leases[2 * n + 2] = now_ms + lease_ms, id
+  new_started[2 * n + 1], new_started[2 * n + 2] = end_s, entry
+  new_entries[n + 1] = entry
   local data = false
   if redis.call('HSTRLEN', job, 'data') <= tonumber(ARGV[13]) then data = redis.call('HGET', job, 'data') end
-  return {id, execution, data, state[1], text(deadline_ms), state[4] or '1', state[5] or '', state[6] or ''}
+  return {id, execution, data, state.enqueued_at, text(deadline_ms), state.run or '1', state.attempts or '',
+    state.pin or ''}
 end
 
 local given = {}
 local function try(id, only_overdue)
   local state = state_if_free(id)
   if not state then return 'drop' end
-  local deadline_ms = deadline_at(state[2], state[3], state[1], default_deadline_ms)
+  local deadline_ms = deadline_at(state.asked_at, state.deadline_at, state.enqueued_at, default_deadline_ms)
   if only_overdue and now_ms < deadline_ms then return 'keep' end
   given[#given + 1] = give(id, state, deadline_ms)
   return 'given'
@@ -141,12 +156,18 @@ local suspended = redis.call('EXISTS', KEYS[6])
 if closed_until_ms > 0 or suspended == 1 then
   give_overdue()
 else
-  for _ = 1, slots + STEP do
-    if #given >= slots then break end
-    local id = redis.call('LPOP', waiting)
-    if not id then break end
-    try(id, false)
+  local looked = 0
+  while #given < slots and looked < slots + STEP do
+    local ids = redis.call('LPOP', waiting, slots - #given)
+    if not ids then break end
+    for _, id in ipairs(ids) do try(id, false) end
+    looked = looked + #ids
   end
 end
-if #given > 0 then redis.call('EXPIRE', KEYS[8], 86400) end
+if #given > 0 then
+  redis.call('ZADD', leases, unpack(new_leases))
+  redis.call('ZADD', started, unpack(new_started))
+  redis.call('SADD', KEYS[8], unpack(new_entries))
+  redis.call('EXPIRE', KEYS[8], 86400)
+end
 return {text(now_ms), text(closed_until_ms), suspended, unpack(given)}

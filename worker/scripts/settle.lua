@@ -15,12 +15,29 @@ local job_prefix, executions_prefix, worker = ARGV[1], ARGV[3], ARGV[7]
 local finished, failed = 0, 0
 local working_s = 0
 
-local function release(id, job, lease)
+local stamp = nil -- of now, as RQ writes it
+
+-- What all rows of a group say of one key is written at the end, with one call. A row is settled at the moment in which
+-- its job loses `c_lease`: no other row of the group can hold the same job.
+local over = {leases = {}, started = {}, keys = {}, entries = {}, finished = {}, failed = {}}
+local function add(list, ...)
+  for i = 1, select('#', ...) do list[#list + 1] = (select(i, ...)) end
+end
+
+local function write(command, key, list)
+  if #list > 0 then redis.call(command, key, unpack(list)) end
+end
+
+local function end_hold(id, lease)
   local entry = id .. ':' .. lease
-  redis.call('ZREM', KEYS[2], id)
-  redis.call('ZREM', KEYS[4], entry)
-  redis.call('DEL', ARGV[2] .. entry, executions_prefix .. id)
-  redis.call('SREM', KEYS[9], entry)
+  add(over.leases, id)
+  add(over.started, entry)
+  add(over.entries, entry)
+  add(over.keys, ARGV[2] .. entry, executions_prefix .. id)
+end
+
+local function release(id, job, lease)
+  end_hold(id, lease)
   redis.call('HDEL', job, 'c_lease', 'c_open_at_ms')
 end
 
@@ -38,34 +55,30 @@ end
 
 -- What RQ's handle_job_success and handle_job_failure leave behind, except for a dependent, webhook or callback: a
 -- cancel job has none.
-local function as_rq_does(id, job, lease, began_ms, i)
-  local life_s, registry, status = tonumber(ARGV[10]), KEYS[5], 'finished'
-  local is_failed = ARGV[i + 4] == '1'
-  if is_failed then life_s, registry, status = tonumber(ARGV[11]), KEYS[6], 'failed' end
-  local stamp, result = rq_time(), ARGV[6] .. id
-  redis.call('HSET', job, 'status', status, 'ended_at', stamp, 'last_heartbeat', stamp)
-  redis.call('EXPIRE', job, life_s)
+local function as_rq_does(id, lease, began_ms, i)
+  local life_s, registry, is_failed = tonumber(ARGV[10]), over.finished, ARGV[i + 4] == '1'
+  if is_failed then life_s, registry = tonumber(ARGV[11]), over.failed end
+  local result = ARGV[6] .. id
+  redis.call('EXPIRE', job_prefix .. id, life_s)
   redis.call('XADD', result, 'MAXLEN', 10, '*', 'type', is_failed and 2 or 1, 'worker_name', worker,
     is_failed and 'exc_string' or 'return_value', ARGV[i + 5], 'execution_id', lease,
     'execution_started_at', string.format('%.6f', began_ms / 1000),
     'execution_ended_at', string.format('%.6f', now_s))
   redis.call('EXPIRE', result, life_s)
-  redis.call('ZADD', registry, math.floor(now_s) + life_s, id)
+  add(registry, math.floor(now_s) + life_s, id)
   if is_failed then failed = failed + 1 else finished = finished + 1 end
   working_s = working_s + math.max(now_ms - began_ms, 0) / 1000
 end
 
-local function record(id, job, outcome)
+local function record(id, job, order, is_failed, outcome, ...)
+  stamp = stamp or rq_time()
+  redis.call('HSET', job, 'status', is_failed and 'failed' or 'finished', 'ended_at', stamp, 'last_heartbeat', stamp,
+    'c_done', '1')
+  redis.call('HDEL', job, 'c_open_at_ms', 'c_attempts', ...)
   redis.call('SET', ARGV[5] .. id, outcome, 'EX', tonumber(ARGV[8]))
   redis.call('XADD', KEYS[7], 'MAXLEN', '~', tonumber(ARGV[9]), '*', 'outcome', outcome)
   redis.call('PUBLISH', ARGV[5] .. id, '1')
-  redis.call('HSET', job, 'c_done', '1')
-  redis.call('HDEL', job, 'c_attempts')
-  local order = redis.call('HGET', job, 'c_order')
-  if order then
-    local pointer = ARGV[4] .. order
-    if redis.call('GET', pointer) == id then redis.call('DEL', pointer) end
-  end
+  if order and redis.call('GET', ARGV[4] .. order) == id then add(over.keys, ARGV[4] .. order) end
 end
 
 local front = {} -- ids for the front of the queue, in the order in which they stood there
@@ -74,8 +87,8 @@ local function requeue(id, job)
   front[#front + 1] = id
 end
 
-local function done(id, job, lease, began_ms, i)
-  if redis.call('HEXISTS', job, 'c_done') == 1 then -- a stock worker ran it beside us; the first outcome stands
+local function done(id, job, lease, held, i)
+  if held[3] then -- a stock worker ran it beside us; the first outcome stands
     release(id, job, lease)
     return 0
   end
@@ -85,9 +98,9 @@ local function done(id, job, lease, began_ms, i)
     requeue(id, job)
     return 2
   end
-  release(id, job, lease)
-  as_rq_does(id, job, lease, began_ms, i)
-  record(id, job, ARGV[i + 3])
+  end_hold(id, lease)
+  record(id, job, held[4], ARGV[i + 4] == '1', ARGV[i + 3], 'c_lease')
+  as_rq_does(id, lease, tonumber(held[2] or now_ms), i)
   return 1
 end
 
@@ -106,23 +119,23 @@ local function settle(what, id, lease, i)
   local job = job_prefix .. id
   if lease == '' then
     -- A stock worker: RQ does RQ's part, here only the outcome is recorded, and the first one of a run stands.
-    if redis.call('HEXISTS', job, 'c_done') == 1 or redis.call('EXISTS', job) == 0 then return 0 end
+    local f = redis.call('HMGET', job, 'c_done', 'c_order')
+    if f[1] or redis.call('EXISTS', job) == 0 then return 0 end
     if what == 'done' and deadline_moved(job, ARGV[i + 6]) then
       keep(job, ARGV[i + 7], ARGV[i + 8])
       redis.call('HDEL', job, 'c_open_at_ms')
       return 2
     elseif what == 'done' then
-      redis.call('HSET', job, 'status', ARGV[i + 4] == '1' and 'failed' or 'finished', 'ended_at', rq_time())
-      record(id, job, ARGV[i + 3])
+      record(id, job, f[2], ARGV[i + 4] == '1', ARGV[i + 3])
     else
       keep(job, ARGV[i + 3], ARGV[i + 4])
+      redis.call('HDEL', job, 'c_open_at_ms')
     end
-    redis.call('HDEL', job, 'c_open_at_ms')
     return 1
   end
-  local held = redis.call('HMGET', job, 'c_lease', 'c_open_at_ms')
+  local held = redis.call('HMGET', job, 'c_lease', 'c_open_at_ms', 'c_done', 'c_order')
   if held[1] ~= lease then return 0 end
-  if what == 'done' then return done(id, job, lease, tonumber(held[2] or now_ms), i) end
+  if what == 'done' then return done(id, job, lease, held, i) end
   if what == 'again' then return again(id, job, lease, i) end
   release(id, job, lease)
   if ARGV[i + 3] ~= '' then keep(job, ARGV[i + 3], ARGV[i + 4]) end
@@ -132,6 +145,12 @@ end
 
 local answer = {}
 for i = 13, #ARGV, 9 do answer[#answer + 1] = text(settle(ARGV[i], ARGV[i + 1], ARGV[i + 2], i)) end
+write('ZREM', KEYS[2], over.leases)
+write('ZREM', KEYS[4], over.started)
+write('SREM', KEYS[9], over.entries)
+write('ZADD', KEYS[5], over.finished)
+write('ZADD', KEYS[6], over.failed)
+if #over.keys > 0 then redis.call('DEL', unpack(over.keys)) end
 for i = #front, 1, -1 do redis.call('LPUSH', KEYS[1], front[i]) end
 
 -- RQ counts a worker's jobs in its hash; one that expired must not come back without its other fields.

@@ -1,0 +1,178 @@
+"""`python -m worker sandbox --serve`: Redis, exchange and workers for a strategy under development, until told to stop.
+
+The parts are those of a run (:mod:`worker.sandbox.run`); nobody but the strategy asks for cancels.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+
+from worker.sandbox.control import PREFIX, ControlError, ExchangeConfig, PlacedOrder, RunningExchange, start_exchange
+from worker.sandbox.orders import plan
+from worker.sandbox.run import (
+    EXIT_OK,
+    EXIT_UNAVAILABLE,
+    LATENCY_MS,
+    MAX_INCIDENTS,
+    QUICK_SETTINGS,
+    WEIGHT_LIMIT,
+    Fleet,
+    Interrupted,
+    Interrupts,
+    Options,
+    RunKeys,
+    log_directory,
+    start_workers,
+)
+from worker.sandbox.show import note
+from worker.sandbox.valkey import CannotStart, Valkey, server_binary
+
+#: Between two looks at signals and at the parts, s.
+_LOOK_S = 0.05
+#: How long "no such order" is asked again where the exchange tells the truth, s.
+_HONEST_HORIZON_S = "2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions(Options):
+    """What the command line asks for; a port of 0 is any free one."""
+
+    port: int = 0
+    redis_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a strategy finds everything."""
+
+    redis_url: str
+    base_url: str
+    orders: list[PlacedOrder]
+
+    def as_dict(self) -> dict[str, object]:
+        """For a program; names are those of the variables, in lower case."""
+        return {
+            "redis_url": self.redis_url,
+            "binance_base_url": self.base_url,
+            "orders": [order._asdict() for order in self.orders],
+            "control_url": self.base_url + PREFIX,
+        }
+
+    def as_text(self) -> str:
+        """For a shell, which can evaluate it: what is no variable is a comment."""
+        control = f"curl -s $BINANCE_BASE_URL{PREFIX}"
+        order = '{"orders": [{"symbol": "BTCUSDT", "client_algo_id": ""}]}'
+        move = f'{{"algo_id": {self.orders[0].algo_id}, "move": "expire"}}'
+        return "\n".join(
+            (
+                f"export REDIS_URL={self.redis_url}",
+                f"export BINANCE_BASE_URL={self.base_url}",
+                f"# open orders: {' '.join(str(order.algo_id) for order in self.orders)}",
+                f"# open another: {control}orders -d '{order}'",
+                f"# cancel, expire or reject one behind the strategy's back: {control}move -d '{move}'",
+                f"# what became of them: {control}book",
+                "# stop: Ctrl-C",
+            )
+        )
+
+
+def serve(options: ServeOptions, server: str | None, environment: Mapping[str, str]) -> int:
+    """Keep the parts up until a signal comes; gives the exit code: 0 on SIGTERM. Arguments as of ``run``."""
+    with Interrupts() as interrupts:
+        logs: Path | None = None
+        keep = options.keep_logs is not None
+        try:
+            binary = server_binary(server)
+            logs = log_directory(options)
+            with ExitStack() as parts:
+                _stay(options, logs, binary, environment, interrupts, parts)
+        except Interrupted:
+            note("stopped")
+            return EXIT_OK if interrupts.received == signal.SIGTERM else interrupts.exit_code
+        except (CannotStart, ControlError, redis.RedisError) as error:
+            keep = True
+            note(f"error: {str(error) or type(error).__name__}")
+        finally:
+            if logs is not None and keep and any(logs.iterdir()):
+                note(f"the workers' logs are in {logs}")
+            elif logs is not None and options.keep_logs is None:
+                shutil.rmtree(logs, ignore_errors=True)
+    return EXIT_UNAVAILABLE
+
+
+def _stay(
+    options: ServeOptions,
+    logs: Path,
+    binary: str,
+    environment: Mapping[str, str],
+    interrupts: Interrupts,
+    parts: ExitStack,
+) -> None:
+    """Start everything, say where it is, and wait for a signal; ``parts`` stops what was started."""
+    keys = RunKeys.make()
+    data = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="cancel-sandbox-")))
+    valkey = parts.enter_context(Valkey(binary, data, options.redis_port))
+    exchange = parts.enter_context(start_exchange(_exchange_config(options, keys)))
+    fleet = Fleet(logs, {**environment, **_worker_settings(options, keys, valkey, exchange)})
+    parts.callback(fleet.kill)
+    start_workers(fleet, options.workers, valkey, interrupts)
+    parts.callback(fleet.stop)
+    place = Place(valkey.url, exchange.url, _open_orders(options, exchange))
+    sys.stdout.write((json.dumps(place.as_dict()) if options.as_json else place.as_text()) + "\n")
+    sys.stdout.flush()
+    while True:
+        interrupts.check()
+        fleet.check()
+        valkey.check()
+        if exchange.process.poll() is not None:
+            raise ControlError("the local exchange ended by itself")
+        time.sleep(_LOOK_S)
+
+
+def _exchange_config(options: ServeOptions, keys: RunKeys) -> ExchangeConfig:
+    return ExchangeConfig(
+        keys.accounts,
+        faults=options.faults,
+        seed=options.seed,
+        timing=options.timing,
+        max_incidents=MAX_INCIDENTS[options.faults],
+        weight_limit_per_minute=WEIGHT_LIMIT,
+        latency_ms=LATENCY_MS,
+        port=options.port,
+    )
+
+
+def _worker_settings(options: ServeOptions, keys: RunKeys, valkey: Valkey, exchange: RunningExchange) -> dict[str, str]:
+    settings = {
+        **QUICK_SETTINGS,
+        **keys.variables,
+        "REDIS_URL": valkey.url,
+        "BINANCE_BASE_URL": exchange.url,
+        "BINANCE_RECV_WINDOW_MS": str(options.recv_window_ms),
+        "WORKER_CONCURRENCY": str(options.concurrency),
+    }
+    if options.faults == "none":
+        settings["NOT_FOUND_HORIZON_S"] = _HONEST_HORIZON_S
+    return settings
+
+
+def _open_orders(options: ServeOptions, exchange: RunningExchange) -> list[PlacedOrder]:
+    """As many orders as were asked for, of the account that requests name by default, on several symbols."""
+    opened: list[PlacedOrder] = []
+    groups: dict[str, list[str]] = {}
+    for wanted in plan(options.orders, options.seed):
+        groups.setdefault(wanted.symbol, []).append(wanted.client_algo_id)
+    for symbol, names in groups.items():
+        opened += exchange.add_orders(symbol=symbol, client_algo_ids=names)
+    return opened
