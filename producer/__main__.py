@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 from rq.job import JobStatus
@@ -39,6 +39,7 @@ _UNKNOWN = "unknown id"
 #: Between two looks of --watch, s.
 _WATCH_S = 1.0
 
+C = TypeVar("C", bound=CancelClient)
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -94,9 +95,13 @@ class _InOrder(click.Command):
 
 
 def _common(function: F) -> F:
+    """The options of every command that prints."""
+    return _where(click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout.")(function))
+
+
+def _where(function: F) -> F:
     """The options that every command has."""
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout."),
         click.option(
             "--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, show_default=True, show_envvar=True, metavar="Q"
         ),
@@ -114,11 +119,15 @@ def _common(function: F) -> F:
     return function
 
 
+def _client(redis_url: str, queue: str) -> contextlib.AbstractContextManager[CancelClient]:
+    return _client_as(CancelClient, redis_url, queue)
+
+
 @contextlib.contextmanager
-def _client(redis_url: str, queue: str) -> Iterator[CancelClient]:
+def _client_as(kind: type[C], redis_url: str, queue: str) -> Iterator[C]:
     try:
-        client = console.connect(
-            redis_url, queue, os.environ.get("REDIS_TLS_VERIFY", ""), os.environ.get("REDIS_TLS_CA", "")
+        client = console.connect_as(
+            kind, redis_url, queue, os.environ.get("REDIS_TLS_VERIFY", ""), os.environ.get("REDIS_TLS_CA", "")
         )
     except (console.BadSetting, InvalidRequest) as error:
         raise _Failure(str(error), ExitCode.USAGE) from None
@@ -378,48 +387,135 @@ def retry(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...], faile
     short_help="Show how a queue stands.",
     epilog=_epilog("python -m producer status", "python -m producer status --watch --queue cancels"),
 )
-@click.option("--watch", is_flag=True, help="Look again every second until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Look again every second until Ctrl-C; full-screen on a terminal.")
 @_common
 def status(redis_url: str, queue: str, as_json: bool, watch: bool) -> ExitCode:
-    """Show the queue: what waits and for how long, what is in flight, the last minute's outcomes, gate and workers."""
+    """Show the queue: what waits and for how long, what is in flight, gate, refused keys, outcomes, workers."""
     with _client(redis_url, queue) as client:
         seen = client.status()
         if not watch:
             _print_lines([_dump(seen.as_dict())] if as_json else seen.lines())
             return ExitCode.DONE
-        with _screen(as_json) as show:
-            show(seen)
-            while True:
-                time.sleep(_WATCH_S)
-                try:
-                    show(client.status())
-                except QueueUnavailable as error:
-                    # Whoever watches wants to see it come back.
-                    _say(_unreachable(error, redis_url))
+        if not as_json and (full_screen := _full_screen()) is not None:
+            full_screen(seen, client.status, _briefly)
+        while True:
+            _print_lines([_dump(seen.as_dict())] if as_json else [*seen.lines(), ""])
+            seen = _next_look(client, redis_url)
 
 
-@contextlib.contextmanager
-def _screen(as_json: bool) -> Iterator[Callable[[Status], None]]:
-    """A function that shows a status in the place of the one before it: with rich on a terminal, else below it."""
-    if as_json:
-        yield lambda seen: _print(_dump(seen.as_dict()))
-        return
-    live = _live() if sys.stdout.isatty() else None
-    if live is None:
-        yield lambda seen: _print_lines([*seen.lines(), ""])
-        return
-    with live:
-        yield lambda seen: live.update("\n".join(seen.lines()), refresh=True)
+def _next_look(client: CancelClient, redis_url: str) -> Status:
+    while True:
+        time.sleep(_WATCH_S)
+        try:
+            return client.status()
+        except QueueUnavailable as error:
+            # Whoever watches wants to see it come back.
+            _say(_unreachable(error, redis_url))
 
 
-def _live() -> Any:
+def _briefly(error: QueueUnavailable) -> str:
+    """What fits a line of 80 cells; the address is known to whoever watches."""
+    return f"{str(error).partition(';')[0]}{console.why_unreachable(error)}"
+
+
+def _full_screen() -> Callable[..., NoReturn] | None:
+    """What shows a status on the whole terminal; None where stdout is none, or rich is not installed."""
     try:
-        from rich.console import Console
-        from rich.live import Live
+        from producer import watch
     except ImportError:
         return None
-    # Names come from Redis: nothing in them is markup.
-    return Live(console=Console(markup=False, highlight=False, emoji=False), auto_refresh=False)
+    return watch.run if watch.usable() else None
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    short_help="Serve Prometheus metrics of a queue.",
+    epilog=_epilog("python -m producer metrics", "python -m producer metrics --port 9464 --host 0.0.0.0"),
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=9464, show_default=True, help="Port to listen on; 0: any free one."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
+@_where
+def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
+    """Serve the queue's metrics for Prometheus until told to stop; one process for each queue.
+
+    Everything is read from Redis when Prometheus asks. The counters begin with what the ledger holds at the start.
+    While Redis cannot be reached cancel_up is 0. There is no login: whoever reaches the port reads the figures. Leaves
+    with 0 on SIGTERM.
+    """
+    try:
+        from producer.metrics import LedgerClient, QueueCollector, Server
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "prometheus_client":
+            raise
+        raise _Failure(
+            "metrics needs prometheus-client: pip install 'algo-cancel-queue[metrics]'", ExitCode.USAGE
+        ) from None
+    with _client_as(LedgerClient, redis_url, queue) as client:
+        try:
+            server = Server(QueueCollector(client), host, port)
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise _Failure(f"cannot listen on {host} port {port}: {why}", ExitCode.USAGE) from None
+        with server:
+            server.start()
+            _print(f"metrics of queue {queue} on {server.url}")
+            return ExitCode.INTERRUPTED if server.wait() else ExitCode.DONE
+
+
+# --- web ----------------------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    short_help="Serve a page about a queue for operators.",
+    epilog=_epilog(
+        "python -m producer web",
+        "WEB_TOKEN=$(openssl rand -hex 16) python -m producer web --host 0.0.0.0",
+    ),
+)
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
+@click.option(
+    "--port",
+    envvar="PORT",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    show_envvar=True,
+    help="Port to listen on; 0: any free one.",
+)
+@click.option("--public-read", is_flag=True, help="Let whoever reaches HOST read everything, without a login.")
+@_where
+def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> ExitCode:
+    """Serve pages about the queue: status, failed requests, each request in full, search, and retry.
+
+    With WEB_TOKEN in the environment (16 characters or more) every page asks for it, and failed requests can be
+    retried. Without it nothing can be changed, and only this machine may read: another HOST than loopback is refused
+    unless --public-read is given. Speaks HTTP: put TLS in front. Leaves with 0 on SIGTERM.
+    """
+    token = os.environ.get("WEB_TOKEN") or None
+    try:
+        from producer.web import access, app, serving
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("flask", "jinja2", "werkzeug", "itsdangerous", "waitress"):
+            raise
+        raise _Failure("web needs Flask and waitress: pip install 'algo-cancel-queue[web]'", ExitCode.USAGE) from None
+    try:
+        access.check_start(host, token, public_read)
+    except access.UnsafeStart as error:
+        raise _Failure(str(error), ExitCode.USAGE) from None
+    local_names_only = token is None and not public_read
+    with _client(redis_url, queue) as client:
+        pages = app.create_app(client, token, local_names_only=local_names_only)
+        mode = "read-only" if token is None else "login by WEB_TOKEN"
+        try:
+            interrupted = serving.serve(pages, host, port, lambda url: _print(f"queue {queue} on {url} ({mode})"))
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise _Failure(f"cannot listen on {host} port {port}: {why}", ExitCode.USAGE) from None
+    return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE
 
 
 # --- the way out --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from producer.client import CancelClient
@@ -28,6 +28,7 @@ from producer.message import (
 )
 from producer.wire import TicketFields
 
+C = TypeVar("C", bound=CancelClient)
 #: Bad lines of a file that are reported one by one.
 SHOWN_BAD_LINES = 20
 #: Time between two lines of progress where there is no terminal, s.
@@ -52,7 +53,12 @@ class BadFile(ValueError):
 
 
 def connect(url: str, queue: str, tls_verify: str, tls_ca: str) -> CancelClient:
-    """A client for ``url``; ``tls_verify`` (required, none, or empty) and ``tls_ca`` matter to rediss:// alone.
+    """A client for ``url``; see :func:`connect_as`."""
+    return connect_as(CancelClient, url, queue, tls_verify, tls_ca)
+
+
+def connect_as(kind: type[C], url: str, queue: str, tls_verify: str, tls_ca: str) -> C:
+    """A client of a class; ``tls_verify`` (required, none, or empty) and ``tls_ca`` matter to rediss:// alone.
 
     Raises:
         BadSetting: the URL or a TLS setting cannot be used.
@@ -64,7 +70,7 @@ def connect(url: str, queue: str, tls_verify: str, tls_ca: str) -> CancelClient:
         raise BadSetting(f"REDIS_URL: after the question mark only {', '.join(sorted(_URL_OPTIONS))} may be set")
     tls = _tls_options(options, tls_verify, tls_ca) if parts.scheme == "rediss" else {}
     try:
-        return CancelClient.from_url(url, queue, **tls)
+        return kind.from_url(url, queue, **tls)
     except InvalidRequest:
         raise
     except (ValueError, TypeError):

@@ -5,16 +5,27 @@ Reading it changes nothing in Redis, unlike RQ's own counts, which clean registr
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rq.utils import utcparse
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from producer.message import JobField, Keys, MalformedMessage, Outcome, OutcomeKind
-from producer.wire import Command, Conversation, entry_outcome, good, text
+from producer.message import (
+    MAX_MSG_CHARS,
+    BreakerField,
+    JobField,
+    Keys,
+    MalformedMessage,
+    Outcome,
+    OutcomeKind,
+    WorkerField,
+    clean_text,
+)
+from producer.wire import Command, Conversation, entry_outcome, good
 
 #: The window of the figures about outcomes, s.
 WINDOW_S = 60
@@ -22,8 +33,15 @@ WINDOW_S = 60
 MAX_ENTRIES = 5000
 #: Ids looked at, at the front of the queue, for the oldest one: retries and urgent requests stand before older ones.
 _HEAD = 100
-#: Workers described at most.
+#: Workers and suspected keys described at most.
 _MAX_WORKERS = 500
+_MAX_KEYS = 100
+#: A worker of ours writes its figures each second; older ones speak of another minute's weight, s.
+FRESH_S = 60.0
+#: Held jobs that are compared with the schedule one by one; of more, only how many they can be is told.
+_COMPARED_HELD = 10_000
+#: Longest name shown of a worker, host, account or scope, characters.
+_MAX_NAME_CHARS = 80
 _WORKER_FIELDS = (
     "hostname",
     "pid",
@@ -32,7 +50,14 @@ _WORKER_FIELDS = (
     "failed_job_count",
     "last_heartbeat",
     "death",
+    WorkerField.IN_FLIGHT,
+    WorkerField.CONCURRENCY,
+    WorkerField.CLOCK_OFFSET_MS,
+    WorkerField.USED_WEIGHT,
+    WorkerField.WEIGHT_LIMIT,
 )
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_BREAKER_FIELDS = (BreakerField.FAILURES, BreakerField.REASON, BreakerField.SINCE_MS, BreakerField.PROBE_AT_MS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +97,30 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class RefusedKey:
+    """An account whose API key the exchange refused last; ``open``: its jobs wait, and one probe at a time is sent."""
+
+    account: str
+    failures: int  # refusals in a row
+    open: bool
+    since_s: float | None  # how long its jobs have been held back; None while they are not
+    reason: str | None  # what the exchange said last
+    probe_in_s: float | None  # until the next request may try the key; 0 when it is due, None while not open
+    held: int  # jobs that wait for it; where there are more than 10,000, at most that many
+
+    def __str__(self) -> str:
+        reason = self.reason or "no reason given"
+        if not self.open:
+            return f"refused {_times(self.failures)}, still tried: {reason}"
+        since = span(self.since_s or 0)
+        probe = f"in {span(self.probe_in_s)}" if self.probe_in_s else "is due"
+        jobs = "1 job waits" if self.held == 1 else f"{self.held:,} jobs wait"
+        return f"HELD BACK for {since}, {jobs}, next try {probe}: {reason}"
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A live worker as RQ registers it."""
+    """A live worker as RQ registers it, and what it says of itself; a stock RQ worker says nothing."""
 
     name: str
     host: str
@@ -82,6 +129,16 @@ class WorkerRow:
     ok: int  # jobs that finished
     failed: int  # jobs that ended in a failed kind
     heartbeat_age_s: float | None
+    in_flight: int | None = None  # requests, of at most `concurrency`
+    concurrency: int | None = None
+    clock_offset_ms: int | None = None  # the exchange's clock minus the host's; None until it is measured
+    used_weight: int | None = None  # of the exchange's present minute, for its egress address
+    weight_limit: int | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether its figures are of the last minute."""
+        return self.heartbeat_age_s is not None and self.heartbeat_age_s <= FRESH_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +154,9 @@ class Status:
     failed: int
     suspended: bool
     gates: tuple[Gate, ...]
+    keys: tuple[RefusedKey, ...]  # none while every key is accepted
+    used_weight: int | None  # the most that a live worker saw in the present minute; None where none tells
+    weight_limit: int | None
     outcomes: Mapping[str, int]  # kind to count, of the last minute
     outcomes_partial: bool  # more than MAX_ENTRIES came in the last minute
     enqueue_to_outcome: Percentiles
@@ -115,6 +175,9 @@ class Status:
             "failed": self.failed,
             "suspended": self.suspended,
             "gates": [asdict(gate) for gate in self.gates],
+            "keys": [asdict(key) for key in self.keys],
+            "used_weight": self.used_weight,
+            "weight_limit": self.weight_limit,
             "outcomes_last_minute": dict(self.outcomes),
             "outcomes_partial": self.outcomes_partial,
             "latency_ms": {
@@ -136,6 +199,8 @@ class Status:
             ("scheduled", f"{self.scheduled:,}"),
             ("failed", f"{self.failed:,}"),
             *((f"gate {gate.scope}", str(gate)) for gate in self.gates),
+            *((f"key {key.account}", str(key)) for key in self.keys),
+            ("used weight", weight(self.used_weight, self.weight_limit)),
             ("last minute", counts + newest),
             ("first attempt", f"p50 / p99 {self.enqueue_to_first_attempt} after the enqueue"),
             ("outcome", f"p50 / p99 {self.enqueue_to_outcome} after the enqueue"),
@@ -146,12 +211,47 @@ class Status:
     def _worker_lines(self) -> list[str]:
         if not self.workers:
             return []
-        table = [("name", "host", "pid", "state", "ok", "failed", "heartbeat")]
-        for row in self.workers:
-            age = "-" if row.heartbeat_age_s is None else f"{row.heartbeat_age_s:.0f} s ago"
-            pid = "-" if row.pid is None else str(row.pid)
-            table.append((row.name, row.host, pid, row.state, f"{row.ok:,}", f"{row.failed:,}", age))
-        return aligned(table)
+        return aligned([WORKER_COLUMNS, *(worker_cells(row) for row in self.workers)])
+
+
+#: Heads of what :func:`worker_cells` gives.
+WORKER_COLUMNS = ("name", "host", "pid", "state", "in flight", "ok", "failed", "clock", "weight", "heartbeat")
+
+
+def worker_cells(row: WorkerRow) -> tuple[str, ...]:
+    """A worker for people, under :data:`WORKER_COLUMNS`."""
+    limit = "" if row.concurrency is None else f" of {row.concurrency}"
+    return (
+        row.name,
+        row.host,
+        "-" if row.pid is None else str(row.pid),
+        row.state,
+        "-" if row.in_flight is None else f"{row.in_flight}{limit}",
+        f"{row.ok:,}",
+        f"{row.failed:,}",
+        "-" if row.clock_offset_ms is None else f"{row.clock_offset_ms:+,} ms",
+        "-" if row.used_weight is None else f"{row.used_weight:,}",
+        "-" if row.heartbeat_age_s is None else f"{row.heartbeat_age_s:.0f} s ago",
+    )
+
+
+def weight(used: int | None, limit: int | None) -> str:
+    """Used weight of the minute for people."""
+    if used is None:
+        return "-"
+    return f"{used:,}" if not limit else f"{used:,} of {limit:,} ({100 * used // limit} %)"
+
+
+def span(seconds: float) -> str:
+    """A length of time for people: two digits say enough."""
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times in a row"
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
@@ -163,39 +263,43 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 def read_status(keys: Keys) -> Conversation[Status]:
     """Look at a queue in three round trips, however long the queue and its ledger are."""
     first = _First.of((yield _First.commands(keys)))
-    entries, gate, *rest = good((yield _details(keys, first)))
-    states, workers = rest[: len(first.head)], rest[len(first.head) :]
-    rows = _worker_rows(keys, first, workers)
-    hosts = sorted({row.host for row in rows})
-    gates = [("all", gate)]
-    if hosts:
-        gates += zip(hosts, good((yield [("HGETALL", keys.gate(host)) for host in hosts])), strict=True)
-    outcomes, kinds = _outcomes(entries)
+    details = _Details.of(first, good((yield _Details.commands(keys, first))))
+    hosts = sorted({host for fields in details.workers if (host := _raw_host(fields))})
+    crowds = [(account, held) for account, _, held in details.keys if _is_compared(held, first.scheduled)]
+    answers = (yield _third(keys, hosts, [account for account, _ in crowds])) if hosts or crowds else []
+    gates = [("all", details.gate), *zip(hosts, good(answers[: len(hosts)]), strict=True)]
+    waiting = {account: answer for (account, _), answer in zip(crowds, answers[len(hosts) :], strict=True)}
+    rows = tuple(_worker_rows(keys, first, details.workers))
+    fresh = [row for row in rows if row.fresh]
+    outcomes, kinds = _outcomes(details.entries)
     timed = [outcome for outcome in outcomes if outcome.enqueued_at_ms is not None]
     return Status(
         queue=keys.queue,
         at_ms=first.now_ms,
         queued=first.queued,
-        oldest_queued_s=_oldest_s(first.now_ms, states),
+        oldest_queued_s=_oldest_s(first.now_ms, details.states),
         in_flight=first.in_flight,
         scheduled=first.scheduled,
         failed=first.failed,
         suspended=first.suspended,
         # Whether a host has a gate of its own is its worker's setting; Redis knows only of those that were closed.
         gates=tuple(_gate(scope, fields, first.now_ms) for scope, fields in gates if fields or scope == "all"),
+        keys=_refused_keys(first, details.keys, waiting),
+        used_weight=max((row.used_weight for row in fresh if row.used_weight is not None), default=None),
+        weight_limit=max((row.weight_limit for row in fresh if row.weight_limit is not None), default=None),
         outcomes=kinds,
-        outcomes_partial=len(entries) == MAX_ENTRIES,
+        outcomes_partial=len(details.entries) == MAX_ENTRIES,
         enqueue_to_outcome=Percentiles.of([o.finished_at_ms - (o.enqueued_at_ms or 0) for o in timed]),
         enqueue_to_first_attempt=Percentiles.of(
             [o.attempts[0].at_ms - (o.enqueued_at_ms or 0) for o in timed if o.attempts]
         ),
-        workers=tuple(rows),
+        workers=rows,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _First:
-    """The first round trip: what needs no other answer."""
+    """The first round trip: what needs no other answer. Names are kept as Redis gave them: keys are made of them."""
 
     now_ms: int
     queued: int
@@ -203,8 +307,9 @@ class _First:
     scheduled: int
     failed: int
     suspended: bool
-    head: list[str]
-    worker_keys: list[str]
+    head: list[Any]
+    worker_keys: list[Any]
+    accounts: list[Any]  # suspected
 
     @staticmethod
     def commands(keys: Keys) -> list[Command]:
@@ -219,12 +324,13 @@ class _First:
             ("LRANGE", keys.claiming, 0, _HEAD - 1),
             ("LRANGE", keys.waiting, 0, _HEAD - 1),
             ("SRANDMEMBER", WORKERS_BY_QUEUE_KEY % keys.queue, _MAX_WORKERS),
+            ("SRANDMEMBER", keys.suspects, _MAX_KEYS),
         ]
 
     @classmethod
     def of(cls, answers: list[Any]) -> _First:
         (seconds, micros), waiting, claiming, in_flight, scheduled, failed, suspended, *lists = good(answers)
-        at_claim, at_head, workers = ([text(item) for item in items] for items in lists)
+        at_claim, at_head, workers, accounts = lists
         return cls(
             now_ms=int(seconds) * 1000 + int(micros) // 1000,
             queued=waiting + claiming,
@@ -232,20 +338,101 @@ class _First:
             scheduled=scheduled,
             failed=failed,
             suspended=bool(suspended),
-            head=at_claim + at_head,
+            head=[*at_claim, *at_head],
             worker_keys=sorted(workers),
+            accounts=sorted(accounts),
         )
 
 
-def _details(keys: Keys, first: _First) -> list[Command]:
-    """Entries of the last minute, the shared gate, states of the jobs at the head, and workers' hashes."""
-    job_fields = ("status", JobField.ENQUEUED_AT_MS, "enqueued_at")
-    since_ms = first.now_ms - WINDOW_S * 1000
-    commands: list[Command] = [("XREVRANGE", keys.outcomes, "+", since_ms, "COUNT", MAX_ENTRIES)]
-    commands.append(("HGETALL", keys.gate("all")))
-    commands += [("HMGET", keys.job_prefix + job_id, *job_fields) for job_id in first.head]
-    commands += [("HMGET", key, *_WORKER_FIELDS) for key in first.worker_keys]
-    return commands
+@dataclass(frozen=True, slots=True)
+class _Details:
+    """The second: the last minute, the shared gate, jobs at the head, workers, and keys under suspicion."""
+
+    entries: Sequence[Any]
+    gate: Mapping[Any, Any]
+    states: Sequence[Sequence[Any]]
+    workers: Sequence[Sequence[Any]]
+    keys: Sequence[tuple[Any, Sequence[Any], int]]  # account, its breaker, size of its set of held jobs
+
+    @staticmethod
+    def commands(keys: Keys, first: _First) -> list[Command]:
+        job_fields = ("status", JobField.ENQUEUED_AT_MS, "enqueued_at")
+        since_ms = first.now_ms - WINDOW_S * 1000
+        commands: list[Command] = [("XREVRANGE", keys.outcomes, "+", since_ms, "COUNT", MAX_ENTRIES)]
+        commands.append(("HGETALL", keys.gate("all")))
+        commands += [("HMGET", _key(keys.job_prefix, job_id), *job_fields) for job_id in first.head]
+        commands += [("HMGET", key, *_WORKER_FIELDS) for key in first.worker_keys]
+        commands += [("HMGET", _key(keys.breaker(""), account), *_BREAKER_FIELDS) for account in first.accounts]
+        commands += [("SCARD", _key(keys.held(""), account)) for account in first.accounts]
+        return commands
+
+    @classmethod
+    def of(cls, first: _First, answers: list[Any]) -> _Details:
+        entries, gate, *rest = answers
+        workers_at = len(first.head)
+        breakers_at = workers_at + len(first.worker_keys)
+        held_at = breakers_at + len(first.accounts)
+        keys = zip(first.accounts, rest[breakers_at:held_at], rest[held_at:], strict=True)
+        return cls(entries, gate, rest[:workers_at], rest[workers_at:breakers_at], list(keys))
+
+
+def _third(keys: Keys, hosts: Sequence[Any], accounts: Sequence[Any]) -> list[Command]:
+    """Gates of the workers' hosts, and how many held jobs are still to come."""
+    commands: list[Command] = [("HGETALL", _key(keys.gate(""), host)) for host in hosts]
+    return commands + [("ZINTERCARD", 2, _key(keys.held(""), account), keys.scheduled) for account in accounts]
+
+
+def _is_compared(held: int, scheduled: int) -> bool:
+    return 0 < min(held, scheduled) <= _COMPARED_HELD
+
+
+def _refused_keys(
+    first: _First, found: Sequence[tuple[Any, Sequence[Any], int]], waiting: Mapping[Any, Any]
+) -> tuple[RefusedKey, ...]:
+    """Those whose breaker is still there, open ones first.
+
+    A held job that reached its deadline stays in the set until the key is accepted; a server before 7.0 cannot compare
+    the set with the schedule, and a large set is not compared.
+    """
+    refused = []
+    for account, (failures, reason, since, probe_at), held in found:
+        if failures is None and reason is None and since is None:
+            continue
+        counted = waiting.get(account)
+        since_ms, probe_at_ms = _number(since), _number(probe_at)
+        refused.append(
+            RefusedKey(
+                account=shown(account),
+                failures=_number(failures) or 0,
+                open=since_ms is not None,
+                since_s=None if since_ms is None else max(0, first.now_ms - since_ms) / 1000,
+                reason=None if reason is None else shown(reason, MAX_MSG_CHARS),
+                probe_in_s=None if since_ms is None else max(0, (probe_at_ms or 0) - first.now_ms) / 1000,
+                held=counted if isinstance(counted, int) else min(held, first.scheduled),
+            )
+        )
+    return tuple(sorted(refused, key=lambda key: (not key.open, key.account)))
+
+
+def _key(prefix: str, name: Any) -> Any:
+    """A key made of a name that came from Redis, whatever bytes it is made of."""
+    return prefix.encode() + name if isinstance(name, bytes) else prefix + name
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def shown(value: Any, limit: int = _MAX_NAME_CHARS) -> str:
+    """A word from Redis made fit to be shown: one line, at most ``limit`` characters, none that is not printable."""
+    cleaned = clean_text(_text(value), limit)
+    return "".join(character if character.isprintable() else " " for character in cleaned)
+
+
+def _number(value: Any) -> int | None:
+    """A whole number of 64 bits, None where there is none."""
+    digits = "" if value is None else _text(value)
+    return int(digits) if _NUMBER.fullmatch(digits) else None
 
 
 def _oldest_s(now_ms: int, states: Sequence[Sequence[Any]]) -> float | None:
@@ -255,35 +442,54 @@ def _oldest_s(now_ms: int, states: Sequence[Sequence[Any]]) -> float | None:
 
 
 def _queued_at_ms(status: Any, at_ms: Any, enqueued_at: Any) -> int | None:
-    if status is None or text(status) != "queued":
+    if status is None or _text(status) != "queued":
         return None
     if at_ms is not None:
-        return int(at_ms)
+        return _number(at_ms)
     # Somebody else's job, which no worker has seen yet: RQ wrote its own stamp, by the clock of its host.
-    return int(utcparse(text(enqueued_at)).timestamp() * 1000) if enqueued_at else None
+    stamp_s = _stamp_s(enqueued_at)
+    return None if stamp_s is None else int(stamp_s * 1000)
 
 
-def _gate(scope: str, fields: Mapping[Any, Any], now_ms: int) -> Gate:
-    known = {text(name): text(value) for name, value in fields.items()}
-    until_ms = int(known.get("until_ms", 0))
+def _stamp_s(value: Any) -> float | None:
+    """A time as RQ writes it, s since the epoch."""
+    try:
+        return utcparse(_text(value)).timestamp() if value else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _gate(scope: Any, fields: Mapping[Any, Any], now_ms: int) -> Gate:
+    known = {_text(name): value for name, value in fields.items()}
+    until_ms = _number(known.get("until_ms")) or 0
     if until_ms <= now_ms:
-        return Gate(scope, open=True)
-    return Gate(scope, False, (until_ms - now_ms) / 1000, until_ms, known.get("reason"), known.get("by"))
+        return Gate(shown(scope), open=True)
+    reason, by = (None if known.get(name) is None else shown(known[name], MAX_MSG_CHARS) for name in ("reason", "by"))
+    return Gate(shown(scope), False, (until_ms - now_ms) / 1000, until_ms, reason, by)
 
 
-def _worker_rows(keys: Keys, first: _First, hashes: Sequence[Sequence[Any]]) -> list[WorkerRow]:
-    rows = []
+def _raw_host(fields: Sequence[Any]) -> Any:
+    """The host of a live worker, as Redis gave it; None of a dead one."""
+    host, heartbeat, death = fields[0], fields[5], fields[6]
+    return host if heartbeat and not death else None
+
+
+def _worker_rows(keys: Keys, first: _First, hashes: Sequence[Sequence[Any]]) -> Iterator[WorkerRow]:
     for key, fields in zip(first.worker_keys, hashes, strict=True):
-        host, pid, state, ok, failed, heartbeat, death = (None if f is None else text(f) for f in fields)
-        if heartbeat and not death:  # a killed worker's hash runs out, and its key stays in the set for a while
-            age_s = max(0.0, first.now_ms / 1000 - utcparse(heartbeat).timestamp())
-            name = key.removeprefix(keys.worker_prefix)
-            rows.append(
-                WorkerRow(
-                    name, host or "?", int(pid) if pid else None, state or "?", int(ok or 0), int(failed or 0), age_s
-                )
-            )
-    return rows
+        host, pid, state, ok, failed, heartbeat, death, *figures = fields
+        if not heartbeat or death:  # a killed worker's hash runs out, and its key stays in the set for a while
+            continue
+        beat_s = _stamp_s(heartbeat)
+        yield WorkerRow(
+            shown(_text(key).removeprefix(keys.worker_prefix)),
+            shown(host or "?"),
+            _number(pid),
+            shown(state or "?"),
+            _number(ok) or 0,
+            _number(failed) or 0,
+            None if beat_s is None else max(0.0, first.now_ms / 1000 - beat_s),
+            *map(_number, figures),
+        )
 
 
 def _outcomes(entries: Sequence[Any]) -> tuple[list[Outcome], dict[str, int]]:
@@ -291,7 +497,7 @@ def _outcomes(entries: Sequence[Any]) -> tuple[list[Outcome], dict[str, int]]:
     outcomes, unreadable = [], 0
     for entry_id, fields in entries:
         try:
-            outcomes.append(entry_outcome(text(entry_id), fields))
+            outcomes.append(entry_outcome(_text(entry_id), fields))
         except MalformedMessage:
             unreadable += 1
     counted = Counter(outcome.kind for outcome in outcomes)

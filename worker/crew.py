@@ -108,6 +108,10 @@ class Crew:
         """Jobs in our hands."""
         return len(self._held)
 
+    def working_on(self) -> int:
+        """Jobs that were not answered yet: those in our hands but for the ones that are being settled."""
+        return self._running + len(self._ready)
+
     def suspend(self, suspended: bool) -> None:
         """What the last look at Redis said of `rq suspend`."""
         self._suspended = suspended

@@ -238,7 +238,7 @@ class CancelWorker(BaseWorker):
         """What an operator wants to know of this process beside what RQ says of it."""
         figures: dict[Any, Any] = {
             WorkerField.CONCURRENCY: self._settings.concurrency,
-            WorkerField.IN_FLIGHT: self._crew.in_flight(),
+            WorkerField.IN_FLIGHT: self._crew.working_on(),
             WorkerField.USED_WEIGHT: self._exchange.last_used_weight(),
             WorkerField.WEIGHT_LIMIT: self._gate.weight_limit,
         }

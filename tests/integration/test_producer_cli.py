@@ -386,7 +386,7 @@ def test_status_is_one_object_or_a_page(shell: Shell, client: CancelClient, work
     (seen,) = objects(done.stdout)
     assert list(seen) == [
         *("queue", "at_ms", "queued", "oldest_queued_s", "in_flight", "scheduled", "failed", "suspended", "gates"),
-        *("outcomes_last_minute", "outcomes_partial", "latency_ms", "workers"),
+        *("keys", "used_weight", "weight_limit", "outcomes_last_minute", "outcomes_partial", "latency_ms", "workers"),
     ]
     assert (seen["queue"], seen["queued"], seen["failed"]) == ("cancels", 0, 1)
     assert seen["outcomes_last_minute"] == {"refused": 1}
@@ -418,22 +418,6 @@ def test_watching_goes_on_through_an_outage_until_it_is_interrupted() -> None:
     assert second["at_ms"] >= first["at_ms"] + 1000
     assert process.returncode == 130
     assert "Traceback" not in stderr
-
-
-def test_watching_on_a_terminal_redraws_the_page(shell: Shell) -> None:
-    """On a terminal the page is drawn in place of the one before it."""
-    leader, follower = pty.openpty()
-    with shell.running("status", "--watch", stdout=follower) as process:
-        os.close(follower)
-        drawn = b""
-        while drawn.count(b"queued") < 2:
-            drawn += os.read(leader, 65536)
-        process.send_signal(signal.SIGINT)
-        process.wait(10)
-    os.close(leader)
-
-    assert process.returncode == 130
-    assert b"\x1b[1A" in drawn  # a line up
 
 
 # --- bad days -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,201 @@
+"""Who may look and who may act: the login with its signed cookie, the token of a form, and the headers of every page.
+
+Nothing is stored: the cookie says when it was made and is signed by a key made from WEB_TOKEN, so that it ends after
+twelve hours and with a change of the token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from flask import Request, Response
+from itsdangerous import BadData, URLSafeTimedSerializer
+
+#: Least length of WEB_TOKEN, characters.
+MIN_TOKEN_CHARS = 16
+#: Life of a login, s.
+LOGIN_S = 12 * 3600
+#: How long a failed login waits, s.
+PENALTY_S = 1.0
+#: Failed logins that wait at a time; with more under way none is looked at, so guessing cannot be done in parallel.
+_WAITING = 4
+#: How long the note after an action can be shown, s.
+_NOTE_S = 60
+COOKIE = "cancel_queue_login"
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'none'; img-src 'self' data:; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_OWN_PATH = re.compile(r"/(?![/\\])[A-Za-z0-9._~%/?=&:@+-]*")
+
+
+class UnsafeStart(ValueError):
+    """The pages would be open to people who should not see them, or the token is too weak. The text says what to do."""
+
+
+class TooManyLogins(Exception):
+    """So many failed logins wait already that no further one is looked at."""
+
+
+def check_start(host: str, token: str | None, public_read: bool) -> None:
+    """Refuse settings by which strangers could read the queue.
+
+    Raises:
+        UnsafeStart: they could, or the settings contradict each other.
+    """
+    if token is not None and len(token) < MIN_TOKEN_CHARS:
+        raise UnsafeStart(f"WEB_TOKEN must have {MIN_TOKEN_CHARS} characters or more; try: openssl rand -hex 16")
+    if token is not None and public_read:
+        raise UnsafeStart("--public-read means without a login, and WEB_TOKEN asks for one: leave one of them out")
+    if token is None and not public_read and not is_loopback(host):
+        raise UnsafeStart(
+            f"whoever reaches {host} could read every order here. Set WEB_TOKEN ({MIN_TOKEN_CHARS} characters or more) "
+            "so that a login is asked for, or bind to --host 127.0.0.1, or give --public-read if that is what you want"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on ``host``."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def named_locally(request: Request) -> bool:
+    """Whether the browser asked for this machine by a name of its own, and not by a stranger's that leads here."""
+    try:
+        return is_loopback(urlsplit(f"//{request.headers.get('Host', '')}").hostname or "")
+    except ValueError:
+        return False
+
+
+def own_path(path: str | None) -> str:
+    """``path`` if it leads to a page of ours, else the first page: a login must not send anybody elsewhere."""
+    return path if path is not None and _OWN_PATH.fullmatch(path) else "/"
+
+
+def harden(response: Response) -> Response:
+    """Set the headers that every answer carries."""
+    response.headers.update(_HEADERS)
+    return response
+
+
+def is_foreign(request: Request) -> bool:
+    """Whether a browser says that another site made this request."""
+    return request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none")
+
+
+class Access:
+    """The login of one process. Without a token nobody can log in, and nothing can be changed."""
+
+    def __init__(self, token: str | None) -> None:
+        self.enabled = token is not None
+        self._digest = _digest(token or secrets.token_hex())
+        key = hashlib.pbkdf2_hmac("sha256", self._digest, b"algo-cancel-queue web", 100_000)
+        self._signer = URLSafeTimedSerializer(key, signer_kwargs={"digest_method": hashlib.sha256})
+        self._lock = threading.Lock()
+        self._waiting = 0
+
+    # --- logging in ---
+
+    def accepts(self, token: str) -> bool:
+        """Whether this is the token; a wrong one waits for :data:`PENALTY_S`.
+
+        Raises:
+            TooManyLogins: others wait already.
+        """
+        with self._lock:
+            if self._waiting >= _WAITING:
+                raise TooManyLogins
+            if self.enabled and hmac.compare_digest(_digest(token), self._digest):
+                return True
+            self._waiting += 1
+        try:
+            time.sleep(PENALTY_S)
+        finally:
+            with self._lock:
+                self._waiting -= 1
+        return False
+
+    def bearer(self, request: Request) -> str | None:
+        """The token of the Authorization header, if there is one."""
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        return token.strip() if scheme.lower() == "bearer" else None
+
+    def let_in(self, response: Response, request: Request) -> Response:
+        """Set the cookie of a new login."""
+        response.set_cookie(
+            COOKIE,
+            self._sign("login", secrets.token_urlsafe(16)),
+            max_age=LOGIN_S,
+            httponly=True,
+            samesite="Strict",
+            secure=_by_https(request),
+        )
+        return response
+
+    def let_out(self, response: Response, request: Request) -> Response:
+        """Take the cookie back."""
+        response.delete_cookie(COOKIE, httponly=True, samesite="Strict", secure=_by_https(request))
+        return response
+
+    def login_of(self, request: Request) -> str | None:
+        """What names the login of this request's cookie; None without a valid one."""
+        if not self.enabled:
+            return None
+        login = self._signed("login", request.cookies.get(COOKIE, ""), LOGIN_S)
+        return login if isinstance(login, str) else None
+
+    # --- forms ---
+
+    def form_token(self, login: str) -> str:
+        """What every form of a login carries, so that no other site can make one."""
+        return self._sign("form", login)
+
+    def is_form_of(self, login: str, token: str) -> bool:
+        """Whether a form was made for this login."""
+        found = self._signed("form", token, LOGIN_S)
+        return isinstance(found, str) and hmac.compare_digest(found.encode(), login.encode())
+
+    def note(self, words: str) -> str:
+        """A sentence of ours, to be shown by the page that follows an action, and not to be made up by a link."""
+        return self._sign("note", words)
+
+    def noted(self, note: str | None) -> str | None:
+        """The sentence of :meth:`note`, while it is fresh."""
+        words = self._signed("note", note or "", _NOTE_S)
+        return words if isinstance(words, str) else None
+
+    def _sign(self, purpose: str, value: str) -> str:
+        signed = self._signer.dumps(value, salt=purpose)
+        return signed if isinstance(signed, str) else signed.decode()
+
+    def _signed(self, purpose: str, text: str, life_s: int) -> Any:
+        try:
+            return self._signer.loads(text, max_age=life_s, salt=purpose)
+        except BadData:
+            return None
+
+
+def _digest(token: str) -> bytes:
+    """Of one length whatever is given, so that a comparison takes one time."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def _by_https(request: Request) -> bool:
+    """Whether the browser spoke TLS, to us or to the proxy in front of us. A lie about it only harms the liar."""
+    proto = request.headers.get("X-Forwarded-Proto", "").partition(",")[0].strip().lower()
+    return request.is_secure or proto == "https"

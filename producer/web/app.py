@@ -1,0 +1,347 @@
+"""The pages as a WSGI application: :func:`create_app`. What is read stands in :mod:`producer.web.reading`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flask import Flask, Response, make_response, redirect, render_template, request, url_for
+from jinja2 import StrictUndefined
+from werkzeug.exceptions import BadRequest, Conflict, Forbidden, HTTPException, NotFound, TooManyRequests
+from werkzeug.wrappers import Response as WerkzeugResponse
+
+from producer.client import CancelClient
+from producer.message import OutcomeKind, clean_text
+from producer.web import reading
+from producer.web.access import (
+    MIN_TOKEN_CHARS,
+    Access,
+    TooManyLogins,
+    harden,
+    is_foreign,
+    named_locally,
+    own_path,
+)
+from producer.web.reading import PAGE, UNREADABLE, USABLE_ID, Seen, Wanted
+from producer.web.showing import FILTERS, fit
+from producer.wire import CHUNK, Conversation, QueueUnavailable, UnknownRequest
+
+#: Between two looks of a page that refreshes itself, s.
+REFRESH_S = 5
+#: Outcomes below the status.
+_NEWEST = 25
+#: Largest form, bytes: :data:`CHUNK` ids and a little more.
+_MAX_FORM_BYTES = 512 * 1024
+#: Longest word that is searched for, characters.
+_MAX_QUERY = 200
+_OPEN_TO_ALL = frozenset({"healthz", "style", "login"})
+_READ_ONLY = (
+    "These pages are read-only, because the process was started without WEB_TOKEN. Set WEB_TOKEN "
+    f"({MIN_TOKEN_CHARS} characters or more) and start it again, or use a shell: python -m producer retry ID"
+)
+_NOT_LOCAL = (
+    "Without WEB_TOKEN these pages answer to localhost alone, so that no other site's name can lead here. "
+    "Set WEB_TOKEN, or start with --public-read."
+)
+#: What a foreign record can make of figures that are read as numbers and dates.
+_UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+
+T = TypeVar("T")
+Answer = Response | WerkzeugResponse | str | tuple[str, int]
+
+
+def create_app(client: CancelClient, token: str | None = None, *, local_names_only: bool = False) -> Flask:
+    """The pages about the queue of ``client``.
+
+    With a ``token`` everything asks for a login, and requests can be retried; without one nothing can be changed.
+    ``local_names_only`` turns away requests that name another host than this machine (for a server on loopback).
+    """
+    app = Flask(__name__, static_folder=None)
+    app.debug = False  # whatever FLASK_DEBUG says: a page of a debugger would show secrets
+    app.config.update(MAX_CONTENT_LENGTH=_MAX_FORM_BYTES, MAX_FORM_MEMORY_SIZE=_MAX_FORM_BYTES)
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False  # either would redirect to the host that the request names
+    app.jinja_env.undefined = StrictUndefined
+    app.jinja_env.finalize = fit
+    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
+    app.jinja_env.filters.update(FILTERS)
+    access = Access(token)
+    guard = _Guard(access, local_names_only)
+    pages = _Pages(client, access)
+    app.before_request(guard.check)
+    app.after_request(harden)
+    app.context_processor(lambda: {"queue": client.keys.queue, "login": guard.login(), "writable": access.enabled})
+    app.jinja_env.globals.update(form_token=access.form_token)
+    for rule, view in pages.rules().items():
+        methods = ["POST"] if view.__name__ in ("logout", "start") else ["GET"]
+        app.add_url_rule(rule, view.__name__, view, methods=methods + ["POST"] * (view.__name__ == "login"))
+    app.register_error_handler(QueueUnavailable, _away)
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, _broken)
+    return app
+
+
+class _Guard:
+    """Looks at each request before its page does."""
+
+    def __init__(self, access: Access, local_names_only: bool) -> None:
+        self._access = access
+        self._local_names_only = local_names_only
+
+    def login(self) -> str | None:
+        """What names the login of the present request."""
+        return self._access.login_of(request)
+
+    def check(self) -> Answer | None:
+        """None to let it through, else the answer."""
+        if request.endpoint == "healthz":
+            return None
+        if self._local_names_only and not named_locally(request):
+            return _message(421, "Not here", _NOT_LOCAL)
+        changes = request.method not in ("GET", "HEAD", "OPTIONS")
+        if changes and not self._access.enabled:
+            raise Forbidden(_READ_ONLY)
+        if changes and is_foreign(request):
+            raise Forbidden("Another site made this request. Open the page here and repeat it.")
+        if not self._access.enabled or request.endpoint in _OPEN_TO_ALL:
+            return None
+        bearer = self._access.bearer(request)
+        if bearer is not None:
+            return None if _accepted(self._access, bearer) else _login_form(True)
+        login = self.login()
+        if login is None:
+            return _login_form(False)
+        if changes and not self._access.is_form_of(login, request.form.get("form_token", "")):
+            raise Forbidden("This form is not of the present login, or too old. Open the page again and repeat it.")
+        return None
+
+
+def _accepted(access: Access, token: str) -> bool:
+    try:
+        return access.accepts(token)
+    except TooManyLogins:
+        raise TooManyRequests("Too many logins failed just now. Try again in a few seconds.") from None
+
+
+def _login_form(wrong: bool) -> Answer:
+    """The login, with 401, in place of the page that was asked for."""
+    asked = request.full_path.rstrip("?") if request.method == "GET" else None
+    page = request.form.get("next") if request.endpoint == "login" else asked
+    answer = make_response(render_template("login.html", next=own_path(page), wrong=wrong), 401)
+    answer.headers["WWW-Authenticate"] = 'Bearer realm="algo-cancel-queue"'
+    return answer
+
+
+# --- Errors -------------------------------------------------------------------------------------------------------
+
+
+def _message(code: int, title: str, words: str, refresh: int | None = None) -> tuple[str, int]:
+    return render_template("message.html", title=title, words=words, refresh=refresh), code
+
+
+def _away(error: QueueUnavailable) -> Answer:
+    """Redis is away: say so, and look again by itself where that changes nothing."""
+    words = f"{error}."
+    if request.method == "POST":
+        words += " The retry may or may not have been started: those that were are no longer among the failed ones."
+    answer = make_response(
+        _message(503, "The queue cannot be read", words, REFRESH_S if request.method == "GET" else None)
+    )
+    answer.headers["Retry-After"] = str(REFRESH_S)
+    return answer
+
+
+def _http_error(error: HTTPException) -> Answer:
+    return _message(error.code or 500, error.name, error.description or "")
+
+
+def _broken(error: Exception) -> Answer:
+    """A fault of ours: its kind and place go to stderr, without the words, which may quote what nobody should see."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    where = "?" if place is None else f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
+    sys.stderr.write(f"web: {request.endpoint}: {type(error).__name__} at {where}\n")
+    return _message(500, "This page is broken", "The process' log says where. The command line shows the same figures.")
+
+
+# --- Pages --------------------------------------------------------------------------------------------------------
+
+
+class _Pages:
+    """One method for each address."""
+
+    def __init__(self, client: CancelClient, access: Access) -> None:
+        self._client = client
+        self._keys = client.keys
+        self._access = access
+
+    def rules(self) -> Mapping[str, Any]:
+        """Address and method."""
+        return {
+            "/": self.status,
+            "/failed": self.failed,
+            "/requests/<job_id>": self.one,
+            "/search": self.search,
+            "/retry": self.confirm,
+            "/retry/start": self.start,
+            "/login": self.login,
+            "/logout": self.logout,
+            "/healthz": self.healthz,
+            "/style.css": self.style,
+        }
+
+    def _ask(self, conversation: Conversation[T]) -> T:
+        return self._client._hold(conversation)
+
+    # --- reading ---
+
+    def status(self) -> Answer:
+        """How the queue stands, as `python -m producer status` says it, and the newest outcomes."""
+        try:
+            seen, fault = self._client.status(), None
+        except QueueUnavailable:
+            raise
+        except _UNREADABLE as error:
+            seen, fault = None, f"Something in Redis keeps these figures from being read ({type(error).__name__})."
+        rows = self._ask(reading.newest(self._keys, _NEWEST))
+        now_ms = seen.at_ms if seen is not None else self._ask(reading.clock())
+        refresh = _refresh()
+        return render_template("status.html", s=seen, fault=fault, rows=rows, now_ms=now_ms, refresh=refresh)
+
+    def failed(self) -> Answer:
+        """The failed requests, newest first."""
+        wanted = _wanted()
+        page = _number("page", 1)
+        found = self._ask(reading.failed(self._keys, wanted, (page - 1) * PAGE))
+        pages = max(1, -(-found.matching // PAGE))
+        return render_template(
+            "failed.html",
+            found=found,
+            wanted=wanted,
+            page=page,
+            pages=pages,
+            kinds=[*(kind.value for kind in OutcomeKind if kind.failed), UNREADABLE],
+            most=CHUNK,
+            note=self._access.noted(request.args.get("note")),
+            depth=reading.DEPTH,
+        )
+
+    def one(self, job_id: str) -> Answer:
+        """One request in full."""
+        if not USABLE_ID.fullmatch(job_id):
+            raise NotFound("No request can have this id.")
+        now_ms = self._ask(reading.clock())
+        (seen,) = self._ask(reading.requests_of(self._keys, [job_id]))
+        earlier: list[Seen] = []
+        if seen.outcome is None and seen.status is None and not seen.faults:
+            earlier = self._ask(reading.history(self._keys, job_id))
+            if not earlier:
+                raise NotFound("Nobody knows this request any more: neither a job, nor an outcome, nor the ledger.")
+            seen = earlier[0]
+        refresh = _refresh() if seen.open else None
+        note = self._access.noted(request.args.get("note"))
+        return render_template("request.html", seen=seen, now_ms=now_ms, refresh=refresh, note=note)
+
+    def search(self) -> Answer:
+        """By the id of an order or of a request."""
+        words = request.args.get("q", "").strip()
+        account = request.args.get("account", "").strip() or None
+        found, fault = None, None
+        if len(words) > _MAX_QUERY:
+            fault = f"An id has {_MAX_QUERY} characters at most."
+        elif words:
+            found = self._ask(reading.search(self._keys, words, account))
+        return render_template("search.html", words=words, account=account, found=found, fault=fault)
+
+    # --- retrying ---
+
+    def confirm(self) -> Answer:
+        """What a retry would start, to be confirmed."""
+        if not self._access.enabled:
+            raise Forbidden(_READ_ONLY)
+        now_ms = self._ask(reading.clock())
+        ids = [job_id for job_id in request.args.getlist("id") if USABLE_ID.fullmatch(job_id)]
+        wanted = _wanted()
+        if ids:
+            rows = self._ask(reading.requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
+            matching = len(rows)
+        else:
+            found = self._ask(reading.failed(self._keys, wanted, 0, CHUNK))
+            rows, matching = list(found.rows), found.matching
+        chosen = [seen for seen in rows if seen.retryable]
+        login = self._access.login_of(request)
+        return render_template(
+            "retry.html", chosen=chosen, matching=matching, wanted=wanted, by_id=bool(ids), now_ms=now_ms, form=login
+        )
+
+    def start(self) -> Answer:
+        """Start what was confirmed: those very requests, whatever has failed since."""
+        ids = list(dict.fromkeys(request.form.getlist("id")))
+        if not 1 <= len(ids) <= CHUNK or not all(USABLE_ID.fullmatch(job_id) for job_id in ids):
+            raise BadRequest(f"Give 1 to {CHUNK:,} ids of failed requests.")
+        try:
+            # One call of one script: started together or not at all.
+            started = self._client.retry(ids, missing_ok=len(ids) > 1)
+        except UnknownRequest as error:
+            raise Conflict(f"{clean_text(str(error), 300)}; nothing was retried.") from None
+        words = f"Retried {len(started):,} of {len(ids):,}."
+        if len(started) < len(ids):
+            words += " The others were no longer among the failed ones."
+        note = self._access.note(words)
+        if len(ids) == 1:
+            return redirect(url_for("one", job_id=ids[0], note=note), 303)
+        wanted = _wanted(request.form)
+        return redirect(url_for("failed", kind=wanted.kind, account=wanted.account, note=note), 303)
+
+    # --- access and the rest ---
+
+    def login(self) -> Answer:
+        """Ask for the token; set the cookie."""
+        if not self._access.enabled:
+            raise Forbidden(_READ_ONLY)
+        if request.method == "GET":
+            page = own_path(request.args.get("next"))
+            return render_template("login.html", next=page, wrong=False)
+        if not _accepted(self._access, request.form.get("token", "")):
+            return _login_form(True)
+        return self._access.let_in(make_response(redirect(own_path(request.form.get("next")), 303)), request)
+
+    def logout(self) -> Answer:
+        """Take the cookie back."""
+        return self._access.let_out(make_response(redirect(url_for("login"), 303)), request)
+
+    def healthz(self) -> Answer:
+        """For the platform: the process serves."""
+        return Response("ok\n", mimetype="text/plain")
+
+    def style(self) -> Answer:
+        """The one style sheet."""
+        return Response(_STYLE, mimetype="text/css")
+
+
+_STYLE = files("producer.web").joinpath("static", "style.css").read_text("utf-8")
+
+
+def _wanted(given: Any = None) -> Wanted:
+    """The filter in the address, or in a form."""
+    source = request.args if given is None else given
+    kind = source.get("kind", "").strip() or None
+    account = source.get("account", "").strip() or None
+    known = {kind.value for kind in OutcomeKind if kind.failed} | {UNREADABLE}
+    if kind is not None and kind not in known:
+        raise BadRequest(f"kind must be one of {', '.join(sorted(known))}.")
+    return Wanted(kind, account)
+
+
+def _number(name: str, least: int) -> int:
+    text = request.args.get(name, "")
+    return max(least, int(text)) if text.isascii() and text.isdigit() and len(text) <= 9 else least
+
+
+def _refresh() -> int | None:
+    """After how many seconds the page looks again; ?refresh=0 stops that."""
+    return None if request.args.get("refresh") == "0" else REFRESH_S

@@ -1,0 +1,127 @@
+"""How values look on a page. Everything goes through Jinja's escaping; what is Markup here is made of numbers alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from markupsafe import Markup
+
+from producer.message import OutcomeKind
+
+_DAY_S = 86_400
+#: What cannot be sent as UTF-8, or would act in a terminal when copied.
+_UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+MEANINGS: Mapping[OutcomeKind, str] = {
+    OutcomeKind.CANCELLED: "Our cancel took the order off the book.",
+    OutcomeKind.ALREADY_CANCELLED: "It was cancelled before any cancel of ours can have done it.",
+    OutcomeKind.TRIGGERED: "Too late: it became a normal order. Read that one, and cancel it there or handle its fill.",
+    OutcomeKind.EXPIRED: "The exchange dropped it.",
+    OutcomeKind.REJECTED: "The exchange dropped it.",
+    OutcomeKind.NOT_FOUND: "The exchange does not know it, and kept saying so. Check id and account, look at the open "
+    "orders, then retry.",
+    OutcomeKind.REFUSED: "A refusal that repeating cannot change. Mend what the error names, then retry.",
+    OutcomeKind.GAVE_UP: "Deadline or attempts ran out; no cancel of ours can have worked. Treat it as live; retry.",
+    OutcomeKind.UNKNOWN: "Deadline or attempts ran out, or a refusal came, while a cancel of ours may have worked. "
+    "Treat it as live until you have looked.",
+    OutcomeKind.OVERDUE: "The deadline passed before anything was sent. Treat it as live; see why no worker was there.",
+}
+
+
+def fit(value: Any) -> Any:
+    """What a page is given, without characters that cannot be shown."""
+    if isinstance(value, str) and not isinstance(value, Markup) and _UNFIT.search(value):
+        return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", value)
+    return value
+
+
+def when(ms: Any) -> Markup | str:
+    """A moment in UTC, ms since the epoch."""
+    try:
+        at = datetime.fromtimestamp(int(ms) / 1000, UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "-" if ms is None else str(ms) or "-"
+    stamp = at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    shown = f"{at:%Y-%m-%d %H:%M:%S}.{at.microsecond // 1000:03d}"
+    return Markup('<time datetime="{}">{}</time>').format(stamp, shown)
+
+
+def clock(ms: Any, now_ms: int) -> Markup | str:
+    """The same in short: the time alone if it was within the last day."""
+    full = when(ms)
+    if not isinstance(full, Markup):
+        return full
+    at = datetime.fromtimestamp(int(ms) / 1000, UTC)
+    shown = f"{at:%H:%M:%S}" if abs(now_ms - int(ms)) < _DAY_S * 500 else f"{at:%m-%d %H:%M}"
+    stamp = at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(stamp, shown)
+
+
+def span(seconds: Any, coarse: bool = False) -> str:
+    """A time, s, in the unit that fits; ``coarse``: not finer than a second."""
+    try:
+        value = float(seconds)
+    except (TypeError, ValueError, OverflowError):
+        return "-"
+    if not math.isfinite(value):
+        return "-"
+    if coarse and abs(value) < 59.5:
+        return f"{value:.0f} s"
+    for limit, unit, size in ((0.9995, "ms", 0.001), (119.5, "s", 1), (7170, "min", 60), (2 * _DAY_S, "h", 3600)):
+        if abs(value) < limit:
+            return f"{value / size:.{0 if unit == 'ms' or abs(value / size) >= 99.5 else 1}f} {unit}"
+    return f"{value / _DAY_S:.1f} days"
+
+
+def ago(ms: Any, now_ms: int) -> str:
+    """How long ago a moment was, or how far off it is."""
+    if not isinstance(ms, int):
+        return "-"
+    gap_s = (now_ms - ms) / 1000
+    return f"in {span(-gap_s, True)}" if gap_s < 0 else f"{span(gap_s, True)} ago"
+
+
+def between(start_ms: Any, end_ms: Any) -> str:
+    """How long it took from one moment to another."""
+    return span((end_ms - start_ms) / 1000) if isinstance(start_ms, int) and isinstance(end_ms, int) else "-"
+
+
+def count(value: Any) -> str:
+    """A number for people; a dash for none."""
+    return f"{value:,}" if isinstance(value, int) else "-"
+
+
+def dash(value: Any) -> Any:
+    """A value, or a dash where there is none."""
+    return "-" if value is None or value == "" else value
+
+
+def tone(kind: Any) -> str:
+    """The class that colours a kind: good, late or bad; plain for what is none."""
+    try:
+        known = OutcomeKind(kind)
+    except ValueError:
+        return "plain"
+    return "good" if known.off_the_book else "bad" if known.failed else "late"
+
+
+def meaning(kind: Any) -> str:
+    """What a kind says of the order, and what to do."""
+    return MEANINGS.get(kind, "")
+
+
+FILTERS = {
+    "when": when,
+    "clock": clock,
+    "span": span,
+    "ago": ago,
+    "between": between,
+    "count": count,
+    "dash": dash,
+    "tone": tone,
+    "meaning": meaning,
+}

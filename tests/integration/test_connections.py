@@ -1,0 +1,184 @@
+"""How many connections of Redis the parts hold, counted by the server: small plans allow twenty."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+import redis
+
+from producer import AsyncCancelClient, CancelClient, CancelRequest, OutcomeKind
+from tests.conftest import API_KEY, API_SECRET
+from tests.servers import Valkey, Workers, eventually, running_valkey
+from worker.sandbox.control import RunningExchange
+from worker.store import MAX_CONNECTIONS
+
+#: What the README promises of a worker process, and of a producer for each thread or task that is in a call of it.
+PER_WORKER = 4
+PER_CALLER = 2
+OURS = "the-test"
+PRODUCER = "a-producer"
+
+
+class Count:
+    """Looks at CLIENT LIST all the time, and keeps the most connections of workers and of producers that it saw."""
+
+    def __init__(self, port: int) -> None:
+        self.workers = 0
+        self.producers = 0
+        self.looks = 0
+        self._redis = redis.Redis(port=port, client_name=OURS, socket_timeout=5)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._redis.close()
+
+    def now(self) -> tuple[int, int]:
+        """Connections of workers and of producers right now."""
+        names = [client["name"] for client in self._redis.client_list() if client["name"] != OURS]
+        producers = names.count(PRODUCER)
+        return len(names) - producers, producers
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            try:
+                workers, producers = self.now()
+            except redis.RedisError:  # it is being restarted
+                time.sleep(0.01)
+                continue
+            self.workers, self.producers = max(self.workers, workers), max(self.producers, producers)
+            self.looks += 1
+            time.sleep(0.002)
+
+
+def burst(url: str, exchange: RunningExchange, count: int) -> None:
+    """Ask for the cancels of fresh orders and wait for all."""
+    orders = exchange.add_orders(count)
+    with CancelClient.from_url(url, client_name=PRODUCER, timeout_s=10) as client:
+        tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in orders)
+        eventually(lambda: len(client.outcomes_of(t.id for t in tickets)) == count, 60, "all have their outcome")
+        kinds = {outcome.kind for outcome in client.outcomes_of(ticket.id for ticket in tickets).values()}
+    assert kinds == {OutcomeKind.CANCELLED}
+
+
+@pytest.mark.parametrize(("concurrency", "orders"), [(64, 300), (256, 700)])
+def test_a_worker_holds_four(
+    valkey: Valkey, workers: Workers, exchange: RunningExchange, concurrency: int, orders: int
+) -> None:
+    """However many requests are in flight, a worker process holds at most four connections."""
+    exchange.set_latency_ms(300)
+    workers.start(WORKER_CONCURRENCY=str(concurrency))
+    with Count(valkey.port) as count:
+        burst(valkey.url, exchange, orders)
+
+    assert exchange.stats().peak_in_flight >= concurrency * 0.8
+    assert count.looks > 20
+    assert 2 <= count.workers <= PER_WORKER == MAX_CONNECTIONS
+
+
+def test_two_workers_hold_eight(valkey: Valkey, workers: Workers, exchange: RunningExchange) -> None:
+    """The budget is each process's own."""
+    for _ in range(2):
+        workers.start()
+    with Count(valkey.port) as count:
+        burst(valkey.url, exchange, 400)
+
+    assert count.workers <= 2 * PER_WORKER
+
+
+@pytest.fixture
+def durable() -> Iterator[Valkey]:
+    """A server that keeps what it is told over a restart."""
+    with running_valkey("--appendonly", "yes", "--appendfsync", "always") as server:
+        yield server
+
+
+def test_after_a_restart_of_redis(durable: Valkey, exchange: RunningExchange, tmp_path: Path) -> None:
+    """Connections that were lost are replaced, not added to."""
+    fleet = Workers(
+        tmp_path,
+        {
+            "REDIS_URL": durable.url,
+            "BINANCE_BASE_URL": exchange.url,
+            "BINANCE_API_KEY": API_KEY,
+            "BINANCE_API_SECRET": API_SECRET,
+        },
+    )
+    try:
+        worker = fleet.start(WORKER_CONCURRENCY="256")
+        burst(durable.url, exchange, 100)
+        with Count(durable.port) as count:
+            for how in (signal.SIGKILL, signal.SIGTERM):
+                durable.stop(how)
+                durable.start()
+                burst(durable.url, exchange, 300)
+        assert count.looks > 20
+        assert count.workers <= PER_WORKER
+        assert worker.stop() == 0
+    finally:
+        fleet.stop()
+
+
+def test_a_stopped_worker_holds_none(valkey: Valkey, workers: Workers, exchange: RunningExchange) -> None:
+    """What a worker held it gives back when it leaves."""
+    worker = workers.start()
+    burst(valkey.url, exchange, 20)
+    assert worker.stop() == 0
+    with Count(valkey.port) as count:
+        eventually(lambda: count.now()[0] == 0, what="no connection of a worker is left")
+
+
+def test_a_client_holds_one_and_one_more_while_it_waits(
+    valkey: Valkey, workers: Workers, exchange: RunningExchange
+) -> None:
+    """A client in one thread holds one connection, two while it waits for an outcome; each thread adds as many."""
+    (order,) = exchange.add_orders(1)
+    with Count(valkey.port) as count, CancelClient.from_url(valkey.url, client_name=PRODUCER) as client:
+        ticket = client.cancel(algo_id=order.algo_id)
+        client.cancel_many(CancelRequest(number) for number in range(1, 1500))
+        client.status()
+        list(client.outcomes())
+        assert count.now()[1] == 1
+        waiting = [threading.Thread(target=ticket.wait, args=(20,)) for _ in range(3)]
+        for thread in waiting:
+            thread.start()
+        eventually(lambda: count.now()[1] >= 3, what="all of them wait")
+        workers.start(CANCEL_DEADLINE_S="5", NOT_FOUND_HORIZON_S="0")
+        for thread in waiting:
+            thread.join()
+        assert client.outcome(ticket.id) is not None
+    assert count.producers <= PER_CALLER * len(waiting)
+    with Count(valkey.port) as after:
+        eventually(lambda: after.now()[1] == 0, what="a closed client holds none")
+
+
+def test_an_async_client_holds_as_many(valkey: Valkey, workers: Workers, exchange: RunningExchange) -> None:
+    """The same for tasks."""
+    orders = exchange.add_orders(5)
+
+    async def ask() -> None:
+        async with AsyncCancelClient.from_url(valkey.url, client_name=PRODUCER) as client:
+            tickets = await client.cancel_many(CancelRequest(order.algo_id) for order in orders)
+            await asyncio.gather(*(ticket.wait(20) for ticket in tickets))
+
+    with Count(valkey.port) as count:
+        thread = threading.Thread(target=asyncio.run, args=(ask(),))
+        thread.start()
+        eventually(lambda: count.producers >= len(orders), what="all of them wait")
+        workers.start()
+        thread.join()
+
+    assert count.producers <= PER_CALLER * len(orders)

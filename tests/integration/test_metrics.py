@@ -1,0 +1,600 @@
+"""``python -m producer metrics``: a real exporter process, scraped over HTTP, beside a real server and real workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import redis
+from prometheus_client.parser import text_string_to_metric_families
+
+from producer import CancelClient
+from producer.message import VERSION, Keys, OutcomeKind
+from producer.metrics import Labels, LedgerClient, LedgerEnd, LedgerReader, Tally
+from tests.servers import ROOT, Valkey, Workers, eventually, free_port, running_valkey, scrubbed
+from worker.sandbox.control import RunningExchange
+
+KEYS = Keys()
+GONE = """
+import sys
+sys.modules["prometheus_client"] = None
+from producer.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+Scrape = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@dataclass
+class Exporter:
+    """A running exporter and where it listens."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    def text(self) -> str:
+        """One scrape as it came; an answer other than 200 raises."""
+        with urllib.request.urlopen(self.url, timeout=20) as answer:
+            assert answer.status == 200
+            return str(answer.read().decode())
+
+    def scrape(self) -> Scrape:
+        """One scrape: value by name and labels, of which `queue` stands on all and is left out."""
+        found: Scrape = {}
+        for family in text_string_to_metric_families(self.text()):
+            assert family.documentation
+            for sample in family.samples:
+                labels = dict(sample.labels)
+                assert labels.pop("queue") == "cancels"
+                name = (sample.name, tuple(sorted(labels.items())))
+                assert name not in found
+                found[name] = sample.value
+        return found
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """One figure of a new scrape, None where it has none."""
+        return self.scrape().get((name, tuple(sorted(labels.items()))))
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Signal it; gives exit code and what it had to complain about."""
+        self.process.send_signal(how)
+        _, errors = self.process.communicate(timeout=10)
+        return self.process.returncode, errors
+
+
+def command(*arguments: str) -> list[str]:
+    """The words of a call; a warning in it is an error."""
+    return [sys.executable, "-W", "error", "-m", "producer", "metrics", *arguments]
+
+
+def ran(*arguments: str, script: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A call that ends by itself."""
+    words = [sys.executable, "-W", "error", "-c", script, "metrics", *arguments] if script else command(*arguments)
+    return subprocess.run(
+        words, cwd=ROOT, env=scrubbed() | environment, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+@contextlib.contextmanager
+def exporting(url: str, *arguments: str, **environment: str) -> Iterator[Exporter]:
+    """An exporter on a port of its own, which complains of nothing as long as the block runs."""
+    with subprocess.Popen(
+        command("--port", "0", *arguments),
+        cwd=ROOT,
+        env=scrubbed() | {"REDIS_URL": url, "PORT": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("metrics of queue cancels on http://")
+            exporter = Exporter(process, line.split()[-1])
+            yield exporter
+            if process.poll() is None:
+                assert exporter.stop() == (0, "")
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def exporter(valkey: Valkey) -> Iterator[Exporter]:
+    """One on the server of the tests."""
+    with exporting(valkey.url) as running:
+        yield running
+
+
+def record(number: int = 1, **fields: object) -> str:
+    """An outcome record as a worker writes it."""
+    attempt = {
+        "n": 1,
+        "at_ms": 1_010,
+        "call": "cancel",
+        "http": 200,
+        "code": 200,
+        "msg": "",
+        "verdict": "confirmed",
+        "ms": 5,
+    }
+    base: dict[str, object] = {"v": VERSION, "id": f"{number:032x}", "run": 1, "account": "default", "algo_id": number}
+    base |= dict.fromkeys(("client_algo_id", "symbol", "tag", "order_status", "actual_order_id", "error"))
+    base |= {"kind": "cancelled", "may_be_live": False, "attempts": [attempt], "enqueued_at_ms": 1_000}
+    return json.dumps(base | {"finished_at_ms": 1_040, "worker": "w.1"} | fields)
+
+
+def append(connection: redis.Redis, *records: str, **options: Any) -> None:
+    """Entries of the ledger."""
+    with connection.pipeline(transaction=False) as pipeline:
+        for each in records:
+            pipeline.xadd(KEYS.outcomes, {"outcome": each}, **options)
+        pipeline.execute()
+
+
+def outcomes(scrape: Scrape) -> float:
+    """How many outcomes are counted in all."""
+    return sum(value for (name, _), value in scrape.items() if name == "cancel_outcomes_total")
+
+
+# --- counters -----------------------------------------------------------------------------------------------------
+
+
+def test_real_outcomes_are_counted_exactly(
+    exporter: Exporter, client: CancelClient, workers: Workers, exchange: RunningExchange
+) -> None:
+    """Outcomes by kind and account, attempts by verdict, replies by code, and the two times, each exactly once."""
+    orders = [order.algo_id for order in exchange.add_orders(5)]
+    exchange.trigger(orders[4])
+    workers.start()
+    tickets = [client.cancel(algo_id=algo_id) for algo_id in orders] + [client.cancel(algo_id=9, account="nobody")]
+    ended = [ticket.wait(10) for ticket in tickets]
+
+    exporter.scrape()  # what was counted once is not counted again
+    seen = exporter.scrape()
+
+    def total(name: str) -> dict[tuple[str, ...], float]:
+        return {tuple(value for _, value in labels): n for (each, labels), n in seen.items() if each == name and n}
+
+    assert total("cancel_outcomes_total") == {
+        ("default", "cancelled"): 4,
+        ("default", "triggered"): 1,
+        ("nobody", "refused"): 1,
+    }
+    assert total("cancel_attempts_total") == {
+        ("cancel", "confirmed"): 4,
+        ("cancel", "no_such_order"): 1,
+        ("query", "triggered"): 1,
+    }
+    assert total("cancel_exchange_replies_total") == {
+        ("cancel", "200", "200"): 4,
+        ("cancel", "-2011", "400"): 1,
+        ("query", "none", "200"): 1,
+    }
+    assert seen["cancel_first_attempt_seconds_count", ()] == 5
+    assert seen["cancel_outcome_seconds_count", ()] == 6
+    took_s = sum(outcome.finished_at_ms - (outcome.enqueued_at_ms or 0) for outcome in ended) / 1000
+    assert seen["cancel_outcome_seconds_sum", ()] == pytest.approx(took_s)
+    assert seen["cancel_outcome_seconds_bucket", (("le", "+Inf"),)] == 6
+    assert (seen["cancel_ledger_unreadable_total", ()], seen["cancel_ledger_missed_total", ()]) == (0, 0)
+    assert seen["cancel_up", ()] == 1
+
+
+def test_each_kind_has_a_series_before_it_happens(exporter: Exporter, connection: redis.Redis) -> None:
+    """Prometheus sees an increase only of what was there before: all kinds of each account begin with 0."""
+    append(connection, record(account="desk2"))
+    seen = exporter.scrape()
+
+    for account in ("default", "desk2"):
+        for kind in OutcomeKind:
+            expected = 1 if (account, kind) == ("desk2", OutcomeKind.CANCELLED) else 0
+            assert seen["cancel_outcomes_total", (("account", account), ("kind", kind.value))] == expected
+
+
+def test_times_fall_into_their_buckets(exporter: Exporter, connection: redis.Redis) -> None:
+    """A bucket counts what took at most its bound; a clock that went back makes no negative time."""
+    append(connection, record(), record(finished_at_ms=301_000 + 1_000), record(finished_at_ms=1, enqueued_at_ms=2_000))
+    seen = exporter.scrape()
+
+    by_bound = {bound: seen["cancel_outcome_seconds_bucket", (("le", bound),)] for bound in ("0.001", "0.025", "0.05")}
+    assert by_bound == {"0.001": 1, "0.025": 1, "0.05": 2}
+    assert seen["cancel_outcome_seconds_bucket", (("le", "300.0"),)] == 2
+    assert seen["cancel_outcome_seconds_sum", ()] == pytest.approx(301.04)
+    assert seen["cancel_first_attempt_seconds_bucket", (("le", "0.01"),)] == 3
+
+
+def test_a_new_exporter_begins_with_what_the_ledger_holds(valkey: Valkey, connection: redis.Redis) -> None:
+    """After a restart the counters are those of the ledger; more than one page of it is read at once."""
+    append(connection, *(record(number) for number in range(1, 1301)))
+    connection.xtrim(KEYS.outcomes, 1201, approximate=False)
+    for _ in range(2):
+        with exporting(valkey.url) as exporter:
+            seen = exporter.scrape()
+            assert seen["cancel_outcomes_total", (("account", "default"), ("kind", "cancelled"))] == 1201
+            assert seen["cancel_ledger_missed_total", ()] == 0
+            assert time.time() - 30 < seen["cancel_exporter_start_time_seconds", ()] <= time.time()
+
+
+def test_entries_that_were_trimmed_unread_are_told(exporter: Exporter, connection: redis.Redis) -> None:
+    """Between two scrapes the ledger may lose what nobody read: counted as missed, never as an outcome."""
+    append(connection, *(record(number) for number in range(10)))
+    assert outcomes(exporter.scrape()) == 10
+    append(connection, *(record(number) for number in range(30)), maxlen=12, approximate=False)
+
+    seen = exporter.scrape()
+
+    assert (outcomes(seen), seen["cancel_ledger_missed_total", ()]) == (22, 18)
+    append(connection, record())
+    connection.xtrim(KEYS.outcomes, 0, approximate=False)
+    seen = exporter.scrape()
+    assert (outcomes(seen), seen["cancel_ledger_missed_total", ()]) == (22, 19)
+    seen = exporter.scrape()
+    assert (outcomes(seen), seen["cancel_ledger_missed_total", ()]) == (22, 19)
+
+
+def test_a_ledger_that_begins_anew_is_counted_on(exporter: Exporter, connection: redis.Redis) -> None:
+    """Deleted unseen, seen deleted, or with a clock that went back: nothing twice, nothing lost, no step down."""
+    append(connection, *(record(number) for number in range(7)))
+    assert outcomes(exporter.scrape()) == 7
+    connection.delete(KEYS.outcomes)
+    append(connection, record(), record())
+    seen = exporter.scrape()
+    assert (outcomes(seen), seen["cancel_ledger_missed_total", ()]) == (9, 0)
+    connection.delete(KEYS.outcomes)
+    assert outcomes(exporter.scrape()) == 9
+    connection.xadd(KEYS.outcomes, {"outcome": record()}, id="5-1")
+    connection.xadd(KEYS.outcomes, {"outcome": record()}, id="6-1")
+    assert outcomes(exporter.scrape()) == 11
+    connection.delete(KEYS.outcomes)
+    connection.xadd(KEYS.outcomes, {"outcome": record()}, id="3-1")
+    seen = exporter.scrape()
+    assert (outcomes(seen), seen["cancel_ledger_missed_total", ()]) == (12, 0)
+    connection.delete(KEYS.outcomes)
+    assert outcomes(exporter.scrape()) == 12
+    append(connection, *(record(number) for number in range(30)), maxlen=12, approximate=False)
+    seen = exporter.scrape()
+    assert (outcomes(seen), seen["cancel_ledger_missed_total", ()]) == (24, 18)
+
+
+def test_a_ledger_that_grows_while_it_is_read_is_counted_once(exporter: Exporter, connection: redis.Redis) -> None:
+    """Scrapes beside busy workers, two at a time, neither lose nor repeat an entry, nor call one missed."""
+
+    def write() -> None:
+        for number in range(3000):
+            connection.xadd(KEYS.outcomes, {"outcome": record(number)})
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with ThreadPoolExecutor(2) as pool:
+        while writer.is_alive():
+            list(pool.map(lambda _: exporter.scrape(), range(2)))
+    writer.join()
+    seen = exporter.scrape()
+
+    assert (outcomes(seen), seen["cancel_ledger_missed_total", ()]) == (3000, 0)
+
+
+def test_a_long_ledger_is_read_in_bounded_time(valkey: Valkey, connection: redis.Redis) -> None:
+    """What a scrape has no time for is left to the next one, and is not taken for missed."""
+    append(connection, *(record(number) for number in range(1200)))
+    with LedgerClient.from_url(valkey.url) as client:
+        tally = Tally(Labels(64))
+        reader = LedgerReader(client, tally)
+        reader.read(time.monotonic())
+        assert (counted(tally), tally.missed) == (0, None)
+        append(connection, *(record(number) for number in range(5)))
+        reader.read(time.monotonic() + 30)
+        assert (counted(tally), tally.missed) == (1205, 0)
+
+
+class BeforeSeven(LedgerClient):
+    """Told what a server before 7.0 tells: not how many entries were ever added."""
+
+    def ledger_end(self) -> LedgerEnd | None:
+        """The real end without that figure."""
+        end = super().ledger_end()
+        return None if end is None else replace(end, added=None)
+
+
+def test_an_old_server_makes_no_claim_about_missed_entries(valkey: Valkey, connection: redis.Redis) -> None:
+    """Where nobody counts the entries there is no figure of missed ones; the rest is as exact as elsewhere."""
+    with BeforeSeven.from_url(valkey.url) as client:
+        tally = Tally(Labels(64))
+        reader = LedgerReader(client, tally)
+        for id_ in ("6-1", "5-1"):
+            append(connection, record(), record(), maxlen=1, approximate=False)
+            reader.read(time.monotonic() + 10)
+            connection.delete(KEYS.outcomes)
+            connection.xadd(KEYS.outcomes, {"outcome": record()}, id=id_)
+            reader.read(time.monotonic() + 10)
+            reader.read(time.monotonic() + 10)
+            connection.delete(KEYS.outcomes)
+            reader.read(time.monotonic() + 10)
+        assert counted(tally) == 4
+        assert "cancel_ledger_missed" not in {family.name for family in tally.families("cancels")}
+
+
+def counted(tally: Tally) -> float:
+    """How many outcomes a tally has."""
+    (family,) = (family for family in tally.families("cancels") if family.name == "cancel_outcomes")
+    return sum(sample.value for sample in family.samples)
+
+
+def test_an_older_state_of_the_ledger_is_not_counted_twice(exporter: Exporter, connection: redis.Redis) -> None:
+    """A server that comes back without its last second holds entries that were counted, and then new ones."""
+    append(connection, *(record(number) for number in range(20)))
+    older = connection.dump(KEYS.outcomes)
+    append(connection, *(record(number) for number in range(5)))
+    assert outcomes(exporter.scrape()) == 25
+    assert older is not None
+    connection.restore(KEYS.outcomes, 0, older, replace=True)
+    assert outcomes(exporter.scrape()) == 25
+    append(connection, record(), record())
+    assert outcomes(exporter.scrape()) == 27
+    connection.delete(KEYS.outcomes)
+    assert outcomes(exporter.scrape()) == 27
+    connection.restore(KEYS.outcomes, 0, older)
+    append(connection, record())
+    seen = exporter.scrape()
+    assert (outcomes(seen), seen["cancel_ledger_missed_total", ()]) == (28, 0)
+
+
+def test_unreadable_entries_are_counted_and_passed(exporter: Exporter, connection: redis.Redis) -> None:
+    """What is no outcome of this version neither stops the reading nor counts as one."""
+    for fields in ({"outcome": "{"}, {"other": "x"}, {"outcome": b"\xff\xfe"}, {"outcome": record(v=2)}):
+        connection.xadd(KEYS.outcomes, fields)  # type: ignore[arg-type]
+    append(connection, record(attempts=[{"n": 1}]), record())
+
+    seen = exporter.scrape()
+
+    assert (outcomes(seen), seen["cancel_ledger_unreadable_total", ()]) == (1, 5)
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_bounded_and_well_formed(exporter: Exporter, connection: redis.Redis) -> None:
+    """64 accounts have series of their own, the rest and whatever is no account is `other`; no id is a label."""
+    hostile = ['x"} 1\nup 0', "x\\", "UPPER", "a" * 33, "", "\u202e"]
+    append(connection, *(record(number, account=f"a{number}") for number in range(100)))
+    append(connection, *(record(account=account) for account in hostile), record(account=None))
+    attempt = json.loads(record())["attempts"][0]
+    odd = [attempt | {"code": code, "http": http} for code, http in ((None, None), ("x", True), ({}, []), (-1.5, 200))]
+    append(connection, record(attempts=odd), record(attempts=[attempt | {"verdict": 'v"\n'}]))
+    append(connection, record(attempts=[attempt | {"code": number, "verdict": f"v{number}"} for number in range(1000)]))
+
+    text, seen = exporter.text(), exporter.scrape()
+
+    accounts = {dict(labels)["account"] for (name, labels) in seen if name == "cancel_outcomes_total"}
+    assert len(accounts) == 64 + 2
+    # `default`, which has its place from the start, is one of the 64, and the account of three records.
+    assert seen["cancel_outcomes_total", (("account", "default"), ("kind", "cancelled"))] == 3
+    assert seen["cancel_outcomes_total", (("account", "other"), ("kind", "cancelled"))] == 37 + 6
+    assert seen["cancel_outcomes_total", (("account", "none"), ("kind", "cancelled"))] == 1
+    replies = {labels: value for (name, labels), value in seen.items() if name == "cancel_exchange_replies_total"}
+    assert len(replies) <= 257
+    assert replies[("call", "cancel"), ("code", "none"), ("http", "none")] == 1
+    assert replies[("call", "cancel"), ("code", "other"), ("http", "other")] > 700
+    assert sum(replies.values()) == 107 + 4 + 1 + 1000
+    verdicts = [labels for (name, labels) in seen if name == "cancel_attempts_total"]
+    assert len(verdicts) <= 33
+    assert f"{7:032x}" not in text
+    assert "\nup 0" not in text
+
+
+# --- gauges -------------------------------------------------------------------------------------------------------
+
+
+def test_gauges_are_the_status(exporter: Exporter, client: CancelClient, connection: redis.Redis) -> None:
+    """Depth, latency, schedule, failures, suspension, gate and keys as a status shows them."""
+    now_ms = int(connection.time()[0]) * 1000
+    seen = exporter.scrape()
+    assert (seen["cancel_queue_depth", ()], seen["cancel_queue_latency_seconds", ()]) == (0, 0)
+    assert (seen["cancel_suspended", ()], seen["cancel_workers", ()]) == (0, 0)
+    assert seen["cancel_gate_seconds", (("scope", "all"),)] == 0
+    names = {name for name, _ in seen}
+    assert not names & {
+        "cancel_used_weight",
+        "cancel_weight_limit",
+        "cancel_clock_offset_seconds",
+        "cancel_key_held_back",
+    }
+
+    tickets = [client.cancel(algo_id=number) for number in (1, 2)]
+    connection.hset(KEYS.job_prefix + tickets[0].id, "c_enqueued_at_ms", now_ms - 9_000)
+    connection.zadd(KEYS.leases, {"x": 1})
+    connection.zadd(KEYS.scheduled, {"y": 4e9, "z": 4e9})
+    connection.zadd(KEYS.failed, {"f": 4e9})
+    connection.set(KEYS.suspended, 1)
+    connection.hset(Keys.gate("all"), mapping={"until_ms": now_ms + 60_000, "reason": "418"})
+    connection.sadd(KEYS.suspects, "default", "desk2", "X" * 50, "Y" * 50)
+    for account, fields in {
+        "default": {"since_ms": now_ms, "probe_at_ms": now_ms + 1},
+        "desk2": {"failures": 1},
+        "X" * 50: {"failures": 1},
+        "Y" * 50: {"since_ms": now_ms},
+    }.items():
+        connection.hset(KEYS.breaker(account), mapping=fields)  # type: ignore[arg-type]
+    connection.sadd(KEYS.held("default"), "y", "z", "ended")
+
+    seen = exporter.scrape()
+
+    assert (seen["cancel_queue_depth", ()], seen["cancel_in_flight", ()], seen["cancel_scheduled", ()]) == (2, 1, 2)
+    assert (seen["cancel_failed", ()], seen["cancel_suspended", ()]) == (1, 1)
+    assert seen["cancel_queue_latency_seconds", ()] == pytest.approx(9.5, abs=2)
+    assert seen["cancel_gate_seconds", (("scope", "all"),)] == pytest.approx(59, abs=2)
+    held_back = {labels[0][1]: value for (name, labels), value in seen.items() if name == "cancel_key_held_back"}
+    assert held_back == {"default": 1, "desk2": 0, "other": 1}
+    assert seen["cancel_key_held_jobs", (("account", "default"),)] == 2
+
+
+def test_live_workers_alone_have_figures(
+    exporter: Exporter, workers: Workers, client: CancelClient, connection: redis.Redis
+) -> None:
+    """Each live worker has its clock's offset; one that left has none, however it is called."""
+    staying, leaving = workers.start(), workers.start()
+
+    def clocks() -> list[str]:
+        return [labels[0][1] for (name, labels) in exporter.scrape() if name == "cancel_clock_offset_seconds"]
+
+    eventually(lambda: len(clocks()) == 2, 10, "two clocks")
+    seen = exporter.scrape()
+    assert (seen["cancel_workers", ()], seen["cancel_weight_limit", ()]) == (2, 2400)
+    assert 0 <= seen["cancel_used_weight", ()] < 2400
+    for name in ("silent", "stock"):
+        connection.hset(KEYS.worker_prefix + name, "last_heartbeat", "2020-01-01T00:00:00.000000Z")
+        connection.sadd("rq:workers:cancels", KEYS.worker_prefix + name)
+    connection.hset(KEYS.worker_prefix + "silent", mapping={"c_concurrency": 64, "c_clock_offset_ms": 1})
+    # A stock RQ worker that waits is silent for minutes; one of ours that is silent is dead.
+    assert exporter.value("cancel_workers") == 3
+    assert len(clocks()) == 2
+    connection.srem("rq:workers:cancels", f"{KEYS.worker_prefix}silent", f"{KEYS.worker_prefix}stock")
+    leaving.stop()
+    eventually(lambda: len(clocks()) == 1, 10, "one clock")
+    assert clocks() == [row.name for row in client.status().workers]
+    assert exporter.value("cancel_workers") == 1
+    staying.stop()
+    assert exporter.value("cancel_workers") == 0
+
+
+# --- bad days -----------------------------------------------------------------------------------------------------
+
+
+def test_a_scrape_tells_that_redis_is_away() -> None:
+    """Killed: 200 with cancel_up 0, the counters as known, no gauge; back with its file: all, nothing twice."""
+    with running_valkey("--appendonly", "yes", "--appendfsync", "always") as server, exporting(server.url) as exporter:
+        with redis.Redis(port=server.port) as connection:
+            append(connection, record(), record())
+            assert outcomes(exporter.scrape()) == 2
+            append(connection, record())
+        server.stop(signal.SIGKILL)
+        seen = exporter.scrape()
+        assert (seen["cancel_up", ()], outcomes(seen)) == (0, 2)
+        assert not {name for name, _ in seen} & {"cancel_queue_depth", "cancel_workers", "cancel_gate_seconds"}
+        server.start()
+        eventually(lambda: exporter.value("cancel_up") == 1, 10, "Redis is back")
+        assert outcomes(exporter.scrape()) == 3
+        assert server.process is not None
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            assert exporter.value("cancel_up") == 0
+            assert time.monotonic() - began < 6  # Prometheus waits ten seconds
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        eventually(lambda: exporter.value("cancel_up") == 1, 10, "Redis goes on")
+        assert outcomes(exporter.scrape()) == 3
+
+
+def test_an_exporter_starts_without_redis() -> None:
+    """It waits for nobody: the first scrape says that Redis is away, and no password is told."""
+    url = f"redis://user:secret-of-redis@127.0.0.1:{free_port()}/0"
+    with exporting(url) as exporter:
+        text = exporter.text()
+        assert 'cancel_up{queue="cancels"} 0.0' in text
+        assert "secret-of-redis" not in text
+        assert exporter.stop() == (0, "")
+
+
+def test_a_scraper_that_hangs_up_or_says_nothing_harms_nobody(exporter: Exporter) -> None:
+    """Connections that end in the middle, or bring no request, cost no traceback and keep nobody waiting."""
+    port = int(exporter.url.rsplit(":", 1)[1].split("/")[0])
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        for _ in range(5):
+            hasty = socket.create_connection(("127.0.0.1", port))
+            hasty.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            # Closed with a reset.
+            hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            hasty.close()
+        assert exporter.value("cancel_up") == 1
+        assert exporter.stop() == (0, "")
+        silent.settimeout(5)
+        assert silent.recv(1) == b""
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_signals_end_it_as_they_should(valkey: Valkey) -> None:
+    """SIGTERM leaves with 0, also when it comes twice; Ctrl-C with 130; the port is free at once."""
+    port = str(free_port())
+    with exporting(valkey.url, "--port", port) as exporter:
+        exporter.process.terminate()
+        assert exporter.stop() == (0, "")
+    with exporting(valkey.url, "--port", port) as exporter:
+        assert exporter.url == f"http://127.0.0.1:{port}/metrics"
+        assert exporter.stop(signal.SIGINT) == (130, "")
+
+
+def test_it_listens_where_it_is_told(valkey: Valkey) -> None:
+    """Loopback unless --host says otherwise; a port that is taken, or no address, is bad usage in one line."""
+    with exporting(valkey.url, "--host", "localhost") as exporter:
+        assert exporter.url.startswith("http://localhost:")
+        assert exporter.value("cancel_up") == 1
+        port = exporter.url.rsplit(":", 1)[1].split("/")[0]
+        host = "127.0.0.1"
+        with socket.socket() as taken:
+            taken.bind((host, 0))
+            taken.listen()
+            refused = ran("--port", str(taken.getsockname()[1]), REDIS_URL=valkey.url)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.startswith(f"Error: cannot listen on {host} port ")
+        assert "Traceback" not in refused.stderr
+        assert port.isdigit()
+    assert ran("--host", "256.0.0.1", "--port", "0").returncode == 2
+    assert ran("--port", "65536").returncode == 2
+    assert ran("--redis-url", "http://nowhere").returncode == 2
+
+
+def test_help_tells_options_and_exit_codes() -> None:
+    """--help names each option with its default, and needs nothing that is not installed."""
+    for done in (ran("--help"), ran("--help", script=GONE)):
+        assert done.returncode == 0
+        for words in (
+            "--port",
+            "9464",
+            "--host",
+            "127.0.0.1",
+            "--queue",
+            "--redis-url",
+            "REDIS_URL",
+            "130",
+            "cancel_up",
+        ):
+            assert words in done.stdout
+
+
+def test_a_missing_extra_is_named() -> None:
+    """Without prometheus-client one line says what to install, and the exit code is that of bad usage."""
+    done = ran(script=GONE)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "algo-cancel-queue[metrics]" in line
+
+
+def test_the_workers_command_line_hands_over(valkey: Valkey) -> None:
+    """`python -m worker metrics` is the same exporter, in the same process."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "worker", "metrics", "--port", "0"],
+        cwd=ROOT,
+        env=scrubbed() | {"REDIS_URL": valkey.url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        exporter = Exporter(process, process.stdout.readline().split()[-1])
+        assert exporter.value("cancel_up") == 1
+        assert exporter.stop() == (0, "")

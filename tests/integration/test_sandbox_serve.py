@@ -1,0 +1,185 @@
+"""`python -m worker sandbox --serve` as people run it: a strategy of theirs finds a Redis, an exchange and workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer import CancelClient, OutcomeKind
+from tests.servers import ROOT, eventually, free_port, scrubbed
+
+START_S = 30.0
+STOP_S = 20.0
+
+
+@dataclass
+class Sandbox:
+    """The command while it runs."""
+
+    process: subprocess.Popen[str]
+    seen: set[int] = field(default_factory=set)
+
+    def lines(self, count: int) -> list[str]:
+        """The first lines of stdout, which come together."""
+        assert self.process.stdout is not None
+        assert select.select([self.process.stdout], [], [], START_S)[0], "it says nothing"
+        found = [self.process.stdout.readline() for _ in range(count)]
+        assert all(found), "it has ended"
+        return [line.rstrip("\n") for line in found]
+
+    def place(self) -> dict[str, Any]:
+        """What it prints with --json."""
+        (line,) = self.lines(1)
+        place: dict[str, Any] = json.loads(line)
+        return place
+
+    def stop(self, how: signal.Signals) -> tuple[int, str]:
+        """Exit code and stderr."""
+        self.process.send_signal(how)
+        _, said = self.process.communicate(timeout=STOP_S)
+        return self.process.returncode, said
+
+    def parts(self) -> list[int]:
+        """Its process and those that it has started, as far as they are there; what was seen once is remembered."""
+        self.seen.add(self.process.pid)
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(OSError):
+                fields = dict(line.partition(":\t")[::2] for line in status.read_text("utf-8").splitlines())
+                if int(fields["PPid"]) == self.process.pid:
+                    self.seen.add(int(fields["Pid"]))
+        return [number for number in sorted(self.seen) if _is_there(number)]
+
+
+def _is_there(number: int) -> bool:
+    with contextlib.suppress(OSError):
+        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text("utf-8")
+    return False
+
+
+@contextlib.contextmanager
+def serving(directory: Path, *options: str) -> Iterator[Sandbox]:
+    """The command for the length of a block; whatever is left of it at the end is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker", "sandbox", "--serve", "--workers", "1", "--faults", "none", *options],
+        cwd=ROOT,
+        env=scrubbed() | {"TMPDIR": str(directory), "REDIS_URL": "redis://127.0.0.1:1", "BINANCE_API_KEY": "a-persons"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    sandbox = Sandbox(process)
+    try:
+        yield sandbox
+    finally:
+        for number in sandbox.parts():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        process.communicate()
+
+
+def ask(url: str, asked: object) -> Any:
+    """A control call, as the printed lines say."""
+    request = urllib.request.Request(url, json.dumps(asked).encode())
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def test_a_strategy_works_with_it(tmp_path: Path) -> None:
+    """The printed URLs lead to a queue that is served and an exchange with the printed orders; more can be opened."""
+    with serving(tmp_path, "--orders", "3", "--json") as sandbox:
+        place = sandbox.place()
+        ids = [order["algo_id"] for order in place["orders"]]
+        (more,) = ask(place["control_url"] + "orders", {"orders": [{"symbol": "BTCUSDT", "client_algo_id": ""}]})
+        ask(place["control_url"] + "move", {"algo_id": ids[1], "move": "expire"})
+        with CancelClient.from_url(place["redis_url"]) as client:
+            kinds = [client.cancel(algo_id=algo_id).wait(15).kind for algo_id in (*ids, more[0], 999)]
+        code, said = sandbox.stop(signal.SIGTERM)
+
+    kind = OutcomeKind.CANCELLED
+    assert kinds == [kind, OutcomeKind.EXPIRED, kind, kind, OutcomeKind.NOT_FOUND]
+    assert (code, said) == (0, "sandbox: stopped\n")
+
+
+def test_a_shell_can_evaluate_it(tmp_path: Path) -> None:
+    """Without --json it prints variables and comments, in which a shell finds all it needs."""
+    with serving(tmp_path, "--orders", "2", "--seed", "7") as sandbox:
+        lines = sandbox.lines(7)
+        script = "\n".join([*lines, 'echo "$REDIS_URL $BINANCE_BASE_URL"'])
+        done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=10, check=True)
+        redis_url, base_url = done.stdout.split()
+        with CancelClient.from_url(redis_url) as client:
+            assert len(client.status().workers) == 1
+        numbers = [int(word) for word in lines[2].partition(":")[2].split()]
+        with urllib.request.urlopen(urllib.request.Request(f"{base_url}/_sandbox/book"), timeout=10) as answer:
+            assert [order["algo_id"] for order in json.load(answer)] == numbers
+        assert len(numbers) == 2
+        assert all(line.startswith(("export ", "# ")) for line in lines)
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_nothing_is_left_behind(tmp_path: Path, how: signal.Signals, code: int) -> None:
+    """However it is stopped, its processes and its files are gone, and the exit code says how."""
+    with serving(tmp_path, "--orders", "1", "--json") as sandbox:
+        sandbox.place()
+        assert len(sandbox.parts()) == 4  # itself, Redis, the exchange, a worker
+        assert list(tmp_path.iterdir()) != []
+        assert sandbox.stop(how)[0] == code
+        eventually(lambda: not sandbox.parts(), what="no process is left")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_ports_can_be_chosen(tmp_path: Path) -> None:
+    """A strategy's configuration can stay as it is from one day to the next."""
+    port, redis_port = free_port(), free_port()
+    with serving(tmp_path, "--orders", "1", "--json", "--port", str(port), "--redis-port", str(redis_port)) as sandbox:
+        place = sandbox.place()
+        assert place["binance_base_url"] == f"http://127.0.0.1:{port}"
+        assert place["redis_url"] == f"redis://127.0.0.1:{redis_port}/0"
+        with serving(tmp_path, "--port", str(port)) as second:
+            _, said = second.process.communicate(timeout=START_S)
+            assert second.process.returncode == 69
+            assert f"port {port}" in said
+            assert "error: " in said
+
+
+def test_a_part_that_dies_ends_it(tmp_path: Path) -> None:
+    """A strategy is not left with half of its surroundings: the command ends and says what is missing."""
+    with serving(tmp_path, "--orders", "1", "--json") as sandbox:
+        place = sandbox.place()
+        title = f"127.0.0.1:{place['redis_url'].rpartition(':')[2].removesuffix('/0')}"
+        (server,) = [n for n in sandbox.parts() if title in Path(f"/proc/{n}/cmdline").read_text("utf-8")]
+        os.kill(server, signal.SIGKILL)
+        _, said = sandbox.process.communicate(timeout=STOP_S)
+
+        assert sandbox.process.returncode == 69
+        assert "ended by itself with exit code -9" in said
+        eventually(lambda: not sandbox.parts(), what="no process is left")
+
+
+@pytest.mark.parametrize("options", [("--port", "8000"), ("--redis-port", "0")])
+def test_ports_need_serve(options: tuple[str, ...]) -> None:
+    """A run of its own has no use for fixed ports."""
+    done = subprocess.run(
+        [sys.executable, "-m", "worker", "sandbox", *options],
+        cwd=ROOT,
+        env=scrubbed(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert "need --serve" in done.stderr

@@ -1,0 +1,152 @@
+"""What a status tells of refused keys and of workers, read from a real server."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import redis
+from rq.utils import utcformat, utcparse
+
+from producer import CancelClient
+from producer.message import Keys
+from producer.status import FRESH_S
+from tests.servers import TurnCounter, Valkey, Workers, eventually
+
+KEYS = Keys()
+
+
+def test_keys_and_gates_cost_no_further_round_trip(valkey: Valkey, connection: redis.Redis, workers: Workers) -> None:
+    """Three round trips, with workers, gates, keys and held jobs to tell of."""
+    workers.start()
+    for account in ("a", "b", "c"):
+        connection.sadd(KEYS.suspects, account)
+        connection.hset(KEYS.breaker(account), mapping={"failures": 5, "since_ms": 1, "probe_at_ms": 2})
+        connection.sadd(KEYS.held(account), "waits")
+    connection.zadd(KEYS.scheduled, {"waits": 4e9})
+    with TurnCounter(valkey.port) as counter, CancelClient.from_url(f"redis://127.0.0.1:{counter.port}/0") as client:
+        client.status()  # the connection's own greeting
+        counter.turns = 0
+
+        seen = client.status()
+
+        assert counter.turns == 3
+    assert [(key.account, key.open, key.held) for key in seen.keys] == [(name, True, 1) for name in "abc"]
+
+
+def test_a_refused_key_is_told(client: CancelClient, connection: redis.Redis) -> None:
+    """Open breakers with what waits for them come before suspected keys; a breaker that is gone is not told."""
+    now_ms = int(connection.time()[0]) * 1000
+    connection.sadd(KEYS.suspects, "default", "desk2", "gone", b"\xff\x00odd")
+    breaker: dict[Any, Any] = {"failures": 5, "reason": "401 -2015 Invalid\nAPI-key."}
+    connection.hset(KEYS.breaker("desk2"), mapping=breaker)
+    connection.hset(
+        KEYS.breaker("default"), mapping=breaker | {"since_ms": now_ms - 34_000, "probe_at_ms": now_ms + 26_000}
+    )
+    connection.hset(KEYS.breaker("").encode() + b"\xff\x00odd", mapping={"failures": "NaN", "since_ms": "soon"})
+    connection.sadd(KEYS.held("default"), "waits", "waits too", "ended long ago")
+    connection.zadd(KEYS.scheduled, {"waits": 4e9, "waits too": 4e9, "another": 4e9})
+    before = sorted(connection.scan_iter())
+
+    seen = client.status()
+
+    assert [(key.account, key.failures, key.open, key.held) for key in seen.keys] == [
+        ("default", 5, True, 2),
+        ("desk2", 5, False, 0),
+        ("\ufffd odd", 0, False, 0),
+    ]
+    key = seen.keys[0]
+    assert key.reason == "401 -2015 Invalid API-key."
+    assert key.since_s == pytest.approx(34, abs=2)
+    assert key.probe_in_s == pytest.approx(26, abs=2)
+    lines = "\n".join(seen.lines())
+    assert re.search(
+        r"^key default +HELD BACK for 3\d s, 2 jobs wait, next try in 2\d s: 401 -2015 Invalid API-key\.$", lines, re.M
+    )
+    assert re.search(r"^key desk2 +refused 5 times in a row, still tried: 401 ", lines, re.M)
+    told = seen.as_dict()["keys"]
+    assert isinstance(told, list)
+    assert told[1] == {
+        **{"account": "desk2", "failures": 5, "open": False, "since_s": None},
+        **{"reason": "401 -2015 Invalid API-key.", "probe_in_s": None, "held": 0},
+    }
+    assert sorted(connection.scan_iter()) == before
+
+
+def test_a_key_that_the_exchange_refuses_is_seen(client: CancelClient, workers: Workers) -> None:
+    """Workers that meet a refused key make it a line of the status, with the jobs that wait for it."""
+    workers.start(BINANCE_DESK2_API_KEY="no-such-key", BINANCE_DESK2_API_SECRET="secret", WORKER_CONCURRENCY="1")
+    for algo_id in range(1, 9):
+        client.cancel(algo_id=algo_id, account="desk2")
+
+    def held_back() -> bool:
+        keys = client.status().keys
+        return bool(keys) and keys[0].open and keys[0].held == 3
+
+    eventually(held_back, 20, "three of eight wait")
+    (key,) = client.status().keys
+    assert (key.account, key.failures) == ("desk2", 5)
+    assert key.reason is not None
+    assert "-2015" in key.reason
+    assert 0 < (key.probe_in_s or 0) <= 60
+
+
+def test_workers_tell_their_figures(client: CancelClient, workers: Workers, connection: redis.Redis) -> None:
+    """Requests in flight and their bound, the clock, and the weight; the highest fresh weight is the queue's."""
+    workers.start(WORKER_CONCURRENCY="7")
+
+    def row() -> Any:
+        rows = client.status().workers
+        return rows and rows[0].clock_offset_ms is not None and rows[0]
+
+    seen: Any = eventually(row, 10, "its figures")
+    assert (seen.in_flight, seen.concurrency, seen.weight_limit) == (0, 7, 2400)
+    assert abs(seen.clock_offset_ms) < 2000
+    assert seen.used_weight >= 0
+    for name, weight, age_s in (("fresh", 1500, 0), ("stale", 2300, FRESH_S + 5)):
+        key = f"{KEYS.worker_prefix}{name}"
+        beat = connection.hget(KEYS.worker_prefix + seen.name, "last_heartbeat")
+        assert isinstance(beat, bytes)
+        stamp = _earlier(beat.decode(), age_s)
+        connection.hset(key, mapping={"hostname": "h", "last_heartbeat": stamp, "c_used_weight": weight})
+        connection.sadd("rq:workers:cancels", key)
+    status = client.status()
+    assert (status.used_weight, status.weight_limit) == (1500, 2400)
+    assert (status.as_dict()["used_weight"], status.as_dict()["weight_limit"]) == (1500, 2400)
+    lines = "\n".join(status.lines())
+    assert re.search(r"^used weight +1,500 of 2,400 \(62 %\)$", lines, re.M)
+    assert "0 of 7" in lines
+    stock = next(row for row in status.workers if row.name == "fresh")
+    assert (stock.in_flight, stock.concurrency, stock.clock_offset_ms) == (None, None, None)
+
+
+def _earlier(stamp: str, seconds: float) -> str:
+    return utcformat(utcparse(stamp) - timedelta(seconds=seconds))
+
+
+def test_nobody_tells_of_weight(client: CancelClient) -> None:
+    """Without a worker the weight is unknown, not zero."""
+    seen = client.status()
+
+    assert (seen.used_weight, seen.weight_limit) == (None, None)
+    assert "used weight    -" in seen.lines()
+
+
+def test_damaged_figures_do_not_end_the_look(client: CancelClient, connection: redis.Redis) -> None:
+    """Whatever somebody writes into the keys, a status is given, with nothing in it that a terminal obeys."""
+    connection.hset(Keys.gate("all"), mapping={"until_ms": 4 * 10**12, "reason": b"\xff\x1b[2J", "by": "x\ny"})
+    connection.hset(
+        "rq:worker:bad\x1b[2J", mapping={"hostname": b"\xfe", "last_heartbeat": "never", "c_in_flight": "1e9"}
+    )
+    connection.sadd("rq:workers:cancels", "rq:worker:bad\x1b[2J")
+    connection.rpush(KEYS.waiting, b"\xff")
+    connection.hset(KEYS.job_prefix.encode() + b"\xff", mapping={"status": "queued", "c_enqueued_at_ms": "late"})
+
+    seen = client.status()
+
+    (row,) = seen.workers
+    assert (row.name, row.host, row.in_flight, row.heartbeat_age_s) == ("bad [2J", "\ufffd", None, None)
+    assert (seen.gates[0].reason, seen.gates[0].by, seen.oldest_queued_s) == ("\ufffd [2J", "x y", None)
+    assert all(line.isprintable() for line in seen.lines())

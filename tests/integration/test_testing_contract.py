@@ -1,0 +1,447 @@
+"""The doubles of `producer.testing` do what the clients do: every rule here holds for both clients and both doubles.
+
+The clients run against a real server, a real worker and the local exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pytest
+from rq.exceptions import NoSuchJobError
+
+from producer import (
+    AsyncCancelClient,
+    CancelClient,
+    CancelRequest,
+    InvalidRequest,
+    NotDurable,
+    Outcome,
+    OutcomeKind,
+    QueueUnavailable,
+    UnknownRequest,
+    WaitTimeout,
+)
+from producer.testing import AsyncFakeCancelClient, FakeCancelClient
+from tests.servers import Valkey, Workers, free_port
+from worker.sandbox.control import RunningExchange
+
+FakeAny = FakeCancelClient | AsyncFakeCancelClient
+
+
+class World(Protocol):
+    """A client, and the worker and the exchange behind it, or what stands for them."""
+
+    client: Any
+
+    def order(self, becomes: OutcomeKind = ..., status: str | None = ...) -> CancelRequest:
+        """A request for an order that this will be found to have become."""
+
+    def work(self) -> None:
+        """Have what is enqueued, and what will be, worked on."""
+
+    def lose(self) -> None:
+        """Have the server gone."""
+
+    def forget(self) -> None:
+        """Have a server that promises nothing about its file."""
+
+
+@dataclass
+class Real:
+    """The real thing."""
+
+    client: Any
+    workers: Workers
+    exchange: RunningExchange
+
+    def order(self, becomes: OutcomeKind = OutcomeKind.CANCELLED, status: str | None = None) -> CancelRequest:
+        """An order at the local exchange, in that state."""
+        if becomes is OutcomeKind.NOT_FOUND:
+            return CancelRequest(999)
+        if becomes is OutcomeKind.REFUSED:
+            return CancelRequest(7, account="nobody")
+        (placed,) = self.exchange.add_orders(1)
+        match becomes:
+            case OutcomeKind.TRIGGERED:
+                self.exchange.trigger(placed.algo_id, finished_after_ms=0 if status == "FINISHED" else None)
+            case OutcomeKind.EXPIRED:
+                self.exchange.expire(placed.algo_id)
+            case OutcomeKind.REJECTED:
+                self.exchange.reject(placed.algo_id)
+            case OutcomeKind.ALREADY_CANCELLED:
+                self.exchange.cancel(placed.algo_id)
+        return CancelRequest(placed.algo_id, deadline_s=0.001 if becomes is OutcomeKind.OVERDUE else None)
+
+    def work(self) -> None:
+        """Start a worker."""
+        self.workers.start(NOT_FOUND_HORIZON_S="0.2", BACKOFF_CAP_MS="100")
+
+    def lose(self) -> None:
+        """The client's connections lead to a port where nobody listens."""
+        pool = self.client._redis.connection_pool
+        pool.connection_kwargs["port"] = free_port()
+        pool.reset()
+
+    def forget(self) -> None:
+        """The server of the tests has no append-only file."""
+
+
+@dataclass
+class Double:
+    """A double, which is told the same."""
+
+    client: FakeAny
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(2_000_000_000_000_000))
+    plan: list[tuple[CancelRequest, OutcomeKind, str | None]] = field(default_factory=list)
+    working: bool = False
+
+    def __post_init__(self) -> None:
+        """Nobody works yet."""
+        self.client.hold()
+
+    def order(self, becomes: OutcomeKind = OutcomeKind.CANCELLED, status: str | None = None) -> CancelRequest:
+        """An order that will have become this."""
+        request = CancelRequest(next(self.numbers), account="nobody" if becomes is OutcomeKind.REFUSED else "default")
+        self.plan.append((request, becomes, status))
+        if self.working:
+            self._tell(request, becomes, status)
+        return request
+
+    def work(self) -> None:
+        """Settle what is held, and say what becomes of the rest."""
+        kinds = {request.order_key: (kind, status) for request, kind, status in self.plan}
+        for job_id, job in list(self.client._play._jobs.items()):
+            kind, status = kinds.get(job.request.order_key, (OutcomeKind.CANCELLED, None))
+            self.client.settle(job_id, kind, order_status=status)
+        self.client.will(kind=OutcomeKind.CANCELLED)
+        for request, kind, status in self.plan:
+            self._tell(request, kind, status)
+        self.working = True
+
+    def _tell(self, request: CancelRequest, kind: OutcomeKind, status: str | None) -> None:
+        self.client.will(algo_id=request.algo_id, account=request.account, kind=kind, order_status=status)
+
+    def lose(self) -> None:
+        """From now on."""
+        self.client.unavailable()
+
+    def forget(self) -> None:
+        """From now on."""
+        self.client.not_durable()
+
+
+class Talk:
+    """Calls a client of either sort and gives what comes of it."""
+
+    def __init__(self, world: World, runner: asyncio.Runner) -> None:
+        self.world = world
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.world.client, name)
+        return lambda *args, **options: self.end(method(*args, **options))
+
+    def end(self, value: Any) -> Any:
+        """The value, awaited if it has to be."""
+        return self._runner.run(_await(value)) if inspect.isawaitable(value) else value
+
+    def wait_for(self, ticket: Any, timeout_s: float | None = 10) -> Outcome:
+        """The ticket's outcome."""
+        outcome = self.end(ticket.wait(timeout_s))
+        assert isinstance(outcome, Outcome)
+        return outcome
+
+    def ledger(self, after: str = "0-0", *, follow: bool = False, most: int = 100) -> list[tuple[str, Outcome]]:
+        """The first entries after a place."""
+        entries = self.world.client.outcomes(after, follow=follow)
+        if not hasattr(entries, "__anext__"):
+            return list(itertools.islice(entries, most))
+
+        async def read() -> list[tuple[str, Outcome]]:
+            found: list[tuple[str, Outcome]] = []
+            async for entry in entries:
+                found.append(entry)
+                if len(found) == most:
+                    break
+            await entries.aclose()
+            return found
+
+        return self._runner.run(read())
+
+
+async def _await(value: Any) -> Any:
+    return await value
+
+
+@pytest.fixture(params=["client", "async client", "double", "async double"])
+def talk(request: pytest.FixtureRequest) -> Iterator[Talk]:
+    """Both clients and both doubles."""
+    with asyncio.Runner() as runner:
+        world: World
+        if request.param == "double":
+            world = Double(FakeCancelClient())
+        elif request.param == "async double":
+            world = Double(AsyncFakeCancelClient())
+        else:
+            valkey: Valkey = request.getfixturevalue("valkey")
+            sort = CancelClient if request.param == "client" else AsyncCancelClient
+            client = sort.from_url(valkey.url)
+            world = Real(client, request.getfixturevalue("workers"), request.getfixturevalue("exchange"))
+        talk = Talk(world, runner)
+        yield talk
+        talk.close()
+
+
+#: Kind, state given, may be live, state recorded, verdicts of the attempts (repeats left out), how the error begins.
+RECORDS = [
+    (OutcomeKind.CANCELLED, None, False, "CANCELED", ["confirmed"], None),
+    (OutcomeKind.ALREADY_CANCELLED, None, False, "CANCELED", ["no_such_order", "canceled"], None),
+    (OutcomeKind.TRIGGERED, None, True, "TRIGGERED", ["no_such_order", "triggered"], None),
+    (OutcomeKind.TRIGGERED, "FINISHED", False, "FINISHED", ["no_such_order", "finished"], None),
+    (OutcomeKind.EXPIRED, None, False, "EXPIRED", ["no_such_order", "expired"], None),
+    (OutcomeKind.REJECTED, None, False, "REJECTED", ["no_such_order", "rejected"], None),
+    (OutcomeKind.NOT_FOUND, None, True, None, ["no_such_order"], "unknown to the exchange: 400 -2013"),
+    (OutcomeKind.OVERDUE, None, True, None, [], "the deadline passed before anything was sent"),
+]
+
+
+def test_records(talk: Talk) -> None:
+    """Each kind of outcome says the same of the order, and tells the same attempts."""
+    requests = [talk.world.order(kind, status) for kind, status, *_ in RECORDS]
+    tickets = talk.cancel_many(requests)
+    talk.world.work()
+
+    for ticket, (kind, _, live, recorded, verdicts, error) in zip(tickets, RECORDS, strict=True):
+        outcome = talk.wait_for(ticket)
+        assert (outcome.kind, outcome.may_be_live, outcome.order_status) == (kind, live, recorded)
+        assert (outcome.id, outcome.run, outcome.algo_id) == (ticket.id, 1, ticket.request.algo_id)
+        assert [name for name, _ in itertools.groupby(a.verdict for a in outcome.attempts)] == verdicts
+        assert [attempt.n for attempt in outcome.attempts] == list(range(1, len(outcome.attempts) + 1))
+        assert (outcome.error or "").startswith(error or "")
+        assert (outcome.error is None) == (error is None)
+        assert (outcome.actual_order_id is not None) == (kind is OutcomeKind.TRIGGERED)
+        found = kind.off_the_book or kind is OutcomeKind.TRIGGERED
+        assert (outcome.symbol is not None) == (found and kind is not OutcomeKind.CANCELLED)
+        assert outcome.enqueued_at_ms is not None
+        times = [outcome.enqueued_at_ms, *(attempt.at_ms for attempt in outcome.attempts), outcome.finished_at_ms]
+        assert times == sorted(times)
+
+
+def test_what_a_request_says_is_carried_over(talk: Talk) -> None:
+    """Symbol, tag and account come back in the outcome, and the algo id of an order that was asked for by client id."""
+    tickets = talk.cancel_many([talk.world.order()])
+    talk.world.work()
+    talk.wait_for(tickets[0])
+    asked = talk.world.order()
+    ticket = talk.cancel(algo_id=asked.algo_id, symbol="ETHUSDT", tag="grid-7", urgent=True, deadline_s=60)
+    outcome = talk.wait_for(ticket)
+
+    assert (outcome.symbol, outcome.tag, outcome.account) == ("ETHUSDT", "grid-7", "default")
+    assert ticket.as_dict() == {
+        "id": ticket.id,
+        "algo_id": asked.algo_id,
+        "client_algo_id": None,
+        "account": "default",
+        "duplicate": False,
+    }
+
+
+def test_requests_for_one_order_share_a_job(talk: Talk) -> None:
+    """While a request is open another for its order joins it, and after its outcome one starts anew."""
+    asked, other = talk.world.order(), talk.world.order()
+    first = talk.cancel(algo_id=asked.algo_id, tag="first")
+    second = talk.cancel(algo_id=asked.algo_id, tag="second", client_algo_id="not-looked-at")
+    elsewhere = talk.cancel(algo_id=other.algo_id)
+    by_client_id = talk.cancel(client_algo_id="not-looked-at")
+
+    assert (first.duplicate, second.duplicate, elsewhere.duplicate, by_client_id.duplicate) == (
+        False,
+        True,
+        False,
+        False,
+    )
+    assert second.id == first.id
+    assert len({first.id, elsewhere.id, by_client_id.id}) == 3
+    talk.world.work()
+    assert talk.wait_for(first) == talk.wait_for(second)
+    assert talk.wait_for(first).tag == "first"
+    again = talk.cancel(algo_id=asked.algo_id)
+    assert again.id != first.id
+    assert not again.duplicate
+
+
+def test_one_call_shares_too(talk: Talk) -> None:
+    """Requests for one order inside one call share a ticket, and tickets come in the order of the requests."""
+    talk.world.work()
+    asked, other = talk.world.order(), talk.world.order()
+    tickets = talk.cancel_many(iter([asked, other, asked, CancelRequest(asked.algo_id, account="nobody")]))
+
+    assert [ticket.request.algo_id for ticket in tickets] == [
+        asked.algo_id,
+        other.algo_id,
+        asked.algo_id,
+        asked.algo_id,
+    ]
+    assert [ticket.duplicate for ticket in tickets] == [False, False, True, False]
+    assert tickets[0].id == tickets[2].id != tickets[3].id
+    assert talk.cancel_many([]) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        ("cancel", {}),
+        ("cancel", {"algo_id": 0}),
+        ("cancel", {"algo_id": 1, "deadline_s": 0}),
+        ("cancel", {"client_algo_id": "a b"}),
+        ("outcomes", {"after": "yesterday"}),
+    ],
+)
+def test_wrong_input(talk: Talk, call: str, options: dict[str, Any]) -> None:
+    """Wrong input is refused by the same error before anything is enqueued."""
+    with pytest.raises(InvalidRequest, match=r"algo_id|deadline_s|after"):
+        getattr(talk, call)(**options)
+    with pytest.raises(InvalidRequest, match="queue="):
+        type(talk.world.client).from_url("redis://127.0.0.1/0", "no queue")
+    with pytest.raises(ValueError, match=r"redis://"):
+        type(talk.world.client).from_url("http://127.0.0.1/0")
+    assert talk.status().queued == 0
+
+
+def test_waiting(talk: Talk) -> None:
+    """A wait that was not long enough says so, and the same ticket can be waited for again."""
+    ticket = talk.cancel(algo_id=talk.world.order().algo_id)
+    with pytest.raises(WaitTimeout, match=f"no outcome of {ticket.id} within 0.05 s; the request goes on"):
+        talk.wait_for(ticket, 0.05)
+    with pytest.raises(TimeoutError):
+        talk.wait("nobody-knows", 0.01)
+    assert talk.outcome(ticket.id) is None
+    talk.world.work()
+
+    assert talk.wait_for(ticket, None) == talk.outcome(ticket.id) == talk.wait(ticket.id, 0)
+
+
+def test_looking(talk: Talk) -> None:
+    """Outcomes, RQ's statuses and the queue's figures before and after."""
+    good, bad = talk.cancel_many([talk.world.order(), talk.world.order(OutcomeKind.REFUSED)])
+    ids = [good.id, bad.id, "nobody-knows"]
+    assert talk.statuses(ids) == ["queued", "queued", None]
+    assert talk.outcomes_of(ids) == {}
+    assert (talk.status().queued, talk.status().failed) == (2, 0)
+    talk.world.work()
+    kinds = {ticket.id: talk.wait_for(ticket).kind for ticket in (good, bad)}
+
+    assert kinds == {good.id: OutcomeKind.CANCELLED, bad.id: OutcomeKind.REFUSED}
+    assert {name: outcome.kind for name, outcome in talk.outcomes_of(ids).items()} == kinds
+    assert talk.statuses(ids) == ["finished", "failed", None]
+    seen = talk.status()
+    assert (seen.queue, seen.queued, seen.oldest_queued_s, seen.failed) == ("cancels", 0, None, 1)
+    assert dict(seen.outcomes) == {"cancelled": 1, "refused": 1}
+    assert seen.enqueue_to_outcome.p50 >= seen.enqueue_to_first_attempt.p50 >= 0
+
+
+def test_ledger(talk: Talk) -> None:
+    """The ledger gives each outcome once, oldest first, from any place in it on; following goes on to new ones."""
+    talk.world.work()
+    assert talk.ledger() == talk.ledger("$") == []
+    tickets = [talk.cancel(algo_id=talk.world.order().algo_id) for _ in range(3)]
+    by_id = {ticket.id: talk.wait_for(ticket) for ticket in tickets}
+    entries = talk.ledger()
+
+    assert {outcome.id: outcome for _, outcome in entries} == by_id
+    assert len(entries) == 3
+    assert talk.ledger(entries[0][0]) == entries[1:]
+    assert talk.ledger(entries[-1][0]) == talk.ledger("$") == []
+    assert talk.ledger(entries[0][0].partition("-")[0], most=1) != []
+    assert talk.ledger(follow=True, most=3) == entries
+
+
+def test_retry(talk: Talk) -> None:
+    """Only what failed can be retried: with an unknown id among them nothing is, unless that is said to be fine."""
+    talk.world.work()
+    good, bad = talk.cancel_many([talk.world.order(), talk.world.order(OutcomeKind.REFUSED)])
+    assert talk.wait_for(good).kind is OutcomeKind.CANCELLED
+    assert talk.wait_for(bad).run == 1
+    assert talk.failed_ids() == [bad.id]
+    with pytest.raises(UnknownRequest, match=f"{good.id} is not among the failed requests of queue cancels") as caught:
+        talk.retry([bad.id, good.id])
+    assert caught.value.job_ids == (good.id,)
+    assert talk.failed_ids() == [bad.id]
+
+    assert talk.retry([bad.id, good.id, bad.id], missing_ok=True) == [bad.id]
+    outcome = talk.wait_for(bad)
+    assert (outcome.kind, outcome.run, outcome.id) == (OutcomeKind.REFUSED, 2, bad.id)
+    assert talk.retry([]) == []
+
+
+def test_not_durable(talk: Talk) -> None:
+    """Where a server cannot promise durability, the error carries the tickets, and the requests are on the queue."""
+    talk.world.forget()
+    with pytest.raises(NotDurable, match="enqueued, but") as caught:
+        talk.cancel_many([talk.world.order(), talk.world.order()], durable=True)
+
+    assert len(caught.value.tickets) == 2
+    assert talk.status().queued == 2
+    talk.world.work()
+    assert all(talk.wait_for(ticket).off_the_book for ticket in caught.value.tickets)
+
+
+def test_unavailable(talk: Talk) -> None:
+    """Without a server every call raises the one error that says so."""
+    ticket = talk.cancel(algo_id=talk.world.order().algo_id)
+    talk.close()
+    talk.world.lose()
+    calls: list[Callable[[], object]] = [
+        lambda: talk.cancel(algo_id=1),
+        lambda: talk.cancel_many([CancelRequest(1)]),
+        lambda: talk.outcome(ticket.id),
+        lambda: talk.outcomes_of([ticket.id]),
+        lambda: talk.ledger(),
+        lambda: talk.ledger("$"),
+        lambda: talk.wait_for(ticket, 1),
+        lambda: talk.retry([ticket.id]),
+        lambda: talk.failed_ids(),
+        lambda: talk.statuses([ticket.id]),
+        lambda: talk.status(),
+    ]
+    for call in calls:
+        with pytest.raises(QueueUnavailable, match="Redis did not answer"):
+            call()
+
+
+def test_as_a_context(talk: Talk) -> None:
+    """Both work as context managers that give the client itself."""
+    client = talk.world.client
+    if hasattr(client, "__aenter__"):
+
+        async def use() -> bool:
+            async with client as same:
+                return same is client
+
+        assert talk.end(use())
+    else:
+        with client as same:
+            assert same is client
+
+
+def test_rq_job(talk: Talk) -> None:
+    """The synchronous client shows RQ's job of a request."""
+    if not isinstance(talk.world.client, CancelClient):
+        assert not hasattr(talk.world.client, "job")
+        return
+    asked = talk.world.order()
+    ticket = talk.cancel(algo_id=asked.algo_id)
+    job = talk.job(ticket)
+
+    assert (job.id, job.origin, job.func_name) == (ticket.id, "cancels", "worker.task.cancel_algo_order")
+    assert job.args == [{"v": 1, "account": "default", "algo_id": asked.algo_id}]
+    assert job.description == f"cancel algo_id={asked.algo_id} account=default"
+    assert talk.job(ticket.id).id == ticket.id
+    with pytest.raises(NoSuchJobError):
+        talk.job("nobody-knows")

@@ -1,0 +1,234 @@
+"""The operators' pages in a real browser: what a person does, and what strangers' words may not do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys as Press
+
+from producer import CancelClient
+from producer.message import OutcomeKind
+from tests.integration.test_client import fail
+from tests.servers import Valkey, Workers, eventually
+from tests.webpages import HOSTILE, KEYS, LARGEST, TOKEN, WebProcess, attempt, outcome, settle
+from worker.sandbox.control import RunningExchange
+
+pytestmark = pytest.mark.browser
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+OPTIONS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
+)
+
+
+def _program(*names: str) -> str:
+    """Where one of these programs is."""
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.fail(f"{names[0]} is not installed; on Debian: apt-get install chromium chromium-driver", pytrace=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def _browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = _program(*BROWSERS)
+    for option in OPTIONS:
+        options.add_argument(option)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(_program("chromedriver")))
+    driver.set_page_load_timeout(30)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def browser(_browser: webdriver.Chrome) -> webdriver.Chrome:
+    """A real Chromium that knows nobody."""
+    _browser.delete_all_cookies()
+    width(_browser, 1100)
+    _browser.get_log("browser")  # type: ignore[no-untyped-call]
+    return _browser
+
+
+@pytest.fixture
+def web(valkey: Valkey) -> Iterator[WebProcess]:
+    """The real server, with a login."""
+    with WebProcess(valkey.url, WEB_TOKEN=TOKEN) as process:
+        yield process
+
+
+def width(browser: webdriver.Chrome, pixels: int) -> None:
+    """Make the window as wide as that."""
+    metrics = {"width": pixels, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def words(browser: webdriver.Chrome) -> str:
+    """What a person can read, blanks made one."""
+    return " ".join(browser.find_element(By.TAG_NAME, "body").text.split())
+
+
+def click(browser: webdriver.Chrome, selector: str, then: Callable[[str], object]) -> str:
+    """Press what is there, and wait for the words that follow."""
+    browser.find_element(By.CSS_SELECTOR, selector).click()
+    eventually(lambda: then(words(browser)), 10, f"after {selector}: {words(browser)}")
+    return words(browser)
+
+
+def log_in(browser: webdriver.Chrome, web: WebProcess, path: str = "/") -> None:
+    """Ask for a page, and answer the question for the token."""
+    browser.get(web.url + path)
+    browser.find_element(By.NAME, "token").send_keys(TOKEN)
+    click(browser, "form.login button", lambda text: "Log out" in text)
+
+
+def complaints(browser: webdriver.Chrome) -> list[str]:
+    """What the browser reports, apart from the 401 of a page before its login."""
+    said: list[dict[str, Any]] = browser.get_log("browser")  # type: ignore[no-untyped-call]
+    return [entry["message"] for entry in said if entry["level"] != "DEBUG" and "401" not in entry["message"]]
+
+
+def test_an_operator_sees_the_queue_and_finds_an_order(
+    browser: webdriver.Chrome, web: WebProcess, client: CancelClient, workers: Workers, exchange: RunningExchange
+) -> None:
+    """Login leads to the page that was asked for; status, search by a 64-bit id, and the attempts of that request."""
+    workers.start(NOT_FOUND_HORIZON_S="0.2")
+    (order,) = exchange.add_orders()
+    client.cancel(algo_id=order.algo_id).wait(10)
+    ticket = client.cancel(algo_id=LARGEST, symbol="BTCUSDT")
+    ticket.wait(10)
+
+    log_in(browser, web, "/?refresh=0")
+    assert browser.current_url == f"{web.url}/?refresh=0"
+    text = words(browser)
+    assert "failed 1" in text
+    assert "Workers (1)" in text
+    assert f"cancelled {order.algo_id} default" in text
+    browser.find_element(By.ID, "find").send_keys(str(LARGEST), Press.ENTER)
+    eventually(lambda: "Looked at open requests" in words(browser), what="the search is answered")
+    assert f"not_found {LARGEST} default BTCUSDT" in words(browser)
+    text = click(browser, "td a.id", lambda text: "verdict ms" in text)
+    assert f"Request {ticket.id}" in text
+    assert "cancel 400 -2011 Unknown order sent. no_such_order" in text
+    assert "query 400 -2013 Order does not exist. no_such_order" in text
+    assert complaints(browser) == []
+
+
+def test_an_operator_reads_why_and_retries_one(
+    browser: webdriver.Chrome, web: WebProcess, client: CancelClient, workers: Workers, exchange: RunningExchange
+) -> None:
+    """The history opens on demand; a retry goes through its confirmation to a new run; logging out ends it."""
+    workers.start(NOT_FOUND_HORIZON_S="0.2")
+    first = client.cancel(algo_id=LARGEST)
+    first.wait(10)
+    second = client.cancel(algo_id=LARGEST - 1)
+    second.wait(10)
+
+    log_in(browser, web, "/failed")
+    text = words(browser)
+    assert text.index(str(LARGEST - 1)) < text.index(str(LARGEST))
+    assert "Unknown order sent." not in text
+    click(browser, "details summary", lambda text: "Unknown order sent." in text)
+    text = click(browser, f"td a[href*='retry?id={first.id}']", lambda text: "Retry 1 request?" in text)
+    assert str(LARGEST) in text
+    assert str(LARGEST - 1) not in text
+    click(browser, "form button.act", lambda text: "Retried 1 of 1." in text)
+    assert client.wait(first.id, 10).run == 2
+    assert client.outcomes_of([second.id])[second.id].run == 1
+    click(browser, "header form[method=post] button", lambda text: "Log out" not in text)
+    browser.get(web.url + "/failed")
+    assert "Log in" in words(browser)
+    assert complaints(browser) == []
+
+
+def test_strangers_words_stay_words(
+    browser: webdriver.Chrome, web: WebProcess, connection: redis.Redis, client: CancelClient
+) -> None:
+    """Whatever stands in tags, ids, messages, errors and names: no dialog, no script, no stranger's address."""
+    for number, bad in enumerate(HOSTILE):
+        fields = {"symbol": bad, "tag": bad, "client_algo_id": bad, "account": bad, "worker": bad, "error": bad}
+        settle(connection, outcome(f"r{number}", attempts=(attempt(msg=bad, verdict=bad),), **fields))
+        settle(connection, outcome(bad, kind=OutcomeKind.REFUSED), raw=bad)
+        client.cancel(algo_id=100 + number, tag=bad[:64])
+        connection.sadd("rq:workers:cancels", f"rq:worker:{bad}")
+        worker: dict[Any, Any] = {"last_heartbeat": "2100-01-01T00:00:00.000000Z", "hostname": bad, "state": bad}
+        connection.hset(f"rq:worker:{bad}", mapping=worker)
+    connection.hset(KEYS.gate("all"), mapping={"until_ms": 2**42, "reason": HOSTILE[0], "by": HOSTILE[1]})
+
+    log_in(browser, web, "/failed")
+    for path in ("/failed", "/?refresh=0", "/requests/r0?refresh=0", "/retry", "/search?q=17", "/search?q=100"):
+        browser.get(web.url + path)
+        assert words(browser)
+        for details in browser.find_elements(By.CSS_SELECTOR, "details"):
+            browser.execute_script("arguments[0].open = true", details)
+        assert browser.current_url.startswith(web.url)
+        assert browser.find_elements(By.CSS_SELECTOR, "main :is(script, img, svg, base, link, meta, iframe)") == []
+        assert not browser.execute_script("return window.name || document.querySelector('[onload],[onerror]')")
+    for bad in HOSTILE:
+        browser.get(f"{web.url}/search")
+        browser.find_element(By.CSS_SELECTOR, "main input[name=q]").send_keys(bad, Press.ENTER)
+        eventually(lambda: "Looked at open requests" in words(browser), what="the search is answered")
+        assert bad in browser.find_element(By.TAG_NAME, "main").text
+    assert complaints(browser) == []
+    browser.execute_script("document.body.append(Object.assign(document.createElement('script'), {text: 'name = 1'}))")
+    assert "script-src 'none'" in complaints(browser)[0]  # even what got in would not run, and would be reported
+    assert browser.execute_script("return window.name") == ""
+
+
+def test_pages_fit_a_phone(
+    browser: webdriver.Chrome,
+    web: WebProcess,
+    connection: redis.Redis,
+    client: CancelClient,
+    workers: Workers,
+    tmp_path: Path,
+) -> None:
+    """At 390 pixels no page is wider than the window, even with the longest ids and words; the wide parts scroll."""
+    long = {"client_algo_id": "x" * 36, "tag": "t" * 64, "symbol": "S" * 32, "account": "a" * 32, "error": "e" * 200}
+    fail(client, workers, 2)
+    settle(connection, outcome("r1", algo_id=LARGEST, attempts=(attempt(msg="m" * 200),) * 3, **long))
+    settle(connection, outcome("w" * 200), raw="{" + "x" * 500)
+    log_in(browser, web)
+    width(browser, 390)
+    for path in ("/?refresh=0", "/failed", "/requests/r1", "/retry", f"/search?q={LARGEST}", "/nothing"):
+        browser.get(web.url + path)
+        for details in browser.find_elements(By.CSS_SELECTOR, "details"):
+            browser.execute_script("arguments[0].open = true", details)
+        wide = browser.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= 390, path
+
+
+def test_a_missing_browser_is_a_failure_that_says_what_to_install() -> None:
+    """These tests never skip themselves."""
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium chromium-driver"):
+        _program("no-such-browser")
+
+
+def test_everything_can_be_reached_by_the_keyboard(
+    browser: webdriver.Chrome, web: WebProcess, connection: redis.Redis
+) -> None:
+    """Tab goes from the skip link through the links to each request, each history and each retry, visibly."""
+    settle(connection, outcome("r1"))
+    log_in(browser, web, "/failed")
+    reached = []
+    for _ in range(25):
+        browser.switch_to.active_element.send_keys(Press.TAB)
+        element = browser.switch_to.active_element
+        reached.append(element.get_attribute("name") or element.text or element.tag_name)
+        assert element.value_of_css_property("outline-style") != "none" or element.tag_name == "body"
+    for wanted in ("Status", "Failed", "q", "kind", "account", "Retry all 1…", "r1", "Retry…"):
+        assert wanted in reached
+    assert any("1 attempt" in name for name in reached)

@@ -1,0 +1,181 @@
+"""`python -m producer web` as operators run it: a real server process, real HTTP, a real worker's outcomes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from producer import CancelClient
+from tests.integration.test_client import PASSWORD, Proxy, fail
+from tests.integration.test_producer_cli import Shell, one_line
+from tests.servers import ROOT, Valkey, Workers, free_port, scrubbed
+from tests.webpages import LARGEST, TOKEN, WebProcess, form_token
+from worker.sandbox.control import RunningExchange
+
+
+def test_an_operator_finds_a_failed_request_and_retries_it(
+    valkey: Valkey, client: CancelClient, workers: Workers, exchange: RunningExchange
+) -> None:
+    """Login, status, failed, search, confirmation and retry, through the real server, to the outcome of a new run."""
+    workers.start(NOT_FOUND_HORIZON_S="0.2")
+    ticket = client.cancel(algo_id=LARGEST)
+    ticket.wait(10)
+    with WebProcess(valkey.url, WEB_TOKEN=TOKEN) as web:
+        assert web("/").status == 401
+        login = web("/login", {"token": TOKEN, "next": "/failed"})
+        assert (login.status, login.headers["Location"]) == (303, "/failed")
+        cookie = login.headers["Set-Cookie"].partition(";")[0]
+        assert str(LARGEST) in web("/failed", Cookie=cookie).text
+        assert f"/requests/{ticket.id}" in web(f"/search?q={LARGEST}", Cookie=cookie).text
+        shown = web(f"/retry?id={ticket.id}", Cookie=cookie)
+        assert "Retry 1 request?" in shown.text
+        form = {"form_token": form_token(shown.text), "id": ticket.id}
+        assert web("/retry/start", form).status == 401
+        started = web("/retry/start", form, Cookie=cookie)
+        assert started.status == 303
+        assert started.headers["Location"].startswith(f"/requests/{ticket.id}?note=")
+        assert client.wait(ticket.id, 10).run == 2
+        assert "not_found" in web(f"/requests/{ticket.id}", Cookie=cookie).text
+        assert web.stderr() == ""
+
+
+def test_the_server_says_little_of_itself(valkey: Valkey) -> None:
+    """No name of a product, no redirect to a stranger's host, strict headers on every answer, errors too."""
+    with WebProcess(valkey.url, WEB_TOKEN=TOKEN) as web:
+        for path in ("/", "//evil.example/", "/failed/", "/nothing", "/style.css", "/healthz", "/%ff", "/login"):
+            answer = web(path, Host="evil.example")
+            assert answer.status in (200, 401)
+            assert answer.headers.get("Location") is None
+            assert answer.headers.get("Server") is None
+            assert answer.headers["Cache-Control"] == "no-store"
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert web("/", method="TRACE").status in (401, 403, 405)
+        assert "Secure" in web("/login", {"token": TOKEN}, X_Forwarded_Proto="https").headers["Set-Cookie"]
+        assert "Secure" not in web("/login", {"token": TOKEN}).headers["Set-Cookie"]
+        assert web("/login", {"token": "x" * 600_000}).status == 413
+
+
+def test_a_wrong_token_waits_and_nobody_else_does(valkey: Valkey) -> None:
+    """A failed login takes about a second."""
+    with WebProcess(valkey.url, WEB_TOKEN=TOKEN) as web:
+        began = time.monotonic()
+        assert web("/login", {"token": "wrong"}).status == 401
+        assert 1 <= time.monotonic() - began < 5
+        began = time.monotonic()
+        assert web("/login", {"token": TOKEN}).status == 303
+        assert time.monotonic() - began < 1
+
+
+def test_without_a_token_loopback_may_read(valkey: Valkey, client: CancelClient, workers: Workers) -> None:
+    """Nothing is asked for, nothing can be changed, and only names of this machine are answered."""
+    (failed,) = fail(client, workers)
+    with WebProcess(valkey.url) as web:
+        assert failed in web("/failed").text
+        assert web("/retry/start", {"id": failed}).status == 403
+        assert web("/", Host="evil.example").status == 421
+    with WebProcess(valkey.url, "--public-read", "--host", "0.0.0.0") as web:
+        assert web("/", Host="queue.example").status == 200
+    assert client.failed_ids() == [failed]
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_at_once(valkey: Valkey, how: signal.Signals, code: int) -> None:
+    """SIGTERM, also sent twice, ends with 0, Ctrl-C with 130; nothing is said."""
+    with WebProcess(valkey.url) as web:
+        assert web("/healthz").status == 200
+        web.process.send_signal(how)
+        web.process.send_signal(how)
+        assert web.process.wait(10) == code
+        assert web.stderr() == ""
+
+
+def test_redis_away_is_told_in_time(valkey: Valkey) -> None:
+    """503 with what failed, and of the URL neither user nor password nor host; the process serves on."""
+    with Proxy(valkey.port) as proxy:
+        port = proxy.port
+    with WebProcess(f"redis://user:{PASSWORD}@127.0.0.1:{port}/0") as web:
+        began = time.monotonic()
+        answer = web("/")
+        assert time.monotonic() - began < 5
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+        assert "Redis did not answer" in answer.text
+        assert PASSWORD not in answer.text
+        assert str(port) not in answer.text
+        assert (web("/healthz").status, web("/healthz").text) == (200, "ok\n")
+        assert web.stderr() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (("--host", "0.0.0.0"), {}, "--public-read"),
+        (("--host", "0.0.0.0"), {"WEB_TOKEN": ""}, "Set WEB_TOKEN"),
+        ((), {"WEB_TOKEN": "short"}, "16 characters"),
+        (("--public-read",), {"WEB_TOKEN": TOKEN}, "leave one of them out"),
+        (("--host", "no.such.host.invalid"), {"WEB_TOKEN": TOKEN}, "cannot listen on"),
+        ((), {"REDIS_URL": "http://x"}, "REDIS_URL must be"),
+    ],
+)
+def test_what_it_cannot_start_with_ends_with_2(
+    valkey: Valkey, arguments: tuple[str, ...], environment: dict[str, str], said: str
+) -> None:
+    """One line names the way out, and no secret."""
+    done = Shell(valkey.url)("web", *arguments, **environment)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in one_line(done.stderr)
+    assert "short" not in done.stderr
+
+
+def test_a_port_in_use_ends_with_2(valkey: Valkey) -> None:
+    """PORT, as platforms give it, is what it listens on, and --port wins over it."""
+    port = free_port()
+    with WebProcess(valkey.url, "--port", str(port), PORT="1") as web:
+        assert web.port == port
+        done = Shell(valkey.url)("web", PORT=str(port))
+        assert done.returncode == 2
+        assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize("missing", ["flask", "waitress"])
+def test_what_is_missing_is_named(valkey: Valkey, missing: str) -> None:
+    """Without the extra one line says what to install."""
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None;"
+        "from producer.__main__ import main; sys.exit(main(['web', '--port', '0']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=scrubbed() | {"REDIS_URL": valkey.url},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert "pip install 'algo-cancel-queue[web]'" in one_line(done.stderr)
+
+
+def test_the_worker_hands_over_without_the_exchanges_secrets(valkey: Valkey) -> None:
+    """`python -m worker web` serves the same pages, and its process has no key of the exchange."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker", "web", "--port", str(port)],
+        cwd=ROOT,
+        env=scrubbed() | {"REDIS_URL": valkey.url, "BINANCE_API_SECRET": "a-secret-of-the-tests"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert f"http://127.0.0.1:{port}/ (read-only)" in process.stdout.readline()
+        assert b"a-secret-of-the-tests" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+    assert process.returncode == 0

@@ -1,0 +1,330 @@
+"""The doubles of the clients: how they are scripted, what they remember, that they cannot drift from the clients."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+from typing import Any
+
+import pytest
+import redis
+
+from producer import (
+    AsyncCancelClient,
+    CancelClient,
+    CancelRequest,
+    InvalidRequest,
+    NotDurable,
+    Outcome,
+    OutcomeKind,
+    QueueUnavailable,
+    WaitTimeout,
+)
+from producer.message import decode_outcome, may_be_live
+from producer.testing import AsyncFakeCancelClient, FakeCancelClient
+from tests.servers import eventually
+from worker.verdict import Means
+
+PAIRS = [(FakeCancelClient, CancelClient), (AsyncFakeCancelClient, AsyncCancelClient)]
+
+
+@pytest.fixture
+def fake() -> FakeCancelClient:
+    """A double without a script."""
+    return FakeCancelClient()
+
+
+# ---- it is what it stands for ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("double", "client"), PAIRS)
+def test_signatures_are_the_same(double: type[Any], client: type[Any]) -> None:
+    """Every public method of a client is there with the same parameters, defaults and types."""
+    names = [name for name, value in inspect.getmembers(client, callable) if not name.startswith("_")]
+    assert {"cancel", "cancel_many", "wait", "outcome", "outcomes", "retry", "status", "from_url", "close"} <= set(
+        names
+    )
+    for name in [*names, "__enter__" if client is CancelClient else "__aenter__"]:
+        assert inspect.signature(getattr(double, name)) == inspect.signature(getattr(client, name)), name
+        assert inspect.iscoroutinefunction(getattr(double, name)) == inspect.iscoroutinefunction(getattr(client, name))
+
+
+@pytest.mark.parametrize(("double", "client"), PAIRS)
+def test_nothing_reaches_for_redis(double: type[Any], client: type[Any]) -> None:
+    """What a double does not do itself is made of what it does itself."""
+    assert issubclass(double, client)
+    methods = {name for name, value in vars(client).items() if callable(value) or isinstance(value, classmethod)}
+    public = {name for name in methods if not name.startswith("_")}
+
+    assert public - set(vars(double)) == {"cancel"}  # by cancel_many
+    assert not hasattr(double(), "_redis")
+    assert not hasattr(double(), "_wire")
+
+
+@pytest.mark.parametrize("kind", OutcomeKind)
+def test_records_are_plausible(fake: FakeCancelClient, kind: OutcomeKind) -> None:
+    """Every kind makes a record that can be read back, with verdicts and errors as a worker gives them."""
+    fake.will(kind=kind, after_s=1)
+    outcome = fake.cancel(client_algo_id="stop-1").wait(1)
+
+    assert decode_outcome(outcome.encode()) == outcome
+    assert outcome.kind is kind
+    assert outcome.may_be_live is may_be_live(kind, outcome.order_status)
+    assert {attempt.verdict for attempt in outcome.attempts} <= {means.value for means in Means}
+    assert (outcome.error is not None) == kind.failed
+    assert "{" not in (outcome.error or "")
+    assert outcome.enqueued_at_ms is not None
+    assert outcome.finished_at_ms == outcome.enqueued_at_ms + 1000
+    assert all(outcome.enqueued_at_ms <= attempt.at_ms < outcome.finished_at_ms for attempt in outcome.attempts)
+
+
+# ---- scripts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_cancelled_at_once(fake: FakeCancelClient) -> None:
+    """Without a word an order is cancelled within the call, and everything asked for is remembered."""
+    ticket = fake.cancel(algo_id=7, symbol="BTCUSDT")
+
+    assert ticket.wait(0).kind is OutcomeKind.CANCELLED
+    assert fake.requests == [CancelRequest(7, symbol="BTCUSDT")]
+    assert not fake.cancel(algo_id=7).duplicate
+
+
+def test_what_is_said_of_an_order(fake: FakeCancelClient) -> None:
+    """An order's script goes before its account's, and that before what is said of all."""
+    fake.will(kind=OutcomeKind.EXPIRED)
+    fake.will(kind=OutcomeKind.REFUSED, account="desk2")
+    fake.will(kind=OutcomeKind.TRIGGERED, algo_id=7, actual_order_id="8886774", order_status="FINISHED")
+    fake.will(kind=OutcomeKind.REJECTED, client_algo_id="stop-1")
+
+    triggered = fake.cancel(algo_id=7).wait(0)
+    assert (triggered.kind, triggered.actual_order_id, triggered.may_be_live) == ("triggered", "8886774", False)
+    assert fake.cancel(algo_id=7, account="desk2").wait(0).kind is OutcomeKind.REFUSED
+    assert fake.cancel(client_algo_id="stop-1").wait(0).kind is OutcomeKind.REJECTED
+    assert fake.cancel(algo_id=9, client_algo_id="stop-1").wait(0).kind is OutcomeKind.REJECTED
+    assert fake.cancel(algo_id=8).wait(0).kind is OutcomeKind.EXPIRED
+
+
+def test_runs(fake: FakeCancelClient) -> None:
+    """What is said for a number of runs holds for so many, and what was said before holds again."""
+    fake.will(kind=OutcomeKind.GAVE_UP, algo_id=7, runs=2, error="no luck")
+    ticket = fake.cancel(algo_id=7)
+    kinds = [ticket.wait(0)]
+    for _ in range(2):
+        assert fake.retry([ticket.id]) == [ticket.id]
+        kinds.append(ticket.wait(0))
+
+    assert [(outcome.kind.value, outcome.run, outcome.error) for outcome in kinds] == [
+        ("gave_up", 1, "no luck"),
+        ("gave_up", 2, "no luck"),
+        ("cancelled", 3, None),
+    ]
+    assert [outcome for _, outcome in fake.outcomes()] == kinds
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": OutcomeKind.CANCELLED, "order_status": "FINISHED"},
+        {"kind": OutcomeKind.CANCELLED, "actual_order_id": "1"},
+        {"kind": OutcomeKind.CANCELLED, "error": "none"},
+        {"kind": OutcomeKind.NOT_FOUND, "order_status": "NEW"},
+        {"kind": OutcomeKind.CANCELLED, "after_s": -1},
+        {"kind": OutcomeKind.CANCELLED, "after_s": float("nan")},
+        {"kind": OutcomeKind.CANCELLED, "runs": 0},
+        {"kind": "lost"},
+    ],
+)
+def test_what_no_worker_records(fake: FakeCancelClient, options: dict[str, Any]) -> None:
+    """A script that contradicts itself is refused when it is written."""
+    with pytest.raises(ValueError, match=r"order_status|actual_order_id|error|after_s|runs|lost"):
+        fake.will(**options)
+
+
+def test_scripts_check_ids(fake: FakeCancelClient) -> None:
+    """A script for an order that cannot exist would never be played."""
+    with pytest.raises(InvalidRequest, match="algo_id"):
+        fake.will(kind=OutcomeKind.EXPIRED, algo_id=0)
+    with pytest.raises(InvalidRequest, match="client_algo_id"):
+        fake.hold(client_algo_id="a b")
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
+def test_time_is_its_own(fake: FakeCancelClient) -> None:
+    """Waiting moves the double's time and takes none: an outcome is there when it is due and not before."""
+    began_s = time.monotonic()
+    fake.will(kind=OutcomeKind.CANCELLED, after_s=3600)
+    ticket = fake.cancel(algo_id=7)
+    with pytest.raises(WaitTimeout):
+        ticket.wait(3599)
+    assert fake.outcome(ticket.id) is None
+    assert fake.cancel(algo_id=7).duplicate
+    assert ticket.wait(1).kind is OutcomeKind.CANCELLED
+
+    second = fake.cancel(algo_id=7)
+    fake.advance(3599.5)
+    assert fake.outcome(second.id) is None
+    fake.advance(0.5)
+    assert fake.outcome(second.id) is not None
+    assert fake.cancel(algo_id=7).wait(None).kind is OutcomeKind.CANCELLED
+    assert time.monotonic() - began_s < 1
+
+
+def test_time_does_not_run_backwards(fake: FakeCancelClient) -> None:
+    """Neither by a negative step nor by one that is no number."""
+    for seconds in (-1, float("nan")):
+        with pytest.raises(ValueError, match="backwards"):
+            fake.advance(seconds)
+
+
+def test_outcomes_come_in_the_order_of_time(fake: FakeCancelClient) -> None:
+    """The ledger is ordered by when outcomes were due; following it moves the time to each."""
+    for number, after_s in ((1, 30), (2, 10), (3, 20)):
+        fake.will(kind=OutcomeKind.CANCELLED, algo_id=number, after_s=after_s)
+    fake.cancel_many(CancelRequest(number) for number in (1, 2, 3))
+    assert list(fake.outcomes()) == []
+    entries = fake.outcomes(follow=True)
+
+    assert [next(entries)[1].algo_id for _ in range(3)] == [2, 3, 1]
+    fake.close()
+    assert [outcome.algo_id for _, outcome in fake.outcomes()] == [2, 3, 1]
+
+
+# ---- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_held_and_settled(fake: FakeCancelClient) -> None:
+    """A held request has no outcome, is joined by others, and gets the outcome that it is given, once."""
+    fake.hold(algo_id=7)
+    ticket, other = fake.cancel(algo_id=7), fake.cancel(algo_id=7)
+    with pytest.raises(WaitTimeout):
+        ticket.wait(60)
+    assert other.duplicate
+    assert fake.cancel(algo_id=8).wait(0).off_the_book
+    outcome = fake.settle(ticket, OutcomeKind.TRIGGERED, actual_order_id="1", symbol="ETHUSDT")
+
+    assert other.wait(0) == outcome
+    assert (outcome.kind, outcome.actual_order_id, outcome.symbol) == ("triggered", "1", "ETHUSDT")
+    with pytest.raises(ValueError, match="already"):
+        fake.settle(ticket.id)
+    with pytest.raises(ValueError, match="no request of this double"):
+        fake.settle("nobody-knows")
+
+
+def test_an_outcome_that_is_due_can_be_settled_sooner(fake: FakeCancelClient) -> None:
+    """What was to come later does not come a second time."""
+    fake.will(kind=OutcomeKind.CANCELLED, after_s=10)
+    ticket = fake.cancel(algo_id=7)
+    fake.settle(ticket, OutcomeKind.GAVE_UP)
+    fake.retry([ticket.id])
+    fake.settle(ticket, OutcomeKind.EXPIRED)
+    fake.advance(60)
+
+    assert [outcome.kind.value for _, outcome in fake.outcomes()] == ["gave_up", "expired"]
+
+
+def test_another_thread_settles(fake: FakeCancelClient) -> None:
+    """Without a time-out a waiting thread, or one that follows the ledger, waits until another one settles."""
+    fake.hold()
+    ticket = fake.cancel(algo_id=7)
+    seen: list[Outcome] = []
+    threads = [
+        threading.Thread(target=lambda: seen.append(ticket.wait())),
+        threading.Thread(target=lambda: seen.extend(outcome for _, outcome in fake.outcomes(follow=True))),
+    ]
+    for thread in threads:
+        thread.start()
+    outcome = fake.settle(ticket)
+    eventually(lambda: seen == [outcome, outcome], what="both have seen it")
+    fake.close()
+    for thread in threads:
+        thread.join(10)
+
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_another_task_settles() -> None:
+    """The same for tasks, one of which is cancelled while it waits."""
+
+    async def main() -> None:
+        async with AsyncFakeCancelClient() as fake:
+            fake.hold()
+            ticket = await fake.cancel(algo_id=7)
+            seen: list[str] = []
+
+            async def follow() -> None:
+                async for _, outcome in fake.outcomes(follow=True):
+                    seen.append(outcome.id)
+
+            waiting = asyncio.create_task(ticket.wait())
+            impatient = asyncio.create_task(ticket.wait())
+            following = asyncio.create_task(follow())
+            with pytest.raises(WaitTimeout):
+                await ticket.wait(60)
+            impatient.cancel()
+            outcome = fake.settle(ticket)
+            async with asyncio.timeout(10):
+                assert await waiting == outcome
+                with pytest.raises(asyncio.CancelledError):
+                    await impatient
+                await fake.close()
+                await following
+            assert seen == [ticket.id]
+
+    asyncio.run(main())
+
+
+# ---- trouble --------------------------------------------------------------------------------------------------------
+
+
+def test_outages(fake: FakeCancelClient) -> None:
+    """An outage lasts for so many calls or until its end; a call whose answer was lost is found done by its repeat."""
+    fake.hold()
+    fake.unavailable(1)
+    with pytest.raises(QueueUnavailable):
+        fake.cancel(algo_id=7)
+    assert fake.requests == []
+    fake.unavailable(1, carried_out=True)
+    with pytest.raises(QueueUnavailable):
+        fake.cancel(algo_id=7)
+    assert fake.cancel(algo_id=7).duplicate
+    fake.unavailable()
+    for _ in range(3):
+        with pytest.raises(QueueUnavailable):
+            fake.status()
+    fake.available()
+    assert fake.status().queued == 1
+
+
+def test_retry_whose_answer_was_lost(fake: FakeCancelClient) -> None:
+    """A retry that was carried out is not repeated: the request is no longer among the failed ones."""
+    fake.will(kind=OutcomeKind.OVERDUE, runs=1)
+    ticket = fake.cancel(algo_id=7)
+    fake.unavailable(1, carried_out=True)
+    with pytest.raises(QueueUnavailable):
+        fake.retry([ticket.id])
+
+    assert fake.retry([ticket.id], missing_ok=True) == []
+    assert ticket.wait(0).run == 2
+
+
+def test_not_durable(fake: FakeCancelClient) -> None:
+    """Only calls that ask for durability are told that there is none."""
+    fake.cancel(algo_id=6, durable=True)
+    fake.not_durable()
+    fake.cancel(algo_id=7)
+    with pytest.raises(NotDurable) as caught:
+        fake.cancel(algo_id=8, durable=True)
+
+    (ticket,) = caught.value.tickets
+    assert fake.outcome(ticket.id) is not None
+
+
+def test_rq_job_leads_nowhere(fake: FakeCancelClient) -> None:
+    """RQ's job of a double reaches no Redis, not even one that happens to listen where the default is."""
+    with pytest.raises(redis.ConnectionError, match="a double has no Redis"):
+        fake.job(fake.cancel(algo_id=7)).refresh()
