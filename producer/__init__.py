@@ -1,9 +1,15 @@
 """Enqueue cancels of conditional orders and learn what became of each. See :class:`CancelClient`."""
 
-from producer.aio import AsyncCancelClient, AsyncTicket
-from producer.client import CancelClient, Ticket
-from producer.message import Attempt, CancelRequest, InvalidRequest, Outcome, OutcomeKind
-from producer.wire import CancelQueueError, NotDurable, QueueUnavailable, UnknownRequest, WaitTimeout
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from producer.aio import AsyncCancelClient, AsyncTicket
+    from producer.client import CancelClient, Ticket
+    from producer.message import Attempt, CancelRequest, InvalidRequest, Outcome, OutcomeKind
+    from producer.wire import CancelQueueError, NotDurable, QueueUnavailable, UnknownRequest, WaitTimeout
 
 __all__ = [
     "AsyncCancelClient",
@@ -21,3 +27,23 @@ __all__ = [
     "UnknownRequest",
     "WaitTimeout",
 ]
+
+_HOMES = {
+    "aio": ("AsyncCancelClient", "AsyncTicket"),
+    "client": ("CancelClient", "Ticket"),
+    "message": ("Attempt", "CancelRequest", "InvalidRequest", "Outcome", "OutcomeKind"),
+    "wire": ("CancelQueueError", "NotDurable", "QueueUnavailable", "UnknownRequest", "WaitTimeout"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Public names are loaded when they are first used: a worker, which needs the contract alone, loads no client."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"producer.{_HOME_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

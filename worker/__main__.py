@@ -11,7 +11,14 @@ import click  # comes with rq
 import redis
 
 from worker import log
-from worker.settings import SETTINGS, Settings, SettingsError, environment_for_readers, sandbox_server
+from worker.settings import (
+    SETTINGS,
+    Settings,
+    SettingsError,
+    environment_for_readers,
+    environment_with_lean_malloc,
+    sandbox_server,
+)
 
 EX_OK = 0
 EX_UNAVAILABLE = 69  # sysexits.h
@@ -69,6 +76,8 @@ def main(context: click.Context, /, queue: str | None, concurrency: str | None, 
     if context.invoked_subcommand is not None:
         return
     settings = _settings(queue, concurrency)
+    if (environment := environment_with_lean_malloc()) is not None:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
     from worker.runner import CancelWorker  # the other commands need none of it
 
     try:

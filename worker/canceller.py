@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from producer.message import (
+    WORKER_LOST,
     Attempt,
     Call,
     CancelRequest,
@@ -143,6 +144,8 @@ class Canceller:
         if pursuit is None:
             request = request or decode_call(grant.data or b"")
             return self._refuse(grant, request, f"account {request.account!r} has no key in this worker")
+        if pursuit.history and pursuit.history[-1].msg == WORKER_LOST:
+            log.warning("recovered", id=grant.id, attempts=len(pursuit.history), began_at_ms=pursuit.history[-1].at_ms)
         step = first_step(pursuit.case(), pursuit.history, self._policy, self._now_ms())
         while isinstance(step, Again) and step.delay_ms == 0:
             if (held_ms := self._held_back_ms(pursuit, step)) > 0:

@@ -175,6 +175,7 @@ class Crew:
     def _live(self) -> None:
         while (held := self._next()) is not None:
             settlement = None
+            log.debug("claimed", id=held.grant.id, run=held.grant.run, lease=held.grant.lease)
             try:
                 settlement = self._canceller.work(held.grant, held)
             except Exception as error:  # noqa: BLE001 - whatever it is, the thread lives

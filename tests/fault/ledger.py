@@ -11,11 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from producer.message import Call, Outcome, OutcomeKind
+from producer.message import WORKER_LOST, Call, Outcome, OutcomeKind
 from worker.sandbox.control import BookEntry, Incident
 
-#: What a script notes for an attempt whose worker never came back (worker/scripts/common.lua).
-WORKER_LOST = "worker lost"
 #: Kinds to which a request comes only if faults outlast its bounds.
 UNDECIDED = (OutcomeKind.UNKNOWN, OutcomeKind.GAVE_UP, OutcomeKind.OVERDUE)
 _STATUSES = {

@@ -95,6 +95,16 @@ def once_each(peek: Peek, tickets: Iterable[Ticket]) -> bool:
     return Counter(outcome.id for outcome in peek.ledger()) == dict.fromkeys((ticket.id for ticket in tickets), 1)
 
 
+def test_memory_is_not_kept_aside_for_each_thread(workers: Workers) -> None:
+    """A worker starts itself anew, as the same process, under the settings of malloc that keep its memory small."""
+    worker = workers.start()
+
+    environment = Path(f"/proc/{worker.process.pid}/environ").read_bytes()
+
+    assert b"GLIBC_TUNABLES=glibc.malloc.tcache_count=0" in environment
+    assert b"glibc.malloc.arena_max=1" in environment
+
+
 # ---- what is sent, what is recorded ---------------------------------------------------------------------------------
 
 
@@ -631,7 +641,7 @@ def test_request_in_flight_is_finished_before_leaving(
 def test_sigkill_under_load(workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
     """The jobs of a killed worker are taken over within a lease and 1.5 s; each still ends in one outcome."""
     victim = workers.start(LEASE_S="1", WORKER_CONCURRENCY="16")
-    workers.start(LEASE_S="1", WORKER_CONCURRENCY="16")
+    survivor = workers.start(LEASE_S="1", WORKER_CONCURRENCY="16")
     exchange.set_latency_ms(250)
     tickets = cancel_all(client, opened(exchange, 200))
     eventually(lambda: len(peek.ledger()) > 40, what="both are at work")
@@ -649,6 +659,7 @@ def test_sigkill_under_load(workers: Workers, client: CancelClient, exchange: Ru
         lost, *after = found[orphan].attempts
         assert (lost.verdict, lost.msg) == ("unclear", "worker lost")
         assert after[0].at_ms - killed_ms <= 1000 + 1500
+    assert {event["id"] for event in events(survivor, "recovered")} >= set(orphans)
     assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
 
 

@@ -19,7 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis import ConnectionPool, SSLConnection
 
-from worker.settings import SETTINGS, Settings, SettingsError
+from worker.settings import (
+    SETTINGS,
+    Settings,
+    SettingsError,
+    environment_for_readers,
+    environment_with_lean_malloc,
+)
 
 ACCOUNT = {"BINANCE_API_KEY": "k" * 64, "BINANCE_API_SECRET": "s" * 64}
 #: Stands for a secret in the tests that look for leaks.
@@ -753,3 +759,38 @@ def test_command_line_values_obey_the_same_rules() -> None:
             settings().overridden(concurrency=value)
     with pytest.raises(SettingsError, match=re.escape("--queue is ''")):
         settings().overridden(queue="")
+
+
+# ---- environments of other processes --------------------------------------------------------------------------------
+
+
+def test_a_reader_gets_nothing_of_the_exchange() -> None:
+    """What only reads the queue runs without keys, secrets and the proxy's password."""
+    given = {
+        "REDIS_URL": "redis://x",
+        "PATH": "/bin",
+        "BINANCE_API_KEY": "k",
+        "BINANCE_DESK_API_SECRET": "s",
+        "EGRESS_PROXY_URL": "http://u:p@proxy:1",
+    }
+
+    assert environment_for_readers(given) == {"REDIS_URL": "redis://x", "PATH": "/bin"}
+
+
+@pytest.mark.parametrize("tunables", ["", "glibc.rtld.nns=4"])
+def test_lean_malloc_is_asked_for_beside_what_is_asked_already(tunables: str) -> None:
+    """The worker's own wish is added to the tunables of its environment, and everything else stays."""
+    given = {"A": "b"} | ({"GLIBC_TUNABLES": tunables} if tunables else {})
+
+    wanted = environment_with_lean_malloc(given)
+
+    assert wanted is not None
+    assert wanted["A"] == "b"
+    assert wanted["GLIBC_TUNABLES"].split(":")[-2:] == ["glibc.malloc.tcache_count=0", "glibc.malloc.arena_max=1"]
+    assert wanted["GLIBC_TUNABLES"].startswith(tunables)
+    assert environment_with_lean_malloc(wanted | {"GLIBC_TUNABLES": tunables}) is None  # once is enough
+
+
+def test_a_persons_own_malloc_setting_stays() -> None:
+    """Whoever has set the cache has a reason."""
+    assert environment_with_lean_malloc({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}) is None

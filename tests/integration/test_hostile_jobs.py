@@ -1,0 +1,298 @@
+"""Jobs that somebody with access to Redis damaged or made up: refused, and the next good request is served in time.
+
+`test_worker.py` has the foreign payloads; here it is what stands around a payload, and what is no job at all.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections import Counter
+from typing import Any
+
+import pytest
+import redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from producer import CancelClient, CancelRequest, OutcomeKind
+from producer.message import TASK, CancelRequest as Request, encode_call
+from tests.integration.test_stock_worker import start_stock
+from tests.servers import Peek, Valkey, Worker, Workers, eventually
+from worker.sandbox.control import RunningExchange
+
+#: How long a good request may take behind hostile ones, s: a worker that is hindered waits for a lease at least.
+IN_TIME_S = 3.0
+QUEUE = "rq:queue:cancels"
+SURROGATE = "\\ud800"
+
+
+@pytest.fixture
+def peek(connection: redis.Redis) -> Peek:
+    """A look at the queue's keys."""
+    return Peek(connection)
+
+
+def job_key(job_id: str) -> str:
+    """RQ's hash of a job."""
+    return f"rq:job:{job_id}"
+
+
+def attempt(**changes: Any) -> str:
+    """One attempt as the job hash keeps it, with some of its fields changed."""
+    fields = {"n": 1, "at_ms": 1_763_807_442_123, "call": "cancel", "http": 503, "code": -1000, "msg": "busy"}
+    return json.dumps({**fields, "verdict": "busy", "ms": 5, **changes})
+
+
+#: Our own fields of a job's hash, damaged: the request itself is a sound one.
+DAMAGED: dict[str, dict[str, str | bytes]] = {
+    "attempts-no-json": {"c_attempts": "garbage"},
+    "attempts-not-utf8": {"c_attempts": b"\xff\xfe"},
+    "attempts-infinite": {"c_attempts": attempt().replace("503", "1e999")},
+    "attempts-huge-number": {"c_attempts": attempt().replace("503", "1" * 400)},
+    "attempts-float-beyond-64-bits": {"c_attempts": attempt(n=1e300)},
+    "attempts-wrong-types": {"c_attempts": attempt(http={"a": []}, code="x", ms=None)},
+    "attempts-surrogate": {"c_attempts": attempt(msg="?").replace("?", SURROGATE)},
+    "attempts-deep": {"c_attempts": "[" * 10_000},
+    "attempts-large": {"c_attempts": attempt(msg="x" * 2_000_000)},
+    "pin-no-json": {"c_pin": "garbage"},
+    "pin-no-object": {"c_pin": "[7]"},
+    "pin-not-utf8": {"c_pin": b"\xff"},
+    "pin-number": {"c_pin": "7"},
+    "pin-text-for-id": {"c_pin": '{"algo_id":"7&symbol=X","symbol":null}'},
+    "pin-true-for-id": {"c_pin": '{"algo_id":true,"symbol":null}'},
+    "pin-id-beyond-64-bits": {"c_pin": '{"algo_id":9223372036854775808,"symbol":null}'},
+    "pin-number-for-symbol": {"c_pin": '{"algo_id":7,"symbol":7}'},
+    "pin-surrogate": {"c_pin": f'{{"algo_id":7,"symbol":"{SURROGATE}"}}'},
+    "pin-deep": {"c_pin": "[" * 10_000},
+    "enqueued-no-number": {"c_enqueued_at_ms": "abc"},
+    "enqueued-empty": {"c_enqueued_at_ms": ""},
+    "enqueued-fraction": {"c_enqueued_at_ms": "1.5"},
+    "enqueued-infinite": {"c_enqueued_at_ms": "inf"},
+    "enqueued-nan": {"c_enqueued_at_ms": "nan"},
+    "enqueued-hex": {"c_enqueued_at_ms": "0x10"},
+    "enqueued-huge": {"c_enqueued_at_ms": "9" * 400},
+    "asked-no-number": {"c_asked_at_ms": "abc"},
+    "asked-infinite": {"c_asked_at_ms": "inf"},
+    "deadline-no-number": {"c_deadline_at_ms": "abc"},
+    "deadline-nan": {"c_deadline_at_ms": "nan"},
+    "deadline-infinite": {"c_deadline_at_ms": "inf"},
+    "deadline-exponent": {"c_deadline_at_ms": "1e300"},
+    "deadline-64-bits": {"c_deadline_at_ms": "9223372036854775807"},
+    "run-no-number": {"c_run": "abc"},
+    "run-beyond-64-bits": {"c_run": "9223372036854775808"},
+    "run-no-number-of-a-new-run": {"c_run": "abc", "c_done": "1"},
+    "run-last-of-a-new-run": {"c_run": "9223372036854775807", "c_done": "1"},
+    "open-no-number": {"c_open_at_ms": "abc"},
+    "open-infinite": {"c_open_at_ms": "inf"},
+    "open-nan": {"c_open_at_ms": "nan"},
+}
+#: Damage that leaves no doubt about what is asked: the request is served as if it were not there.
+HARMLESS: dict[str, dict[str, str | bytes]] = {
+    "rq-fields": {
+        "created_at": "yesterday",
+        "timeout": "abc",
+        "retries_left": "many",
+        "number_of_retries": "7",
+        "result_ttl": "[]",
+        "meta": b"\xff",
+        "origin": "",
+        "description": b"\xff\n",
+        "dependency_ids": "{",
+        "enqueued_at": "\0",
+    },
+    "order-of-another": {"c_order": "default:a:1"},
+    "order-not-utf8": {"c_order": b"\xff"},
+    "urgent-garbage": {"c_urgent": b"\xff"},
+    "fields-of-nobody": {"c_x": "y", "": ""},
+}
+
+
+def put(connection: redis.Redis, job_id: str, data: bytes, fields: dict[str, str | bytes]) -> None:
+    """Put a job on the queue as RQ does, and then change its hash."""
+    queue = Queue("cancels", connection=connection, serializer=JSONSerializer)
+    job = queue.create_job(TASK, args=({},), job_id=job_id)
+    job.save()
+    connection.hset(job.key, mapping={"data": data, "status": "queued", **fields})
+    connection.rpush(queue.key, job_id)
+
+
+def order(exchange: RunningExchange) -> int:
+    """An open order's algo id."""
+    return exchange.add_orders(1)[0].algo_id
+
+
+def is_served(client: CancelClient, exchange: RunningExchange, timeout_s: float = IN_TIME_S) -> None:
+    """Whether a good request is executed in time."""
+    began = time.monotonic()
+    assert client.cancel(algo_id=order(exchange)).wait(timeout_s).kind is OutcomeKind.CANCELLED
+    assert time.monotonic() - began < timeout_s
+
+
+def is_well(worker: Worker) -> None:
+    """Whether a worker met nothing that it has no answer to."""
+    assert worker.process.poll() is None
+    for sign in ("Traceback", "event=defect", "state=away"):
+        assert sign not in worker.output(), worker.output()[-2000:]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_job_is_refused_alone(
+    name: str, workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
+) -> None:
+    """A damaged job ends as refused in a record that can be read; its neighbours, claimed with it, are served."""
+    around = [order(exchange) for _ in range(4)]
+    before = client.cancel_many([CancelRequest(algo_id=algo_id) for algo_id in around[:2]])
+    put(connection, "damaged", encode_call(Request(algo_id=7)), DAMAGED[name])
+    after = client.cancel_many([CancelRequest(algo_id=algo_id) for algo_id in around[2:]])
+    worker = workers.start(LEASE_S="2")
+
+    for ticket in (*before, *after):
+        assert ticket.wait(IN_TIME_S).kind is OutcomeKind.CANCELLED
+    outcome = client.wait("damaged", IN_TIME_S)
+
+    assert (outcome.kind, bool(outcome.error)) == (OutcomeKind.REFUSED, True)
+    assert Counter(entry.id for entry in peek.ledger()) == dict.fromkeys(
+        ["damaged", *(ticket.id for ticket in (*before, *after))], 1
+    )
+    assert peek("ZCARD", peek.keys.leases) == 0
+    assert exchange.stats().requests["DELETE /fapi/v1/algoOrder"] == {"200": 4}
+    assert Job.fetch("damaged", connection=connection, serializer=JSONSerializer).get_status() == "failed"
+    is_well(worker)
+
+
+def test_strange_fields_of_rq_change_nothing(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """What RQ or a stranger wrote beside a sound request does not keep it from being executed."""
+    ids = {name: order(exchange) for name in HARMLESS}
+    for name, fields in HARMLESS.items():
+        put(connection, name, encode_call(Request(algo_id=ids[name])), fields)
+    worker = workers.start(LEASE_S="2")
+
+    for name in HARMLESS:
+        assert client.wait(name, IN_TIME_S).kind is OutcomeKind.CANCELLED, name
+    is_served(client, exchange)
+    is_well(worker)
+
+
+def test_a_past_deadline_is_overdue_however_far(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """A negative deadline is a deadline in the past: nothing is sent."""
+    worker = workers.start(LEASE_S="2")
+    asked: dict[str, str | bytes] = {"c_enqueued_at_ms": "1763807442123"}
+    put(connection, "negative", encode_call(Request(algo_id=7)), {**asked, "c_deadline_at_ms": "-1"})
+    put(connection, "zero", encode_call(Request(algo_id=7)), {**asked, "c_deadline_at_ms": "0"})
+
+    assert [client.wait(name, IN_TIME_S).kind for name in ("negative", "zero")] == [OutcomeKind.OVERDUE] * 2
+    is_served(client, exchange)
+    assert exchange.stats().requests["DELETE /fapi/v1/algoOrder"] == {"200": 1}
+    is_well(worker)
+
+
+def test_entries_without_a_job_are_dropped(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
+) -> None:
+    """What names no job, or a key that is no hash, can have no outcome; it is dropped, and its neighbours are served."""
+    connection.set(job_key("text"), "x")
+    connection.rpush(job_key("list"), "x")
+    connection.sadd(job_key("set"), "x")
+    connection.zadd(job_key("sorted"), {"x": 1})
+    connection.xadd(job_key("stream"), {"x": "y"})
+    strangers: list[bytes] = [b"text", b"list", b"set", b"sorted", b"stream", b"missing", b"", b"\xff", b"\0taken"]
+    strangers += [b"x" * 100_000, b"a:b:c", b"\r\n*1\r\n$8\r\nFLUSHALL\r\n", b"{}", b"-1"]
+    first, last = order(exchange), order(exchange)
+    before = client.cancel(algo_id=first)
+    connection.rpush(QUEUE, *strangers)
+    after = client.cancel(algo_id=last)
+    worker = workers.start(LEASE_S="2")
+
+    assert [ticket.wait(IN_TIME_S).kind for ticket in (before, after)] == [OutcomeKind.CANCELLED] * 2
+    for stranger in strangers:
+        connection.rpush(QUEUE, stranger)
+    is_served(client, exchange)
+    eventually(lambda: peek("LLEN", QUEUE) == 0, IN_TIME_S, "the strangers are gone")
+    assert len(peek.ledger()) == 3
+    is_well(worker)
+
+
+@pytest.mark.parametrize("where", ["rq:scheduled:cancels", "cancels:leases"])
+def test_due_entries_without_a_job_are_dropped(
+    where: str, workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
+) -> None:
+    """The same holds for what stands among the retries and the leases."""
+    connection.set(job_key("text"), "x")
+    connection.zadd(where, dict.fromkeys(["text", "missing", b"\xff", "", "a:b"], 1.0))
+    connection.hset(job_key("open"), mapping={"status": "started", "c_lease": "x-1", "c_open_at_ms": "abc"})
+    connection.zadd("cancels:leases", {"open": 1.0})
+    worker = workers.start(LEASE_S="2")
+
+    is_served(client, exchange)
+    eventually(lambda: peek("ZCARD", where) == 0, IN_TIME_S, "they are gone")
+    assert client.wait("open", IN_TIME_S).kind is OutcomeKind.REFUSED
+    is_well(worker)
+
+
+def nasty() -> dict[str, bytes]:
+    """Payloads that `test_worker.py` does not have, by what is wrong with them."""
+
+    def call(request: str) -> bytes:
+        return f'["{TASK}",null,[{request}],{{}}]'.encode()
+
+    good = '"v":1,"account":"default"'
+    return {
+        "surrogate-tag": call(f'{{{good},"algo_id":7,"tag":"{SURROGATE}"}}'),
+        "surrogate-field": call(f'{{{good},"algo_id":7,"{SURROGATE}":1}}'),
+        "surrogate-account": call(f'{{"v":1,"account":"{SURROGATE}","algo_id":7}}'),
+        "surrogate-function": call("{}").replace(TASK.encode(), SURROGATE.encode()),
+        "invalid-utf8": call(f'{{{good},"algo_id":7,"tag":"?"}}').replace(b"?", b"\xff"),
+        "infinite": call(f'{{{good},"algo_id":7,"deadline_s":1e999}}'),
+        "minus-infinity": call(f'{{{good},"algo_id":-Infinity}}'),
+        "fraction": call(f'{{{good},"algo_id":7.0}}'),
+        "true": call(f'{{{good},"algo_id":true}}'),
+        "utf16": call(f'{{{good},"algo_id":7}}').decode().encode("utf-16"),
+        "with-bom": b"\xef\xbb\xbf" + call(f'{{{good},"algo_id":7}}'),
+        "two-values": call(f'{{{good},"algo_id":7}}') * 2,
+        "deep-objects": call('{"a":' * 10_000 + "1" + "}" * 10_000),
+        "deep-and-packed": zlib.compress(call('{"a":' * 5_000_000)),
+        "packed-twice": zlib.compress(zlib.compress(call(f'{{{good},"algo_id":7}}'))),
+        "packed-and-cut": zlib.compress(call(f'{{{good},"algo_id":7}}'))[:-5],
+        "many-fields": call("{" + ",".join(f'"f{n}":1' for n in range(5_000)) + "}"),
+        "pickle-of-protocol-5": b"\x80\x05\x8c\x02os\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94.",
+    }
+
+
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_nasty_payloads(
+    kind: str,
+    workers: Workers,
+    valkey: Valkey,
+    client: CancelClient,
+    exchange: RunningExchange,
+    connection: redis.Redis,
+    peek: Peek,
+) -> None:
+    """No payload gets further than its refusal: nothing is sent, the record can be read, the next request is served.
+
+    A stock worker refuses, without an outcome, what RQ itself cannot read.
+    """
+    for name, data in nasty().items():
+        put(connection, name, data, {})
+    duplicate = order(exchange)
+    # As for RQ, the last of two equal keys holds.
+    text = f'["{TASK}",null,[{{"v":1,"account":"x","account":"default","algo_id":7,"algo_id":{duplicate}}}],{{}}]'
+    put(connection, "duplicate-keys", text.encode(), {})
+    worker = workers.start() if kind == "ours" else start_stock(workers, valkey)
+
+    assert client.wait("duplicate-keys", 30).kind is OutcomeKind.CANCELLED
+    is_served(client, exchange, IN_TIME_S if kind == "ours" else 10)
+    refused = {outcome.id: outcome for outcome in peek.ledger() if outcome.kind is OutcomeKind.REFUSED}
+    if kind == "ours":
+        assert refused.keys() == nasty().keys()
+        is_well(worker)
+    assert all(outcome.error and len(outcome.error) < 400 for outcome in refused.values())
+    assert {connection.hget(job_key(name), "status") for name in nasty()} == {b"failed"}
+    assert exchange.stats().requests["DELETE /fapi/v1/algoOrder"] == {"200": 2}
