@@ -6,6 +6,7 @@ Arguments go to pytest (`python -m tests -k lease`); a selection is not held to 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,14 +19,21 @@ FLOOR = 90.0
 #: How the whole suite is run: three files at a time, as most of their time is waiting; then the faults by themselves:
 #: they play several scenes at a time of their own accord, and measure how soon somebody notices.
 ROUNDS = (("-n", "3", "--dist", "loadfile", "tests/unit", "tests/integration"), ("tests/fault",))
+#: What the tests of the page drive; `.ci/run` installs it.
+BROWSER = ("chromium", "chromedriver")
+NO_BROWSER = "LEFT OUT: the page in a real browser. For these tests: apt-get install chromium chromium-driver"
 
 
 def main(arguments: list[str]) -> int:
     """Run pytest under coverage; gives the exit code."""
+    missing = [name for name in BROWSER if shutil.which(name) is None]
+    left_out = ("-m", "not browser") if missing else ()
+    if missing and not arguments:
+        print(NO_BROWSER, file=sys.stderr)  # noqa: T201
     with tempfile.TemporaryDirectory() as directory:
         data = f"--data-file={directory}/coverage"
         run = [sys.executable, "-m", "coverage"]
-        for chosen in [tuple(arguments)] if arguments else ROUNDS:
+        for chosen in [tuple(arguments)] if arguments else [(*left_out, *chosen) for chosen in ROUNDS]:
             pytest = [*run, "run", data, "-m", "pytest", *chosen]
             if code := subprocess.run(pytest, cwd=ROOT, check=False).returncode:
                 return code
@@ -35,7 +43,10 @@ def main(arguments: list[str]) -> int:
         report = f"{directory}/report.json"
         subprocess.run([*run, "report", data], cwd=ROOT, check=True)
         subprocess.run([*run, "json", "-q", data, "-o", report], cwd=ROOT, check=True)
-        return judge(json.loads(Path(report).read_text("utf-8")))
+        code = judge(json.loads(Path(report).read_text("utf-8")))
+    if missing:
+        print(NO_BROWSER, file=sys.stderr)  # noqa: T201
+    return code
 
 
 def judge(report: dict[str, dict[str, dict[str, dict[str, float]]]]) -> int:
