@@ -145,7 +145,8 @@ class Canceller:
             request = request or decode_call(grant.data or b"")
             return self._refuse(grant, request, f"account {request.account!r} has no key in this worker")
         if pursuit.history and pursuit.history[-1].msg == WORKER_LOST:
-            log.warning("recovered", id=grant.id, attempts=len(pursuit.history), began_at_ms=pursuit.history[-1].at_ms)
+            lost = pursuit.history[-1]
+            log.warning("recovered", id=grant.id, n=lost.n, began_at_ms=lost.at_ms, **{"count#cancel.recovered": 1})
         step = first_step(pursuit.case(), pursuit.history, self._policy, self._now_ms())
         while isinstance(step, Again) and step.delay_ms == 0:
             if (held_ms := self._held_back_ms(pursuit, step)) > 0:

@@ -115,7 +115,7 @@ class Gate:
                 return
             self._unshared = (until_ms, reason, doubling)
         if now_ms + _HEARD_WITHIN_MS > before_ms or until_ms > before_ms + _SAME_PAUSE_MS:
-            log.warning("gate", state="closed", pause_ms=pause_ms, reason=reason)
+            log.warning("gate", state="closed", reason=reason, **{"measure#cancel.gate_ms": pause_ms})
             self.share(now_ms)
 
 
