@@ -547,19 +547,60 @@ def _attempts(rows: object) -> tuple[Attempt, ...]:
     try:
         return tuple(
             Attempt(
-                n=int(row["n"]),
-                at_ms=int(row["at_ms"]),
+                n=_int(row["n"]),
+                at_ms=_int(row["at_ms"]),
                 call=Call(row["call"]),
-                http=row["http"],
-                code=row["code"],
-                msg=str(row["msg"]),
-                verdict=str(row["verdict"]),
-                ms=int(row["ms"]),
+                http=_typed(row["http"], int),
+                code=_typed(row["code"], int),
+                msg=_plain_text(row["msg"]),
+                verdict=_plain_text(row["verdict"]),
+                ms=_int(row["ms"]),
             )
             for row in rows
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MalformedMessage(f"not an attempt: {type(error).__name__} {_shown(str(error))}") from None
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{_shown(value)} is not a whole number")
+    return value
+
+
+def _plain_text(value: Any) -> str:
+    if not isinstance(value, str) or _CONTROL.search(value):
+        raise TypeError(f"{_shown(value)} is not text without control characters")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """The order that a request by client id alone was found to mean; kept, so that no later one is hit."""
+
+    algo_id: int
+    symbol: str | None = None
+
+    def encode(self) -> str:
+        """As the job hash keeps it."""
+        return _dumps({"algo_id": self.algo_id, "symbol": self.symbol})
+
+
+def decode_pin(text: str | bytes | None) -> Pin | None:
+    """Read what :meth:`Pin.encode` wrote; None where there is nothing.
+
+    Raises:
+        MalformedMessage: it is something else.
+        InvalidRequest: an algo id or a symbol breaks its rule.
+    """
+    if not text:
+        return None
+    fields = loads(text)
+    if not isinstance(fields, dict) or set(fields) != {"algo_id", "symbol"} or fields["algo_id"] is None:
+        raise MalformedMessage("not the pin of an order")
+    _check_ids(fields["algo_id"], None)
+    _check_text("symbol", fields["symbol"], 32)
+    return Pin(**fields)
 
 
 def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES) -> Any:

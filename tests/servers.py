@@ -182,10 +182,17 @@ class Workers:
             worker.stop(signal.SIGKILL)
 
 
+#: worker.settings: set in a process that has started itself anew.
+LEAN = "CANCEL_LEAN_MALLOC"
+
+
 def scrubbed() -> dict[str, str]:
-    """This process' environment without any setting of the project's."""
+    """This process' environment without any setting of the project's.
+
+    Workers are spared starting themselves anew, which would be half of what many a test costs; one test sees to it.
+    """
     names = ("BINANCE_", "CANCEL_", "BACKOFF_", "WORKER_", "LEASE_", "REDIS_", "LOG_", "RQ_", "DYNO", "EGRESS_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    return {name: value for name, value in os.environ.items() if not name.startswith(names)} | {LEAN: "1"}
 
 
 def plain(answer: Any) -> Any:

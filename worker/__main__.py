@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click  # comes with rq
-import redis
 
 from worker import log
 from worker.settings import (
@@ -78,15 +77,21 @@ def main(context: click.Context, /, queue: str | None, concurrency: str | None, 
     settings = _settings(queue, concurrency)
     if (environment := environment_with_lean_malloc()) is not None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
-    from worker.runner import CancelWorker  # the other commands need none of it
+    sys.exit(_work(settings, burst))
+
+
+def _work(settings: Settings, burst: bool) -> int:
+    import redis  # neither is needed by the other commands, nor before the process has started itself anew
+
+    from worker.runner import CancelWorker
 
     try:
         worker = CancelWorker([settings.queue], settings=settings)
         worker.work(burst=burst)
     except redis.AuthenticationError:
         log.error("redis", state="refused", redis=settings.display_redis_url, error="the login was refused")
-        sys.exit(EX_UNAVAILABLE)
-    sys.exit(worker.exit_code)
+        return EX_UNAVAILABLE
+    return worker.exit_code
 
 
 @main.command("check")

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import random
 import threading
 import time
@@ -22,8 +22,10 @@ from producer.message import (
     MessageError,
     Outcome,
     OutcomeKind,
+    Pin,
     decode_attempts,
     decode_call,
+    decode_pin,
     may_be_live,
 )
 from worker import log
@@ -101,7 +103,7 @@ class _Pursuit:
             self.symbol = self.symbol or verdict.order.symbol
 
     def pin(self) -> str:
-        return json.dumps({"algo_id": self.algo_id, "symbol": self.symbol}) if self.pinned else ""
+        return Pin(self.algo_id, self.symbol).encode() if self.pinned and self.algo_id is not None else ""
 
 
 class Canceller:
@@ -140,7 +142,7 @@ class Canceller:
         try:
             pursuit = self._take_up(grant, request)
         except MessageError as error:
-            return self._refuse(grant, None, f"not a job of this queue: {error}")
+            return self._refuse(grant, _if_legible(grant, request), f"not a job of this queue: {error}")
         if pursuit is None:
             request = request or decode_call(grant.data or b"")
             return self._refuse(grant, request, f"account {request.account!r} has no key in this worker")
@@ -167,14 +169,16 @@ class Canceller:
             if grant.data is None:
                 raise MessageError("its payload is larger than any request")
             request = decode_call(grant.data)
+        if grant.damaged:
+            raise MessageError(f"its field {grant.damaged} is no whole number")
         credential = self._credential_for(request.account)
         if credential is None:
             return None
         history = as_known(decode_attempts(grant.attempts))
-        pin: dict[str, Any] = json.loads(grant.pin) if grant.pin else {}
-        algo_id = request.algo_id if request.algo_id is not None else pin.get("algo_id")
-        symbol = request.symbol or pin.get("symbol")
-        return _Pursuit(grant, request, credential, history, algo_id, symbol, bool(pin))
+        pin = decode_pin(grant.pin)
+        algo_id = pin.algo_id if pin and request.algo_id is None else request.algo_id
+        symbol = pin.symbol if pin and request.symbol is None else request.symbol
+        return _Pursuit(grant, request, credential, history, algo_id, symbol, pin is not None)
 
     @staticmethod
     def _again(pursuit: _Pursuit, delay_ms: int) -> Settlement:
@@ -287,7 +291,8 @@ class Canceller:
         attempts: Sequence[Attempt] = ()
         known: dict[str, Any] = {}
         if request is not None:
-            attempts = decode_attempts(grant.attempts)
+            with contextlib.suppress(MessageError):
+                attempts = decode_attempts(grant.attempts)
             known = {"account": request.account, "algo_id": request.algo_id, "may_be_live": True}
             known |= {"client_algo_id": request.client_algo_id, "symbol": request.symbol, "tag": request.tag}
         outcome = Outcome(
@@ -302,3 +307,10 @@ class Canceller:
             **known,
         )
         return Settlement(grant, outcome=outcome)
+
+
+def _if_legible(grant: Grant, request: CancelRequest | None) -> CancelRequest | None:
+    """What a damaged job asks for, if that much can be read."""
+    with contextlib.suppress(MessageError):
+        return request or decode_call(grant.data or b"")
+    return None

@@ -747,7 +747,7 @@ def environment_with_lean_malloc(environ: Mapping[str, str] | None = None) -> di
     """
     given = os.environ if environ is None else environ
     tunables = given.get("GLIBC_TUNABLES", "")
-    if _IS_LEAN in given or "glibc.malloc." in tunables or platform.libc_ver()[0] != "glibc":
+    if given.get(_IS_LEAN) or "glibc.malloc." in tunables or platform.libc_ver()[0] != "glibc":
         return None
     return {**given, "GLIBC_TUNABLES": ":".join(filter(None, (tunables, _LEAN_MALLOC))), _IS_LEAN: "1"}
 

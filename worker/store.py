@@ -104,6 +104,7 @@ class Grant:
     attempts: bytes
     pin: bytes
     raw_id: bytes = b""
+    damaged: str = ""  # the field of ours in its hash that made no sense, and was taken away
 
     @property
     def key(self) -> str | bytes:
@@ -273,7 +274,7 @@ class Store:
         )
         _raise(gate, suspended)
         lost = self._checked(_RENEW, script, lost)
-        return {lease.decode() for lease in lost}, None if gate is None else int(gate), suspended == 1
+        return {lease.decode() for lease in lost}, _whole(gate), suspended == 1
 
     def close_gate(self, pause_ms: int, reason: str, doubling: bool) -> int:
         """Close the shared gate for at least ``pause_ms``; gives its end, ms by Redis' clock.
@@ -299,7 +300,7 @@ class Store:
         )
         row = self._checked(_BEGIN, script, self.roundtrip(script)[0])
         self.clock.observe(int(row[0]))
-        grant = Grant(job_id, "", b"", int(row[2]), int(row[3]), int(row[4]), row[5], row[6])
+        grant = Grant(job_id, "", b"", int(row[2]), int(row[3]), int(row[4]), row[5], row[6], damaged=row[8].decode())
         return Claimed(int(row[0]), int(row[1]), False, [grant]), Begun(row[7])
 
     def recorded(self, job_id: str) -> bytes | None:
@@ -371,6 +372,11 @@ def _answer(connection: Any) -> Any:
         return error
 
 
+def _whole(word: bytes | None) -> int | None:
+    """A whole number, or None where somebody wrote something else."""
+    return int(word) if word is not None and word.isdigit() else None
+
+
 def _raise(*answers: Any) -> None:
     for answer in answers:
         if isinstance(answer, Exception):
@@ -378,7 +384,7 @@ def _raise(*answers: Any) -> None:
 
 
 def _grant(row: list[Any]) -> Grant:
-    job_id, lease, data, enqueued_at, deadline_at, run, attempts, pin = row
+    job_id, lease, data, enqueued_at, deadline_at, run, attempts, pin, damaged = row
     return Grant(
         id=job_id.decode("utf-8", "replace"),
         lease=lease.decode(),
@@ -389,4 +395,5 @@ def _grant(row: list[Any]) -> Grant:
         attempts=attempts,
         pin=pin,
         raw_id=job_id,
+        damaged=damaged.decode(),
     )

@@ -97,7 +97,7 @@ def once_each(peek: Peek, tickets: Iterable[Ticket]) -> bool:
 
 def test_memory_is_not_kept_aside_for_each_thread(workers: Workers) -> None:
     """A worker starts itself anew, as the same process, under the settings of malloc that keep its memory small."""
-    worker = workers.start()
+    worker = workers.start(CANCEL_LEAN_MALLOC="")
 
     environment = Path(f"/proc/{worker.process.pid}/environ").read_bytes()
 

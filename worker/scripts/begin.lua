@@ -2,8 +2,10 @@
 -- KEYS  1 job, 2 gate, 3 outcome, 4 leases
 -- ARGV  1 id, 2 default deadline in ms, 3 order prefix, 4 pointer's life in s
 -- Gives: now, the gate's end (0: open), enqueued at, deadline (all ms), run, attempts, pin, and whether the step is to
--- be taken: 0 yes, 1 no, this run has its outcome already, 2 no, a worker of ours has the job in hand.
+-- be taken: 0 yes, 1 no, this run has its outcome already, 2 no, a worker of ours has the job in hand; then the field
+-- of ours that made no sense, if any.
 local id, job = ARGV[1], KEYS[1]
+local damaged = mend(job)
 local f = redis.call('HMGET', job, 'c_done', 'ended_at', 'c_order')
 local settled = f[1]
 if settled and (not f[2] or f[2] == '') then
@@ -20,8 +22,7 @@ if not f[1] then
   asked_at = enqueued_at
   redis.call('HSET', job, 'c_enqueued_at_ms', enqueued_at, 'c_asked_at_ms', asked_at)
 end
-local closed_until_ms = tonumber(redis.call('HGET', KEYS[2], 'until_ms') or '0')
-if closed_until_ms <= now_ms then closed_until_ms = 0 end
+local closed_until_ms = closed_until(KEYS[2])
 local attempts = f[5] or ''
 if not settled and not held then
   if f[7] then
@@ -32,4 +33,4 @@ if not settled and not held then
   if closed_until_ms == 0 then redis.call('HSET', job, 'c_open_at_ms', text(now_ms)) end
 end
 return {text(now_ms), text(closed_until_ms), enqueued_at, text(deadline_at(asked_at, f[3], enqueued_at, tonumber(ARGV[2]))),
-  f[4] or '1', attempts, f[6] or '', settled and 1 or held and 2 or 0}
+  f[4] or '1', attempts, f[6] or '', settled and 1 or held and 2 or 0, damaged or ''}

@@ -26,7 +26,7 @@ local function bring_back_due()
   for i = #ids, 1, -1 do
     redis.call('ZREM', scheduled, ids[i])
     local job = job_prefix .. ids[i]
-    if redis.call('HGET', job, 'status') == 'scheduled' then
+    if redis.pcall('HGET', job, 'status') == 'scheduled' then -- an error where the key is no hash
       redis.call('HSET', job, 'status', 'queued')
       redis.call('LPUSH', waiting, ids[i])
     end
@@ -39,14 +39,14 @@ local function take_lost()
   for i = #ids, 1, -1 do
     local id, job = ids[i], job_prefix .. ids[i]
     redis.call('ZREM', leases, id)
-    local held = redis.call('HMGET', job, 'c_lease', 'c_open_at_ms', 'c_attempts', 'worker_name', 'status')
-    redis.call('HDEL', job, 'c_lease', 'c_open_at_ms')
+    local held = redis.pcall('HMGET', job, 'c_lease', 'c_open_at_ms', 'c_attempts', 'worker_name', 'status')
+    if not held.err then redis.call('HDEL', job, 'c_lease', 'c_open_at_ms') end
     if held[1] and held[5] == 'started' then
       local entry = id .. ':' .. held[1]
       redis.call('ZREM', started, entry)
       redis.call('DEL', execution_prefix .. entry, executions_prefix .. id)
       if held[4] then redis.call('SREM', ARGV[6] .. held[4] .. ':executions', entry) end
-      local attempts = with_lost_attempt(held[3], tonumber(held[2] or now_ms))
+      local attempts = with_lost_attempt(held[3], whole(held[2]) or now_ms)
       redis.call('HSET', job, 'c_attempts', attempts, 'status', 'queued')
       redis.call('LPUSH', waiting, id)
     end
@@ -55,15 +55,27 @@ end
 
 -- An entry of the waiting list is a hint: whether its job may be given is told by the job alone.
 local function read(job)
-  local f = redis.call('HMGET', job, 'status', 'ended_at', 'c_done', 'c_lease', 'c_order', 'c_enqueued_at_ms',
+  local f = redis.pcall('HMGET', job, 'status', 'ended_at', 'c_done', 'c_lease', 'c_order', 'c_enqueued_at_ms',
     'c_open_at_ms', 'c_attempts', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_pin')
+  if f.err then return nil end -- the key is no hash
   return {status = f[1], ended_at = f[2], done = f[3], lease = f[4], order = f[5], enqueued_at = f[6], open_at = f[7],
     attempts = f[8], asked_at = f[9], deadline_at = f[10], run = f[11], pin = f[12]}
 end
 
+local function is_sound(state)
+  return (whole(state.enqueued_at) or not state.enqueued_at) and (whole(state.asked_at) or not state.asked_at) and
+    (whole(state.deadline_at) or not state.deadline_at) and (whole(state.run) or not state.run) and
+    (whole(state.open_at) or not state.open_at)
+end
+
 local function state_if_free(id)
   local job = job_prefix .. id
-  local state = read(job)
+  local state, damaged = read(job), nil
+  if state and not is_sound(state) then
+    damaged = mend(job)
+    state = read(job)
+  end
+  if not state then return nil end
   local status, changed = state.status, false
   if state.lease or (not status and redis.call('EXISTS', job) == 0) then return nil end
   if state.done then
@@ -78,7 +90,7 @@ local function state_if_free(id)
   end
   if state.open_at then
     -- Nobody holds it, yet an attempt is open: a stock worker began one and never came back.
-    redis.call('HSET', job, 'c_attempts', with_lost_attempt(state.attempts, tonumber(state.open_at)))
+    redis.call('HSET', job, 'c_attempts', with_lost_attempt(state.attempts, whole(state.open_at)))
     redis.call('HDEL', job, 'c_open_at_ms')
     changed = true
   end
@@ -86,7 +98,9 @@ local function state_if_free(id)
     redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms))
     changed = true
   end
-  return changed and read(job) or state
+  if changed then state = read(job) end
+  state.damaged = damaged
+  return state
 end
 
 local number = tonumber(ARGV[12])
@@ -113,7 +127,7 @@ local function give(id, state, deadline_ms)
   local data = false
   if redis.call('HSTRLEN', job, 'data') <= tonumber(ARGV[13]) then data = redis.call('HGET', job, 'data') end
   return {id, execution, data, state.enqueued_at, text(deadline_ms), state.run or '1', state.attempts or '',
-    state.pin or ''}
+    state.pin or '', state.damaged or ''}
 end
 
 local given = {}
@@ -149,8 +163,7 @@ local gives_up_at_ms = tonumber(ARGV[16])
 if gives_up_at_ms > 0 and now_ms >= gives_up_at_ms then return {text(now_ms), '0', redis.call('EXISTS', KEYS[6])} end
 bring_back_due()
 if ARGV[14] == '1' then take_lost() end
-local closed_until_ms = tonumber(redis.call('HGET', KEYS[7], 'until_ms') or '0')
-if closed_until_ms <= now_ms then closed_until_ms = 0 end
+local closed_until_ms = closed_until(KEYS[7])
 local suspended = redis.call('EXISTS', KEYS[6])
 
 if closed_until_ms > 0 or suspended == 1 then

@@ -24,6 +24,30 @@ local function rq_time(seconds, micros)
     math.floor(rest % 3600 / 60), rest % 60, micros or tonumber(time[2]))
 end
 
+-- A whole number of a job hash, or nil. Somebody else may have written there.
+local function whole(value)
+  return value and #value <= 16 and string.match(value, '^%-?%d+$') and tonumber(value) or nil
+end
+
+-- When the gate opens, in ms; 0: it is open.
+local function closed_until(gate)
+  local until_ms = whole(redis.call('HGET', gate, 'until_ms')) or 0
+  return until_ms > now_ms and until_ms or 0
+end
+
+-- Take away those of our fields that should hold a whole number and do not; gives the name of one of them.
+local NUMBERS = {'c_enqueued_at_ms', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_open_at_ms'}
+local function mend(job)
+  local damaged
+  for i, value in ipairs(redis.call('HMGET', job, unpack(NUMBERS))) do
+    if value and not whole(value) then
+      damaged = NUMBERS[i]
+      redis.call('HDEL', job, damaged)
+    end
+  end
+  return damaged
+end
+
 -- A deadline given by a request holds; one left to the worker counts from the moment of asking; the later one wins.
 local function deadline_at(asked_at, deadline_at_ms, enqueued_at, default_ms)
   if not asked_at and not deadline_at_ms then asked_at = enqueued_at end

@@ -1,7 +1,7 @@
 -- Close the gate for everybody on the same address; a later end holds.
 -- KEYS  1 gate    ARGV  1 pause in ms, 2 reason, 3 who closed it, 4 doubling (1 or 0)
 -- Gives the gate's end in ms.
-local before = tonumber(redis.call('HGET', KEYS[1], 'until_ms') or '0')
+local before = whole(redis.call('HGET', KEYS[1], 'until_ms')) or 0
 local pause_ms = tonumber(ARGV[1])
 if ARGV[4] == '1' and before <= now_ms then
   -- Not while it is closed: the requests that were in flight are refused together, and are one refusal.

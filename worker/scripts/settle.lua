@@ -100,7 +100,7 @@ local function done(id, job, lease, held, i)
   end
   end_hold(id, lease)
   record(id, job, held[4], ARGV[i + 4] == '1', ARGV[i + 3], 'c_lease')
-  as_rq_does(id, lease, tonumber(held[2] or now_ms), i)
+  as_rq_does(id, lease, whole(held[2]) or now_ms, i)
   return 1
 end
 
@@ -110,7 +110,7 @@ local function again(id, job, lease, i)
   release(id, job, lease)
   keep(job, ARGV[i + 3], ARGV[i + 4])
   redis.call('HSET', job, 'status', 'scheduled')
-  redis.call('HINCRBY', job, 'number_of_retries', 1)
+  redis.pcall('HINCRBY', job, 'number_of_retries', 1) -- RQ's field, and not worth an outcome
   redis.call('ZADD', KEYS[3], string.format('%.6f', now_s + delay_ms / 1000), id)
   return due_ms
 end
