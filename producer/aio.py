@@ -104,7 +104,7 @@ class AsyncCancelClient:
 
         Requests for one order share a ticket. Raises like :meth:`cancel`.
         """
-        accepted = await self._hold(self._wire.enqueue(requests, durable))
+        accepted = await self.converse(self._wire.enqueue(requests, durable))
         tickets = [AsyncTicket(*carried, self) for carried in accepted.carried]
         if accepted.not_durable is not None:
             accepted.not_durable.tickets = tickets
@@ -113,11 +113,11 @@ class AsyncCancelClient:
 
     async def outcome(self, job_id: str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S)."""
-        return await self._hold(self._wire.outcome(job_id))
+        return await self.converse(self._wire.outcome(job_id))
 
     async def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
         """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000."""
-        return await self._hold(self._wire.outcomes_of(job_ids))
+        return await self.converse(self._wire.outcomes_of(job_ids))
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> AsyncIterator[tuple[str, Outcome]]:
         """The ledger after a stream id, for ``async for``; see :meth:`CancelClient.outcomes`."""
@@ -125,8 +125,8 @@ class AsyncCancelClient:
 
     async def _entries(self, position: str, follow: bool) -> AsyncIterator[tuple[str, Outcome]]:
         if position == "$":
-            position = await self._hold(self._wire.newest())
-        while (page := await self._hold(self._wire.page(position, follow))) or follow:
+            position = await self.converse(self._wire.newest())
+        while (page := await self.converse(self._wire.page(position, follow))) or follow:
             for position, fields in page:
                 yield position, entry_outcome(position, fields)
 
@@ -146,21 +146,21 @@ class AsyncCancelClient:
 
     async def retry(self, job_ids: Iterable[str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run of requests that ended in a failed kind; see :meth:`CancelClient.retry`."""
-        return await self._hold(self._wire.retry(job_ids, missing_ok), repeat=False)
+        return await self.converse(self._wire.retry(job_ids, missing_ok), repeat=False)
 
     async def failed_ids(self) -> list[str]:
         """Ids of the requests that ended in a failed kind and can be retried, oldest first."""
-        return await self._hold(self._wire.failed_ids())
+        return await self.converse(self._wire.failed_ids())
 
     async def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
-        return await self._hold(self._wire.statuses(list(job_ids)))
+        return await self.converse(self._wire.statuses(list(job_ids)))
 
     async def status(self) -> Status:
         """How the queue stands, in three round trips; see :class:`producer.status.Status`."""
-        return await self._hold(read_status(self.keys))
+        return await self.converse(read_status(self.keys))
 
-    async def _hold(self, conversation: Conversation[T], *, repeat: bool = True) -> T:
+    async def converse(self, conversation: Conversation[T], *, repeat: bool = True) -> T:
         end_if_cancelled = _cancellation()
         with availability():
             try:

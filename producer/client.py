@@ -7,6 +7,7 @@ outcome is not there yet.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
@@ -49,6 +50,47 @@ class Ticket(TicketFields):
         return self._client.wait(self.id, timeout_s)
 
 
+class _Line:
+    """The shortest way of one command to Redis: on a connection that stays at hand between two calls.
+
+    A pool looks whether a connection still stands each time that it lends it, which costs an idle strategy a tenth of
+    a call. Here that shows when it is used; whoever uses this repeats the command then.
+    """
+
+    #: Commands whose answers redis-py hands over as they are.
+    PLAIN = frozenset({"EVALSHA", "EVAL", "GET"})
+
+    def __init__(self, connection: redis.Redis) -> None:
+        self._redis = connection
+        self._at_hand: list[Any] = []
+        self._pid = os.getpid()
+
+    def round_trip(self, command: Command) -> list[Any]:
+        """Send ``command`` and read its answer, an error answer as a value."""
+        if self._pid != os.getpid():  # a fork shares its parent's sockets
+            self._pid, self._at_hand = os.getpid(), []
+        try:
+            connection = self._at_hand.pop()
+        except IndexError:
+            connection = self._redis.connection_pool.get_connection()
+        try:
+            connection.send_command(*command)
+            answer = connection.read_response()
+        except redis.ResponseError as error:
+            answer = error
+        except BaseException:
+            connection.disconnect()
+            self._redis.connection_pool.release(connection)
+            raise
+        self._at_hand.append(connection)
+        return [answer]
+
+    def hang_up(self) -> None:
+        """Give back what is at hand."""
+        while self._at_hand:
+            self._redis.connection_pool.release(self._at_hand.pop())
+
+
 class CancelClient:
     """Puts cancel requests on a queue and reads their outcomes. Thread-safe; one for a process is enough.
 
@@ -57,6 +99,7 @@ class CancelClient:
 
     def __init__(self, connection: redis.Redis, queue: str = DEFAULT_QUEUE) -> None:
         self._redis = connection
+        self._line: _Line | None = None
         self._wire = Wire(queue, timeout_of(connection.connection_pool.connection_kwargs))
         self.keys = self._wire.keys
 
@@ -70,10 +113,14 @@ class CancelClient:
             retry=Retry(NoBackoff(), 0),  # a repeat is ours to decide, see _answers
             **options,
         )
-        return cls(connection, queue)
+        client = cls(connection, queue)
+        client._line = _Line(connection)
+        return client
 
     def close(self) -> None:
         """Give the connections back."""
+        if self._line is not None:
+            self._line.hang_up()
         self._redis.close()
 
     def __enter__(self) -> Self:
@@ -111,7 +158,7 @@ class CancelClient:
 
         Requests for one order share a ticket. Raises like :meth:`cancel`.
         """
-        accepted = self._hold(self._wire.enqueue(requests, durable))
+        accepted = self.converse(self._wire.enqueue(requests, durable))
         tickets = [Ticket(*carried, self) for carried in accepted.carried]
         if accepted.not_durable is not None:
             accepted.not_durable.tickets = tickets
@@ -120,11 +167,11 @@ class CancelClient:
 
     def outcome(self, job_id: str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S)."""
-        return self._hold(self._wire.outcome(job_id))
+        return self.converse(self._wire.outcome(job_id))
 
     def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
         """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000."""
-        return self._hold(self._wire.outcomes_of(job_ids))
+        return self.converse(self._wire.outcomes_of(job_ids))
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> Iterator[tuple[str, Outcome]]:
         """The ledger after a stream id: pairs of stream id and outcome, oldest first; ``follow`` waits for new ones.
@@ -142,8 +189,8 @@ class CancelClient:
 
     def _entries(self, position: str, follow: bool) -> Iterator[tuple[str, Outcome]]:
         if position == "$":
-            position = self._hold(self._wire.newest())
-        while (page := self._hold(self._wire.page(position, follow))) or follow:
+            position = self.converse(self._wire.newest())
+        while (page := self.converse(self._wire.page(position, follow))) or follow:
             for position, fields in page:
                 yield position, entry_outcome(position, fields)
 
@@ -167,19 +214,19 @@ class CancelClient:
             UnknownRequest: some are not among the failed ones; none was started.
             QueueUnavailable: Redis did not answer; those that it started meanwhile are no longer among the failed ones.
         """
-        return self._hold(self._wire.retry(job_ids, missing_ok), repeat=False)
+        return self.converse(self._wire.retry(job_ids, missing_ok), repeat=False)
 
     def failed_ids(self) -> list[str]:
         """Ids of the requests that ended in a failed kind and can be retried, oldest first."""
-        return self._hold(self._wire.failed_ids())
+        return self.converse(self._wire.failed_ids())
 
     def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
-        return self._hold(self._wire.statuses(list(job_ids)))
+        return self.converse(self._wire.statuses(list(job_ids)))
 
     def status(self) -> Status:
         """How the queue stands, in three round trips; see :class:`producer.status.Status`."""
-        return self._hold(read_status(self.keys))
+        return self.converse(read_status(self.keys))
 
     def job(self, ticket_or_id: Ticket | str) -> Job:
         """RQ's job of a request, for those who look at the queue through RQ.
@@ -190,7 +237,12 @@ class CancelClient:
         with availability():
             return Job.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
 
-    def _hold(self, conversation: Conversation[T], *, repeat: bool = True) -> T:
+    def converse(self, conversation: Conversation[T], *, repeat: bool = True) -> T:
+        """Carry a conversation with Redis to its end; ``repeat``: its commands may be sent again if an answer is lost.
+
+        Raises:
+            QueueUnavailable: Redis did not answer, or refused.
+        """
         with availability():
             try:
                 commands = next(conversation)
@@ -201,6 +253,10 @@ class CancelClient:
 
     def _answers(self, commands: list[Command], repeat: bool) -> list[Any]:
         try:
+            if self._line is not None:
+                if repeat and len(commands) == 1 and commands[0][0] in _Line.PLAIN:
+                    return self._line.round_trip(commands[0])
+                self._line.hang_up()  # one connection serves both ways
             return self._round_trip(commands)
         except redis.AuthenticationError:
             raise

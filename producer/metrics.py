@@ -185,15 +185,15 @@ class LedgerClient(CancelClient):
 
     def ledger_end(self) -> LedgerEnd | None:
         """The ledger's end, None where there is no ledger."""
-        return self._hold(_ledger_end(self.keys.outcomes))
+        return self.converse(_ledger_end(self.keys.outcomes))
 
     def ledger_page(self, after: str) -> list[tuple[str, Any]]:
         """Stream id and fields of some entries after one, without waiting; none where there is none."""
-        return self._hold(self._wire.page(after, follow=False))
+        return self.converse(self._wire.page(after, follow=False))
 
     def newest_held(self, entry_ids: Iterable[str]) -> str | None:
         """The first of ``entry_ids`` that the ledger holds; one round trip for each 1,000."""
-        return self._hold(_newest_held(self.keys.outcomes, list(entry_ids)))
+        return self.converse(_newest_held(self.keys.outcomes, list(entry_ids)))
 
 
 def _ledger_end(ledger: str) -> Conversation[LedgerEnd | None]:

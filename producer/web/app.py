@@ -195,7 +195,7 @@ class _Pages:
         }
 
     def _ask(self, conversation: Conversation[T]) -> T:
-        return self._client._hold(conversation)
+        return self._client.converse(conversation)
 
     # --- reading ---
 
