@@ -538,6 +538,8 @@ _PLAIN_OUTCOME_FIELDS: dict[str, type] = {
 def _typed(value: Any, kind: type) -> Any:
     if value is not None and type(value) is not kind:
         raise TypeError(f"{_shown(value)} is not {kind.__name__}")
+    if isinstance(value, str):
+        value.encode()  # JSON can spell half a character, which nobody could write again
     return value
 
 

@@ -318,14 +318,20 @@ class Crew:
                 return list(self._store.settle(group))
             except redis.RedisError as error:
                 if type(error) is redis.ResponseError:  # not for being away, read-only, loading or out of memory
-                    if len(group) > 1:  # one row must not hold up the others
-                        return [answer for settlement in group for answer in self._answers([settlement])]
-                    log.error("defect", id=group[0].grant.id, where="settle", error=str(error))
-                    return [None]
+                    return self._one_by_one(group, str(error))
                 # The outcomes are kept until they are written; a repeat of a write that had worked changes nothing.
                 self._away(error, attempt)
                 attempt += 1
+            except Exception as error:  # noqa: BLE001 - nor may what cannot be written at all
+                return self._one_by_one(group, f"{type(error).__name__} in {_where(error)}")
         return [None] * len(group)
+
+    def _one_by_one(self, group: list[Settlement], said: str) -> list[int | None]:
+        """One row must not hold up the others; its own job comes back when its lease runs out."""
+        if len(group) > 1:
+            return [answer for settlement in group for answer in self._answers([settlement])]
+        log.error("defect", id=group[0].grant.id, where="settle", error=said)
+        return [None]
 
     def _tell(self, settlement: Settlement, answer: int | None) -> None:
         grant, outcome = settlement.grant, settlement.outcome

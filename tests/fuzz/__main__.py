@@ -33,12 +33,9 @@ def _guided(atheris: ModuleType, name: str, seconds: int) -> None:
         for number, seed in enumerate(targets.seeds(name)):
             (Path(directory) / str(number)).write_bytes(seed)
         options = [f"-max_total_time={seconds}", "-max_len=4096", "-timeout=10", "-print_final_stats=1"]
-        atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={tempfile.gettempdir()}/fuzz-", directory], _one(targets, name))
+        options += [f"-artifact_prefix={tempfile.gettempdir()}/fuzz-", directory]
+        atheris.Setup([sys.argv[0], *options], targets.TARGETS[name])
         atheris.Fuzz()
-
-
-def _one(targets: ModuleType, name: str) -> object:
-    return targets.TARGETS[name]
 
 
 def main() -> int:

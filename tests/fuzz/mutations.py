@@ -13,7 +13,15 @@ from tests.fuzz.targets import TARGETS, seeds
 #: What has broken readers elsewhere.
 _PIECES = (
     *(b"NaN", b"1e999", b"-1", b"null", b"true", b"[", b"]", b"{}", b'"', b"\\ud800", b"\\u0000", b"\xff", b",", b"\0"),
-    *(b"\r\n", b"\r\n\r\n", b"0\r\n", b"\r\n ", b"chunked", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n"),
+    *(
+        b"\r\n",
+        b"\r\n\r\n",
+        b"0\r\n",
+        b"\r\n ",
+        b"chunked",
+        b"Content-Length: 3\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+    ),
     *(b"9223372036854775808", b"1e30", b"0.5", b'"7"', b"[" * 1000, b'{"a":' * 1000),
 )
 

@@ -89,7 +89,7 @@ def _outcome_or_error(data: bytes) -> None:
     except MessageError as error:
         _refused(error)
     else:
-        again = decode_outcome(outcome.encode().encode())
+        again = decode_outcome(outcome.encode())
         assert again == outcome
 
 
@@ -280,7 +280,7 @@ def _decide(case: Case, history: list[Attempt], told: Verdict, policy: Policy, n
     if isinstance(step, Stop):
         _check_end(step, history, policy)
         return
-    assert 0 <= step.delay_ms
+    assert step.delay_ms >= 0
     assert now_ms + step.delay_ms < case.deadline_at_ms
     assert step.resync is (told.means is Means.CLOCK)
     assert told.means not in (Means.CONFIRMED, Means.DENIED, Means.KEY_REFUSED)

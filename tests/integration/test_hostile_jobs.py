@@ -18,7 +18,8 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from producer import CancelClient, CancelRequest, OutcomeKind
-from producer.message import TASK, CancelRequest as Request, encode_call
+from producer.message import TASK, encode_call
+from producer.message import CancelRequest as Request
 from tests.integration.test_stock_worker import start_stock
 from tests.servers import Peek, Valkey, Worker, Workers, eventually
 from worker.sandbox.control import RunningExchange
@@ -115,7 +116,8 @@ def put(connection: redis.Redis, job_id: str, data: bytes, fields: dict[str, str
     queue = Queue("cancels", connection=connection, serializer=JSONSerializer)
     job = queue.create_job(TASK, args=({},), job_id=job_id)
     job.save()
-    connection.hset(job.key, mapping={"data": data, "status": "queued", **fields})
+    mapping: dict[Any, Any] = {"data": data, "status": "queued", **fields}
+    connection.hset(job.key, mapping=mapping)
     connection.rpush(queue.key, job_id)
 
 
@@ -163,6 +165,57 @@ def test_damaged_job_is_refused_alone(
     is_well(worker)
 
 
+def test_damage_beside_an_unknown_account(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """A request that is refused for its account is refused for it whatever its history looks like."""
+    put(connection, "damaged", encode_call(Request(algo_id=7, account="nobody")), {"c_attempts": "garbage"})
+    worker = workers.start(LEASE_S="2")
+
+    outcome = client.wait("damaged", IN_TIME_S)
+
+    assert (outcome.kind, outcome.account, outcome.attempts) == (OutcomeKind.REFUSED, "nobody", ())
+    is_served(client, exchange)
+    is_well(worker)
+
+
+def test_damaged_gate_is_no_gate(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """A pause without a readable end stops nobody from claiming."""
+    connection.hset("gate:all", "until_ms", "abc")
+    workers.start(LEASE_S="2")
+
+    is_served(client, exchange)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("enqueued-no-number", "asked-no-number", "deadline-no-number", "deadline-exponent", "run-no-number"),
+        *("open-no-number", "attempts-no-json", "attempts-surrogate", "pin-no-json", "pin-surrogate"),
+    ],
+)
+def test_damaged_job_ends_with_a_stock_worker_too(
+    name: str,
+    workers: Workers,
+    valkey: Valkey,
+    client: CancelClient,
+    exchange: RunningExchange,
+    connection: redis.Redis,
+    peek: Peek,
+) -> None:
+    """A stock worker refuses a damaged job in one record, and goes on."""
+    put(connection, "damaged", encode_call(Request(algo_id=order(exchange))), DAMAGED[name])
+    start_stock(workers, valkey)
+
+    outcome = client.wait("damaged", 15)
+
+    assert (outcome.kind, bool(outcome.error)) == (OutcomeKind.REFUSED, True)
+    is_served(client, exchange, 10)
+    assert Counter(entry.id for entry in peek.ledger())["damaged"] == 1
+
+
 def test_strange_fields_of_rq_change_nothing(
     workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
 ) -> None:
@@ -196,7 +249,7 @@ def test_a_past_deadline_is_overdue_however_far(
 def test_entries_without_a_job_are_dropped(
     workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
 ) -> None:
-    """What names no job, or a key that is no hash, can have no outcome; it is dropped, and its neighbours are served."""
+    """What names no job, or a key that is no hash, can have no outcome: it is dropped, its neighbours are served."""
     connection.set(job_key("text"), "x")
     connection.rpush(job_key("list"), "x")
     connection.sadd(job_key("set"), "x")
@@ -219,13 +272,32 @@ def test_entries_without_a_job_are_dropped(
     is_well(worker)
 
 
+@pytest.mark.parametrize(
+    "beside", ["rq:executions:{}", "rq:results:{}", "cancels:outcome:{}", "cancels:order:default:a:7"]
+)
+def test_keys_of_another_type_beside_a_job_harm_that_job_alone(
+    beside: str, workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """Where another type of key stands in the way of one job's bookkeeping, the others are served all the same."""
+    before = client.cancel(algo_id=order(exchange))
+    put(connection, "hindered", encode_call(Request(algo_id=7)), {"c_order": "default:a:7"})
+    connection.rpush(beside.format("hindered"), "x")
+    after = client.cancel(algo_id=order(exchange))
+    worker = workers.start(LEASE_S="2", NOT_FOUND_HORIZON_S="0")
+
+    for ticket in (before, after):
+        assert ticket.wait(IN_TIME_S).kind is OutcomeKind.CANCELLED
+    is_served(client, exchange)
+    assert worker.process.poll() is None
+
+
 @pytest.mark.parametrize("where", ["rq:scheduled:cancels", "cancels:leases"])
 def test_due_entries_without_a_job_are_dropped(
     where: str, workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
 ) -> None:
     """The same holds for what stands among the retries and the leases."""
     connection.set(job_key("text"), "x")
-    connection.zadd(where, dict.fromkeys(["text", "missing", b"\xff", "", "a:b"], 1.0))
+    connection.zadd(where, dict.fromkeys([b"text", b"missing", b"\xff", b"", b"a:b"], 1.0))
     connection.hset(job_key("open"), mapping={"status": "started", "c_lease": "x-1", "c_open_at_ms": "abc"})
     connection.zadd("cancels:leases", {"open": 1.0})
     worker = workers.start(LEASE_S="2")

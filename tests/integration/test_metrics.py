@@ -369,8 +369,8 @@ def test_labels_are_bounded_and_well_formed(exporter: Exporter, connection: redi
     append(connection, *(record(number, account=f"a{number}") for number in range(100)))
     append(connection, *(record(account=account) for account in hostile), record(account=None))
     attempt = json.loads(record())["attempts"][0]
-    odd = [attempt | {"code": code, "http": http} for code, http in ((None, None), ("x", True), ({}, []), (-1.5, 200))]
-    append(connection, record(attempts=odd), record(attempts=[attempt | {"verdict": 'v"\n'}]))
+    odd = [attempt | {"code": code, "http": http} for code, http in ((None, None), (10**12, 0), (0, 99_999), (-1, 200))]
+    append(connection, record(attempts=odd), record(attempts=[attempt | {"verdict": 'v"\\'}]))
     append(connection, record(attempts=[attempt | {"code": number, "verdict": f"v{number}"} for number in range(1000)]))
 
     text, seen = exporter.text(), exporter.scrape()

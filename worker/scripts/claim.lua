@@ -84,7 +84,8 @@ local function state_if_free(id)
     changed = true
   elseif status == 'started' then
     -- Not ours: a stock worker runs it, unless its execution has run out.
-    if redis.call('ZCOUNT', executions_prefix .. id, text(now_s), '+inf') > 0 then return nil end
+    local running = redis.pcall('ZCOUNT', executions_prefix .. id, text(now_s), '+inf')
+    if type(running) == 'number' and running > 0 then return nil end
   elseif status and status ~= 'queued' then
     return nil -- a hash without a status is somebody's mistake, which gets an outcome too
   end
@@ -118,7 +119,10 @@ local function give(id, state, deadline_ms)
   redis.call('HSET', execution_prefix .. entry, 'id', execution, 'job_id', id, 'created_at', now_text,
     'last_heartbeat', now_text, 'worker_name', worker)
   redis.call('EXPIRE', execution_prefix .. entry, life_s)
-  redis.call('ZADD', executions_prefix .. id, end_s, execution)
+  if type(redis.pcall('ZADD', executions_prefix .. id, end_s, execution)) ~= 'number' then -- a key of another type
+    redis.call('DEL', executions_prefix .. id)
+    redis.call('ZADD', executions_prefix .. id, end_s, execution)
+  end
   redis.call('EXPIRE', executions_prefix .. id, life_s)
   local n = #new_entries
   new_leases[2 * n + 1], new_leases[2 * n + 2] = now_ms + lease_ms, id
@@ -131,13 +135,21 @@ local function give(id, state, deadline_ms)
 end
 
 local given = {}
-local function try(id, only_overdue)
+local function try_sound(id, only_overdue)
   local state = state_if_free(id)
   if not state then return 'drop' end
   local deadline_ms = deadline_at(state.asked_at, state.deadline_at, state.enqueued_at, default_deadline_ms)
   if only_overdue and now_ms < deadline_ms then return 'keep' end
   given[#given + 1] = give(id, state, deadline_ms)
   return 'given'
+end
+
+-- What is wrong with one job must not cost those that were taken off the list with it.
+local function try(id, only_overdue)
+  local is_sound_job, answer = pcall(try_sound, id, only_overdue)
+  if is_sound_job then return answer end
+  redis.pcall('HDEL', job_prefix .. id, 'c_lease', 'c_open_at_ms')
+  return 'drop'
 end
 
 -- Nothing may be sent; a request whose deadline has passed needs nothing sent. Each second another stretch of the queue

@@ -1,0 +1,639 @@
+"""Secrets that are looked for everywhere after everything that can go wrong has: Redis, output, processes, pages.
+
+The search is tried first on a secret that was left in each of those places on purpose.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Self
+from urllib.parse import quote, unquote, urlsplit
+
+import pytest
+import redis
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+
+from producer import CancelClient, CancelRequest
+from producer.message import Keys
+from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.webpages import WebProcess, outcome, settle
+from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
+from worker.sandbox.faults import Call, Fault, FaultTiming
+
+# Lower case and digits, so that they could even stand as an account's name where one goes astray.
+HMAC = "canary1hmac7f3a9c"
+OTHER_HMAC = "canary2hmac51d0be"
+PROXY = "canary3proxy08ce4"
+REDIS = "canary4redis96ab2"
+WRONG_LOGIN = "canary5login3e7d1"
+TOKEN = "canary6token40f8c"
+BAD_SETTING = "canary7setting9d2e"
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+#: What every secret and signature has at least, characters.
+_PREFIX = 12
+
+
+@dataclass
+class Needles:
+    """What must not be found, in the forms in which it could be written."""
+
+    secrets: set[str]
+    signatures: set[str] = field(default_factory=set)
+
+    def found_in(self, place: bytes) -> list[str]:
+        """The secrets that stand in ``place`` as they are, percent-encoded, or base64-encoded at any offset."""
+        found = ["signature="] * (b"signature=" in place.lower())
+        # Thousands of signatures: each place of the text is looked up in a table instead.
+        for at in range(len(place) - _PREFIX + 1):
+            for form in self._table.get(place[at : at + _PREFIX], ()):
+                if place.startswith(form, at):
+                    found.append(form.decode())
+        return found
+
+    @cached_property
+    def _table(self) -> dict[bytes, set[bytes]]:
+        table: dict[bytes, set[bytes]] = {}
+        for form in self._forms():
+            assert len(form) >= _PREFIX, "too short to be told from chance"
+            table.setdefault(form[:_PREFIX].encode(), set()).add(form.encode())
+        return table
+
+    def _forms(self) -> Iterator[str]:
+        for text in self.secrets | self.signatures:
+            yield from {text, quote(text, safe=""), unquote(text)}
+        for text in self.secrets:
+            for lead in range(3):
+                # What three bytes become does not hang on those before and after them.
+                inner = base64.b64encode(b"\0" * lead + text.encode()).decode()[4 if lead else 0 :]
+                yield inner[: len(inner) // 4 * 4 - 4]
+
+
+def redis_places(connection: redis.Redis) -> Iterator[tuple[str, bytes]]:
+    """Every key with everything in it, and what can be unpacked of it (RQ packs payloads and failures' texts)."""
+    for key in connection.scan_iter():
+        for part in (key, *_parts(connection, key)):
+            yield f"Redis {key!r}", part
+            with contextlib.suppress(zlib.error):
+                yield f"Redis {key!r}, unpacked", zlib.decompress(part)
+            with contextlib.suppress(ValueError, zlib.error):
+                yield f"Redis {key!r}, decoded and unpacked", zlib.decompress(base64.b64decode(part, validate=True))
+
+
+def _parts(connection: redis.Redis, key: bytes) -> list[bytes]:
+    # By command and with answers of RESP2: plain lists of bytes, however they are nested.
+    kind = bytes(connection.execute_command("TYPE", key))
+    whole = {
+        b"string": ("GET", key),
+        b"hash": ("HGETALL", key),
+        b"list": ("LRANGE", key, 0, -1),
+        b"set": ("SMEMBERS", key),
+        b"zset": ("ZRANGE", key, 0, -1),
+        b"stream": ("XRANGE", key, "-", "+"),
+    }[kind]
+    return list(_flat(connection.execute_command(*whole)))
+
+
+def _flat(answer: Any) -> Iterator[bytes]:
+    if isinstance(answer, bytes):
+        yield answer
+    elif isinstance(answer, dict):
+        for pair in answer.items():
+            yield from _flat(pair)
+    elif isinstance(answer, list | tuple | set):
+        for part in answer:
+            yield from _flat(part)
+
+
+def process_line(pid: int) -> bytes:
+    """What `ps` shows of a process to every user of its host."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+
+
+class Search:
+    """Collects places and what was found in them."""
+
+    def __init__(self, *secrets: str) -> None:
+        self.needles = Needles(set(secrets))
+        self.places: list[tuple[str, bytes]] = []
+
+    def add(self, name: str, place: bytes | str) -> None:
+        """One more place to look at."""
+        self.places.append((name, place.encode("utf-8", "surrogateescape") if isinstance(place, str) else place))
+
+    def findings(self) -> list[tuple[str, str]]:
+        """Place and secret for each that was found."""
+        if not self.needles.found_in(b"\n".join(place for _, place in self.places)):
+            return []
+        return [(name, needle) for name, place in self.places for needle in self.needles.found_in(place)]
+
+
+# ---- a proxy between worker and exchange, which sees the signatures --------------------------------------------------
+
+
+class SeeingProxy:
+    """An HTTP proxy for whole URLs that wants a password and keeps the signatures that pass."""
+
+    def __init__(self, target: str, password: str) -> None:
+        self._target = urlsplit(target)
+        self._login = b"Basic " + base64.b64encode(f"fixie:{password}".encode())
+        self.signatures: set[str] = set()
+        self.logins = 0
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://fixie:{password}@127.0.0.1:{self._listener.getsockname()[1]}"
+        self._run(self._accept)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self._threads:
+            thread.join(10)
+
+    def _run(self, what: object, *arguments: object) -> None:
+        thread = threading.Thread(target=what, args=arguments, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = self._listener.accept()[0]
+                server = socket.create_connection((self._target.hostname, self._target.port))
+                self._sockets += (client, server)
+                self._run(self._requests, client, server)
+                self._run(self._answers, server, client)
+
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        # The worker writes each request in one piece, and the next one only after the answer.
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 16):
+                self.logins += self._login in data
+                self.signatures |= {s.decode() for s in re.findall(rb"[?&]signature=([^ &]+)", data)}
+                server.sendall(data.replace(b" " + self._target.geturl().encode(), b" ", 1))
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+
+    def _answers(self, server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(1 << 16):
+                client.sendall(data)
+        with contextlib.suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+
+
+# ---- keys and servers ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Accounts:
+    """An account of each kind of key, for the exchange and for the worker's environment."""
+
+    exchange: dict[str, tuple[str, str]]
+    environment: dict[str, str]
+    secrets: set[str]
+
+
+def _pem(key: RSAPrivateKey | Ed25519PrivateKey) -> tuple[str, str, list[str]]:
+    """The private key as PEM text, the public one, and the private one's lines."""
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return text, public.decode(), [line for line in text.splitlines() if line and not line.startswith("-----")]
+
+
+@pytest.fixture(scope="module")
+def accounts(tmp_path_factory: pytest.TempPathFactory) -> Accounts:
+    """HMAC; RSA as PEM text on one line; Ed25519 as the path of a file; and one whose key the exchange refuses."""
+    rsa, rsa_public, rsa_lines = _pem(generate_private_key(65_537, 2048))
+    ed, ed_public, ed_lines = _pem(Ed25519PrivateKey.generate())
+    path = tmp_path_factory.mktemp("keys") / "ed25519.pem"
+    path.write_text(ed)
+    return Accounts(
+        {"default": ("key-hmac", HMAC), "rsa": ("key-rsa", rsa_public), "ed": ("key-ed", ed_public)},
+        {
+            "BINANCE_API_KEY": "key-hmac",
+            "BINANCE_API_SECRET": HMAC,
+            "BINANCE_RSA_API_KEY": "key-rsa",
+            "BINANCE_RSA_PRIVATE_KEY": rsa.replace("\n", "\\n"),
+            "BINANCE_ED_API_KEY": "key-ed",
+            "BINANCE_ED_PRIVATE_KEY": str(path),
+            "BINANCE_LOST_API_KEY": "key-that-nobody-knows",
+            "BINANCE_LOST_API_SECRET": OTHER_HMAC,
+        },
+        {*rsa_lines, *ed_lines, HMAC, OTHER_HMAC},
+    )
+
+
+@dataclass
+class Scene:
+    """Servers with passwords, and the places to be searched."""
+
+    valkey: Valkey
+    exchange: RunningExchange
+    proxy: SeeingProxy
+    accounts: Accounts
+    workers: Workers
+    search: Search
+
+    @property
+    def redis_url(self) -> str:
+        """Redis with the password."""
+        return f"redis://:{REDIS}@127.0.0.1:{self.valkey.port}/0"
+
+    def run(self, *command: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+        """Run one command to its end; what it printed and what `ps` showed of it are searched."""
+        given = scrubbed() | {"REDIS_URL": self.redis_url, "WEB_TOKEN": TOKEN} | environment
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(
+                [sys.executable, "-m", *command], cwd=ROOT, env=given, stdin=subprocess.PIPE, stdout=said, stderr=said
+            ) as process,
+        ):
+            name = " ".join(command)
+            self.search.add(f"ps of {name}", process_line(process.pid))
+            process.communicate(stdin.encode(), 40)
+            printed = _read(said)
+        self.search.add(f"output of {name}", printed)
+        return subprocess.CompletedProcess(command, process.returncode, printed)
+
+
+def _read(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+@pytest.fixture
+def scene(accounts: Accounts, tmp_path: Path) -> Iterator[Scene]:
+    """Everything started, nothing done yet."""
+    timing = FaultTiming(late_answer_ms=700, late_execution_ms=100, forgotten_ms=300, drip_interval_ms=10)
+    with (
+        running_valkey("--requirepass", REDIS) as valkey,
+        start_exchange(ExchangeConfig(accounts=accounts.exchange, timing=timing)) as exchange,
+        SeeingProxy(exchange.url, PROXY) as proxy,
+    ):
+        search = Search(*accounts.secrets, PROXY, REDIS, TOKEN, WRONG_LOGIN, BAD_SETTING)
+        environment = {
+            "REDIS_URL": f"redis://:{REDIS}@127.0.0.1:{valkey.port}/0",
+            "BINANCE_BASE_URL": exchange.url,
+            "EGRESS_PROXY_URL": proxy.url,
+            "BINANCE_RECV_WINDOW_MS": "600",
+            "CANCEL_DEADLINE_S": "6",
+            "BACKOFF_CAP_MS": "200",
+            "NOT_FOUND_HORIZON_S": "0.3",
+            "WAF_PAUSE_S": "1",
+            "LEASE_S": "2",
+            "LOG_LEVEL": "DEBUG",
+            **accounts.environment,
+        }
+        fleet = Workers(tmp_path, environment)
+        try:
+            yield Scene(valkey, exchange, proxy, accounts, fleet, search)
+        finally:
+            fleet.stop()
+
+
+@contextlib.contextmanager
+def client_of(scene: Scene) -> Iterator[CancelClient]:
+    """The producers' client with the password."""
+    with CancelClient.from_url(scene.redis_url) as client:
+        yield client
+
+
+def trouble(scene: Scene) -> list[CancelRequest]:
+    """A request for each fault of the exchange on a cancel, and one for each on a query, with all kinds of keys."""
+    accounts = ["default", "rsa", "ed"]
+    requests = []
+    # Those that stop an address stop every request: they come as incidents, below.
+    faults = [fault for fault in Fault if not fault.spec.gates and not fault.spec.pauses]
+    for number, fault in enumerate(faults):
+        account = accounts[number % 3]
+        for call in fault.spec.calls:
+            (order,) = scene.exchange.add_orders(1, account=account)
+            script = [Fault.DROP_AFTER] if call is Call.QUERY else []
+            scene.exchange.script_faults(order.algo_id, [*script, *([fault] if call is Call.CANCEL else [])])
+            if call is Call.QUERY:
+                scene.exchange.script_faults(order.algo_id, [fault, fault], call=call)
+            requests.append(CancelRequest(algo_id=order.algo_id, account=account))
+    requests += [CancelRequest(algo_id=n, account="lost") for n in range(1, 8)]
+    return [*requests, CancelRequest(algo_id=1, account="nobody"), CancelRequest(client_algo_id="x", deadline_s=0.001)]
+
+
+def hostile(scene: Scene, connection: redis.Redis) -> list[str]:
+    """Jobs that are refused, with words of theirs in the log and the record."""
+    payloads = {"pickle": b"\x80\x04.", "shell": b'["os.system",null,["true"],{}]', "cut": zlib.compress(b"x" * 99)[:5]}
+    for name, data in payloads.items():
+        connection.hset(f"rq:job:{name}", mapping={"status": "queued", "data": data, "created_at": "never"})
+        connection.rpush("rq:queue:cancels", name)
+    return list(payloads)
+
+
+#: Runs the worker with a defect below the signing of each third cancel, and prints it as no worker would: with every
+#: variable of every frame, as collectors of errors do.
+DEFECT = """
+import sys, threading, traceback
+import worker.crew, worker.exchange, worker.__main__
+calls, read, lock = [0], worker.exchange.Exchange._read, threading.Lock()
+def broken(self, attempt):
+    with lock:
+        calls[0] += "_signed" in attempt._request.__qualname__
+        is_hit = "_signed" in attempt._request.__qualname__ and calls[0] % 3 == 0
+    if is_hit:
+        raise RuntimeError("made by the test")
+    return read(self, attempt)
+worker.exchange.Exchange._read = broken
+told = worker.crew.log.error
+def error(name, **fields):
+    print("".join(traceback.TracebackException(*sys.exc_info(), capture_locals=True).format()), flush=True)
+    told(name, **fields)
+worker.crew.log.error = error
+worker.__main__.main()
+"""
+
+
+def settled(client: CancelClient, ids: list[str], timeout_s: float) -> None:
+    """Wait until each has its outcome."""
+    eventually(lambda: len(client.outcomes_of(ids)) == len(set(ids)), timeout_s, "all have outcomes")
+
+
+# ---- the tests -------------------------------------------------------------------------------------------------------
+
+
+def test_every_failure_of_the_exchange_keeps_every_secret(scene: Scene) -> None:
+    """After every fault, refused keys, pauses, strangers and defects no secret and no signature is anywhere."""
+    worker = scene.workers.start()
+    scene.search.add("ps of the worker", process_line(worker.process.pid))
+    with client_of(scene) as client, redis.Redis.from_url(scene.redis_url) as connection:
+        tickets = client.cancel_many(trouble(scene))
+        ids = [ticket.id for ticket in tickets] + hostile(scene, connection)
+        settled(client, ids, 40)
+        for fault in (Fault.LIMITED_429, Fault.FORBIDDEN_403, Fault.BANNED_418, Fault.CHALLENGE_202):
+            scene.exchange.start_incident(fault, duration_ms=200)
+            (order,) = scene.exchange.add_orders(1)
+            settled(client, [client.cancel(algo_id=order.algo_id).id], 20)
+        kinds = {outcome.kind.value for outcome in client.outcomes_of(ids).values()}
+        worker.stop()
+        broken = scene.workers.start(command=(sys.executable, "-c", DEFECT), LOG_FORMAT="json", RATE_LIMIT_SCOPE="dyno")
+        orders = [
+            order for account in ("default", "rsa", "ed") for order in scene.exchange.add_orders(2, account=account)
+        ]
+        requests = [
+            CancelRequest(algo_id=order.algo_id, account=("default", "rsa", "ed")[number // 2])
+            for number, order in enumerate(orders)
+        ]
+        settled(client, [ticket.id for ticket in client.cancel_many(requests)], 30)
+        eventually(lambda: "made by the test" in broken.output(), 20, "the defect")
+        broken.stop()
+        scene.search.places += redis_places(connection)
+    for each in (worker, broken):
+        scene.search.add("log", each.output())
+    scene.search.needles.signatures |= scene.proxy.signatures
+
+    assert kinds >= {"cancelled", "triggered", "refused", "overdue", "already_cancelled"}
+    assert scene.proxy.logins > 100
+    assert len(scene.proxy.signatures) > 100
+    assert {len(unquote(signature)) for signature in scene.proxy.signatures} == {64, 88, 344}  # all three kinds
+    assert "signer" in broken.output() or "credential" in broken.output()  # the variables are shown indeed
+    assert scene.search.findings() == []
+
+
+def test_no_command_shows_a_secret(scene: Scene, tmp_path: Path) -> None:
+    """Each command, in good order, with wrong settings, and with a Redis that refuses the login or is not there."""
+    scene.workers.start()
+    with client_of(scene) as client:
+        known = client.cancel(algo_id=scene.exchange.add_orders(1)[0].algo_id)
+        failed = client.cancel(algo_id=1, account="nobody")
+        settled(client, [known.id, failed.id], 20)
+    commands = [
+        *(("cancel", "--algo-id", "1", "--wait", "0.1"), ("outcome", known.id, failed.id), ("outcomes",), ("status",)),
+        *(("retry", failed.id), ("retry", "--failed"), ("cancel", "--from-file", "-")),
+    ]
+    exits = set()
+    wrong = f"redis://:{WRONG_LOGIN}@127.0.0.1:{scene.valkey.port}/0"
+    away = f"redis://:{REDIS}@127.0.0.1:1/0"
+    for command in commands:
+        for url, more in ((scene.redis_url, ()), (scene.redis_url, ("--json",)), (wrong, ("--json",)), (away, ())):
+            exits.add(scene.run("producer", *command, *more, stdin="7\n", REDIS_URL=url).returncode)
+    for command in (*commands, ("web",), ("metrics",)):
+        exits.add(scene.run("producer", *command, stdin="7\n", REDIS_URL=f"http://:{BAD_SETTING}@h").returncode)
+    environment = scene.workers.environment
+    for name, value in bad_settings(tmp_path).items():
+        command = ("worker",) if name < "BINANCE_LOST" else ("worker", "check")
+        assert scene.run(*command, **environment | {name: value}).returncode == 78, name
+    for url in (wrong, away):
+        checked = scene.run("worker", "check", **environment | {"REDIS_URL": url})
+        assert checked.returncode in (69, 78)
+    assert scene.run("worker", **environment | {"REDIS_URL": wrong}).returncode == 69
+    assert b"refused" in scene.run("worker", "check", **environment).stdout
+    scene.search.needles.signatures |= scene.proxy.signatures
+
+    assert exits >= {0, 2, 4}
+    assert scene.search.findings() == []
+
+
+def bad_settings(directory: Path) -> dict[str, str]:
+    """Settings that stop the start, with a secret in each."""
+    damaged = f"-----BEGIN PRIVATE KEY-----\n{BAD_SETTING}\n-----END PRIVATE KEY-----\n"
+    (directory / "damaged.pem").write_text(damaged)
+    return {
+        "BINANCE_RSA_PRIVATE_KEY": damaged,
+        "BINANCE_ED_PRIVATE_KEY": str(directory / "damaged.pem"),
+        "BINANCE_API_SECRET": f"{BAD_SETTING} ",
+        "BINANCE_LOST_PRIVATE_KEY": BAD_SETTING,
+        "EGRESS_PROXY_URL": f"socks5://u:{BAD_SETTING}@h",
+        "REDIS_URL": f"redis://:{BAD_SETTING}@h:6379/0?socket_timeout=1",
+        "BINANCE_BASE_URL": f"https://u:{BAD_SETTING}@fapi.binance.com",
+    }
+
+
+def test_pages_and_metrics_show_no_secret(scene: Scene) -> None:
+    """Every page, with login and without, and the metrics, while Redis works and after it is gone."""
+    scene.workers.start()
+    with client_of(scene) as client:
+        failed = client.cancel(algo_id=scene.exchange.add_orders(1)[0].algo_id, account="nobody")
+        settled(client, [failed.id], 20)
+    with WebProcess(scene.redis_url, WEB_TOKEN=TOKEN) as web, metrics_of(scene) as (pid, url):
+        for name, number in (("web", web.process.pid), ("metrics", pid)):
+            scene.search.add(f"ps of {name}", process_line(number))
+        assert web("/login", {"token": f"{TOKEN}x"}).status == 401
+        login = web("/login", {"token": TOKEN})
+        cookie = login.headers["Set-Cookie"].partition(";")[0]
+        scene.search.add("the cookie", cookie)
+        pages = (
+            "/",
+            "/failed",
+            f"/requests/{failed.id}",
+            f"/search?q={failed.id}",
+            f"/retry?id={failed.id}",
+            "/healthz",
+        )
+        for stage in ("Redis works", "Redis is gone"):
+            for headers in (dict[str, Any](), {"Cookie": cookie}):
+                for path in pages:
+                    add_page(scene.search, f"{path}, {stage}", web, path, headers)
+            with http_get(url) as text:
+                scene.search.add(f"metrics, {stage}", text)
+            scene.valkey.stop()
+        scene.search.add("stderr of web", web.stderr())
+
+    assert any("cancel_up 1" in place.decode() or "cancel_up{" in place.decode() for _, place in scene.search.places)
+    assert scene.search.findings() == []
+
+
+def add_page(search: Search, name: str, web: WebProcess, path: str, headers: dict[str, Any]) -> None:
+    """One page, its headers included."""
+    reply = web(path, **headers)
+    search.add(f"page {name}", f"{reply.headers}\n{reply.text}")
+
+
+@contextlib.contextmanager
+def metrics_of(scene: Scene) -> Iterator[tuple[int, str]]:
+    """`python -m producer metrics`: its process id and its address."""
+    command = [sys.executable, "-m", "producer", "metrics", "--port", "0"]
+    environment = scrubbed() | {"REDIS_URL": scene.redis_url}
+    with (
+        tempfile.TemporaryFile() as complained,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=complained, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            yield process.pid, line.split()[-1]
+        finally:
+            process.kill()
+        scene.search.add("output of metrics", line + process.stdout.read())
+        scene.search.add("stderr of metrics", _read(complained))
+
+
+@contextlib.contextmanager
+def http_get(url: str) -> Iterator[str]:
+    """The body of one page."""
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), 20) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            yield answer.read().decode()
+
+
+# ---- the search is tried itself --------------------------------------------------------------------------------------
+
+PLANTED = "canary0planted5ee"
+
+
+@pytest.mark.parametrize("place", ["key", "string", "hash", "list", "set", "zset", "stream", "packed", "failure"])
+def test_the_search_finds_what_was_left_in_redis(place: str, connection: redis.Redis) -> None:
+    """A secret is found in a key of each type, in its name, and where RQ packs it."""
+    text = f"x{PLANTED}y"
+    if place == "key":
+        connection.set(text, "x")
+    elif place == "string":
+        connection.set("k", text)
+    elif place == "hash":
+        connection.hset("k", text, "x")
+    elif place == "list":
+        connection.rpush("k", text)
+    elif place == "set":
+        connection.sadd("k", text)
+    elif place == "zset":
+        connection.zadd("k", {text: 1})
+    elif place == "stream":
+        connection.xadd("k", {"f": text})
+    elif place == "packed":
+        connection.hset("k", "data", zlib.compress(text.encode()))
+    else:
+        connection.xadd("k", {"exc_string": base64.b64encode(zlib.compress(text.encode()))})
+
+    assert _found(redis_places(connection))
+
+
+@pytest.mark.parametrize("how", ["plain", "quoted", "base64", "base64-behind-another", "signed-url", "signature"])
+def test_the_search_finds_each_form(how: str) -> None:
+    """A secret or a signature is found as it is, percent-encoded, base64-encoded, and as a part of a URL."""
+    secret = "canary+/=0-of-some-length"
+    said = {
+        "plain": secret,
+        "quoted": quote(secret, safe=""),
+        "base64": base64.b64encode(f"{secret}-and-more".encode()).decode(),
+        "base64-behind-another": base64.b64encode(f"fixie:{secret}".encode()).decode(),
+        "signed-url": "DELETE /fapi/v1/algoOrder?algoId=1&Signature=ab",
+        "signature": "sig: 9f%2Bx0123456789",
+    }[how]
+    needles = Needles({secret}, {"9f%2Bx0123456789"})
+
+    assert needles.found_in(said.encode())
+    assert not needles.found_in(b"nothing of that")
+
+
+def test_the_search_finds_what_a_process_shows(tmp_path: Path) -> None:
+    """A secret is found in a process' line and in its output, a traceback's too."""
+    code = "import sys; print('ready', flush=True); sys.stdin.read(); raise ValueError(sys.argv[1])"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, PLANTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert _found([("ps", process_line(process.pid))])
+        printed, _ = process.communicate(b"")
+    assert _found([("output", printed)])
+
+
+def test_the_search_finds_what_pages_and_metrics_show(connection: redis.Redis, valkey: Valkey) -> None:
+    """A secret is found on a page of the operators' and among the metrics."""
+    settle(connection, outcome("planted", tag=PLANTED, account=PLANTED))
+    search = Search(PLANTED)
+    with WebProcess(valkey.url) as web:
+        add_page(search, "planted", web, "/requests/planted", {})
+    assert search.findings()
+    connection.sadd(Keys().suspects, PLANTED)
+    connection.hset(
+        Keys().breaker(PLANTED), mapping={"failures": 9, "since_ms": 1, "probe_at_ms": 1, "reason": PLANTED}
+    )
+    command = [sys.executable, "-m", "producer", "metrics", "--port", "0"]
+    environment = scrubbed() | {"REDIS_URL": valkey.url}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            with http_get(process.stdout.readline().split()[-1]) as text:
+                assert _found([("metrics", text.encode())])
+        finally:
+            process.kill()
+
+
+def _found(places: Iterable[tuple[str, bytes]]) -> bool:
+    search = Search(PLANTED)
+    search.places += places
+    return any(needle == PLANTED for _, needle in search.findings())
+
+
+def test_the_search_finds_nothing_where_nothing_is(client: CancelClient, connection: redis.Redis) -> None:
+    """An ordinary request leaves nothing that the search takes for a secret."""
+    client.cancel(algo_id=7)
+    assert json.dumps([name for name, _ in redis_places(connection)])
+    assert not _found(redis_places(connection))
