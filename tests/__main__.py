@@ -16,9 +16,19 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Least coverage of lines and branches together, percent: the decisions in full, every other file nearly.
 FULL = ("producer/message.py", "worker/verdict.py")
 FLOOR = 90.0
-#: How the whole suite is run: three files at a time, as most of their time is waiting; then the faults by themselves:
-#: they play several scenes at a time of their own accord, and measure how soon somebody notices.
-ROUNDS = (("-n", "3", "--dist", "loadfile", "tests/unit", "tests/integration"), ("tests/fault",))
+#: Files of tests/integration that reach no line which the others do not: they run without coverage, which doubles what
+#: a test costs.
+UNMEASURED = (
+    *("test_canary.py", "test_hostile_jobs.py", "test_web_browser.py", "test_tls_redis.py", "test_connections.py"),
+    *("test_bench.py", "test_testing_contract.py"),
+)
+_PARALLEL = ("-n", "3", "--dist", "loadfile")
+_BESIDE = tuple(f"tests/integration/{name}" for name in UNMEASURED)
+#: How the whole suite is run: what is measured, and the rest, three files at a time, as most of their time is waiting;
+#: then the faults by themselves: they play several scenes at a time of their own accord, and measure how soon somebody
+#: notices.
+MEASURED = (*_PARALLEL, *(f"--ignore={path}" for path in _BESIDE), "tests/unit", "tests/integration")
+ROUNDS = (MEASURED, (*_PARALLEL, *_BESIDE), ("tests/fault",))
 #: What the tests of the page drive; `.ci/run` installs it.
 BROWSER = ("chromium", "chromedriver")
 NO_BROWSER = "LEFT OUT: the page in a real browser. For these tests: apt-get install chromium chromium-driver"
@@ -33,8 +43,9 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         data = f"--data-file={directory}/coverage"
         run = [sys.executable, "-m", "coverage"]
-        for chosen in [tuple(arguments)] if arguments else [(*left_out, *chosen) for chosen in ROUNDS]:
-            pytest = [*run, "run", data, "-m", "pytest", *chosen]
+        for chosen in [tuple(arguments)] if arguments else ROUNDS:
+            measured = [*run, "run", data] if chosen is MEASURED else [sys.executable]
+            pytest = [*measured, "-m", "pytest", *(() if arguments else left_out), *chosen]
             if code := subprocess.run(pytest, cwd=ROOT, check=False).returncode:
                 return code
         if arguments:

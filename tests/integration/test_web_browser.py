@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis
 from selenium import webdriver
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys as Press
@@ -77,8 +78,11 @@ def width(browser: webdriver.Chrome, pixels: int) -> None:
 
 
 def words(browser: webdriver.Chrome) -> str:
-    """What a person can read, blanks made one."""
-    return " ".join(browser.find_element(By.TAG_NAME, "body").text.split())
+    """What a person can read, blanks made one; nothing while one page makes room for the next."""
+    try:
+        return " ".join(browser.find_element(By.TAG_NAME, "body").text.split())
+    except (NoSuchElementException, StaleElementReferenceException):
+        return ""
 
 
 def click(browser: webdriver.Chrome, selector: str, then: Callable[[str], object]) -> str:
