@@ -39,6 +39,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> object:
     """Public names are loaded when they are first used: a worker, which needs the contract alone, loads no client."""
+    if name in _HOMES:
+        return importlib.import_module(f"producer.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"producer.{_HOME_OF[name]}"), name)

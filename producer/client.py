@@ -68,7 +68,7 @@ class _Line:
     def round_trip(self, command: Command) -> list[Any]:
         """Send ``command`` and read its answer, an error answer as a value."""
         if self._pid != os.getpid():  # a fork shares its parent's sockets
-            self._pid, self._at_hand = os.getpid(), []
+            self._at_hand, self._pid = [], os.getpid()  # in this order: another thread may come by
         try:
             connection = self._at_hand.pop()
         except IndexError:
@@ -87,8 +87,12 @@ class _Line:
 
     def hang_up(self) -> None:
         """Give back what is at hand."""
-        while self._at_hand:
-            self._redis.connection_pool.release(self._at_hand.pop())
+        while True:
+            try:
+                connection = self._at_hand.pop()
+            except IndexError:
+                return
+            self._redis.connection_pool.release(connection)
 
 
 class CancelClient:
@@ -234,6 +238,8 @@ class CancelClient:
         RQ needs a connection that does not decode answers.
         """
         job_id = ticket_or_id if isinstance(ticket_or_id, str) else ticket_or_id.id
+        if self._line is not None:
+            self._line.hang_up()
         with availability():
             return Job.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
 

@@ -387,6 +387,7 @@ class JobField:
     """Our own fields of RQ's job hash; RQ keeps fields that it does not know. The scripts spell them out."""
 
     ENQUEUED_AT_MS = "c_enqueued_at_ms"
+    MEANT_AT_MS = "c_meant_at_ms"  # of a new run: when the request was first made
     ASKED_AT_MS = "c_asked_at_ms"  # when a request last left its deadline to the worker
     DEADLINE_AT_MS = "c_deadline_at_ms"  # the latest deadline that a request gave
     RUN = "c_run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -74,9 +75,11 @@ def main(context: click.Context, /, queue: str | None, concurrency: str | None, 
     """Sign and send the cancels on the queue, and record what became of each order, until told to stop."""
     if context.invoked_subcommand is not None:
         return
+    # Not where another program has loaded this one, and before the settings are read: a key may come from a pipe.
+    if __name__ == "__main__" and sys.executable and (environment := environment_with_lean_malloc()) is not None:
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
     settings = _settings(queue, concurrency)
-    if (environment := environment_with_lean_malloc()) is not None:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
     sys.exit(_work(settings, burst))
 
 
@@ -138,8 +141,9 @@ def sandbox_command(stay: bool, port: int | None, redis_port: int | None, **opti
     setting and no key. With --serve it opens the orders and leaves the cancels to you, until Ctrl-C or SIGTERM.
 
     \b
-    Exit codes: 0 all as in the book, 1 something is not, 2 bad usage, 69 a part did not start, 130 interrupted;
-    with --serve: 0 after SIGTERM, 69 a part did not start or ended, 130 after Ctrl-C.
+    Exit codes: 0 all as in the book, 1 something is not, 2 bad usage, 69 a part did not start,
+    129 after SIGHUP, 130 after Ctrl-C, 143 after SIGTERM;
+    with --serve: 0 after SIGTERM, 69 a part did not start or ended, 129 after SIGHUP, 130 after Ctrl-C.
     """
     if stay:
         from worker.sandbox.serve import ServeOptions, serve

@@ -90,7 +90,9 @@ class _Pursuit:
     began_ns: int = 0  # the last attempt, monotonic
 
     def case(self) -> Case:
-        return Case(self.algo_id is None, self.grant.enqueued_at_ms, self.grant.deadline_at_ms)
+        return Case(
+            self.algo_id is None, self.grant.meant_at_ms or self.grant.enqueued_at_ms, self.grant.deadline_at_ms
+        )
 
     def ref(self) -> OrderRef:
         return OrderRef(self.algo_id, self.request.client_algo_id)
@@ -295,10 +297,11 @@ class Canceller:
                 attempts = decode_attempts(grant.attempts)
             known = {"account": request.account, "algo_id": request.algo_id, "may_be_live": True}
             known |= {"client_algo_id": request.client_algo_id, "symbol": request.symbol, "tag": request.tag}
+        in_doubt = any(attempt.verdict == Means.UNCLEAR for attempt in attempts)
         outcome = Outcome(
             id=grant.id,
             run=grant.run,
-            kind=OutcomeKind.REFUSED,
+            kind=OutcomeKind.UNKNOWN if in_doubt else OutcomeKind.REFUSED,
             attempts=tuple(attempts),
             enqueued_at_ms=grant.enqueued_at_ms,
             finished_at_ms=self._now_ms(),

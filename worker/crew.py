@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import re
 import threading
 import time
 from collections import deque
@@ -31,6 +32,8 @@ _LOOK_S = 1.0
 _AWAY_FIRST_S, _AWAY_LONGEST_S = 0.05, 1.0
 #: After Redis came back, others' expired leases are left alone this long, s: their holders settle first.
 _SETTLE_FIRST_S = 2.0
+#: What a server says of itself and not of a row; Redis 6.2 wraps it in an error of the script.
+_SERVER_SAYS = re.compile(r"\b(OOM|READONLY|MISCONF|NOREPLICAS|MASTERDOWN)\b")
 #: The part of a lease by which our own idea of its end stays behind Redis'.
 _LEASE_MARGIN = 0.1
 
@@ -317,7 +320,9 @@ class Crew:
             try:
                 return list(self._store.settle(group))
             except redis.RedisError as error:
-                if type(error) is redis.ResponseError:  # not for being away, read-only, loading or out of memory
+                if type(error) is redis.ResponseError and not _SERVER_SAYS.search(
+                    str(error)
+                ):  # not for being away, read-only, loading or out of memory
                     return self._one_by_one(group, str(error))
                 # The outcomes are kept until they are written; a repeat of a write that had worked changes nothing.
                 self._away(error, attempt)
@@ -337,7 +342,9 @@ class Crew:
         grant, outcome = settlement.grant, settlement.outcome
         if answer is None:
             return
-        if answer == 0:
+        if answer < 0:
+            log.error("defect", id=grant.id, where="settle", error="its keys in Redis are damaged")
+        elif answer == 0:
             log.warning("fenced", id=grant.id, kind=outcome.kind if outcome else None)
         elif outcome is None:
             if settlement.delay_ms is not None:

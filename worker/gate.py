@@ -42,6 +42,7 @@ class Gate:
         self._lock = threading.Lock()
         self._unshared: tuple[int, str, bool] | None = None
         self._shared_at_s = -math.inf  # monotonic: when Redis last heard of a closing of ours
+        self._raised_at_s = -math.inf  # monotonic: when we last heard of one
         self.until_ms = 0
         self.weight_limit = DEFAULT_WEIGHT_LIMIT
 
@@ -59,19 +60,20 @@ class Gate:
     def observe(self, until_ms: int) -> None:
         """Note what Redis says; an end that is later here has not reached Redis yet, and holds."""
         with self._lock:
-            self.until_ms = max(self.until_ms, until_ms)
+            if until_ms > self.until_ms:
+                self.until_ms, self._raised_at_s = until_ms, time.monotonic()
 
     def told(self, until_ms: int | None, now_ms: int, asked_at_s: float) -> None:
         """Note what Redis' own record said when asked at ``asked_at_s`` (monotonic); None: it has no record.
 
-        A person may write an earlier end there (`HSET gate:all until_ms 0`). A record that is gone says nothing: a
-        Redis that lost its data must not end a ban.
+        A person may open it there (`HSET gate:all until_ms 0`). A record that is gone, or holds an earlier end, says
+        nothing: a Redis that lost its data, or its last second, must not end a ban.
         """
         with self._lock:
-            opened = until_ms is not None and until_ms < self.until_ms and now_ms < self.until_ms
-            if opened and self._unshared is None and asked_at_s > self._shared_at_s:
-                self.until_ms = max(until_ms or 0, now_ms)  # from now on it ramps up
-                log.warning("gate", state="opened", reason="its record in Redis was changed")
+            opened = until_ms == 0 and now_ms < self.until_ms
+            if opened and self._unshared is None and asked_at_s > max(self._shared_at_s, self._raised_at_s):
+                self.until_ms = now_ms  # from now on it ramps up
+                log.warning("gate", state="opened", reason="by its record in Redis")
         if not opened:
             self.observe(until_ms or 0)
 

@@ -214,7 +214,7 @@ def _load_private_key(pem_text: str) -> PrivateKeyTypes:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     except ImportError as error:
         raise SigningUnavailableError(
-            "RSA and Ed25519 keys need the package cryptography: `pip install 'algo-cancel-queue[signing]'`"
+            "RSA and Ed25519 keys need the package cryptography: `pip install -e '.[signing]'` in the checkout"
         ) from error
     try:
         return load_pem_private_key(pem_text.encode(), password=None)

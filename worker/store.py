@@ -104,6 +104,7 @@ class Grant:
     attempts: bytes
     pin: bytes
     raw_id: bytes = b""
+    meant_at_ms: int = 0  # when the request was first made; a retry means the same order
     damaged: str = ""  # the field of ours in its hash that made no sense, and was taken away
 
     @property
@@ -201,6 +202,7 @@ class Store:
         self.clock = RedisClock()
         self._pool = connection.connection_pool
         self._waiting: Any = None  # the connection of whoever waits at the queue, kept from one wait to the next
+        self._waited_at_s = 0.0  # monotonic
         self._gate = keys.gate(gate_scope)
         self._worker = worker
         self._lease_ms = lease_ms
@@ -300,7 +302,18 @@ class Store:
         )
         row = self._checked(_BEGIN, script, self.roundtrip(script)[0])
         self.clock.observe(int(row[0]))
-        grant = Grant(job_id, "", b"", int(row[2]), int(row[3]), int(row[4]), row[5], row[6], damaged=row[8].decode())
+        grant = Grant(
+            job_id,
+            "",
+            b"",
+            int(row[2]),
+            int(row[3]),
+            int(row[4]),
+            row[5],
+            row[6],
+            meant_at_ms=int(row[9]),
+            damaged=row[8].decode(),
+        )
         return Claimed(int(row[0]), int(row[1]), False, [grant]), Begun(row[7])
 
     def recorded(self, job_id: str) -> bytes | None:
@@ -335,13 +348,17 @@ class Store:
 
         One thread at a time waits; another one would merely not find it.
         """
-        connection, self._waiting = self._waiting or self._pool.get_connection(), None
+        kept, self._waiting = self._waiting, None
+        if kept is not None and time.monotonic() - self._waited_at_s > 2 * CLAIM_WAIT_S:
+            self._pool.release(kept)  # the pool looks whether it still stands
+            kept = None
+        connection = kept or self._pool.get_connection()
         try:
             answers = _exchange(connection, commands)
         except BaseException:
             self._pool.release(connection)
             raise
-        self._waiting = connection
+        self._waiting, self._waited_at_s = connection, time.monotonic()
         return answers
 
     def _checked(self, script: _Script, command: Words, answer: Any) -> Any:
@@ -384,7 +401,7 @@ def _raise(*answers: Any) -> None:
 
 
 def _grant(row: list[Any]) -> Grant:
-    job_id, lease, data, enqueued_at, deadline_at, run, attempts, pin, damaged = row
+    job_id, lease, data, enqueued_at, deadline_at, run, attempts, pin, damaged, meant_at = row
     return Grant(
         id=job_id.decode("utf-8", "replace"),
         lease=lease.decode(),
@@ -396,4 +413,5 @@ def _grant(row: list[Any]) -> Grant:
         pin=pin,
         raw_id=job_id,
         damaged=damaged.decode(),
+        meant_at_ms=int(meant_at),
     )

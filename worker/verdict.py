@@ -162,7 +162,7 @@ class Case:
     """What a decision needs to know of the request; times by Redis' clock, ms since the epoch."""
 
     by_client_id: bool  # only a client id is known: nothing pinned it to an algo id yet
-    enqueued_at_ms: int
+    meant_at_ms: int  # when the request was first made: an order created later is not the one that was meant
     deadline_at_ms: int
 
 
@@ -418,7 +418,7 @@ def call_for(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int)
     last = history[-1] if history else None
     if last is not None and last.verdict != Means.OPEN and (last.call is Call.QUERY or last.verdict in _ASK_AFTER):
         return Call.QUERY  # it was not answered for good, or there is something to ask
-    stale = at_ms - case.enqueued_at_ms > CLIENT_ID_GRACE_MS or in_doubt(history, policy)
+    stale = at_ms - case.meant_at_ms > CLIENT_ID_GRACE_MS or in_doubt(history, policy)
     return Call.QUERY if case.by_client_id and stale else Call.CANCEL
 
 
@@ -496,7 +496,7 @@ def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Pol
 
 def _is_newer_order(case: Case, order: OrderView) -> bool:
     created = order.create_time_ms
-    return case.by_client_id and (created is None or created > case.enqueued_at_ms + CLIENT_ID_GRACE_MS)
+    return case.by_client_id and (created is None or created > case.meant_at_ms + CLIENT_ID_GRACE_MS)
 
 
 def _horizon_ends(history: Sequence[Attempt], policy: Policy, now_ms: int) -> int:

@@ -18,15 +18,15 @@ local function ask(job, deadline_ms)
     redis.call('HSET', job, 'c_asked_at_ms', text(now_ms))
   else
     local at_ms = now_ms + tonumber(deadline_ms)
-    local before = tonumber(redis.call('HGET', job, 'c_deadline_at_ms') or '0')
+    local before = tonumber(redis.call('HGET', job, 'c_deadline_at_ms') or '0') or 0
     if at_ms > before then redis.call('HSET', job, 'c_deadline_at_ms', text(at_ms)) end
   end
 end
 
 local function join(id, deadline_ms, urgent)
   local job = JOB_PREFIX .. id
-  local status = redis.call('HGET', job, 'status')
-  if not (status and OPEN[status]) then return false end
+  local status = redis.pcall('HGET', job, 'status') -- an error where the key is no hash
+  if not (type(status) == 'string' and OPEN[status]) then return false end
   ask(job, deadline_ms)
   if urgent == '1' then
     redis.call('HSET', job, 'c_urgent', '1')

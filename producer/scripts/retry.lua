@@ -19,6 +19,8 @@ if ARGV[8] == 'check' or (ARGV[8] == 'all' and #unknown > 0) then return unknown
 for _, id in ipairs(known) do
   local job = ARGV[1] .. id
   redis.call('ZREM', KEYS[3], id)
+  -- By a client id the order is meant that had it when the request was first made.
+  redis.call('HSETNX', job, 'c_meant_at_ms', redis.call('HGET', job, 'c_enqueued_at_ms') or now_ms)
   redis.call('HSET', job, 'status', 'queued', 'enqueued_at', ARGV[5], 'started_at', '', 'ended_at', '',
     'exc_info', ARGV[7], 'retries_left', ARGV[6], 'c_enqueued_at_ms', now_ms, 'c_asked_at_ms', now_ms)
   redis.call('HSETNX', job, 'c_run', '1')

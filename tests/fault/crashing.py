@@ -103,7 +103,7 @@ def _moved(die: Crash) -> None:
 
         return wrapped
 
-    _wrap(Store, "roundtrip", make)
+    _wrap(Store, "_wait", make)
 
 
 def _sent(die: Crash) -> None:

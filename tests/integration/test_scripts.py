@@ -802,6 +802,100 @@ def test_new_run_leaves_the_pointer_of_a_newer_job(
     assert peek("GET", peek.keys.order_prefix + ticket.request.order_key) == newer.id
 
 
+# ---- servers that refuse, keys that are damaged ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(connection: redis.Redis) -> Iterator[Callable[[], object]]:
+    """Makes the server refuse whatever grows; it has room again after the test."""
+    yield lambda: connection.config_set("maxmemory", 1)
+    connection.config_set("maxmemory", 0)
+
+
+def test_a_full_server_keeps_an_overdue_job_of_a_pause(
+    client: CancelClient, open_store: OpenStore, peek: Peek, connection: redis.Redis, full: Callable[[], object]
+) -> None:
+    """While the gate is closed and the server is full, an overdue job stays on the queue or is given, never neither."""
+    overdue = client.cancel(algo_id=1, deadline_s=0.001)
+    store = open_store()
+    store.close_gate(60_000, "x", False)
+    claim(store, 1)  # the script is known, and the job handed back
+    full()
+    time.sleep(0.01)
+
+    given = ids(claim(store))
+
+    assert given == [overdue.id] or peek.waiting() == [overdue.id] or peek("ZSCORE", peek.keys.leases, overdue.id)
+
+
+def test_a_full_server_takes_outcomes(
+    client: CancelClient, open_store: OpenStore, peek: Peek, full: Callable[[], object]
+) -> None:
+    """What was done is recorded, and leases are prolonged, also while the server refuses new requests."""
+    (ticket,) = orders(client, 1)
+    store = open_store()
+    (grant,) = claim(store)
+    full()
+
+    assert store.renew([(grant.id, grant.lease)])[0] == set()
+    assert store.settle([ended(grant)]) == [1]
+    assert [outcome.id for outcome in peek.ledger()] == [ticket.id]
+
+
+def test_one_damaged_row_costs_no_other(
+    client: CancelClient, open_store: OpenStore, peek: Peek, connection: redis.Redis
+) -> None:
+    """In a group with a job whose key was replaced, outcomes are filed, and what is handed back stands on the queue."""
+    tickets = orders(client, 4)
+    store = open_store()
+    back, failing, broken, good = claim(store)
+    connection.set(peek.keys.job_prefix + broken.id, "x")
+
+    rows = [Settlement(back), ended(failing, OutcomeKind.REFUSED), ended(broken), ended(good)]
+    assert store.settle(rows) == [1, 1, -1, 1]
+
+    assert peek.waiting() == [tickets[0].id]
+    assert peek("ZRANGE", peek.keys.failed, 0, -1) == [tickets[1].id]
+    assert [outcome.id for outcome in peek.ledger()] == [failing.id, good.id]
+    assert peek("ZRANGE", peek.keys.leases, 0, -1) == [broken.id]
+
+
+@pytest.mark.parametrize("status", ["queued", "scheduled"])
+def test_a_lost_job_comes_back_whatever_a_stock_worker_wrote_beside(
+    status: str, client: CancelClient, open_store: OpenStore, connection: redis.Redis, peek: Peek
+) -> None:
+    """A stock worker may have put off a job that ours held and lost: it comes back, with the attempt in doubt."""
+    (ticket,) = orders(client, 1)
+    claim(open_store("ours", lease_ms=DEAD))
+    connection.hset(peek.keys.job_prefix + ticket.id, "status", status)
+    time.sleep(0.01)
+
+    (grant,) = claim(open_store("other"))
+
+    assert grant.id == ticket.id
+    assert [attempt.msg for attempt in decode_attempts(grant.attempts)] == ["worker lost"]
+
+
+def test_a_retry_means_the_order_of_the_first_asking(
+    client: CancelClient, open_store: OpenStore, connection: redis.Redis
+) -> None:
+    """A new run counts its time anew, and still knows when the request was first made: a client id can be reused."""
+    ticket = client.cancel(client_algo_id="stop-1")
+    store = open_store()
+    first_ms = 0
+    for run in (1, 2, 3):
+        (grant,) = claim(store)
+        first_ms = first_ms or grant.enqueued_at_ms
+        assert (grant.run, grant.meant_at_ms) == (run, first_ms)
+        assert (grant.enqueued_at_ms > first_ms) == (run > 1)
+        assert store.settle([ended(grant, OutcomeKind.OVERDUE)]) == [1]
+        time.sleep(0.005)
+        if run == 1:
+            assert client.retry([ticket.id]) == [ticket.id]
+        else:
+            requeue(connection, ticket.id)
+
+
 # ---- a stock worker's step ------------------------------------------------------------------------------------------
 
 

@@ -242,9 +242,9 @@ def test_a_person_can_open_it(gate: Gate) -> None:
     assert gate.ceiling(64, NOW_MS) == 1
 
 
-@pytest.mark.parametrize("until_ms", [None, NOW_MS + 60_000])
-def test_record_that_is_gone_opens_nothing(until_ms: int | None, gate: Gate) -> None:
-    """A Redis that lost its data does not end a ban."""
+@pytest.mark.parametrize("until_ms", [None, NOW_MS - 5_000, NOW_MS + 5_000, NOW_MS + 60_000])
+def test_record_that_is_gone_or_old_opens_nothing(until_ms: int | None, gate: Gate) -> None:
+    """A Redis that lost its data, or its last second, does not end a ban."""
     gate.observe(NOW_MS + 60_000)
 
     gate.told(until_ms, NOW_MS, time.monotonic())
@@ -263,3 +263,13 @@ def test_record_read_before_a_closing_opens_nothing(gate: Gate, board: Board) ->
     gate.close_for(Verdict(Means.LIMITED, 418), Policy(), NOW_MS)
     gate.told(0, NOW_MS, time.monotonic())
     assert gate.closed(NOW_MS + BAN_PAUSE_MS - 1)
+
+
+def test_record_read_before_a_claim_told_of_a_closing_opens_nothing(gate: Gate) -> None:
+    """An answer that waited for its reader is older than what a claim has brought meanwhile."""
+    asked_at_s = time.monotonic()
+    gate.observe(NOW_MS + 60_000)
+
+    gate.told(0, NOW_MS, asked_at_s)
+
+    assert gate.closed(NOW_MS)

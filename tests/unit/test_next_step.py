@@ -369,7 +369,7 @@ def test_an_order_without_a_time_of_creation_is_left_alone() -> None:
 
 def test_a_doubtful_client_id_is_resolved_even_while_fresh() -> None:
     """An unclear cancel may have freed the client id within the first second already."""
-    case = Case(by_client_id=True, enqueued_at_ms=T0, deadline_at_ms=T0 + 300_000)
+    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
     history = [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + 100)]
     assert first_step(case, history, POLICY, T0 + 200) == Again(Call.QUERY)
     assert first_step(case, history[1:], POLICY, T0 + 200) == Again(Call.CANCEL)
@@ -393,7 +393,7 @@ def test_by_algo_id_the_time_of_creation_is_not_asked() -> None:
 
 def test_coming_back_unpinned_it_is_looked_up_again() -> None:
     """A worker that knows only the client id of an old request asks, even where another one saw the order open."""
-    case = Case(by_client_id=True, enqueued_at_ms=T0, deadline_at_ms=T0 + 300_000)
+    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
     assert first_step(case, [attempt(Means.OPEN, Call.QUERY)], POLICY, T0 + 2_000) == Again(Call.QUERY)
     assert first_step(case, [attempt(Means.BUSY)], POLICY, T0 + 2_000) == Again(Call.QUERY)
 
@@ -482,7 +482,7 @@ def test_the_last_try_comes_before_the_deadline() -> None:
 @pytest.mark.parametrize(("left_ms", "goes_on"), [(3_001, True), (3_000, False), (2_999, False)])
 def test_a_pause_must_end_before_the_deadline(left_ms: int, goes_on: bool) -> None:
     """A pause that ends just when the deadline comes leaves no time to send anything."""
-    case = Case(by_client_id=False, enqueued_at_ms=T0, deadline_at_ms=T0 + left_ms)
+    case = Case(by_client_id=False, meant_at_ms=T0, deadline_at_ms=T0 + left_ms)
     verdict = classify(Call.CANCEL, OrderRef(ALGO_ID), LIMITED)
     step = next_step(case, [attempt(Means.LIMITED)], verdict, POLICY, T0, 0.5)
     assert isinstance(step, Again) is goes_on
@@ -491,7 +491,7 @@ def test_a_pause_must_end_before_the_deadline(left_ms: int, goes_on: bool) -> No
 @pytest.mark.parametrize(("left_ms", "delay_ms"), [(1_500, 500), (1_001, 1), (1_000, None), (1, None)])
 def test_there_is_a_last_try_only_with_time_for_its_answer(left_ms: int, delay_ms: int | None) -> None:
     """The last try starts a second before the deadline; a request with less than that left is over."""
-    case = Case(by_client_id=False, enqueued_at_ms=T0, deadline_at_ms=T0 + left_ms)
+    case = Case(by_client_id=False, meant_at_ms=T0, deadline_at_ms=T0 + left_ms)
     verdict = classify(Call.CANCEL, OrderRef(ALGO_ID), OVERLOAD)
     policy = Policy(backoff_base_ms=60_000, backoff_cap_ms=60_000)
     step = next_step(case, [attempt(Means.BUSY)], verdict, policy, T0, 0.5)
@@ -517,7 +517,7 @@ def test_after_the_last_try_it_gives_up() -> None:
 
 # ---- coming back to a request ---------------------------------------------------------------------------------------
 
-CASE = Case(by_client_id=False, enqueued_at_ms=T0, deadline_at_ms=T0 + 300_000)
+CASE = Case(by_client_id=False, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
 
 
 def attempt(means: Means, call: Call = Call.CANCEL, at_ms: int = T0, n: int = 1) -> Attempt:

@@ -70,7 +70,7 @@ class Place:
         }
 
     def as_text(self) -> str:
-        """For a shell, which can evaluate it: what is no variable is a comment."""
+        """For a person, who pastes the exports into another terminal while this one serves; the rest is comments."""
         control = f"curl -s $BINANCE_BASE_URL{PREFIX}"
         order = '{"orders": [{"symbol": "BTCUSDT", "client_algo_id": ""}]}'
         move = f'{{"algo_id": {self.orders[0].algo_id}, "move": "expire"}}'

@@ -19,7 +19,7 @@ from redis.retry import Retry
 START_TIMEOUT_S = 10.0
 #: Somebody else may take the port between the look and the start.
 _TRIES = 3
-_WAY_OUT = "pip install 'algo-cancel-queue[sandbox]'"
+_WAY_OUT = "pip install -e '.[sandbox]' in the checkout"
 
 
 class CannotStart(RuntimeError):

@@ -39,16 +39,21 @@ local function take_lost()
   for i = #ids, 1, -1 do
     local id, job = ids[i], job_prefix .. ids[i]
     redis.call('ZREM', leases, id)
-    local held = redis.pcall('HMGET', job, 'c_lease', 'c_open_at_ms', 'c_attempts', 'worker_name', 'status')
+    local held = redis.pcall('HMGET', job, 'c_lease', 'c_open_at_ms', 'c_attempts', 'worker_name', 'status', 'c_done')
     if not held.err then redis.call('HDEL', job, 'c_lease', 'c_open_at_ms') end
-    if held[1] and held[5] == 'started' then
+    local status = held[5] -- a stock worker may have written it beside the holder
+    if status == 'scheduled' and not redis.call('ZSCORE', scheduled, id) then status = 'queued' end
+    local goes_on = status == 'started' or status == 'queued' or status == 'scheduled'
+    if held[1] and not held[6] and goes_on then
       local entry = id .. ':' .. held[1]
       redis.call('ZREM', started, entry)
       redis.call('DEL', execution_prefix .. entry, executions_prefix .. id)
       if held[4] then redis.call('SREM', ARGV[6] .. held[4] .. ':executions', entry) end
-      local attempts = with_lost_attempt(held[3], whole(held[2]) or now_ms)
-      redis.call('HSET', job, 'c_attempts', attempts, 'status', 'queued')
-      redis.call('LPUSH', waiting, id)
+      redis.call('HSET', job, 'c_attempts', with_lost_attempt(held[3], whole(held[2]) or now_ms))
+      if status ~= 'scheduled' then
+        redis.call('HSET', job, 'status', 'queued')
+        redis.call('LPUSH', waiting, id)
+      end
     end
   end
 end
@@ -56,28 +61,29 @@ end
 -- An entry of the waiting list is a hint: whether its job may be given is told by the job alone.
 local function read(job)
   local f = redis.pcall('HMGET', job, 'status', 'ended_at', 'c_done', 'c_lease', 'c_order', 'c_enqueued_at_ms',
-    'c_open_at_ms', 'c_attempts', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_pin')
+    'c_open_at_ms', 'c_attempts', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_pin', 'c_meant_at_ms')
   if f.err then return nil end -- the key is no hash
   return {status = f[1], ended_at = f[2], done = f[3], lease = f[4], order = f[5], enqueued_at = f[6], open_at = f[7],
-    attempts = f[8], asked_at = f[9], deadline_at = f[10], run = f[11], pin = f[12]}
+    attempts = f[8], asked_at = f[9], deadline_at = f[10], run = f[11], pin = f[12],
+    meant_at = f[13]}
 end
 
 local function is_sound(state)
   return (whole(state.enqueued_at) or not state.enqueued_at) and (whole(state.asked_at) or not state.asked_at) and
     (whole(state.deadline_at) or not state.deadline_at) and (whole(state.run) or not state.run) and
-    (whole(state.open_at) or not state.open_at)
+    (whole(state.open_at) or not state.open_at) and (whole(state.meant_at) or not state.meant_at)
 end
 
 local function state_if_free(id)
   local job = job_prefix .. id
   local state, damaged = read(job), nil
-  if state and not is_sound(state) then
+  if not state or state.lease then return nil end
+  if not is_sound(state) then
     damaged = mend(job)
     state = read(job)
   end
-  if not state then return nil end
   local status, changed = state.status, false
-  if state.lease or (not status and redis.call('EXISTS', job) == 0) then return nil end
+  if not status and redis.call('EXISTS', job) == 0 then return nil end
   if state.done then
     if status ~= 'queued' or (state.ended_at and state.ended_at ~= '') then return nil end
     start_run(id, job, state.order and ARGV[4] .. state.order, tonumber(ARGV[15]), ARGV[5] .. id)
@@ -131,7 +137,7 @@ local function give(id, state, deadline_ms)
   local data = false
   if redis.call('HSTRLEN', job, 'data') <= tonumber(ARGV[13]) then data = redis.call('HGET', job, 'data') end
   return {id, execution, data, state.enqueued_at, text(deadline_ms), state.run or '1', state.attempts or '',
-    state.pin or '', state.damaged or ''}
+    state.pin or '', state.damaged or '', state.meant_at or state.enqueued_at}
 end
 
 local given = {}
@@ -149,7 +155,7 @@ local function try(id, only_overdue)
   local is_sound_job, answer = pcall(try_sound, id, only_overdue)
   if is_sound_job then return answer end
   redis.pcall('HDEL', job_prefix .. id, 'c_lease', 'c_open_at_ms')
-  return 'drop'
+  return only_overdue and 'keep' or 'drop'
 end
 
 -- Nothing may be sent; a request whose deadline has passed needs nothing sent. Each second another stretch of the queue
@@ -159,6 +165,7 @@ local function give_overdue()
   if stretches == 0 then return end
   local first = math.floor(now_s) % stretches * SWEEP
   local taken = false
+  redis.call('ZREM', leases, TAKEN) -- the first write: a full or read-only server refuses the script, not one job
   for i, id in ipairs(redis.call('LRANGE', waiting, first, first + SWEEP - 1)) do
     if #given >= slots then break end
     if try(id, true) ~= 'keep' then

@@ -36,7 +36,8 @@ local function closed_until(gate)
 end
 
 -- Take away those of our fields that should hold a whole number and do not; gives the name of one of them.
-local NUMBERS = {'c_enqueued_at_ms', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_open_at_ms'}
+local NUMBERS = {'c_enqueued_at_ms', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_open_at_ms',
+  'c_meant_at_ms'}
 local function mend(job)
   local damaged
   for i, value in ipairs(redis.call('HMGET', job, unpack(NUMBERS))) do
@@ -58,6 +59,8 @@ end
 -- RQ's requeue puts a settled job back with its end cleared. That starts a new run, with a new deadline.
 local function start_run(id, job, order_pointer, pointer_life_s, outcome)
   redis.call('HSETNX', job, 'c_run', '1') -- a job that RQ itself enqueued has none
+  -- By a client id the order is meant that had it when the request was first made.
+  redis.call('HSETNX', job, 'c_meant_at_ms', redis.call('HGET', job, 'c_enqueued_at_ms') or text(now_ms))
   redis.call('HINCRBY', job, 'c_run', 1)
   redis.call('HDEL', job, 'c_done', 'c_attempts', 'c_deadline_at_ms')
   redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms))

@@ -9,7 +9,7 @@
 --              does not hang on the deadline), attempts, pin
 --       again  attempts, pin, delay in ms, three unused
 --       back   attempts, pin, four unused
--- Gives for each row: 0 not ours any more, 1 done, 2 not done because the deadline has moved (the job goes on), or for
+-- Gives for each row: -1 its keys are damaged, 0 not ours any more, 1 done, 2 not done because the deadline has moved (the job goes on), or for
 -- `again` the due time in ms.
 local job_prefix, executions_prefix, worker = ARGV[1], ARGV[3], ARGV[7]
 local finished, failed = 0, 0
@@ -45,7 +45,8 @@ end
 local function deadline_moved(job, decided_by_ms)
   if decided_by_ms == '' then return false end
   local f = redis.call('HMGET', job, 'c_asked_at_ms', 'c_deadline_at_ms', 'c_enqueued_at_ms')
-  return deadline_at(f[1], f[2], f[3] or text(now_ms), tonumber(ARGV[12])) > tonumber(decided_by_ms)
+  return deadline_at(whole(f[1]) and f[1], whole(f[2]) and f[2], whole(f[3]) and f[3] or text(now_ms),
+    tonumber(ARGV[12])) > tonumber(decided_by_ms)
 end
 
 local function keep(job, attempts, pin)
@@ -143,8 +144,14 @@ local function settle(what, id, lease, i)
   return 1
 end
 
+-- The first write is one that a full server takes, as it takes all that follow it then, and a read-only one refuses
+-- for all rows at once.
+redis.call('ZREM', KEYS[2], '\0')
 local answer = {}
-for i = 13, #ARGV, 9 do answer[#answer + 1] = text(settle(ARGV[i], ARGV[i + 1], ARGV[i + 2], i)) end
+for i = 13, #ARGV, 9 do
+  local is_fine, said = pcall(settle, ARGV[i], ARGV[i + 1], ARGV[i + 2], i)
+  answer[#answer + 1] = is_fine and text(said) or '-1'
+end
 write('ZREM', KEYS[2], over.leases)
 write('ZREM', KEYS[4], over.started)
 write('SREM', KEYS[9], over.entries)
