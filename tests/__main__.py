@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         run = [sys.executable, "-m", "coverage"]
         for chosen in [tuple(arguments)] if arguments else ROUNDS:
             measured = [*run, "run", data] if chosen is MEASURED else [sys.executable]
-            pytest = [*measured, "-m", "pytest", *(() if arguments else left_out), *chosen]
+            pytest = [*measured, "-m", "pytest", *(() if "-m" in arguments else left_out), *chosen]
             if code := subprocess.run(pytest, cwd=ROOT, check=False).returncode:
                 return code
         if arguments:
