@@ -1137,7 +1137,7 @@ def test_commands_of_a_claim_and_a_settlement(client: CancelClient, open_store: 
     inside = sum(
         count for name, count in calls.items() if name not in ("blmove", "evalsha", "config|resetstat", "info")
     )
-    assert inside / 50 < 60
+    assert inside / 50 < 20
 
 
 def test_drained_queue_leaves_a_constant_number_of_keys(
