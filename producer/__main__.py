@@ -443,8 +443,8 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
     """Serve the queue's metrics for Prometheus until told to stop; one process for each queue.
 
     Everything is read from Redis when Prometheus asks. The counters begin with what the ledger holds at the start.
-    While Redis cannot be reached cancel_up is 0. There is no login: whoever reaches the port reads the figures. Leaves
-    with 0 on SIGTERM.
+    While Redis does not answer, or refuses, cancel_up is 0. There is no login: whoever reaches the port reads the
+    figures. Leaves with 0 on SIGTERM.
     """
     try:
         from producer.metrics import LedgerClient, QueueCollector, Server
@@ -452,7 +452,7 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
         raise _Failure(
-            "metrics needs prometheus-client: pip install 'algo-cancel-queue[metrics]'", ExitCode.USAGE
+            "metrics needs prometheus-client: pip install -e '.[metrics]' in the checkout", ExitCode.USAGE
         ) from None
     with _client_as(LedgerClient, redis_url, queue) as client:
         try:
@@ -473,7 +473,8 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
     short_help="Serve a page about a queue for operators.",
     epilog=_epilog(
         "python -m producer web",
-        "WEB_TOKEN=$(openssl rand -hex 16) python -m producer web --host 0.0.0.0",
+        'export WEB_TOKEN=$(openssl rand -hex 16); echo "$WEB_TOKEN"',
+        "python -m producer web --host 0.0.0.0",
     ),
 )
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
@@ -491,9 +492,10 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
 def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> ExitCode:
     """Serve pages about the queue: status, failed requests, each request in full, search, and retry.
 
-    With WEB_TOKEN in the environment (16 characters or more) every page asks for it, and failed requests can be
-    retried. Without it nothing can be changed, and only this machine may read: another HOST than loopback is refused
-    unless --public-read is given. Speaks HTTP: put TLS in front. Leaves with 0 on SIGTERM.
+    With WEB_TOKEN in the environment (16 characters or more, 8 of them different) every page asks for it, and
+    failed requests can be retried. Without it nothing can be changed, and only this machine may read: another HOST than
+    loopback is refused unless --public-read is given, and so is what a proxy forwards. Speaks HTTP: put TLS in front.
+    Leaves with 0 on SIGTERM.
     """
     token = os.environ.get("WEB_TOKEN") or None
     try:
@@ -501,7 +503,9 @@ def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> 
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("flask", "jinja2", "werkzeug", "itsdangerous", "waitress"):
             raise
-        raise _Failure("web needs Flask and waitress: pip install 'algo-cancel-queue[web]'", ExitCode.USAGE) from None
+        raise _Failure(
+            "web needs Flask and waitress: pip install -e '.[web]' in the checkout", ExitCode.USAGE
+        ) from None
     try:
         access.check_start(host, token, public_read)
     except access.UnsafeStart as error:

@@ -296,11 +296,13 @@ def _gauge(name: str, documentation: str, queue: str, values: float | Series, *l
 
 
 def gauges(status: Status, account: Labels) -> Iterator[Metric]:
-    """One look at the queue for Prometheus. Series of keys and workers are there while the key or worker is."""
+    """One look at the queue for Prometheus. Series of keys are there while the key is refused."""
     queue = status.queue
     yield _gauge("queue_depth", "Requests that wait for a worker.", queue, status.queued)
     yield _gauge("queue_latency_seconds", "Age of the oldest; 0: none waits.", queue, status.oldest_queued_s or 0)
     yield _gauge("in_flight", "Requests that a worker holds.", queue, status.in_flight)
+    words = "Requests whose lease ran out, because their worker died or was cut off: to be taken over."
+    yield _gauge("expired_leases", words, queue, status.to_be_taken_over)
     yield _gauge("scheduled", "Requests that wait for their next attempt.", queue, status.scheduled)
     yield _gauge("failed", "Requests that ended in a failed kind and are kept for a retry.", queue, status.failed)
     yield _gauge("suspended", "1 while `rq suspend` holds.", queue, status.suspended)
@@ -312,11 +314,12 @@ def gauges(status: Status, account: Labels) -> Iterator[Metric]:
         yield _gauge("used_weight", words, queue, status.used_weight)
     if status.weight_limit is not None:
         yield _gauge("weight_limit", "Request weight that the exchange allows in a minute.", queue, status.weight_limit)
-    # A stock RQ worker tells seldom that it lives, one of ours each second.
-    live = [row for row in status.workers if row.fresh or row.concurrency is None]
-    yield _gauge("workers", "Live workers.", queue, len(live))
-    offsets: Series = {(row.name,): row.clock_offset_ms / 1000 for row in live if row.clock_offset_ms is not None}
-    yield _gauge("clock_offset_seconds", "The exchange's clock minus the worker's.", queue, offsets, "worker")
+    yield _gauge("workers", "Live workers.", queue, status.live_workers)
+    offsets_ms = [row.clock_offset_ms for row in status.workers if row.live and row.clock_offset_ms is not None]
+    if offsets_ms:
+        # A name of a worker is new with each start, and would leave a series behind each time.
+        words = "The exchange's clock minus that of the live worker whose clock is farthest off."
+        yield _gauge("clock_offset_seconds", words, queue, max(offsets_ms, key=abs) / 1000)
 
 
 def _closed_for_s(gate: Gate) -> float:
@@ -358,8 +361,9 @@ class QueueCollector(Collector):
             except QueueUnavailable:
                 pass
             now = [] if seen is None else list(gauges(seen, self._account))
+            up = "1 if Redis answered this scrape; 0: it did not answer, or refused."
             return [
-                _gauge("up", "1 if Redis answered this scrape.", self._queue, seen is not None),
+                _gauge("up", up, self._queue, seen is not None),
                 _gauge("exporter_start_time_seconds", "When the counters began.", self._queue, self._began_s),
                 *self._tally.families(self._queue),
                 *now,

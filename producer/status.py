@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rq.defaults import DEFAULT_WORKER_TTL
 from rq.utils import utcparse
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
@@ -38,6 +39,10 @@ _MAX_WORKERS = 500
 _MAX_KEYS = 100
 #: A worker of ours writes its figures each second; older ones speak of another minute's weight, s.
 FRESH_S = 60.0
+#: A worker of ours beats each second; one that is silent for longer than this is taken for dead, s.
+LIVE_S = 10.0
+#: With each beat RQ lets a worker's record live for so long; ours keep RQ's default, ms.
+_BEAT_LIFE_MS = (DEFAULT_WORKER_TTL + 60) * 1000
 #: Held jobs that are compared with the schedule one by one; of more, only how many they can be is told.
 _COMPARED_HELD = 10_000
 #: Longest name shown of a worker, host, account or scope, characters.
@@ -120,7 +125,7 @@ class RefusedKey:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A live worker as RQ registers it, and what it says of itself; a stock RQ worker says nothing."""
+    """A worker as RQ registers it, and what it says of itself; a stock RQ worker says nothing."""
 
     name: str
     host: str
@@ -140,6 +145,23 @@ class WorkerRow:
         """Whether its figures are of the last minute."""
         return self.heartbeat_age_s is not None and self.heartbeat_age_s <= FRESH_S
 
+    @property
+    def live(self) -> bool:
+        """Whether it can be counted on.
+
+        One of ours that has been silent for :data:`LIVE_S` is dead, stopped or cut off. A stock RQ worker is silent for
+        minutes while it waits; RQ lets its record run out when it has been for too long.
+        """
+        return self.concurrency is None or (self.heartbeat_age_s is not None and self.heartbeat_age_s <= LIVE_S)
+
+    @property
+    def heartbeat(self) -> str:
+        """How long ago it gave its last sign of life, for people."""
+        age = None if self.heartbeat_age_s is None else f"{self.heartbeat_age_s:.0f} s"
+        if self.live:
+            return "-" if age is None else f"{age} ago"
+        return "silent" if age is None else f"silent for {age}"
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -149,7 +171,7 @@ class Status:
     at_ms: int
     queued: int
     oldest_queued_s: float | None  # queue latency; None while nothing waits
-    in_flight: int
+    in_flight: int  # that a worker holds under a lease which has not run out
     scheduled: int
     failed: int
     suspended: bool
@@ -162,6 +184,18 @@ class Status:
     enqueue_to_outcome: Percentiles
     enqueue_to_first_attempt: Percentiles
     workers: tuple[WorkerRow, ...]
+    to_be_taken_over: int = 0  # whose lease has run out: the next claim of any worker takes them over
+
+    @property
+    def live_workers(self) -> int:
+        """How many workers can be counted on."""
+        return sum(row.live for row in self.workers)
+
+    @property
+    def unattended(self) -> bool:
+        """Whether there is work and no live worker to do it."""
+        waiting = self.queued or self.scheduled or self.in_flight or self.to_be_taken_over
+        return bool(waiting) and not self.live_workers
 
     def as_dict(self) -> dict[str, object]:
         """The status as the command line's ``--json`` prints it."""
@@ -171,6 +205,7 @@ class Status:
             "queued": self.queued,
             "oldest_queued_s": self.oldest_queued_s,
             "in_flight": self.in_flight,
+            "to_be_taken_over": self.to_be_taken_over,
             "scheduled": self.scheduled,
             "failed": self.failed,
             "suspended": self.suspended,
@@ -184,7 +219,7 @@ class Status:
                 "enqueue_to_outcome": asdict(self.enqueue_to_outcome),
                 "enqueue_to_first_attempt": asdict(self.enqueue_to_first_attempt),
             },
-            "workers": [asdict(worker) for worker in self.workers],
+            "workers": [asdict(worker) | {"live": worker.live} for worker in self.workers],
         }
 
     def lines(self) -> list[str]:
@@ -196,6 +231,7 @@ class Status:
             ("queue", self.queue + (", SUSPENDED (rq resume lifts it)" if self.suspended else "")),
             ("queued", f"{self.queued:,}{oldest}"),
             ("in flight", f"{self.in_flight:,}"),
+            *([("to take over", f"{self.to_be_taken_over:,}, their leases ran out")] if self.to_be_taken_over else []),
             ("scheduled", f"{self.scheduled:,}"),
             ("failed", f"{self.failed:,}"),
             *((f"gate {gate.scope}", str(gate)) for gate in self.gates),
@@ -204,9 +240,14 @@ class Status:
             ("last minute", counts + newest),
             ("first attempt", f"p50 / p99 {self.enqueue_to_first_attempt} after the enqueue"),
             ("outcome", f"p50 / p99 {self.enqueue_to_outcome} after the enqueue"),
-            ("workers", f"{len(self.workers):,}"),
+            ("workers", self._worker_count()),
         ]
         return aligned(rows) + ["  " + line for line in self._worker_lines()]
+
+    def _worker_count(self) -> str:
+        silent = len(self.workers) - self.live_workers
+        count = f"{self.live_workers:,}" + (f" live, {silent:,} silent" if silent else "")
+        return count + (": NO LIVE WORKER, and work is waiting" if self.unattended else "")
 
     def _worker_lines(self) -> list[str]:
         if not self.workers:
@@ -231,7 +272,7 @@ def worker_cells(row: WorkerRow) -> tuple[str, ...]:
         f"{row.failed:,}",
         "-" if row.clock_offset_ms is None else f"{row.clock_offset_ms:+,} ms",
         "-" if row.used_weight is None else f"{row.used_weight:,}",
-        "-" if row.heartbeat_age_s is None else f"{row.heartbeat_age_s:.0f} s ago",
+        row.heartbeat,
     )
 
 
@@ -269,7 +310,7 @@ def read_status(keys: Keys) -> Conversation[Status]:
     answers = (yield _third(keys, hosts, [account for account, _ in crowds])) if hosts or crowds else []
     gates = [("all", details.gate), *zip(hosts, good(answers[: len(hosts)]), strict=True)]
     waiting = {account: answer for (account, _), answer in zip(crowds, answers[len(hosts) :], strict=True)}
-    rows = tuple(_worker_rows(keys, first, details.workers))
+    rows = tuple(_worker_rows(keys, first, details))
     fresh = [row for row in rows if row.fresh]
     outcomes, kinds = _outcomes(details.entries)
     timed = [outcome for outcome in outcomes if outcome.enqueued_at_ms is not None]
@@ -278,7 +319,7 @@ def read_status(keys: Keys) -> Conversation[Status]:
         at_ms=first.now_ms,
         queued=first.queued,
         oldest_queued_s=_oldest_s(first.now_ms, details.states),
-        in_flight=first.in_flight,
+        in_flight=details.in_flight,
         scheduled=first.scheduled,
         failed=first.failed,
         suspended=first.suspended,
@@ -294,6 +335,7 @@ def read_status(keys: Keys) -> Conversation[Status]:
             [o.attempts[0].at_ms - (o.enqueued_at_ms or 0) for o in timed if o.attempts]
         ),
         workers=rows,
+        to_be_taken_over=details.expired,
     )
 
 
@@ -303,7 +345,6 @@ class _First:
 
     now_ms: int
     queued: int
-    in_flight: int
     scheduled: int
     failed: int
     suspended: bool
@@ -317,7 +358,6 @@ class _First:
             ("TIME",),
             ("LLEN", keys.waiting),
             ("LLEN", keys.claiming),
-            ("ZCARD", keys.leases),
             ("ZCARD", keys.scheduled),
             ("ZCARD", keys.failed),
             ("EXISTS", keys.suspended),
@@ -329,12 +369,11 @@ class _First:
 
     @classmethod
     def of(cls, answers: list[Any]) -> _First:
-        (seconds, micros), waiting, claiming, in_flight, scheduled, failed, suspended, *lists = good(answers)
+        (seconds, micros), waiting, claiming, scheduled, failed, suspended, *lists = good(answers)
         at_claim, at_head, workers, accounts = lists
         return cls(
             now_ms=int(seconds) * 1000 + int(micros) // 1000,
             queued=waiting + claiming,
-            in_flight=in_flight,
             scheduled=scheduled,
             failed=failed,
             suspended=bool(suspended),
@@ -346,12 +385,15 @@ class _First:
 
 @dataclass(frozen=True, slots=True)
 class _Details:
-    """The second: the last minute, the shared gate, jobs at the head, workers, and keys under suspicion."""
+    """The second: the last minute, the shared gate, leases, jobs at the head, workers, and keys under suspicion."""
 
     entries: Sequence[Any]
     gate: Mapping[Any, Any]
+    in_flight: int
+    expired: int
     states: Sequence[Sequence[Any]]
     workers: Sequence[Sequence[Any]]
+    lives_ms: Sequence[Any]  # how long the workers' records still live
     keys: Sequence[tuple[Any, Sequence[Any], int]]  # account, its breaker, size of its set of held jobs
 
     @staticmethod
@@ -360,20 +402,26 @@ class _Details:
         since_ms = first.now_ms - WINDOW_S * 1000
         commands: list[Command] = [("XREVRANGE", keys.outcomes, "+", since_ms, "COUNT", MAX_ENTRIES)]
         commands.append(("HGETALL", keys.gate("all")))
+        # A lease ends with its millisecond, as the claim has it.
+        commands.append(("ZCOUNT", keys.leases, f"({first.now_ms}", "+inf"))
+        commands.append(("ZCOUNT", keys.leases, "-inf", first.now_ms))
         commands += [("HMGET", _key(keys.job_prefix, job_id), *job_fields) for job_id in first.head]
         commands += [("HMGET", key, *_WORKER_FIELDS) for key in first.worker_keys]
+        commands += [("PTTL", key) for key in first.worker_keys]
         commands += [("HMGET", _key(keys.breaker(""), account), *_BREAKER_FIELDS) for account in first.accounts]
         commands += [("SCARD", _key(keys.held(""), account)) for account in first.accounts]
         return commands
 
     @classmethod
     def of(cls, first: _First, answers: list[Any]) -> _Details:
-        entries, gate, *rest = answers
+        entries, gate, in_flight, expired, *rest = answers
         workers_at = len(first.head)
-        breakers_at = workers_at + len(first.worker_keys)
+        lives_at = workers_at + len(first.worker_keys)
+        breakers_at = lives_at + len(first.worker_keys)
         held_at = breakers_at + len(first.accounts)
         keys = zip(first.accounts, rest[breakers_at:held_at], rest[held_at:], strict=True)
-        return cls(entries, gate, rest[:workers_at], rest[workers_at:breakers_at], list(keys))
+        workers, lives_ms = rest[workers_at:lives_at], rest[lives_at:breakers_at]
+        return cls(entries, gate, in_flight, expired, rest[:workers_at], workers, lives_ms, list(keys))
 
 
 def _third(keys: Keys, hosts: Sequence[Any], accounts: Sequence[Any]) -> list[Command]:
@@ -474,12 +522,24 @@ def _raw_host(fields: Sequence[Any]) -> Any:
     return host if heartbeat and not death else None
 
 
-def _worker_rows(keys: Keys, first: _First, hashes: Sequence[Sequence[Any]]) -> Iterator[WorkerRow]:
-    for key, fields in zip(first.worker_keys, hashes, strict=True):
+def _silent_s(now_ms: int, heartbeat: Any, is_ours: bool, life_ms: Any) -> float | None:
+    """How long ago a worker's last beat was.
+
+    RQ stamps it by the host's clock, which may be off by more than a beat; what a record of ours has left to live tells
+    it by Redis' clock.
+    """
+    if is_ours and 0 < life_ms <= _BEAT_LIFE_MS:
+        return float(_BEAT_LIFE_MS - life_ms) / 1000
+    beat_s = _stamp_s(heartbeat)
+    return None if beat_s is None else max(0.0, now_ms / 1000 - beat_s)
+
+
+def _worker_rows(keys: Keys, first: _First, details: _Details) -> Iterator[WorkerRow]:
+    for key, fields, life_ms in zip(first.worker_keys, details.workers, details.lives_ms, strict=True):
         host, pid, state, ok, failed, heartbeat, death, *figures = fields
         if not heartbeat or death:  # a killed worker's hash runs out, and its key stays in the set for a while
             continue
-        beat_s = _stamp_s(heartbeat)
+        numbers = [_number(figure) for figure in figures]
         yield WorkerRow(
             shown(_text(key).removeprefix(keys.worker_prefix)),
             shown(host or "?"),
@@ -487,8 +547,8 @@ def _worker_rows(keys: Keys, first: _First, hashes: Sequence[Sequence[Any]]) -> 
             shown(state or "?"),
             _number(ok) or 0,
             _number(failed) or 0,
-            None if beat_s is None else max(0.0, first.now_ms / 1000 - beat_s),
-            *map(_number, figures),
+            _silent_s(first.now_ms, heartbeat, numbers[1] is not None, life_ms),
+            *numbers,
         )
 
 

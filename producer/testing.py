@@ -43,14 +43,18 @@ from producer.client import CancelClient, Ticket
 from producer.message import (
     DEFAULT_ACCOUNT,
     DEFAULT_QUEUE,
+    MAX_MSG_CHARS,
     TASK,
     Attempt,
     Call,
     CancelRequest,
+    InvalidRequest,
     Keys,
     Outcome,
     OutcomeKind,
     check_queue_name,
+    clean_text,
+    decode_outcome,
     encode_request,
     may_be_live,
 )
@@ -66,6 +70,12 @@ _FIRST_ALGO_ID = 2_000_000_000_000_000
 _FIRST_ORDER_ID = 8_800_000_000
 _WINDOW_MS = 60_000
 _WORKER = "fake"
+#: Longest step of the double's time, s (a century): a record's times must fit in 64 bits.
+_MAX_STEP_S = 100 * 365 * 86_400
+#: Longest id of a child order that a worker records, characters (`worker.verdict`).
+_MAX_ORDER_ID_CHARS = 40
+#: Longest error, characters: a worker adds a few words to what the exchange said.
+_MAX_ERROR_CHARS = 2 * MAX_MSG_CHARS
 
 
 # --- what an outcome looks like ---------------------------------------------------------------------------------------
@@ -147,19 +157,55 @@ class _Line:
     after_s: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no worker would record."""
+        """Raises InvalidRequest for what no worker would record."""
         if self.kind is None:
             return
         statuses = _STORIES[self.kind].statuses
         if self.order_status is not None and self.order_status not in statuses:
             named = " or ".join(status for status in statuses if status) or "left out"
-            raise ValueError(f"order_status={self.order_status!r}: with {self.kind} it is {named}")
-        if self.actual_order_id is not None and self.kind is not OutcomeKind.TRIGGERED:
-            raise ValueError(f"actual_order_id={self.actual_order_id!r}: only a triggered order has one")
-        if self.error is not None and not self.kind.failed:
-            raise ValueError(f"error={self.error!r}: {self.kind} is no failure")
-        if not self.after_s >= 0:
-            raise ValueError(f"after_s={self.after_s!r}: must be a number of seconds, 0 or more")
+            raise InvalidRequest("order_status", self.order_status, f"with {self.kind} it is {named}")
+        if self.actual_order_id is not None:
+            if self.kind is not OutcomeKind.TRIGGERED:
+                raise InvalidRequest("actual_order_id", self.actual_order_id, "only a triggered order has one")
+            _check_order_id(self.actual_order_id)
+        if self.symbol is not None:
+            CancelRequest(_FIRST_ALGO_ID, symbol=self.symbol)  # one rule for both
+        if self.error is not None:
+            if not self.kind.failed:
+                raise InvalidRequest("error", self.error, f"{self.kind} is no failure")
+            _check_clean("error", self.error, _MAX_ERROR_CHARS)
+        _check_step("after_s", self.after_s)
+
+
+def _kind(value: object) -> OutcomeKind:
+    try:
+        return OutcomeKind(value)  # type: ignore[arg-type]
+    except ValueError:
+        raise InvalidRequest("kind", value, f"must be one of {', '.join(OutcomeKind)}") from None
+
+
+def _check_order_id(value: object) -> None:
+    _check_clean("actual_order_id", value, _MAX_ORDER_ID_CHARS)
+    if value == "0":
+        raise InvalidRequest("actual_order_id", value, "the exchange means by it that there is none")
+
+
+def _check_clean(name: str, value: object, limit: int) -> None:
+    """Workers record a stranger's words as `clean_text` leaves them, and never empty ones."""
+    if not isinstance(value, str) or not value or clean_text(value, limit) != value:
+        rule = f"must be text of 1 to {limit} characters without control characters or blanks around it"
+        raise InvalidRequest(name, value, rule)
+
+
+def _check_step(name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= _MAX_STEP_S:  # type: ignore[operator]
+        raise InvalidRequest(name, value, f"must be a number of seconds from 0 to {_MAX_STEP_S}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InvalidRequest(name, value, "must be a whole number, 1 or more, or left out")
 
 
 class _Lines:
@@ -258,12 +304,12 @@ class _Play:
             job = self._jobs.get(job_id)
             if job is None or job.outcome is None:
                 due_ms = None if job is None else job.due_ms
-                if timeout_s is None:
+                if timeout_s is None or timeout_s == math.inf:
                     if due_ms is None:
                         return None
                     self.move_to(due_ms)
                 else:
-                    ends_ms = self.now_ms + max(0, int(timeout_s * 1000))
+                    ends_ms = self.now_ms + int(min(max(timeout_s, 0), _MAX_STEP_S) * 1000)
                     self.move_to(ends_ms if due_ms is None else min(ends_ms, due_ms))
             if job is None or job.outcome is None:
                 raise WaitTimeout(f"no outcome of {job_id} within {timeout_s} s; the request goes on")
@@ -492,7 +538,7 @@ class _Play:
         error = line.error or _STORIES[kind].error
         if error is not None and line.error is None and answers:
             error = error.format(verdict=answers[-1].verdict, msg=answers[-1].msg)
-        job.outcome = Outcome(
+        outcome = Outcome(
             id=job.id,
             run=job.run,
             kind=kind,
@@ -510,6 +556,7 @@ class _Play:
             worker=_WORKER,
             error=error,
         )
+        job.outcome = decode_outcome(outcome.encode())  # what no client could read is not given here either
         self._file(job, job.outcome)
         return job.outcome
 
@@ -593,16 +640,15 @@ class _Scripted:
         What is said last holds, for ever or for so many ``runs`` (requests and retries), after which that holds again
         what was said before; an order's own script goes before its account's. Where nothing is said an order is
         ``cancelled``. ``order_status`` FINISHED goes with ``triggered``, TRIGGERING with ``gave_up``. The outcome comes
-        after ``after_s`` seconds of the double's time.
+        after ``after_s`` seconds of the double's time, a century at the most.
 
         Raises:
-            InvalidRequest: an id breaks its rule.
-            ValueError: no worker would record that, or ``runs`` is less than 1.
+            InvalidRequest: no request can name that order, no worker would record that, or ``after_s`` or ``runs`` is
+                no such number.
         """
-        if runs is not None and runs < 1:
-            raise ValueError(f"runs={runs!r}: must be 1 or more, or left out")
+        _check_count("runs", runs)
         line = _Line(
-            kind=OutcomeKind(kind),
+            kind=_kind(kind),
             order_status=order_status,
             actual_order_id=actual_order_id,
             symbol=symbol,
@@ -614,7 +660,11 @@ class _Scripted:
     def hold(
         self, *, algo_id: int | None = None, client_algo_id: str | None = None, account: str | None = None
     ) -> None:
-        """As :meth:`will`, but nothing becomes of such a request until :meth:`settle`: as if no worker were there."""
+        """As :meth:`will`, but nothing becomes of such a request until :meth:`settle`: as if no worker were there.
+
+        Raises:
+            InvalidRequest: no request can name that order.
+        """
         self._play.script(_key(algo_id, client_algo_id, account), _Line(kind=None), math.inf)
 
     def settle(
@@ -630,11 +680,12 @@ class _Scripted:
         """Record the outcome of a request now, and wake those who wait for it.
 
         Raises:
-            ValueError: the request is unknown or has its outcome, or no worker would record that.
+            InvalidRequest: no worker would record that.
+            ValueError: the request is unknown or has its outcome.
         """
         job_id = ticket_or_id if isinstance(ticket_or_id, str) else ticket_or_id.id
         line = _Line(
-            kind=OutcomeKind(kind),
+            kind=_kind(kind),
             order_status=order_status,
             actual_order_id=actual_order_id,
             symbol=symbol,
@@ -646,17 +697,20 @@ class _Scripted:
         """Let time pass: what is due by then gets its outcome.
 
         Raises:
-            ValueError: it would have to run backwards.
+            InvalidRequest: it would have to run backwards, or further than a century.
         """
-        if not seconds >= 0:
-            raise ValueError(f"seconds={seconds!r}: time does not run backwards")
+        _check_step("seconds", seconds)
         self._play.move_to(self._play.now_ms + round(seconds * 1000))
 
     def unavailable(self, calls: int | None = None, *, carried_out: bool = False) -> None:
         """Have the next ``calls`` calls, or all until :meth:`available`, raise QueueUnavailable.
 
         ``carried_out``: Redis does what it is asked and its answer is lost, so that a repeat finds it done.
+
+        Raises:
+            InvalidRequest: ``calls`` is no number of calls.
         """
+        _check_count("calls", calls)
         self._play.break_down(math.inf if calls is None else calls, carried_out)
 
     def available(self) -> None:
@@ -669,9 +723,12 @@ class _Scripted:
 
 
 def _key(algo_id: int | None, client_algo_id: str | None, account: str | None) -> str:
-    if algo_id is None and client_algo_id is None:
-        return account or ""
-    return CancelRequest(algo_id, client_algo_id, account or DEFAULT_ACCOUNT).order_key
+    """What a script is kept under; raises InvalidRequest for an order that no request can name."""
+    nobody = algo_id is None and client_algo_id is None
+    checked = CancelRequest(
+        _FIRST_ALGO_ID if nobody else algo_id, client_algo_id, DEFAULT_ACCOUNT if account is None else account
+    )
+    return (account or "") if nobody else checked.order_key
 
 
 def _not_durable(tickets: Sequence[TicketFields]) -> NotDurable:

@@ -80,6 +80,8 @@ def _alarms(status: Status, room: int) -> list[Text]:
     latency = [_latency(status)]
     if status.suspended:
         latency.append(_line("suspended", ("nothing is claimed until `rq resume`", _ALARM)))
+    if status.unattended:
+        latency.append(_line("workers", ("No live worker, and work is waiting", _ALARM)))
     room -= len(latency)
     for_keys = max(1, room - len(gates), room // 2)
     for_gates = max(1, room - min(for_keys, len(keys)))
@@ -104,6 +106,8 @@ def _cut(lines: Sequence[Text], room: int, what: str) -> list[Text]:
 
 def _figures(status: Status, width: int) -> list[Text]:
     counts = [_count(status.in_flight, "in flight"), _count(status.scheduled, "scheduled")]
+    if status.to_be_taken_over:
+        counts.insert(1, _count(status.to_be_taken_over, "to be taken over", "red"))
     counts.append(_count(status.failed, "failed", "red"))
     kinds = [_count(n, shown(kind), "red" if kind in _FAILED_KINDS else "") for kind, n in status.outcomes.items()]
     if status.outcomes_partial:
@@ -150,17 +154,21 @@ def _flow(label: str, parts: Iterable[Text], width: int) -> list[Text]:
 def _workers(status: Status, width: int, room: int) -> list[Text]:
     """The table of the workers in at most ``room`` lines, with the columns that fit."""
     if not status.workers:
-        return [_line("workers", ("none", _ALARM if status.queued else "dim"))][: max(0, room)]
-    rows = [dict(zip(WORKER_COLUMNS, map(shown, worker_cells(row)), strict=True)) for row in status.workers]
+        return [_line("workers", ("none", _ALARM if status.unattended else "dim"))][: max(0, room)]
+    # Where not all have room, those that work are shown.
+    workers = sorted(status.workers, key=lambda row: not row.live)
+    rows = [dict(zip(WORKER_COLUMNS, map(shown, worker_cells(row)), strict=True)) for row in workers]
     count = len(rows)
+    silent = count - status.live_workers
+    head = f"{count:,} workers" + (f", {silent:,} silent" if silent else "")
     fitting = max(0, room - 1)
     if count > fitting:
         rows = rows[: max(0, fitting - 1)]
     widths = _widths(rows, width)
-    lines = [_row({name: name for name in widths} | {"name": f"{count:,} workers"}, widths, "dim")]
-    lines += [_row(row, widths) for row in rows]
+    lines = [_row({name: name for name in widths} | {"name": head}, widths, "dim")]
+    lines += [_row(row, widths, "" if worker.live else "dim") for row, worker in zip(rows, workers, strict=False)]
     if len(rows) < count:
-        lines.append(Text(f"... and {count - len(rows):,} more" if rows else f"{count:,} workers", style="dim"))
+        lines.append(Text(f"... and {count - len(rows):,} more" if rows else head, style="dim"))
     # Where only one line is left, how many there are says more than a head without rows.
     return lines[: max(0, room)] if rows else lines[-1:][: max(0, room)]
 

@@ -201,7 +201,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
     if not servers:
-        sys.stderr.write("error: no server is found: name one, or pip install 'algo-cancel-queue[sandbox]'\n")
+        sys.stderr.write("error: no server is found: name one, or pip install -e '.[sandbox]' in the checkout\n")
         return EXIT_USAGE
     _say(_row("server", "passed", "failed", "", "program"))
     results = []

@@ -21,11 +21,13 @@ from itsdangerous import BadData, URLSafeTimedSerializer
 
 #: Least length of WEB_TOKEN, characters.
 MIN_TOKEN_CHARS = 16
+#: Least number of different characters in it.
+MIN_TOKEN_KINDS = 8
 #: Life of a login, s.
 LOGIN_S = 12 * 3600
 #: How long a failed login waits, s.
 PENALTY_S = 1.0
-#: Failed logins that wait at a time; with more under way none is looked at, so guessing cannot be done in parallel.
+#: Failed logins that wait at a time; further ones are refused at once, so that they do not keep all threads.
 _WAITING = 4
 #: How long the note after an action can be shown, s.
 _NOTE_S = 60
@@ -37,7 +39,12 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
 }
+_BY_HTTPS = {"Strict-Transport-Security": "max-age=31536000"}
+#: What proxies add: whoever sent a request that has one of these need not sit at this machine.
+_FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded", "X-Real-IP", "Via")
 _OWN_PATH = re.compile(r"/(?![/\\])[A-Za-z0-9._~%/?=&:@+-]*")
 
 
@@ -46,7 +53,7 @@ class UnsafeStart(ValueError):
 
 
 class TooManyLogins(Exception):
-    """So many failed logins wait already that no further one is looked at."""
+    """The token is wrong, and so many failed logins wait already that this one is not kept waiting."""
 
 
 def check_start(host: str, token: str | None, public_read: bool) -> None:
@@ -57,6 +64,8 @@ def check_start(host: str, token: str | None, public_read: bool) -> None:
     """
     if token is not None and len(token) < MIN_TOKEN_CHARS:
         raise UnsafeStart(f"WEB_TOKEN must have {MIN_TOKEN_CHARS} characters or more; try: openssl rand -hex 16")
+    if token is not None and len(set(token)) < MIN_TOKEN_KINDS:
+        raise UnsafeStart(f"WEB_TOKEN must have {MIN_TOKEN_KINDS} different characters; try: openssl rand -hex 16")
     if token is not None and public_read:
         raise UnsafeStart("--public-read means without a login, and WEB_TOKEN asks for one: leave one of them out")
     if token is None and not public_read and not is_loopback(host):
@@ -82,14 +91,26 @@ def named_locally(request: Request) -> bool:
         return False
 
 
+def forwarded(request: Request) -> bool:
+    """Whether a proxy says that it passed this request on."""
+    return any(name in request.headers for name in _FORWARDED)
+
+
+def forwarded_in_clear(request: Request) -> bool:
+    """Whether a proxy says that the browser spoke to it without TLS."""
+    return "X-Forwarded-Proto" in request.headers and not _by_https(request)
+
+
 def own_path(path: str | None) -> str:
     """``path`` if it leads to a page of ours, else the first page: a login must not send anybody elsewhere."""
     return path if path is not None and _OWN_PATH.fullmatch(path) else "/"
 
 
-def harden(response: Response) -> Response:
+def harden(response: Response, request: Request) -> Response:
     """Set the headers that every answer carries."""
     response.headers.update(_HEADERS)
+    if _by_https(request):
+        response.headers.update(_BY_HTTPS)
     return response
 
 
@@ -112,16 +133,16 @@ class Access:
     # --- logging in ---
 
     def accepts(self, token: str) -> bool:
-        """Whether this is the token; a wrong one waits for :data:`PENALTY_S`.
+        """Whether this is the token, told at once if it is, whoever else waits; a wrong one waits :data:`PENALTY_S`.
 
         Raises:
-            TooManyLogins: others wait already.
+            TooManyLogins: it is wrong, and others wait already.
         """
+        if hmac.compare_digest(_digest(token), self._digest) and self.enabled:
+            return True
         with self._lock:
             if self._waiting >= _WAITING:
                 raise TooManyLogins
-            if self.enabled and hmac.compare_digest(_digest(token), self._digest):
-                return True
             self._waiting += 1
         try:
             time.sleep(PENALTY_S)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flask import Flask, Response, make_response, redirect, render_template, request, url_for
+from flask import Flask, Response, g, make_response, redirect, render_template, request, url_for
 from jinja2 import StrictUndefined
-from werkzeug.exceptions import BadRequest, Conflict, Forbidden, HTTPException, NotFound, TooManyRequests
+from werkzeug.exceptions import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    HTTPException,
+    NotFound,
+    ServiceUnavailable,
+    TooManyRequests,
+)
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from producer.client import CancelClient
@@ -20,6 +31,8 @@ from producer.web.access import (
     MIN_TOKEN_CHARS,
     Access,
     TooManyLogins,
+    forwarded,
+    forwarded_in_clear,
     harden,
     is_foreign,
     named_locally,
@@ -37,6 +50,12 @@ _NEWEST = 25
 _MAX_FORM_BYTES = 512 * 1024
 #: Longest word that is searched for, characters.
 _MAX_QUERY = 200
+#: Calls of Redis at a time, each on a connection of its own, and those among them that read far back.
+_CALLS = 2
+_HEAVY_CALLS = 1
+#: How long a page waits for its turn, s, and when one that was turned away may come again.
+_TURN_S = 5.0
+_AGAIN_S = 2
 _OPEN_TO_ALL = frozenset({"healthz", "style", "login"})
 _READ_ONLY = (
     "These pages are read-only, because the process was started without WEB_TOKEN. Set WEB_TOKEN "
@@ -44,8 +63,10 @@ _READ_ONLY = (
 )
 _NOT_LOCAL = (
     "Without WEB_TOKEN these pages answer to localhost alone, so that no other site's name can lead here. "
-    "Set WEB_TOKEN, or start with --public-read."
+    "What a proxy has forwarded is refused too: it can come from anywhere. Set WEB_TOKEN, or start with --public-read."
 )
+_IN_CLEAR = "Open this page with https: the token and the cookie of a login would go over the net in clear."
+_BUSY = "Others are reading the queue, and it was not this page's turn in time. Nothing was done; try again."
 #: What a foreign record can make of figures that are read as numbers and dates.
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
@@ -57,7 +78,8 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     """The pages about the queue of ``client``.
 
     With a ``token`` everything asks for a login, and requests can be retried; without one nothing can be changed.
-    ``local_names_only`` turns away requests that name another host than this machine (for a server on loopback).
+    ``local_names_only`` turns away requests that name another host than this machine, or that a proxy forwarded (for a
+    server on loopback). All pages together hold two connections of Redis at most.
     """
     app = Flask(__name__, static_folder=None)
     app.debug = False  # whatever FLASK_DEBUG says: a page of a debugger would show secrets
@@ -72,8 +94,14 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     guard = _Guard(access, local_names_only)
     pages = _Pages(client, access)
     app.before_request(guard.check)
-    app.after_request(harden)
-    app.context_processor(lambda: {"queue": client.keys.queue, "login": guard.login(), "writable": access.enabled})
+    app.after_request(lambda response: harden(response, request))
+    app.context_processor(
+        lambda: {
+            "queue": client.keys.queue if guard.has_let_in() else None,
+            "login": guard.login(),
+            "writable": access.enabled,
+        }
+    )
     app.jinja_env.globals.update(form_token=access.form_token)
     for rule, view in pages.rules().items():
         methods = ["POST"] if view.__name__ in ("logout", "start") else ["GET"]
@@ -95,12 +123,19 @@ class _Guard:
         """What names the login of the present request."""
         return self._access.login_of(request)
 
+    def has_let_in(self) -> bool:
+        """Whether the present request may read: nobody else learns the queue's name."""
+        return bool(g.get("let_in", False))
+
     def check(self) -> Answer | None:
         """None to let it through, else the answer."""
         if request.endpoint == "healthz":
             return None
-        if self._local_names_only and not named_locally(request):
+        if self._local_names_only and (forwarded(request) or not named_locally(request)):
             return _message(421, "Not here", _NOT_LOCAL)
+        if self._access.enabled and forwarded_in_clear(request):
+            raise Forbidden(_IN_CLEAR)
+        g.let_in = not self._access.enabled
         changes = request.method not in ("GET", "HEAD", "OPTIONS")
         if changes and not self._access.enabled:
             raise Forbidden(_READ_ONLY)
@@ -110,10 +145,12 @@ class _Guard:
             return None
         bearer = self._access.bearer(request)
         if bearer is not None:
-            return None if _accepted(self._access, bearer) else _login_form(True)
+            g.let_in = _accepted(self._access, bearer)
+            return None if g.let_in else _login_form(True)
         login = self.login()
         if login is None:
             return _login_form(False)
+        g.let_in = True
         if changes and not self._access.is_form_of(login, request.form.get("form_token", "")):
             raise Forbidden("This form is not of the present login, or too old. Open the page again and repeat it.")
         return None
@@ -123,7 +160,8 @@ def _accepted(access: Access, token: str) -> bool:
     try:
         return access.accepts(token)
     except TooManyLogins:
-        raise TooManyRequests("Too many logins failed just now. Try again in a few seconds.") from None
+        words = "That is not the token, and others were wrong just now. Try again in a few seconds."
+        raise TooManyRequests(words, retry_after=_AGAIN_S) from None
 
 
 def _login_form(wrong: bool) -> Answer:
@@ -155,7 +193,11 @@ def _away(error: QueueUnavailable) -> Answer:
 
 
 def _http_error(error: HTTPException) -> Answer:
-    return _message(error.code or 500, error.name, error.description or "")
+    answer = make_response(_message(error.code or 500, error.name, error.description or ""))
+    for name, value in error.get_headers():
+        if name != "Content-Type":
+            answer.headers[name] = value
+    return answer
 
 
 def _broken(error: Exception) -> Answer:
@@ -171,6 +213,30 @@ def _broken(error: Exception) -> Answer:
 # --- Pages --------------------------------------------------------------------------------------------------------
 
 
+class _Turns:
+    """Lets few calls of Redis be under way at a time: a small plan has few connections, and workers need theirs."""
+
+    def __init__(self) -> None:
+        self._calls = threading.BoundedSemaphore(_CALLS)
+        self._heavy = threading.BoundedSemaphore(_HEAVY_CALLS)
+
+    @contextlib.contextmanager
+    def taken(self, heavy: bool) -> Iterator[None]:
+        """Wait for a turn, and have it for the length of the block; ``heavy``: one of those that read far back.
+
+        Raises:
+            ServiceUnavailable: it did not come within :data:`_TURN_S`.
+        """
+        until_s = time.monotonic() + _TURN_S
+        with contextlib.ExitStack() as held:
+            # The heavy one first: while it waits for that it keeps no light one away.
+            for turns in [self._heavy] * heavy + [self._calls]:
+                if not turns.acquire(timeout=max(0.0, until_s - time.monotonic())):
+                    raise ServiceUnavailable(_BUSY, retry_after=_AGAIN_S)
+                held.callback(turns.release)
+            yield
+
+
 class _Pages:
     """One method for each address."""
 
@@ -178,6 +244,7 @@ class _Pages:
         self._client = client
         self._keys = client.keys
         self._access = access
+        self._turns = _Turns()
 
     def rules(self) -> Mapping[str, Any]:
         """Address and method."""
@@ -194,16 +261,18 @@ class _Pages:
             "/style.css": self.style,
         }
 
-    def _ask(self, conversation: Conversation[T]) -> T:
-        return self._client.converse(conversation)
+    def _ask(self, conversation: Conversation[T], heavy: bool = False) -> T:
+        with self._turns.taken(heavy):
+            return self._client.converse(conversation)
 
     # --- reading ---
 
     def status(self) -> Answer:
         """How the queue stands, as `python -m producer status` says it, and the newest outcomes."""
         try:
-            seen, fault = self._client.status(), None
-        except QueueUnavailable:
+            with self._turns.taken(heavy=False):
+                seen, fault = self._client.status(), None
+        except (QueueUnavailable, HTTPException):
             raise
         except _UNREADABLE as error:
             seen, fault = None, f"Something in Redis keeps these figures from being read ({type(error).__name__})."
@@ -216,7 +285,7 @@ class _Pages:
         """The failed requests, newest first."""
         wanted = _wanted()
         page = _number("page", 1)
-        found = self._ask(reading.failed(self._keys, wanted, (page - 1) * PAGE))
+        found = self._ask(reading.failed(self._keys, wanted, (page - 1) * PAGE), heavy=not wanted.all)
         pages = max(1, -(-found.matching // PAGE))
         return render_template(
             "failed.html",
@@ -238,7 +307,7 @@ class _Pages:
         (seen,) = self._ask(reading.requests_of(self._keys, [job_id]))
         earlier: list[Seen] = []
         if seen.outcome is None and seen.status is None and not seen.faults:
-            earlier = self._ask(reading.history(self._keys, job_id))
+            earlier = self._ask(reading.history(self._keys, job_id), heavy=True)
             if not earlier:
                 raise NotFound("Nobody knows this request any more: neither a job, nor an outcome, nor the ledger.")
             seen = earlier[0]
@@ -254,7 +323,7 @@ class _Pages:
         if len(words) > _MAX_QUERY:
             fault = f"An id has {_MAX_QUERY} characters at most."
         elif words:
-            found = self._ask(reading.search(self._keys, words, account))
+            found = self._ask(reading.search(self._keys, words, account), heavy=True)
         return render_template("search.html", words=words, account=account, found=found, fault=fault)
 
     # --- retrying ---
@@ -270,12 +339,18 @@ class _Pages:
             rows = self._ask(reading.requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
             matching = len(rows)
         else:
-            found = self._ask(reading.failed(self._keys, wanted, 0, CHUNK))
+            found = self._ask(reading.failed(self._keys, wanted, 0, CHUNK), heavy=not wanted.all)
             rows, matching = list(found.rows), found.matching
         chosen = [seen for seen in rows if seen.retryable]
-        login = self._access.login_of(request)
         return render_template(
-            "retry.html", chosen=chosen, matching=matching, wanted=wanted, by_id=bool(ids), now_ms=now_ms, form=login
+            "retry.html",
+            chosen=chosen,
+            matching=matching,
+            wanted=wanted,
+            by_id=bool(ids),
+            now_ms=now_ms,
+            form=self._access.login_of(request),
+            by_name=any(seen.of_order("algo_id") is None and seen.of_order("client_algo_id") for seen in chosen),
         )
 
     def start(self) -> Answer:
@@ -285,7 +360,8 @@ class _Pages:
             raise BadRequest(f"Give 1 to {CHUNK:,} ids of failed requests.")
         try:
             # One call of one script: started together or not at all.
-            started = self._client.retry(ids, missing_ok=len(ids) > 1)
+            with self._turns.taken(heavy=False):
+                started = self._client.retry(ids, missing_ok=len(ids) > 1)
         except UnknownRequest as error:
             raise Conflict(f"{clean_text(str(error), 300)}; nothing was retried.") from None
         words = f"Retried {len(started):,} of {len(ids):,}."
@@ -303,7 +379,7 @@ class _Pages:
         """Ask for the token; set the cookie."""
         if not self._access.enabled:
             raise Forbidden(_READ_ONLY)
-        if request.method == "GET":
+        if request.method != "POST":
             page = own_path(request.args.get("next"))
             return render_template("login.html", next=page, wrong=False)
         if not _accepted(self._access, request.form.get("token", "")):

@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from base64 import b64decode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +47,8 @@ DEPTH = 20_000
 _ACCOUNTS = 200
 #: Entries of the ledger read at a time.
 _ENTRIES = 1000
+#: Outcomes of one reading that are kept at most, newest first: far more than a page shows.
+_KEPT = 20 * RESULTS
 
 #: What an id must look like to stand in an address or a form; RQ itself allows less.
 USABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:~@+-]{0,199}")
@@ -338,17 +340,27 @@ def _record(fields: Any) -> bytes:
     return found.encode("utf-8", "replace") if isinstance(found, str) else bytes(found)
 
 
-def _ledger(keys: Keys) -> Conversation[list[tuple[Any, Any]]]:
-    """Entries, newest first: :data:`DEPTH`, and one more to tell that there are more."""
-    found: list[tuple[Any, Any]] = []
+def _ledger(
+    keys: Keys, look: Callable[[bytes], bool], meant: Callable[[Seen], bool]
+) -> Conversation[tuple[list[Seen], int]]:
+    """Outcomes that are ``meant`` among the newest :data:`DEPTH`, newest first, and how many entries there were.
+
+    That number is one more than :data:`DEPTH` where there are more. ``look`` is given each raw record and says whether
+    it may be meant; the others are neither read nor kept.
+    """
+    found: list[Seen] = []
+    read = 0
     before = "+"
-    while len(found) <= DEPTH:
+    while read <= DEPTH:
         (entries,) = good((yield [("XREVRANGE", keys.outcomes, before, "-", "COUNT", _ENTRIES)]))
-        found += entries
+        for entry_id, fields in entries[: DEPTH - read]:
+            if look(_record(fields)) and len(found) < _KEPT and meant(seen := _of_entry(entry_id, fields)):
+                found.append(seen)
+        read += len(entries)
         if len(entries) < _ENTRIES:
             break
         before = f"({shown(entries[-1][0])}"
-    return found[: DEPTH + 1]
+    return found, min(read, DEPTH + 1)
 
 
 # --- Failed requests ----------------------------------------------------------------------------------------------
@@ -411,33 +423,42 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[F
     """
     time, total = good((yield [("TIME",), ("ZCARD", keys.failed)]))
     accounts = dict.fromkeys([DEFAULT_ACCOUNT, *([account] if account else [])])
-    entries = yield from _ledger(keys)
-    rows: list[Seen] = []
-    for entry_id, fields in entries[:DEPTH]:
-        record = _record(fields)
-        accounts |= dict.fromkeys(name.decode() for name in _ACCOUNT.findall(record))
-        if _may_hold(record, words):
-            rows.append(_of_entry(entry_id, fields))
-    rows += yield from _failed_with(keys, words, accounts)
-    ended = [seen for seen in rows if seen.faults or _meant(seen, words)]
+
+    def look(record: bytes) -> bool:
+        accounts.update(dict.fromkeys(name.decode() for name in _ACCOUNT.findall(record)))
+        return _may_hold(record, words)
+
+    def meant(seen: Seen) -> bool:
+        return _is_of(seen, account) and (bool(seen.faults) or _meant(seen, words))
+
+    ended, entries = yield from _ledger(keys, look, meant)
+    failed_ones = yield from _failed_with(keys, words, account, accounts)
     named = yield from _open_of(keys, words, list(accounts)[:_ACCOUNTS])
-    found = _merged([*named, *ended], account)
-    partial = len(entries) > DEPTH or total > DEPTH
-    return Found(_now_ms(time), tuple(found[:RESULTS]), min(len(entries), DEPTH), partial, len(found) > RESULTS)
+    found = _merged([*named, *ended, *failed_ones], account)
+    partial = entries > DEPTH or total > DEPTH
+    return Found(_now_ms(time), tuple(found[:RESULTS]), min(entries, DEPTH), partial, len(found) > RESULTS)
 
 
-def _failed_with(keys: Keys, words: str, accounts: dict[str, None]) -> Conversation[list[Seen]]:
+def _failed_with(keys: Keys, words: str, account: str | None, accounts: dict[str, None]) -> Conversation[list[Seen]]:
     """Failed requests that are meant; the accounts of all are added to ``accounts``."""
     (members,) = good((yield [("ZREVRANGE", keys.failed, 0, DEPTH - 1)]))
-    likely: list[str] = []
+    found: list[Seen] = []
     for page in pages([shown(member) for member in members]):
+        likely: list[str] = []
         for job_id, record in zip(page, (yield from _records(keys, page)), strict=True):
             accounts |= dict.fromkeys(name.decode() for name in _ACCOUNT.findall(record or b""))
             if record is None or _may_hold(record, words):
                 likely.append(job_id)
-    rows = yield from requests_of(keys, likely)
-    accounts |= dict.fromkeys(seen.of_order("account") for seen in rows if seen.of_order("account"))
-    return [seen for seen in rows if _meant(seen, words)]
+        rows = yield from requests_of(keys, likely)
+        accounts |= dict.fromkeys(seen.of_order("account") for seen in rows if seen.of_order("account"))
+        meant = [seen for seen in rows if _is_of(seen, account) and _meant(seen, words)]
+        found += meant[: _KEPT - len(found)]
+    return found
+
+
+def _is_of(seen: Seen, account: str | None) -> bool:
+    """Whether it is of this account, or may be; None stands for all accounts."""
+    return account is None or seen.of_order("account") in (None, account)
 
 
 def _open_of(keys: Keys, words: str, accounts: Iterable[str]) -> Conversation[list[Seen]]:
@@ -479,7 +500,7 @@ def _merged(rows: Iterable[Seen], account: str | None) -> list[Seen]:
     """Each run once, open requests first, then newest first; of two views of a run the one that knows the job."""
     found: dict[tuple[str, int | None, str], Seen] = {}
     for seen in rows:
-        if account is not None and seen.of_order("account") not in (None, account):
+        if not _is_of(seen, account):
             continue
         key = (seen.id, seen.run, "" if seen.id else str(seen.entry))
         if key not in found or (found[key].status is None and seen.status is not None):
@@ -489,6 +510,5 @@ def _merged(rows: Iterable[Seen], account: str | None) -> list[Seen]:
 
 def history(keys: Keys, job_id: str) -> Conversation[list[Seen]]:
     """All outcomes of one request in the newest :data:`DEPTH` of the ledger, newest first."""
-    entries = yield from _ledger(keys)
-    rows = (_of_entry(entry_id, fields) for entry_id, fields in entries if _may_hold(_record(fields), job_id))
-    return [seen for seen in rows if seen.id == job_id]
+    found, _ = yield from _ledger(keys, lambda record: _may_hold(record, job_id), lambda seen: seen.id == job_id)
+    return found

@@ -56,8 +56,9 @@ def serve(app: Flask, host: str, port: int, listening: Callable[[str], object]) 
         pass
     finally:
         wasyncore.close_all(open_sockets)
-        for end, handler in before.items():
-            signal.signal(end, handler)
+        if not ended_by:  # else the process is on its way out, and a second signal must not change how it ends
+            for end, handler in before.items():
+                signal.signal(end, handler)
     return ended_by == [signal.SIGINT]
 
 

@@ -51,7 +51,7 @@ def when(ms: Any) -> Markup | str:
 
 
 def clock(ms: Any, now_ms: int) -> Markup | str:
-    """The same in short: the time alone if it was within the last day."""
+    """The same in short: the time alone if less than twelve hours lie between it and ``now_ms``."""
     full = when(ms)
     if not isinstance(full, Markup):
         return full

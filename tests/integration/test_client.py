@@ -758,7 +758,7 @@ def test_a_status_tells_how_the_queue_stands(client: CancelClient, connection: r
     connection.lpush(KEYS.waiting, gone.id)
     connection.lmove(KEYS.waiting, KEYS.claiming, "RIGHT", "LEFT")
     connection.hset(KEYS.job_prefix + second.id, JobField.ENQUEUED_AT_MS, int(now_ms(connection)) - 7000)
-    connection.zadd(KEYS.leases, {"x": 1})
+    connection.zadd(KEYS.leases, {"x": 4e12, "lost": 1})
     connection.zadd(KEYS.scheduled, {"y": 1, "z": 2})
     connection.zadd(KEYS.failed, {"f": 4e9})
     connection.set(KEYS.suspended, 1)
@@ -770,6 +770,7 @@ def test_a_status_tells_how_the_queue_stands(client: CancelClient, connection: r
     seen = client.status()
 
     assert (seen.queued, seen.in_flight, seen.scheduled, seen.failed, seen.suspended) == (4, 1, 2, 1, True)
+    assert seen.to_be_taken_over == 1
     assert seen.oldest_queued_s == pytest.approx(7, abs=1)
     assert [(g.scope, g.open, g.until_ms, g.reason, g.by) for g in seen.gates] == [
         ("all", False, until_ms, "429", "worker.1")

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -14,8 +15,10 @@ import pytest
 import redis
 
 from producer import AsyncCancelClient, CancelClient, CancelRequest, OutcomeKind
+from producer.web.app import create_app
 from tests.conftest import API_KEY, API_SECRET
 from tests.servers import Valkey, Workers, eventually, running_valkey
+from tests.webpages import TOKEN, outcome, settle
 from worker.sandbox.control import RunningExchange
 from worker.store import MAX_CONNECTIONS
 
@@ -163,6 +166,39 @@ def test_a_client_holds_one_and_one_more_while_it_waits(
     assert count.producers <= PER_CALLER * len(waiting)
     with Count(valkey.port) as after:
         eventually(lambda: after.now()[1] == 0, what="a closed client holds none")
+
+
+def test_the_operators_pages_hold_two(valkey: Valkey, connection: redis.Redis) -> None:
+    """However many pages are loaded at a time, searches and retries among them, they share two connections."""
+    pipeline = connection.pipeline(transaction=False)
+    for number in range(1500):
+        settle(pipeline, outcome(f"r{number}", algo_id=1 + number % 25))
+    pipeline.execute()
+    paths = (
+        "/",
+        "/search?q=7",
+        "/failed",
+        "/failed?kind=not_found&account=default",
+        "/requests/r7",
+        "/requests/r-none",
+    )
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with Count(valkey.port) as count, CancelClient.from_url(valkey.url, client_name=PRODUCER) as client:
+        app = create_app(client, TOKEN)
+
+        def load(number: int) -> set[int]:
+            pages = app.test_client()
+            answers = [pages.get(path, headers=headers) for path in (*paths[number % 6 :], *paths[: number % 6])]
+            answers.append(pages.post("/retry/start", data={"id": f"r{number}"}, headers=headers))
+            return {answer.status_code for answer in answers}
+
+        with ThreadPoolExecutor(12) as pool:  # as many as the server has threads
+            codes = set().union(*pool.map(load, range(12)))
+
+    assert codes <= {200, 303, 404, 503}  # 503: it was not its turn in time
+    assert {200, 303, 404} <= codes
+    assert count.looks > 20
+    assert 1 <= count.producers <= 2
 
 
 def test_an_async_client_holds_as_many(valkey: Valkey, workers: Workers, exchange: RunningExchange) -> None:

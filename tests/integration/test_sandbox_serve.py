@@ -140,6 +140,23 @@ def test_nothing_is_left_behind(tmp_path: Path, how: signal.Signals, code: int) 
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_closed_terminal_ends_it(tmp_path: Path) -> None:
+    """SIGHUP ends it as Ctrl-C does, with the exit code that `--help` names."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and processes inherit that
+    try:
+        with serving(tmp_path, "--orders", "1", "--json") as sandbox:
+            sandbox.place()
+            code, said = sandbox.stop(signal.SIGHUP)
+            eventually(lambda: not sandbox.parts(), what="no process is left")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (code, said) == (129, "sandbox: stopped\n")
+    command = [sys.executable, "-m", "worker", "sandbox", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, env=scrubbed(), capture_output=True, text=True, timeout=30, check=True)
+    _, _, serving_codes = shown.stdout.partition("with --serve: 0")
+    assert "129 after SIGHUP" in serving_codes
+
+
 def test_ports_can_be_chosen(tmp_path: Path) -> None:
     """A strategy's configuration can stay as it is from one day to the next."""
     port, redis_port = free_port(), free_port()

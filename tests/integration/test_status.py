@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ from rq.utils import utcformat, utcparse
 
 from producer import CancelClient
 from producer.message import Keys
-from producer.status import FRESH_S
+from producer.status import FRESH_S, LIVE_S
 from tests.servers import TurnCounter, Valkey, Workers, eventually
 
 KEYS = Keys()
@@ -120,6 +121,57 @@ def test_workers_tell_their_figures(client: CancelClient, workers: Workers, conn
     assert "0 of 7" in lines
     stock = next(row for row in status.workers if row.name == "fresh")
     assert (stock.in_flight, stock.concurrency, stock.clock_offset_ms) == (None, None, None)
+
+
+def test_expired_leases_are_no_work_in_flight(client: CancelClient, connection: redis.Redis) -> None:
+    """What no living worker holds any more is to be taken over, from the very end of its lease on."""
+    seconds, micros = connection.time()
+    now_ms = seconds * 1000 + micros // 1000
+    connection.zadd(KEYS.leases, {"held": now_ms + 60_000, "held too": now_ms + 60_000, "lost": now_ms, "old": 1})
+
+    seen = client.status()
+
+    assert (seen.in_flight, seen.to_be_taken_over, seen.unattended) == (2, 2, True)
+    assert (seen.as_dict()["in_flight"], seen.as_dict()["to_be_taken_over"]) == (2, 2)
+    assert "to take over   2, their leases ran out" in seen.lines()
+
+
+def test_a_frozen_worker_is_not_live(client: CancelClient, workers: Workers, connection: redis.Redis) -> None:
+    """A worker that beats no more is told as silent, in lines and JSON, until it beats again."""
+    worker = workers.start()
+    eventually(lambda: [row.concurrency for row in client.status().workers] == [64], 10, "its first figures")
+    worker.process.send_signal(signal.SIGSTOP)
+    try:
+        (row,) = client.status().workers
+        key = KEYS.worker_prefix + row.name
+        connection.pexpire(key, connection.pttl(key) - int(LIVE_S + 20) * 1000)  # as so much time would
+        client.cancel(algo_id=1)
+        seen = client.status()
+        assert (seen.live_workers, len(seen.workers), seen.unattended) == (0, 1, True)
+        lines = "\n".join(seen.lines())
+        assert re.search(r"^workers +0 live, 1 silent: NO LIVE WORKER, and work is waiting$", lines, re.M)
+        assert re.search(r" silent for 3\d s$", lines, re.M)
+        told: Any = seen.as_dict()["workers"]
+        assert [each["live"] for each in told] == [False]
+    finally:
+        worker.process.send_signal(signal.SIGCONT)
+    eventually(lambda: client.status().live_workers == 1, 10, "it goes on")
+
+
+def test_a_host_whose_clock_is_off_has_live_workers(
+    client: CancelClient, workers: Workers, connection: redis.Redis
+) -> None:
+    """RQ's stamp of a beat is by the host's clock; the age of a worker of ours is by Redis', and it is counted."""
+    workers.start().process.send_signal(signal.SIGSTOP)
+    key = KEYS.worker_prefix + client.status().workers[0].name
+    connection.hset(key, "c_concurrency", 64)
+    for stamp in ("2020-01-01T00:00:00.000000Z", "2100-01-01T00:00:00.000000Z"):
+        connection.hset(key, "last_heartbeat", stamp)
+        (row,) = client.status().workers
+        assert row.live
+        assert 0 <= (row.heartbeat_age_s or 0) < LIVE_S
+    connection.pexpire(key, connection.pttl(key) - int(LIVE_S) * 1000 - 1)
+    assert not client.status().workers[0].live
 
 
 def _earlier(stamp: str, seconds: float) -> str:

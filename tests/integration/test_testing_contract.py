@@ -300,12 +300,15 @@ def test_one_call_shares_too(talk: Talk) -> None:
         ("cancel", {"algo_id": 0}),
         ("cancel", {"algo_id": 1, "deadline_s": 0}),
         ("cancel", {"client_algo_id": "a b"}),
+        ("cancel", {"algo_id": 1, "account": "Desk 2!"}),
+        ("cancel", {"algo_id": 1, "symbol": "S" * 33}),
+        ("cancel", {"algo_id": 1, "tag": "t" * 65}),
         ("outcomes", {"after": "yesterday"}),
     ],
 )
 def test_wrong_input(talk: Talk, call: str, options: dict[str, Any]) -> None:
     """Wrong input is refused by the same error before anything is enqueued."""
-    with pytest.raises(InvalidRequest, match=r"algo_id|deadline_s|after"):
+    with pytest.raises(InvalidRequest, match=r"^(algo_id|client_algo_id|deadline_s|account|symbol|tag|after)="):
         getattr(talk, call)(**options)
     with pytest.raises(InvalidRequest, match="queue="):
         type(talk.world.client).from_url("redis://127.0.0.1/0", "no queue")

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 import zlib
 from base64 import b64encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 import redis
 from flask.testing import FlaskClient
+from werkzeug.exceptions import ServiceUnavailable
 
 from producer import CancelClient, CancelRequest
-from producer.message import Outcome, OutcomeKind
+from producer.message import Outcome, OutcomeKind, encode_call
 from producer.web import access, reading
+from producer.web import app as web
 from producer.web.app import create_app
 from tests.integration.test_client import PASSWORD, fail, stopped
-from tests.servers import Valkey, Workers, running_valkey
+from tests.servers import Valkey, Workers, eventually, running_valkey
 from tests.webpages import HOSTILE, KEYS, LARGEST, NOW_MS, TOKEN, attempt, form_token, outcome, settle
 from worker.sandbox.control import RunningExchange
 
@@ -57,6 +62,8 @@ def page(pages: FlaskClient, path: str, code: int = 200) -> str:
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["Referrer-Policy"] == "no-referrer"
     assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
     assert "Traceback" not in answer.text
     return answer.text
 
@@ -110,9 +117,34 @@ def test_what_stands_still_is_told_first(reader: FlaskClient, client: CancelClie
     words = cells(page(reader, "/"))
 
     assert "No live worker, and work is waiting" in words
-    assert re.search(r"Gate all is closed for (60|59\.\d) s: 429 &lt;b&gt; \(by host\.1 \)", words)
+    assert re.search(r"Gate all is closed for (60|5\d\.\d) s: 429 &lt;b&gt; \(by host\.1 \)", words)
     assert "Suspended. No worker takes anything until rq resume" in words
     assert re.search(r"desk2 held back 5 0 9\d\.\d s in [\d.]+ s 401 -2015 Invalid API-key", words)
+
+
+def test_a_dead_worker_is_shown_as_such(reader: FlaskClient, client: CancelClient, connection: redis.Redis) -> None:
+    """One that went silent is dimmed and named so; without another one the work that waits is an alarm."""
+    stamp = datetime.fromtimestamp(connection.time()[0] - 34, UTC).strftime("%Y-%m-%dT%H:%M:%S.000000Z")
+    beat: dict[Any, Any] = {"last_heartbeat": stamp, "state": "busy", "hostname": "h", "c_concurrency": 64}
+    connection.hset(KEYS.worker_prefix + "dead", mapping=beat)
+    connection.sadd("rq:workers:cancels", KEYS.worker_prefix + "dead")
+    assert "No live worker" not in page(reader, "/")
+    connection.zadd(KEYS.leases, {"lost": 1})
+
+    shown = page(reader, "/")
+
+    assert re.search(r'<tr class="stale"><th scope="row" class="id"><bdi>dead</bdi>', shown)
+    words = cells(shown)
+    assert re.search(r"silent for 3[4-9] s", words)
+    assert "Workers (0 live, 1 silent)" in words
+    assert "No live worker, and work is waiting." in words
+    assert "in flight 0 1 to be taken over" in words
+    client.cancel(algo_id=1)
+    connection.hset(KEYS.worker_prefix + "stock", mapping={**beat, "c_concurrency": ""})
+    connection.sadd("rq:workers:cancels", KEYS.worker_prefix + "stock")
+    words = cells(page(reader, "/"))
+    assert "Workers (1 live, 1 silent)" in words
+    assert "No live worker" not in words
 
 
 def test_failed_requests_are_shown_with_their_history(
@@ -231,6 +263,8 @@ def test_an_order_is_found_by_each_of_its_ids(
     assert found(reader, " r2 ") == ["r2"]
     assert found(reader, "922337203685477580") == []
     assert found(reader, "tp") == []
+    assert "An open request that has an algo id too is found by that alone" in page(reader, "/search?q=tp")
+    assert "is found by that alone" not in page(reader, "/search?q=tp-1")
     assert str(LARGEST) in cells(page(reader, f"/search?q={LARGEST}"))
 
 
@@ -514,6 +548,17 @@ def test_all_that_match_are_retried_and_no_other(
     assert sorted(client.failed_ids()) == ["late", "other"]
 
 
+def test_a_retry_by_a_client_id_alone_says_what_that_means(operator: FlaskClient, connection: redis.Redis) -> None:
+    """A client id can be used again, so the confirmation says which order is meant; an algo id needs no such words."""
+    words = "the client algo id may name a newer order by now; such an order is left alone"
+    settle(connection, outcome("r1", algo_id=5, client_algo_id="sl-1"))
+    settle(connection, outcome("r2", algo_id=None, client_algo_id="sl-2"), encode_call(CancelRequest(None, "sl-2")))
+
+    assert words not in page(operator, "/retry?id=r1")
+    assert words in page(operator, "/retry?id=r2")
+    assert words in page(operator, "/retry")
+
+
 def test_a_retry_of_many_says_how_many_it_leaves(operator: FlaskClient, connection: redis.Redis) -> None:
     """A thousand is what is started together; the page says so, and that many fit into its form."""
     pipeline = connection.pipeline(transaction=False)
@@ -560,6 +605,133 @@ def test_a_strangers_name_for_this_machine_is_turned_away(client: CancelClient) 
     assert pages.get("/", headers={"Host": "evil.example"}).status_code == 421
     assert pages.get("/", headers={"Host": "localhost:8080"}).status_code == 200
     assert pages.get("/healthz", headers={"Host": "10.1.2.3"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded", "X-Real-IP", "Via"]
+)
+def test_what_a_proxy_forwards_to_loopback_is_turned_away(client: CancelClient, name: str) -> None:
+    """A proxy on this machine does not open the pages to whoever reaches it, whatever Host it sends."""
+    pages = create_app(client, local_names_only=True).test_client()
+
+    answer = pages.get("/", headers={"Host": "localhost:8080", name: "127.0.0.1"})
+
+    assert answer.status_code == 421
+    assert "What a proxy has forwarded is refused too" in answer.text
+    assert create_app(client).test_client().get("/", headers={name: "127.0.0.1"}).status_code == 200
+
+
+def test_in_clear_through_a_proxy_nothing_is_shown_and_no_token_taken(client: CancelClient) -> None:
+    """Behind a proxy that took the request without TLS all is 403 but the sign of life; with TLS it stays TLS."""
+    pages = create_app(client, TOKEN).test_client()
+    plain, safe = {"X-Forwarded-Proto": "http"}, {"X-Forwarded-Proto": "https"}
+
+    for path in ("/", "/login", "/style.css", "/nothing"):
+        answer = pages.get(path, headers=plain)
+        assert (answer.status_code, answer.headers.get("Location")) == (403, None)
+        assert "Open this page with https" in answer.text
+        assert answer.headers.get("Strict-Transport-Security") is None
+    answer = pages.post("/login", data={"token": TOKEN}, headers=plain)
+    assert (answer.status_code, answer.headers.get("Set-Cookie")) == (403, None)
+    assert pages.get("/", headers=plain | {"Authorization": f"Bearer {TOKEN}"}).status_code == 403
+    assert pages.get("/healthz", headers=plain).status_code == 200
+    answer = pages.get("/login", headers=safe)
+    assert (answer.status_code, answer.headers["Strict-Transport-Security"]) == (200, "max-age=31536000")
+    assert "Strict-Transport-Security" not in pages.get("/login").headers
+    assert create_app(client).test_client().get("/", headers=plain).status_code == 200
+
+
+def test_only_a_post_logs_in(client: CancelClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HEAD of the login page is neither an attempt, which would wait, nor a login, whatever it carries."""
+    monkeypatch.setattr(access, "PENALTY_S", 60)
+    pages = create_app(client, TOKEN).test_client()
+
+    for token in ("wrong", TOKEN):
+        answer = pages.head("/login", data={"token": token})
+        assert (answer.status_code, answer.headers.get("Set-Cookie")) == (200, None)
+
+
+def test_wrong_tokens_beyond_the_limit_are_told_when_to_come_again(
+    client: CancelClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While some wait, a further wrong one gets 429 with Retry-After, by form or header; the right one is let in."""
+    monkeypatch.setattr(access, "PENALTY_S", 60)
+    monkeypatch.setattr(access, "_WAITING", 0)
+    pages = create_app(client, TOKEN).test_client()
+
+    by_form = pages.post("/login", data={"token": "wrong"})
+    by_header = pages.get("/", headers={"Authorization": "Bearer wrong"})
+    for answer in (by_form, by_header):
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "2")
+    assert pages.post("/login", data={"token": TOKEN}).status_code == 303
+
+
+def test_the_queues_name_is_for_those_who_may_read(client: CancelClient) -> None:
+    """Neither the login, nor a page before it, nor a request that is turned away tells which queue this is."""
+    name = client.keys.queue
+    guarded, local = (create_app(client, TOKEN).test_client(), create_app(client, local_names_only=True).test_client())
+
+    shown = [guarded.get(path) for path in ("/", "/login", "/failed?kind=x", "/nothing")]
+    shown.append(guarded.post("/login", data={"token": "wrong"}))
+    shown.append(guarded.get("/", headers={"Authorization": "Bearer wrong"}))
+    shown.append(guarded.get("/", headers={"X-Forwarded-Proto": "http"}))
+    shown.append(local.get("/", headers={"Host": "evil.example"}))
+    assert [answer.status_code for answer in shown] == [401, 200, 401, 401, 401, 401, 403, 421]
+    assert not [answer.text for answer in shown if name in answer.text]
+    guarded.post("/login", data={"token": TOKEN})
+    assert f"<title>Status · {name}</title>" in page(guarded, "/")
+    assert f"<bdi>{name}</bdi>" in page(guarded, "/nothing", 404)
+    assert f"<title>Status · {name}</title>" in page(local, "/")
+
+
+def test_an_error_keeps_its_headers(operator: FlaskClient) -> None:
+    """A method that an address does not know is answered with those that it knows."""
+    answer = operator.get("/retry/start")
+
+    assert (answer.status_code, set(answer.headers["Allow"].split(", "))) == (405, {"POST", "OPTIONS"})
+    assert answer.mimetype == "text/html"
+
+
+def test_pages_wait_for_their_turn_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While two calls of Redis hang, a third page is told so in time and changes nothing; afterwards all is well."""
+    monkeypatch.setattr(web, "_TURN_S", 0.2)
+    with running_valkey() as server, CancelClient.from_url(server.url, timeout_s=10) as client:
+        app = create_app(client, TOKEN)
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        with redis.Redis(port=server.port) as connection:
+            settle(connection, outcome("r1"))
+        with ThreadPoolExecutor(2) as pool, stopped(server):
+            hanging = [pool.submit(app.test_client().get, path, headers=headers) for path in ("/search?q=1", "/")]
+            pages = app.test_client()
+            eventually(lambda: pages.get("/", headers=headers).status_code == 503, 5, "no turn is free")
+            began = time.monotonic()
+            for answer in (
+                pages.get("/search?q=1", headers=headers),
+                pages.post("/retry/start", data={"id": "r1"}, headers=headers),
+            ):
+                assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
+                assert "Nothing was done; try again." in answer.text
+            assert time.monotonic() - began < 3
+            assert pages.get("/healthz").status_code == 200
+            assert server.process is not None
+            server.process.send_signal(signal.SIGCONT)
+            assert [done.result(20).status_code for done in hanging] == [200, 200]
+        assert client.failed_ids() == ["r1"]
+        assert pages.get("/failed?kind=refused", headers=headers).status_code == 200
+
+
+def test_a_heavy_reading_leaves_a_turn_for_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second search waits for the first one, while a light page does not."""
+    monkeypatch.setattr(web, "_TURN_S", 0.1)
+    turns = web._Turns()
+
+    with turns.taken(heavy=True):
+        with pytest.raises(ServiceUnavailable), turns.taken(heavy=True):
+            pytest.fail("two at a time")
+        with turns.taken(heavy=False), pytest.raises(ServiceUnavailable), turns.taken(heavy=False):
+            pytest.fail("three at a time")
+    with turns.taken(heavy=True), turns.taken(heavy=False):
+        pass
 
 
 # --- bad days -----------------------------------------------------------------------------------------------------

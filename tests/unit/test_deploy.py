@@ -174,15 +174,23 @@ def test_manifest_gives_settings_that_are_accepted() -> None:
     assert settings.rate_limit_scope == "dyno"
 
 
+def test_an_app_begins_at_the_demo_host() -> None:
+    """Whoever presses the button trades nothing real before they have chosen to, and is told how."""
+    asked = app()["env"]["BINANCE_BASE_URL"]
+
+    assert asked["value"] == "https://demo-fapi.binance.com"
+    assert "To go live, set https://fapi.binance.com and the keys of the real account." in asked["description"]
+
+
 def test_manifest_and_processes_agree() -> None:
-    """One worker and no page at the start, a Redis beside them, and scripts that are commands of the project."""
+    """One worker and no page at the start and a Redis beside them; what the release phase checks no script repeats."""
     manifest = app()
 
     assert {name: kind["quantity"] for name, kind in manifest["formation"].items()} == {"worker": 1, "web": 0}
     assert set(manifest["formation"]) == set(processes()) - {"release"}
     assert [addon["plan"].partition(":")[0] for addon in manifest["addons"]] == ["heroku-redis"]
     assert manifest["buildpacks"] == [{"url": "heroku/python"}]
-    assert manifest["scripts"]["postdeploy"] == "python -m worker check"
+    assert "scripts" not in manifest
     assert manifest["name"] == project()["name"]
 
 

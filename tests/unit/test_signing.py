@@ -393,7 +393,7 @@ def test_hmac_works_and_private_keys_name_the_extra_without_cryptography() -> No
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_CRYPTOGRAPHY], input=key, capture_output=True, text=True, timeout=60, check=True
     )
-    assert "algo-cancel-queue[signing]" in done.stdout
+    assert "`pip install -e '.[signing]'` in the checkout" in done.stdout
     assert not any(line in done.stdout + done.stderr for line in key_body(key))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -192,3 +193,42 @@ def test_an_old_view_says_how_old_it_is() -> None:
     assert lines[1] == "NOT OF NOW, 12 s old: Redis did not answer"
     assert len(lines) == 24
     assert any(line.startswith("gate all") for line in lines)
+
+
+def test_a_silent_worker_of_ours_is_not_live() -> None:
+    """Ten seconds without its beat end it; a stock worker lives as long as RQ keeps its record."""
+    ages = [(9.9, True), (10.1, False), (None, False)]
+    assert [replace(worker(1), heartbeat_age_s=age).live for age, _ in ages] == [live for _, live in ages]
+    stock = WorkerRow("stock", "elsewhere", None, "idle", 0, 0, 300.0)
+    assert (stock.live, stock.heartbeat) == (True, "300 s ago")
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_the_dead_are_told_and_dimmed(width: int, height: int) -> None:
+    """A worker that went silent is named so and dimmed, below the live; work without a live one is an alarm."""
+    seen = status(workers=3)
+    dead = replace(seen.workers[0], heartbeat_age_s=34.0)
+    some = replace(seen, workers=(dead, *seen.workers[1:]))
+    lines = drawn(some, width, height, colour=True)
+    (row,) = (line for line in lines if "silent for 34 s" in line)
+    assert row.startswith("\x1b[2m")
+    assert lines.index(row) > max(number for number, line in enumerate(lines) if "0 s ago" in line)
+    assert any("3 workers, 1 silent" in line for line in lines)
+    assert "No live worker" not in "".join(lines)
+    assert re.search(r"^workers +2 live, 1 silent$", "\n".join(some.lines()), re.M)
+
+    none = replace(seen, workers=(dead,))
+    assert "workers        No live worker, and work is waiting" in drawn(none, width, height)
+    assert re.search(r"^workers +0 live, 1 silent: NO LIVE WORKER, and work is waiting$", "\n".join(none.lines()), re.M)
+    idle = replace(none, queued=0, in_flight=0)
+    assert "No live worker" not in "".join(drawn(idle, width, height))
+
+
+def test_lost_leases_are_told_only_where_there_are_any() -> None:
+    """What is to be taken over is a figure of its own, in view and lines, while there is such a thing."""
+    seen = status()
+    assert "take" not in "\n".join([*drawn(seen, 120, 40), *seen.lines()])
+    lost = replace(seen, to_be_taken_over=1234)
+    assert "jobs           12 in flight, 1,234 to be taken over, 0 scheduled, 7 failed" in drawn(lost, 120, 40)
+    assert re.search(r"^to take over +1,234, their leases ran out$", "\n".join(lost.lines()), re.M)
+    assert (seen.as_dict()["to_be_taken_over"], lost.as_dict()["to_be_taken_over"]) == (0, 1234)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from producer import (
     AsyncCancelClient,
@@ -124,31 +128,167 @@ def test_runs(fake: FakeCancelClient) -> None:
     assert [outcome for _, outcome in fake.outcomes()] == kinds
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kind": OutcomeKind.CANCELLED, "order_status": "FINISHED"},
-        {"kind": OutcomeKind.CANCELLED, "actual_order_id": "1"},
-        {"kind": OutcomeKind.CANCELLED, "error": "none"},
-        {"kind": OutcomeKind.NOT_FOUND, "order_status": "NEW"},
-        {"kind": OutcomeKind.CANCELLED, "after_s": -1},
-        {"kind": OutcomeKind.CANCELLED, "after_s": float("nan")},
-        {"kind": OutcomeKind.CANCELLED, "runs": 0},
-        {"kind": "lost"},
-    ],
+DOUBLES = [FakeCancelClient, AsyncFakeCancelClient]
+SECONDS = "must be a number of seconds from 0 to 3153600000"
+COUNT = "must be a whole number, 1 or more, or left out"
+CLEAN = "characters without control characters or blanks around it"
+
+#: Kind, field, value, the rule that it breaks.
+UNRECORDED = [
+    ("cancelled", "order_status", "FINISHED", "with cancelled it is CANCELED"),
+    ("triggered", "order_status", 7, "with triggered it is TRIGGERED or FINISHED"),
+    ("not_found", "order_status", "NEW", "with not_found it is left out"),
+    ("cancelled", "actual_order_id", "1", "only a triggered order has one"),
+    ("triggered", "actual_order_id", 8886774, f"must be text of 1 to 40 {CLEAN}"),
+    ("triggered", "actual_order_id", "", f"must be text of 1 to 40 {CLEAN}"),
+    ("triggered", "actual_order_id", "8" * 41, f"must be text of 1 to 40 {CLEAN}"),
+    ("triggered", "actual_order_id", "0", "the exchange means by it that there is none"),
+    ("cancelled", "symbol", "S" * 500, "must be text of 1 to 32 characters without control characters"),
+    ("cancelled", "symbol", "", "must be text of 1 to 32 characters without control characters"),
+    ("cancelled", "symbol", "BTC\ud800", "must be text of 1 to 32 characters without control characters"),
+    ("cancelled", "symbol", 7, "must be text of 1 to 32 characters without control characters"),
+    ("cancelled", "error", "none", "cancelled is no failure"),
+    ("refused", "error", "e" * 4000, f"must be text of 1 to 400 {CLEAN}"),
+    ("refused", "error", "", f"must be text of 1 to 400 {CLEAN}"),
+    ("refused", "error", "two\nlines", f"must be text of 1 to 400 {CLEAN}"),
+    ("refused", "error", "half a \udc00", f"must be text of 1 to 400 {CLEAN}"),
+    ("refused", "error", ValueError("no"), f"must be text of 1 to 400 {CLEAN}"),
+]
+#: Field, value, the rule that it breaks: what only a script for runs to come has.
+UNPLAYED = [
+    ("after_s", -1, SECONDS),
+    ("after_s", math.nan, SECONDS),
+    ("after_s", math.inf, SECONDS),
+    ("after_s", 1e300, SECONDS),
+    ("after_s", "5", SECONDS),
+    ("after_s", True, SECONDS),
+    ("runs", 0, COUNT),
+    ("runs", 1.5, COUNT),
+    ("runs", math.inf, COUNT),
+    ("runs", "2", COUNT),
+    ("runs", True, COUNT),
+]
+#: Field, value, the rule that it breaks: what names an order.
+UNNAMED = [
+    ("account", "Desk 2!", "must match ^[a-z0-9][a-z0-9_-]{0,31}$"),
+    ("account", "", "must match ^[a-z0-9][a-z0-9_-]{0,31}$"),
+    ("account", 2, "must match ^[a-z0-9][a-z0-9_-]{0,31}$"),
+    ("algo_id", 0, "must be a whole number from 1 to 9223372036854775807"),
+    ("algo_id", "7", "must be a whole number from 1 to 9223372036854775807"),
+    ("client_algo_id", "a b", "must match ^[.A-Z:/a-z0-9_-]{1,36}$"),
+    ("client_algo_id", 7, "must match ^[.A-Z:/a-z0-9_-]{1,36}$"),
+]
+
+
+def check_refusal(call: Callable[..., object], name: str, value: object, rule: str, **others: Any) -> None:
+    """The call is refused by an error that names the field, the value and the rule."""
+    with pytest.raises(InvalidRequest) as caught:
+        call(**{name: value}, **others)
+    assert (caught.value.field, caught.value.value, caught.value.rule) == (name, value, rule)
+    assert str(caught.value).startswith(f"{name}=")
+    assert str(caught.value).endswith(rule)
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "rule"), UNRECORDED)
+def test_what_no_worker_records(fake: FakeCancelClient, kind: str, name: str, value: object, rule: str) -> None:
+    """A script that no worker's record could follow is refused when it is written, and what was said before holds."""
+    fake.will(kind=OutcomeKind.EXPIRED)
+    check_refusal(fake.will, name, value, rule, kind=OutcomeKind(kind))
+
+    assert fake.cancel(algo_id=7).wait(0).kind is OutcomeKind.EXPIRED
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "rule"), UNRECORDED)
+def test_what_nobody_can_settle(fake: FakeCancelClient, kind: str, name: str, value: object, rule: str) -> None:
+    """An outcome given by hand keeps the same rules, and one that breaks them leaves the request open."""
+    fake.hold()
+    ticket = fake.cancel(algo_id=7)
+    check_refusal(fake.settle, name, value, rule, ticket_or_id=ticket, kind=OutcomeKind(kind))
+
+    assert fake.outcome(ticket.id) is None
+    assert fake.settle(ticket).kind is OutcomeKind.CANCELLED
+
+
+@pytest.mark.parametrize("double", DOUBLES)
+@pytest.mark.parametrize(("name", "value", "rule"), UNPLAYED)
+def test_when_and_how_often_are_numbers(double: type[Any], name: str, value: object, rule: str) -> None:
+    """A script for no moment, or for no number of runs, is refused when it is written and not when it is played."""
+    check_refusal(double().will, name, value, rule, kind=OutcomeKind.CANCELLED)
+
+
+@pytest.mark.parametrize("value", ["lost", None, 7])
+def test_kinds_that_are_not(fake: FakeCancelClient, value: object) -> None:
+    """A kind that the contract does not have is refused, with those that it has."""
+    fake.hold()
+    ticket = fake.cancel(algo_id=7)
+    rule = f"must be one of {', '.join(OutcomeKind)}"
+    check_refusal(fake.will, "kind", value, rule)
+    check_refusal(fake.settle, "kind", value, rule, ticket_or_id=ticket)
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), UNNAMED)
+def test_scripts_check_ids(fake: FakeCancelClient, name: str, value: object, rule: str) -> None:
+    """A script for an order or an account that cannot exist would never be played."""
+    check_refusal(fake.will, name, value, rule, kind=OutcomeKind.EXPIRED)
+    check_refusal(fake.hold, name, value, rule)
+    if name == "account":
+        check_refusal(fake.hold, name, value, rule, algo_id=7)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, math.inf, "1", True])
+def test_outages_last_for_whole_calls(fake: FakeCancelClient, value: object) -> None:
+    """An outage of no number of calls is refused, and there is none."""
+    check_refusal(fake.unavailable, "calls", value, COUNT)
+
+    assert fake.status().queued == 0
+
+
+ANY_TEXT = st.text(max_size=50) | st.text(st.sampled_from("aZ9 \n\x00\ud800"), max_size=420)
+ANY_NUMBER = st.integers() | st.floats() | st.booleans()
+
+
+@settings(deadline=None)
+@given(
+    options=st.fixed_dictionaries(
+        {"kind": st.sampled_from(OutcomeKind)},
+        optional={
+            "account": st.just("default") | ANY_TEXT,
+            "order_status": st.sampled_from(["NEW", "TRIGGERING", "FINISHED", "CANCELED"]) | ANY_TEXT,
+            "actual_order_id": ANY_TEXT | ANY_NUMBER,
+            "symbol": ANY_TEXT | ANY_NUMBER,
+            "error": ANY_TEXT | ANY_NUMBER,
+            "after_s": ANY_NUMBER,
+            "runs": ANY_NUMBER,
+        },
+    )
 )
-def test_what_no_worker_records(fake: FakeCancelClient, options: dict[str, Any]) -> None:
-    """A script that contradicts itself is refused when it is written."""
-    with pytest.raises(ValueError, match=r"order_status|actual_order_id|error|after_s|runs|lost"):
+def test_what_is_accepted_can_be_read_back(options: dict[str, Any]) -> None:
+    """Whatever a script says, either it is refused or a client can read the record that comes of it."""
+    fake = FakeCancelClient()
+    try:
         fake.will(**options)
+    except InvalidRequest:
+        return
+    ticket = fake.cancel(client_algo_id="stop-1", tag="grid-7")
+    outcome = ticket.wait()
+
+    assert decode_outcome(outcome.encode()) == outcome
+    assert outcome.kind is options["kind"]
+    for name in ("symbol", "error", "actual_order_id", "order_status"):
+        assert name not in options or getattr(outcome, name) == options[name]
 
 
-def test_scripts_check_ids(fake: FakeCancelClient) -> None:
-    """A script for an order that cannot exist would never be played."""
-    with pytest.raises(InvalidRequest, match="algo_id"):
-        fake.will(kind=OutcomeKind.EXPIRED, algo_id=0)
-    with pytest.raises(InvalidRequest, match="client_algo_id"):
-        fake.hold(client_algo_id="a b")
+def test_the_longest_that_is_accepted(fake: FakeCancelClient) -> None:
+    """Values at their bounds are taken, and come back as they are."""
+    long: dict[str, Any] = {"symbol": "S" * 32, "after_s": 100 * 365 * 86_400, "runs": 1}
+    fake.will(kind=OutcomeKind.TRIGGERED, actual_order_id="8" * 40, account="a" * 32, **long)
+    fake.will(kind=OutcomeKind.REFUSED, error="e" * 400, **long)
+    refused = fake.cancel(algo_id=7).wait()
+    triggered = fake.cancel(algo_id=7, account="a" * 32).wait()
+
+    assert (refused.error, refused.symbol) == ("e" * 400, "S" * 32)
+    assert (triggered.actual_order_id, triggered.symbol) == ("8" * 40, "S" * 32)
+    assert all(decode_outcome(outcome.encode()) == outcome for outcome in (refused, triggered))
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -175,10 +315,23 @@ def test_time_is_its_own(fake: FakeCancelClient) -> None:
 
 
 def test_time_does_not_run_backwards(fake: FakeCancelClient) -> None:
-    """Neither by a negative step nor by one that is no number."""
-    for seconds in (-1, float("nan")):
-        with pytest.raises(ValueError, match="backwards"):
-            fake.advance(seconds)
+    """Neither by a negative step nor by one that is no number, and it never comes to its end."""
+    for seconds in (-1, math.nan, math.inf, 1e300, "5"):
+        check_refusal(fake.advance, "seconds", seconds, SECONDS)
+
+
+def test_patience_without_end(fake: FakeCancelClient) -> None:
+    """A wait of any length gives what is due, and leaves a time that a record can hold."""
+    fake.will(kind=OutcomeKind.EXPIRED, after_s=60)
+    assert fake.cancel(algo_id=7).wait(math.inf).kind is OutcomeKind.EXPIRED
+    assert fake.cancel(algo_id=7).wait(1e300).kind is OutcomeKind.EXPIRED
+    fake.hold(algo_id=8)
+    ticket = fake.cancel(algo_id=8)
+    with pytest.raises(WaitTimeout):
+        ticket.wait(1e300)
+    outcome = fake.settle(ticket)
+
+    assert decode_outcome(outcome.encode()) == outcome
 
 
 def test_outcomes_come_in_the_order_of_time(fake: FakeCancelClient) -> None:

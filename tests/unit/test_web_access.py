@@ -11,6 +11,7 @@ from werkzeug.test import EnvironBuilder
 
 from producer.web import access
 from producer.web.access import Access, TooManyLogins, UnsafeStart, check_start, own_path
+from tests.servers import eventually
 
 TOKEN = "a-token-of-the-tests"
 
@@ -28,6 +29,8 @@ def request(**headers: str) -> Request:
         ("10.0.0.7", None, False, "--host 127.0.0.1"),
         ("example.com", None, False, "example.com"),
         ("127.0.0.1", "fifteen-letters", False, "16 characters"),
+        ("127.0.0.1", "a" * 40, False, "8 different characters"),
+        ("0.0.0.0", "1234567" * 6, False, "8 different characters"),
         ("127.0.0.1", TOKEN, True, "leave one of them out"),
     ],
 )
@@ -86,20 +89,25 @@ def test_the_right_token_is_let_in_at_once_and_a_wrong_one_waits() -> None:
             assert not door.accepts(odd)
 
 
-def test_guessing_in_parallel_is_no_faster() -> None:
-    """While a few wrong ones wait no further one is looked at."""
+def test_whoever_guesses_keeps_nobody_out() -> None:
+    """Beyond a few wrong ones that wait the next are turned away, while the right token is let in at once."""
     door = Access(TOKEN)
 
     def guess(number: int) -> str:
         try:
             return str(door.accepts(f"wrong-{number}"))
         except TooManyLogins:
-            return "not looked at"
+            return "turned away"
 
     with ThreadPoolExecutor(20) as pool:
-        told = list(pool.map(guess, range(20)))
-    assert (told.count("False"), told.count("not looked at")) == (4, 16)
-    assert door.accepts(TOKEN)
+        told = pool.map(guess, range(20))
+        eventually(lambda: door._waiting == 4, 5, "as many wait as may")
+        began = time.monotonic()
+        assert door.accepts(TOKEN)
+        assert time.monotonic() - began < access.PENALTY_S / 2
+        assert door._waiting == 4
+        answers = list(told)
+    assert (answers.count("False"), answers.count("turned away")) == (4, 16)
 
 
 def test_without_a_token_nobody_is_let_in() -> None:
@@ -144,3 +152,22 @@ def test_a_note_is_ours_or_not_shown() -> None:
 def test_a_strangers_name_is_told_from_our_own(host: str, local: bool) -> None:
     """A site that lets its own name lead to loopback is not served."""
     assert access.named_locally(request(Host=host)) is local
+
+
+@pytest.mark.parametrize(
+    ("proto", "in_clear"),
+    [(None, False), ("https", False), ("HTTPS, http", False), ("http", True), ("http, https", True), ("", True)],
+)
+def test_what_a_proxy_took_without_tls_is_told(proto: str | None, in_clear: bool) -> None:
+    """The first word of X-Forwarded-Proto is what the browser spoke; without the header there is no proxy to ask."""
+    headers = {} if proto is None else {"X-Forwarded-Proto": proto}
+    assert access.forwarded_in_clear(request(**headers)) is in_clear
+
+
+@pytest.mark.parametrize(
+    "name", ["X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded", "X-Real-IP", "Via"]
+)
+def test_what_a_proxy_passed_on_is_known_by_its_headers(name: str) -> None:
+    """Each header that proxies add tells of one; an ordinary request of a browser has none of them."""
+    assert access.forwarded(request(**{name: "127.0.0.1"}))
+    assert not access.forwarded(request(Host="localhost", Accept="text/html"))
