@@ -16,19 +16,26 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Least coverage of lines and branches together, percent: the decisions in full, every other file nearly.
 FULL = ("producer/message.py", "worker/verdict.py")
 FLOOR = 90.0
-#: Files of tests/integration that reach no line which the others do not: they run without coverage, which doubles what
-#: a test costs.
+#: Files that reach no line which the others do not: they run without coverage, which doubles what a test costs.
 UNMEASURED = (
-    *("test_canary.py", "test_hostile_jobs.py", "test_web_browser.py", "test_tls_redis.py", "test_connections.py"),
-    *("test_bench.py", "test_testing_contract.py"),
+    *("integration/test_canary.py", "integration/test_hostile_jobs.py", "integration/test_web_browser.py"),
+    *("integration/test_tls_redis.py", "integration/test_connections.py", "integration/test_bench.py"),
+    *("integration/test_testing_contract.py", "integration/test_sandbox_server.py", "unit/test_fuzz.py"),
 )
-_PARALLEL = ("-n", "3", "--dist", "loadfile")
-_BESIDE = tuple(f"tests/integration/{name}" for name in UNMEASURED)
-#: How the whole suite is run: what is measured, and the rest, three files at a time, as most of their time is waiting;
-#: then the faults by themselves: they play several scenes at a time of their own accord, and measure how soon somebody
-#: notices.
-MEASURED = (*_PARALLEL, *(f"--ignore={path}" for path in _BESIDE), "tests/unit", "tests/integration")
-ROUNDS = (MEASURED, (*_PARALLEL, *_BESIDE), ("tests/fault",))
+_BESIDE = tuple(f"tests/{name}" for name in UNMEASURED)
+#: How the whole suite is run: what is measured, and the rest, four files or tests at a time, as most of their time is
+#: waiting; then the faults by themselves: they play several scenes at a time of their own accord, and measure how soon
+#: somebody notices.
+MEASURED = (
+    "-n",
+    "4",
+    "--dist",
+    "loadfile",
+    *(f"--ignore={path}" for path in _BESIDE),
+    "tests/unit",
+    "tests/integration",
+)
+ROUNDS = (MEASURED, ("-n", "4", "--dist", "load", *_BESIDE), ("tests/fault",))
 #: What the tests of the page drive; `.ci/run` installs it.
 BROWSER = ("chromium", "chromedriver")
 NO_BROWSER = "LEFT OUT: the page in a real browser. For these tests: apt-get install chromium chromium-driver"
