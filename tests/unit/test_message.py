@@ -47,11 +47,13 @@ from producer.message import (
     MessageError,
     Outcome,
     OutcomeKind,
+    Pin,
     check_queue_name,
     clean_text,
     decode_attempts,
     decode_call,
     decode_outcome,
+    decode_pin,
     decode_request,
     encode_attempts,
     encode_call,
@@ -839,3 +841,24 @@ def test_a_refused_request_can_be_handed_to_another_process() -> None:
     copy = pickle.loads(pickle.dumps(caught.value))
 
     assert (copy.field, copy.value, copy.rule) == (caught.value.field, caught.value.value, caught.value.rule)
+
+
+@pytest.mark.parametrize("pin", [Pin(7), Pin(2**63 - 1, "BTCUSDT")])
+def test_a_pin_is_read_back(pin: Pin) -> None:
+    """What a request by client id was found to mean survives from one attempt to the next."""
+    assert decode_pin(pin.encode()) == decode_pin(pin.encode().encode()) == pin
+    assert decode_pin(b"") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("7", "[7]", "{}", '{"algo_id":7}', '{"algo_id":null,"symbol":null}', '{"algo_id":7,"symbol":null,"x":1}'),
+        *('{"algo_id":0,"symbol":null}', '{"algo_id":true,"symbol":null}', '{"algo_id":"7","symbol":null}'),
+        *('{"algo_id":7,"symbol":7}', '{"algo_id":7,"symbol":"\\u0000"}', "garbage"),
+    ],
+)
+def test_what_is_no_pin_is_said_so(text: str) -> None:
+    """A pin that somebody damaged is never taken for an order."""
+    with pytest.raises(MessageError):
+        decode_pin(text)
