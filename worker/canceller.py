@@ -1,7 +1,8 @@
 """One job, from its payload to its settlement: decode, decide, send, decide again.
 
-:class:`Canceller` is the seam between the queue and the domain. Our own worker runs it on many threads
-(:mod:`worker.crew`), a stock `rq worker` one step at a time (:mod:`worker.task`).
+:class:`Canceller` is the seam between the queue and the domain. A job's pursuit is a generator that says what it wants
+done and goes on with what came of it: a call, or something else that has to wait. So our own worker pursues many jobs
+in one thread (:mod:`worker.crew`), a stock `rq worker` one step at a time (:mod:`worker.task`), by the same code.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
 
 from producer.message import (
     WORKER_LOST,
@@ -53,6 +55,8 @@ from worker.verdict import (
     next_step,
 )
 
+T = TypeVar("T")
+
 
 class Hold(Protocol):
     """What a job's holder knows while it is being worked on."""
@@ -60,8 +64,22 @@ class Hold(Protocol):
     def lost(self) -> bool:
         """Whether somebody else has the job by now: then nothing more may be sent for it."""
 
-    def sent(self) -> None:
-        """A request's bytes are on the wire; the holder's thread will wait for the answer now."""
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A signed call that is to be made. Its answer is to be sent into the pursuit, or None if nothing was sent because
+    the job was lost or the gate closed while a connection was opened."""
+
+    call: Call
+    credential: Credential
+    ref: OrderRef
+
+
+#: What a pursuit wants done: a call, or something that may wait for Redis or for the exchange's clock, whose result is
+#: to be sent into the pursuit.
+Wish = Ask | Callable[[], object]
+#: Gives wishes, takes what came of them, ends with the job's settlement.
+Pursuit = Generator[Wish, Any, Settlement]
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -77,7 +95,7 @@ def policy_of(settings: Settings) -> Policy:
 
 
 @dataclass(slots=True)
-class _Pursuit:
+class _Matter:
     """One request while it is being worked on."""
 
     grant: Grant
@@ -89,7 +107,7 @@ class _Pursuit:
     pinned: bool
     began_ns: int = 0  # the last attempt, monotonic
 
-    def case(self) -> Case:
+    def facts(self) -> Case:
         return Case(
             self.algo_id is None, self.grant.meant_at_ms or self.grant.enqueued_at_ms, self.grant.deadline_at_ms
         )
@@ -131,42 +149,55 @@ class Canceller:
         self._now_ms = now_ms
         self._worker = worker
         self._keys = keys
-        self._counting = threading.Lock()
-        self._calling = 0
+        self._calling = 0  # requests under way: a pursuit is in one thread's hand
         self._resyncing = threading.Lock()
         self._resynced_ns = 0
 
     def work(self, grant: Grant, hold: Hold, request: CancelRequest | None = None) -> Settlement:
-        """Carry a job as far as it goes without waiting.
+        """Pursue a job in this thread, waiting for each thing that has to be waited for. See :meth:`pursue`."""
+        pursuit = self.pursue(grant, hold, request)
+        came: object = None
+        while True:
+            try:
+                wish = pursuit.send(came)
+            except StopIteration as ended:
+                return cast(Settlement, ended.value)
+            if not isinstance(wish, Ask):
+                came = wish()
+            elif wish.call is Call.CANCEL:
+                came = self._exchange.cancel(wish.credential, wish.ref)
+            else:
+                came = self._exchange.query(wish.credential, wish.ref)
+
+    def pursue(self, grant: Grant, hold: Hold, request: CancelRequest | None = None) -> Pursuit:
+        """Carry a job as far as it goes without a delay.
 
         ``request`` spares the decoding where RQ has done it.
         """
         try:
-            pursuit = self._take_up(grant, request)
+            case = self._take_up(grant, request)
         except MessageError as error:
             return self._refuse(grant, _if_legible(grant, request), f"not a job of this queue: {error}")
-        if pursuit is None:
+        if case is None:
             request = request or decode_call(grant.data or b"")
             return self._refuse(grant, request, f"account {request.account!r} has no key in this worker")
-        if pursuit.history and pursuit.history[-1].msg == WORKER_LOST:
-            lost = pursuit.history[-1]
+        if case.history and case.history[-1].msg == WORKER_LOST:
+            lost = case.history[-1]
             log.warning("recovered", id=grant.id, n=lost.n, began_at_ms=lost.at_ms, **{"count#cancel.recovered": 1})
-        step = first_step(pursuit.case(), pursuit.history, self._policy, self._now_ms())
+        step = first_step(case.facts(), case.history, self._policy, self._now_ms())
         while isinstance(step, Again) and step.delay_ms == 0:
-            if (held_ms := self._held_back_ms(pursuit, step)) > 0:
-                return self._again(pursuit, held_ms)
+            if (held_ms := (yield from self._held_back_ms(case, step))) > 0:
+                return self._again(case, held_ms)
             # Nothing may be sent: the job goes back as it is. If somebody else has it by now, the fence sees to it.
             if hold.lost() or self._gate.closed(self._now_ms()):
-                return Settlement(grant, attempts=tuple(pursuit.history), pin=pursuit.pin())
-            step = self._attempt(pursuit, step, hold)
+                return Settlement(grant, attempts=tuple(case.history), pin=case.pin())
+            step = yield from self._attempt(case, step)
         if isinstance(step, Again):
-            log.info("again", id=grant.id, call=step.call, delay_ms=step.delay_ms, attempts=len(pursuit.history))
-            return self._again(pursuit, step.delay_ms)
-        return Settlement(
-            grant, outcome=self._outcome(pursuit, self._with_key_reason(pursuit, step)), pin=pursuit.pin()
-        )
+            log.info("again", id=grant.id, call=step.call, delay_ms=step.delay_ms, attempts=len(case.history))
+            return self._again(case, step.delay_ms)
+        return Settlement(grant, outcome=self._outcome(case, self._with_key_reason(case, step)), pin=case.pin())
 
-    def _take_up(self, grant: Grant, request: CancelRequest | None) -> _Pursuit | None:
+    def _take_up(self, grant: Grant, request: CancelRequest | None) -> _Matter | None:
         if request is None:
             if grant.data is None:
                 raise MessageError("its payload is larger than any request")
@@ -180,56 +211,57 @@ class Canceller:
         pin = decode_pin(grant.pin)
         algo_id = pin.algo_id if pin and request.algo_id is None else request.algo_id
         symbol = pin.symbol if pin and request.symbol is None else request.symbol
-        return _Pursuit(grant, request, credential, history, algo_id, symbol, pin is not None)
+        return _Matter(grant, request, credential, history, algo_id, symbol, pin is not None)
 
     @staticmethod
-    def _again(pursuit: _Pursuit, delay_ms: int) -> Settlement:
-        return Settlement(pursuit.grant, attempts=tuple(pursuit.history), pin=pursuit.pin(), delay_ms=delay_ms)
+    def _again(case: _Matter, delay_ms: int) -> Settlement:
+        return Settlement(case.grant, attempts=tuple(case.history), pin=case.pin(), delay_ms=delay_ms)
 
-    def _held_back_ms(self, pursuit: _Pursuit, step: Again) -> int:
+    def _held_back_ms(self, case: _Matter, step: Again) -> Generator[Wish, Any, int]:
         """How long the request has to wait for its key or for the budget, ms; it is no attempt. 0: it may go."""
-        now_ms = self._now_ms()
+        now_ms, account = self._now_ms(), case.request.account
         wait_ms = 0
         if not self._gate.allows(step.call, self._exchange.last_used_weight()):
             wait_ms = ms_to_next_minute(self._clock.now_ms())
-        elif (until_ms := self._keys.wait_until_ms(pursuit.request.account, pursuit.grant.id)) > 0:
-            wait_ms = max(until_ms - now_ms, 1)
+        elif self._keys.reason(account) is not None:
+            until_ms = yield from _wait_for(partial(self._keys.wait_until_ms, account, case.grant.id))
+            wait_ms = max(until_ms - now_ms, 1) if until_ms > 0 else 0
         # At its deadline at the latest it is looked at again, to be ended.
-        return min(wait_ms, max(pursuit.grant.deadline_at_ms - now_ms, 1))
+        return min(wait_ms, max(case.grant.deadline_at_ms - now_ms, 1))
 
-    def _with_key_reason(self, pursuit: _Pursuit, stop: Stop) -> Stop:
+    def _with_key_reason(self, case: _Matter, stop: Stop) -> Stop:
         """A request that its key kept waiting until the deadline was refused, for that reason."""
-        reason = self._keys.reason(pursuit.request.account)
+        reason = self._keys.reason(case.request.account)
         if reason is None or stop.kind not in (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP):
             return stop
         return replace(
             stop, kind=OutcomeKind.REFUSED, error=f"held back until the deadline: the key is refused: {reason}"
         )
 
-    def _attempt(self, pursuit: _Pursuit, step: Again, hold: Hold) -> Stop | Again:
+    def _attempt(self, case: _Matter, step: Again) -> Generator[Wish, Any, Stop | Again]:
         """Make one signed call, note it, and decide what follows."""
         if step.resync:
-            self._resync(pursuit.began_ns)
+            yield from _wait_for(partial(self._resync, case.began_ns))
         at_ms = self._now_ms()
-        pursuit.began_ns = time.monotonic_ns()
-        case = pursuit.case()
-        with self._counting:
-            self._calling += 1
+        case.began_ns = time.monotonic_ns()
+        facts = case.facts()
+        self._calling += 1
         try:
-            answer = self._call(pursuit, step.call, hold)
+            answer: Reply | Failure | None = yield Ask(step.call, case.credential, case.ref())
         finally:
-            with self._counting:
-                self._calling -= 1
-        took_ms = (time.monotonic_ns() - pursuit.began_ns) // 1_000_000
-        verdict = classify(step.call, pursuit.ref(), answer)
-        n = len(pursuit.history) + 1
-        pursuit.history.append(
+            self._calling -= 1
+        if answer is None:
+            return replace(step, resync=False)
+        took_ms = (time.monotonic_ns() - case.began_ns) // 1_000_000
+        verdict = classify(step.call, case.ref(), answer)
+        n = len(case.history) + 1
+        case.history.append(
             Attempt(n, at_ms, step.call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
         )
         if verdict.means is not Means.CONFIRMED:
             log.info(
                 "attempt",
-                id=pursuit.grant.id,
+                id=case.grant.id,
                 n=n,
                 call=step.call,
                 verdict=verdict.means,
@@ -239,19 +271,23 @@ class Canceller:
                 ms=took_ms,
             )
         now_ms = self._now_ms()
-        self._note(pursuit, verdict, now_ms)
-        decision = next_step(case, pursuit.history, verdict, self._policy, now_ms, random.random())
+        yield from self._note(case.request.account, verdict, now_ms)
+        decision = next_step(facts, case.history, verdict, self._policy, now_ms, random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
-            pursuit.learn(verdict)  # an order that is left alone is not the one that was meant
+            case.learn(verdict)  # an order that is left alone is not the one that was meant
         return decision
 
-    def _note(self, pursuit: _Pursuit, verdict: Verdict, now_ms: int) -> None:
+    def _note(self, account: str, verdict: Verdict, now_ms: int) -> Generator[Wish, Any, None]:
         """What an answer says about the address and the key, beside the order."""
         if verdict.means in GATED:
-            self._gate.close_for(verdict, self._policy, now_ms)
+            is_news = self._gate.close_for(verdict, self._policy, now_ms)
         else:
-            self._gate.spend(self._exchange.last_used_weight(), self._calling, self._clock.now_ms(), now_ms)
-        self._keys.tell(pursuit.request.account, verdict)
+            used = self._exchange.last_used_weight()
+            is_news = self._gate.spend(used, self._calling, self._clock.now_ms(), now_ms)
+        if is_news:
+            yield partial(self._gate.share, now_ms)
+        if self._keys.concerns(account, verdict):
+            yield partial(self._keys.tell, account, verdict)
 
     def _resync(self, since_ns: int) -> None:
         """Measure the exchange's clock anew, once for all requests that were refused by the same old one."""
@@ -261,26 +297,21 @@ class Canceller:
                 self._exchange.sync_time()
                 self._resynced_ns = time.monotonic_ns()
 
-    def _call(self, pursuit: _Pursuit, call: Call, hold: Hold) -> Reply | Failure:
-        if call is Call.CANCEL:
-            return self._exchange.cancel(pursuit.credential, pursuit.ref(), on_sent=hold.sent)
-        return self._exchange.query(pursuit.credential, pursuit.ref(), on_sent=hold.sent)
-
-    def _outcome(self, pursuit: _Pursuit, stop: Stop) -> Outcome:
-        request, grant = pursuit.request, pursuit.grant
+    def _outcome(self, case: _Matter, stop: Stop) -> Outcome:
+        request, grant = case.request, case.grant
         return Outcome(
             id=grant.id,
             run=grant.run,
             kind=stop.kind,
             account=request.account,
-            algo_id=pursuit.algo_id,
+            algo_id=case.algo_id,
             client_algo_id=request.client_algo_id,
-            symbol=pursuit.symbol,
+            symbol=case.symbol,
             tag=request.tag,
             may_be_live=may_be_live(stop.kind, stop.order_status),
             order_status=stop.order_status,
             actual_order_id=stop.actual_order_id,
-            attempts=tuple(pursuit.history),
+            attempts=tuple(case.history),
             enqueued_at_ms=grant.enqueued_at_ms,
             finished_at_ms=self._now_ms(),
             worker=self._worker,
@@ -310,6 +341,11 @@ class Canceller:
             **known,
         )
         return Settlement(grant, outcome=outcome)
+
+
+def _wait_for(work: Callable[[], T]) -> Generator[Wish, Any, T]:
+    came: T = yield work
+    return came
 
 
 def _if_legible(grant: Grant, request: CancelRequest | None) -> CancelRequest | None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import logging
 import re
 import socket
 import ssl
@@ -37,12 +36,13 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from producer.message import Call
 from worker.clock import ServerClock
 from worker.http1 import ResponseReader
 from worker.signing import Credential, check_api_key, signed_query
 from worker.verdict import Failure, OrderRef, Reply
 
-__all__ = ["Exchange", "UsedWeight"]
+__all__ = ["Exchange", "Pending", "UsedWeight"]
 
 #: Most bytes of a body that are read. Answers to orders have a few hundred; the exchange's list of symbols has more,
 #: but what is wanted of it stands at its beginning.
@@ -57,6 +57,10 @@ READ_SIZE = 16 * 1024
 #: A time-out this close to the right one is left as it is, seconds: setting one is a system call.
 TIMEOUT_TOLERANCE_S = 0.002
 
+#: What a socket that must not wait says instead; of TLS, a record can be incomplete.
+_NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+_METHODS = {Call.CANCEL: "DELETE", Call.QUERY: "GET"}
 _ORDER_PATH = "/fapi/v1/algoOrder"
 _TIME_PATH = "/fapi/v1/time"
 _INFO_PATH = "/fapi/v1/exchangeInfo"
@@ -68,8 +72,6 @@ _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
 _RATE_LIMITS = re.compile(rb'"rateLimits"\s*:\s*')
 #: Statuses that concern every request of this address.
 _GATE_STATUSES = frozenset({403, 418, 429})
-
-_log = logging.getLogger(__name__)
 
 Answer = Reply | Failure
 
@@ -85,7 +87,6 @@ class _Attempt:
         total_s: float,
         connect_s: float,
         request: Callable[[], bytes],
-        on_sent: Callable[[], None] | None = None,
     ) -> None:
         now_s = time.monotonic()
         self.deadline_s = now_s + total_s
@@ -93,7 +94,6 @@ class _Attempt:
         self._connected_by_s = now_s + total_s / 2
         self._connect_s = connect_s
         self._connecting = True
-        self._on_sent = on_sent
         self._request = request
         self.phase = "could not connect"
         self.seen = False
@@ -113,7 +113,7 @@ class _Attempt:
         return min(left_s, self._connect_s) if self._connecting else left_s
 
     def send(self, connection: HTTPConnection) -> None:
-        """Sign and write the request, now that there is a connection, and tell the caller.
+        """Sign and write the request, now that there is a connection.
 
         Raises:
             OSError: it could not be written, or no time is left for it.
@@ -124,12 +124,6 @@ class _Attempt:
         self.time_left_s()
         self._write(connection.sock)
         self.phase = "no answer"
-        if self._on_sent is None:
-            return
-        try:
-            self._on_sent()
-        except Exception as error:  # noqa: BLE001 - the request is out: its answer matters more than the caller's hook
-            _log.warning("on_sent_failed error=%s", type(error).__name__)
 
     def _write(self, sock: socket.socket) -> None:
         # In a frame of its own, so that no signature is among the variables that a later error's traceback shows.
@@ -460,16 +454,17 @@ class Exchange:
         self._refusal: Reply | None = None
         self.used_weight: UsedWeight | None = None
 
-    def cancel(self, credential: Credential, ref: OrderRef, on_sent: Callable[[], None] | None = None) -> Answer:
-        """``DELETE /fapi/v1/algoOrder`` for ``ref``, by its algo id if there is one (exchange.md 1.2; weight 1).
+    def cancel(self, credential: Credential, ref: OrderRef) -> Answer:
+        """``DELETE /fapi/v1/algoOrder`` for ``ref``, by its algo id if there is one (exchange.md 1.2; weight 1)."""
+        return self._ask(self._signed(Call.CANCEL, credential, ref))
 
-        ``on_sent`` is called in this thread when the request is written and before its answer is awaited.
-        """
-        return self._signed("DELETE", credential, ref, on_sent)
-
-    def query(self, credential: Credential, ref: OrderRef, on_sent: Callable[[], None] | None = None) -> Answer:
+    def query(self, credential: Credential, ref: OrderRef) -> Answer:
         """``GET /fapi/v1/algoOrder`` for ``ref``, by its algo id if there is one (exchange.md 1.2; weight 1)."""
-        return self._signed("GET", credential, ref, on_sent)
+        return self._ask(self._signed(Call.QUERY, credential, ref))
+
+    def prepare(self, call: Call, credential: Credential, ref: OrderRef) -> Pending:
+        """The same for an event loop: a call that is made in steps, none of which waits. Its time begins now."""
+        return Pending(self, self._signed(call, credential, ref))
 
     def sync_time(self, samples: int = 3) -> bool:
         """Ask for the exchange's time ``samples`` times, one after the other; whether the clock learned anything.
@@ -518,13 +513,15 @@ class Exchange:
 
     # -- calls
 
-    def _signed(self, method: str, credential: Credential, ref: OrderRef, on_sent: Callable[[], None] | None) -> Answer:
+    def _signed(self, call: Call, credential: Credential, ref: OrderRef) -> _Attempt:
         def request() -> bytes:
-            target, rest = self._head(method, _ORDER_PATH, credential.api_key)
+            target, rest = self._head(_METHODS[call], _ORDER_PATH, credential.api_key)
             query = signed_query(_id_of(ref), credential, self._clock.now_ms(), self._recv_window_ms)
             return f"{target}?{query}{rest}".encode("ascii")
 
-        attempt = _Attempt(self._total_s, self._connect_s, request, on_sent)
+        return _Attempt(self._total_s, self._connect_s, request)
+
+    def _ask(self, attempt: _Attempt) -> Answer:
         return self._open(attempt) or self._read(attempt)
 
     def _unsigned(self, path: str) -> Answer:
@@ -565,26 +562,33 @@ class Exchange:
         """Send the request and read the answer's head, with what came along with it; None if that went well."""
         outer_error = sys.exception()
         outer_attempt = _current.swap(attempt)
-        opened = False
         try:
-            connection = attempt.connection = self._adapter.take()
-            if connection.is_closed:
-                self._adapter.connect(connection)
+            self._take(attempt)
+            self._connect(attempt)
+            connection = cast(HTTPConnection, attempt.connection)
             attempt.send(connection)
             while not attempt.answer.status:
                 attempt.answer.feed(connection.sock.recv(READ_SIZE))
-            opened = True
         except Exception as error:  # noqa: BLE001 - whatever it was, a cancel in doubt must be recorded as one
-            return attempt.failure(error, outer_error)
+            return self._failed(attempt, error, outer_error)
+        except BaseException:
+            self._count(attempt)
+            attempt.close_connection()
+            raise
         finally:
             _current.swap(outer_attempt)
-            if not opened:
-                attempt.close_connection()
-            if attempt.seen:
-                with self._lock:
-                    self._sent += 1
-        self._note_weight(attempt, attempt.answer.headers.get("x-mbx-used-weight-1m"))
         return None
+
+    def _take(self, attempt: _Attempt) -> bool:
+        """Borrow a connection; whether it stands already."""
+        if attempt.connection is None:
+            attempt.connection = self._adapter.take()
+        return not attempt.connection.is_closed
+
+    def _connect(self, attempt: _Attempt) -> None:
+        connection = cast(HTTPConnection, attempt.connection)
+        if connection.is_closed:
+            self._adapter.connect(connection)
 
     def _read(self, attempt: _Attempt) -> Reply:
         """Read the rest of the body. One that breaks off is marked: status and Retry-After count all the same."""
@@ -597,10 +601,30 @@ class Exchange:
             pass
         finally:
             _current.swap(outer_attempt)
-            if answer.reusable:
-                self._adapter.give_back(connection)
-            else:
-                attempt.close_connection()
+            self._give_back(attempt)
+        return self._replied(attempt)
+
+    def _give_back(self, attempt: _Attempt) -> None:
+        """Part with the attempt's connection, which serves the next one if nothing of this one can still come."""
+        if attempt.connection is not None and (not attempt.seen or attempt.answer.reusable):
+            self._adapter.give_back(attempt.connection)
+        else:
+            attempt.close_connection()
+
+    def _count(self, attempt: _Attempt) -> None:
+        if attempt.seen:
+            with self._lock:
+                self._sent += 1
+
+    def _failed(self, attempt: _Attempt, error: Exception, outer: BaseException | None) -> Failure:
+        self._count(attempt)
+        attempt.close_connection()
+        return attempt.failure(error, outer)
+
+    def _replied(self, attempt: _Attempt) -> Reply:
+        answer = attempt.answer
+        self._count(attempt)
+        self._note_weight(attempt, answer.headers.get("x-mbx-used-weight-1m"))
         return Reply(
             http=answer.status,
             body=answer.body,
@@ -643,6 +667,80 @@ class Exchange:
         except (ValueError, TypeError, OverflowError):
             return None
         return min(max(asked_ms, 0), MAX_RETRY_AFTER_MS)
+
+
+class Pending:
+    """One signed call of an event loop (:meth:`Exchange.prepare`).
+
+    First :meth:`begin`; if no connection stood, :meth:`connect` in a thread that may wait and :meth:`begin` again;
+    then :meth:`receive` whenever :attr:`sock` has something to read, or :meth:`expire` when :attr:`deadline_s` has
+    come. Each gives the call's answer as soon as there is one, and :meth:`drop` ends a call that has not begun. As with
+    :class:`Exchange`, nothing raises.
+    """
+
+    __slots__ = ("_attempt", "_exchange", "deadline_s", "sent")
+
+    def __init__(self, exchange: Exchange, attempt: _Attempt) -> None:
+        self._exchange = exchange
+        self._attempt = attempt
+        self.deadline_s = attempt.deadline_s  # monotonic
+        self.sent = False  # once true, `sock` is to be watched
+
+    @property
+    def sock(self) -> socket.socket:
+        """The connection's socket, as long as there was no answer."""
+        return cast(HTTPConnection, self._attempt.connection).sock
+
+    def begin(self) -> Failure | None:
+        """Send the request if a connection stands."""
+        attempt = self._attempt
+        try:
+            if self._exchange._take(attempt):
+                if self.sock.gettimeout() != 0:
+                    self.sock.setblocking(False)
+                # A request is smaller than an idle connection's buffer. Were it not taken whole, it would be in doubt.
+                attempt.send(cast(HTTPConnection, attempt.connection))
+                self.sent = True
+        except Exception as error:  # noqa: BLE001 - as in Exchange._open
+            return self._exchange._failed(attempt, error, None)
+        return None
+
+    def connect(self) -> Failure | None:
+        """Open the connection, waiting for it."""
+        outer = _current.swap(self._attempt)
+        try:
+            self._exchange._connect(self._attempt)
+        except Exception as error:  # noqa: BLE001 - as in Exchange._open
+            return self._exchange._failed(self._attempt, error, None)
+        finally:
+            _current.swap(outer)
+        return None
+
+    def receive(self) -> Answer | None:
+        """Take in what the socket has."""
+        answer, sock = self._attempt.answer, self.sock
+        try:
+            while not answer.ended:
+                answer.feed(sock.recv(READ_SIZE))
+        except _NOT_NOW:
+            return None
+        except Exception as error:  # noqa: BLE001 - as in Exchange._open and _read
+            return self._ended(error)
+        return self._ended()
+
+    def expire(self) -> Answer:
+        """The answer, or what there is of it, at the end of its time."""
+        return self._ended(TimeoutError("the attempt's time is used up"))
+
+    def drop(self) -> None:
+        """Part with the connection: nothing was sent, and nothing shall be."""
+        self._exchange._give_back(self._attempt)
+
+    def _ended(self, error: Exception | None = None) -> Answer:
+        if error is not None and not self._attempt.answer.status:
+            return self._exchange._failed(self._attempt, error, None)
+        self._exchange._give_back(self._attempt)
+        return self._exchange._replied(self._attempt)
 
 
 def _id_of(ref: OrderRef) -> list[tuple[str, str | int]]:

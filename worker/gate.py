@@ -77,16 +77,18 @@ class Gate:
         if not opened:
             self.observe(until_ms or 0)
 
-    def close_for(self, verdict: Verdict, policy: Policy, now_ms: int) -> None:
-        """Close it as long as a gated ``verdict`` asks for."""
+    def close_for(self, verdict: Verdict, policy: Policy, now_ms: int) -> bool:
+        """Close it as long as a gated ``verdict`` asks for; whether Redis should hear of it now (:meth:`share`)."""
         reason = f"{verdict.http} {verdict.msg}".strip()
-        self._close(verdict.pause_ms(now_ms, policy), reason, now_ms, doubling=verdict.means is Means.BLOCKED)
+        return self._close(verdict.pause_ms(now_ms, policy), reason, now_ms, doubling=verdict.means is Means.BLOCKED)
 
-    def spend(self, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> None:
-        """Close it until the exchange's next minute if the weight used, with what is under way, nears the limit."""
-        if used + in_flight >= CLOSE_AT * self.weight_limit and not self.closed(now_ms):
-            reason = f"weight {used} used and {in_flight} under way of {self.weight_limit} a minute"
-            self._close(ms_to_next_minute(server_now_ms), reason, now_ms, doubling=False)
+    def spend(self, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> bool:
+        """Close it until the exchange's next minute if the weight used, with what is under way, nears the limit;
+        whether Redis should hear of it now."""
+        if used + in_flight < CLOSE_AT * self.weight_limit or self.closed(now_ms):
+            return False
+        reason = f"weight {used} used and {in_flight} under way of {self.weight_limit} a minute"
+        return self._close(ms_to_next_minute(server_now_ms), reason, now_ms, doubling=False)
 
     def allows(self, call: Call, used: int) -> bool:
         """Whether the budget has room for ``call``: cancels have the last quarter to themselves."""
@@ -109,16 +111,17 @@ class Gate:
             if self._unshared == unshared:
                 self._unshared = None
 
-    def _close(self, pause_ms: int, reason: str, now_ms: int, *, doubling: bool) -> None:
+    def _close(self, pause_ms: int, reason: str, now_ms: int, *, doubling: bool) -> bool:
         until_ms = now_ms + pause_ms
         with self._lock:
             before_ms, self.until_ms = self.until_ms, max(self.until_ms, until_ms)
             if until_ms <= before_ms:
-                return
+                return False
             self._unshared = (until_ms, reason, doubling)
-        if now_ms + _HEARD_WITHIN_MS > before_ms or until_ms > before_ms + _SAME_PAUSE_MS:
+        is_news = now_ms + _HEARD_WITHIN_MS > before_ms or until_ms > before_ms + _SAME_PAUSE_MS
+        if is_news:
             log.warning("gate", state="closed", reason=reason, **{"measure#cancel.gate_ms": pause_ms})
-            self.share(now_ms)
+        return is_news
 
 
 def ms_to_next_minute(server_now_ms: int) -> int:

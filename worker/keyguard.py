@@ -46,6 +46,10 @@ class KeyGuard:
             return 0
         return self._ask(account, "ask", job_id)
 
+    def concerns(self, account: str, verdict: Verdict) -> bool:
+        """Whether an answer to a signed call is to be told; most say nothing new."""
+        return verdict.means is Means.KEY_REFUSED or (account in self._reasons and verdict.means not in _SILENT)
+
     def tell(self, account: str, verdict: Verdict) -> None:
         """Take note of an answer to a signed call."""
         if verdict.means is Means.KEY_REFUSED:
@@ -54,7 +58,7 @@ class KeyGuard:
                 self._reasons[account] = reason
             if (probe_at_ms := self._ask(account, "failed", reason)) > 0:
                 log.error("key", account=account, state="held_back", probe_at_ms=probe_at_ms, reason=reason)
-        elif account in self._reasons and verdict.means not in _SILENT:
+        elif self.concerns(account, verdict):
             with self._lock:
                 self._reasons.pop(account, None)
             self._ask(account, "answered", "")

@@ -100,7 +100,9 @@ class CancelWorker(BaseWorker):
         canceller, self._gate = open_canceller(self._settings, self._exchange, clock, self._store, self.name)
         self._clock = clock
         self._policy = policy_of(self._settings)
-        self._crew = Crew(self._settings.concurrency, lease_of(self._settings), self._store, canceller, self._gate)
+        self._crew = Crew(
+            self._settings.concurrency, lease_of(self._settings), self._store, canceller, self._exchange, self._gate
+        )
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
         """Keep our own time-outs: RQ would wait 415 s for an answer."""
@@ -260,8 +262,10 @@ class CancelWorker(BaseWorker):
 
     def _heed_refusal(self, now_ms: int) -> None:
         """A 429, 418 or 403 to one of our unsigned calls closes the gate as any other does."""
-        if (refusal := self._exchange.take_refusal()) is not None:
-            self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms)
+        if (refusal := self._exchange.take_refusal()) is None:
+            return
+        if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms):
+            self._gate.share(now_ms)
 
     def _learn_weight_limit(self) -> None:
         if not self._knows_limit and (limit := self._exchange.weight_limit()) is not None:

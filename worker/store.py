@@ -10,12 +10,13 @@ import threading
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any
+from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
 import redis
@@ -168,19 +169,39 @@ class Settlement:
         ]
 
 
-class _Script:
+class Script:
+    """A script of `worker/scripts`, with the parts that all of them share."""
+
     def __init__(self, name: str) -> None:
         folder = files("worker").joinpath("scripts")
         self.source = folder.joinpath("common.lua").read_text("utf-8") + folder.joinpath(name).read_text("utf-8")
         self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
-_CLAIM = _Script("claim.lua")
-_SETTLE = _Script("settle.lua")
-_RENEW = _Script("renew.lua")
-_GATE = _Script("gate.lua")
-_KEY = _Script("key.lua")
-_BEGIN = _Script("begin.lua")
+_CLAIM = Script("claim.lua")
+_SETTLE = Script("settle.lua")
+_RENEW = Script("renew.lua")
+_GATE = Script("gate.lua")
+_KEY = Script("key.lua")
+_BEGIN = Script("begin.lua")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Generic[T]):
+    """Commands for one round trip, the last of which calls ``script``, and what their answers mean.
+
+    :meth:`Store.ask` makes the round trip in the caller's thread, :class:`worker.line.Line` in an event loop.
+    """
+
+    commands: tuple[Words, ...]
+    script: Script
+    read: Callable[[list[Any]], T]  # raises redis.RedisError: an answer was an error
+
+    def anew(self) -> tuple[Words, Words]:
+        """What is sent where the server did not have the script: the script, then its call alone."""
+        return ("SCRIPT", "LOAD", self.script.source), self.commands[-1]
 
 
 class Store:
@@ -201,8 +222,6 @@ class Store:
         self.keys = keys = Keys(queue, RQ_KEY_PREFIX)
         self.clock = RedisClock()
         self._pool = connection.connection_pool
-        self._waiting: Any = None  # the connection of whoever waits at the queue, kept from one wait to the next
-        self._waited_at_s = 0.0  # monotonic
         self._gate = keys.gate(gate_scope)
         self._worker = worker
         self._lease_ms = lease_ms
@@ -234,19 +253,22 @@ class Store:
         Raises:
             redis.RedisError: no answer; what was claimed unseen comes back when its lease runs out.
         """
+        return self.ask(self.claim_request(slots, wait=wait, take_lost=take_lost))
+
+    def claim_request(self, slots: int, *, wait: bool, take_lost: bool = True) -> Request[Claimed]:
+        """See :meth:`claim`. It is to be sent at once: the server is told when the asker stops waiting."""
         with self._lock:
             number, self._claims = self._claims, self._claims + slots
         words: Words = (slots, self._lease_ms, self._deadline_ms, self._execution, number)
         gives_up_at_ms = self.clock.now_ms() + round(SOCKET_TIMEOUT_S * 1000) if self.clock.measured else 0
         words = (*self._claim_words, *words, MAX_PAYLOAD_BYTES, int(take_lost), POINTER_LIFE_S, gives_up_at_ms)
         script = _evalsha(_CLAIM, self._claim_keys, words)
-        asked_at_s = time.monotonic()
-        if wait:
-            move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
-            moved, answer = self._wait(move, script)
-        else:
-            moved, answer = None, self.roundtrip(script)[0]
-        answer = self._checked(_CLAIM, script, answer)
+        move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
+        return Request((move, script) if wait else (script,), _CLAIM, partial(self._claimed, time.monotonic()))
+
+    def _claimed(self, asked_at_s: float, answers: list[Any]) -> Claimed:
+        moved, answer = answers[0], answers[-1]
+        _raise(answer)
         self.clock.observe(int(answer[0]), asked_at_s)
         grants = [_grant(row) for row in answer[3:]]
         if not grants:
@@ -257,26 +279,37 @@ class Store:
         """Settle a group. For each: 0 if the lease was no longer ours, 1, or for another try its due time in ms.
 
         2 for an outcome means that it was not recorded: the deadline by which it was decided has moved meanwhile.
+        -1: the keys of the job are damaged.
 
         Raises:
             redis.RedisError: no answer; calling again with the same rows does no harm.
         """
+        return self.ask(self.settle_request(settlements))
+
+    def settle_request(self, settlements: Sequence[Settlement]) -> Request[list[int]]:
+        """See :meth:`settle`."""
         words = (word for settlement in settlements for word in settlement.words())
         script = _evalsha(_SETTLE, self._settle_keys, (*self._settle_words, *words))
-        answer = self._checked(_SETTLE, script, self.roundtrip(script)[0])
-        return [int(row) for row in answer]
+        return Request((script,), _SETTLE, _settled)
+
+    def ask(self, request: Request[T]) -> T:
+        """Make the round trip of ``request``.
+
+        Raises:
+            redis.RedisError: no answer, or one that is an error.
+        """
+        answers = self.roundtrip(*request.commands)
+        if isinstance(answers[-1], redis.exceptions.NoScriptError):
+            answers[-1] = self.roundtrip(*request.anew())[1]
+        return request.read(answers)
 
     def renew(self, held: Sequence[tuple[str | bytes, str]]) -> tuple[set[str], int | None, bool]:
         """Prolong the leases of ``held`` (id, lease); gives the lost ones, the gate's end if Redis has a record of
         one, and suspension."""
         words = (word for pair in held for word in pair)
         script = _evalsha(_RENEW, (self.keys.leases,), (self.keys.job_prefix, self._lease_ms, *words))
-        gate, suspended, lost = self.roundtrip(
-            ("HGET", self._gate, "until_ms"), ("EXISTS", self.keys.suspended), script
-        )
-        _raise(gate, suspended)
-        lost = self._checked(_RENEW, script, lost)
-        return {lease.decode() for lease in lost}, _whole(gate), suspended == 1
+        look = (("HGET", self._gate, "until_ms"), ("EXISTS", self.keys.suspended))
+        return self.ask(Request((*look, script), _RENEW, _renewed))
 
     def close_gate(self, pause_ms: int, reason: str, doubling: bool) -> int:
         """Close the shared gate for at least ``pause_ms``; gives its end, ms by Redis' clock.
@@ -284,13 +317,13 @@ class Store:
         ``doubling``: twice as long as the last time, if that was within an hour.
         """
         script = _evalsha(_GATE, (self._gate,), (pause_ms, reason, self._worker, int(doubling)))
-        return int(self._checked(_GATE, script, self.roundtrip(script)[0]))
+        return int(self.ask(Request((script,), _GATE, _first)))
 
     def key(self, account: str, what: str, word: str, failures: int, probe_every_ms: int) -> int:
         """See :class:`worker.keyguard.KeyStore`."""
         keys = (self.keys.breaker(account), self.keys.held(account), self.keys.scheduled, self.keys.suspects)
         script = _evalsha(_KEY, keys, (what, failures, probe_every_ms, word, account))
-        return int(self._checked(_KEY, script, self.roundtrip(script)[0]))
+        return int(self.ask(Request((script,), _KEY, _first)))
 
     def begin(self, job_id: str) -> tuple[Claimed, Begun]:
         """Note that a stock RQ worker runs one step of ``job_id``; gives it as a grant without its payload."""
@@ -300,7 +333,7 @@ class Store:
             (keys.job_prefix + job_id, self._gate, keys.outcome_prefix + job_id, keys.leases),
             (job_id, self._deadline_ms, keys.order_prefix, POINTER_LIFE_S),
         )
-        row = self._checked(_BEGIN, script, self.roundtrip(script)[0])
+        row = self.ask(Request((script,), _BEGIN, _first))
         self.clock.observe(int(row[0]))
         grant = Grant(
             job_id,
@@ -343,33 +376,36 @@ class Store:
         finally:
             self._pool.release(connection)
 
-    def _wait(self, *commands: Words) -> list[Any]:
-        """The same on a connection that is not given back, so that nothing stands between its answer and the job.
+    def connect(self) -> Any:
+        """A connection of the pool for :class:`worker.line.Line`, open and logged in.
 
-        One thread at a time waits; another one would merely not find it.
+        Raises:
+            redis.RedisError: there is none to be had.
         """
-        kept, self._waiting = self._waiting, None
-        if kept is not None and time.monotonic() - self._waited_at_s > 2 * CLAIM_WAIT_S:
-            self._pool.release(kept)  # the pool looks whether it still stands
-            kept = None
-        connection = kept or self._pool.get_connection()
-        try:
-            answers = _exchange(connection, commands)
-        except BaseException:
-            self._pool.release(connection)
-            raise
-        self._waiting, self._waited_at_s = connection, time.monotonic()
-        return answers
+        return self._pool.get_connection()
 
-    def _checked(self, script: _Script, command: Words, answer: Any) -> Any:
-        """The script's answer, with the script loaded and called alone if the server did not have it."""
-        if isinstance(answer, redis.exceptions.NoScriptError):
-            answer = self.roundtrip(("SCRIPT", "LOAD", script.source), command)[1]
-        _raise(answer)
-        return answer
+    def release(self, connection: Any) -> None:
+        """Close one of those; the pool may open another in its place."""
+        connection.disconnect()
+        self._pool.release(connection)
 
 
-def _evalsha(script: _Script, keys: Words, words: Words) -> Words:
+def _first(answers: list[Any]) -> Any:
+    _raise(answers[0])
+    return answers[0]
+
+
+def _renewed(answers: list[Any]) -> tuple[set[str], int | None, bool]:
+    _raise(*answers)
+    gate, suspended, lost = answers
+    return {lease.decode() for lease in lost}, _whole(gate), suspended == 1
+
+
+def _settled(answers: list[Any]) -> list[int]:
+    return [int(row) for row in _first(answers)]
+
+
+def _evalsha(script: Script, keys: Words, words: Words) -> Words:
     return ("EVALSHA", script.sha, len(keys), *keys, *words)
 
 

@@ -37,9 +37,6 @@ class Unfenced:
         """Never, as far as anybody can tell."""
         return False
 
-    def sent(self) -> None:
-        """Nothing waits for it."""
-
 
 def cancel_algo_order(request: object) -> object:
     """Run one step of a cancel in a stock RQ worker.

@@ -58,7 +58,8 @@ end
 
 -- RQ's requeue puts a settled job back with its end cleared. That starts a new run, with a new deadline.
 local function start_run(id, job, order_pointer, pointer_life_s, outcome)
-  redis.call('HSETNX', job, 'c_run', '1') -- a job that RQ itself enqueued has none
+  -- A job that RQ itself enqueued has no run, and a damaged one is not mended while a worker of ours holds the job.
+  if not whole(redis.call('HGET', job, 'c_run')) then redis.call('HSET', job, 'c_run', '1') end
   -- By a client id the order is meant that had it when the request was first made.
   redis.call('HSETNX', job, 'c_meant_at_ms', redis.call('HGET', job, 'c_enqueued_at_ms') or text(now_ms))
   redis.call('HINCRBY', job, 'c_run', 1)
