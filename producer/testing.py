@@ -276,11 +276,11 @@ class _Play:
     def enqueue(self, requests: Iterable[CancelRequest]) -> list[tuple[str, CancelRequest, bool]]:
         with self.news:
             carried: dict[int, tuple[str, CancelRequest, bool]] = {}
-            chunks = [row for chunk in rows(requests) for row in chunk]
+            new = [row for chunk in rows(requests) for batch in chunk for row in batch]
             lost_reply = self._outage_now()
-            self.requests += [row.request for row in sorted(chunks, key=lambda row: row.position)]
+            self.requests += [row.request for row in sorted(new, key=lambda row: row.position)]
             last_order, last_id, at_once = "", "", self.now_ms
-            for row in chunks:
+            for row in new:
                 order = row.request.order_key
                 job_id = self._open.get(order) or (last_id if order == last_order else "")
                 carried[row.position] = (job_id or row.id, row.request, bool(job_id))

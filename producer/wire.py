@@ -43,9 +43,10 @@ T = TypeVar("T")
 Command: TypeAlias = tuple[Any, ...]
 Conversation: TypeAlias = Generator[list[Command], list[Any], T]
 
-#: Requests in one call of a script, keys in one MGET: more would hold the server up for longer than a cancel should
-#: wait.
+#: Requests in one round trip, keys in one MGET: more would hold the server up for longer than a cancel should wait.
 CHUNK = 1000
+#: Requests in one call of the enqueue script: after each the server serves others, and workers begin.
+_BATCH = 100
 #: Entries of the ledger read at a time.
 _PAGE = 500
 #: An announcement can be lost with its connection, so a waiter looks for itself this often, s.
@@ -132,12 +133,16 @@ class Script:
         self.source = source
         self.sha = sha1(source.encode(), usedforsecurity=False).hexdigest()
 
-    def call(self, words: Sequence[Any], *then: Command) -> Conversation[list[Any]]:
-        """Answers of the script, and of the commands that follow it on the same connection."""
-        answers = yield [("EVALSHA", self.sha, *words), *then]
-        if isinstance(answers[0], redis.exceptions.NoScriptError):
-            answers = yield [("EVAL", self.source, *words), *then]
-        good(answers[:1])
+    def call(self, *calls: Sequence[Any], then: Sequence[Command] = ()) -> Conversation[list[Any]]:
+        """Answers of the script to each of ``calls``, and of the commands ``then`` on the same connection."""
+        answers = yield [*(("EVALSHA", self.sha, *words) for words in calls), *then]
+        unknown = [n for n in range(len(calls)) if isinstance(answers[n], redis.exceptions.NoScriptError)]
+        if unknown:
+            again = yield [*(("EVAL", self.source, *calls[n]) for n in unknown), *then]
+            for n, answer in zip(unknown, again, strict=False):
+                answers[n] = answer
+            answers[len(calls) :] = again[len(unknown) :]
+        good(answers[: len(calls)])
         return answers
 
 
@@ -166,17 +171,26 @@ class Row:
     request: CancelRequest
 
 
-def rows(requests: Iterable[CancelRequest]) -> Iterator[list[Row]]:
-    """Chunks of rows, requests of one order side by side: the script then joins them whatever finishes meanwhile."""
+def rows(requests: Iterable[CancelRequest]) -> Iterator[list[list[Row]]]:
+    """Rows for one round trip after the other, each in batches; requests of one order stand side by side in one batch:
+    the script then joins them whatever finishes meanwhile."""
     orders: dict[str, list[Row]] = {}
     for position, request in enumerate(requests):
         orders.setdefault(request.order_key, []).append(Row(position, os.urandom(16).hex(), request))
-    chunk: list[Row] = []
+    chunk: list[list[Row]] = []
+    batch: list[Row] = []
+    rows_in_chunk = 0
     for group in orders.values():
-        chunk.extend(group)
-        if len(chunk) >= CHUNK:
+        batch.extend(group)
+        rows_in_chunk += len(group)
+        if len(batch) >= _BATCH or rows_in_chunk >= CHUNK:
+            chunk.append(batch)
+            batch = []
+        if rows_in_chunk >= CHUNK:
             yield chunk
-            chunk = []
+            chunk, rows_in_chunk = [], 0
+    if batch:
+        chunk.append(batch)
     if chunk:
         yield chunk
 
@@ -235,17 +249,19 @@ class Wire:
         wait_ms = self._server_wait_ms(_DURABLE_MS)
         then: list[Command] = [("WAITAOF", 1, 0, wait_ms)] if durable else []
         for chunk in rows(requests):
-            answer, *written = yield from self.enqueue_script.call(self._enqueue_words(chunk), *then)
-            for row, job_id, duplicate in zip(chunk, answer[::2], answer[1::2], strict=True):
-                carried[row.position] = (text(job_id), row.request, bool(int(duplicate)))
-            if written:
-                not_durable = not_durable or _not_durable(written[0], wait_ms)
+            calls = [self._enqueue_words(batch) for batch in chunk]
+            answers = yield from self.enqueue_script.call(*calls, then=then)
+            for batch, answer in zip(chunk, answers, strict=False):
+                for row, job_id, duplicate in zip(batch, answer[::2], answer[1::2], strict=True):
+                    carried[row.position] = (text(job_id), row.request, bool(int(duplicate)))
+            if then:
+                not_durable = not_durable or _not_durable(answers[-1], wait_ms)
         return Accepted([carried[position] for position in range(len(carried))], not_durable)
 
-    def _enqueue_words(self, chunk: Sequence[Row]) -> list[Any]:
+    def _enqueue_words(self, batch: Sequence[Row]) -> list[Any]:
         """KEYS count, KEYS and ARGV of one call."""
         words: list[Any] = [2, self.keys.waiting, self.keys.queues, _stamp()]
-        for row in chunk:
+        for row in batch:
             request = row.request
             deadline_ms = "" if request.deadline_s is None else math.ceil(request.deadline_s * 1000)
             urgent = "1" if request.urgent else ""

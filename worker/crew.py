@@ -377,7 +377,7 @@ class Crew:
             self._answered(held, failure)
         elif pending.sent:
             expiry = self._loop.call_at(pending.deadline_s, self._expire, held, pending)
-            self._loop.add_reader(pending.sock, self._receive, held, pending, expiry)
+            self._loop.add_reader(pending.fileno, self._receive, held, pending, expiry)
         elif self._opening < _OPENERS:
             self._open(held, pending)
         else:
@@ -408,15 +408,15 @@ class Crew:
                 self._send(held, held.pending)
 
     def _receive(self, held: _Held, pending: Pending, expiry: asyncio.TimerHandle) -> None:
-        sock = pending.sock
+        fileno = pending.fileno
         answer = pending.receive()
         if answer is not None:
-            self._loop.remove_reader(sock)
+            self._loop.remove_reader(fileno)
             expiry.cancel()
             self._answered(held, answer)
 
     def _expire(self, held: _Held, pending: Pending) -> None:
-        self._loop.remove_reader(pending.sock)
+        self._loop.remove_reader(pending.fileno)
         self._answered(held, pending.expire())
 
     def _answered(self, held: _Held, answer: Reply | Failure) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import queue
 import re
 import socket
 import ssl
@@ -297,12 +298,32 @@ class _TlsConnection(_PlainConnection, HTTPSConnection):
     """The same over TLS."""
 
 
+class _IdleConnections(queue.LifoQueue[Any]):
+    """The idle connections of a pool, the one used last first; None stands for one that was not made yet.
+
+    Never waiting, it needs none of its parent's locks: a list's own steps are atomic, and cost a tenth.
+    """
+
+    def get(self, block: bool = False, timeout: float | None = None) -> Any:  # noqa: ARG002
+        try:
+            return self.queue.pop()
+        except IndexError:
+            raise queue.Empty from None
+
+    def put(self, item: Any, block: bool = False, timeout: float | None = None) -> None:  # noqa: ARG002
+        if len(self.queue) >= self.maxsize:
+            raise queue.Full
+        self.queue.append(item)
+
+
 class _PlainPool(HTTPConnectionPool):
     ConnectionCls = _PlainConnection
+    QueueCls = _IdleConnections
 
 
 class _TlsPool(HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
+    QueueCls = _IdleConnections
 
 
 # ---- requests' side -------------------------------------------------------------------------------------------------
@@ -673,7 +694,7 @@ class Pending:
     """One signed call of an event loop (:meth:`Exchange.prepare`).
 
     First :meth:`begin`; if no connection stood, :meth:`connect` in a thread that may wait and :meth:`begin` again;
-    then :meth:`receive` whenever :attr:`sock` has something to read, or :meth:`expire` when :attr:`deadline_s` has
+    then :meth:`receive` whenever :attr:`fileno` has something to read, or :meth:`expire` when :attr:`deadline_s` has
     come. Each gives the call's answer as soon as there is one, and :meth:`drop` ends a call that has not begun. As with
     :class:`Exchange`, nothing raises.
     """
@@ -684,11 +705,14 @@ class Pending:
         self._exchange = exchange
         self._attempt = attempt
         self.deadline_s = attempt.deadline_s  # monotonic
-        self.sent = False  # once true, `sock` is to be watched
+        self.sent = False  # once true, `fileno` is to be watched
 
     @property
-    def sock(self) -> socket.socket:
-        """The connection's socket, as long as there was no answer."""
+    def fileno(self) -> int:
+        """The connection's file descriptor, as long as there was no answer."""
+        return self._sock().fileno()
+
+    def _sock(self) -> socket.socket:
         return cast(HTTPConnection, self._attempt.connection).sock
 
     def begin(self) -> Failure | None:
@@ -696,8 +720,9 @@ class Pending:
         attempt = self._attempt
         try:
             if self._exchange._take(attempt):
-                if self.sock.gettimeout() != 0:
-                    self.sock.setblocking(False)
+                sock = self._sock()
+                if sock.gettimeout() != 0:
+                    sock.setblocking(False)
                 # A request is smaller than an idle connection's buffer. Were it not taken whole, it would be in doubt.
                 attempt.send(cast(HTTPConnection, attempt.connection))
                 self.sent = True
@@ -718,7 +743,7 @@ class Pending:
 
     def receive(self) -> Answer | None:
         """Take in what the socket has."""
-        answer, sock = self._attempt.answer, self.sock
+        answer, sock = self._attempt.answer, self._sock()
         try:
             while not answer.ended:
                 answer.feed(sock.recv(READ_SIZE))

@@ -45,6 +45,8 @@ class _Asked:
             result = self.request.read(self.answers)
         except redis.RedisError as error:
             self.on_error(error)
+        except Exception as error:  # noqa: BLE001 - whatever the server said, its asker must hear of it
+            self.on_error(redis.ResponseError(f"an answer that makes no sense: {type(error).__name__}"))
         else:
             self.on_answer(result)
 
@@ -65,6 +67,7 @@ class Line:
         self._on_broken = on_broken
         self._sock = connection._sock  # redis-py lends it under this name only, and likewise what names errors
         self._sock.setblocking(False)
+        self._fileno = self._sock.fileno()
         self._reader = hiredis.Reader(
             protocolError=redis.InvalidResponse, replyError=connection._parser.parse_error, notEnoughData=_NOTHING
         )
@@ -73,7 +76,7 @@ class Line:
         self._blocked = False  # the rest is written when the socket takes it
         self._alarm: asyncio.TimerHandle | None = None
         self._open = True
-        loop.add_reader(self._sock, self._readable)
+        loop.add_reader(self._fileno, self._readable)
 
     def ask(
         self,
@@ -92,8 +95,8 @@ class Line:
         """Nothing is sent or told any more; the connection is its owner's to close."""
         if self._open:
             self._open = False
-            self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_reader(self._fileno)
+            self._loop.remove_writer(self._fileno)
             if self._alarm is not None:
                 self._alarm.cancel()
 
@@ -119,9 +122,9 @@ class Line:
             return
         self._unsent = self._unsent[sent:]
         if self._unsent and not self._blocked:
-            self._loop.add_writer(self._sock, self._writable)
+            self._loop.add_writer(self._fileno, self._writable)
         elif self._blocked and not self._unsent:
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._fileno)
         self._blocked = bool(self._unsent)
 
     # -- in
@@ -138,14 +141,14 @@ class Line:
             self._broken(redis.ConnectionError(f"no answer: {type(error).__name__}"))
 
     def _take(self, data: bytes) -> bool:
-        """Take in what came; whether more can have come already: of TLS, the rest of a record is seen by nobody."""
+        """Take in what came; whether to look for more at once: of TLS, the rest of a record is seen by nobody else."""
         if not data:
             self._broken(redis.ConnectionError("the server closed the connection"))
             return False
         self._reader.feed(data)
         while self._open and (answer := self._reader.gets()) is not _NOTHING:
             self._answer(answer)
-        return self._open and isinstance(self._sock, ssl.SSLSocket)
+        return self._open and (len(data) == _READ_SIZE or isinstance(self._sock, ssl.SSLSocket))
 
     def _answer(self, answer: Any) -> None:
         if not self._asked:
@@ -174,10 +177,15 @@ class Line:
     def _look(self) -> None:
         """Whether the oldest request has waited too long; else look again when it would have."""
         self._alarm = None
-        if not self._asked:
-            return
-        left_s = self._asked[0].asked_at_s + SOCKET_TIMEOUT_S - time.monotonic()
+        left_s = self._left_s()
+        if left_s <= 0:
+            # A process that was paused hears of its alarms first, with the answers unread.
+            self._readable()
+            left_s = self._left_s()
         if left_s <= 0:
             self._broken(redis.TimeoutError("no answer in time"))
-        else:
+        elif self._asked and self._open and self._alarm is None:
             self._alarm = self._loop.call_later(left_s, self._look)
+
+    def _left_s(self) -> float:
+        return self._asked[0].asked_at_s + SOCKET_TIMEOUT_S - time.monotonic() if self._asked else SOCKET_TIMEOUT_S

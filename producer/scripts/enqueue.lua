@@ -36,6 +36,7 @@ local function join(id, deadline_ms, urgent)
   return true
 end
 
+local behind = {} -- new ids for the end of the queue, written with one call
 local function create(id, order, i)
   local job, deadline_ms, urgent = JOB_PREFIX .. id, ARGV[i + 4], ARGV[i + 5]
   local asked, at = 'c_asked_at_ms', text(now_ms)
@@ -43,7 +44,7 @@ local function create(id, order, i)
   redis.call('HSET', job, 'data', ARGV[i + 2], 'description', ARGV[i + 3], 'c_order', order, 'c_run', '1',
     'c_enqueued_at_ms', text(now_ms), asked, at, 'created_at', stamp, 'enqueued_at', stamp, unpack(FIELDS))
   if urgent == '1' then redis.call('HSET', job, 'c_urgent', '1') end
-  redis.call(urgent == '1' and 'LPUSH' or 'RPUSH', waiting, id)
+  if urgent == '1' then redis.call('LPUSH', waiting, id) else behind[#behind + 1] = id end
   redis.call('SET', ORDER_PREFIX .. order, id, 'EX', POINTER_LIFE_S)
 end
 
@@ -68,4 +69,5 @@ for i = 2, #ARGV, 6 do
   answer[#answer + 1] = id
   answer[#answer + 1] = duplicate
 end
+if #behind > 0 then redis.call('RPUSH', waiting, unpack(behind)) end
 return answer

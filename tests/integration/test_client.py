@@ -33,7 +33,7 @@ from producer import (
     WaitTimeout,
 )
 from producer.message import TASK, JobField, Keys, MalformedMessage, encode_request
-from producer.wire import FAILURE_TTL_S, RESULT_TTL_S, text
+from producer.wire import FAILURE_TTL_S, RESULT_TTL_S, Wire, text
 from tests.servers import Valkey, Workers, confirms_durability, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
 
@@ -331,15 +331,35 @@ def test_tickets_come_in_the_order_of_the_requests(client: CancelClient) -> None
 
 
 def test_a_round_trip_carries_a_thousand(client: CancelClient, connection: redis.Redis) -> None:
-    """2,500 requests cost three calls of the script, and asking for 2,500 outcomes three of MGET."""
+    """2,500 requests cost three round trips, of ten calls of the script each, and asking for their outcomes three."""
     client.cancel(algo_id=1)  # the script is known now
     connection.config_resetstat()
+    conversation = Wire("cancels").enqueue((CancelRequest(algo_id=number) for number in range(1, 2501)), durable=False)
+    calls_sent = []
+    commands = next(conversation)
+    accepted = None
+    while accepted is None:
+        calls_sent.append(len(commands))
+        try:
+            commands = conversation.send(client._round_trip(commands))
+        except StopIteration as end:
+            accepted = end.value
 
-    tickets = client.cancel_many(CancelRequest(algo_id=number) for number in range(1, 2501))
-    assert client.outcomes_of([ticket.id for ticket in tickets]) == {}
-
-    assert calls(connection, "evalsha") == 3
+    assert client.outcomes_of([job_id for job_id, _, _ in accepted.carried]) == {}
+    assert calls_sent == [10, 10, 5]
+    assert calls(connection, "evalsha") == 25
     assert calls(connection, "mget") == 3
+
+
+def test_a_script_that_the_server_forgot_is_sent_again(client: CancelClient, connection: redis.Redis) -> None:
+    """Where a server has lost its scripts, none of many requests is lost, and none is enqueued twice."""
+    client.cancel(algo_id=1)
+    connection.script_flush()
+
+    tickets = client.cancel_many(CancelRequest(algo_id=number) for number in range(1, 451))
+
+    assert [ticket.duplicate for ticket in tickets] == [True] + [False] * 449
+    assert connection.llen("rq:queue:cancels") == 450
 
 
 def test_nothing_is_sent_for_nothing(client: CancelClient, connection: redis.Redis) -> None:

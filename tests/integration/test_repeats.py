@@ -15,9 +15,9 @@ def test_a_repeat_after_the_outcome_gives_no_row_a_new_job(
     valkey: Valkey, client: CancelClient, connection: redis.Redis
 ) -> None:
     """Two requests for one order, enqueued, finished, and enqueued again with the same ids, make no second job."""
-    (chunk,) = rows([CancelRequest(algo_id=7), CancelRequest(algo_id=7)])
+    ((batch,),) = rows([CancelRequest(algo_id=7), CancelRequest(algo_id=7)])
     wire = Wire("cancels")
-    words = wire._enqueue_words(chunk)
+    words = wire._enqueue_words(batch)
     first = connection.eval(wire.enqueue_script.source, *words)
     with connect(valkey.url) as own:
         store = Store(
