@@ -47,6 +47,18 @@ def gate(board: Board) -> Gate:
     return Gate(board.publish)
 
 
+def close(gate: Gate, verdict: Verdict, now_ms: int) -> None:
+    """Close it, and tell Redis as soon as it asks for that."""
+    if gate.close_for(verdict, Policy(), now_ms):
+        gate.share(now_ms)
+
+
+def spend(gate: Gate, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> None:
+    """Spend weight, and tell Redis as soon as the gate asks for that."""
+    if gate.spend(used, in_flight, server_now_ms, now_ms):
+        gate.share(now_ms)
+
+
 def test_open_at_the_start(gate: Gate) -> None:
     """A gate that nobody closed lets everything pass, with all requests in flight."""
     assert not gate.closed(NOW_MS)
@@ -86,7 +98,7 @@ def test_closed_as_long_as_the_exchange_asks(
     verdict: Verdict, pause_ms: int, doubling: bool, gate: Gate, board: Board
 ) -> None:
     """A refusal closes the gate here at once and tells Redis for how long; only a firewall's block doubles."""
-    gate.close_for(verdict, Policy(), NOW_MS)
+    close(gate, verdict, NOW_MS)
 
     assert gate.closed(NOW_MS + pause_ms - 1)
     assert not gate.closed(NOW_MS + pause_ms)
@@ -99,7 +111,7 @@ def test_later_end_of_redis_holds(gate: Gate, board: Board) -> None:
     """When somebody else closed it for longer, Redis' answer to our own closing says so, and it holds."""
     board.until_ms = NOW_MS + 60_000
 
-    gate.close_for(LIMITED, Policy(), NOW_MS)
+    close(gate, LIMITED, NOW_MS)
 
     assert gate.closed(NOW_MS + 59_999)
 
@@ -107,7 +119,7 @@ def test_later_end_of_redis_holds(gate: Gate, board: Board) -> None:
 def test_refusals_of_one_moment_are_told_once(gate: Gate, board: Board) -> None:
     """Requests that were in flight together are refused together: the first one closes the gate for all."""
     for _ in range(10):
-        gate.close_for(LIMITED, Policy(), NOW_MS)
+        close(gate, LIMITED, NOW_MS)
 
     assert len(board.told) == 1
 
@@ -115,7 +127,7 @@ def test_refusals_of_one_moment_are_told_once(gate: Gate, board: Board) -> None:
 def test_closing_holds_while_redis_is_away(gate: Gate, board: Board) -> None:
     """A closing that Redis did not hear holds here, and is told later with what is left of it."""
     board.is_away = True
-    gate.close_for(LIMITED, Policy(), NOW_MS)
+    close(gate, LIMITED, NOW_MS)
     gate.share(NOW_MS + 500)
     assert gate.closed(NOW_MS + 2999)
     assert board.told == []
@@ -130,9 +142,9 @@ def test_closing_holds_while_redis_is_away(gate: Gate, board: Board) -> None:
 def test_only_the_latest_unheard_closing_is_told(gate: Gate, board: Board) -> None:
     """Of several closings that Redis did not hear, the one that lasts longest is told."""
     board.is_away = True
-    gate.close_for(LIMITED, Policy(), NOW_MS)
-    gate.close_for(BLOCKED, Policy(), NOW_MS)
-    gate.close_for(LIMITED, Policy(), NOW_MS + 1)
+    close(gate, LIMITED, NOW_MS)
+    close(gate, BLOCKED, NOW_MS)
+    close(gate, LIMITED, NOW_MS + 1)
     board.is_away = False
 
     gate.share(NOW_MS + 1)
@@ -147,12 +159,12 @@ def test_closing_during_a_publication_is_not_lost(board: Board) -> None:
     def publish(pause_ms: int, reason: str, doubling: bool) -> int:
         if not board.told:
             board.told.append((pause_ms, reason, doubling))
-            gates[0].close_for(BLOCKED, Policy(), NOW_MS)
+            close(gates[0], BLOCKED, NOW_MS)
             return NOW_MS + pause_ms
         return board.publish(pause_ms, reason, doubling)
 
     gates.append(Gate(publish))
-    gates[0].close_for(LIMITED, Policy(), NOW_MS)
+    close(gates[0], LIMITED, NOW_MS)
 
     assert [reason for _, reason, _ in board.told] == ["429 Too many requests.", "403 Forbidden"]
 
@@ -176,11 +188,11 @@ def test_weight_near_the_limit_closes_until_the_next_minute(in_flight: int, gate
     edge = int(CLOSE_AT * DEFAULT_WEIGHT_LIMIT) - in_flight
     server_ms = 60_000 * 1000 + 45_000
 
-    gate.spend(edge - 1, in_flight, server_ms, NOW_MS)
+    spend(gate, edge - 1, in_flight, server_ms, NOW_MS)
     assert not gate.closed(NOW_MS)
 
-    gate.spend(edge, in_flight, server_ms, NOW_MS)
-    gate.spend(edge + 5, in_flight, server_ms + 10, NOW_MS + 10)
+    spend(gate, edge, in_flight, server_ms, NOW_MS)
+    spend(gate, edge + 5, in_flight, server_ms + 10, NOW_MS + 10)
     assert gate.closed(NOW_MS + 14_999)
     assert not gate.closed(NOW_MS + 16_000)
     assert len(board.told) == 1
@@ -189,9 +201,9 @@ def test_weight_near_the_limit_closes_until_the_next_minute(in_flight: int, gate
 def test_limit_of_the_exchange_replaces_the_usual_one(gate: Gate) -> None:
     """The budget follows the limit that the exchange tells."""
     gate.weight_limit = 6000
-    gate.spend(5000, 0, 0, NOW_MS)
+    spend(gate, 5000, 0, 0, NOW_MS)
     assert not gate.closed(NOW_MS)
-    gate.spend(5400, 0, 0, NOW_MS)
+    spend(gate, 5400, 0, 0, NOW_MS)
     assert gate.closed(NOW_MS)
 
 
@@ -215,7 +227,7 @@ def test_next_minute_is_never_far_nor_past(server_ms: int) -> None:
 def test_wave_of_refusals_is_told_once_and_then_at_the_next_look(gate: Gate, board: Board) -> None:
     """Requests that were in flight together are one closing; how much later the last one moved the end is told too."""
     for late_ms in range(64):
-        gate.close_for(LIMITED, Policy(), NOW_MS + late_ms)
+        close(gate, LIMITED, NOW_MS + late_ms)
     assert len(board.told) == 1
     assert gate.until_ms == NOW_MS + 63 + 3000
 
@@ -226,8 +238,8 @@ def test_wave_of_refusals_is_told_once_and_then_at_the_next_look(gate: Gate, boa
 
 def test_end_that_moves_far_is_told_at_once(gate: Gate, board: Board) -> None:
     """A ban after a short pause must reach the other workers before they send again."""
-    gate.close_for(LIMITED, Policy(), NOW_MS)
-    gate.close_for(Verdict(Means.LIMITED, 418), Policy(), NOW_MS + 10)
+    close(gate, LIMITED, NOW_MS)
+    close(gate, Verdict(Means.LIMITED, 418), NOW_MS + 10)
 
     assert [pause_ms for pause_ms, _, _ in board.told] == [3000, BAN_PAUSE_MS]
 
@@ -255,12 +267,12 @@ def test_record_that_is_gone_or_old_opens_nothing(until_ms: int | None, gate: Ga
 def test_record_read_before_a_closing_opens_nothing(gate: Gate, board: Board) -> None:
     """What Redis answered before it heard of our closing is old news, and one that it has not heard of holds."""
     asked_at_s = time.monotonic()
-    gate.close_for(LIMITED, Policy(), NOW_MS)
+    close(gate, LIMITED, NOW_MS)
     gate.told(0, NOW_MS, asked_at_s)
     assert gate.closed(NOW_MS)
 
     board.is_away = True
-    gate.close_for(Verdict(Means.LIMITED, 418), Policy(), NOW_MS)
+    close(gate, Verdict(Means.LIMITED, 418), NOW_MS)
     gate.told(0, NOW_MS, time.monotonic())
     assert gate.closed(NOW_MS + BAN_PAUSE_MS - 1)
 
