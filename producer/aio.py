@@ -17,7 +17,7 @@ from redis.backoff import NoBackoff
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
 from producer.status import Status, read_status
 from producer.wire import (
-    Command,
+    Commands,
     Conversation,
     T,
     TicketFields,
@@ -172,7 +172,7 @@ class AsyncCancelClient:
             except StopIteration as end:
                 return cast(T, end.value)
 
-    async def _answers(self, commands: list[Command], repeat: bool) -> list[Any]:
+    async def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
         try:
             return await self._round_trip(commands)
         except redis.AuthenticationError:
@@ -183,7 +183,7 @@ class AsyncCancelClient:
             # A kept connection that the server had closed. The ids are in the words: a repeat finds itself.
             return await self._round_trip(commands)
 
-    async def _round_trip(self, commands: list[Command]) -> list[Any]:
+    async def _round_trip(self, commands: Commands) -> list[Any]:
         if len(commands) > 1:
             # One connection for all: WAITAOF speaks of what its own connection has written.
             async with self._redis.pipeline(transaction=False) as pipeline:
@@ -191,7 +191,7 @@ class AsyncCancelClient:
                     pipeline.execute_command(*command)
                 return await pipeline.execute(raise_on_error=False)
         try:
-            return [await self._redis.execute_command(*commands[0])]
+            return [await self._redis.execute_command(*command) for command in commands]
         except redis.ResponseError as error:
             return [error]
 

@@ -21,7 +21,8 @@ from rq.serializers import JSONSerializer
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
 from producer.status import Status, read_status
 from producer.wire import (
-    Command,
+    Calls,
+    Commands,
     Conversation,
     T,
     TicketFields,
@@ -51,22 +52,20 @@ class Ticket(TicketFields):
 
 
 class _Line:
-    """The shortest way of one command to Redis: on a connection that stays at hand between two calls.
+    """The shortest way to Redis: on a connection that stays at hand between two calls.
 
     A pool looks whether a connection still stands each time that it lends it, which costs an idle strategy a tenth of
-    a call. Here that shows when it is used; whoever uses this repeats the command then.
+    a call. Here that shows when it is used; whoever uses this repeats the commands then. Each is sent as soon as it is
+    made.
     """
-
-    #: Commands whose answers redis-py hands over as they are.
-    PLAIN = frozenset({"EVALSHA", "EVAL", "GET"})
 
     def __init__(self, connection: redis.Redis) -> None:
         self._redis = connection
         self._at_hand: list[Any] = []
         self._pid = os.getpid()
 
-    def round_trip(self, command: Command) -> list[Any]:
-        """Send ``command`` and read its answer, an error answer as a value."""
+    def round_trip(self, commands: Commands) -> list[Any]:
+        """Send ``commands`` and read their answers, as the server gives them; an error answer stands in its place."""
         if self._pid != os.getpid():  # a fork shares its parent's sockets
             self._at_hand, self._pid = [], os.getpid()  # in this order: another thread may come by
         try:
@@ -74,16 +73,22 @@ class _Line:
         except IndexError:
             connection = self._redis.connection_pool.get_connection()
         try:
-            connection.send_command(*command)
-            answer = connection.read_response()
-        except redis.ResponseError as error:
-            answer = error
+            for command in commands:
+                connection.send_command(*command)
+            answers = [self._answer(connection) for _ in range(len(commands))]
         except BaseException:
             connection.disconnect()
             self._redis.connection_pool.release(connection)
             raise
         self._at_hand.append(connection)
-        return [answer]
+        return answers
+
+    @staticmethod
+    def _answer(connection: Any) -> Any:
+        try:
+            return connection.read_response()
+        except redis.ResponseError as error:
+            return error
 
     def hang_up(self) -> None:
         """Give back what is at hand."""
@@ -257,11 +262,11 @@ class CancelClient:
             except StopIteration as end:
                 return cast(T, end.value)
 
-    def _answers(self, commands: list[Command], repeat: bool) -> list[Any]:
+    def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
         try:
             if self._line is not None:
-                if repeat and len(commands) == 1 and commands[0][0] in _Line.PLAIN:
-                    return self._line.round_trip(commands[0])
+                if repeat and isinstance(commands, Calls):
+                    return self._line.round_trip(commands)
                 self._line.hang_up()  # one connection serves both ways
             return self._round_trip(commands)
         except redis.AuthenticationError:
@@ -272,7 +277,7 @@ class CancelClient:
             # A kept connection that the server had closed. The ids are in the words: a repeat finds itself.
             return self._round_trip(commands)
 
-    def _round_trip(self, commands: list[Command]) -> list[Any]:
+    def _round_trip(self, commands: Commands) -> list[Any]:
         if len(commands) > 1:
             # One connection for all: WAITAOF speaks of what its own connection has written.
             with self._redis.pipeline(transaction=False) as pipeline:
@@ -280,6 +285,6 @@ class CancelClient:
                     pipeline.execute_command(*command)
                 return pipeline.execute(raise_on_error=False)
         try:
-            return [self._redis.execute_command(*commands[0])]
+            return [self._redis.execute_command(*command) for command in commands]
         except redis.ResponseError as error:
             return [error]

@@ -13,9 +13,10 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, TypeAlias, TypeVar
@@ -41,7 +42,9 @@ from producer.message import (
 
 T = TypeVar("T")
 Command: TypeAlias = tuple[Any, ...]
-Conversation: TypeAlias = Generator[list[Command], list[Any], T]
+#: What is sent in one round trip; it may be gone through again, and may be made while it is sent.
+Commands: TypeAlias = Collection[Command]
+Conversation: TypeAlias = Generator[Commands, list[Any], T]
 
 #: Requests in one round trip, keys in one MGET: more would hold the server up for longer than a cancel should wait.
 CHUNK = 1000
@@ -133,17 +136,40 @@ class Script:
         self.source = source
         self.sha = sha1(source.encode(), usedforsecurity=False).hexdigest()
 
-    def call(self, *calls: Sequence[Any], then: Sequence[Command] = ()) -> Conversation[list[Any]]:
-        """Answers of the script to each of ``calls``, and of the commands ``then`` on the same connection."""
-        answers = yield [*(("EVALSHA", self.sha, *words) for words in calls), *then]
-        unknown = [n for n in range(len(calls)) if isinstance(answers[n], redis.exceptions.NoScriptError)]
+    def call(self, *words: Callable[[], Sequence[Any]], then: Sequence[Command] = ()) -> Conversation[list[Any]]:
+        """Answers of the script, called once with each of ``words``, and of ``then`` on the same connection."""
+        answers = yield Calls(("EVALSHA", self.sha), words, then)
+        unknown = [n for n in range(len(words)) if isinstance(answers[n], redis.exceptions.NoScriptError)]
         if unknown:
-            again = yield [*(("EVAL", self.source, *calls[n]) for n in unknown), *then]
+            again = yield Calls(("EVAL", self.source), [words[n] for n in unknown], then)
             for n, answer in zip(unknown, again, strict=False):
                 answers[n] = answer
-            answers[len(calls) :] = again[len(unknown) :]
-        good(answers[: len(calls)])
+            answers[len(words) :] = again[len(unknown) :]
+        good(answers[: len(words)])
         return answers
+
+
+class Calls(Collection[Command]):
+    """Commands that begin alike. Each is made when its turn comes, so that the server works on the first meanwhile; the
+    answers are taken as the server gives them."""
+
+    def __init__(
+        self, how: Command, words: Sequence[Callable[[], Sequence[Any]]], then: Sequence[Command] = ()
+    ) -> None:
+        self._how = how
+        self._words = words
+        self._then = then
+
+    def __len__(self) -> int:
+        return len(self._words) + len(self._then)
+
+    def __iter__(self) -> Iterator[Command]:
+        for words in self._words:
+            yield (*self._how, *words())
+        yield from self._then
+
+    def __contains__(self, command: object) -> bool:
+        return any(one == command for one in self)
 
 
 def _source(name: str) -> str:
@@ -249,8 +275,8 @@ class Wire:
         wait_ms = self._server_wait_ms(_DURABLE_MS)
         then: list[Command] = [("WAITAOF", 1, 0, wait_ms)] if durable else []
         for chunk in rows(requests):
-            calls = [self._enqueue_words(batch) for batch in chunk]
-            answers = yield from self.enqueue_script.call(*calls, then=then)
+            words = [partial(self._enqueue_words, batch) for batch in chunk]
+            answers = yield from self.enqueue_script.call(*words, then=then)
             for batch, answer in zip(chunk, answers, strict=False):
                 for row, job_id, duplicate in zip(batch, answer[::2], answer[1::2], strict=True):
                     carried[row.position] = (text(job_id), row.request, bool(int(duplicate)))
@@ -270,7 +296,7 @@ class Wire:
 
     def outcome(self, job_id: str) -> Conversation[Outcome | None]:
         """One outcome, or None while there is none."""
-        (record,) = good((yield [("GET", self.keys.outcome_prefix + job_id)]))
+        (record,) = good((yield Calls(("GET",), [lambda: (self.keys.outcome_prefix + job_id,)])))
         return None if record is None else decode_outcome(record)
 
     def outcomes_of(self, job_ids: Iterable[str]) -> Conversation[dict[str, Outcome]]:
@@ -321,7 +347,7 @@ class Wire:
             words: list[Any] = [3, keys.waiting, keys.queues, keys.failed]
             words += (keys.job_prefix, keys.outcome_prefix, keys.order_prefix, POINTER_LIFE_S, _stamp())
             words += (_ENDLESS_RETRIES, zlib.compress(b""), what, *chunk)
-            (answer,) = yield from RETRY.call(words)
+            (answer,) = yield from RETRY.call(partial(tuple, words))
             unknown |= dict.fromkeys(text(job_id) for job_id in answer)
         return unknown
 

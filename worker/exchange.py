@@ -55,6 +55,8 @@ SPARE_CONNECTIONS = 4
 #: Most bytes of one read: what a TLS record holds, so that no part of one is left where a look at the socket, before
 #: its next use, would not find it.
 READ_SIZE = 16 * 1024
+#: Most bytes that one look at a socket takes, more than any answer has: a flood must not keep an event loop.
+TURN_SIZE = 128 * 1024
 #: A time-out this close to the right one is left as it is, seconds: setting one is a system call.
 TIMEOUT_TOLERANCE_S = 0.002
 
@@ -717,53 +719,60 @@ class Pending:
 
     def begin(self) -> Failure | None:
         """Send the request if a connection stands."""
-        attempt = self._attempt
+        attempt, outer_error = self._attempt, sys.exception()
         try:
             if self._exchange._take(attempt):
                 sock = self._sock()
                 if sock.gettimeout() != 0:
-                    sock.setblocking(False)
+                    sock.settimeout(0)  # TLS within TLS knows no setblocking
                 # A request is smaller than an idle connection's buffer. Were it not taken whole, it would be in doubt.
                 attempt.send(cast(HTTPConnection, attempt.connection))
                 self.sent = True
         except Exception as error:  # noqa: BLE001 - as in Exchange._open
-            return self._exchange._failed(attempt, error, None)
+            return self._exchange._failed(attempt, error, outer_error)
         return None
 
     def connect(self) -> Failure | None:
         """Open the connection, waiting for it."""
-        outer = _current.swap(self._attempt)
+        outer_error = sys.exception()
+        outer_attempt = _current.swap(self._attempt)
         try:
             self._exchange._connect(self._attempt)
         except Exception as error:  # noqa: BLE001 - as in Exchange._open
-            return self._exchange._failed(self._attempt, error, None)
+            return self._exchange._failed(self._attempt, error, outer_error)
         finally:
-            _current.swap(outer)
+            _current.swap(outer_attempt)
         return None
 
     def receive(self) -> Answer | None:
-        """Take in what the socket has."""
-        answer, sock = self._attempt.answer, self._sock()
+        """Take in what the socket has, a turn's worth at the most: then it is still readable."""
+        answer, sock, outer_error, taken = self._attempt.answer, self._sock(), sys.exception(), 0
         try:
             while not answer.ended:
-                answer.feed(sock.recv(READ_SIZE))
+                if taken > TURN_SIZE:
+                    return None
+                data = sock.recv(READ_SIZE)
+                taken += len(data)
+                answer.feed(data)
         except _NOT_NOW:
             return None
         except Exception as error:  # noqa: BLE001 - as in Exchange._open and _read
-            return self._ended(error)
+            return self._ended(error, outer_error)
         return self._ended()
 
     def expire(self) -> Answer:
         """The answer, or what there is of it, at the end of its time."""
-        return self._ended(TimeoutError("the attempt's time is used up"))
+        # A process that was paused may hear of the time first, with the answer unread.
+        answer = self.receive() if self.sent else None
+        return answer or self._ended(TimeoutError("the attempt's time is used up"))
 
     def drop(self) -> None:
         """Part with the connection: nothing was sent, and nothing shall be."""
         self._exchange._give_back(self._attempt)
 
-    def _ended(self, error: Exception | None = None) -> Answer:
+    def _ended(self, error: Exception | None = None, outer: BaseException | None = None) -> Answer:
         if error is not None and not self._attempt.answer.status:
-            return self._exchange._failed(self._attempt, error, None)
+            return self._exchange._failed(self._attempt, error, outer)
         self._exchange._give_back(self._attempt)
         return self._exchange._replied(self._attempt)
 

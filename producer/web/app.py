@@ -53,6 +53,9 @@ _MAX_QUERY = 200
 #: Calls of Redis at a time, each on a connection of its own, and those among them that read far back.
 _CALLS = 2
 _HEAVY_CALLS = 1
+#: How many more wait for one of each; further ones are turned away at once, so that they do not keep all threads.
+_WAITING = 8
+_HEAVY_WAITING = 3
 #: How long a page waits for its turn, s, and when one that was turned away may come again.
 _TURN_S = 5.0
 _AGAIN_S = 2
@@ -67,6 +70,7 @@ _NOT_LOCAL = (
 )
 _IN_CLEAR = "Open this page with https: the token and the cookie of a login would go over the net in clear."
 _BUSY = "Others are reading the queue, and it was not this page's turn in time. Nothing was done; try again."
+_CROWD = "Too many others wait for their turn to read the queue. Nothing was done; try again in a few seconds."
 #: What a foreign record can make of figures that are read as numbers and dates.
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
@@ -213,27 +217,49 @@ def _broken(error: Exception) -> Answer:
 # --- Pages --------------------------------------------------------------------------------------------------------
 
 
+class _Lane:
+    """So many calls at a time, and so many more that wait: whoever waits keeps a thread of the server."""
+
+    def __init__(self, calls: int, waiting: int) -> None:
+        self._calls = threading.BoundedSemaphore(calls)
+        self._places = threading.BoundedSemaphore(calls + waiting)
+
+    @contextlib.contextmanager
+    def turn(self, until_s: float) -> Iterator[None]:
+        """Wait for a turn until then (monotonic), and have it for the length of the block.
+
+        Raises:
+            ServiceUnavailable: it did not come in time, or too many wait already.
+        """
+        with contextlib.ExitStack() as held:
+            if not self._places.acquire(blocking=False):
+                raise ServiceUnavailable(_CROWD, retry_after=_AGAIN_S)
+            held.callback(self._places.release)
+            if not self._calls.acquire(timeout=max(0.0, until_s - time.monotonic())):
+                raise ServiceUnavailable(_BUSY, retry_after=_AGAIN_S)
+            held.callback(self._calls.release)
+            yield
+
+
 class _Turns:
     """Lets few calls of Redis be under way at a time: a small plan has few connections, and workers need theirs."""
 
     def __init__(self) -> None:
-        self._calls = threading.BoundedSemaphore(_CALLS)
-        self._heavy = threading.BoundedSemaphore(_HEAVY_CALLS)
+        self._calls = _Lane(_CALLS, _WAITING)
+        self._heavy = _Lane(_HEAVY_CALLS, _HEAVY_WAITING)
 
     @contextlib.contextmanager
     def taken(self, heavy: bool) -> Iterator[None]:
         """Wait for a turn, and have it for the length of the block; ``heavy``: one of those that read far back.
 
         Raises:
-            ServiceUnavailable: it did not come within :data:`_TURN_S`.
+            ServiceUnavailable: it did not come within :data:`_TURN_S`, or too many wait already.
         """
         until_s = time.monotonic() + _TURN_S
         with contextlib.ExitStack() as held:
             # The heavy one first: while it waits for that it keeps no light one away.
-            for turns in [self._heavy] * heavy + [self._calls]:
-                if not turns.acquire(timeout=max(0.0, until_s - time.monotonic())):
-                    raise ServiceUnavailable(_BUSY, retry_after=_AGAIN_S)
-                held.callback(turns.release)
+            for lane in [self._heavy] * heavy + [self._calls]:
+                held.enter_context(lane.turn(until_s))
             yield
 
 

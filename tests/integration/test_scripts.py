@@ -996,6 +996,47 @@ def test_step_of_a_job_in_our_hand_is_not_taken(client: CancelClient, open_store
     assert (decode_attempts(begun.grants[0].attempts), found) == ((tried(1),), Begun.FREE)
 
 
+#: Fields of ours that hold a whole number.
+NUMBERS = ("c_enqueued_at_ms", "c_asked_at_ms", "c_deadline_at_ms", "c_run", "c_open_at_ms", "c_meant_at_ms")
+
+
+@pytest.mark.parametrize("value", [b"abc", b"", b"1.5", b"nan", b"inf", b"\xff", b"9" * 400])
+def test_step_of_a_damaged_job_in_our_hand_is_not_taken(
+    value: bytes, client: CancelClient, open_store: OpenStore, connection: redis.Redis, peek: Peek
+) -> None:
+    """What ours has in hand is left to it whatever the job's fields hold, and left to it to find the damage."""
+    ticket = client.cancel(algo_id=1)
+    ours, stock = open_store("ours"), open_store("stock")
+    (held,) = claim(ours)
+    job = peek.keys.job_prefix + ticket.id
+    sound: dict[Any, Any] = connection.hgetall(job)
+
+    for damaged in [*((name,) for name in NUMBERS), (*NUMBERS, "c_attempts", "c_pin", "c_order")]:
+        fields = sound | {name.encode(): value for name in damaged}
+        connection.delete(job)
+        connection.hset(job, mapping=fields)
+        assert stock.begin(ticket.id)[1] is Begun.HELD, damaged
+        assert connection.hgetall(job) == fields
+
+    assert ours.settle([Settlement(held)]) == [1]
+    begun, found = stock.begin(ticket.id)
+    assert (begun.grants[0].damaged in NUMBERS, found) == (True, Begun.FREE)
+
+
+@pytest.mark.parametrize(("ended_at", "found"), [("2025-11-22T10:30:42.000000Z", Begun.SETTLED), ("", Begun.HELD)])
+def test_outcome_beside_a_damaged_hold(
+    ended_at: str, found: Begun, client: CancelClient, open_store: OpenStore, connection: redis.Redis, peek: Peek
+) -> None:
+    """A run that was recorded beside ours is over, and one that RQ put back begins anew, with damaged fields too."""
+    ticket = client.cancel(algo_id=1)
+    claim(open_store("ours"))
+    damage: dict[Any, Any] = {**dict.fromkeys(NUMBERS, "abc"), "c_done": "1", "ended_at": ended_at}
+    connection.hset(peek.keys.job_prefix + ticket.id, mapping=damage)
+
+    assert open_store("stock").begin(ticket.id)[1] is found
+    assert peek.job(ticket.id)["c_run"] == ("abc" if found is Begun.SETTLED else "2")
+
+
 def test_step_under_a_closed_gate_is_no_attempt(client: CancelClient, open_store: OpenStore) -> None:
     """A stock worker that finds the gate closed is told so, and nothing is counted."""
     ticket = client.cancel(algo_id=1)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import redis
 
 from producer import CancelClient
 from tests.integration.test_client import PASSWORD, Proxy, fail
 from tests.integration.test_producer_cli import Shell, one_line
-from tests.servers import ROOT, Valkey, Workers, free_port, scrubbed
+from tests.servers import ROOT, Valkey, Workers, eventually, free_port, running_valkey, scrubbed
 from tests.webpages import LARGEST, TOKEN, WebProcess, form_token
 from worker.sandbox.control import RunningExchange
+
+#: More than the server has threads.
+_CROWD = 40
 
 
 def test_an_operator_finds_a_failed_request_and_retries_it(
@@ -92,6 +101,90 @@ def test_a_signal_ends_it_at_once(valkey: Valkey, how: signal.Signals, code: int
         web.process.send_signal(how)
         assert web.process.wait(10) == code
         assert web.stderr() == ""
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_waits_neither_for_searches_nor_for_uploads(how: signal.Signals, code: int) -> None:
+    """Searches that hang at Redis and a form that is half sent lose their connections; nothing is said."""
+    search = b"GET /search?q=abc HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    upload = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 900_000
+    with running_valkey() as server, WebProcess(server.url) as web:
+        assert web("/").status == 200
+        assert server.process is not None
+        server.process.send_signal(signal.SIGSTOP)
+        others = [socket.create_connection(("127.0.0.1", web.port), timeout=10) for _ in range(5)]
+        try:
+            for other, request in zip(others, [upload] + [search] * 4, strict=True):
+                other.sendall(request)
+            assert web("/healthz").status == 200  # a later connection: the searches are under way
+            began = time.monotonic()
+            web.process.send_signal(how)
+            assert web.process.wait(10) == code
+            assert time.monotonic() - began < 3
+            assert web.stderr() == ""
+            assert all(has_hung_up(other) for other in others)
+        finally:
+            for other in others:
+                other.close()
+
+
+def has_hung_up(other: socket.socket) -> bool:
+    """Whether the other end is closed, without an answer."""
+    try:
+        return other.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_signal_among_many_visitors_leaves_nothing_open(valkey: Valkey) -> None:
+    """Wherever the server is with their connections, it closes them: its last words would name one that it did not."""
+    for _ in range(3):
+        with WebProcess(valkey.url) as web:
+            ended = threading.Event()
+            crowd = [threading.Thread(target=visit_until, args=(web, ended)) for _ in range(4)]
+            for visitor in crowd:
+                visitor.start()
+            assert web("/healthz").status == 200
+            web.process.terminate()
+            code = web.process.wait(10)
+            ended.set()
+            for visitor in crowd:
+                visitor.join()
+            assert (code, web.stderr()) == (0, "")
+
+
+def visit_until(web: WebProcess, ended: threading.Event) -> None:
+    """Come again and again; the server may end meanwhile."""
+    while not ended.is_set():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            web("/healthz")
+
+
+def test_many_searches_leave_the_others_their_turn(
+    valkey: Valkey, client: CancelClient, connection: redis.Redis
+) -> None:
+    """However many search at a time, few of them wait; the others are told at once, and other pages are answered."""
+    client.cancel(algo_id=LARGEST)
+    with WebProcess(valkey.url) as web, ThreadPoolExecutor(_CROWD) as crowd:
+        assert web("/").status == 200
+        connection.execute_command("CLIENT", "PAUSE", 1000, "ALL")
+        searches = [crowd.submit(web, f"/search?q={LARGEST}") for _ in range(_CROWD)]
+        eventually(lambda: any(search.done() for search in searches), 5, "some are turned away")
+        began = time.monotonic()
+        assert web("/healthz").status == 200
+        assert time.monotonic() - began < 1
+        assert web("/").status == 200
+        answers = [search.result() for search in searches]
+        assert web(f"/search?q={LARGEST}").status == 200
+        assert web.stderr() == ""
+
+    turned_away = [answer for answer in answers if answer.status == 503]
+    served = [answer for answer in answers if answer.status == 200]
+    assert len(served) >= 4
+    assert len(served) + len(turned_away) == _CROWD
+    assert {answer.headers["Retry-After"] for answer in turned_away} == {"2"}
+    assert all("try again in a few seconds" in answer.text for answer in turned_away)
+    assert all(str(LARGEST) in answer.text for answer in served)
 
 
 def test_redis_away_is_told_in_time(valkey: Valkey) -> None:
