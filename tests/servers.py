@@ -182,17 +182,10 @@ class Workers:
             worker.stop(signal.SIGKILL)
 
 
-#: worker.settings: set in a process that has started itself anew.
-LEAN = "CANCEL_LEAN_MALLOC"
-
-
 def scrubbed() -> dict[str, str]:
-    """This process' environment without any setting of the project's.
-
-    Workers are spared starting themselves anew, which would be half of what many a test costs; one test sees to it.
-    """
+    """This process' environment without any setting of the project's."""
     names = ("BINANCE_", "CANCEL_", "BACKOFF_", "WORKER_", "LEASE_", "REDIS_", "LOG_", "RQ_", "DYNO", "EGRESS_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(names)} | {LEAN: "1"}
+    return {name: value for name, value in os.environ.items() if not name.startswith(names)}
 
 
 def plain(answer: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from worker.settings import (
     Settings,
     SettingsError,
     environment_for_readers,
-    environment_with_lean_malloc,
     sandbox_server,
 )
 
@@ -75,18 +76,33 @@ def main(context: click.Context, /, queue: str | None, concurrency: str | None, 
     """Sign and send the cancels on the queue, and record what became of each order, until told to stop."""
     if context.invoked_subcommand is not None:
         return
-    # Not where another program has loaded this one, and before the settings are read: a key may come from a pipe.
-    if __name__ == "__main__" and sys.executable and (environment := environment_with_lean_malloc()) is not None:
-        with contextlib.suppress(OSError):
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
     settings = _settings(queue, concurrency)
     sys.exit(_work(settings, burst))
 
 
-def _work(settings: Settings, burst: bool) -> int:
-    import redis  # neither is needed by the other commands, nor before the process has started itself anew
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Keep a module that is not loaded yet from being loaded, by those who can do without it.
 
-    from worker.runner import CancelWorker
+    requests guesses the encoding of a text with charset_normalizer, or warns that it cannot. Nothing here is ever
+    guessed, and the tables for it would be a twelfth of a worker's memory.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # Python's own sign that there is no such module
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        del sys.modules[name]
+
+
+def _work(settings: Settings, burst: bool) -> int:
+    import redis  # neither is needed by the other commands
+
+    with _without("charset_normalizer"):
+        from worker.runner import CancelWorker
 
     try:
         worker = CancelWorker([settings.queue], settings=settings)

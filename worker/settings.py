@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
-import platform
 import re
 import ssl
 from collections.abc import Callable, Mapping
@@ -731,25 +730,6 @@ class Settings:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("settings cannot be pickled: they hold secrets")
-
-
-#: glibc's tunables: no cache of freed memory for each thread, and one arena for all.
-_LEAN_MALLOC = "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"
-#: Set in a process that was started with them; glibc itself garbles the variable when it reads it.
-_IS_LEAN = "CANCEL_LEAN_MALLOC"
-
-
-def environment_with_lean_malloc(environ: Mapping[str, str] | None = None) -> dict[str, str] | None:
-    """The environment under which glibc keeps no memory aside for each thread; None where nothing is to be changed.
-
-    With a thread for each request in flight that memory adds up: 6 of 50 MiB at 64 in flight, and more within hours.
-    glibc reads this once, when a process starts.
-    """
-    given = os.environ if environ is None else environ
-    tunables = given.get("GLIBC_TUNABLES", "")
-    if given.get(_IS_LEAN) or "glibc.malloc." in tunables or platform.libc_ver()[0] != "glibc":
-        return None
-    return {**given, "GLIBC_TUNABLES": ":".join(filter(None, (tunables, _LEAN_MALLOC))), _IS_LEAN: "1"}
 
 
 def environment_for_readers(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -95,14 +95,12 @@ def once_each(peek: Peek, tickets: Iterable[Ticket]) -> bool:
     return Counter(outcome.id for outcome in peek.ledger()) == dict.fromkeys((ticket.id for ticket in tickets), 1)
 
 
-def test_memory_is_not_kept_aside_for_each_thread(workers: Workers) -> None:
-    """A worker starts itself anew, as the same process, under the settings of malloc that keep its memory small."""
-    worker = workers.start(CANCEL_LEAN_MALLOC="")
+def test_what_is_never_used_is_not_loaded(workers: Workers) -> None:
+    """A worker does without the tables by which requests guesses encodings, and nothing is said of that."""
+    worker = workers.start()
 
-    environment = Path(f"/proc/{worker.process.pid}/environ").read_bytes()
-
-    assert b"GLIBC_TUNABLES=glibc.malloc.tcache_count=0" in environment
-    assert b"glibc.malloc.arena_max=1" in environment
+    assert "charset_normalizer" not in Path(f"/proc/{worker.process.pid}/maps").read_text("utf-8")
+    assert "Warning" not in worker.output()
 
 
 # ---- what is sent, what is recorded ---------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from worker.settings import (
     Settings,
     SettingsError,
     environment_for_readers,
-    environment_with_lean_malloc,
 )
 
 ACCOUNT = {"BINANCE_API_KEY": "k" * 64, "BINANCE_API_SECRET": "s" * 64}
@@ -775,22 +774,3 @@ def test_a_reader_gets_nothing_of_the_exchange() -> None:
     }
 
     assert environment_for_readers(given) == {"REDIS_URL": "redis://x", "PATH": "/bin"}
-
-
-@pytest.mark.parametrize("tunables", ["", "glibc.rtld.nns=4"])
-def test_lean_malloc_is_asked_for_beside_what_is_asked_already(tunables: str) -> None:
-    """The worker's own wish is added to the tunables of its environment, and everything else stays."""
-    given = {"A": "b"} | ({"GLIBC_TUNABLES": tunables} if tunables else {})
-
-    wanted = environment_with_lean_malloc(given)
-
-    assert wanted is not None
-    assert wanted["A"] == "b"
-    assert wanted["GLIBC_TUNABLES"].split(":")[-2:] == ["glibc.malloc.tcache_count=0", "glibc.malloc.arena_max=1"]
-    assert wanted["GLIBC_TUNABLES"].startswith(tunables)
-    assert environment_with_lean_malloc(wanted | {"GLIBC_TUNABLES": tunables}) is None  # once is enough
-
-
-def test_a_persons_own_malloc_setting_stays() -> None:
-    """Whoever has set the cache has a reason."""
-    assert environment_with_lean_malloc({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}) is None
