@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import redis
 
 from worker import log
-from worker.canceller import Ask, Canceller, Pursuit
+from worker.canceller import Ask, Canceller, Pursuit, Wish
 from worker.exchange import Exchange, Pending
 from worker.gate import Gate
 from worker.line import Line
@@ -101,6 +101,7 @@ class Crew:
         self._ended_at: deque[float] = deque(maxlen=max(size // _AHEAD_PART, 1))
         self._unopened: deque[_Held] = deque()
         self._opening = 0
+        self._sending_unopened = False
         self._heap: deque[Settlement] = deque()
         self._alone: deque[Settlement] = deque()  # of a group that could not be written as one
         self._writing: list[Settlement] = []
@@ -255,8 +256,10 @@ class Crew:
 
     def _claimed_leading(self, claimed: Claimed) -> None:
         self._leading = False
-        self._claimed(claimed)
-        self._lead()
+        try:
+            self._claimed(claimed)
+        finally:  # a defect must not leave the queue without anybody at it
+            self._lead()
 
     def _claimed(self, claimed: Claimed) -> None:
         """Take what a claim brought into our hands."""
@@ -340,7 +343,7 @@ class Crew:
         pursuit = held.pursuit
         assert pursuit is not None
         try:
-            wish = pursuit.send(came) if error is None else pursuit.throw(error)
+            self._fulfil(held, pursuit.send(came) if error is None else pursuit.throw(error))
         except StopIteration as ended:
             self._ended(held, ended.value)
         except Exception as defect:  # noqa: BLE001 - whatever it is, the loop lives
@@ -348,12 +351,13 @@ class Crew:
             # hold what must not be logged; where it stands may not.
             log.error("defect", id=held.grant.id, error=type(defect).__name__, where=_where(defect))
             self._ended(held, None)
+
+    def _fulfil(self, held: _Held, wish: Wish) -> None:
+        if isinstance(wish, Ask):
+            held.pending = self._exchange.prepare(wish.call, wish.credential, wish.ref)
+            self._send(held, held.pending)
         else:
-            if isinstance(wish, Ask):
-                held.pending = self._exchange.prepare(wish.call, wish.credential, wish.ref)
-                self._send(held, held.pending)
-            else:
-                self._aside(wish, partial(self._advance, held))
+            self._aside(wish, partial(self._advance, held))
 
     def _ended(self, held: _Held, settlement: Settlement | None) -> None:
         self._running -= 1
@@ -401,11 +405,18 @@ class Crew:
         self._send_unopened()
 
     def _send_unopened(self) -> None:
-        """A connection is free, or a place among those who open one."""
-        while self._unopened and self._opening < _OPENERS:
-            held = self._unopened.popleft()
-            if held.pending is not None:
-                self._send(held, held.pending)
+        """A connection is free, or a place among those who open one. (A call that fails at once does not send the next
+        one.)"""
+        if self._sending_unopened:
+            return
+        self._sending_unopened = True
+        try:
+            while self._unopened and self._opening < _OPENERS:
+                held = self._unopened.popleft()
+                if held.pending is not None:
+                    self._send(held, held.pending)
+        finally:
+            self._sending_unopened = False
 
     def _receive(self, held: _Held, pending: Pending, expiry: asyncio.TimerHandle) -> None:
         fileno = pending.fileno
@@ -459,9 +470,9 @@ class Crew:
         self._back()
         self._writing = []
         self._part_with(group)
+        self._plan_flush()
         for settlement, answer in zip(group, answers, strict=True):
             self._tell(settlement, answer)
-        self._flush()
 
     def _refused(self, group: list[Settlement], error: redis.RedisError) -> None:
         said = str(error)

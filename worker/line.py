@@ -72,7 +72,7 @@ class Line:
             protocolError=redis.InvalidResponse, replyError=connection._parser.parse_error, notEnoughData=_NOTHING
         )
         self._asked: deque[_Asked] = deque()
-        self._unsent = b""
+        self._unsent = bytearray()
         self._blocked = False  # the rest is written when the socket takes it
         self._alarm: asyncio.TimerHandle | None = None
         self._open = True
@@ -120,7 +120,7 @@ class Line:
         except OSError as error:
             self._loop.call_soon(self._broken, redis.ConnectionError(f"not sent: {type(error).__name__}"))
             return
-        self._unsent = self._unsent[sent:]
+        del self._unsent[:sent]
         if self._unsent and not self._blocked:
             self._loop.add_writer(self._fileno, self._writable)
         elif self._blocked and not self._unsent:
