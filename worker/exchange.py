@@ -210,6 +210,17 @@ class _BoundedTlsSocket(_BoundedSocket, ssl.SSLSocket):
         super().do_handshake(block)
 
 
+def _some(sock: socket.socket) -> bytes:
+    """What the socket gives, b"" at its end; urllib3's TLS within TLS says 0 if there was no good-bye."""
+    return sock.recv(READ_SIZE) or b""
+
+
+def _holds_unread(sock: socket.socket) -> bool:
+    """Whether something was read ahead, where a look at the socket does not find it: by urllib3's TLS within TLS."""
+    incoming: ssl.MemoryBIO | None = getattr(sock, "incoming", None)
+    return incoming is not None and incoming.pending > 0
+
+
 class _Resolver:
     """Name look-ups with a bound, which the system's have not: callers wait no longer than they can.
 
@@ -591,7 +602,7 @@ class Exchange:
             connection = cast(HTTPConnection, attempt.connection)
             attempt.send(connection)
             while not attempt.answer.status:
-                attempt.answer.feed(connection.sock.recv(READ_SIZE))
+                attempt.answer.feed(_some(connection.sock))
         except Exception as error:  # noqa: BLE001 - whatever it was, a cancel in doubt must be recorded as one
             return self._failed(attempt, error, outer_error)
         except BaseException:
@@ -619,7 +630,7 @@ class Exchange:
         outer_attempt = _current.swap(attempt)
         try:
             while not answer.ended:
-                answer.feed(connection.sock.recv(READ_SIZE))
+                answer.feed(_some(connection.sock))
         except Exception:  # noqa: BLE001, S110 - cut off or out of time: the caller learns that it is not whole
             pass
         finally:
@@ -629,8 +640,9 @@ class Exchange:
 
     def _give_back(self, attempt: _Attempt) -> None:
         """Part with the attempt's connection, which serves the next one if nothing of this one can still come."""
-        if attempt.connection is not None and (not attempt.seen or attempt.answer.reusable):
-            self._adapter.give_back(attempt.connection)
+        connection = attempt.connection
+        if connection and (not attempt.seen or (attempt.answer.reusable and not _holds_unread(connection.sock))):
+            self._adapter.give_back(connection)
         else:
             attempt.close_connection()
 
@@ -751,7 +763,7 @@ class Pending:
             while not answer.ended:
                 if taken > TURN_SIZE:
                     return None
-                data = sock.recv(READ_SIZE)
+                data = _some(sock)
                 taken += len(data)
                 answer.feed(data)
         except _NOT_NOW:

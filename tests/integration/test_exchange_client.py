@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import datetime
@@ -12,6 +13,7 @@ import ipaddress
 import json
 import logging
 import re
+import select
 import socket
 import ssl
 import struct
@@ -31,8 +33,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from producer.message import Call
+from tests.ways import WAYS, made
 from worker.clock import BEHIND_MS, ServerClock
-from worker.exchange import BODY_LIMIT, MAX_RETRY_AFTER_MS, Exchange, _BoundedSocket
+from worker.exchange import BODY_LIMIT, MAX_RETRY_AFTER_MS, Exchange, Pending, _BoundedSocket
 from worker.signing import Credential
 from worker.verdict import Failure, Means, OrderRef, Reply, classify
 
@@ -251,6 +254,49 @@ class Authority:
         return context
 
 
+class HandTls:
+    """A server's side of TLS 1.3 that hands out its records, for the test to send them when and how it wants."""
+
+    def __init__(self, peer: Peer, context: ssl.SSLContext) -> None:
+        """Shake hands. The session tickets, which end it, are kept back."""
+        self._peer = peer
+        self._from_client, self._to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        self._tls = context.wrap_bio(self._from_client, self._to_client, server_side=True)
+        while True:
+            try:
+                self._tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self._peer.send(self._to_client.read())
+                self._hear()
+        self.tickets = self._to_client.read()
+
+    def _hear(self) -> bool:
+        data = self._peer.sock.recv(65536)
+        self._from_client.write(data)
+        return bool(data)
+
+    def read_head(self) -> bytes:
+        """The next request up to its empty line; b"" when the client has closed."""
+        text = b""
+        while not text.endswith(b"\r\n\r\n"):
+            try:
+                data = self._tls.read(65536)
+            except ssl.SSLWantReadError:
+                data = b""
+                if not self._hear():
+                    return b""
+            text += data
+        self._peer.server.note(self._peer.number, text[:-4])
+        return text
+
+    def record(self, data: bytes) -> bytes:
+        """``data`` as one record."""
+        self._tls.write(data)
+        return self._to_client.read()
+
+
 LOOPBACK = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 
 
@@ -268,9 +314,10 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 class Bench:
-    """Starts servers and clients, and closes them all."""
+    """Starts servers and clients of one way, and closes them all."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: type[Exchange] = Exchange) -> None:
+        self._way = way
         self._open = contextlib.ExitStack()
 
     def server(self, behaviour: Behaviour, tls: ssl.SSLContext | None = None) -> Server:
@@ -280,7 +327,7 @@ class Bench:
 
     def client(self, url: str, clock: ServerClock | None = None, **options: Any) -> Exchange:
         options.setdefault("recv_window_ms", 5_000)
-        client = Exchange(url, clock=clock or ServerClock(), **options)
+        client = self._way(url, clock=clock or ServerClock(), **options)
         self._open.callback(client.close)
         return client
 
@@ -295,8 +342,17 @@ class Bench:
         self._open.close()
 
 
+@pytest.fixture(params=WAYS)
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """Its clients make signed calls in the one way and in the other: the rules are the same."""
+    one = Bench(request.param)
+    yield one
+    one.close()
+
+
 @pytest.fixture
-def bench() -> Iterator[Bench]:
+def lone_bench() -> Iterator[Bench]:
+    """For what there is one way of."""
     one = Bench()
     yield one
     one.close()
@@ -438,53 +494,6 @@ def test_timestamp_is_taken_after_the_handshake(bench: Bench, credential: Creden
     assert b"timestamp=1760000004000&" in server[0].heads[0]
 
 
-def test_on_sent_comes_before_the_answer(bench: Bench, credential: Credential) -> None:
-    """The hook runs once, when the request is out and the answer is not there yet."""
-    go = threading.Event()
-    calls: list[int] = []
-
-    def wait_for_hook(peer: Peer) -> None:
-        while peer.read_head():
-            assert go.wait(5)
-            peer.send(http_answer())
-
-    server, client = bench.to(wait_for_hook)
-
-    def hook() -> None:
-        until(lambda: len(server.heads) == len(calls) + 1)  # the whole request has arrived
-        calls.append(len(server.heads))
-        go.set()
-
-    assert replied(client.cancel(credential, REF, on_sent=hook)).http == 200
-    assert replied(client.query(credential, REF, on_sent=hook)).http == 200
-    assert calls == [1, 2]
-
-
-def test_failing_hook_does_not_lose_the_answer(
-    bench: Bench, credential: Credential, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What the caller's hook raises is logged by its name, and the answer is returned."""
-    _, client = bench.to(answering(http_answer()))
-
-    def hook() -> None:
-        raise LookupError(SECRET)
-
-    assert replied(client.cancel(credential, REF, on_sent=hook)).body == DONE
-    assert caplog.messages == ["on_sent_failed error=LookupError"]
-
-
-def test_hook_is_not_called_for_what_was_not_sent(bench: Bench, credential: Credential) -> None:
-    """Without a connection nothing was sent, and nobody is told otherwise."""
-    calls: list[int] = []
-    client = bench.client(f"http://127.0.0.1:{free_port()}")
-    failed(
-        client.cancel(credential, REF, on_sent=lambda: calls.append(1)),
-        seen=False,
-        reason="could not connect: ConnectionRefusedError",
-    )
-    assert calls == []
-
-
 # ---- connections ----------------------------------------------------------------------------------------------------
 
 
@@ -544,12 +553,11 @@ def test_closed_idle_connection_is_replaced_unnoticed(
 
     server = bench.server(once, authority.server_context(LOOPBACK) if secure else None)
     client = bench.client(server.url, ca_file=authority.ca_file)
-    calls: list[int] = []
     for turn in range(1, 4):
-        assert replied(client.cancel(credential, REF, on_sent=lambda: calls.append(1))).http == 200
+        assert replied(client.cancel(credential, REF)).http == 200
         assert closed.wait(5)
         closed.clear()
-        assert (server.connections, len(server.heads), len(calls)) == (turn, turn, turn)
+        assert (server.connections, len(server.heads), client.requests_sent) == (turn, turn, turn)
 
 
 def test_request_on_a_dying_connection_is_not_sent_again(bench: Bench, credential: Credential) -> None:
@@ -629,6 +637,52 @@ def test_unasked_answer_is_not_taken_for_the_next(
         assert sent.wait(5)
         sent.clear()
     assert server.used == [1, 2]
+
+
+def test_unasked_answer_in_a_tunnel_over_tls_is_not_taken_for_the_next(
+    bench: Bench, credential: Credential, authority: Authority
+) -> None:
+    """Nor is one that lies behind the answer in the proxy's own TLS record, where no look at the socket finds it."""
+
+    def behave(peer: Peer) -> None:
+        tls = HandTls(peer, authority.server_context(LOOPBACK))
+        while tls.read_head():
+            peer.send(tls.tickets + tls.record(http_answer()) + tls.record(http_answer(b"unasked")))
+
+    server = bench.server(behave)
+    proxy = bench.server(relaying(), authority.server_context(LOOPBACK))
+    client = bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file, egress_proxy_url=proxy.url)
+    for _ in range(2):
+        assert client.cancel(credential, REF) == Reply(http=200, body=DONE)
+    assert server.used == [1, 2]
+
+
+@pytest.mark.parametrize("cut", [0, 20, len(http_answer()) - 10])
+def test_late_answer_is_not_taken_for_the_next(bench: Bench, credential: Credential, cut: int) -> None:
+    """An attempt that ran out of time closes its connection, however much of the answer had come."""
+    given_up = threading.Event()
+    late = http_answer(b"late".ljust(len(DONE)))
+
+    def behave(peer: Peer) -> None:
+        while peer.read_head():
+            if peer.number == 1:
+                peer.send(late[:cut])
+                assert given_up.wait(5)
+                peer.send(late[cut:])
+            else:
+                peer.send(http_answer())
+
+    server, client = bench.impatient(behave)
+    first = client.cancel(credential, REF)
+    if cut < late.index(b"late"):
+        failed(first, seen=True, reason="no answer: TimeoutError")
+    else:
+        assert replied(first).truncated
+    given_up.set()
+    for _ in range(2):
+        assert client.query(credential, REF) == Reply(http=200, body=DONE)
+    assert server.used == [1, 2, 2]
+    assert client.requests_sent == 3
 
 
 def test_last_used_connection_is_used_first(bench: Bench, credential: Credential) -> None:
@@ -842,6 +896,24 @@ def test_dripping_body_is_bounded(bench: Bench, credential: Credential) -> None:
     assert classify(Call.CANCEL, REF, answer).means is Means.UNCLEAR
 
 
+def _flood(peer: Peer) -> None:
+    """For much longer than an attempt may take, send what is no answer."""
+    peer.read_head()
+    # Many in one write, which needs no turn of this process' threads.
+    continues = b"HTTP/1.1 100 Continue\r\n\r\n" * 2**19
+    ends_at = time.monotonic() + 5
+    while time.monotonic() < ends_at:
+        peer.send(continues)
+
+
+def test_flood_without_an_answer_is_bounded(bench: Bench, credential: Credential) -> None:
+    """Nor does a server that never stops sending, and never comes to its answer."""
+    server, client = bench.impatient(_flood)
+    with bounded():
+        failed(client.cancel(credential, REF), seen=True, reason="no answer: TimeoutError")
+    assert client.requests_sent == len(server.heads) == 1
+
+
 def _cut_body(status: str, **headers: str) -> Behaviour:
     def behave(peer: Peer) -> None:
         peer.read_head()
@@ -878,8 +950,11 @@ def test_cut_body_keeps_the_pause(bench: Bench, credential: Credential) -> None:
     assert (answer.http, answer.retry_after_ms, answer.truncated) == (418, 120_000, True)
 
 
+@pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
-def test_huge_body_is_read_in_part(bench: Bench, credential: Credential, framing: str) -> None:
+def test_huge_body_is_read_in_part(
+    bench: Bench, credential: Credential, authority: Authority, framing: str, secure: bool
+) -> None:
     """At most 64 KiB are read, the rest is not waited for, and its connection is not used again."""
     size = 4 * BODY_LIMIT
     head = {
@@ -887,16 +962,21 @@ def test_huge_body_is_read_in_part(bench: Bench, credential: Credential, framing
         "chunked": b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % size,
         "close": b"Connection: close\r\n\r\n",
     }[framing]
-    server, client = bench.to(answering(b"HTTP/1.1 200 OK\r\n" + head + b"x" * (BODY_LIMIT + 1)))
+    behaviour = answering(b"HTTP/1.1 200 OK\r\n" + head + b"x" * (BODY_LIMIT + 1))
+    server = bench.server(behaviour, authority.server_context(LOOPBACK) if secure else None)
+    client = bench.client(server.url, ca_file=authority.ca_file)
     for _ in range(2):
         answer = replied(client.cancel(credential, REF))
         assert (answer.body, answer.truncated) == (b"x" * BODY_LIMIT, True)
     assert server.used == [1, 2]
 
 
-def test_largest_whole_body_is_whole(bench: Bench, credential: Credential) -> None:
+@pytest.mark.parametrize("secure", [False, True])
+def test_largest_whole_body_is_whole(bench: Bench, credential: Credential, authority: Authority, secure: bool) -> None:
     """A body of exactly the limit is not called broken off."""
-    server, client = bench.to(answering(http_answer(b"x" * BODY_LIMIT)))
+    behaviour = answering(http_answer(b"x" * BODY_LIMIT))
+    server = bench.server(behaviour, authority.server_context(LOOPBACK) if secure else None)
+    client = bench.client(server.url, ca_file=authority.ca_file)
     for _ in range(2):
         assert client.cancel(credential, REF) == Reply(http=200, body=b"x" * BODY_LIMIT)
     assert server.used == [1, 1]
@@ -946,6 +1026,72 @@ def test_tls_with_the_right_authority(bench: Bench, credential: Credential, auth
     for _ in range(3):
         assert replied(client.cancel(credential, REF)).body == DONE
     assert server.connections == 1
+
+
+def in_pieces(peer: Peer, data: bytes, size: int) -> None:
+    """Send ``size`` bytes at a time, each by itself."""
+    for at in range(0, len(data), size):
+        peer.send(data[at : at + size])
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("piece", [3, 100_000])
+def test_late_session_tickets_are_no_answer(
+    bench: Bench, credential: Credential, authority: Authority, piece: int
+) -> None:
+    """Tickets that come when the answer is waited for are passed over, whole or in pieces."""
+
+    def behave(peer: Peer) -> None:
+        tls = HandTls(peer, authority.server_context(LOOPBACK))
+        tickets = tls.tickets
+        while tls.read_head():
+            in_pieces(peer, tickets, piece)
+            peer.send(tls.record(http_answer()))
+            tickets = b""
+
+    server = bench.server(behave)
+    client = bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file)
+    for _ in range(2):
+        assert client.cancel(credential, REF) == Reply(http=200, body=DONE)
+    assert server.used == [1, 1]
+
+
+@pytest.mark.parametrize(("record", "piece"), [(1_000, 7), (9, 100_000), (9, 7)])
+def test_records_of_any_cut_are_one_answer(
+    bench: Bench, credential: Credential, authority: Authority, record: int, piece: int
+) -> None:
+    """A record that comes in pieces, and an answer of many records, are read as if they had come in one."""
+
+    def behave(peer: Peer) -> None:
+        tls = HandTls(peer, authority.server_context(LOOPBACK))
+        peer.send(tls.tickets)
+        answer = http_answer()
+        while tls.read_head():
+            records = [tls.record(answer[at : at + record]) for at in range(0, len(answer), record)]
+            in_pieces(peer, b"".join(records), piece)
+
+    server = bench.server(behave)
+    client = bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file)
+    for _ in range(2):
+        assert client.cancel(credential, REF) == Reply(http=200, body=DONE)
+    assert server.used == [1, 1]
+
+
+@pytest.mark.parametrize("cut", [1, 20])
+def test_cut_record_proves_nothing(bench: Bench, credential: Credential, authority: Authority, cut: int) -> None:
+    """A record that breaks off is never read: its answer leaves the cancel in doubt."""
+
+    def behave(peer: Peer) -> None:
+        tls = HandTls(peer, authority.server_context(LOOPBACK))
+        tls.read_head()
+        peer.send(tls.tickets + tls.record(http_answer())[:-cut])
+
+    server = bench.server(behave)
+    client = bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file)
+    answer = client.cancel(credential, REF)
+    assert isinstance(answer, Failure)
+    assert answer.seen
+    assert client.requests_sent == 1
 
 
 def test_tls_of_a_stranger_is_refused_unseen(
@@ -1063,6 +1209,18 @@ def test_plain_request_through_a_proxy(bench: Bench, credential: Credential) -> 
     assert proxy.heads[0].startswith(b"DELETE %b/fapi/v1/algoOrder?clientAlgoId=a%%3Ab%%2Fc&" % server.url.encode())
     payload, _, signature = query_of(proxy.heads[0]).partition("&signature=")
     assert signature == hmac.new(SECRET.encode(), payload.encode(), hashlib.sha256).hexdigest()
+
+
+@pytest.mark.parametrize("proxy_tls", [False, True])
+def test_end_of_a_tunnel_is_the_end_of_the_answer(
+    bench: Bench, credential: Credential, authority: Authority, proxy_tls: bool
+) -> None:
+    """An exchange that goes away without a good-bye looks the same through a tunnel: in doubt, by its name."""
+    server = bench.server(_drop_after_reading, authority.server_context(LOOPBACK))
+    proxy = bench.server(relaying(), authority.server_context(LOOPBACK) if proxy_tls else None)
+    client = bench.client(server.url, ca_file=authority.ca_file, egress_proxy_url=proxy.url)
+    failed(client.cancel(credential, REF), seen=True, reason="no answer: RemoteDisconnected")
+    assert client.requests_sent == len(server.heads) == 1
 
 
 def _proxy_hangs(peer: Peer) -> None:
@@ -1227,7 +1385,7 @@ def time_answer(server_time_ms: object) -> bytes:
     return http_answer(json.dumps({"serverTime": server_time_ms}).encode())
 
 
-def test_sync_time_measures_the_exchanges_clock(bench: Bench) -> None:
+def test_sync_time_measures_the_exchanges_clock(lone_bench: Bench) -> None:
     """After asking, the clock shows the exchange's time, though the host's is hours off."""
     ahead_ms = 7_200_000
 
@@ -1236,7 +1394,7 @@ def test_sync_time_measures_the_exchanges_clock(bench: Bench) -> None:
             peer.send(time_answer(time.time_ns() // 1_000_000 + ahead_ms))
 
     clock = ServerClock()
-    server, client = bench.to(behave, clock=clock)
+    server, client = lone_bench.to(behave, clock=clock)
     assert client.sync_time()
     assert [head.split(b"\r\n")[0] for head in server.heads] == [b"GET /fapi/v1/time HTTP/1.1"] * 3
     assert b"APIKEY" not in server.heads[0].upper()
@@ -1245,7 +1403,7 @@ def test_sync_time_measures_the_exchanges_clock(bench: Bench) -> None:
     assert -BEHIND_MS - 20 <= clock.now_ms() - ahead_ms - time.time_ns() // 1_000_000 <= 20
 
 
-def test_time_needed_to_connect_does_not_spoil_the_sample(bench: Bench, authority: Authority) -> None:
+def test_time_needed_to_connect_does_not_spoil_the_sample(lone_bench: Bench, authority: Authority) -> None:
     """The round trip begins when the request is written, not when the connection is asked for."""
     slow_s = 0.3
     tls = authority.server_context(LOOPBACK)
@@ -1256,9 +1414,9 @@ def test_time_needed_to_connect_does_not_spoil_the_sample(bench: Bench, authorit
             peer.read_head()
             peer.send(time_answer(time.time_ns() // 1_000_000))
 
-    server = bench.server(behave)
+    server = lone_bench.server(behave)
     clock = ServerClock()
-    client = bench.client(f"https://127.0.0.1:{server.port}", clock, ca_file=authority.ca_file)
+    client = lone_bench.client(f"https://127.0.0.1:{server.port}", clock, ca_file=authority.ca_file)
     assert client.sync_time(samples=1)
     # Counted from the start, half of the slow part would be taken for an offset.
     assert abs(clock.offset_ms) < slow_s * 1000 / 4
@@ -1280,20 +1438,20 @@ def test_time_needed_to_connect_does_not_spoil_the_sample(bench: Bench, authorit
         b"\xff\xfe",
     ],
 )
-def test_sync_time_believes_no_nonsense(bench: Bench, body: bytes) -> None:
+def test_sync_time_believes_no_nonsense(lone_bench: Bench, body: bytes) -> None:
     """An answer without a time in milliseconds teaches nothing, and nothing is raised."""
     clock = ServerClock()
-    server, client = bench.to(answering(http_answer(body)), clock=clock)
+    server, client = lone_bench.to(answering(http_answer(body)), clock=clock)
     assert not client.sync_time()
     assert not clock.measured
     assert len(server.heads) == 1
     assert client.take_refusal() is None
 
 
-def test_sync_time_without_the_exchange(bench: Bench) -> None:
+def test_sync_time_without_the_exchange(lone_bench: Bench) -> None:
     """Without a connection the clock stays as it was."""
     clock = ServerClock()
-    client = bench.client(f"http://127.0.0.1:{free_port()}", clock)
+    client = lone_bench.client(f"http://127.0.0.1:{free_port()}", clock)
     assert (client.sync_time(), client.keep_warm(), client.weight_limit()) == (False, 0, None)
     assert not clock.measured
 
@@ -1322,7 +1480,7 @@ def test_keep_warm_uses_different_connections(bench: Bench, credential: Credenti
     assert client.requests_sent == 5
 
 
-def test_keep_warm_survives_closed_connections(bench: Bench) -> None:
+def test_keep_warm_survives_closed_connections(lone_bench: Bench) -> None:
     """Connections that the exchange closed while idle are opened anew."""
     closed: list[int] = []
 
@@ -1332,7 +1490,7 @@ def test_keep_warm_survives_closed_connections(bench: Bench) -> None:
         peer.sock.close()
         closed.append(peer.number)
 
-    server, client = bench.to(once)
+    server, client = lone_bench.to(once)
     for connections in (2, 4, 6):
         assert client.keep_warm() == 2
         assert server.connections == connections
@@ -1348,9 +1506,9 @@ def test_keep_warm_survives_closed_connections(bench: Bench) -> None:
         (http_answer(b"", "202 Accepted", x_amzn_waf_action="challenge"), 202),
     ],
 )
-def test_refusal_of_an_unsigned_call_is_kept_for_the_gate(bench: Bench, answer: bytes, http: int) -> None:
+def test_refusal_of_an_unsigned_call_is_kept_for_the_gate(lone_bench: Bench, answer: bytes, http: int) -> None:
     """A ban that only a keep-warm call met is not overlooked: it is handed over once, and calls stop at the first."""
-    server, client = bench.to(answering(answer))
+    server, client = lone_bench.to(answering(answer))
     for call in (client.sync_time, lambda: client.keep_warm(1), client.weight_limit):
         assert not call()
         refusal = client.take_refusal()
@@ -1369,10 +1527,10 @@ LIMITS = [
 
 
 @pytest.mark.parametrize("symbols", [0, 3_000])
-def test_weight_limit(bench: Bench, symbols: int) -> None:
+def test_weight_limit(lone_bench: Bench, symbols: int) -> None:
     """The limit for a minute is found, also where the list of symbols is too long to be read."""
     body = {"timezone": "UTC", "rateLimits": LIMITS, "symbols": [{"symbol": f"COIN{n}USDT"} for n in range(symbols)]}
-    server, client = bench.to(answering(http_answer(json.dumps(body, indent=1).encode())))
+    server, client = lone_bench.to(answering(http_answer(json.dumps(body, indent=1).encode())))
     assert client.weight_limit() == 6000
     assert server.heads[0].startswith(b"GET /fapi/v1/exchangeInfo HTTP/1.1\r\n")
 
@@ -1391,9 +1549,9 @@ def test_weight_limit(bench: Bench, symbols: int) -> None:
         *[json.dumps({"rateLimits": [{**LIMITS[2], "limit": limit}]}).encode() for limit in (0, -1, "6000", True)],
     ],
 )
-def test_weight_limit_is_unknown_rather_than_wrong(bench: Bench, body: bytes) -> None:
+def test_weight_limit_is_unknown_rather_than_wrong(lone_bench: Bench, body: bytes) -> None:
     """Where the answer does not say it, there is no limit to go by, and nothing is raised."""
-    _, client = bench.to(answering(http_answer(body)))
+    _, client = lone_bench.to(answering(http_answer(body)))
     assert client.weight_limit() is None
 
 
@@ -1411,6 +1569,7 @@ def test_weight_limit_is_unknown_rather_than_wrong(bench: Bench, body: bytes) ->
         _drop_after_reading,
         _reset_after_reading,
         _contradicting_lengths,
+        _flood,
         _cut_body("200 OK"),
         Peer.wait_until_closed,
     ],
@@ -1427,9 +1586,287 @@ def test_no_secret_in_logs_or_answers(
     shown = [formatter.format(record) for record in caplog.records]
     assert any("Starting new HTTP connection" in text for text in shown)
     signatures = [query_of(head).partition("&signature=")[2] for head in server.heads]
-    for text in [*shown, *map(repr, answers), repr(client), repr(credential)]:
+    pending = client.prepare(Call.CANCEL, credential, REF)
+    for text in [*shown, *map(repr, answers), repr(client), repr(credential), repr(pending)]:
         assert SECRET not in text
         assert API_KEY not in text
         assert "signature" not in text
         assert "timestamp=" not in text
         assert not any(signature and signature in text for signature in signatures)
+
+
+# ---- one call in steps ----------------------------------------------------------------------------------------------
+
+
+def prepared(client: Exchange, credential: Credential, ref: OrderRef = REF) -> Pending:
+    return client.prepare(Call.CANCEL, credential, ref)
+
+
+def begun(client: Exchange, credential: Credential) -> Pending:
+    """A call whose request has been written, on a new connection if there was none."""
+    pending = prepared(client, credential)
+    assert pending.begin() is None
+    if not pending.sent:
+        assert pending.connect() is None
+        assert pending.begin() is None
+    assert pending.sent
+    return pending
+
+
+def received(pending: Pending) -> Reply | Failure:
+    """What comes of a call that has begun; only the socket is waited for."""
+    ends_at = time.monotonic() + 5
+    while True:
+        assert select.select([pending.fileno], [], [], max(ends_at - time.monotonic(), 0))[0], "not in time"
+        answer = pending.receive()
+        if answer is not None:
+            return answer
+
+
+def without_tickets(context: ssl.SSLContext) -> ssl.SSLContext:
+    context.num_tickets = 0
+    return context
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_dropped_connection_serves_the_next_call(
+    lone_bench: Bench, credential: Credential, authority: Authority, secure: bool
+) -> None:
+    """A call that is dropped when its connection stands has sent nothing, and the next one need not connect."""
+    tls = without_tickets(authority.server_context(LOOPBACK)) if secure else None
+    server = lone_bench.server(answering(http_answer()), tls)
+    client = lone_bench.client(server.url, ca_file=authority.ca_file)
+    dropped = prepared(client, credential)
+    assert dropped.begin() is None
+    assert not dropped.sent
+    assert dropped.connect() is None
+    dropped.drop()
+    assert (client.requests_sent, server.heads) == (0, [])
+    following = prepared(client, credential)
+    assert following.begin() is None
+    assert following.sent
+    assert received(following) == Reply(http=200, body=DONE)
+    assert (server.connections, len(server.heads), client.requests_sent) == (1, 1, 1)
+
+
+def test_call_can_be_dropped_at_any_step(lone_bench: Bench, credential: Credential) -> None:
+    """Before its connection stands, and on one that stood already, a drop costs nothing either."""
+    server, client = lone_bench.to(answering(http_answer()))
+    prepared(client, credential).drop()
+    unconnected = prepared(client, credential)
+    assert unconnected.begin() is None
+    unconnected.drop()
+    assert server.connections == 0
+    assert received(begun(client, credential)) == Reply(http=200, body=DONE)
+    prepared(client, credential).drop()
+    assert received(begun(client, credential)) == Reply(http=200, body=DONE)
+    assert (server.used, client.requests_sent) == ([1, 1], 2)
+
+
+def test_begin_does_not_connect(lone_bench: Bench, credential: Credential) -> None:
+    """Where nobody listens begin() does not find out; connect() does, and nothing counts as sent."""
+    client = lone_bench.client(f"http://127.0.0.1:{free_port()}")
+    pending = prepared(client, credential)
+    assert pending.begin() is None
+    assert not pending.sent
+    failure = pending.connect()
+    assert failure is not None
+    failed(failure, seen=False, reason="could not connect: ConnectionRefusedError")
+    pending.drop()
+    assert client.requests_sent == 0
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_begin_never_waits(lone_bench: Bench, credential: Credential, authority: Authority, secure: bool) -> None:
+    """A server that does not read holds nobody: a request that the socket does not take whole is in doubt at once."""
+    over = threading.Event()
+
+    def ignore(peer: Peer) -> None:
+        over.wait(10)
+
+    tls = authority.server_context(LOOPBACK) if secure else None
+    server = lone_bench.server(ignore, tls)
+    clients = {size: lone_bench.client(f"{server.url}/{'x' * size}", ca_file=authority.ca_file) for size in (1, 2**24)}
+    pendings = {size: prepared(client, credential) for size, client in clients.items()}
+    for pending in pendings.values():
+        assert pending.begin() is None
+        assert pending.connect() is None
+    with bounded(0):
+        assert pendings[1].begin() is None
+        assert pendings[1].sent
+        assert pendings[1].receive() is None
+        failure = pendings[2**24].begin()
+    assert failure is not None
+    error = "SSLWantWriteError" if secure else "BlockingIOError"
+    failed(failure, seen=True, reason=f"sending broke off: {error}")
+    failed(pendings[1].expire(), seen=True, reason="no answer: TimeoutError")
+    assert [client.requests_sent for client in clients.values()] == [1, 1]
+    over.set()
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_begin_notices_a_connection_that_was_closed_while_idle(
+    lone_bench: Bench, credential: Credential, authority: Authority, secure: bool
+) -> None:
+    """It sends nothing into it, and asks for a new one."""
+    closed = threading.Event()
+
+    def once(peer: Peer) -> None:
+        peer.read_head()
+        peer.send(http_answer())
+        peer.sock.close()
+        closed.set()
+
+    server = lone_bench.server(once, authority.server_context(LOOPBACK) if secure else None)
+    client = lone_bench.client(server.url, ca_file=authority.ca_file)
+    assert received(begun(client, credential)) == Reply(http=200, body=DONE)
+    assert closed.wait(5)
+    second = prepared(client, credential)
+    assert second.begin() is None
+    assert not second.sent
+    assert client.requests_sent == 1
+    assert second.connect() is None
+    assert second.begin() is None
+    assert received(second) == Reply(http=200, body=DONE)
+    assert (server.used, client.requests_sent) == ([1, 2], 2)
+
+
+def test_request_is_signed_when_it_is_written(lone_bench: Bench, credential: Credential) -> None:
+    """However long a call waited for its connection, its timestamp is that of the sending."""
+    wall = [1_760_000_000_000]
+    server, client = lone_bench.to(answering(http_answer()), clock=ServerClock(wall_ms=lambda: wall[0]))
+    pending = prepared(client, credential)
+    assert pending.begin() is None
+    assert pending.connect() is None
+    wall[0] += 2_000
+    assert pending.begin() is None
+    assert isinstance(received(pending), Reply)
+    assert b"timestamp=1760000002000&" in server.heads[0]
+
+
+def test_time_of_a_call_begins_when_it_is_prepared(lone_bench: Bench, credential: Credential) -> None:
+    """A call that was kept waiting for all its time is not sent any more, with a connection or without."""
+    server, client = lone_bench.impatient(answering(http_answer()))
+    pendings = [prepared(client, credential) for _ in range(2)]
+    assert pendings[1].begin() is None
+    assert received(begun(client, credential)) == Reply(http=200, body=DONE)
+    until(lambda: time.monotonic() > max(pending.deadline_s for pending in pendings))
+    with_connection, without = pendings[0].begin(), pendings[1].connect()
+    assert with_connection == Failure(seen=False, reason="not sent: TimeoutError")
+    assert without == Failure(seen=False, reason="could not connect: TimeoutError")
+    assert len(server.heads) == client.requests_sent == 1
+
+
+def test_receive_never_waits(lone_bench: Bench, credential: Credential) -> None:
+    """It takes what is there, and says nothing until the answer is whole."""
+    answer = http_answer()
+    go = threading.Semaphore(0)
+
+    def behave(peer: Peer) -> None:
+        peer.read_head()
+        for at in range(0, len(answer), 30):
+            go.acquire(timeout=5)
+            peer.send(answer[at : at + 30])
+
+    _, client = lone_bench.to(behave)
+    pending = begun(client, credential)
+    for _ in range(0, len(answer) - 30, 30):
+        assert pending.receive() is None
+        go.release()
+        assert select.select([pending.fileno], [], [], 5)[0]
+        assert pending.receive() is None
+    go.release()
+    assert received(pending) == Reply(http=200, body=DONE)
+
+
+def test_tickets_alone_are_nothing_yet(lone_bench: Bench, credential: Credential, authority: Authority) -> None:
+    """A socket that is readable for session tickets alone has no answer, and does not make receive() wait for one."""
+    go_on = threading.Event()
+
+    def behave(peer: Peer) -> None:
+        tls = HandTls(peer, authority.server_context(LOOPBACK))
+        tls.read_head()
+        peer.send(tls.tickets)
+        assert go_on.wait(5)
+        peer.send(tls.record(http_answer()))
+
+    server = lone_bench.server(behave)
+    client = lone_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file)
+    pending = begun(client, credential)
+    assert select.select([pending.fileno], [], [], 5)[0]
+    assert pending.receive() is None
+    go_on.set()
+    assert received(pending) == Reply(http=200, body=DONE)
+
+
+def test_expiry_comes_second_to_an_answer_that_is_there(lone_bench: Bench, credential: Credential) -> None:
+    """Where the loop hears of the time before it has read, the answer counts, and its connection is kept."""
+    server, client = lone_bench.impatient(answering(http_answer()))
+    pending = begun(client, credential)
+    assert select.select([pending.fileno], [], [], 5)[0]
+    assert pending.expire() == Reply(http=200, body=DONE)
+    assert received(begun(client, credential)) == Reply(http=200, body=DONE)
+    assert (server.used, client.requests_sent) == ([1, 1], 2)
+
+
+def test_calls_of_one_loop_get_their_own_answers(lone_bench: Bench, credential: Credential) -> None:
+    """Many calls in flight at once, in rounds that share their connections: each gets the answer to its own."""
+
+    def echo(peer: Peer) -> None:
+        while head := peer.read_head():
+            algo_id = re.search(rb"algoId=(\d+)", head)
+            assert algo_id is not None
+            peer.send(http_answer(algo_id[1]))
+
+    server, client = lone_bench.to(echo)
+
+    async def rounds() -> None:
+        for first in (100, 200, 300):
+            refs = [OrderRef(first + n) for n in range(20)]
+            answers = await asyncio.gather(*[made(prepared(client, credential, ref)) for ref in refs])
+            assert answers == [Reply(http=200, body=b"%d" % ref.algo_id) for ref in refs if ref.algo_id is not None]
+
+    asyncio.run(rounds())
+    assert server.connections <= 20
+    assert client.requests_sent == 60
+
+
+def test_flood_does_not_hold_up_the_loop(lone_bench: Bench, credential: Credential) -> None:
+    """While one server floods its call, the loop's other calls are answered."""
+    server, flooded = lone_bench.to(_flood, total_timeout_s=1.5)
+    _, client = lone_bench.to(answering(http_answer()))
+
+    async def both() -> None:
+        flood = asyncio.create_task(made(prepared(flooded, credential)))
+        while not (server.heads or flood.done()):
+            await asyncio.sleep(0)
+        for _ in range(5):
+            assert await made(prepared(client, credential)) == Reply(http=200, body=DONE)
+        assert not flood.done()
+        failed(await flood, seen=True, reason="no answer: TimeoutError")
+
+    asyncio.run(both())
+
+
+@pytest.mark.parametrize("route", ["plain", "tls", "tunnel over tls"])
+def test_both_ways_share_the_connections(
+    lone_bench: Bench, credential: Credential, authority: Authority, route: str
+) -> None:
+    """A connection serves calls that wait and calls that do not in turn, each in its own way."""
+
+    def behave(peer: Peer) -> None:
+        while head := peer.read_head():
+            peer.send(time_answer(1_760_000_000_000) if b"/time" in head else http_answer())
+
+    server = lone_bench.server(behave, None if route == "plain" else authority.server_context(LOOPBACK))
+    proxy = lone_bench.server(relaying(), authority.server_context(LOOPBACK))
+    client = lone_bench.client(
+        server.url, ca_file=authority.ca_file, egress_proxy_url=proxy.url if "tunnel" in route else None
+    )
+    for _ in range(2):
+        assert client.keep_warm(1) == 1
+        assert received(begun(client, credential)) == Reply(http=200, body=DONE)
+        assert client.cancel(credential, REF) == Reply(http=200, body=DONE)
+        assert received(begun(client, credential)) == Reply(http=200, body=DONE)
+    assert server.used == [1] * 8
+    assert client.requests_sent == 8

@@ -1,6 +1,7 @@
 """Whatever is raised while a request is sent becomes a Failure that knows whether a byte may have left.
 
-Each class of requests and urllib3 is raised at four places of a real call to a real server on loopback.
+Each class of requests and urllib3 is raised at four places of a real call to a real server on loopback, made in the
+way that waits and in the steps of an event loop.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import urllib3.connection
 import urllib3.connectionpool
 import urllib3.exceptions
 
+from producer.message import Call
+from tests.ways import WAYS
 from worker.clock import ServerClock
 from worker.exchange import Exchange, _BoundedSocket
 from worker.signing import Credential
@@ -153,9 +156,9 @@ def server() -> Iterator[_Answering]:
     answering.close()
 
 
-@pytest.fixture
-def exchange(server: _Answering) -> Iterator[Exchange]:
-    client = Exchange(server.url, recv_window_ms=3_000, clock=ServerClock())
+@pytest.fixture(params=WAYS)
+def exchange(server: _Answering, request: pytest.FixtureRequest) -> Iterator[Exchange]:
+    client = request.param(server.url, recv_window_ms=3_000, clock=ServerClock())
     yield client
     client.close()
 
@@ -273,6 +276,34 @@ def test_reason_is_not_taken_from_the_callers_own_error(exchange: Exchange, monk
     assert answer == Failure(seen=False, reason="not sent: ZeroDivisionError")
 
 
+def test_no_step_takes_the_callers_own_error(
+    server: _Answering, credential: Credential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop that ends one call while it handles another's exception: each step names its own."""
+    answers: list[Reply | Failure | None] = []
+    client = Exchange(server.url, recv_window_ms=3_000, clock=ServerClock())
+    unsignable, unheard, unconnected = [
+        client.prepare(Call.CANCEL, one, REF)
+        for one in (Credential("default", "key", "hmac", _raiser(ZeroDivisionError())), credential, credential)
+    ]
+    for pending in (unsignable, unheard):
+        assert (pending.begin(), pending.connect()) == (None, None)
+    assert (unheard.begin(), unconnected.begin()) == (None, None)
+    monkeypatch.setattr(socket, "getaddrinfo", _raiser(ConnectionAbortedError()))
+    monkeypatch.setattr(_BoundedSocket, "recv", _raiser(BufferError()))
+    try:
+        raise LookupError("the caller's")
+    except LookupError:
+        answers += [unsignable.begin(), unconnected.connect(), unheard.receive()]
+    client.close()
+    assert answers == [
+        Failure(seen=False, reason="not sent: ZeroDivisionError"),
+        Failure(seen=False, reason="could not connect: ConnectionAbortedError"),
+        Failure(seen=True, reason="no answer: BufferError"),
+    ]
+    assert client.requests_sent == 1
+
+
 def test_cycle_of_causes_ends(exchange: Exchange) -> None:
     """Exceptions that name each other as their cause cannot hold a worker."""
     first, second = ValueError(), KeyError()
@@ -294,17 +325,25 @@ def test_key_that_would_break_the_head_is_not_sent(exchange: Exchange, server: _
     assert server.requests == 0
 
 
+@pytest.mark.parametrize("exchange", [Exchange], indirect=True)
 @pytest.mark.parametrize("cls", [KeyboardInterrupt, SystemExit])
 def test_stop_of_the_process_passes(
-    cls: type[BaseException], server: _Answering, exchange: Exchange, credential: Credential
+    cls: type[BaseException],
+    server: _Answering,
+    exchange: Exchange,
+    credential: Credential,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ctrl-C and exit are not swallowed, hold no signature, and leave a pool that works."""
-    telltale = Credential("default", "key", "hmac", lambda _payload: "c4n4ry")
-    with pytest.raises(cls) as caught:
-        exchange.cancel(telltale, REF, on_sent=_raiser(cls()))
-    assert server.requests <= 1
-    assert "c4n4ry" not in "".join(traceback.format_exception(caught.value))
-    del caught
+    """Ctrl-C and exit are not swallowed, show no signature among their variables, and leave a pool that works."""
+    telltale = Credential("default", "key", "hmac", lambda _payload: "c4n4ry".upper())
+    with monkeypatch.context() as patch:
+        patch.setattr(_BoundedSocket, "recv", _raiser(cls()))
+        with pytest.raises(cls) as caught:
+            exchange.cancel(telltale, REF)
+    assert server.requests <= exchange.requests_sent == 1
+    shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    assert "C4N4RY" not in "".join(shown.format())
+    del caught, shown
     gc.collect()
     _still_works(exchange, credential)
 
