@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 #: While the gate is closed or RQ suspended, the queue is looked at this often, s, without waiting at it.
 _LOOK_S = 1.0
+#: ... and the ramp behind a closed gate this often.
+_RAMP_LOOK_S = 0.1
 #: First and longest wait while Redis is away, s; between them exponential with jitter.
 _AWAY_FIRST_S, _AWAY_LONGEST_S = 0.05, 1.0
 #: After Redis came back, others' expired leases are left alone this long, s: their holders settle first.
@@ -108,6 +110,7 @@ class Crew:
         self._flush_is_planned = False
         self._leading = False
         self._look_alarm: asyncio.TimerHandle | None = None
+        self._ramp_alarm: asyncio.TimerHandle | None = None
         self._retries: list[float] = []  # when they are due, monotonic
         self._retry_alarm: asyncio.TimerHandle | None = None
         self._is_due = False  # a retry fell due while all slots were taken
@@ -212,30 +215,36 @@ class Crew:
         return self._gate.ceiling(self._size, self._store.clock.now_ms()) - self._running
 
     def _room(self) -> int:
-        """How many jobs may be claimed: as many as can be started, and as many as soon can be."""
+        """How many jobs may be claimed: as many as can be started or, when all slots are taken, as soon can be."""
+        waiting = len(self._ready)
+        if self._running < self._size:
+            return self._free() - waiting
         ended, since_s = self._ended_at, time.monotonic() - _AHEAD_S
         while ended and ended[0] < since_s:
             ended.popleft()
-        waiting = len(self._ready)
-        return self._free() - waiting + max(min(len(ended), self._size // _AHEAD_PART - waiting), 0)
+        return min(len(ended), self._size // _AHEAD_PART) - waiting
 
     def _paused(self) -> bool:
         return self._suspended or self._gate.closed(self._store.clock.now_ms())
 
     def _lead(self) -> None:
         """See to it that a claim waits at the queue, if there is room for what comes."""
-        if self._leading or self._stopping or self._lines is None or self._room() < 1:
+        if self._leading or self._stopping or self._lines is None:
+            return
+        if self._room() < 1:
+            if self._running < self._size and self._ramp_alarm is None:  # a gate that has just opened makes room itself
+                self._ramp_alarm = self._loop.call_later(_RAMP_LOOK_S, self._look_at_ramp)
             return
         self._leading = True
         if self._paused():
             self._look_alarm = self._loop.call_later(_LOOK_S, self._look)
         else:
-            self._wait_at_queue()
+            self._claim_at_queue()
 
-    def _wait_at_queue(self) -> None:
-        # In turn, so that neither connection is ever idle for so long that the server closes it.
-        self._waiting_line = 1 - self._waiting_line
-        self._claim(self._waiting_line, max(self._room(), 1), self._claimed_leading, wait=True)
+    def _look_at_ramp(self) -> None:
+        self._ramp_alarm = None
+        self._start_ready()
+        self._lead()
 
     def _look(self) -> None:
         """During a pause only overdue jobs are given. They need no request: the ramp after a pause is not for them."""
@@ -243,10 +252,18 @@ class Crew:
         if self._stopping:
             self._leading = False
         elif self._paused():
-            slots = max(self._size - self._running - len(self._ready), 1)
-            self._claim(self._waiting_line, slots, self._claimed_leading, wait=False)
+            self._claim_leading(max(self._size - self._running - len(self._ready), 1), wait=False)
         else:
-            self._wait_at_queue()
+            self._claim_at_queue()
+
+    def _claim_at_queue(self) -> None:
+        # Ahead of a free slot only what is there already is taken: what is yet to come may find a worker that has one.
+        self._claim_leading(max(self._room(), 1), wait=self._running < self._size)
+
+    def _claim_leading(self, slots: int, *, wait: bool) -> None:
+        # In turn, so that neither connection is ever idle for so long that the server closes it.
+        self._waiting_line = 1 - self._waiting_line
+        self._claim(self._waiting_line, slots, self._claimed_leading, wait=wait)
 
     def _claim(self, line: int, slots: int, then: Callable[[Claimed], None], *, wait: bool) -> None:
         take_lost = not self._redis_away and time.monotonic() >= self._redis_back_at
@@ -259,7 +276,8 @@ class Crew:
         try:
             self._claimed(claimed)
         finally:  # a defect must not leave the queue without anybody at it
-            self._lead()
+            if claimed.grants or self._running < self._size:  # else whoever ends next leads
+                self._lead()
 
     def _claimed(self, claimed: Claimed) -> None:
         """Take what a claim brought into our hands."""
@@ -360,6 +378,8 @@ class Crew:
             self._aside(wish, partial(self._advance, held))
 
     def _ended(self, held: _Held, settlement: Settlement | None) -> None:
+        if held.pursuit is None:
+            return
         self._running -= 1
         held.pursuit = None
         self._ended_at.append(time.monotonic())
@@ -411,10 +431,13 @@ class Crew:
             return
         self._sending_unopened = True
         try:
-            while self._unopened and self._opening < _OPENERS:
+            while self._unopened:
                 held = self._unopened.popleft()
                 if held.pending is not None:
                     self._send(held, held.pending)
+                if self._unopened and self._unopened[-1] is held:  # there is neither
+                    self._unopened.rotate(1)
+                    return
         finally:
             self._sending_unopened = False
 
@@ -432,9 +455,9 @@ class Crew:
 
     def _answered(self, held: _Held, answer: Reply | Failure) -> None:
         held.pending = None
-        self._advance(held, answer)
         if self._unopened:
-            self._send_unopened()
+            self._send_unopened()  # first: who comes now shall not take the connection that fell free
+        self._advance(held, answer)
 
     # -- settling --
 

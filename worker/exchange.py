@@ -615,7 +615,8 @@ class Exchange:
 
     def _take(self, attempt: _Attempt) -> bool:
         """Borrow a connection; whether it stands already."""
-        if attempt.connection is None:
+        if attempt.connection is None or attempt.connection.is_closed:
+            # One that is not connected is not worth keeping: another may have fallen free meanwhile.
             attempt.connection = self._adapter.take()
         return not attempt.connection.is_closed
 
@@ -733,6 +734,7 @@ class Pending:
         """Send the request if a connection stands."""
         attempt, outer_error = self._attempt, sys.exception()
         try:
+            attempt.time_left_s()
             if self._exchange._take(attempt):
                 sock = self._sock()
                 if sock.gettimeout() != 0:

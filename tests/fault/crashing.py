@@ -12,11 +12,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
-from worker.exchange import Exchange
-from worker.store import Settlement, Store
+from producer.message import Call
+from worker.exchange import Exchange, Pending
+from worker.line import Line
+from worker.store import Claimed, Request, Settlement, Store
+from worker.verdict import Failure, Reply
 
 Method = Callable[..., Any]
 
@@ -60,74 +64,81 @@ def _wrap(owner: type, name: str, make: Callable[[Method], Method]) -> None:
     setattr(owner, name, make(getattr(owner, name)))
 
 
-def _before(owner: type, name: str, die: Crash, when: Callable[..., bool]) -> None:
+# ---- requests to Redis ----------------------------------------------------------------------------------------------
+
+
+def _asked(name: str, die: Crash, when: Callable[[Any], bool]) -> None:
+    """Die when the store is asked for a request of this kind, of which nothing is sent yet.
+
+    ``when`` is told what it is for.
+    """
+
     def make(method: Method) -> Method:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if when(*args):
+        def wrapped(store: Store, what: Any, **options: Any) -> Request[Any]:
+            if when(what):
                 die()
-            return method(*args, **kwargs)
+            return cast("Request[Any]", method(store, what, **options))
 
         return wrapped
 
-    _wrap(owner, name, make)
+    _wrap(Store, name, make)
 
 
-def _after(owner: type, name: str, die: Crash, when: Callable[[Any, tuple[Any, ...]], bool]) -> None:
+def _heard(name: str, die: Crash, when: Callable[[Any, Any], bool]) -> None:
+    """Die when the answer to a request of this kind has been read, before anybody makes use of it.
+
+    ``when`` is told what it was for and what came of it.
+    """
+
     def make(method: Method) -> Method:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            if when(result, args):
-                die()
-            return result
+        def wrapped(store: Store, what: Any, **options: Any) -> Request[Any]:
+            request = method(store, what, **options)
+
+            def read(answers: list[Any]) -> Any:
+                result = request.read(answers)
+                if when(what, result):
+                    die()
+                return result
+
+            return replace(request, read=read)
 
         return wrapped
 
-    _wrap(owner, name, make)
-
-
-def _always(*_: Any) -> bool:
-    return True
+    _wrap(Store, name, make)
 
 
 def _moved(die: Crash) -> None:
     """Send the two halves of the claim's pipeline one after the other, and die between them."""
 
     def make(method: Method) -> Method:
-        def wrapped(store: Store, *commands: tuple[Any, ...]) -> list[Any]:
-            if commands[0][0] != "BLMOVE":
-                return list(method(store, *commands))
-            popped = method(store, commands[0])
-            if popped[0] is not None:
-                die()
-            return [*popped, *method(store, *commands[1:])]
+        def wrapped(line: Line, request: Request[Any], on_answer: Method, on_error: Method) -> None:
+            if request.commands[0][0] != "BLMOVE":
+                method(line, request, on_answer, on_error)
+                return
+
+            def popped(answers: list[Any]) -> None:
+                if isinstance(answers[0], bytes):
+                    die()
+                rest = replace(request, commands=request.commands[1:], read=lambda more: request.read(answers + more))
+                method(line, rest, on_answer, on_error)
+
+            method(line, replace(request, commands=request.commands[:1], read=list), popped, on_error)
 
         return wrapped
 
-    _wrap(Store, "_wait", make)
+    _wrap(Line, "ask", make)
 
 
-def _sent(die: Crash) -> None:
-    """Die in place of the hook that is called when the bytes are out."""
-
-    def make(method: Method) -> Method:
-        def wrapped(exchange: Exchange, credential: Any, ref: Any, on_sent: Any = None) -> Any:
-            return method(exchange, credential, ref, die)
-
-        return wrapped
-
-    _wrap(Exchange, "cancel", make)
+def _given(_: int, claimed: Claimed) -> bool:
+    return bool(claimed.grants)
 
 
-def _given(result: Any, args: tuple[Any, ...]) -> bool:
-    return bool(result.grants)
+def _given_again(_: int, claimed: Claimed) -> bool:
+    return any(grant.attempts for grant in claimed.grants)
 
 
-def _given_again(result: Any, args: tuple[Any, ...]) -> bool:
-    return any(grant.attempts for grant in result.grants)
-
-
-def _of(what: Callable[[Settlement], bool]) -> Callable[[Any, tuple[Any, ...]], bool]:
-    return lambda result, args: any(map(what, args[1]))
+def _settled(die: Crash, what: Callable[[Settlement], bool]) -> None:
+    _heard("settle_request", die, lambda group, _: any(map(what, group)))
 
 
 def _is_outcome(settlement: Settlement) -> bool:
@@ -143,31 +154,74 @@ def _is_handing_back(settlement: Settlement) -> bool:
 
 
 def _in_retry_wait(die: Crash) -> None:
-    def later(result: Any, args: tuple[Any, ...]) -> bool:
-        waits = [settlement.delay_ms for settlement in args[1] if _is_retry(settlement)]
+    def later(group: Sequence[Settlement], _: Any) -> bool:
+        waits = [settlement.delay_ms for settlement in group if _is_retry(settlement)]
         if waits:
             threading.Timer((waits[0] or 0) / 1000 * _IN_THE_WAIT, die).start()
         return False
 
-    _after(Store, "settle", die, later)
+    _heard("settle_request", die, later)
+
+
+# ---- calls to the exchange ------------------------------------------------------------------------------------------
+
+
+class _Watched(Pending):
+    """A call that says how far it has got."""
+
+    __slots__ = ("_passed",)
+
+    def __init__(self, pending: Pending, passed: Callable[[str], None]) -> None:
+        super().__init__(pending._exchange, pending._attempt)
+        self._passed = passed
+
+    def begin(self) -> Failure | None:
+        self._passed("before")
+        failure = super().begin()
+        if self.sent:
+            self._passed("sent")
+        return failure
+
+    def receive(self) -> Reply | Failure | None:
+        answer = super().receive()
+        if isinstance(answer, Reply):
+            self._passed("answered")
+        return answer
+
+
+def _call(die: Crash, watched: Call, step: str) -> None:
+    """Die at a step of such a call: ``before`` it is written, when it is ``sent``, when it is ``answered``."""
+
+    def passed(reached: str) -> None:
+        if reached == step:
+            die()
+
+    def make(method: Method) -> Method:
+        def wrapped(exchange: Exchange, call: Call, credential: Any, ref: Any) -> Pending:
+            pending: Pending = method(exchange, call, credential, ref)
+            return _Watched(pending, passed) if call is watched else pending
+
+        return wrapped
+
+    _wrap(Exchange, "prepare", make)
 
 
 INSTALL: dict[Point, Callable[[Crash], None]] = {
     Point.MOVED: _moved,
-    Point.CLAIMED: lambda die: _after(Store, "claim", die, _given),
-    Point.BEFORE_SEND: lambda die: _before(Exchange, "cancel", die, _always),
-    Point.SENT: _sent,
-    Point.ANSWERED: lambda die: _after(Exchange, "cancel", die, _always),
-    Point.BEFORE_QUERY: lambda die: _before(Exchange, "query", die, _always),
-    Point.QUERIED: lambda die: _after(Exchange, "query", die, _always),
-    Point.SETTLED: lambda die: _after(Store, "settle", die, _of(_is_outcome)),
-    Point.SCHEDULED: lambda die: _after(Store, "settle", die, _of(_is_retry)),
+    Point.CLAIMED: lambda die: _heard("claim_request", die, _given),
+    Point.BEFORE_SEND: lambda die: _call(die, Call.CANCEL, "before"),
+    Point.SENT: lambda die: _call(die, Call.CANCEL, "sent"),
+    Point.ANSWERED: lambda die: _call(die, Call.CANCEL, "answered"),
+    Point.BEFORE_QUERY: lambda die: _call(die, Call.QUERY, "before"),
+    Point.QUERIED: lambda die: _call(die, Call.QUERY, "answered"),
+    Point.SETTLED: lambda die: _settled(die, _is_outcome),
+    Point.SCHEDULED: lambda die: _settled(die, _is_retry),
     Point.IN_RETRY_WAIT: _in_retry_wait,
-    Point.RETRY_CLAIMED: lambda die: _after(Store, "claim", die, _given_again),
-    Point.BEFORE_HANDING_BACK: lambda die: _before(
-        Store, "settle", die, lambda _, group: any(map(_is_handing_back, group))
+    Point.RETRY_CLAIMED: lambda die: _heard("claim_request", die, _given_again),
+    Point.BEFORE_HANDING_BACK: lambda die: _asked(
+        "settle_request", die, lambda group: any(map(_is_handing_back, group))
     ),
-    Point.HANDED_BACK: lambda die: _after(Store, "settle", die, _of(_is_handing_back)),
+    Point.HANDED_BACK: lambda die: _settled(die, _is_handing_back),
 }
 
 
