@@ -120,8 +120,11 @@ class Scene:
         if self._is_dead():
             return True
         outcome = self.client.outcome(self.crashed)
-        # The killed worker's own outcome is recorded a moment before its death.
-        return outcome is not None and not outcome.worker.startswith(f"dying-{self.point}")
+        if outcome is None:
+            return False
+        # There its own outcome is recorded a moment before its death; elsewhere it means that the point was not
+        # reached, as each worker took some of the steps.
+        return self.point is not Point.SETTLED or not outcome.worker.startswith(f"dying-{self.point}")
 
     def _is_dead(self) -> bool:
         if self.dying.process.poll() is None:
