@@ -8,6 +8,7 @@ outcome is not there yet.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
@@ -59,8 +60,9 @@ class _Line:
     made.
     """
 
-    def __init__(self, connection: redis.Redis) -> None:
+    def __init__(self, connection: redis.Redis, timeout_s: float) -> None:
         self._redis = connection
+        self._timeout_s = timeout_s
         self._at_hand: list[Any] = []
         self._pid = os.getpid()
 
@@ -73,9 +75,10 @@ class _Line:
         except IndexError:
             connection = self._redis.connection_pool.get_connection()
         try:
+            ends_at = time.monotonic() + self._timeout_s
             for command in commands:
                 connection.send_command(*command)
-            answers = [self._answer(connection) for _ in range(len(commands))]
+            answers = [self._answer(connection, ends_at) for _ in range(len(commands))]
         except BaseException:
             connection.disconnect()
             self._redis.connection_pool.release(connection)
@@ -84,7 +87,9 @@ class _Line:
         return answers
 
     @staticmethod
-    def _answer(connection: Any) -> Any:
+    def _answer(connection: Any, ends_at: float) -> Any:
+        if time.monotonic() > ends_at:  # each wait has its bound; all of them together have one as well
+            raise redis.TimeoutError("no answer in time")
         try:
             return connection.read_response()
         except redis.ResponseError as error:
@@ -114,7 +119,7 @@ class CancelClient:
 
     @classmethod
     def from_url(cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float = 2.0, **options: Any) -> Self:
-        """A client with a connection of its own. ``timeout_s`` bounds every call; ``options`` go to ``redis.Redis``."""
+        """A client with a connection of its own. ``timeout_s`` bounds every wait; ``options`` go to ``redis.Redis``."""
         connection = redis.Redis.from_url(
             url,
             socket_timeout=timeout_s,
@@ -123,7 +128,7 @@ class CancelClient:
             **options,
         )
         client = cls(connection, queue)
-        client._line = _Line(connection)
+        client._line = _Line(connection, timeout_s)
         return client
 
     def close(self) -> None:

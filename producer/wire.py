@@ -79,7 +79,8 @@ class CancelQueueError(Exception):
 
 
 class QueueUnavailable(CancelQueueError):
-    """Redis did not answer in time, or refused. The call may or may not have been carried out; repeating it is safe."""
+    """Redis did not answer in time, or refused. The call may have been carried out, or a part of it; repeating it is
+    safe."""
 
 
 class WaitTimeout(CancelQueueError, TimeoutError):

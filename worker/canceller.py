@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -75,9 +74,17 @@ class Ask:
     ref: OrderRef
 
 
-#: What a pursuit wants done: a call, or something that may wait for Redis or for the exchange's clock, whose result is
-#: to be sent into the pursuit.
-Wish = Ask | Callable[[], object]
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """The exchange's clock is to be measured anew, unless it was since that moment (monotonic):
+    :meth:`Canceller.resync`. One at a time, as all that were refused by one clock ask for one measurement."""
+
+    since_ns: int
+
+
+#: What a pursuit wants done: a call, a measurement, or something that may wait for Redis, whose result is to be sent
+#: into the pursuit.
+Wish = Ask | Resync | Callable[[], object]
 #: Gives wishes, takes what came of them, ends with the job's settlement.
 Pursuit = Generator[Wish, Any, Settlement]
 
@@ -127,7 +134,7 @@ class _Matter:
 
 
 class Canceller:
-    """Pursues requests on one exchange for one worker. Thread-safe: what changes lies in the call."""
+    """Pursues requests on one exchange for one worker, all of them in one thread."""
 
     def __init__(
         self,
@@ -150,7 +157,6 @@ class Canceller:
         self._worker = worker
         self._keys = keys
         self._calling = 0  # requests under way: a pursuit is in one thread's hand
-        self._resyncing = threading.Lock()
         self._resynced_ns = 0
 
     def work(self, grant: Grant, hold: Hold, request: CancelRequest | None = None) -> Settlement:
@@ -162,12 +168,31 @@ class Canceller:
                 wish = pursuit.send(came)
             except StopIteration as ended:
                 return cast(Settlement, ended.value)
-            if not isinstance(wish, Ask):
+            if isinstance(wish, Resync):
+                self.resync(wish)
+                came = None
+            elif not isinstance(wish, Ask):
                 came = wish()
             elif wish.call is Call.CANCEL:
                 came = self._exchange.cancel(wish.credential, wish.ref)
             else:
                 came = self._exchange.query(wish.credential, wish.ref)
+
+    def resync(self, wish: Resync) -> None:
+        """Measure the exchange's clock, once for all requests that were refused by the same old one."""
+        if self._resynced_ns <= wish.since_ns:
+            self._clock.drop_samples()
+            self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
+            self._resynced_ns = time.monotonic_ns()
+            self.heed_refusal()
+
+    def heed_refusal(self) -> None:
+        """A 429, 418 or 403 to one of our unsigned calls closes the gate as any other does."""
+        refusal, now_ms = self._exchange.take_refusal(), self._now_ms()
+        if refusal is None:
+            return
+        if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms):
+            self._gate.share(now_ms)
 
     def pursue(self, grant: Grant, hold: Hold, request: CancelRequest | None = None) -> Pursuit:
         """Carry a job as far as it goes without a delay.
@@ -186,6 +211,8 @@ class Canceller:
             log.warning("recovered", id=grant.id, n=lost.n, began_at_ms=lost.at_ms, **{"count#cancel.recovered": 1})
         step = first_step(case.facts(), case.history, self._policy, self._now_ms())
         while isinstance(step, Again) and step.delay_ms == 0:
+            if step.resync:
+                yield Resync(case.began_ns)
             if (held_ms := (yield from self._held_back_ms(case, step))) > 0:
                 return self._again(case, held_ms)
             # Nothing may be sent: the job goes back as it is. If somebody else has it by now, the fence sees to it.
@@ -240,8 +267,6 @@ class Canceller:
 
     def _attempt(self, case: _Matter, step: Again) -> Generator[Wish, Any, Stop | Again]:
         """Make one signed call, note it, and decide what follows."""
-        if step.resync:
-            yield from _wait_for(partial(self._resync, case.began_ns))
         at_ms = self._now_ms()
         case.began_ns = time.monotonic_ns()
         facts = case.facts()
@@ -288,14 +313,6 @@ class Canceller:
             yield partial(self._gate.share, now_ms)
         if self._keys.concerns(account, verdict):
             yield partial(self._keys.tell, account, verdict)
-
-    def _resync(self, since_ns: int) -> None:
-        """Measure the exchange's clock anew, once for all requests that were refused by the same old one."""
-        with self._resyncing:
-            if self._resynced_ns <= since_ns:
-                self._clock.drop_samples()
-                self._exchange.sync_time()
-                self._resynced_ns = time.monotonic_ns()
 
     def _outcome(self, case: _Matter, stop: Stop) -> Outcome:
         request, grant = case.request, case.grant

@@ -500,14 +500,14 @@ class Exchange:
         """The same for an event loop: a call that is made in steps, none of which waits. Its time begins now."""
         return Pending(self, self._signed(call, credential, ref))
 
-    def sync_time(self, samples: int = 3) -> bool:
+    def sync_time(self, samples: int = 3, may_go: Callable[[], bool] | None = None) -> bool:
         """Ask for the exchange's time ``samples`` times, one after the other; whether the clock learned anything.
 
-        Stops at the first call without a good answer. Weight: one for each call.
+        Stops at the first call without a good answer, and when ``may_go`` says so. Weight: one for each call.
         """
         learned = False
         for _ in range(samples):
-            if self._ask_time(1) == 0:
+            if (may_go is not None and not may_go()) or self._ask_time(1) == 0:
                 break
             learned = True
         return learned

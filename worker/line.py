@@ -1,24 +1,28 @@
-"""One connection to Redis in an event loop: requests leave as they come, answers arrive in their order.
+"""Redis in an event loop: requests leave as they come, answers arrive in their order, and nothing here ever waits.
 
-redis-py opens it (address, TLS, login) and names its errors; from then on nothing here ever waits.
+redis-py opens each connection (address, TLS, login), in a thread that may wait, and names the server's errors.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import hiredis
 import redis
 
-from worker.store import SOCKET_TIMEOUT_S, Request, Words
+from worker import log
+from worker.helpers import Aside
+from worker.store import SOCKET_TIMEOUT_S, Request, Store, Words
 
-__all__ = ["Line"]
+__all__ = ["Line", "Lines"]
 
 T = TypeVar("T")
 
@@ -26,6 +30,10 @@ T = TypeVar("T")
 _NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _READ_SIZE = 64 * 1024
 _NOTHING = object()
+#: First and longest wait while Redis is away, s; between them exponential with jitter.
+_AWAY_FIRST_S, _AWAY_LONGEST_S = 0.05, 1.0
+#: After Redis came back, others' expired leases are left alone this long, s: their holders settle first.
+_SETTLE_FIRST_S = 2.0
 
 
 @dataclass(slots=True)
@@ -55,8 +63,8 @@ class Line:
     """A connection of :meth:`worker.store.Store.connect`, used by the thread of ``loop`` alone.
 
     ``on_broken`` is called once if the connection breaks or an answer takes longer than
-    :data:`~worker.store.SOCKET_TIMEOUT_S`; what ran of the requests that were not answered is not known then, and
-    nobody is told of them one by one.
+    :data:`~worker.store.SOCKET_TIMEOUT_S`, and after it ``on_error`` of each request that was not answered; whether
+    those ran is not known then.
     """
 
     def __init__(
@@ -84,7 +92,7 @@ class Line:
         on_answer: Callable[[T], None],
         on_error: Callable[[redis.RedisError], None],
     ) -> None:
-        """Send ``request``; one of the two is called later, ``on_error`` for an answer that is an error."""
+        """Send ``request``; one of the two is called later, ``on_error`` for an answer that is an error or for none."""
         commands = request.commands
         self._asked.append(_Asked(request, on_answer, on_error, time.monotonic(), len(commands), []))
         self._send(commands)
@@ -104,6 +112,8 @@ class Line:
         if self._open:
             self.close()
             self._on_broken(error)
+            while self._asked:
+                self._asked.popleft().on_error(error)
 
     # -- out
 
@@ -189,3 +199,112 @@ class Line:
 
     def _left_s(self) -> float:
         return self._asked[0].asked_at_s + SOCKET_TIMEOUT_S - time.monotonic() if self._asked else SOCKET_TIMEOUT_S
+
+
+class Lines:
+    """Two connections: one for the claim that waits at the queue, one for all else. Each is opened anew when it breaks.
+
+    Used by the thread of ``loop`` alone; ``aside`` does what waits; ``on_up`` is called when a connection stands.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, store: Store, aside: Aside, on_up: Callable[[], None]) -> None:
+        self._loop = loop
+        self._store = store
+        self._aside = aside
+        self._on_up = on_up
+        self._lines: list[Line | None] = [None, None]
+        self._waiting = 0  # which one waits, or waited last, at the queue
+        self._troubles = 0
+        self._back_at_s = 0.0  # monotonic
+        self.is_away = False
+        self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
+
+    def open(self) -> None:
+        """Connect."""
+        for number in range(len(self._lines)):
+            self._reach(number)
+
+    def close(self) -> None:
+        """Part with both."""
+        for number, line in enumerate(self._lines):
+            if line is not None:
+                line.close()
+                self._store.release(line.connection)
+                self._lines[number] = None
+
+    @property
+    def can_ask(self) -> bool:
+        """Whether the connection for all else stands."""
+        return self._lines[1 - self._waiting] is not None
+
+    @property
+    def are_up(self) -> bool:
+        """Whether both stand."""
+        return None not in self._lines
+
+    @property
+    def may_take_lost(self) -> bool:
+        """Whether the holders of expired leases have had time to settle since Redis was away."""
+        return not self.is_away and time.monotonic() >= self._back_at_s
+
+    def ask(
+        self, request: Request[T], on_answer: Callable[[T], None], on_error: Callable[[redis.RedisError], None]
+    ) -> None:
+        """Send ``request``, never behind a claim that waits; see :meth:`Line.ask`."""
+        self._ask(1 - self._waiting, request, on_answer, on_error)
+
+    def ask_waiting(
+        self, request: Request[T], on_answer: Callable[[T], None], on_error: Callable[[redis.RedisError], None]
+    ) -> None:
+        """Send the claim that waits; there is one at a time."""
+        # In turn, so that neither connection is ever idle for so long that the server closes it.
+        self._waiting = 1 - self._waiting
+        self._ask(self._waiting, request, on_answer, on_error)
+
+    def _ask(
+        self,
+        number: int,
+        request: Request[T],
+        on_answer: Callable[[T], None],
+        on_error: Callable[[redis.RedisError], None],
+    ) -> None:
+        line = self._lines[number]
+        if line is None:
+            self._loop.call_soon(on_error, redis.ConnectionError("not connected"))
+        else:
+            line.ask(request, on_answer, on_error)
+
+    def worked(self) -> None:
+        """Note that Redis did what it was asked."""
+        self._troubles = 0
+        if self.is_away:
+            self.is_away = False
+            self._back_at_s = time.monotonic() + _SETTLE_FIRST_S
+            log.info("redis", state="back")
+
+    def trouble(self, error: BaseException) -> float:
+        """Note that it did not; gives how long to leave it alone, s."""
+        if isinstance(error, redis.AuthenticationError):
+            self.refused = error
+        if not self.is_away:
+            self.is_away = True
+            log.error("redis", state="away", error=type(error).__name__)
+        longest_s = min(_AWAY_FIRST_S * (1 << min(self._troubles, 10)), _AWAY_LONGEST_S)
+        self._troubles += 1
+        return longest_s * (0.5 + random.random() / 2)
+
+    def _reach(self, number: int) -> None:
+        self._aside(self._store.connect, partial(self._connected, number))
+
+    def _connected(self, number: int, connection: Any, error: BaseException | None) -> None:
+        if error is not None:
+            self._loop.call_later(self.trouble(error), self._reach, number)
+            return
+        self._lines[number] = Line(self._loop, connection, partial(self._broken, number))
+        self._on_up()
+
+    def _broken(self, number: int, error: redis.RedisError) -> None:
+        line, self._lines[number] = self._lines[number], None
+        if line is not None:
+            self._store.release(line.connection)
+        self._loop.call_later(self.trouble(error), self._reach, number)

@@ -24,26 +24,25 @@ from rq import worker_registration
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker, WorkerStatus
 
-from producer.message import Call, WorkerField
+from producer.message import WorkerField
 from worker import log
 from worker.away import trouble
-from worker.canceller import policy_of
 from worker.crew import Crew
 from worker.settings import Settings
 from worker.store import Store, connect_like
-from worker.verdict import OrderRef, classify
 from worker.wiring import lease_of, open_canceller, open_exchange, open_redis, open_store
 
 EX_OK = 0
 EX_UNAVAILABLE = 69  # sysexits.h: Redis refused the login
+EX_SOFTWARE = 70  # sysexits.h: a defect
 EX_INTERRUPTED = 130
 
 #: How often Redis is asked for the gate and for suspension at the latest, s.
 _LOOK_S = 1.0
 #: How often the exchange's clock is measured and connections are kept warm, s: two calls each, five a minute.
 _WARM_S = 25.0
-#: How long a stop may take beyond the requests in flight, s: writing outcomes and leaving RQ's registries.
-_FAREWELL_S = 3.0
+#: What of the grace is kept for leaving RQ's registries, and of that for the interpreter's end, s.
+_FAREWELL_S, _END_S = 3.0, 0.5
 
 
 class _StopRequest:
@@ -97,11 +96,15 @@ class CancelWorker(BaseWorker):
         self._renewed_at_s = 0.0  # monotonic
         self._exchange, clock = open_exchange(self._settings)
         self._store: Store = open_store(own, self._settings, self.name, self.queues[0].name)
-        canceller, self._gate = open_canceller(self._settings, self._exchange, clock, self._store, self.name)
+        self._canceller, self._gate = open_canceller(self._settings, self._exchange, clock, self._store, self.name)
         self._clock = clock
-        self._policy = policy_of(self._settings)
         self._crew = Crew(
-            self._settings.concurrency, lease_of(self._settings), self._store, canceller, self._exchange, self._gate
+            self._settings.concurrency,
+            lease_of(self._settings),
+            self._store,
+            self._canceller,
+            self._exchange,
+            self._gate,
         )
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
@@ -167,7 +170,7 @@ class CancelWorker(BaseWorker):
         if not self._gate.closed(now_ms):
             self._exchange.sync_time()
             self._learn_weight_limit()
-            self._heed_refusal(now_ms)
+            self._canceller.heed_refusal()
 
     def _tell_start(self) -> None:
         log.info(
@@ -187,6 +190,10 @@ class CancelWorker(BaseWorker):
             if self._crew.refused is not None:
                 log.error("redis", state="refused", error="the login was refused; restart with the new REDIS_URL")
                 self.exit_code = EX_UNAVAILABLE
+                return
+            if not self._crew.is_alive:
+                log.error("defect", where="cancel-loop", error="it has ended; the leases bring its jobs back")
+                self.exit_code = EX_SOFTWARE
                 return
             if burst and self._crew.idle() and self._drained():
                 return
@@ -258,14 +265,7 @@ class CancelWorker(BaseWorker):
                 continue
             self._exchange.keep_warm()
             self._learn_weight_limit()
-            self._heed_refusal(now_ms)
-
-    def _heed_refusal(self, now_ms: int) -> None:
-        """A 429, 418 or 403 to one of our unsigned calls closes the gate as any other does."""
-        if (refusal := self._exchange.take_refusal()) is None:
-            return
-        if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms):
-            self._gate.share(now_ms)
+            self._canceller.heed_refusal()
 
     def _learn_weight_limit(self) -> None:
         if not self._knows_limit and (limit := self._exchange.weight_limit()) is not None:
@@ -304,11 +304,10 @@ class CancelWorker(BaseWorker):
         self._crew.stop()
         done = self._crew.join(max(grace_s - _FAREWELL_S, 1))
         self._ended.set()
-        try:
-            self.register_death()  # type: ignore[no-untyped-call]
-            self.unsubscribe()  # type: ignore[no-untyped-call]
-        except redis.RedisError as error:
-            log.warning("farewell", error=type(error).__name__)
+        # In a thread of its own: while Redis is away it would take longer than there is.
+        farewell = threading.Thread(target=self._say_farewell, name="farewell", daemon=True)
+        farewell.start()
+        farewell.join(max(began + grace_s - _END_S - time.monotonic(), 0.1))
         log.info(
             "stopped",
             worker=self.name,
@@ -320,6 +319,13 @@ class CancelWorker(BaseWorker):
         if threading.current_thread() is threading.main_thread():
             # One more SIGTERM while the interpreter takes itself apart must not turn this into a death by signal.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def _say_farewell(self) -> None:
+        try:
+            self.register_death()  # type: ignore[no-untyped-call]
+            self.unsubscribe()  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            log.warning("farewell", error=type(error).__name__)
 
     # -- RQ's commands and pub/sub --
 

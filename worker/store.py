@@ -6,7 +6,6 @@ through RQ. Nothing here decides about orders.
 
 from __future__ import annotations
 
-import threading
 import time
 import zlib
 from base64 import b64encode
@@ -30,7 +29,8 @@ from producer.message import MAX_PAYLOAD_BYTES, Attempt, Keys, Outcome, encode_a
 SOCKET_TIMEOUT_S = 3.0
 #: How long a claim waits for a job, s.
 CLAIM_WAIT_S = 1
-#: One for the claim that waits, one for settling, one for renewals and retries, one for RQ's commands (pub/sub).
+#: Two are the event loop's (worker.line.Lines), one is RQ's for its commands (pub/sub), and one serves everything else:
+#: renewals, heartbeats, the gate, RQ's maintenance.
 MAX_CONNECTIONS = 4
 #: As in producer.wire: life of RQ's hash and result, and of a pointer, s.
 RESULT_TTL_S = 600
@@ -205,7 +205,8 @@ class Request(Generic[T]):
 
 
 class Store:
-    """One worker's view of one queue. Thread-safe: each call borrows a connection for one round trip."""
+    """One worker's view of one queue. Each method makes one round trip on a connection of the pool, in any thread; the
+    requests that an event loop sends itself are made by that loop's thread alone."""
 
     def __init__(
         self,
@@ -227,7 +228,6 @@ class Store:
         self._lease_ms = lease_ms
         self._deadline_ms = deadline_ms
         self._claims = 0
-        self._lock = threading.Lock()
         executions = f"{keys.worker_prefix}{worker}:executions"
         prefixes: Words = (keys.job_prefix, keys.execution_prefix, keys.executions_prefix, keys.order_prefix)
         prefixes = (*prefixes, keys.outcome_prefix)
@@ -257,8 +257,7 @@ class Store:
 
     def claim_request(self, slots: int, *, wait: bool, take_lost: bool = True) -> Request[Claimed]:
         """See :meth:`claim`. It is to be sent at once: the server is told when the asker stops waiting."""
-        with self._lock:
-            number, self._claims = self._claims, self._claims + slots
+        number, self._claims = self._claims, self._claims + slots
         words: Words = (slots, self._lease_ms, self._deadline_ms, self._execution, number)
         gives_up_at_ms = self.clock.now_ms() + round(SOCKET_TIMEOUT_S * 1000) if self.clock.measured else 0
         words = (*self._claim_words, *words, MAX_PAYLOAD_BYTES, int(take_lost), POINTER_LIFE_S, gives_up_at_ms)

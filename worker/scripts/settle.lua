@@ -9,8 +9,8 @@
 --              does not hang on the deadline), attempts, pin
 --       again  attempts, pin, delay in ms, three unused
 --       back   attempts, pin, four unused
--- Gives for each row: -1 its keys are damaged, 0 not ours any more, 1 done, 2 not done because the deadline has moved (the job goes on), or for
--- `again` the due time in ms.
+-- Gives for each row: -1 its keys are damaged, 0 not ours any more, 1 done, 2 not done because the deadline has moved
+-- (the job goes on), or for `again` the due time in ms; where a row is repeated, what it gave before.
 local job_prefix, executions_prefix, worker = ARGV[1], ARGV[3], ARGV[7]
 local finished, failed = 0, 0
 local working_s = 0
@@ -116,6 +116,14 @@ local function again(id, job, lease, i)
   return due_ms
 end
 
+-- The lease is gone. A worker that did not hear the answer asks again: then that answer stands.
+local function as_answered_before(what, id, job, i)
+  if what == 'done' then return redis.call('GET', ARGV[5] .. id) == ARGV[i + 3] and 1 or 0 end
+  local f = redis.call('HMGET', job, 'c_attempts', 'c_lease')
+  local due_s = what == 'again' and not f[2] and f[1] == ARGV[i + 3] and redis.call('ZSCORE', KEYS[3], id)
+  return due_s and math.floor(due_s * 1000) or 0
+end
+
 local function settle(what, id, lease, i)
   local job = job_prefix .. id
   if lease == '' then
@@ -135,7 +143,7 @@ local function settle(what, id, lease, i)
     return 1
   end
   local held = redis.call('HMGET', job, 'c_lease', 'c_open_at_ms', 'c_done', 'c_order')
-  if held[1] ~= lease then return 0 end
+  if held[1] ~= lease then return as_answered_before(what, id, job, i) end
   if what == 'done' then return done(id, job, lease, held, i) end
   if what == 'again' then return again(id, job, lease, i) end
   release(id, job, lease)

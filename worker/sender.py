@@ -1,0 +1,112 @@
+"""Calls to the exchange in an event loop: each is one signed request and its answer, on a connection that stands.
+
+A call that finds none waits until one falls free or has been opened, which a few helper threads do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from worker.canceller import Ask
+from worker.exchange import Exchange, Pending
+from worker.helpers import Aside
+from worker.verdict import Failure, Reply
+
+__all__ = ["OPENERS", "Sender"]
+
+#: Connections opened at once at the most: a burst finds few open, and no exchange likes 64 handshakes in one moment.
+OPENERS = 8
+
+
+@dataclass(slots=True, eq=False)
+class _Calling:
+    """A call that is being made."""
+
+    pending: Pending
+    may_go: Callable[[], bool]
+    then: Callable[[Reply | Failure | None], None]
+
+
+class Sender:
+    """Makes calls. Used by the thread of ``loop`` alone; ``aside`` opens connections."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, exchange: Exchange, aside: Aside) -> None:
+        self._loop = loop
+        self._exchange = exchange
+        self._aside = aside
+        self._unopened: deque[_Calling] = deque()
+        self._opening = 0
+        self._is_sending_unopened = False
+
+    def send(self, ask: Ask, may_go: Callable[[], bool], then: Callable[[Reply | Failure | None], None]) -> None:
+        """Make a call. ``may_go`` is asked right before its request is written; ``then`` gets the answer, or None if it
+        may not go (any more): nothing was sent then."""
+        calling = _Calling(self._exchange.prepare(ask.call, ask.credential, ask.ref), may_go, then)
+        if self._unopened:  # those who wait are served first
+            self._unopened.append(calling)
+            self._send_unopened()
+        else:
+            self._send(calling)
+
+    def _send(self, calling: _Calling) -> bool:
+        """Send it if a connection stands, or have one opened; whether it has to wait for either."""
+        pending = calling.pending
+        if not calling.may_go():
+            pending.drop()
+            calling.then(None)
+        elif (failure := pending.begin()) is not None:
+            calling.then(failure)
+        elif pending.sent:
+            expiry = self._loop.call_at(pending.deadline_s, self._expire, calling)
+            self._loop.add_reader(pending.fileno, self._receive, calling, expiry)
+        elif self._opening < OPENERS:
+            self._opening += 1
+            self._aside(pending.connect, partial(self._opened, calling))
+        else:
+            self._unopened.append(calling)
+            return True
+        return False
+
+    def _opened(self, calling: _Calling, failure: Failure | None, error: BaseException | None) -> None:
+        self._opening -= 1
+        if error is not None:  # no thread could be made
+            failure = Failure(seen=False, reason=f"could not connect: {type(error).__name__}")
+        if failure is not None:
+            calling.then(failure)
+        else:
+            self._send(calling)
+        self._send_unopened()
+
+    def _send_unopened(self) -> None:
+        """A connection is free, or a place among those who open one. (A call that fails at once does not send the next
+        one.)"""
+        if self._is_sending_unopened:
+            return
+        self._is_sending_unopened = True
+        try:
+            while self._unopened:
+                if self._send(self._unopened.popleft()):
+                    self._unopened.rotate(1)
+                    break
+        finally:
+            self._is_sending_unopened = False
+
+    def _receive(self, calling: _Calling, expiry: asyncio.TimerHandle) -> None:
+        fileno = calling.pending.fileno
+        answer = calling.pending.receive()
+        if answer is not None:
+            self._loop.remove_reader(fileno)
+            expiry.cancel()
+            self._answered(calling, answer)
+
+    def _expire(self, calling: _Calling) -> None:
+        self._loop.remove_reader(calling.pending.fileno)
+        self._answered(calling, calling.pending.expire())
+
+    def _answered(self, calling: _Calling, answer: Reply | Failure) -> None:
+        calling.then(answer)  # first: it may say that nothing more may be sent
+        self._send_unopened()
