@@ -46,7 +46,7 @@ Examples:
 
 \b
 Exit codes: 0 stopped as asked; 2 bad usage; 69 Redis refused the login, or (check) something is unreachable;
-78 bad settings, or (check) a key is refused; 130 left at once after a second Ctrl-C.
+70 a defect; 78 bad settings, or (check) a key is refused; 130 left at once after a second Ctrl-C.
 
 {_settings_table()}
 """
