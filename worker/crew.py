@@ -95,7 +95,6 @@ class Crew:
         self._is_due = False  # a retry fell due while all slots were taken
         self._suspended = False
         self._stopping = False
-        self._left = threading.Event()  # nobody waits for the loop any more
         self.outcomes = 0
 
     # -- from outside, in any thread --
@@ -117,11 +116,6 @@ class Crew:
     def is_alive(self) -> bool:
         """Whether its thread is; it never ends by itself."""
         return self._thread.is_alive()
-
-    @property
-    def redis_is_away(self) -> bool:
-        """Whether Redis did not do what it was asked last."""
-        return self._lines.is_away
 
     @property
     def refused(self) -> redis.AuthenticationError | None:
@@ -159,7 +153,7 @@ class Crew:
 
     def stop(self) -> None:
         """Claim nothing more; hand back at once what has not been started."""
-        self._loop.call_soon_threadsafe(self._stop)
+        self._call(self._stop)
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the requests in flight to be answered and settled; False if some were not in time.
@@ -167,11 +161,10 @@ class Crew:
         The loop ends with it.
         """
         ends_at = time.monotonic() + timeout_s
-        while time.monotonic() < ends_at and (not self._stopping or self._held or self._claiming):
+        while time.monotonic() < ends_at and (not self._stopping or self._held or self._claiming) and self.is_alive:
             time.sleep(0.01)
         done = not self._held
-        self._left.set()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._call(self._loop.stop)
         self._thread.join(0.5)
         return done
 
@@ -181,6 +174,11 @@ class Crew:
         self._loop.run_forever()
         self._lines.close()
         self._loop.close()
+
+    def _call(self, what: Callable[..., object], *arguments: object) -> None:
+        """Have something called in the loop, from any thread."""
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(what, *arguments)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -200,8 +198,7 @@ class Crew:
                 result = work()
             except BaseException as raised:  # noqa: BLE001 - it is told in the loop
                 error = raised
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(then, result, error)
+            self._call(then, result, error)
 
         try:
             helpers.run(run)
