@@ -106,6 +106,23 @@ def test_what_is_never_used_is_not_loaded(workers: Workers) -> None:
 # ---- what is sent, what is recorded ---------------------------------------------------------------------------------
 
 
+def test_a_cancel_costs_one_claim_and_one_settlement(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """Of an idle worker each cancel costs one call to claim and one to settle, beside those of each passing second."""
+    workers.start()
+    ids = opened(exchange, 41)
+    assert client.cancel(algo_id=ids.pop()).wait(10).kind is OutcomeKind.CANCELLED
+    peek("CONFIG", "RESETSTAT")
+    began = time.monotonic()
+
+    for algo_id in ids:
+        assert client.cancel(algo_id=algo_id).wait(10).kind is OutcomeKind.CANCELLED
+
+    calls = peek("INFO", "commandstats")["cmdstat_evalsha"]["calls"]
+    assert len(ids) * 3 <= calls <= len(ids) * 3 + 3 * (time.monotonic() - began + 1)
+
+
 def test_thousand_cancels(workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
     """Without faults each of a thousand requests costs exactly one DELETE and ends in exactly one outcome."""
     workers.start()
