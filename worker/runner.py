@@ -42,7 +42,7 @@ _LOOK_S = 1.0
 #: How often the exchange's clock is measured and connections are kept warm, s: two calls each, five a minute.
 _WARM_S = 25.0
 #: What of the grace is kept for leaving RQ's registries, and of that for the interpreter's end, s.
-_FAREWELL_S, _END_S = 3.0, 0.5
+_FAREWELL_S, _END_S = 3.0, 1.0
 
 
 class _StopRequest:

@@ -139,8 +139,11 @@ class Front:
 class Hands:
     """A crew in the test's own process, put together as a worker's is, without the worker's upkeep."""
 
-    def __init__(self, redis_url: str, exchange_url: str, size: int, name: str = "hands", ca_file: str = "") -> None:
-        settings = Settings.from_env({"REDIS_URL": redis_url, **KEYS, "WORKER_CONCURRENCY": str(size)})
+    def __init__(
+        self, redis_url: str, exchange_url: str, size: int, name: str = "hands", ca_file: str = "", **variables: str
+    ) -> None:
+        variables = {"REDIS_URL": redis_url, **KEYS, "WORKER_CONCURRENCY": str(size), **variables}
+        settings = Settings.from_env(variables)
         self._redis = open_redis(settings)
         store = open_store(self._redis, settings, name, "cancels")
         clock = ServerClock()
@@ -152,8 +155,13 @@ class Hands:
             connect_timeout_s=CONNECT_S,
             ca_file=ca_file or None,
         )
-        canceller, gate = open_canceller(settings, self.exchange, clock, store, name)
-        self.crew = Crew(size, lease_of(settings), store, canceller, self.exchange, gate)
+        self.now_ms = store.clock.now_ms
+        canceller, self.gate = open_canceller(settings, self.exchange, clock, store, name)
+        self.crew = Crew(size, lease_of(settings), store, canceller, self.exchange, self.gate)
+
+    def is_closed(self) -> bool:
+        """Whether its gate is closed, as far as it knows."""
+        return self.gate.closed(self.now_ms())
 
     def __enter__(self) -> Self:
         self.crew.start()
@@ -315,10 +323,11 @@ def test_one_at_a_time(workers: Workers, client: CancelClient, exchange: Running
     for n, ticket in enumerate(tickets):
         eventually(lambda n=n: exchange.book()[algo_ids[n]].deletes == 1, what="it is sent")  # type: ignore[misc]
         for _ in range(20):
+            held, waiting = peek("ZRANGE", peek.keys.leases, 0, -1), peek.waiting()
             if client.outcome(ticket.id) is not None:
-                break
-            assert peek("ZRANGE", peek.keys.leases, 0, -1) == [ticket.id]
-            assert peek.waiting() == [later.id for later in tickets[n + 1 :]]
+                break  # perhaps between those two looks
+            assert held == [ticket.id]
+            assert waiting == [later.id for later in tickets[n + 1 :]]
             time.sleep(0.005)
 
     assert at_first_try(outcomes(client, tickets))

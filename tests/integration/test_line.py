@@ -334,30 +334,46 @@ def test_each_request_gets_its_own_script(rig: Rig, client: CancelClient, connec
 # ---- breaks ---------------------------------------------------------------------------------------------------------
 
 
-def check_silence(rig: Rig, seconds: float) -> None:
-    """A broken line told so once, and says nothing more, whatever it is asked."""
+def check_break(
+    rig: Rig, answered: list[str], unanswered: list[str], kind: type[redis.RedisError], silence_s: float = 0.1
+) -> None:
+    """See that the break was told first, then the same error to each that had no answer, in turn; then never more."""
+    rig.run_until_told(len(answered) + 1 + len(unanswered))
+    assert rig.names() == [*answered, BROKEN, *unanswered]
+    assert isinstance(rig.of(BROKEN), kind)
+    assert [rig.of(name) for name in unanswered] == [rig.of(BROKEN)] * len(unanswered)
     told = list(rig.told)
-    assert rig.names().count(BROKEN) == 1
     rig.echo("too late")
-    rig.run(timeout_s=seconds)
+    rig.run(timeout_s=silence_s)
     assert rig.told == told
 
 
 def test_a_connection_that_the_server_closes(rig: Rig, connection: redis.Redis) -> None:
-    """It is told once, and nobody is told of the requests that were not answered."""
+    """It is told once, then each request that was not answered fails, once and in the order of asking."""
     rig.echo("answered")
     rig.run_until_told(1)
     rig.claim("waiting", wait=True)
-    rig.echo("behind")
+    rig.echo("behind", "twice")
+    rig.echo("last")
     connection.client_kill_filter(_type="normal", skipme=True)
-    rig.run_until_told(2)
-    assert rig.names() == ["answered", BROKEN]
-    assert isinstance(rig.of(BROKEN), redis.ConnectionError)
-    check_silence(rig, SOCKET_TIMEOUT_S + 0.3)
+    check_break(rig, ["answered"], ["waiting", "behind", "last"], redis.ConnectionError, SOCKET_TIMEOUT_S + 0.3)
+
+
+def test_the_owner_hears_of_a_break_before_the_askers(rig: Rig, connection: redis.Redis) -> None:
+    """An asker that asks again as soon as it hears of a break finds an owner that knows of it."""
+    known: list[bool] = []
+    request = Request((("ECHO", "one"),), NO_SCRIPT, list)
+    rig.claim("waiting", wait=True)
+    rig.line.ask(request, lambda _: known.append(False), lambda _: known.append(BROKEN in rig.names()))
+    connection.client_kill_filter(_type="normal", skipme=True)
+    rig.run(lambda: known)
+    assert known == [True]
+    assert rig.names() == [BROKEN, "waiting"]
 
 
 def test_a_server_that_stands_still() -> None:
-    """Without an answer for the time-out the line is broken; answers that come after all are told to nobody."""
+    """Without an answer for the time-out the line is broken, also for who asked later; answers that come after all are
+    told to nobody."""
     with running_valkey("--appendonly", "no") as valkey, Rig(valkey.url) as rig:
         assert valkey.process is not None
         rig.echo("answered")
@@ -367,12 +383,10 @@ def test_a_server_that_stands_still() -> None:
         rig.echo("unanswered")
         rig.run(timeout_s=0.5)
         rig.echo("later")
-        rig.run_until_told(2)
-        assert rig.names() == ["answered", BROKEN]
-        assert isinstance(rig.of(BROKEN), redis.TimeoutError)
+        rig.run_until_told(4)
         assert SOCKET_TIMEOUT_S - 0.05 <= time.monotonic() - began_s <= SOCKET_TIMEOUT_S + 0.5
         valkey.process.send_signal(signal.SIGCONT)
-        check_silence(rig, 0.3)
+        check_break(rig, ["answered"], ["unanswered", "later"], redis.TimeoutError, 0.3)
 
 
 def test_a_loop_that_stood_still_reads_before_it_judges(rig: Rig) -> None:
@@ -408,10 +422,7 @@ def test_words_that_are_no_answer_break_the_line(relay: Relay, words: bytes) -> 
         rig.run_until_told(1)
         rig.claim("waiting", wait=True)
         relay.say(words)
-        rig.run_until_told(2)
-        assert rig.names() == ["before", BROKEN]
-        assert isinstance(rig.of(BROKEN), redis.InvalidResponse)
-        check_silence(rig, 0.1)
+        check_break(rig, ["before"], ["waiting"], redis.InvalidResponse)
 
 
 def test_an_answer_that_nobody_asked_for_breaks_the_line(relay: Relay) -> None:
@@ -420,9 +431,7 @@ def test_an_answer_that_nobody_asked_for_breaks_the_line(relay: Relay) -> None:
         rig.echo("before")
         rig.run_until_told(1)
         relay.say(b"+OK\r\n+OK\r\n")
-        rig.run_until_told(2)
-        assert isinstance(rig.of(BROKEN), redis.InvalidResponse)
-        check_silence(rig, 0.1)
+        check_break(rig, ["before"], [], redis.InvalidResponse)
 
 
 def test_an_answer_that_breaks_off(relay: Relay) -> None:
@@ -431,9 +440,7 @@ def test_an_answer_that_breaks_off(relay: Relay) -> None:
         rig.claim("waiting", wait=True)
         relay.say(b"$-1\r\n*3\r\n$4\r\n17")
         relay.hang_up()
-        rig.run_until_told(1)
-        assert isinstance(rig.of(BROKEN), redis.ConnectionError)
-        check_silence(rig, 0.1)
+        check_break(rig, [], ["waiting"], redis.ConnectionError)
 
 
 def test_a_closed_line_tells_nothing(rig: Rig) -> None:
@@ -530,10 +537,8 @@ def test_a_missing_script_over_tls(tls_rig: Rig, client: CancelClient) -> None:
 
 
 def test_tls_that_breaks(tls_rig: Rig, connection: redis.Redis) -> None:
-    """A TLS connection whose server is gone is told once."""
+    """A TLS connection whose server is gone is told once, and then to who waited for an answer."""
     tls_rig.claim("waiting", wait=True)
     eventually(lambda: connection.info("clients")["blocked_clients"] == 1)
     connection.client_kill_filter(_type="normal", skipme=True)
-    tls_rig.run_until_told(1)
-    assert isinstance(tls_rig.of(BROKEN), redis.ConnectionError)
-    check_silence(tls_rig, 0.1)
+    check_break(tls_rig, [], ["waiting"], redis.ConnectionError)

@@ -400,18 +400,76 @@ def test_renewal_tells_what_is_lost_and_what_is_closed(client: CancelClient, ope
 
 
 def test_repeated_settlement_changes_nothing(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
-    """A settlement whose answer was lost can be repeated: each outcome stands once, each retry is scheduled once."""
+    """A settlement whose answer was lost can be repeated: it is answered as the first time, each outcome stands once,
+    each retry is scheduled once."""
     orders(client, 2)
     store = open_store()
     one, two = claim(store)
     group = [ended(one), Settlement(two, attempts=(tried(1),), delay_ms=50_000)]
-    store.settle(group)
-    before = (peek.job(one.id), peek.job(two.id), peek("ZRANGE", peek.keys.scheduled, 0, -1, "WITHSCORES"))
+    done, due_ms = store.settle(group)
 
-    assert store.settle(group) == [0, 0]
-    after = (peek.job(one.id), peek.job(two.id), peek("ZRANGE", peek.keys.scheduled, 0, -1, "WITHSCORES"))
-    assert after == before
+    def all_of_it() -> list[Any]:
+        scheduled = peek("ZRANGE", peek.keys.scheduled, 0, -1, "WITHSCORES")
+        record = peek("GET", peek.keys.outcome_prefix + one.id)
+        results = peek("XLEN", peek.keys.result_prefix + one.id)
+        return [peek.job(one.id), peek.job(two.id), scheduled, record, results, peek.ledger()]
+
+    before = all_of_it()
+    for _ in range(2):
+        again, again_due_ms = store.settle(group)
+        assert (done, again) == (1, 1)
+        assert abs(again_due_ms - due_ms) <= 1  # Redis keeps it as a fraction of a second
+        assert all_of_it() == before
     assert len(peek.ledger()) == 1
+
+
+def test_another_settlement_of_a_lost_lease_is_refused(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
+    """Only the very same settlement is a repeat: another outcome, or a retry with other attempts, is told that the
+    lease is lost."""
+    orders(client, 2)
+    store = open_store()
+    one, two = claim(store)
+    store.settle([ended(one), Settlement(two, attempts=(tried(1),), delay_ms=50_000)])
+
+    others = [
+        ended(one, OutcomeKind.UNKNOWN),
+        ended(one, worker="another"),
+        Settlement(one, attempts=(tried(1),), delay_ms=50_000),
+        ended(two),
+        Settlement(two, attempts=(tried(1), tried(2)), delay_ms=50_000),
+    ]
+    assert store.settle(others) == [0] * len(others)
+    assert [outcome.kind for outcome in peek.ledger()] == [OutcomeKind.CANCELLED]
+
+
+def test_a_repeat_takes_a_retry_from_nobody(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
+    """A retry that is repeated when its job is in another's hand already takes nothing away from that one."""
+    orders(client, 1)
+    store, other = open_store(), open_store("other")
+    (grant,) = claim(store)
+    settlement = Settlement(grant, attempts=(tried(1),), delay_ms=0)
+    store.settle([settlement])
+    (taken,) = claim(other)
+    before = peek.job(grant.id)
+
+    now_ms = peek.now_ms()
+    assert now_ms <= store.settle([settlement])[0] <= peek.now_ms()  # it was written: there is nothing to wait for
+    assert peek.job(grant.id) == before
+    assert peek("ZCARD", peek.keys.scheduled) == 0
+    assert other.settle([ended(taken)]) == [1]
+
+
+def test_a_job_that_is_handed_back_twice(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
+    """A job that is handed back again, as the first answer was lost, is on the queue once, and the lease was not lost."""
+    (ticket,) = orders(client, 1)
+    store = open_store()
+    (grant,) = claim(store)
+    for settlement in (Settlement(grant), Settlement(grant)):
+        assert store.settle([settlement]) == [1]
+        assert peek.waiting() == [ticket.id]
+    (taken,) = claim(open_store("other"))
+    assert store.settle([Settlement(grant)]) == [0]
+    assert open_store("other").settle([ended(taken)]) == [1]
 
 
 # ---- settle ---------------------------------------------------------------------------------------------------------

@@ -119,9 +119,14 @@ end
 -- The lease is gone. A worker that did not hear the answer asks again: then that answer stands.
 local function as_answered_before(what, id, job, i)
   if what == 'done' then return redis.call('GET', ARGV[5] .. id) == ARGV[i + 3] and 1 or 0 end
-  local f = redis.call('HMGET', job, 'c_attempts', 'c_lease')
-  local due_s = what == 'again' and not f[2] and f[1] == ARGV[i + 3] and redis.call('ZSCORE', KEYS[3], id)
-  return due_s and math.floor(due_s * 1000) or 0
+  local f = redis.call('HMGET', job, 'c_attempts', 'c_lease', 'status')
+  local is_written = f[1] == ARGV[i + 3]
+  if what == 'back' then
+    return not f[2] and f[3] == 'queued' and (is_written or ARGV[i + 3] == '') and 1 or 0
+  end
+  if not is_written then return 0 end
+  local due_s = redis.call('ZSCORE', KEYS[3], id)
+  return due_s and math.floor(due_s * 1000 + 0.0005) or now_ms -- given again already: nothing to wait for
 end
 
 local function settle(what, id, lease, i)
