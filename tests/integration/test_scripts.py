@@ -460,7 +460,7 @@ def test_a_repeat_takes_a_retry_from_nobody(client: CancelClient, open_store: Op
 
 
 def test_a_job_that_is_handed_back_twice(client: CancelClient, open_store: OpenStore, peek: Peek) -> None:
-    """A job that is handed back again, as the first answer was lost, is on the queue once, and the lease was not lost."""
+    """Handed back again, as the first answer was lost, a job is on the queue once, and its lease was not lost."""
     (ticket,) = orders(client, 1)
     store = open_store()
     (grant,) = claim(store)
