@@ -784,6 +784,10 @@ class Pending:
         """Part with the connection: nothing was sent, and nothing shall be."""
         self._exchange._give_back(self._attempt)
 
+    def abandon(self) -> None:
+        """Close the connection: nobody waits for its answer any more."""
+        self._attempt.close_connection()
+
     def _ended(self, error: Exception | None = None, outer: BaseException | None = None) -> Answer:
         if error is not None and not self._attempt.answer.status:
             return self._exchange._failed(self._attempt, error, outer)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from worker.canceller import Ask
 from worker.exchange import Exchange, Pending
@@ -22,13 +23,21 @@ __all__ = ["OPENERS", "Sender"]
 OPENERS = 8
 
 
+class Then(Protocol):
+    """Is told how a call ended."""
+
+    def __call__(self, answer: Reply | Failure | None, error: BaseException | None = None, /) -> None:
+        """``answer``: None if the call might not go (any more), and nothing was sent; or there is an ``error``, which
+        is a defect: what became of the call is not known then."""
+
+
 @dataclass(slots=True, eq=False)
 class _Calling:
     """A call that is being made."""
 
     pending: Pending
     may_go: Callable[[], bool]
-    then: Callable[[Reply | Failure | None], None]
+    then: Then
 
 
 class Sender:
@@ -42,9 +51,8 @@ class Sender:
         self._opening = 0
         self._is_sending_unopened = False
 
-    def send(self, ask: Ask, may_go: Callable[[], bool], then: Callable[[Reply | Failure | None], None]) -> None:
-        """Make a call. ``may_go`` is asked right before its request is written; ``then`` gets the answer, or None if it
-        may not go (any more): nothing was sent then."""
+    def send(self, ask: Ask, may_go: Callable[[], bool], then: Then) -> None:
+        """Make a call. ``may_go`` is asked right before its request is written."""
         calling = _Calling(self._exchange.prepare(ask.call, ask.credential, ask.ref), may_go, then)
         if self._unopened:  # those who wait are served first
             self._unopened.append(calling)
@@ -58,7 +66,13 @@ class Sender:
         if not calling.may_go():
             pending.drop()
             calling.then(None)
-        elif (failure := pending.begin()) is not None:
+            return False
+        try:
+            failure = pending.begin()
+        except Exception as error:  # noqa: BLE001 - whoever asked must hear of it
+            self._broke(calling, error)
+            return False
+        if failure is not None:
             calling.then(failure)
         elif pending.sent:
             expiry = self._loop.call_at(pending.deadline_s, self._expire, calling)
@@ -97,7 +111,13 @@ class Sender:
 
     def _receive(self, calling: _Calling, expiry: asyncio.TimerHandle) -> None:
         fileno = calling.pending.fileno
-        answer = calling.pending.receive()
+        try:
+            answer = calling.pending.receive()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._loop.remove_reader(fileno)
+            expiry.cancel()
+            self._broke(calling, error)
+            return
         if answer is not None:
             self._loop.remove_reader(fileno)
             expiry.cancel()
@@ -105,7 +125,16 @@ class Sender:
 
     def _expire(self, calling: _Calling) -> None:
         self._loop.remove_reader(calling.pending.fileno)
-        self._answered(calling, calling.pending.expire())
+        try:
+            answer = calling.pending.expire()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._broke(calling, error)
+        else:
+            self._answered(calling, answer)
+
+    def _broke(self, calling: _Calling, error: Exception) -> None:
+        calling.pending.abandon()
+        calling.then(None, error)
 
     def _answered(self, calling: _Calling, answer: Reply | Failure) -> None:
         calling.then(answer)  # first: it may say that nothing more may be sent

@@ -358,15 +358,15 @@ def hostile(scene: Scene, connection: redis.Redis) -> list[str]:
 DEFECT = """
 import sys, threading, traceback
 import worker.crew, worker.exchange, worker.__main__
-calls, read, lock = [0], worker.exchange.Exchange._read, threading.Lock()
+calls, replied, lock = [0], worker.exchange.Exchange._replied, threading.Lock()
 def broken(self, attempt):
     with lock:
         calls[0] += "_signed" in attempt._request.__qualname__
         is_hit = "_signed" in attempt._request.__qualname__ and calls[0] % 3 == 0
     if is_hit:
         raise RuntimeError("made by the test")
-    return read(self, attempt)
-worker.exchange.Exchange._read = broken
+    return replied(self, attempt)
+worker.exchange.Exchange._replied = broken
 told = worker.crew.log.error
 def error(name, **fields):
     print("".join(traceback.TracebackException(*sys.exc_info(), capture_locals=True).format()), flush=True)
