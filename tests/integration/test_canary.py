@@ -341,7 +341,7 @@ def trouble(scene: Scene) -> list[CancelRequest]:
                 scene.exchange.script_faults(order.algo_id, [fault, fault], call=call)
             requests.append(CancelRequest(algo_id=order.algo_id, account=account))
     requests += [CancelRequest(algo_id=n, account="lost") for n in range(1, 8)]
-    return [*requests, CancelRequest(algo_id=1, account="nobody"), CancelRequest(client_algo_id="x", deadline_s=0.001)]
+    return [*requests, CancelRequest(algo_id=1, account="nobody")]
 
 
 def hostile(scene: Scene, connection: redis.Redis) -> list[str]:
@@ -386,10 +386,11 @@ def settled(client: CancelClient, ids: list[str], timeout_s: float) -> None:
 
 def test_every_failure_of_the_exchange_keeps_every_secret(scene: Scene) -> None:
     """After every fault, refused keys, pauses, strangers and defects no secret and no signature is anywhere."""
-    worker = scene.workers.start()
-    scene.search.add("ps of the worker", process_line(worker.process.pid))
     with client_of(scene) as client, redis.Redis.from_url(scene.redis_url) as connection:
-        tickets = client.cancel_many(trouble(scene))
+        late = client.cancel(client_algo_id="x", deadline_s=0.001)  # before there is a worker: one would be in time
+        worker = scene.workers.start()
+        scene.search.add("ps of the worker", process_line(worker.process.pid))
+        tickets = [late, *client.cancel_many(trouble(scene))]
         ids = [ticket.id for ticket in tickets] + hostile(scene, connection)
         settled(client, ids, 40)
         for fault in (Fault.LIMITED_429, Fault.FORBIDDEN_403, Fault.BANNED_418, Fault.CHALLENGE_202):
