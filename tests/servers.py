@@ -26,6 +26,20 @@ from producer.message import Keys, Outcome, decode_outcome
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def end_server(listener: socket.socket, sockets: list[socket.socket], threads: list[threading.Thread]) -> None:
+    """End a little server of a test: whoever waits at one of its sockets wakes up, and nothing is left open.
+
+    Both lists may still grow, until the threads have ended.
+    """
+    for each in (listener, *sockets):
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
+    for thread in threads:
+        thread.join()
+    for each in (listener, *sockets):
+        each.close()
+
+
 def eventually(condition: Callable[[], object], timeout_s: float = 10.0, what: str = "") -> object:
     """Poll until ``condition`` gives something true, and give it back; fail by name after ``timeout_s``."""
     ends_at = time.monotonic() + timeout_s

@@ -21,7 +21,7 @@ import redis
 from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
 from tests.conftest import API_KEY, API_SECRET
 from tests.integration.test_sandbox_server import certificate
-from tests.servers import Peek, Valkey, Worker, Workers, eventually, running_valkey
+from tests.servers import Peek, Valkey, Worker, Workers, end_server, eventually, running_valkey
 from worker.clock import ServerClock
 from worker.crew import Crew
 from worker.exchange import Exchange
@@ -64,13 +64,7 @@ class Front:
 
     def __exit__(self, *_: object) -> None:
         self.answers_pass.set()
-        for each in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for each in (self._listener, *self._sockets):
-            each.close()
+        end_server(self._listener, self._sockets, self._threads)
 
     def go_deaf(self) -> None:
         """Accept nothing more: the kernel's queue is full, and who connects hears nothing at all."""

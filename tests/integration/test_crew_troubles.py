@@ -25,7 +25,7 @@ import redis
 from producer import CancelClient, CancelRequest, OutcomeKind, Ticket
 from tests.integration.test_crew import KEYS, OPENED_AT_ONCE, Hands, at_first_try, outcomes
 from tests.integration.test_sandbox_server import certificate
-from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port, running_valkey
+from tests.servers import Peek, Valkey, Worker, Workers, end_server, eventually, free_port, running_valkey
 from worker.store import Script
 
 #: How long an answer of the exchange is held back at the most, s: no test hangs for good.
@@ -163,13 +163,7 @@ class Relay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for each in (self._listener, *self._sockets):
-            each.close()
+        end_server(self._listener, self._sockets, self._threads)
 
     def swallow_one(self) -> str:
         """Swallow the answer of the next settlement; gives the connection's address as Redis knows it."""

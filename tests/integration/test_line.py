@@ -20,7 +20,7 @@ import redis
 from producer import CancelClient, CancelRequest
 from tests.integration.test_client import Proxy
 from tests.integration.test_sandbox_server import certificate
-from tests.servers import Peek, Valkey, eventually, running_valkey
+from tests.servers import Peek, Valkey, end_server, eventually, running_valkey
 from worker.line import Line
 from worker.store import SOCKET_TIMEOUT_S, Grant, Request, Script, Settlement, Store, connect
 
@@ -121,13 +121,7 @@ class Relay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for each in (self._listener, *self._sockets):
-            each.close()
+        end_server(self._listener, self._sockets, self._threads)
 
     @property
     def url(self) -> str:
