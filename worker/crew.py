@@ -16,7 +16,7 @@ import heapq
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -48,6 +48,8 @@ _AHEAD_S = 0.01
 _AHEAD_PART = 4
 #: A job that was claimed ahead and found no slot for this long, s, is handed back.
 _UNSTARTED_S = 0.1
+#: ... or this long after that, s, if a claim was on its way then.
+_LOOK_AGAIN_S = 0.01
 #: Threads for what waits for Redis. Connecting to Redis, opening connections to the exchange and measuring its clock
 #: have threads of their own, so that none of them ever waits behind another.
 _ASIDES = 4
@@ -90,6 +92,7 @@ class Crew:
         self._claiming = 0  # claims that are not answered yet
         self._is_leading = False  # a claim waits at the queue, or a look at it is due
         self._ramp_alarm: asyncio.TimerHandle | None = None
+        self._unstarted_alarm: asyncio.TimerHandle | None = None
         self._retries: list[float] = []  # when they are due, monotonic
         self._retry_alarm: asyncio.TimerHandle | None = None
         self._is_due = False  # a retry fell due while all slots were taken
@@ -184,8 +187,7 @@ class Crew:
         self._stopping = True
         self._retries.clear()
         self._is_due = False
-        self._hand_back(self._ready)
-        self._ready.clear()
+        self._hand_back_ready()
 
     def _aside(
         self, helpers: Helpers, work: Callable[[], T], then: Callable[[T | None, BaseException | None], None]
@@ -277,12 +279,16 @@ class Crew:
             self._claimed(claimed)
         finally:  # a defect must not leave the queue without anybody at it
             self._claiming -= 1
+            if self._stopping:
+                self._hand_back_ready()
             if claimed.grants or self._running < self._size:  # else whoever ends next leads
                 self._lead()
 
     def _claim_failed(self, is_leading: bool, error: redis.RedisError) -> None:
         """What was claimed unheard comes back when its lease runs out."""
         self._claiming -= 1
+        if self._stopping:
+            self._hand_back_ready()
         self._is_leading = self._is_leading and not is_leading
         if self._lines.are_up:  # an answer; else there is a new claim when there is a connection again
             self._loop.call_later(self._lines.trouble(error), self._lead)
@@ -299,24 +305,28 @@ class Crew:
         new = [_Held(grant, given_at_s + self._lease_s - margin_s, given_at_s) for grant in claimed.grants]
         for held in new:
             self._held[held.grant.lease] = held
-        if self._stopping:
-            self._hand_back(new)
-            return
         self._ready.extend(new)
         self._start_ready()
-        if self._ready:
-            self._loop.call_later(_UNSTARTED_S, self._hand_back_unstarted)
+        self._watch_unstarted()
 
-    def _hand_back_unstarted(self) -> None:
-        since_s = time.monotonic() - _UNSTARTED_S
-        unstarted = [held for held in self._ready if held.given_at_s < since_s]
-        for held in unstarted:
-            self._ready.remove(held)
-        self._hand_back(unstarted)
+    def _watch_unstarted(self) -> None:
+        if self._ready and self._unstarted_alarm is None:
+            due_s = self._ready[0].given_at_s + _UNSTARTED_S
+            self._unstarted_alarm = self._loop.call_at(max(due_s, time.monotonic() + _LOOK_AGAIN_S), self._unstarted)
 
-    def _hand_back(self, unstarted: Iterable[_Held]) -> None:
-        for held in unstarted:
-            self._settle(held, Settlement(held.grant))
+    def _unstarted(self) -> None:
+        """Hand back what found no slot in time."""
+        self._unstarted_alarm = None
+        if self._ready and self._ready[0].given_at_s + _UNSTARTED_S <= time.monotonic():
+            self._hand_back_ready()
+        self._watch_unstarted()
+
+    def _hand_back_ready(self) -> None:
+        """Give back all that was not started: in its order, so together with what a claim on its way brings."""
+        if not self._claiming:
+            for held in self._ready:
+                self._settle(held, Settlement(held.grant))
+            self._ready.clear()
 
     # -- retries of ours: each starts on time, without a scheduler --
 
@@ -351,7 +361,7 @@ class Crew:
 
     def _start_ready(self) -> None:
         """Start what is ready in the slots that are free. (A job that ends at once does not start the next one.)"""
-        if self._is_starting:
+        if self._is_starting or self._stopping:
             return
         self._is_starting = True
         try:

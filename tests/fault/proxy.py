@@ -90,6 +90,7 @@ class Proxy:
         self.weather = Weather(seed)
         self.traps: list[Trap] = []
         self.latency_s = 0.0
+        self.late_request = b""
         self.is_hole = False
         self.links: set[_Link] = set()
         self._server: asyncio.Server | None = None
@@ -115,9 +116,13 @@ class Proxy:
         """Its address, for a server that is the exchange."""
         return f"http://127.0.0.1:{self.port}"
 
-    def latency(self, ms: float) -> None:
-        """Every answer comes so much later, ms."""
-        self._do(lambda: setattr(self, "latency_s", ms / 1000))
+    def latency(self, ms: float, request: bytes = b"") -> None:
+        """Every answer to a request that holds ``request`` comes so much later, ms."""
+
+        def delay() -> None:
+            self.latency_s, self.late_request = ms / 1000, request
+
+        self._do(delay)
 
     def timeout(self, on: bool = True) -> None:
         """A black hole: nothing passes in either direction, and nobody is told. Switched off, what was held passes."""
@@ -157,7 +162,7 @@ class Proxy:
         """Take every toxic out."""
 
         def heal() -> None:
-            self.weather, self.latency_s = Weather(self.seed), 0.0
+            self.weather, self.latency_s, self.late_request = Weather(self.seed), 0.0, b""
             self.traps.clear()
             self._set_hole(False)
 
@@ -313,7 +318,7 @@ class _Link:
         return self.toxic is Toxic.LOSE
 
     def _pass(self, data: bytes) -> None:
-        if self.proxy.latency_s > 0:
+        if self.proxy.latency_s > 0 and self.proxy.late_request in self.asked:
             asyncio.get_running_loop().call_later(self.proxy.latency_s, self._write, data)
         else:
             self._write(data)

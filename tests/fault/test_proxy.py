@@ -113,6 +113,16 @@ def test_latency(proxy: Proxy, through: redis.Redis) -> None:
     assert 0.1 <= time.monotonic() - began < 0.45
 
 
+def test_latency_of_some(proxy: Proxy, through: redis.Redis) -> None:
+    """Told which requests, it delays the answers to these alone."""
+    proxy.latency(400, b"slow")
+    began = time.monotonic()
+    through.echo("quick")
+    assert time.monotonic() - began < 0.4
+    through.echo("slow")
+    assert time.monotonic() - began >= 0.4
+
+
 def test_weather_is_a_function_of_the_seed() -> None:
     """The same seed, connection and turn always meet the same; another seed meets something else."""
     turns = [(connection, turn) for connection in range(20) for turn in range(1, 51)]

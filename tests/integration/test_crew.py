@@ -4,6 +4,7 @@ whom. Against a real Redis and the local exchange."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import select
 import socket
 import ssl
@@ -20,6 +21,7 @@ import redis
 
 from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
 from tests.conftest import API_KEY, API_SECRET
+from tests.fault.proxy import Proxy
 from tests.integration.test_sandbox_server import certificate
 from tests.servers import Peek, Valkey, Worker, Workers, end_server, eventually, running_valkey
 from worker.clock import ServerClock
@@ -134,7 +136,14 @@ class Hands:
     """A crew in the test's own process, put together as a worker's is, without the worker's upkeep."""
 
     def __init__(
-        self, redis_url: str, exchange_url: str, size: int, name: str = "hands", ca_file: str = "", **variables: str
+        self,
+        redis_url: str,
+        exchange_url: str,
+        size: int,
+        name: str = "hands",
+        ca_file: str = "",
+        kind: type[Crew] = Crew,
+        **variables: str,
     ) -> None:
         variables = {"REDIS_URL": redis_url, **KEYS, "WORKER_CONCURRENCY": str(size), **variables}
         settings = Settings.from_env(variables)
@@ -151,7 +160,7 @@ class Hands:
         )
         self.now_ms = store.clock.now_ms
         canceller, self.gate = open_canceller(settings, self.exchange, clock, store, name)
-        self.crew = Crew(size, lease_of(settings), store, canceller, self.exchange, self.gate)
+        self.crew = kind(size, lease_of(settings), store, canceller, self.exchange, self.gate)
 
     def is_closed(self) -> bool:
         """Whether its gate is closed, as far as it knows."""
@@ -379,3 +388,38 @@ def test_a_server_that_closes_idle_connections_while_nothing_is_claimed(impatien
         connection.config_set("timeout", 3)
         connection.set("rq:suspended", 1)
     assert_untroubled(workers.start(), 5.5)
+
+
+# ---- leaving --------------------------------------------------------------------------------------------------------
+
+
+class StopsInTheMidst(Crew):
+    """Stops by itself at the first moment at which it has jobs ahead and a claim for more is on its way."""
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether that moment has come."""
+        return self._stopping
+
+    def _lead(self) -> None:
+        super()._lead()
+        if self._ready and self._claiming and not self._stopping:
+            self._stop()
+
+
+def test_what_a_stop_hands_back_keeps_its_order(
+    valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek, stack: ExitStack
+) -> None:
+    """Jobs that were claimed and not sent stand in their order again after a stop, those of a claim on its way too."""
+    proxy = stack.enter_context(Proxy(valkey.port))
+    proxy.latency(4, peek.keys.claiming.encode())
+    tickets = ask(client, exchange, 1500)
+    for stop in range(4):
+        with Hands(proxy.redis_url, exchange.url, 16, f"hands-{stop}", kind=StopsInTheMidst) as hands:
+            latencies_ms = itertools.cycle(range(20, 80))  # so that its slots do not fall free together
+            while not (isinstance(hands.crew, StopsInTheMidst) and hands.crew.is_stopping):
+                exchange.set_latency_ms(next(latencies_ms))
+                time.sleep(0.002)
+
+        done = {outcome.id for outcome in peek.ledger()}
+        assert peek.waiting() == [ticket.id for ticket in tickets if ticket.id not in done]
