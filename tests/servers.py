@@ -31,11 +31,12 @@ def end_server(listener: socket.socket, sockets: list[socket.socket], threads: l
 
     Both lists may still grow, until the threads have ended.
     """
-    for each in (listener, *sockets):
-        with contextlib.suppress(OSError):
-            each.shutdown(socket.SHUT_RDWR)
     for thread in threads:
-        thread.join()
+        while thread.is_alive():
+            for each in (listener, *sockets):
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            thread.join(0.05)  # a socket that it has only just opened is shut down in the next round
     for each in (listener, *sockets):
         each.close()
 

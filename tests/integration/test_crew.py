@@ -317,6 +317,7 @@ def test_what_was_claimed_ahead_goes_back_when_the_exchange_stalls(
 
     eventually(lambda: stalled.working_on() == 16, 1, "what was not sent is handed back")
     eventually(lambda: len(client.outcomes_of(ids)) == 100 - 16, 3, "the other has sent the rest")
+    assert len(client.outcomes_of(ids)) == 100 - 16
     front.answers_pass.set()
     found = outcomes(client, tickets)
     assert at_first_try(found)

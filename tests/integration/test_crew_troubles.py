@@ -102,16 +102,7 @@ class Answerer:
 
     def __exit__(self, *_: object) -> None:
         self.may_open.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._threads[0].join()
-        for each in list(self._sockets):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for each in (self._listener, *self._sockets):
-            each.close()
+        end_server(self._listener, self._sockets, self._threads)
 
     def count(self) -> Counter[str]:
         """How many requests of each kind came: by their method, or as `time`."""

@@ -187,6 +187,7 @@ def test_commands_survive_an_outage(workers: Workers, connection: redis.Redis) -
     (cut,) = listeners(connection)
     assert connection.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
     eventually(lambda: listeners(connection) - {cut}, 10, "it listens again")
+    assert connection.pubsub_numsub(worker.pubsub_channel_name)[0][1] == 1
 
     send_shutdown_command(connection, worker.name)
 
