@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from producer.aio import AsyncCancelClient, AsyncTicket
     from producer.client import CancelClient, Ticket
     from producer.message import Attempt, CancelRequest, InvalidRequest, Outcome, OutcomeKind
-    from producer.wire import CancelQueueError, NotDurable, QueueUnavailable, UnknownRequest, WaitTimeout
+    from producer.protocol import CancelQueueError, NotDurable, QueueUnavailable, UnknownRequest, WaitTimeout
 
 __all__ = [
     "AsyncCancelClient",
@@ -32,7 +32,7 @@ _HOMES = {
     "aio": ("AsyncCancelClient", "AsyncTicket"),
     "client": ("CancelClient", "Ticket"),
     "message": ("Attempt", "CancelRequest", "InvalidRequest", "Outcome", "OutcomeKind"),
-    "wire": ("CancelQueueError", "NotDurable", "QueueUnavailable", "UnknownRequest", "WaitTimeout"),
+    "protocol": ("CancelQueueError", "NotDurable", "QueueUnavailable", "UnknownRequest", "WaitTimeout"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

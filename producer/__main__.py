@@ -22,16 +22,9 @@ from rq.job import JobStatus
 
 from producer import console
 from producer.client import CancelClient, Ticket
-from producer.message import (
-    DEFAULT_ACCOUNT,
-    DEFAULT_QUEUE,
-    CancelRequest,
-    InvalidRequest,
-    MalformedMessage,
-    Outcome,
-)
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, InvalidRequest, MalformedMessage, Outcome
+from producer.protocol import QueueUnavailable, UnknownRequest, check_position
 from producer.status import Status, aligned
-from producer.wire import QueueUnavailable, UnknownRequest, check_position
 
 #: RQ's status of a job whose outcome is still to come.
 _OPEN = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.STARTED})

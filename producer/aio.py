@@ -15,8 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
-from producer.status import Status, read_status
-from producer.wire import (
+from producer.protocol import (
     Commands,
     Conversation,
     T,
@@ -28,6 +27,7 @@ from producer.wire import (
     patience,
     timeout_of,
 )
+from producer.status import Status, read_status
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
-from producer.status import Status, read_status
-from producer.wire import (
+from producer.protocol import (
     Calls,
     Commands,
     Conversation,
@@ -34,6 +33,7 @@ from producer.wire import (
     patience,
     timeout_of,
 )
+from producer.status import Status, read_status
 
 
 @dataclass(frozen=True, slots=True)

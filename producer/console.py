@@ -26,7 +26,7 @@ from producer.message import (
     decode_request,
     loads,
 )
-from producer.wire import TicketFields
+from producer.protocol import TicketFields
 
 C = TypeVar("C", bound=CancelClient)
 #: Bad lines of a file that are reported one by one.

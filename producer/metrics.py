@@ -29,8 +29,8 @@ from prometheus_client.registry import Collector
 
 from producer.client import CancelClient
 from producer.message import DEFAULT_ACCOUNT, Attempt, MalformedMessage, Outcome, OutcomeKind
+from producer.protocol import Conversation, QueueUnavailable, entry_outcome, good, pages, text
 from producer.status import Gate, Status
-from producer.wire import Conversation, QueueUnavailable, entry_outcome, good, pages, text
 
 #: Distinct accounts, verdicts, and answers of the exchange that get series of their own; further ones are `other`.
 MAX_ACCOUNTS = 64

@@ -15,18 +15,9 @@ from rq.defaults import DEFAULT_WORKER_TTL
 from rq.utils import utcparse
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from producer.message import (
-    MAX_MSG_CHARS,
-    BreakerField,
-    JobField,
-    Keys,
-    MalformedMessage,
-    Outcome,
-    OutcomeKind,
-    WorkerField,
-    clean_text,
-)
-from producer.wire import Command, Conversation, entry_outcome, good
+from producer.keys import BreakerField, JobField, Keys, WorkerField
+from producer.message import MAX_MSG_CHARS, MalformedMessage, Outcome, OutcomeKind, clean_text
+from producer.protocol import Command, Conversation, entry_outcome, good
 
 #: The window of the figures about outcomes, s.
 WINDOW_S = 60

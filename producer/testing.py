@@ -40,6 +40,7 @@ from rq.serializers import JSONSerializer
 
 from producer.aio import AsyncCancelClient, AsyncTicket
 from producer.client import CancelClient, Ticket
+from producer.keys import Keys
 from producer.message import (
     DEFAULT_ACCOUNT,
     DEFAULT_QUEUE,
@@ -49,7 +50,6 @@ from producer.message import (
     Call,
     CancelRequest,
     InvalidRequest,
-    Keys,
     Outcome,
     OutcomeKind,
     check_queue_name,
@@ -58,8 +58,16 @@ from producer.message import (
     encode_request,
     may_be_live,
 )
+from producer.protocol import (
+    NotDurable,
+    QueueUnavailable,
+    TicketFields,
+    UnknownRequest,
+    WaitTimeout,
+    check_position,
+    rows,
+)
 from producer.status import Gate, Percentiles, Status
-from producer.wire import NotDurable, QueueUnavailable, TicketFields, UnknownRequest, WaitTimeout, check_position, rows
 
 __all__ = ["AsyncFakeCancelClient", "FakeCancelClient"]
 

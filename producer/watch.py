@@ -22,8 +22,8 @@ from rich.live import Live
 from rich.text import Text
 
 from producer.message import OutcomeKind
+from producer.protocol import QueueUnavailable
 from producer.status import MAX_ENTRIES, WORKER_COLUMNS, Status, shown, span, weight, worker_cells
-from producer.wire import QueueUnavailable
 
 #: Between two looks, and between two looks at the size of the terminal, s.
 _LOOK_EVERY_S = 1.0

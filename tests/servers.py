@@ -21,7 +21,8 @@ from typing import IO, Any, Self
 
 import redis
 
-from producer.message import Keys, Outcome, decode_outcome
+from producer.keys import Keys
+from producer.message import Outcome, decode_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 

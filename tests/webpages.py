@@ -15,7 +15,8 @@ from urllib.parse import urlencode
 
 import redis
 
-from producer.message import Attempt, Call, CancelRequest, JobField, Keys, Outcome, OutcomeKind, encode_call
+from producer.keys import JobField, Keys
+from producer.message import Attempt, Call, CancelRequest, Outcome, OutcomeKind, encode_call
 from tests.servers import ROOT, scrubbed
 
 KEYS = Keys()

@@ -5,7 +5,7 @@ wait for (opening a connection, measuring a clock, telling Redis of a closed gat
 the loop goes on with what comes of it. Settlements that come up together are written in one call (group commit), and
 slots that are about to be free are claimed for beforehand.
 
-Nothing here knows of signals or of RQ (:mod:`worker.runner`), nor of orders (:mod:`worker.canceller`).
+Nothing here knows of signals or of RQ (:mod:`worker.runner`), nor of orders (:mod:`worker.cancel`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 import redis
 
 from worker import log
-from worker.canceller import Ask, Canceller, Pursuit, Resync, Wish
+from worker.cancel import Ask, Canceller, Pursuit, Resync, Wish
 from worker.exchange import Exchange
-from worker.gate import Gate
 from worker.helpers import Helpers
 from worker.line import Lines
+from worker.rate_gate import Gate
 from worker.sender import OPENERS, Sender
 from worker.settler import Settler, where
 from worker.store import CLAIM_WAIT_S, Claimed, Grant, Settlement, Store

@@ -24,7 +24,7 @@ from rq import worker_registration
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker, WorkerStatus
 
-from producer.message import WorkerField
+from producer.keys import WorkerField
 from worker import log
 from worker.away import trouble
 from worker.crew import Crew

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from worker.canceller import Ask
+from worker.cancel import Ask
 from worker.exchange import Exchange, Pending
 from worker.helpers import Aside
 from worker.verdict import Failure, Reply

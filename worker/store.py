@@ -23,7 +23,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from rq.defaults import RQ_KEY_PREFIX
 
-from producer.message import MAX_PAYLOAD_BYTES, Attempt, Keys, Outcome, encode_attempts
+from producer.keys import Keys
+from producer.message import MAX_PAYLOAD_BYTES, Attempt, Outcome, encode_attempts
 
 #: No reply takes longer than this, s; a claim waits at most one second of it inside the server.
 SOCKET_TIMEOUT_S = 3.0
@@ -32,7 +33,7 @@ CLAIM_WAIT_S = 1
 #: Two are the event loop's (worker.line.Lines), one is RQ's for its commands (pub/sub), and one serves everything else:
 #: renewals, heartbeats, the gate, RQ's maintenance.
 MAX_CONNECTIONS = 4
-#: As in producer.wire: life of RQ's hash and result, and of a pointer, s.
+#: As in producer.protocol: life of RQ's hash and result, and of a pointer, s.
 RESULT_TTL_S = 600
 FAILURE_TTL_S = 7 * 86_400
 POINTER_LIFE_S = 8 * 86_400
@@ -319,7 +320,7 @@ class Store:
         return int(self.ask(Request((script,), _GATE, _first)))
 
     def key(self, account: str, what: str, word: str, failures: int, probe_every_ms: int) -> int:
-        """See :class:`worker.keyguard.KeyStore`."""
+        """See :class:`worker.key_breaker.KeyStore`."""
         keys = (self.keys.breaker(account), self.keys.held(account), self.keys.scheduled, self.keys.suspects)
         script = _evalsha(_KEY, keys, (what, failures, probe_every_ms, word, account))
         return int(self.ask(Request((script,), _KEY, _first)))

@@ -12,10 +12,10 @@ from rq import Retry, get_current_job
 from rq.job import Job
 
 from producer.message import TASK, MessageError, decode_outcome, decode_request
-from worker.canceller import Canceller
+from worker.cancel import Canceller
 from worker.clock import ServerClock
 from worker.exchange import Exchange
-from worker.gate import Gate
+from worker.rate_gate import Gate
 from worker.settings import Settings
 from worker.store import Begun, Claimed, Store
 from worker.wiring import open_canceller, open_exchange, open_store

@@ -6,11 +6,11 @@ import socket
 
 import redis
 
-from worker.canceller import Canceller, policy_of
+from worker.cancel import Canceller, policy_of
 from worker.clock import ServerClock
 from worker.exchange import Exchange
-from worker.gate import Gate
-from worker.keyguard import KeyGuard
+from worker.key_breaker import KeyBreaker
+from worker.rate_gate import Gate
 from worker.settings import Settings
 from worker.store import Store, connect
 
@@ -64,7 +64,7 @@ def open_canceller(
         exchange=exchange,
         clock=clock,
         gate=gate,
-        keys=KeyGuard(store),
+        keys=KeyBreaker(store),
         policy=policy_of(settings),
         credential_for=settings.credential_for,
         now_ms=store.clock.now_ms,

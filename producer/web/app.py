@@ -26,6 +26,7 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 
 from producer.client import CancelClient
 from producer.message import OutcomeKind, clean_text
+from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
 from producer.web import reading
 from producer.web.access import (
     MIN_TOKEN_CHARS,
@@ -40,7 +41,6 @@ from producer.web.access import (
 )
 from producer.web.reading import PAGE, UNREADABLE, USABLE_ID, Seen, Wanted
 from producer.web.showing import FILTERS, fit
-from producer.wire import CHUNK, Conversation, QueueUnavailable, UnknownRequest
 
 #: Between two looks of a page that refreshes itself, s.
 REFRESH_S = 5

@@ -1,4 +1,4 @@
-"""What the pages ask of Redis, as conversations in the manner of :mod:`producer.wire`.
+"""What the pages ask of Redis, as conversations in the manner of :mod:`producer.protocol`.
 
 Operators look when something is wrong, so nothing here raises for what stands in Redis: a record, job or id that is
 not of this contract is shown with the reason why it cannot be read. Reading changes nothing.
@@ -18,14 +18,13 @@ from typing import Any
 from rq.job import JobStatus
 from rq.utils import utcparse
 
+from producer.keys import JobField, Keys
 from producer.message import (
     DEFAULT_ACCOUNT,
     MAX_PAYLOAD_BYTES,
     Attempt,
     CancelRequest,
     InvalidRequest,
-    JobField,
-    Keys,
     MalformedMessage,
     MessageError,
     Outcome,
@@ -35,7 +34,7 @@ from producer.message import (
     decode_call,
     decode_outcome,
 )
-from producer.wire import Command, Conversation, good, pages
+from producer.protocol import Command, Conversation, good, pages
 
 #: Rows of one page.
 PAGE = 50

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import redis
 
-from producer.message import Keys, Outcome, OutcomeKind
+from producer.keys import Keys
+from producer.message import Outcome, OutcomeKind
 from tests.bench.common import FAR_MS, NEAR_MS, Bench, Used, forget, lost_and_repeats, used, warm_up
 from tests.bench.figures import Cost, Memory, MemoryStep
 from tests.bench.rig import Rig

@@ -17,7 +17,7 @@ from rq import Retry as RqRetry
 from rq.registry import FinishedJobRegistry
 
 from producer import CancelClient, CancelRequest
-from producer.message import Keys
+from producer.keys import Keys
 from tests.bench import floor
 from tests.bench.report import TITLES
 from tests.bench.rig import Rig

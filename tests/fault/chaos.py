@@ -29,8 +29,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from producer import CancelClient, CancelRequest, QueueUnavailable
-from producer.message import Keys
-from producer.wire import NotDurable
+from producer.keys import Keys
+from producer.protocol import NotDurable
 from tests.fault.blows import SCALES, WORKERS, Blow, Kind, Scale, schedule
 from tests.fault.ledger import Ask, Kill, exchange_side, key_kinds, queue_side, recoveries_ms, requests_during_bans
 from tests.fault.proxy import Proxy

@@ -16,7 +16,7 @@ from rq.command import send_shutdown_command
 
 from producer import CancelClient, CancelRequest, QueueUnavailable, Ticket
 from producer.message import OutcomeKind
-from producer.wire import Wire
+from producer.protocol import Wire
 from tests.fault.conftest import DURABLE, Scenes, Stage, cpu_s, is_running, name_of, wait_for_line
 from tests.fault.proxy import Proxy
 from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port

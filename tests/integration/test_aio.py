@@ -24,7 +24,7 @@ from producer import (
     UnknownRequest,
     WaitTimeout,
 )
-from producer.message import Keys
+from producer.keys import Keys
 from tests.integration.test_client import CONNECTIONS, Proxy, stopped
 from tests.servers import Valkey, Workers, confirms_durability, running_valkey
 from worker.sandbox.control import RunningExchange

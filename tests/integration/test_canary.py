@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 
 from producer import CancelClient, CancelRequest
-from producer.message import Keys
+from producer.keys import Keys
 from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
 from tests.webpages import WebProcess, outcome, settle
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange

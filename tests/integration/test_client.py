@@ -32,8 +32,9 @@ from producer import (
     UnknownRequest,
     WaitTimeout,
 )
-from producer.message import TASK, JobField, Keys, MalformedMessage, encode_request
-from producer.wire import FAILURE_TTL_S, RESULT_TTL_S, Wire, text
+from producer.keys import JobField, Keys
+from producer.message import TASK, MalformedMessage, encode_request
+from producer.protocol import FAILURE_TTL_S, RESULT_TTL_S, Wire, text
 from tests.servers import Valkey, Workers, confirms_durability, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
 

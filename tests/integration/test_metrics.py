@@ -21,7 +21,8 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from producer import CancelClient
-from producer.message import VERSION, Keys, OutcomeKind
+from producer.keys import Keys
+from producer.message import VERSION, OutcomeKind
 from producer.metrics import Labels, LedgerClient, LedgerEnd, LedgerReader, Tally
 from tests.servers import ROOT, Valkey, Workers, eventually, free_port, running_valkey, scrubbed
 from worker.sandbox.control import RunningExchange

@@ -11,14 +11,14 @@ import pytest
 import redis
 
 from producer import CancelClient, CancelRequest, OutcomeKind
-from producer.message import Keys
+from producer.keys import Keys
 from tests.conftest import API_KEY, API_SECRET
 from tests.servers import Valkey, Workers, eventually
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
 
 #: The worker's own command line, with probes of a refused key each second and a half instead of each minute.
-FAST_PROBES = "import worker.keyguard as k; k.PROBE_EVERY_MS = 1500; from worker.__main__ import start; start()"
+FAST_PROBES = "import worker.key_breaker as k; k.PROBE_EVERY_MS = 1500; from worker.__main__ import start; start()"
 OTHER = ("another-key-of-the-tests", "another-secret-of-the-tests")
 
 

@@ -20,7 +20,8 @@ import pytest
 import redis
 
 from producer import CancelClient, CancelRequest
-from producer.message import Keys, decode_outcome
+from producer.keys import Keys
+from producer.message import decode_outcome
 from tests.integration.test_client import PASSWORD, Proxy, blocked, calls, fail
 from tests.integration.test_sandbox_server import certificate
 from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed

@@ -5,8 +5,9 @@ from __future__ import annotations
 import redis
 
 from producer import CancelClient, CancelRequest, OutcomeKind
-from producer.message import Keys, Outcome
-from producer.wire import Wire, rows
+from producer.keys import Keys
+from producer.message import Outcome
+from producer.protocol import Wire, rows
 from tests.servers import Valkey
 from worker.store import Settlement, Store, connect
 

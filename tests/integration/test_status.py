@@ -12,7 +12,7 @@ import redis
 from rq.utils import utcformat, utcparse
 
 from producer import CancelClient
-from producer.message import Keys
+from producer.keys import Keys
 from producer.status import FRESH_S, LIVE_S
 from tests.servers import TurnCounter, Valkey, Workers, eventually
 

@@ -21,7 +21,7 @@ import pytest
 import redis
 
 from producer import CancelClient
-from producer.message import Keys
+from producer.keys import Keys
 from tests.servers import ROOT, Valkey, eventually, running_valkey, scrubbed
 
 KEYS = Keys()

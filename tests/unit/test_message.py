@@ -29,6 +29,7 @@ from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
 from rq.worker import BaseWorker
 
+from producer.keys import JobField, Keys
 from producer.message import (
     DEFAULT_ACCOUNT,
     MAX_ALGO_ID,
@@ -41,8 +42,6 @@ from producer.message import (
     Call,
     CancelRequest,
     InvalidRequest,
-    JobField,
-    Keys,
     MalformedMessage,
     MessageError,
     Outcome,

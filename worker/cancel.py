@@ -32,8 +32,8 @@ from producer.message import (
 from worker import log
 from worker.clock import ServerClock
 from worker.exchange import Exchange
-from worker.gate import Gate, ms_to_next_minute
-from worker.keyguard import KeyGuard
+from worker.key_breaker import KeyBreaker
+from worker.rate_gate import Gate, ms_to_next_minute
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.store import Grant, Settlement
@@ -142,7 +142,7 @@ class Canceller:
         exchange: Exchange,
         clock: ServerClock,
         gate: Gate,
-        keys: KeyGuard,
+        keys: KeyBreaker,
         policy: Policy,
         credential_for: Callable[[str], Credential | None],
         now_ms: Callable[[], int],

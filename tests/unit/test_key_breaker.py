@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import redis
 
-from worker.keyguard import KeyGuard
+from worker.key_breaker import KeyBreaker
 from worker.verdict import Means, Verdict
 
 REFUSED = Verdict(Means.KEY_REFUSED, 401, -2015, "Invalid API-key, IP, or permissions for action.")
@@ -29,7 +29,7 @@ class Recorder:
 def test_a_healthy_key_costs_no_call() -> None:
     """As long as no answer refused a key, nothing is asked of Redis."""
     store = Recorder()
-    guard = KeyGuard(store)
+    guard = KeyBreaker(store)
 
     guard.tell("default", Verdict(Means.CONFIRMED, 200, 200))
 
@@ -41,7 +41,7 @@ def test_a_healthy_key_costs_no_call() -> None:
 def test_a_refused_key_is_asked_about_and_other_accounts_are_not() -> None:
     """A refusal makes this worker ask before each call of that account, and of no other."""
     store = Recorder(answer=17)
-    guard = KeyGuard(store)
+    guard = KeyBreaker(store)
 
     guard.tell("desk", REFUSED)
 
@@ -55,7 +55,7 @@ def test_a_refused_key_is_asked_about_and_other_accounts_are_not() -> None:
 def test_an_answer_that_needed_the_key_clears_it(means: Means) -> None:
     """Whatever the exchange answers after accepting the key ends the suspicion."""
     store = Recorder()
-    guard = KeyGuard(store)
+    guard = KeyBreaker(store)
     guard.tell("default", REFUSED)
 
     guard.tell("default", Verdict(means, 200))
@@ -70,7 +70,7 @@ def test_an_answer_that_needed_the_key_clears_it(means: Means) -> None:
 def test_an_answer_that_says_nothing_of_the_key_changes_nothing(means: Means) -> None:
     """A failure before the key was looked at neither clears nor confirms a suspicion."""
     store = Recorder()
-    guard = KeyGuard(store)
+    guard = KeyBreaker(store)
     guard.tell("default", REFUSED)
 
     guard.tell("default", Verdict(means, 503))
@@ -81,7 +81,7 @@ def test_an_answer_that_says_nothing_of_the_key_changes_nothing(means: Means) ->
 
 def test_redis_away_holds_nothing_back() -> None:
     """A breaker that cannot be looked up does not stop cancels: the exchange answers for itself."""
-    guard = KeyGuard(Recorder(error=redis.ConnectionError("away")))
+    guard = KeyBreaker(Recorder(error=redis.ConnectionError("away")))
 
     guard.tell("default", REFUSED)
 

@@ -28,7 +28,7 @@ class KeyStore(Protocol):
         """Tell of an answer (`failed`, `answered`) or `ask` to send; gives when to ask again, ms, or 0."""
 
 
-class KeyGuard:
+class KeyBreaker:
     """The breakers of one worker's accounts."""
 
     def __init__(self, store: KeyStore) -> None:

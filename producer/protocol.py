@@ -27,11 +27,11 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 
+from producer.keys import Keys
 from producer.message import (
     TASK,
     CancelRequest,
     InvalidRequest,
-    Keys,
     MalformedMessage,
     Outcome,
     check_queue_name,
