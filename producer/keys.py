@@ -5,9 +5,60 @@ Standard library only; it talks to nobody.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import sha1
+from importlib.resources import files
 
 from producer.message import DEFAULT_QUEUE
+
+#: Life of RQ's hash and result, s: short once finished (the outcome record lives on), a week where a person must look.
+RESULT_TTL_S = 600
+FAILURE_TTL_S = 7 * 86_400
+#: A pointer outlives any deadline; it is removed with the outcome, and only a job that somebody deleted leaves one.
+POINTER_LIFE_S = 8 * 86_400
+#: RQ's clean-up requeues a job that has retries left and fails it otherwise; our own bounds decide, never RQ's.
+ENDLESS_RETRIES = 1_000_000
+#: Longest id of a job, bytes: RQ's have 36. What is longer is dropped unread.
+MAX_ID_BYTES = 256
+
+
+class Band(IntEnum):
+    """Where in the index jobs of one state stand; each is followed by a time in ms."""
+
+    HELD = 0  # by the end of the lease
+    WAITING = 10**13  # by since when
+    RETRY = 2 * 10**13  # by when it is due
+    END = 3 * 10**13
+
+
+class Script:
+    """A Lua script with the constants that it is made for, called by its hash once the server knows it.
+
+    ``parts`` are files of a package's `scripts` folder, as `producer/enqueue.lua`. Each script begins with
+    `producer/scripts/job.lua`: what all of them know of a job stands once.
+    """
+
+    def __init__(self, constants: Mapping[str, object], *parts: str) -> None:
+        known = "".join(f"local {name} = {_lua(value)}\n" for name, value in constants.items())
+        texts = (files(package).joinpath("scripts", name) for package, _, name in map(_split, ("producer/job.lua", *parts)))
+        self.source = known + "".join(path.read_text("utf-8") for path in texts)
+        self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+
+def _split(part: str) -> tuple[str, str, str]:
+    return part.partition("/")
+
+
+def _lua(value: object) -> str:
+    """``value`` as a literal of Lua."""
+    if isinstance(value, list):
+        return "{" + ",".join(map(_lua, value)) + "}"
+    if isinstance(value, int):
+        return str(value)
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03d}" for byte in str(value).encode())
+    return '"' + "".join(plain) + '"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +110,19 @@ class Keys:
         return f"{self.rq}:results:"
 
     @property
-    def execution_prefix(self) -> str:
-        """Execution hashes, followed by `id:execution`."""
-        return f"{self.rq}:execution:"
+    def intermediate(self) -> str:
+        """List in which a stock RQ worker keeps an id until it has begun the job."""
+        return f"{self.waiting}:intermediate"
 
     @property
-    def executions_prefix(self) -> str:
-        """ExecutionRegistry of a job, followed by the id."""
-        return f"{self.rq}:executions:"
+    def workers(self) -> str:
+        """Set in which RQ lists the keys of its workers."""
+        return f"{self.rq}:workers"
+
+    @property
+    def queue_workers(self) -> str:
+        """The same for this queue alone."""
+        return f"{self.rq}:workers:{self.queue}"
 
     @property
     def worker_prefix(self) -> str:
@@ -85,8 +141,12 @@ class Keys:
         return f"{self.queue}:claiming"
 
     @property
-    def leases(self) -> str:
-        """Sorted set of claimed ids, scored by the lease's end in ms."""
+    def unfinished(self) -> str:
+        """The index: sorted set of all unfinished ids by when to look at them next, in the bands of :class:`Band`.
+
+        Its name is older than it: held jobs stand in it as they did in the set of leases of version 0.1, so that
+        workers of both versions side by side take over each other's jobs.
+        """
         return f"{self.queue}:leases"
 
     @property
@@ -117,6 +177,22 @@ class Keys:
         """Set of the jobs that wait for the key of ``account`` to be accepted again."""
         return f"{self.queue}:held:{account}"
 
+    def lua(self) -> dict[str, object]:
+        """The constants of every script: keys, and how long things live."""
+        return {
+            "WAITING": self.waiting,
+            "QUEUES": self.queues,
+            "JOB_PREFIX": self.job_prefix,
+            "UNFINISHED": self.unfinished,
+            "SCHEDULED": self.scheduled,
+            "FAILED": self.failed,
+            "ORDER_PREFIX": self.order_prefix,
+            "OUTCOME_PREFIX": self.outcome_prefix,
+            "POINTER_LIFE_S": POINTER_LIFE_S,
+            "ENDLESS_RETRIES": ENDLESS_RETRIES,
+            "MAX_ID_BYTES": MAX_ID_BYTES,
+        }
+
     @staticmethod
     def gate(scope: str) -> str:
         """The shared pause of one egress address: ``all``, or the host name of a worker that has its own."""
@@ -137,7 +213,9 @@ class JobField:
     PIN = "c_pin"  # what was learned of the order: algo id, symbol
     LEASE = "c_lease"
     OPEN_AT_MS = "c_open_at_ms"  # since when an attempt may be out
-    DONE = "c_done"  # this run has its outcome
+    DUE_AT_MS = "c_due_at_ms"  # when the next try is due
+    DONE = "c_done"  # this run's outcome: its kind
+    ENDED = "c_ended"  # the last lease that was ended, and how: a repeat is answered alike
 
 
 class BreakerField:
