@@ -13,9 +13,9 @@ from functools import partial
 from typing import Protocol
 
 from worker.cancel import Ask
+from worker.classify import Failure, Reply
 from worker.exchange import Exchange, Pending
 from worker.helpers import Aside
-from worker.verdict import Failure, Reply
 
 __all__ = ["OPENERS", "Sender"]
 
