@@ -200,7 +200,7 @@ class Attempt:
     http: int | None  # status of the answer; None where none came
     code: int | None  # the exchange's code; None where the answer held none
     msg: str  # the exchange's words, or the failure's name
-    verdict: str  # a worker.verdict.Means value
+    verdict: str  # a worker.classify.Means value
     ms: int  # how long the call took
 
     def as_dict(self) -> dict[str, object]:

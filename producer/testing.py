@@ -80,7 +80,7 @@ _WINDOW_MS = 60_000
 _WORKER = "fake"
 #: Longest step of the double's time, s (a century): a record's times must fit in 64 bits.
 _MAX_STEP_S = 100 * 365 * 86_400
-#: Longest id of a child order that a worker records, characters (`worker.verdict`).
+#: Longest id of a child order that a worker records, characters (`worker.classify`).
 _MAX_ORDER_ID_CHARS = 40
 #: Longest error, characters: a worker adds a few words to what the exchange said.
 _MAX_ERROR_CHARS = 2 * MAX_MSG_CHARS

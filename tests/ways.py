@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from producer.message import Call
+from worker.classify import Failure, OrderRef, Reply
 from worker.exchange import Exchange, Pending
 from worker.signing import Credential
-from worker.verdict import Failure, OrderRef, Reply
 
 __all__ = ["WAYS", "Stepwise", "made"]
 

@@ -30,29 +30,15 @@ from producer.message import (
     may_be_live,
 )
 from worker import log
+from worker.classify import GATED, Failure, Means, OrderRef, Reply, Verdict, classify
 from worker.clock import ServerClock
+from worker.decide import Again, Case, Policy, Stop, as_known, first_step, next_step
 from worker.exchange import Exchange
 from worker.key_breaker import KeyBreaker
 from worker.rate_gate import Gate, ms_to_next_minute
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.store import Grant, Settlement
-from worker.verdict import (
-    GATED,
-    Again,
-    Case,
-    Failure,
-    Means,
-    OrderRef,
-    Policy,
-    Reply,
-    Stop,
-    Verdict,
-    as_known,
-    classify,
-    first_step,
-    next_step,
-)
 
 T = TypeVar("T")
 

@@ -14,12 +14,12 @@ import redis
 
 from producer.message import MAX_ALGO_ID, Call
 from worker.away import trouble
+from worker.classify import Means, OrderRef, classify
 from worker.clock import ServerClock
 from worker.exchange import Exchange
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.store import SOCKET_TIMEOUT_S
-from worker.verdict import Means, OrderRef, classify
 from worker.wiring import open_exchange, open_redis
 
 #: An id that no order has: the largest that the field can hold.

@@ -103,3 +103,19 @@ class ServerClock:
         """Seconds since the newest sample, None while there is none."""
         samples = self._samples
         return (self._mono_ns() - samples[-1].received_ns) / 1e9 if samples else None
+
+
+def local_ns() -> int:
+    return time.monotonic_ns()
+
+
+class RedisClock:
+    measured = False
+    def observe(self, a: int, b: int, now_ms: int) -> None:
+        self.measured = True
+        self.off = now_ms * 1_000_000 - b
+        self.hi = now_ms * 1_000_000 + 1_000_000 - a
+    def now_ms(self) -> int:
+        return (local_ns() + self.off) // 1_000_000 if self.measured else time.time_ns() // 1_000_000
+    def local_at_earliest(self, ms: int) -> int:
+        return ms * 1_000_000 - self.hi

@@ -38,10 +38,10 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from producer.message import Call
+from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock
 from worker.http1 import ResponseReader
 from worker.signing import Credential, check_api_key, signed_query
-from worker.verdict import Failure, OrderRef, Reply
 
 __all__ = ["Exchange", "Pending", "UsedWeight"]
 
@@ -448,7 +448,7 @@ class Exchange:
     """The exchange's REST API as far as cancelling needs it; one connection pool, safe to share between threads.
 
     No method raises for anything that the network, the exchange or a library does: a call that was not answered is a
-    :class:`~worker.verdict.Failure`, whose ``seen`` says whether a byte of the request may have left.
+    :class:`~worker.classify.Failure`, whose ``seen`` says whether a byte of the request may have left.
 
     ``base_url`` holds scheme, host and, where needed, port and a path. ``connect_timeout_s`` bounds each step of
     connecting (name, each address, tunnel, handshake); all of them together may take half of ``total_timeout_s``,

@@ -12,7 +12,7 @@ from typing import Protocol
 import redis
 
 from worker import log
-from worker.verdict import Means, Verdict
+from worker.classify import Means, Verdict
 
 #: Refusals of a key in a row that open its breaker, and the time between probes while it is open, ms.
 FAILURES = 5

@@ -15,7 +15,8 @@ import redis
 
 from producer.message import Call
 from worker import log
-from worker.verdict import Means, Policy, Verdict
+from worker.classify import Means, Verdict
+from worker.decide import Policy, pause_ms
 
 #: After a pause the requests in flight grow from one to all within this time, ms.
 RAMP_MS = 2_000
@@ -80,7 +81,7 @@ class Gate:
     def close_for(self, verdict: Verdict, policy: Policy, now_ms: int) -> bool:
         """Close it as long as a gated ``verdict`` asks for; whether Redis should hear of it now (:meth:`share`)."""
         reason = f"{verdict.http} {verdict.msg}".strip()
-        return self._close(verdict.pause_ms(now_ms, policy), reason, now_ms, doubling=verdict.means is Means.BLOCKED)
+        return self._close(pause_ms(verdict, policy, now_ms), reason, now_ms, doubling=verdict.means is Means.BLOCKED)
 
     def spend(self, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> bool:
         """Close it until the exchange's next minute if the weight used, with what is under way, nears the limit;

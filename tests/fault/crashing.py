@@ -17,10 +17,10 @@ from enum import StrEnum
 from typing import Any, cast
 
 from producer.message import Call
+from worker.classify import Failure, Reply
 from worker.exchange import Exchange, Pending
 from worker.line import Line
 from worker.store import Claimed, Request, Settlement, Store
-from worker.verdict import Failure, Reply
 
 Method = Callable[..., Any]
 

@@ -25,25 +25,9 @@ from producer.message import (
     encode_call,
     encode_request,
 )
+from worker.classify import GATED, Failure, Means, OrderRef, Reply, Verdict, classify
+from worker.decide import LAST_TRY_MS, Again, Case, Policy, Stop, as_known, first_step, in_doubt, next_step, pause_ms
 from worker.http1 import FRAMING_LIMIT, MalformedResponse, ResponseReader
-from worker.verdict import (
-    GATED,
-    LAST_TRY_MS,
-    Again,
-    Case,
-    Failure,
-    Means,
-    OrderRef,
-    Policy,
-    Reply,
-    Stop,
-    Verdict,
-    as_known,
-    classify,
-    first_step,
-    in_doubt,
-    next_step,
-)
 
 #: Longest text of an error: it goes into the record of a refused job and into a log line.
 LONGEST_ERROR = 300
@@ -285,7 +269,7 @@ def _decide(case: Case, history: list[Attempt], told: Verdict, policy: Policy, n
     assert step.resync is (told.means is Means.CLOCK)
     assert told.means not in (Means.CONFIRMED, Means.DENIED, Means.KEY_REFUSED)
     if told.means in GATED:
-        assert step.delay_ms >= min(told.pause_ms(now_ms, policy), case.deadline_at_ms - now_ms - LAST_TRY_MS)
+        assert step.delay_ms >= min(pause_ms(told, policy, now_ms), case.deadline_at_ms - now_ms - LAST_TRY_MS)
     # Chance makes a wait longer or shorter, never another decision in the same moment.
     longest = next_step(case, history, told, policy, now_ms, 0.999)
     if isinstance(longest, Again):

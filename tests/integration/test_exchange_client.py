@@ -34,10 +34,10 @@ from hypothesis import strategies as st
 
 from producer.message import Call
 from tests.ways import WAYS, made
+from worker.classify import Failure, Means, OrderRef, Reply, classify
 from worker.clock import BEHIND_MS, ServerClock
 from worker.exchange import BODY_LIMIT, MAX_RETRY_AFTER_MS, Exchange, Pending, _BoundedSocket
 from worker.signing import Credential
-from worker.verdict import Failure, Means, OrderRef, Reply, classify
 
 SECRET = "s3cr3t-canary-of-the-account"
 API_KEY = "key-of-the-account"

@@ -25,10 +25,10 @@ import urllib3.exceptions
 
 from producer.message import Call
 from tests.ways import WAYS
+from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock
 from worker.exchange import Exchange, _BoundedSocket
 from worker.signing import Credential
-from worker.verdict import Failure, OrderRef, Reply
 
 CANARY = "signature=c4n4ry"
 URL = f"http://127.0.0.1/fapi/v1/algoOrder?{CANARY}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import redis
 
+from worker.classify import Means, Verdict
 from worker.key_breaker import KeyBreaker
-from worker.verdict import Means, Verdict
 
 REFUSED = Verdict(Means.KEY_REFUSED, 401, -2015, "Invalid API-key, IP, or permissions for action.")
 

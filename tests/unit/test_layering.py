@@ -72,7 +72,7 @@ def literals(source: Path) -> Iterator[tuple[int, str]]:
 
 def test_sources_are_found() -> None:
     """The rules below look at all of both packages."""
-    sources = {"producer/message.py", "producer/keys.py", "worker/verdict.py", "worker/exchange.py"}
+    sources = {"producer/message.py", "producer/keys.py", "worker/decide.py", "worker/exchange.py"}
     assert sources <= set(map(str, SOURCES))
     assert {"producer/scripts/enqueue.lua", "worker/scripts/claim.lua"} <= set(map(str, SCRIPTS))
 
@@ -99,7 +99,8 @@ def test_worker_imports_only_the_contract(source: Path) -> None:
     [
         ("producer/message.py", set()),
         ("producer/keys.py", {"producer.message"}),
-        ("worker/verdict.py", {"producer.message"}),
+        ("worker/classify.py", {"producer.message"}),
+        ("worker/decide.py", {"producer.message", "worker.classify"}),
     ],
 )
 def test_pure_modules_import_the_standard_library(source: str, beside: set[str]) -> None:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.message import Call
+from worker.classify import Means, Verdict
+from worker.decide import BAN_PAUSE_MS, LIMIT_PAUSE_MS, Policy
 from worker.rate_gate import CLOSE_AT, DEFAULT_WEIGHT_LIMIT, NO_QUERIES_AT, RAMP_MS, Gate, ms_to_next_minute
-from worker.verdict import BAN_PAUSE_MS, LIMIT_PAUSE_MS, Means, Policy, Verdict
 
 NOW_MS = 1_700_000_000_000
 LIMITED = Verdict(Means.LIMITED, 429, -1003, "Too many requests.", retry_after_ms=3000)

@@ -29,7 +29,7 @@ from producer import (
 from producer.message import decode_outcome, may_be_live
 from producer.testing import AsyncFakeCancelClient, FakeCancelClient
 from tests.servers import eventually
-from worker.verdict import Means
+from worker.classify import Means
 
 PAIRS = [(FakeCancelClient, CancelClient), (AsyncFakeCancelClient, AsyncCancelClient)]
 

@@ -10,18 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.message import MAX_MSG_CHARS, Call, clean_text
-from worker.verdict import (
-    CODE_MEANS,
-    HTTP_FALLBACK,
-    HTTP_MEANS,
-    Failure,
-    Means,
-    OrderRef,
-    Policy,
-    Reply,
-    Verdict,
-    classify,
-)
+from worker.classify import CODE_MEANS, HTTP_FALLBACK, HTTP_MEANS, Failure, Means, OrderRef, Reply, classify
 
 PROFILE = settings(derandomize=True, deadline=None, max_examples=25)
 
@@ -471,55 +460,6 @@ def test_a_challenge_is_named() -> None:
     assert (verdict.http, verdict.msg) == (202, "challenge by the firewall")
     verdict = classify(Call.CANCEL, BY_ALGO_ID, Reply(405, b"Human?", challenge=True))
     assert (verdict.http, verdict.msg) == (405, "Human?")
-
-
-NOW = 1750485492076
-
-
-@pytest.mark.parametrize(
-    ("answer", "pause_ms"),
-    [
-        (Reply(429, b"", retry_after_ms=35_000), 35_000),
-        (Reply(429, b""), 10_000),
-        (Reply(418, b""), 120_000),
-        (Reply(418, refusal(-1003, BAN)), 120_000),
-        (Reply(418, refusal(-1003, BAN), retry_after_ms=35_000), 120_000),
-        (Reply(418, refusal(-1003, BAN), retry_after_ms=200_000), 200_000),
-        (Reply(400, refusal(-1003, BAN)), 120_000),
-        (Reply(429, refusal(-1003, "banned until 17504856120760")), 10_000),
-        (Reply(429, refusal(-1003, "banned until further notice")), 10_000),
-        (Reply(403, CLOUDFRONT), 300_000),
-        (Reply(403, CLOUDFRONT, retry_after_ms=1), 300_000),
-        (Reply(202, b"", challenge=True), 300_000),
-    ],
-    ids=[
-        "Retry-After",
-        "429 without either",
-        "418 without either",
-        "ban epoch",
-        "ban epoch later than Retry-After",
-        "Retry-After later than ban epoch",
-        "ban told by a 400",
-        "fourteen digits are no epoch",
-        "no digits are no epoch",
-        "403",
-        "403 with Retry-After",
-        "challenge",
-    ],
-)
-def test_how_long_the_address_pauses(answer: Reply, pause_ms: int) -> None:
-    """The later of Retry-After and the ban's end holds; without either, the documented least."""
-    assert classify(Call.CANCEL, BY_ALGO_ID, answer).pause_ms(NOW, Policy()) == pause_ms
-
-
-def test_a_pause_is_never_negative() -> None:
-    """A ban that is over by our clock asks for no time in the past."""
-    assert Verdict(Means.LIMITED, 418, banned_until_ms=NOW - 5000).pause_ms(NOW, Policy()) >= 0
-
-
-def test_the_firewalls_pause_is_the_policys() -> None:
-    """How long a block by the firewall is waited out is a setting."""
-    assert Verdict(Means.BLOCKED, 403).pause_ms(NOW, Policy(waf_pause_ms=7)) == 7
 
 
 # ---- total ----------------------------------------------------------------------------------------------------------

@@ -12,23 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.message import Attempt, Call, OutcomeKind, decode_attempts, encode_attempts
-from worker.verdict import (
+from worker.classify import GATED, Failure, Means, OrderRef, Reply, Verdict, classify
+from worker.decide import (
     CLIENT_ID_GRACE_MS,
-    GATED,
     MAX_RESYNCS,
     Again,
     Case,
-    Failure,
-    Means,
-    OrderRef,
     Policy,
-    Reply,
     Stop,
-    Verdict,
-    classify,
     counted,
     first_step,
     next_step,
+    pause_ms,
 )
 
 PROFILE = settings(derandomize=True, deadline=None, max_examples=30)
@@ -230,7 +225,7 @@ def test_no_delay_exceeds_what_asked_for_it(run: Run) -> None:
     """A delay is at most the backoff's cap, or the pause that the exchange asked for."""
     for turn, again in _planned(run):
         if turn.verdict.means in GATED:
-            assert again.delay_ms == turn.verdict.pause_ms(turn.now_ms, run.policy)
+            assert again.delay_ms == pause_ms(turn.verdict, run.policy, turn.now_ms)
         else:
             assert again.delay_ms <= run.policy.backoff_cap_ms
 

@@ -10,22 +10,17 @@ from typing import Any
 import pytest
 
 from producer.message import Attempt, Call, OutcomeKind
-from worker.verdict import (
+from worker.classify import Failure, Means, OrderRef, Reply, classify
+from worker.decide import (
     CLIENT_ID_GRACE_MS,
     LAST_TRY_MS,
     Again,
     Case,
-    Failure,
-    Means,
-    OrderRef,
     Policy,
-    Reply,
     Stop,
-    Verdict,
     as_known,
     backoff_ms,
     call_for,
-    classify,
     counted,
     first_step,
     in_doubt,
@@ -712,15 +707,3 @@ def test_a_verdict_of_a_newer_version_is_read_as_unclear() -> None:
     history = as_known([attempt])
 
     assert in_doubt(history, Policy())
-
-
-def test_no_pause_is_shorter_than_a_second() -> None:
-    """A 429 that asks for no pause, and a ban that has just ended, still keep everybody quiet for a second."""
-    now_ms = 1_750_485_492_076
-
-    pauses = [
-        Verdict(Means.LIMITED, 429, retry_after_ms=0).pause_ms(now_ms, Policy()),
-        Verdict(Means.LIMITED, 418, banned_until_ms=now_ms - 5).pause_ms(now_ms, Policy()),
-    ]
-
-    assert pauses == [1000, 1000]
