@@ -39,6 +39,7 @@ local function see_to_its_place(id, s, urgent)
   end
 end
 
+local fresh = {} -- ids that this call has made
 local function join(id, deadline_ms, urgent)
   local s, job = read(id), JOB_PREFIX .. id
   if not s or is_recalled(s) then return false end
@@ -49,7 +50,7 @@ local function join(id, deadline_ms, urgent)
   end
   ask(job, s, deadline_ms)
   if urgent == '1' then redis.call('HSET', job, 'c_urgent', '1') end
-  see_to_its_place(id, s, urgent)
+  if not fresh[id] then see_to_its_place(id, s, urgent) elseif urgent == '1' then redis.call('LPUSH', WAITING, id) end
   return true
 end
 
@@ -62,6 +63,7 @@ local function create(id, order, i)
   redis.call('HSET', JOB_PREFIX .. id, 'data', ARGV[i + 2], 'description', ARGV[i + 3], 'c_order', order, 'c_run', '1',
     'c_enqueued_at_ms', text(now_ms), asked, at, 'created_at', stamp, 'enqueued_at', stamp, 'last_heartbeat', stamp,
     unpack(JOB_FIELDS))
+  fresh[id] = true
   indexed[#indexed + 1] = WAITING_BAND + now_ms
   indexed[#indexed + 1] = id
   if urgent == '1' then

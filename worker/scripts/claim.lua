@@ -110,7 +110,9 @@ local function free_state(id)
       return nil, 'settled'
     end
     start_run(id, s)
+    local damaged = s.damaged
     s = read(id)
+    s.damaged = damaged
   end
   if is_held(id, s) then return nil, 'held' end
   if s.lease then
