@@ -262,12 +262,13 @@ def _order_view(body: dict[str, Any]) -> OrderView | None:
     if algo_id is None:
         return None
     actual = body.get("actualOrderId")
+    is_id = isinstance(actual, str | int) and not isinstance(actual, bool)
     return OrderView(
         algo_id=algo_id,
         client_algo_id=_text(body.get("clientAlgoId")),
         status=_text(body.get("algoStatus")) or "",
         symbol=_text(body.get("symbol")),
-        actual_order_id=clean_text(str(actual), 40) if actual not in (None, "", 0, "0") else None,
+        actual_order_id=clean_text(str(actual), 40) or None if is_id and actual not in (0, "0") else None,
         create_time_ms=_whole(body.get("createTime")),
     )
 

@@ -374,22 +374,25 @@ def test_labels_are_bounded_and_well_formed(exporter: Exporter, connection: redi
     odd = [attempt | {"code": code, "http": http} for code, http in ((None, None), (10**12, 0), (0, 99_999), (-1, 200))]
     append(connection, record(attempts=odd), record(attempts=[attempt | {"verdict": 'v"\\'}]))
     append(connection, record(attempts=[attempt | {"code": number, "verdict": f"v{number}"} for number in range(1000)]))
+    calls = [*hostile[1:], *(f"call{number}" for number in range(20))]
+    append(connection, record(attempts=[attempt | {"call": call} for call in calls]))
 
     text, seen = exporter.text(), exporter.scrape()
 
     accounts = {dict(labels)["account"] for (name, labels) in seen if name == "cancel_outcomes_total"}
     assert len(accounts) == 64 + 2
-    # `default`, which has its place from the start, is one of the 64, and the account of three records.
-    assert seen["cancel_outcomes_total", (("account", "default"), ("kind", "cancelled"))] == 3
+    # `default`, which has its place from the start, is one of the 64, and the account of four records.
+    assert seen["cancel_outcomes_total", (("account", "default"), ("kind", "cancelled"))] == 4
     assert seen["cancel_outcomes_total", (("account", "other"), ("kind", "cancelled"))] == 37 + 6
     assert seen["cancel_outcomes_total", (("account", "none"), ("kind", "cancelled"))] == 1
     replies = {labels: value for (name, labels), value in seen.items() if name == "cancel_exchange_replies_total"}
-    assert len(replies) <= 257
+    assert len(replies) <= 256 + 9
     assert replies[("call", "cancel"), ("code", "none"), ("http", "none")] == 1
     assert replies[("call", "cancel"), ("code", "other"), ("http", "other")] > 700
-    assert sum(replies.values()) == 107 + 4 + 1 + 1000
-    verdicts = [labels for (name, labels) in seen if name == "cancel_attempts_total"]
-    assert len(verdicts) <= 33
+    assert sum(replies.values()) == 107 + 4 + 1 + 1000 + 25
+    labels = [dict(labels) for (name, labels) in seen if name == "cancel_attempts_total"]
+    assert len({each["verdict"] for each in labels}) == 32 + 1
+    assert len({each["call"] for each in labels}) == 8 + 1
     assert f"{7:032x}" not in text
     assert "\nup 0" not in text
 

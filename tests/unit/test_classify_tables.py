@@ -422,13 +422,34 @@ def test_with_both_ids_the_algo_id_alone_decides() -> None:
 
 @pytest.mark.parametrize(
     ("sent", "read"),
-    [("88937381063", "88937381063"), (88937381063, "88937381063"), ("", None), ("0", None), (0, None), (None, None)],
+    [
+        ("88937381063", "88937381063"),
+        (88937381063, "88937381063"),
+        ("8" * 50, "8" * 39 + "…"),
+        ("", None),
+        (" ", None),
+        ("0", None),
+        (0, None),
+        (None, None),
+        (True, None),
+        ({"id": 7}, None),
+    ],
 )
 def test_the_child_orders_id_is_handed_on(sent: Any, read: str | None) -> None:
     """After the trigger the live thing is the child order; before it there is none."""
     verdict = classify(Call.QUERY, BY_ALGO_ID, Reply(200, order(algoStatus="TRIGGERED", actualOrderId=sent)))
     assert verdict.order is not None
     assert verdict.order.actual_order_id == read
+
+
+def test_a_child_that_is_no_id_breaks_nothing() -> None:
+    """An answer that puts a deep nest where an id belongs still shows the order's state."""
+    for depth in range(50, 900, 50):
+        nest = b"[" * depth + b"]" * depth
+        body = order(algoStatus="TRIGGERED", actualOrderId="?").replace(b'"?"', nest)
+        verdict = classify(Call.QUERY, BY_ALGO_ID, Reply(200, body))
+        assert verdict.order is None or verdict.order.actual_order_id is None
+        assert verdict.means in (Means.TRIGGERED, Means.UNCLEAR)
 
 
 def test_an_order_is_read_whole() -> None:

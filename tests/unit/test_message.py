@@ -34,6 +34,7 @@ from producer.message import (
     DEFAULT_ACCOUNT,
     MAX_ALGO_ID,
     MAX_DEADLINE_S,
+    MAX_DEPTH,
     MAX_MSG_CHARS,
     MAX_PAYLOAD_BYTES,
     TASK,
@@ -97,12 +98,13 @@ ATTEMPTS = st.builds(
     Attempt,
     n=_INT64,
     at_ms=_INT64,
-    call=st.sampled_from(Call),
+    call=st.sampled_from((*Call, "cancel_all", "")),
     http=st.none() | st.integers(100, 599),
     code=st.none() | _INT64,
     msg=_texts(least=0),
     verdict=_texts(least=0),
     ms=_INT64,
+    counted_before=st.none() | _INT64,
 )
 OUTCOMES = st.builds(
     Outcome,
@@ -208,6 +210,34 @@ def test_the_record_has_exactly_the_documented_fields() -> None:
         '{"n":1,"at_ms":1750485492076,"call":"cancel","http":400,"code":-2011,"msg":"Unknown","verdict":"no_such_order",'
         '"ms":12}],"enqueued_at_ms":null,"finished_at_ms":1750485502076,"worker":"","error":null}'
     )
+
+
+def test_a_record_of_another_version_is_read() -> None:
+    """Fields that came later are passed over, a call that did is kept as text, and fields not there yet are unset."""
+    later = OUTCOME.as_dict() | {"child": {"status": "NEW"}}
+    later["attempts"] = [ATTEMPT.as_dict() | {"call": "cancel_child", "verdict": "new_word", "weight": 1}]
+    earlier = {"v": 1, "id": "j1", "run": 1, "kind": "not_found", "attempts": [ATTEMPT.as_dict()]}
+
+    (attempt,) = decode_outcome(json.dumps(later)).attempts
+    read = decode_outcome(json.dumps(earlier))
+
+    assert attempt == dataclasses.replace(ATTEMPT, call="cancel_child", verdict="new_word")
+    assert decode_attempts(encode_attempts([attempt])) == (attempt,)
+    assert read == dataclasses.replace(OUTCOME, finished_at_ms=0)
+    assert decode_outcome(json.dumps({name: earlier[name] for name in ("v", "id", "run", "kind")})).attempts == ()
+
+
+def test_a_known_call_is_read_as_such() -> None:
+    """A call that this version makes is its own value again after the wire, not merely an equal text."""
+    for call in Call:
+        (attempt,) = decode_attempts(encode_attempts([dataclasses.replace(ATTEMPT, call=call)]))
+        assert attempt.call is call
+
+
+def test_what_came_later_is_not_written_while_it_says_nothing() -> None:
+    """A record without left-out attempts is, byte for byte, what every version has written."""
+    assert "counted_before" not in ATTEMPT.as_dict()
+    assert dataclasses.replace(ATTEMPT, counted_before=0).as_dict() == ATTEMPT.as_dict() | {"counted_before": 0}
 
 
 def test_a_job_holds_only_what_was_set() -> None:
@@ -538,6 +568,45 @@ def test_no_depth_escapes_the_one_error(decode: Callable[[bytes], object], shape
         assert decoded(depth)
 
 
+@pytest.mark.parametrize(("opened", "closed"), ["[]", ('{"a":', "}"), ('[1,{"a":"]","b":', "}]")], ids=str)
+def test_nesting_is_bounded_before_it_is_parsed(opened: str, closed: str) -> None:
+    """The same depth is the deepest on every Python, whatever it is made of."""
+    each = opened.count("[") + opened.count("{")
+    deepest = MAX_DEPTH // each
+    assert loads(opened * deepest + "0" + closed * deepest)
+    for depth in (deepest + 1, 1_000, 12_000 // each):
+        with pytest.raises(MalformedMessage, match=r"^nested too deeply$"):
+            loads(opened * depth + "0" + closed * depth, limit=1_000_000)
+
+
+def test_brackets_of_a_text_nest_nothing() -> None:
+    """Words of the exchange may be full of brackets and quotes, and a long record of shallow values is no deep one."""
+    words = '[{"\\' * 60 + '"[[['
+    attempts = (dataclasses.replace(ATTEMPT, msg=words),) * 50
+    assert decode_attempts(encode_attempts(attempts)) == attempts
+
+
+@pytest.mark.parametrize("decode", [decode_outcome, decode_attempts, loads], ids=lambda decode: decode.__name__)
+@pytest.mark.parametrize("damage", ['"' + '\\"' * 500_000, '"\\' * 300_000, '"' * 900_001])
+def test_a_text_without_an_end_is_gone_through_once(decode: Callable[[str], object], damage: str) -> None:
+    """A megabyte of quotes behind many brackets is refused as quickly as it is read, and does not stop a worker."""
+    with pytest.raises(MalformedMessage):
+        decode("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "[[" + damage)
+
+
+@pytest.mark.parametrize("inner", ["[" * 9_000 + "]" * 9_000, '{"a":' * 9_000 + "1" + "}" * 9_000])
+def test_a_deep_field_of_the_future_is_malformed(inner: str) -> None:
+    """A field that nobody here reads can break the reading of a record no more than one that is read."""
+    attempt = json.dumps(ATTEMPT.as_dict() | {"x": "?"}).replace('"?"', inner)
+    for decode, text in (
+        (decode_outcome, _record(x="?").replace('"?"', inner)),
+        (decode_outcome, _record(attempts=["?"]).replace('"?"', attempt)),
+        (decode_attempts, attempt),
+    ):
+        with pytest.raises(MalformedMessage, match=r"^nested too deeply$"):
+            decode(text)
+
+
 def test_the_whole_64_bits_are_read_exactly() -> None:
     """An id is never rounded: the least and the greatest 64-bit number and 2**53+1 come back digit by digit."""
     for number in (2**53 + 1, 2**63 - 1, -(2**63), 0):
@@ -570,7 +639,10 @@ BAD_RECORDS: dict[str, str | bytes] = {
     "attempts as an object": _record(attempts={}),
     "an attempt that is no object": _record(attempts=[1]),
     "an attempt without its call": _record(attempts=[{"n": 1, "at_ms": 1}]),
-    "an attempt by another call": _record(attempts=[ATTEMPT.as_dict() | {"call": "place"}]),
+    "an attempt by no call": _record(attempts=[ATTEMPT.as_dict() | {"call": None}]),
+    "an attempt by a list": _record(attempts=[ATTEMPT.as_dict() | {"call": ["cancel"]}]),
+    "an attempt by an unprintable call": _record(attempts=[ATTEMPT.as_dict() | {"call": "\x1b[31m"}]),
+    "an attempt after half a one": _record(attempts=[ATTEMPT.as_dict() | {"counted_before": 0.5}]),
     "an attempt at an infinite time": _record().replace("1750485492076", "1e999"),
     "two megabytes": _record(error="x" * 2_000_000),
     "not UTF-8": b'{"v":1,"id":"\xff"}',
