@@ -1,0 +1,247 @@
+"""What every way to the exchange shares: requests, answers, failures, and the rules for URLs, proxies and TLS.
+
+A transport sends one request on one connection and never sends it again. It follows no redirect, keeps no cookie, and
+looks at neither environment nor netrc. A signed request exists from the moment it is written and nowhere but on the
+connection: no repr, no exception and no log of a transport has any part of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import ssl
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+from urllib.parse import SplitResult, unquote, urlsplit
+
+import certifi
+
+__all__ = ["BODY_LIMIT", "FIELDS", "Failed", "Place", "Raw", "Request", "Route", "Transport", "decoded", "named"]
+
+#: Most bytes of a body that are read. Answers to orders have a few hundred; the exchange's list of symbols has more,
+#: but what is wanted of it stands at its beginning.
+BODY_LIMIT = 64 * 1024
+#: What every request says of its sender.
+FIELDS = {"User-Agent": "algo-cancel-queue", "Accept": "application/json", "Accept-Encoding": "identity"}
+
+_PROXY_RULE = "the egress proxy must be http(s)://[user:password@]host[:port]"
+_BASE_RULE = "the exchange's base URL must be http(s)://host[:port][/path]"
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_VISIBLE_ASCII = re.compile(r"[!-~]*")
+#: zlib's sign for "a zlib or a gzip header, whichever is there", and for no header at all.
+_ANY_HEADER, _NO_HEADER = 32 + zlib.MAX_WBITS, -zlib.MAX_WBITS
+_CODINGS = {"gzip": (_ANY_HEADER,), "x-gzip": (_ANY_HEADER,), "deflate": (_ANY_HEADER, _NO_HEADER)}
+#: More layers than any library wraps around an error: a cycle of causes must not hold us.
+_LAYERS = 10
+
+
+# ---- a request and what becomes of it -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request without a body. ``target`` is path and query, ``fields`` are those of its own beside :data:`FIELDS`.
+
+    Both are sent as they are: whoever makes a request has seen to it that they hold visible ASCII alone.
+    """
+
+    method: str
+    target: str = field(repr=False)
+    fields: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """An answer whose head has come.
+
+    ``headers`` has lower-case names, values of a repeated one joined by ", ". ``body`` is decoded and at most
+    :data:`BODY_LIMIT` bytes, and ``whole`` says whether that is all of it. ``sent_ns`` and ``received_ns`` (monotonic)
+    enclose the moment at which the exchange dealt with the request.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    whole: bool
+    sent_ns: int
+    received_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """No answer. ``seen``: a byte of the request may have left; False is a proof that none has.
+
+    ``reason`` says how far it got and names the class of an error, never its text.
+    """
+
+    seen: bool
+    reason: str
+
+
+class Transport(Protocol):
+    """A way to send requests to one exchange."""
+
+    #: Requests that have left or may have left, in part at least.
+    requests_sent: int
+
+    async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
+        """Send one request and read its answer, within ``patience_s`` in all and half of it until it is written.
+
+        ``make`` is called when there is a connection to write to, right before the first byte: it looks whether the
+        request may still go, and signs. It returns None if it may not: then nothing was sent, and None is returned.
+
+        Raises nothing that network, exchange or libraries cause, nor what ``make`` raises: all that is a
+        :class:`Failed`. Cancelling it ends the call, and leaves open whether the exchange has seen it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close what is idle; what is in use is closed when its call ends, and later calls fail unsent."""
+        ...
+
+
+def named(phase: str, error: BaseException, outer: BaseException | None = None) -> str:
+    """A reason for :class:`Failed`: ``phase`` and the class of the innermost cause, as texts may hold a URL.
+
+    ``outer`` is what was being handled before the call, which is none of its causes.
+    """
+    for _ in range(_LAYERS):
+        inner = error.__cause__ or error.__context__
+        if inner is None or inner is outer or isinstance(inner, asyncio.CancelledError):
+            break
+        error = inner
+    return f"{phase}: {type(error).__name__}"
+
+
+def decoded(headers: Mapping[str, str], body: bytes, whole: bool) -> tuple[bytes, bool]:
+    """The body without its content coding, and whether that is all of it.
+
+    Proxies compress though ``identity`` was asked for. What cannot be decoded, or not within :data:`BODY_LIMIT`, is
+    not whole.
+    """
+    coding = headers.get("content-encoding", "").strip().lower()
+    if coding in ("", "identity") or not body:
+        return body, whole
+    for header in _CODINGS.get(coding, ()):
+        decoder = zlib.decompressobj(header)
+        try:
+            text = decoder.decompress(body, BODY_LIMIT + 1)
+        except zlib.error:
+            continue
+        is_all = decoder.eof and not decoder.unused_data and len(text) <= BODY_LIMIT
+        return text[:BODY_LIMIT], whole and is_all
+    return b"", False
+
+
+# ---- the way --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A server to connect to; ``secure``: by TLS."""
+
+    host: str
+    port: int
+    secure: bool
+
+    @property
+    def authority(self) -> str:
+        """``host:port``, as CONNECT wants it."""
+        return f"{_bracketed(self.host)}:{self.port}"
+
+
+class Route:
+    """Where requests go, and by which way.
+
+    ``base_url`` holds scheme, host and, where needed, port and a path. ``egress_proxy_url`` may hold a login. A proxy
+    is asked for a tunnel to an exchange with TLS, and given the whole URL of a plain request. ``ca_file`` replaces the
+    authorities that certificates are checked against; that they are checked cannot be changed.
+
+    Raises:
+        ValueError: ``base_url`` or ``egress_proxy_url`` is not of the form it must have, or ``ca_file`` holds no
+            certificate.
+        OSError: ``ca_file`` cannot be read.
+    """
+
+    def __init__(self, base_url: str, *, egress_proxy_url: str | None = None, ca_file: str | None = None) -> None:
+        base = _split_base(base_url)
+        proxy = _split(egress_proxy_url, _PROXY_RULE) if egress_proxy_url else None
+        self.exchange = _place(base)
+        self.proxy = _place(proxy) if proxy else None
+        #: The login for the proxy, kept apart from its URL so that nothing which may be shown has the password.
+        self.proxy_fields = _proxy_fields(proxy)
+        self.tunnels = proxy is not None and self.exchange.secure
+        self.ca_file = ca_file or certifi.where()
+        self.tls = _tls_context(self.ca_file) if "https" in (base.scheme, proxy and proxy.scheme) else None
+        self.base_url = base.geturl()
+        whole_url = proxy is not None and not self.tunnels
+        self._prefix = self.base_url if whole_url else base.path
+        fields = {"Host": _host_field(base), **FIELDS, **(self.proxy_fields if whole_url else {})}
+        self._head = "".join([" HTTP/1.1\r\n", *[f"{name}: {value}\r\n" for name, value in fields.items()]])
+
+    def encode(self, request: Request) -> bytes:
+        """The bytes of a request on a connection to the exchange, or to the proxy that is given the whole URL.
+
+        Raises:
+            UnicodeEncodeError: it holds characters beyond ASCII.
+        """
+        own = "".join([f"{name}: {value}\r\n" for name, value in request.fields])
+        return f"{request.method} {self._prefix}{request.target}{self._head}{own}\r\n".encode("ascii")
+
+    def encode_connect(self) -> bytes:
+        """The bytes that ask the proxy for a tunnel."""
+        authority = self.exchange.authority
+        fields = "".join([f"{name}: {value}\r\n" for name, value in self.proxy_fields.items()])
+        return f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n{fields}\r\n".encode("ascii")
+
+
+def _tls_context(ca_file: str) -> ssl.SSLContext:
+    # Not ssl.create_default_context: that one lets the environment name a file for the session keys.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # demands a certificate, and that it names the host
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(ca_file)
+    except ssl.SSLError:
+        raise ValueError("the file of certificate authorities holds no certificate") from None
+    return context
+
+
+def _split(url: str, rule: str) -> SplitResult:
+    """Take ``url`` apart; ``rule`` is what it must be, said without the URL, which may hold a password."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in _DEFAULT_PORTS and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:
+        pass  # its text may quote a part of the URL
+    raise ValueError(rule)
+
+
+def _split_base(base_url: str) -> SplitResult:
+    base = _split(base_url.rstrip("/"), _BASE_RULE)
+    if base.query or base.fragment or "@" in base.netloc or not _VISIBLE_ASCII.fullmatch(base_url):
+        raise ValueError(_BASE_RULE)
+    return base
+
+
+def _place(url: SplitResult) -> Place:
+    return Place(str(url.hostname), url.port or _DEFAULT_PORTS[url.scheme], url.scheme == "https")
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _host_field(url: SplitResult) -> str:
+    host = _bracketed(str(url.hostname))
+    return host if url.port in (None, _DEFAULT_PORTS[url.scheme]) else f"{host}:{url.port}"
+
+
+def _proxy_fields(proxy: SplitResult | None) -> dict[str, str]:
+    if proxy is None or proxy.username is None:
+        return {}
+    login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}

@@ -1,0 +1,392 @@
+"""The worker's way to the exchange: many calls at once in one event loop, on connections that are kept.
+
+Asyncio carries the bytes, :mod:`worker.http1` reads the answers. Can the exchange have seen a request? That is known
+to the byte: ``seen`` turns true when the first one is handed to the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from worker.http1 import MalformedResponse, ResponseReader
+from worker.transport import BODY_LIMIT, Failed, Raw, Request, Route, decoded, named
+from worker.transport_connect import Opening
+
+__all__ = ["IDLE_BOUND_S", "OPENERS", "AsyncioTransport"]
+
+#: Connections opened at once at the most: a burst finds few open, and no exchange likes 64 handshakes in one moment.
+OPENERS = 8
+#: How long a connection may be unused and still be trusted, s: a little more than the time between two calls that keep
+#: connections warm. Firewalls and load balancers forget a flow that is still in silence, and what is sent then is
+#: never answered.
+IDLE_BOUND_S = 30.0
+#: Most bytes that one answer may take with its framing, more than any has: a flood must not keep the event loop.
+ANSWER_LIMIT = 1024 * 1024
+#: How much is given to the reader at once, bytes: it looks again at what it has.
+_PIECE = 16 * 1024
+#: How often the loop looks at its sockets between the end of an attempt's time and a time-out: the next pass takes up
+#: what has come, a second delivers it, TLS within TLS needs a third. A loop that stood still is no silence.
+_LAST_LOOKS = 3
+
+#: The host's clock for idle times, s: one that goes on while the host sleeps, where there is one.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def _now_s() -> float:
+    return time.clock_gettime(_CLOCK)
+
+
+class _Connection(asyncio.Protocol):
+    """A connection to the exchange, which serves one request after the other."""
+
+    __slots__ = (
+        "_done",
+        "_expiry",
+        "_loop",
+        "_on_spoilt",
+        "_poll",
+        "_taken",
+        "_transport",
+        "error",
+        "idle_since_s",
+        "reader",
+        "received_ns",
+        "sent_ns",
+        "spoilt",
+    )
+
+    _transport: asyncio.Transport
+    _poll: select.poll
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_spoilt: Callable[[_Connection], None]) -> None:
+        self._loop = loop
+        self._on_spoilt = on_spoilt
+        self._done: asyncio.Future[None] | None = None  # of the request under way
+        self._expiry: asyncio.Handle | None = None
+        self._taken = 0
+        self.reader = ResponseReader(BODY_LIMIT)
+        self.error: BaseException | None = None
+        self.spoilt = False  # something came that nobody asked for, its end included
+        self.idle_since_s = 0.0
+        self.sent_ns = self.received_ns = 0
+
+    def attach(self, transport: asyncio.Transport) -> None:
+        """From now on the bytes go through ``transport``."""
+        self._transport = transport
+        self._poll = select.poll()
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    def ask(self, data: bytes, ends_at_s: float) -> asyncio.Future[None]:
+        """Write a request. The future is done when :attr:`reader` has the answer, or :attr:`error` says why not."""
+        self.reader = ResponseReader(BODY_LIMIT)
+        self.error, self._taken, self.received_ns = None, 0, 0
+        self._done = done = self._loop.create_future()
+        self._expiry = self._loop.call_at(ends_at_s, self._expire, _LAST_LOOKS)
+        self.sent_ns = time.monotonic_ns()
+        self._transport.write(data)
+        return done
+
+    def stands(self) -> bool:
+        """Whether it may be used once more, as far as can be told: nothing has come, and nothing lies unread."""
+        return not (self.spoilt or self._transport.is_closing() or self._poll.poll(0))
+
+    def is_reusable(self) -> bool:
+        """Whether the last answer ended where it said, and nothing has come after it."""
+        return self.reader.reusable and not self.spoilt and not self._transport.is_closing()
+
+    def abort(self) -> None:
+        """Close it at once; whatever was asked has no answer any more."""
+        self._end(ConnectionAbortedError())
+        self._transport.abort()
+
+    # -- what asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.attach(transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._done is None:
+            self._spoil()
+        elif len(data) <= _PIECE:
+            self._take(data)
+        else:
+            for at in range(0, len(data), _PIECE):
+                if self._done is None:
+                    self._spoil()
+                    break
+                self._take(data[at : at + _PIECE])
+
+    def eof_received(self) -> None:
+        if self._done is not None:
+            self._take(b"")
+        self._spoil()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is None and self._done is not None:
+            self._take(b"")
+        self._end(exc)
+        self._spoil()
+
+    # -- one answer
+
+    def _take(self, data: bytes) -> None:
+        reader = self.reader
+        self._taken += len(data)
+        try:
+            reader.feed(data)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the request is in doubt
+            self._end(error)
+            return
+        if reader.status and not self.received_ns:
+            self.received_ns = time.monotonic_ns()
+        if reader.ended:
+            self._end(None)
+        elif self._taken > ANSWER_LIMIT:
+            self._end(MalformedResponse("a flood"))
+
+    def _end(self, error: BaseException | None) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            if self._expiry is not None:
+                self._expiry.cancel()
+            self.error = error
+            if not done.done():
+                done.set_result(None)
+
+    def _expire(self, looks: int) -> None:
+        if looks > 0:
+            self._expiry = self._loop.call_soon(self._expire, looks - 1)
+        else:
+            self._end(TimeoutError())
+
+    def _spoil(self) -> None:
+        if not self.spoilt:
+            self.spoilt = True
+            self._transport.abort()
+            self._on_spoilt(self)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A call that has no connection yet."""
+
+    turn: asyncio.Future[_Connection | Failed]
+    ends_at_s: float  # of the loop's clock
+
+
+class _Pool:
+    """Connections to one exchange: the idle one that was used last is used first, and who finds none waits.
+
+    A waiting call takes what comes first, a connection that another call has done with or a new one. New ones are
+    opened by tasks of the pool, one for each waiting call and :data:`OPENERS` at the most; one that comes too late for
+    its call serves the next.
+    """
+
+    def __init__(self, route: Route, size: int, idle_bound_s: float) -> None:
+        self._size = size
+        self._idle_bound_s = idle_bound_s
+        self._idle: deque[_Connection] = deque()  # the one used last at the right end
+        self._waiting: deque[_Waiter] = deque()
+        self._openings: dict[asyncio.Task[None], Opening] = {}
+        self._route = route
+        self._closed = False
+
+    def take_idle(self) -> _Connection | None:
+        """The connection used last of those that stand, None if there is none."""
+        self._close_aged()
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.stands():
+                return connection
+            connection.abort()
+        return None
+
+    async def wait(self, ends_at_s: float) -> _Connection | Failed:
+        """A connection that has fallen free or been opened, or why there is none by ``ends_at_s``."""
+        while True:
+            if self._closed:
+                return Failed(False, "could not connect: ConnectionAbortedError")
+            came = await self._turn(ends_at_s)
+            if isinstance(came, Failed):
+                return came
+            # One that was handed on has an answer behind it; a new one may be about to read session tickets.
+            if not came.received_ns or came.stands():
+                return came
+            came.abort()
+
+    async def _turn(self, ends_at_s: float) -> _Connection | Failed:
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(loop.create_future(), ends_at_s)
+        self._waiting.append(waiter)
+        self._open_more()
+        expiry = loop.call_at(ends_at_s, self._expire, waiter)
+        try:
+            return await waiter.turn
+        except BaseException:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif waiter.turn.done() and not waiter.turn.cancelled():
+                came = waiter.turn.result()
+                if isinstance(came, _Connection):
+                    self._hand_on(came)
+            raise
+        finally:
+            expiry.cancel()
+
+    def give_back(self, connection: _Connection) -> None:
+        """Part with a connection, which serves the next call if nothing of this one can still come."""
+        if self._closed or not connection.is_reusable():
+            connection.abort()
+        else:
+            self._hand_on(connection)
+
+    def give_back_unused(self, connection: _Connection) -> None:
+        """Part with a connection on which nothing was asked."""
+        if self._closed or connection.spoilt:
+            connection.abort()
+        else:
+            self._hand_on(connection)
+
+    def forget(self, connection: _Connection) -> None:
+        """It is of no use any more."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close(self) -> None:
+        self._closed = True
+        for task in self._openings:
+            task.cancel()
+        while self._idle:
+            self._idle.pop().abort()
+        while self._waiting:
+            self._answer_first(Failed(False, "could not connect: ConnectionAbortedError"))
+
+    def _hand_on(self, connection: _Connection) -> None:
+        if self._answer_first(connection):
+            return
+        self._close_aged()
+        if len(self._idle) >= self._size:
+            connection.abort()
+            return
+        connection.idle_since_s = _now_s()
+        self._idle.append(connection)
+
+    def _answer_first(self, came: _Connection | Failed) -> bool:
+        while self._waiting:
+            turn = self._waiting.popleft().turn
+            if not turn.done():
+                turn.set_result(came)
+                return True
+        return False
+
+    def _close_aged(self) -> None:
+        since_s = _now_s() - self._idle_bound_s
+        while self._idle and self._idle[0].idle_since_s < since_s:
+            self._idle.popleft().abort()
+
+    def _expire(self, waiter: _Waiter) -> None:
+        if not waiter.turn.done():
+            phase = next((opening.phase for opening in self._openings.values()), "could not connect")
+            self._waiting.remove(waiter)
+            waiter.turn.set_result(Failed(False, f"{phase}: TimeoutError"))
+
+    # -- opening
+
+    def _open_more(self) -> None:
+        loop = asyncio.get_running_loop()
+        while len(self._openings) < min(OPENERS, len(self._waiting)):
+            opening = Opening(self._route, loop)
+            task = loop.create_task(self._open(opening, self._waiting[-1].ends_at_s))
+            self._openings[task] = opening
+            task.add_done_callback(self._opened)
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        del self._openings[task]
+        if not (self._closed or task.cancelled()):
+            self._open_more()
+
+    async def _open(self, opening: Opening, ends_at_s: float) -> None:
+        connection = _Connection(asyncio.get_running_loop(), self.forget)
+        try:
+            async with asyncio.timeout_at(ends_at_s):
+                await opening.connect(connection, connection.attach)
+        except Exception as error:  # noqa: BLE001 - the call that waits for it must hear of it
+            self._answer_first(Failed(False, named(opening.phase, error)))
+            return
+        self.give_back_unused(connection)
+
+
+class AsyncioTransport:
+    """Requests of one event loop; see :class:`worker.transport.Transport`. Any number of calls at once.
+
+    ``pool_size`` is how many connections are kept when nobody uses them, ``idle_bound_s`` how long, seconds. Belongs
+    to the loop that makes the first call, and is to be closed in it.
+    """
+
+    def __init__(self, route: Route, *, pool_size: int = 64, idle_bound_s: float = IDLE_BOUND_S) -> None:
+        self.requests_sent = 0
+        self._route = route
+        self._pool = _Pool(route, pool_size, idle_bound_s)
+
+    async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
+        """See :meth:`worker.transport.Transport.send`."""
+        loop = asyncio.get_running_loop()
+        ends_at_s = loop.time() + patience_s
+        connection = self._pool.take_idle()
+        if connection is None:
+            # What is sent shall have time to be answered: a request that never left can be tried again without doubt.
+            came = await self._pool.wait(ends_at_s - patience_s / 2)
+            if isinstance(came, Failed):
+                return came
+            connection = came
+            if loop.time() >= ends_at_s or connection.spoilt:
+                self._pool.give_back_unused(connection)
+                return Failed(False, f"not sent: {'ConnectionResetError' if connection.spoilt else 'TimeoutError'}")
+        asked = self._ask(connection, make, ends_at_s)
+        if not isinstance(asked, asyncio.Future):
+            return asked
+        try:
+            await asked
+        except BaseException:
+            connection.abort()
+            raise
+        return self._answer(connection)
+
+    def close(self) -> None:
+        """See :meth:`worker.transport.Transport.close`."""
+        self._pool.close()
+
+    def _ask(
+        self, connection: _Connection, make: Callable[[], Request | None], ends_at_s: float
+    ) -> asyncio.Future[None] | Failed | None:
+        # In a frame of its own, so that no signature is among the variables that a later error's traceback shows.
+        outer = sys.exception()
+        try:
+            request = make()
+            data = None if request is None else self._route.encode(request)
+        except Exception as error:  # noqa: BLE001 - its text may hold what it was to sign
+            self._pool.give_back_unused(connection)
+            return Failed(False, named("not sent", error, outer))
+        except BaseException:
+            self._pool.give_back_unused(connection)
+            raise
+        if data is None:
+            self._pool.give_back_unused(connection)
+            return None
+        self.requests_sent += 1
+        return connection.ask(data, ends_at_s)
+
+    def _answer(self, connection: _Connection) -> Raw | Failed:
+        reader, error = connection.reader, connection.error
+        self._pool.give_back(connection)
+        if not reader.status:
+            return Failed(True, named("no answer", error or ConnectionAbortedError()))
+        body, whole = decoded(reader.headers, reader.body, reader.whole)
+        return Raw(reader.status, reader.headers, body, whole, connection.sent_ns, connection.received_ns)
