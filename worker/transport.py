@@ -19,7 +19,19 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 import certifi
 
-__all__ = ["BODY_LIMIT", "FIELDS", "Failed", "Place", "Raw", "Request", "Route", "Transport", "decoded", "named"]
+__all__ = [
+    "BODY_LIMIT",
+    "FIELDS",
+    "LAYERS",
+    "Failed",
+    "Place",
+    "Raw",
+    "Request",
+    "Route",
+    "Transport",
+    "decoded",
+    "named",
+]
 
 #: Most bytes of a body that are read. Answers to orders have a few hundred; the exchange's list of symbols has more,
 #: but what is wanted of it stands at its beginning.
@@ -35,7 +47,7 @@ _VISIBLE_ASCII = re.compile(r"[!-~]*")
 _ANY_HEADER, _NO_HEADER = 32 + zlib.MAX_WBITS, -zlib.MAX_WBITS
 _CODINGS = {"gzip": (_ANY_HEADER,), "x-gzip": (_ANY_HEADER,), "deflate": (_ANY_HEADER, _NO_HEADER)}
 #: More layers than any library wraps around an error: a cycle of causes must not hold us.
-_LAYERS = 10
+LAYERS = 10
 
 
 # ---- a request and what becomes of it -------------------------------------------------------------------------------
@@ -108,7 +120,7 @@ def named(phase: str, error: BaseException, outer: BaseException | None = None) 
 
     ``outer`` is what was being handled before the call, which is none of its causes.
     """
-    for _ in range(_LAYERS):
+    for _ in range(LAYERS):
         inner = error.__cause__ or error.__context__
         if inner is None or inner is outer or isinstance(inner, asyncio.CancelledError):
             break
@@ -202,6 +214,7 @@ def _tls_context(ca_file: str) -> ssl.SSLContext:
     # Not ssl.create_default_context: that one lets the environment name a file for the session keys.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # demands a certificate, and that it names the host
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_verify_locations(ca_file)
     except ssl.SSLError:

@@ -1,0 +1,185 @@
+"""The way to the exchange of whoever makes one call at a time (a stock RQ worker, `check`): a session of requests.
+
+Only what requests and urllib3 document is used, so less is known than in an event loop: a request is signed before a
+new connection is opened, and every error that does not prove the opposite counts as perhaps seen. What proves it is
+told by urllib3's errors alone. An error that is none of theirs, such as RQ's own time-out, passes through.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Timeout
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
+
+from worker.transport import BODY_LIMIT, FIELDS, LAYERS, Failed, Raw, Request, Route, decoded, named
+
+__all__ = ["RequestsTransport"]
+
+#: What urllib3 logs may quote the URL of a request, with its signature.
+_TALKATIVE = ("connection", "connectionpool", "poolmanager", "response", "util.retry")
+#: Raised before a request can be written: no connection to exchange or proxy (a name without an address is one kind
+#: of it), and a certificate that is not accepted. ProxyError is none: urllib3 calls an answer that breaks off so, too.
+_NOT_CONNECTED = (ConnectTimeoutError, NewConnectionError)
+#: Most bytes of one read of a body.
+_READ_SIZE = 16 * 1024
+
+
+class _NoSignedUrl(logging.Filter):
+    """Drops what shows a signed URL."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "signature=" not in record.getMessage()
+
+
+_no_signed_url = _NoSignedUrl()
+
+
+class _Adapter(HTTPAdapter):
+    """Requests' adapter with TLS and login of the route."""
+
+    def __init__(self, route: Route) -> None:
+        self._tls: dict[str, Any] = {"ssl_context": route.tls}
+        self._login = route.proxy_fields
+        super().__init__(pool_connections=1, pool_maxsize=1)
+
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: Any) -> None:
+        super().init_poolmanager(connections, maxsize, block, **options, **self._tls)
+
+    def proxy_manager_for(self, proxy: Any, **options: Any) -> Any:
+        return super().proxy_manager_for(proxy, **options, **self._tls, proxy_ssl_context=self._tls["ssl_context"])
+
+    def proxy_headers(self, proxy: str) -> dict[str, str]:  # noqa: ARG002 - there is one proxy
+        return self._login
+
+
+class _Session(requests.Session):
+    """A session that takes a redirect for an answer like any other.
+
+    Told not to follow one, requests would still read the whole of its body, and build the next request.
+    """
+
+    def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002
+        return None
+
+
+class RequestsTransport:
+    """Requests one after the other; see :class:`worker.transport.Transport`. The coroutine of a call waits in it.
+
+    The time that a name look-up takes is not bounded, nor how long a head may go on that comes byte by byte.
+    """
+
+    def __init__(self, route: Route) -> None:
+        for name in _TALKATIVE:
+            logging.getLogger(f"urllib3.{name}").addFilter(_no_signed_url)
+        self.requests_sent = 0
+        self._base_url = route.base_url
+        self._is_closed = False
+        self._adapter = _Adapter(route)
+        self._session = _session(route, self._adapter)
+
+    async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
+        """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened."""
+        if self._is_closed:
+            return Failed(False, "could not connect: ConnectionAbortedError")
+        outer = sys.exception()
+        try:
+            request = make()
+            prepared = None if request is None else self._prepared(request)
+        except (ValueError, TypeError, OSError) as error:  # its text may hold what it was to sign
+            return Failed(False, named("not sent", error, outer))
+        if prepared is None:
+            return None
+        self.requests_sent += 1
+        try:
+            return self._exchanged(prepared, patience_s)
+        except (requests.RequestException, HTTPError, OSError) as error:
+            failed = self._failed(error, outer)
+            self.requests_sent -= not failed.seen
+            return failed
+        except BaseException as error:
+            # What the libraries were handling when it came may say the signed URL.
+            error.__context__ = None
+            raise
+
+    def close(self) -> None:
+        """See :meth:`worker.transport.Transport.close`."""
+        self._is_closed = True
+        self._session.close()
+
+    def _prepared(self, request: Request) -> requests.PreparedRequest:
+        url = f"{self._base_url}{request.target}"
+        return self._session.prepare_request(requests.Request(request.method, url, dict(request.fields)))
+
+    def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float) -> Raw:
+        ends_at_s = time.monotonic() + patience_s
+        sent_ns = time.monotonic_ns()
+        # What is sent shall have time to be answered: a request that never left can be tried again without doubt.
+        bound = Timeout(total=patience_s, connect=patience_s / 2)
+        with self._session.send(prepared, stream=True, timeout=bound, allow_redirects=False) as response:  # type: ignore[arg-type]
+            received_ns = time.monotonic_ns()
+            headers = {name.lower(): value.strip() for name, value in response.headers.items()}
+            body, is_whole = _body(response, ends_at_s)
+        is_whole = is_whole and not {"content-length", "transfer-encoding"} <= set(headers)
+        if response.status_code < 200 or not is_whole:
+            # The true answer may still come, and must not be taken for the next one's.
+            self._adapter.close()
+        body, is_whole = decoded(headers, body, is_whole)
+        return Raw(response.status_code, headers, body, is_whole, sent_ns, received_ns)
+
+    @staticmethod
+    def _failed(error: Exception, outer: BaseException | None) -> Failed:
+        for layer in _layers(error, outer):
+            if isinstance(layer, _NOT_CONNECTED):
+                return Failed(False, named("could not connect", error, outer))
+            if isinstance(layer, ssl.SSLCertVerificationError):
+                return Failed(False, named("no TLS session", error, outer))
+            # How http.client says that a proxy refused the tunnel; the system's own errors have a number.
+            if type(layer) is OSError and layer.errno is None:
+                return Failed(False, named("no tunnel through the proxy", error, outer))
+        return Failed(True, named("no answer", error, outer))
+
+
+def _session(route: Route, adapter: HTTPAdapter) -> requests.Session:
+    session = _Session()
+    session.trust_env = False
+    session.headers = requests.structures.CaseInsensitiveDict(FIELDS)
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    # urllib3 adds these to the context's own; its default would add authorities that were replaced.
+    session.verify = route.ca_file
+    if route.proxy is not None:
+        url = f"{'https' if route.proxy.secure else 'http'}://{route.proxy.authority}"
+        session.proxies = {"http": url, "https": url}
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, adapter)
+    return session
+
+
+def _body(response: requests.Response, ends_at_s: float) -> tuple[bytes, bool]:
+    """What there is of the body, as it came, and whether that is all: one that breaks off has a status all the same."""
+    body = b""
+    try:
+        while data := response.raw.read1(_READ_SIZE, decode_content=False):
+            body += data
+            if len(body) > BODY_LIMIT or time.monotonic() > ends_at_s:
+                return body[:BODY_LIMIT], False
+    except (requests.RequestException, HTTPError, OSError):
+        return body, False
+    return body, True
+
+
+def _layers(error: BaseException, outer: BaseException | None) -> Iterator[BaseException]:
+    layer: BaseException | None = error
+    for _ in range(LAYERS):
+        if layer is None or layer is outer:
+            return
+        yield layer
+        layer = layer.__cause__ or layer.__context__
