@@ -15,7 +15,7 @@ from rq.defaults import DEFAULT_WORKER_TTL
 from rq.utils import utcparse
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from producer.keys import BreakerField, JobField, Keys, WorkerField
+from producer.keys import Band, BreakerField, JobField, Keys, WorkerField
 from producer.message import MAX_MSG_CHARS, MalformedMessage, Outcome, OutcomeKind, clean_text
 from producer.protocol import Command, Conversation, entry_outcome, good
 
@@ -394,8 +394,8 @@ class _Details:
         commands: list[Command] = [("XREVRANGE", keys.outcomes, "+", since_ms, "COUNT", MAX_ENTRIES)]
         commands.append(("HGETALL", keys.gate("all")))
         # A lease ends with its millisecond, as the claim has it.
-        commands.append(("ZCOUNT", keys.leases, f"({first.now_ms}", "+inf"))
-        commands.append(("ZCOUNT", keys.leases, "-inf", first.now_ms))
+        commands.append(("ZCOUNT", keys.unfinished, f"({first.now_ms}", f"({int(Band.WAITING)}"))
+        commands.append(("ZCOUNT", keys.unfinished, "-inf", first.now_ms))
         commands += [("HMGET", _key(keys.job_prefix, job_id), *job_fields) for job_id in first.head]
         commands += [("HMGET", key, *_WORKER_FIELDS) for key in first.worker_keys]
         commands += [("PTTL", key) for key in first.worker_keys]

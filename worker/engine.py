@@ -53,13 +53,14 @@ class Held:
     lease: Lease
     until_ns: int
     claimed_ns: int
-    distrust: Callable[[], bool]  # whether this host may have slept since the lease was last confirmed
+    watch: Callable[[], None]  # looks whether this host has slept, which ends our trust in leases
     is_lost: bool = False
     is_ending: bool = False
 
     def is_valid(self) -> bool:
         """Whether the job is still ours: a process that was paused may wake up long after somebody else took it."""
-        return not self.is_lost and local_ns() < self.until_ns and not self.distrust()
+        self.watch()
+        return not self.is_lost and local_ns() < self.until_ns
 
 
 class Engine:
@@ -92,7 +93,7 @@ class Engine:
         self._renewed_ns = 0
         self._outbox: deque[Row] = deque()
         self._room_changed, self._due, self._to_complete = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._completed, self._beat_now, self._stopping = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._completed, self._stopping = asyncio.Event(), asyncio.Event()
         self._is_suspended = self._is_away = False
         self._troubles, self._back_at_ns = 0, 0
         self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
@@ -153,16 +154,15 @@ class Engine:
             redis.RedisError: no answer.
         """
         asked_ns = local_ns()
-        has_slept = self._sleep.moved()
+        self._watch_sleep()
         # Not at each beat: what is renewed all the time is taken over a whole lease after its holder's death.
-        is_due = has_slept or asked_ns >= self._renewed_ns + self._lease_s / 4 * _NS_PER_S
+        is_due = asked_ns >= self._renewed_ns + self._lease_s / 4 * _NS_PER_S
         held = list(self._held.values()) if is_due else []
         leases = [each.lease for each in held]
         beat = await self._rest.ask(lambda: self._store.beat(leases, figures, self._life_s))
         _tell_damaged(beat.damaged)
         if is_due:
             self._renewed_ns = asked_ns
-            self._sleep.trust()
         for each in held:
             self._renewed(each, beat.lost, beat.renewed_until_ns)
         now_ms = self._store.clock.now_ms()
@@ -170,6 +170,13 @@ class Engine:
         self._is_suspended = beat.suspended
         await self._gate.share(now_ms)
         return beat.is_unknown
+
+    def _watch_sleep(self) -> None:
+        """Where the clock of leases does not count sleep: after one they are renewed before anything is sent."""
+        if self._sleep.moved():
+            self._renewed_ns = 0
+            for held in self._held.values():
+                held.until_ns = 0
 
     @staticmethod
     def _renewed(held: Held, lost: frozenset[str], until_ns: int) -> None:
@@ -277,7 +284,7 @@ class Engine:
         self._gate.observe(claimed.gate_until_ms)
         claimed_ns = local_ns()
         for lease in claimed.leases:
-            held = Held(lease, lease.until_ns, claimed_ns, self._sleep.moved)
+            held = Held(lease, lease.until_ns, claimed_ns, self._watch_sleep)
             self._held[lease.token] = held
             self._ready.append(held)
         self._start_ready()

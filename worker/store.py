@@ -89,7 +89,8 @@ class Claimed:
     gate_until_ms: int  # 0: open
     suspended: bool
     damaged: tuple[str, ...]  # keys that were set aside, entries that were dropped
-    why_not: str  # why the one job that was asked for is not leased: settled, held, scheduled, closed, gone
+    why_not: str  # why the one job that was asked for is not leased: settled, held, gone, scheduled, closed
+    until_ms: int  # when it is due (scheduled) or its deadline (closed)
     leases: list[Lease]
 
 
@@ -173,7 +174,8 @@ class Completed:
 
 class Store:
     """One holder's view of one queue. ``lease_ms`` is how long a lease lasts without a beat, ``deadline_ms`` how long a
-    request is pursued that leaves it to the worker."""
+    request is pursued that leaves it to the worker; ``is_worker``: RQ knows the holder as a worker of ours, whose counts are
+    kept here."""
 
     def __init__(
         self,
@@ -185,11 +187,12 @@ class Store:
         deadline_ms: int,
         outcome_ttl_s: int,
         ledger_maxlen: int,
+        is_worker: bool = True,
     ) -> None:
         self.keys = keys = Keys(queue, RQ_KEY_PREFIX)
         self.clock = RedisClock()
         self._holder = holder
-        self._worker_key = keys.worker_prefix + holder
+        self._worker_key = keys.worker_prefix + holder if is_worker else ""
         self._gate = keys.gate(gate_scope)
         self._lease_ns = (lease_ms - min(LEASE_MARGIN_MS, lease_ms // 10)) * 1_000_000
         self._token = f"{uuid4().hex[:12]}-"
@@ -255,13 +258,16 @@ class Store:
         leases = [_lease(row, until_ns) for row in answer[5:]]
         if not leases:
             _raise(moved)  # a full server refuses the wait but not the claim: the next one must not follow at once
-        return Claimed(now_ms, int(answer[1]), answer[2] == 1, _names(answer[3]), answer[4].decode(), leases)
+        why_not, _, until = answer[4].decode().partition(" ")
+        return Claimed(
+            now_ms, int(answer[1]), answer[2] == 1, _names(answer[3]), why_not, int(until or 0), leases
+        )
 
     def _lease_from(self, now_ms: int, stamps: Stamps) -> int:
         """The end of a lease given when Redis' clock said ``now_ms``: counted from the earliest moment that can be."""
         self.clock.observe(stamps.asked_ns, stamps.answered_ns, now_ms)
-        given_ns = max(stamps.asked_ns, min(self.clock.local_at_earliest(now_ms), stamps.answered_ns))
-        return given_ns + self._lease_ns
+        proven_ns = self.clock.local_at_earliest(now_ms)
+        return max(stamps.asked_ns, proven_ns or stamps.asked_ns) + self._lease_ns
 
     # -- what follows a claim --
 

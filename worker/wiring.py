@@ -48,8 +48,8 @@ def _transport(route: Route, settings: Settings, one_at_a_time: bool) -> Transpo
     return AsyncioTransport(route, pool_size=settings.concurrency + 2)
 
 
-def open_store(settings: Settings, holder: str, queue: str) -> Store:
-    """The holder's view of the queue."""
+def open_store(settings: Settings, holder: str, queue: str, *, is_worker: bool = True) -> Store:
+    """The holder's view of the queue; ``is_worker``: a worker of ours, not a stock one."""
     return Store(
         queue,
         holder,
@@ -58,6 +58,7 @@ def open_store(settings: Settings, holder: str, queue: str) -> Store:
         deadline_ms=round(settings.deadline_s * 1000),
         outcome_ttl_s=settings.outcome_ttl_s,
         ledger_maxlen=settings.ledger_maxlen,
+        is_worker=is_worker,
     )
 
 

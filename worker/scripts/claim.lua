@@ -4,7 +4,8 @@
 --       5 take lost leases (1 or 0), 6 look for what stands in no list (1 or 0),
 --       7 when the asker stops waiting for the answer, in ms (0: not known), 8 id of the one job (empty: a worker asks)
 -- Gives: now in ms, the gate's end in ms (0: open), suspended (1 or 0), names of keys that were set aside or entries
--- that were dropped, why the one job was not leased (empty: it was, or nobody asked for one), then a row for each job:
+-- that were dropped, why the one job was not leased (empty: it was, or nobody asked for one; `settled`, `held`, `gone`,
+-- `scheduled` and when it is due, `closed` and its deadline), then a row for each job:
 -- id, lease, data, enqueued, deadline, run, attempts, pin, fault, when the order was first meant.
 local holder, slots, only = ARGV[1], tonumber(ARGV[2]), ARGV[8]
 local STEP = 100 -- entries of one kind brought back in one call: the server must not stand still
@@ -124,7 +125,7 @@ local function free_state(id)
   local due_ms = due_at(id, s)
   if due_ms and due_ms > now_ms and not is_recalled(s) then
     redis.call('ZADD', UNFINISHED, RETRY_BAND + due_ms, id)
-    return nil, 'scheduled'
+    return nil, 'scheduled ' .. text(due_ms)
   end
   return s
 end
@@ -176,7 +177,7 @@ local function try_one(id, only_overdue)
   local s, why = free_state(id)
   if not s then return why end
   local deadline_ms = deadline_of(s)
-  if only_overdue and now_ms < deadline_ms and not is_recalled(s) then return 'closed' end
+  if only_overdue and now_ms < deadline_ms and not is_recalled(s) then return 'closed ' .. text(deadline_ms) end
   rows[#rows + 1] = lease(id, s, deadline_ms)
   return ''
 end
@@ -235,7 +236,7 @@ local function put_right(id, why)
     redis.call('EXPIRE', JOB_PREFIX .. id, life_s)
     if not is_failed then own(FINISHED, 'zset') end
     redis.call('ZADD', is_failed and FAILED or FINISHED, 'NX', math.floor(now_s) + life_s, id)
-  elseif why == 'scheduled' then
+  elseif string.find(why, '^scheduled') then
     redis.call('HSET', JOB_PREFIX .. id, 'status', 'scheduled')
     redis.call('ZADD', SCHEDULED, 'NX', string.format('%.6f', due_at(id, read(id)) / 1000), id)
   end
