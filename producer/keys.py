@@ -42,13 +42,13 @@ class Script:
 
     def __init__(self, constants: Mapping[str, object], *parts: str) -> None:
         known = "".join(f"local {name} = {_lua(value)}\n" for name, value in constants.items())
-        texts = (files(package).joinpath("scripts", name) for package, _, name in map(_split, ("producer/job.lua", *parts)))
-        self.source = known + "".join(path.read_text("utf-8") for path in texts)
+        self.source = known + "".join(map(_text, ("producer/job.lua", *parts)))
         self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
-def _split(part: str) -> tuple[str, str, str]:
-    return part.partition("/")
+def _text(part: str) -> str:
+    package, _, name = part.partition("/")
+    return files(package).joinpath("scripts", name).read_text("utf-8")
 
 
 def _lua(value: object) -> str:

@@ -121,9 +121,7 @@ class TicketFields:
         }
 
 
-def call(
-    script: Script, *words: Callable[[], Sequence[Any]], then: Sequence[Command] = ()
-) -> Conversation[list[Any]]:
+def call(script: Script, *words: Callable[[], Sequence[Any]], then: Sequence[Command] = ()) -> Conversation[list[Any]]:
     """Answers of the script, called once with each of ``words``, and of ``then`` on the same connection."""
     answers = yield Calls(("EVALSHA", script.sha, 0), words, then)
     unknown = [n for n in range(len(words)) if isinstance(answers[n], redis.exceptions.NoScriptError)]
@@ -307,7 +305,9 @@ class Wire:
     def _each(self, chunks: Iterable[list[str]], what: str) -> Conversation[dict[str, None]]:
         unknown = dict[str, None]()
         for chunk in chunks:
-            (answer,) = yield from call(self._retry_script, partial(tuple, (_stamp(), zlib.compress(b""), what, *chunk)))
+            (answer,) = yield from call(
+                self._retry_script, partial(tuple, (_stamp(), zlib.compress(b""), what, *chunk))
+            )
             unknown |= dict.fromkeys(text(job_id) for job_id in answer)
         return unknown
 

@@ -1,8 +1,8 @@
 """One job, from claim to outcome: decode, decide, send, decide again.
 
-:class:`Canceller` is the seam between the queue and the domain. What an answer means and what follows is decided by pure
-functions (:mod:`worker.classify`, :mod:`worker.decide`); here it is done. Our own worker carries many jobs at a time, a
-stock RQ worker one step of one job, by the same code.
+:class:`Canceller` is the seam between the queue and the domain. What an answer means and what follows is decided by
+pure functions (:mod:`worker.classify`, :mod:`worker.decide`); here it is done. Our own worker carries many jobs at a
+time, a stock RQ worker one step of one job, by the same code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,19 @@ from producer.message import (
 from worker import log
 from worker.classify import GATED, Means, OrderRef, Verdict, classify
 from worker.clock import RedisClock, ServerClock, local_ns, minus
-from worker.decide import Again, Case, Policy, Stop, as_known, bounded, first_step, next_step, unreadable_history
+from worker.decide import (
+    Again,
+    Case,
+    Policy,
+    Span,
+    Stop,
+    as_known,
+    bounded,
+    first_step,
+    next_number,
+    next_step,
+    read_history,
+)
 from worker.exchange import Exchange
 from worker.key_breaker import KeyBreaker
 from worker.rate_gate import Gate, ms_to_next_minute
@@ -40,6 +52,8 @@ from worker.signing import Credential
 from worker.store import Done, Lease, Release, Retry, Row
 
 _NS_PER_MS = 1_000_000
+#: Stands for a history that was too large to be read.
+_TOO_LARGE = b"?"
 
 
 class Hold(Protocol):
@@ -149,7 +163,7 @@ class Canceller:
         refusal, now_ms = self._exchange.take_refusal(), self._now_ms()
         if refusal is None:
             return
-        if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms):
+        if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms, self._ahead()):
             await self._gate.share(now_ms)
 
     # -- one job --
@@ -157,13 +171,20 @@ class Canceller:
     def _now_ms(self) -> int:
         return self._redis_clock.now_ms()
 
+    def _latest_ms(self) -> int:
+        """What Redis' clock shows at most: no request must be taken for a younger one than it is."""
+        latest_ms = self._redis_clock.latest_ms()
+        return self._now_ms() if latest_ms is None else latest_ms
+
+    def _ahead(self) -> Span | None:
+        return minus(self._redis_clock, self._server_clock)
+
     def _case(self, job: _Job) -> Case:
-        lease, ahead = job.lease, minus(self._redis_clock, self._server_clock)
-        return Case(job.algo_id is None, lease.meant_at_ms or lease.enqueued_at_ms, lease.deadline_at_ms, ahead)
+        lease = job.lease
+        return Case(job.algo_id is None, lease.meant_at_ms, lease.deadline_at_ms, self._ahead(), lease.run > 1)
 
     def _first_step(self, job: _Job) -> Stop | Again:
-        latest_ms = self._redis_clock.latest_ms()
-        return first_step(self._case(job), job.history, self._policy, self._now_ms() if latest_ms is None else latest_ms)
+        return first_step(self._case(job), job.history, self._policy, self._latest_ms())
 
     async def _pursue(self, job: _Job) -> Row:
         step = self._first_step(job)
@@ -195,10 +216,10 @@ class Canceller:
         if credential is None:
             return None
         if field == "c_attempts":
-            history = unreadable_history(lease.enqueued_at_ms)
-            log.warning("unreadable", id=lease.id, field=field, reason="larger than any history: taken for a doubt")
+            history = read_history(_TOO_LARGE, self._latest_ms())
+            log.warning("damaged", id=lease.id, field=field, reason="larger than any history: taken for a doubt")
         else:
-            history = as_known(decode_attempts(lease.attempts))
+            history = bounded(as_known(decode_attempts(lease.attempts)))
         pin = decode_pin(lease.pin)
         algo_id = pin.algo_id if pin and request.algo_id is None else request.algo_id
         symbol = pin.symbol if pin and request.symbol is None else request.symbol
@@ -230,7 +251,7 @@ class Canceller:
         )
 
     def _may_go(self, job: _Job, step: Again) -> bool:
-        """Asked right before the first byte: whatever had to wait (for a connection, a clock, Redis) is decided anew."""
+        """Asked right before the first byte: what had to wait (for a connection, a clock, Redis) is decided anew."""
         if not job.hold.is_valid() or self._gate.closed(self._now_ms()):
             return False
         now = self._first_step(job)
@@ -249,7 +270,7 @@ class Canceller:
         verdict = classify(step.call, job.ref(), answer)
         self._note_attempt(job, step.call, at_ms, verdict)
         await self._note_pauses(job.request.account, verdict)
-        decision = next_step(case, job.history, verdict, self._policy, self._now_ms(), random.random())
+        decision = next_step(case, job.history, verdict, self._policy, self._latest_ms(), random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
             job.learn(verdict)  # an order that is left alone is not the one that was meant
         job.history[:] = bounded(job.history)
@@ -258,8 +279,10 @@ class Canceller:
     @staticmethod
     def _note_attempt(job: _Job, call: Call, at_ms: int, verdict: Verdict) -> None:
         took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
-        n = job.history[-1].n + 1 if job.history else 1
-        job.history.append(Attempt(n, at_ms, call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms))
+        n = next_number(job.history)
+        job.history.append(
+            Attempt(n, at_ms, call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
+        )
         if verdict.means is not Means.CONFIRMED:
             log.info(
                 "attempt",
@@ -277,7 +300,7 @@ class Canceller:
         """What an answer says about the address and the key, beside the order."""
         now_ms = self._now_ms()
         if verdict.means in GATED:
-            is_news = self._gate.close_for(verdict, self._policy, now_ms)
+            is_news = self._gate.close_for(verdict, self._policy, now_ms, self._ahead())
         else:
             used = self._exchange.last_used_weight()
             is_news = self._gate.spend(used, self._calling, self._server_clock.now_ms(), now_ms)

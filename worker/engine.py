@@ -266,9 +266,7 @@ class Engine:
         self._claims_out += 1
         try:
             claimed = await link.ask(
-                lambda: self._store.claim(
-                    max(slots, 1), wait=wait, take_lost=may_take_lost, look_closely=look_closely
-                )
+                lambda: self._store.claim(max(slots, 1), wait=wait, take_lost=may_take_lost, look_closely=look_closely)
             )
             self._worked()
             self._take(claimed)

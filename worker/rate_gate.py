@@ -13,9 +13,9 @@ import redis
 
 from producer.message import Call
 from worker import log
-from worker.clock import local_ns
 from worker.classify import Means, Verdict
-from worker.decide import Policy, pause_ms
+from worker.clock import local_ns
+from worker.decide import Policy, Span, pause_ms
 
 #: After a pause the requests in flight grow from one to all within this time, ms.
 RAMP_MS = 2_000
@@ -74,10 +74,12 @@ class Gate:
             self.until_ms = now_ms  # from now on it ramps up
             log.warning("gate", state="opened", reason="by its record in Redis")
 
-    def close_for(self, verdict: Verdict, policy: Policy, now_ms: int) -> bool:
+    def close_for(self, verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None) -> bool:
         """Close it as long as a gated ``verdict`` asks for; whether Redis should hear of it now (:meth:`share`)."""
         reason = f"{verdict.http} {verdict.msg}".strip()
-        return self._close(pause_ms(verdict, policy, now_ms), reason, now_ms, doubling=verdict.means is Means.BLOCKED)
+        return self._close(
+            pause_ms(verdict, policy, now_ms, ahead), reason, now_ms, doubling=verdict.means is Means.BLOCKED
+        )
 
     def spend(self, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> bool:
         """Close it until the exchange's next minute if the weight used, with what is under way, nears the limit;

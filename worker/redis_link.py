@@ -29,9 +29,9 @@ T = TypeVar("T")
 #: Of the blocking client: RQ's registration, and RQ's commands (pub/sub).
 MAX_CONNECTIONS = 2
 
-_ASYNC_KINDS: tuple[tuple[type[redis.Connection], type[Any]], ...] = (
+_ASYNC_KINDS: tuple[tuple[type[Any], type[Any]], ...] = (
     (redis.SSLConnection, aio.SSLConnection),
-    (redis.UnixDomainSocketConnection, aio.UnixDomainSocketConnection),  # type: ignore[arg-type]
+    (redis.UnixDomainSocketConnection, aio.UnixDomainSocketConnection),
     (redis.Connection, aio.Connection),
 )
 #: Options of a blocking pool that mean nothing for one connection, or are our own to set.
@@ -203,8 +203,8 @@ def is_about_rows(error: BaseException) -> bool:
 
 
 def trouble(error: BaseException) -> str:
-    """Why Redis does not answer, in words for people: the kind of an error and, where a certificate was refused, the way
-    out.
+    """Why Redis does not answer, in words for people: the kind of an error and, where a certificate was refused, the
+    way out.
 
     Nothing else of its text: that can hold the address with its password.
     """

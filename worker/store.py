@@ -10,7 +10,6 @@ import zlib
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
@@ -165,8 +164,8 @@ def _head(what: str, lease: Lease) -> Words:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """What a completion came to, for each row: 0 not ours any more, 1 done, 2 not recorded because the deadline by which
-    it was decided has moved, -1 the job's keys are damaged; for a retry its due time in ms."""
+    """What a completion came to, for each row: 0 not ours any more, 1 done, 2 not recorded because the deadline by
+    which it was decided has moved, -1 the job's keys are damaged; for a retry its due time in ms."""
 
     answers: list[int]
     damaged: tuple[str, ...]
@@ -174,8 +173,8 @@ class Completed:
 
 class Store:
     """One holder's view of one queue. ``lease_ms`` is how long a lease lasts without a beat, ``deadline_ms`` how long a
-    request is pursued that leaves it to the worker; ``is_worker``: RQ knows the holder as a worker of ours, whose counts are
-    kept here."""
+    request is pursued that leaves it to the worker; ``is_worker``: RQ knows the holder as a worker of ours, whose
+    counts are kept here."""
 
     def __init__(
         self,
@@ -229,9 +228,7 @@ class Store:
 
     # -- claiming --
 
-    def claim(
-        self, slots: int, *, wait: bool, take_lost: bool = True, look_closely: bool = False
-    ) -> Request[Claimed]:
+    def claim(self, slots: int, *, wait: bool, take_lost: bool = True, look_closely: bool = False) -> Request[Claimed]:
         """Take up to ``slots`` jobs, waiting up to :data:`CLAIM_WAIT_S` for the first one if ``wait``.
 
         ``take_lost``: those too whose lease has run out; ``look_closely``: also such as stand in no list although the
@@ -259,9 +256,7 @@ class Store:
         if not leases:
             _raise(moved)  # a full server refuses the wait but not the claim: the next one must not follow at once
         why_not, _, until = answer[4].decode().partition(" ")
-        return Claimed(
-            now_ms, int(answer[1]), answer[2] == 1, _names(answer[3]), why_not, int(until or 0), leases
-        )
+        return Claimed(now_ms, int(answer[1]), answer[2] == 1, _names(answer[3]), why_not, int(until or 0), leases)
 
     def _lease_from(self, now_ms: int, stamps: Stamps) -> int:
         """The end of a lease given when Redis' clock said ``now_ms``: counted from the earliest moment that can be."""
@@ -321,7 +316,12 @@ class Store:
     def is_drained(self) -> Request[bool]:
         """Whether nothing is left to do: no job waits, is due later, or is in anybody's hand."""
         keys = self.keys
-        counts = (("LLEN", keys.waiting), ("LLEN", keys.claiming), ("ZCARD", keys.scheduled), ("ZCARD", keys.unfinished))
+        counts = (
+            ("LLEN", keys.waiting),
+            ("LLEN", keys.claiming),
+            ("ZCARD", keys.scheduled),
+            ("ZCARD", keys.unfinished),
+        )
         return Request(counts, None, lambda answers, _: not any(_good(answers)))
 
     def shutdown_asked(self, worker: str) -> Request[bool]:

@@ -1,4 +1,4 @@
-"""The function that every job names, as a stock `rq worker` runs it: a few steps of a cancel for each run of the job."""
+"""The function that every job names, as a stock `rq worker` runs it: a few steps of a cancel for each run."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class _Connection(asyncio.Protocol):
         self.error, self._taken, self.received_ns = None, 0, 0
         self._done = done = self._loop.create_future()
         self._expiry = self._loop.call_at(ends_at_s, self._expire, _LAST_LOOKS)
-        self.sent_ns = time.monotonic_ns()
+        self.sent_ns = local_ns()
         self._transport.write(data)
         return done
 
@@ -145,7 +145,7 @@ class _Connection(asyncio.Protocol):
             self._end(error)
             return
         if reader.status and not self.received_ns:
-            self.received_ns = time.monotonic_ns()
+            self.received_ns = local_ns()
         if reader.ended:
             self._end(None)
         elif self._taken > ANSWER_LIMIT:

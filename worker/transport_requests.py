@@ -121,11 +121,11 @@ class RequestsTransport:
 
     def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float) -> Raw:
         ends_at_s = time.monotonic() + patience_s
-        sent_ns = time.monotonic_ns()
+        sent_ns = local_ns()
         # What is sent shall have time to be answered: a request that never left can be tried again without doubt.
         bound = Timeout(total=patience_s, connect=patience_s / 2)
         with self._session.send(prepared, stream=True, timeout=bound, allow_redirects=False) as response:  # type: ignore[arg-type]
-            received_ns = time.monotonic_ns()
+            received_ns = local_ns()
             headers = {name.lower(): value.strip() for name, value in response.headers.items()}
             body, is_whole = _body(response, ends_at_s)
         is_whole = is_whole and not {"content-length", "transfer-encoding"} <= set(headers)

@@ -35,7 +35,9 @@ def open_exchange(settings: Settings, *, one_at_a_time: bool = False) -> tuple[E
     """The client of the exchange and its clock, which is not measured yet; ``one_at_a_time``: for who has no loop."""
     clock = ServerClock()
     route = Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url)
-    return Exchange(_transport(route, settings, one_at_a_time), recv_window_ms=settings.recv_window_ms, clock=clock), clock
+    return Exchange(
+        _transport(route, settings, one_at_a_time), recv_window_ms=settings.recv_window_ms, clock=clock
+    ), clock
 
 
 def _transport(route: Route, settings: Settings, one_at_a_time: bool) -> Transport:
