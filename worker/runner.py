@@ -22,6 +22,7 @@ from uuid import uuid4
 import redis
 from rq import worker_registration
 from rq.serializers import JSONSerializer
+from rq.utils import ensure_job_list
 from rq.worker import BaseWorker, WorkerStatus
 
 from producer.keys import WorkerField
@@ -69,7 +70,10 @@ class _StopRequest:
 
 
 class CancelWorker(BaseWorker):
-    """An RQ worker that keeps many cancels in flight in one process, on one queue."""
+    """An RQ worker that keeps many cancels in flight in one process, on one queue.
+
+    RQ's maintenance never runs here: it loads the callbacks that a job's hash names, and calls its webhooks.
+    """
 
     def __init__(
         self,
@@ -83,7 +87,9 @@ class CancelWorker(BaseWorker):
         self._settings = settings or Settings.from_env()
         own = connect_like(connection) if connection is not None else open_redis(self._settings)
         options["serializer"] = JSONSerializer
-        super().__init__(queues, name or _unique_name(self._settings), connection=own, **options)
+        # RQ's command line hands in queues that unpickle what stands in Redis, unless told otherwise: only names count.
+        names = [queue if isinstance(queue, str) else queue.name for queue in ensure_job_list(queues)]
+        super().__init__(names, name or _unique_name(self._settings), connection=own, **options)
         if len(self.queues) != 1:
             raise ValueError(
                 f"one queue for each worker, not {', '.join(self.queue_names())}: start a process for each"
@@ -258,8 +264,6 @@ class CancelWorker(BaseWorker):
     def _warm(self) -> None:
         """Keep connections open and the clock true, so that the next cancel waits for neither."""
         while not self._ended.wait(_WARM_S if self._clock.measured else _LOOK_S):
-            if self.should_run_maintenance_tasks:
-                self._maintain()
             now_ms = self._store.clock.now_ms()
             if self._gate.closed(now_ms):
                 continue
@@ -271,13 +275,6 @@ class CancelWorker(BaseWorker):
         if not self._knows_limit and (limit := self._exchange.weight_limit()) is not None:
             self._gate.weight_limit = limit
             self._knows_limit = True
-
-    def _maintain(self) -> None:
-        """RQ's own clean-up of registries, for what stock workers left."""
-        try:
-            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
-        except Exception as error:  # noqa: BLE001 - it stumbles over damaged entries, and must not end the upkeep
-            log.warning("maintenance", error=type(error).__name__)
 
     # -- stopping --
 

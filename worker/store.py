@@ -31,7 +31,7 @@ SOCKET_TIMEOUT_S = 3.0
 #: How long a claim waits for a job, s.
 CLAIM_WAIT_S = 1
 #: Two are the event loop's (worker.line.Lines), one is RQ's for its commands (pub/sub), and one serves everything else:
-#: renewals, heartbeats, the gate, RQ's maintenance.
+#: renewals, heartbeats, the gate.
 MAX_CONNECTIONS = 4
 #: As in producer.protocol: life of RQ's hash and result, and of a pointer, s.
 RESULT_TTL_S = 600
