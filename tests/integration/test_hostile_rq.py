@@ -1,4 +1,4 @@
-"""What a job's hash asks of RQ's own clean-up (code to load, addresses to call): nothing of it happens in our worker."""
+"""What a job's hash asks of RQ's clean-up (code to load, addresses to call): nothing of it happens in our worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis
 from rq import Callback, Queue
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.webhook import Webhook
 
@@ -55,7 +55,6 @@ class Bait:
         self._file = self.directory / "taken"
         code = f"import pathlib\npathlib.Path({str(self._file)!r}).touch()\ndef act(*_):\n    pass\n"
         (self.directory / "bait_of_a_test.py").write_text(code, "utf-8")
-        self.environment = {"PYTHONPATH": str(self.directory)}
         self.listener.settimeout(0.2)
 
     def lay(self, connection: redis.Redis, kind: str) -> None:
@@ -64,11 +63,10 @@ class Bait:
         if kind == "callback":
             options["on_failure"] = Callback("bait_of_a_test.act")
         if kind == "webhook":
-            url = "http://127.0.0.1:{}/".format(self.listener.getsockname()[1])
+            url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
             options["webhooks"] = [Webhook(url, "failed", timeout=1)]
-        job = Job.create(
-            TASK, args=[{}], id="bait", origin="cancels", status="started", connection=connection, **options
-        )
+        options |= {"id": "bait", "origin": "cancels", "status": JobStatus.STARTED}
+        job = Job.create(TASK, args=[{}], connection=connection, **options)
         job.save()
         if kind == "meta":
             connection.hset(job.key, "meta", pickle.dumps(_Touch(self._file)))
@@ -85,7 +83,7 @@ class Bait:
     def taken_by_rq_info(self) -> bool:
         """The same, after RQ's own clean-up in a process of RQ's: the bait is a good one."""
         command = [RQ, "info", "--url", self.valkey.url]
-        subprocess.run(command, cwd=ROOT, env=scrubbed() | self.environment, timeout=30, check=False)
+        subprocess.run(command, cwd=ROOT, env=scrubbed() | {"PYTHONPATH": str(self.directory)}, timeout=30, check=False)
         return self.taken()
 
 
@@ -99,11 +97,11 @@ def bait(valkey: Valkey, tmp_path: Path) -> Iterator[Bait]:
         yield made
 
 
-def start_into_upkeep(workers: Workers, peek: Peek, command: tuple[str, ...], **environment: str) -> None:
+def start_into_upkeep(workers: Workers, peek: Peek, command: tuple[str, ...], path: Path = ROOT) -> None:
     """Start a worker whose upkeep comes within a second: under a closed gate it has not measured the clock."""
     peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 2500)
     arguments = () if command is OURS else ("--url", workers.environment["REDIS_URL"])
-    workers.start(*arguments, command=command, **environment)
+    workers.start(*arguments, command=command, PYTHONPATH=str(path))
 
 
 def upkeep_is_over(exchange: RunningExchange) -> None:
@@ -128,7 +126,7 @@ def test_an_abandoned_job_makes_our_worker_do_nothing(
     """No callback is loaded, no webhook called, nothing unpickled for a job that a dead worker left; cancels go on."""
     bait.lay(connection, kind)
 
-    start_into_upkeep(workers, Peek(connection), command, **bait.environment)
+    start_into_upkeep(workers, Peek(connection), command, bait.directory)
     upkeep_is_over(exchange)
 
     (order,) = exchange.add_orders(1)
