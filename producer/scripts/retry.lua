@@ -28,9 +28,14 @@ for _, id in ipairs(known) do
   redis.call('HDEL', job, 'c_done', 'c_attempts', 'c_deadline_at_ms')
   redis.call('PERSIST', job)
   redis.call('DEL', ARGV[2] .. id)
-  local order = redis.call('HGET', job, 'c_order')
-  if order then redis.call('SET', ARGV[3] .. order, id, 'NX', 'EX', tonumber(ARGV[4])) end
   redis.call('RPUSH', KEYS[1], id)
+  -- Only an order that is named by algo id is noted (former versions kept client ids too). A key of another type in
+  -- that place points to nothing.
+  local order = redis.call('HGET', job, 'c_order')
+  local pointer = order and string.find(order, '^[^:]*:a:') and ARGV[3] .. order
+  if pointer and redis.call('TYPE', pointer).ok ~= 'string' then
+    redis.call('SET', pointer, id, 'EX', tonumber(ARGV[4]))
+  end
 end
 if #known > 0 then redis.call('SADD', KEYS[2], KEYS[1]) end
 return unknown

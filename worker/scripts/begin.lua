@@ -12,7 +12,7 @@ local damaged = not held and mend(job) or ''
 local f = redis.call('HMGET', job, 'c_done', 'ended_at', 'c_order')
 local settled = f[1]
 if settled and (not f[2] or f[2] == '') then
-  start_run(id, job, f[3] and ARGV[3] .. f[3], tonumber(ARGV[4]), KEYS[3])
+  start_run(id, job, pointer_to(f[3], ARGV[3]), tonumber(ARGV[4]), KEYS[3])
   settled = false
 end
 local closed_until_ms = closed_until(KEYS[2])

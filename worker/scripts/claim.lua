@@ -86,7 +86,7 @@ local function state_if_free(id)
   if not status and redis.call('EXISTS', job) == 0 then return nil end
   if state.done then
     if status ~= 'queued' or (state.ended_at and state.ended_at ~= '') then return nil end
-    start_run(id, job, state.order and ARGV[4] .. state.order, tonumber(ARGV[15]), ARGV[5] .. id)
+    start_run(id, job, pointer_to(state.order, ARGV[4]), tonumber(ARGV[15]), ARGV[5] .. id)
     changed = true
   elseif status == 'started' then
     -- Not ours: a stock worker runs it, unless its execution has run out.

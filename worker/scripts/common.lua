@@ -56,8 +56,14 @@ local function deadline_at(asked_at, deadline_at_ms, enqueued_at, default_ms)
   return math.max(by_default, tonumber(deadline_at_ms or '0'))
 end
 
+-- Where requests find the open job of an order: nowhere if they name it by client id alone, which may mean another order
+-- by now (jobs of former versions have such keys). False: nowhere.
+local function pointer_to(order, prefix)
+  return order and string.find(order, '^[^:]*:a:') and prefix .. order
+end
+
 -- RQ's requeue puts a settled job back with its end cleared. That starts a new run, with a new deadline.
-local function start_run(id, job, order_pointer, pointer_life_s, outcome)
+local function start_run(id, job, pointer, pointer_life_s, outcome)
   -- A job that RQ itself enqueued has no run, and a damaged one is not mended while a worker of ours holds the job.
   if not whole(redis.call('HGET', job, 'c_run')) then redis.call('HSET', job, 'c_run', '1') end
   -- By a client id the order is meant that had it when the request was first made.
@@ -67,7 +73,8 @@ local function start_run(id, job, order_pointer, pointer_life_s, outcome)
   redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms))
   redis.call('PERSIST', job)
   redis.call('DEL', outcome)
-  if order_pointer then redis.call('SET', order_pointer, id, 'NX', 'EX', pointer_life_s) end
+  -- A key of another type in that place points to nothing.
+  if pointer and redis.call('TYPE', pointer).ok ~= 'string' then redis.call('SET', pointer, id, 'EX', pointer_life_s) end
 end
 
 -- Attempts with one more: begun by somebody who never came back with its answer, hence perhaps done.

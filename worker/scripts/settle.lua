@@ -79,7 +79,7 @@ local function record(id, job, order, is_failed, outcome, ...)
   redis.call('SET', ARGV[5] .. id, outcome, 'EX', tonumber(ARGV[8]))
   redis.call('XADD', KEYS[7], 'MAXLEN', '~', tonumber(ARGV[9]), '*', 'outcome', outcome)
   redis.call('PUBLISH', ARGV[5] .. id, '1')
-  if order and redis.call('GET', ARGV[4] .. order) == id then add(over.keys, ARGV[4] .. order) end
+  if order and redis.pcall('GET', ARGV[4] .. order) == id then add(over.keys, ARGV[4] .. order) end
 end
 
 local front = {} -- ids for the front of the queue, in the order in which they stood there
