@@ -102,7 +102,7 @@ class AsyncCancelClient:
     async def cancel_many(self, requests: Iterable[CancelRequest], *, durable: bool = False) -> list[AsyncTicket]:
         """Enqueue many cancels, one round trip for each 1,000; tickets in the order of the requests.
 
-        Requests for one order share a ticket. Raises like :meth:`cancel`.
+        Requests for one order share a ticket, also by client id alone. Raises like :meth:`cancel`.
         """
         accepted = await self.converse(self._wire.enqueue(requests, durable))
         tickets = [AsyncTicket(*carried, self) for carried in accepted.carried]

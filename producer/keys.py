@@ -161,7 +161,7 @@ class Keys:
 
     @property
     def order_prefix(self) -> str:
-        """Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`."""
+        """Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`; by algo id alone."""
         return f"{self.queue}:order:"
 
     @property
@@ -207,7 +207,7 @@ class JobField:
     ASKED_AT_MS = "c_asked_at_ms"  # when a request last left its deadline to the worker
     DEADLINE_AT_MS = "c_deadline_at_ms"  # the latest deadline that a request gave
     RUN = "c_run"
-    ORDER = "c_order"  # the order's key, to find its pointer
+    ORDER = "c_order"  # the order's key, to find its pointer; absent where it has none
     URGENT = "c_urgent"
     ATTEMPTS = "c_attempts"
     PIN = "c_pin"  # what was learned of the order: algo id, symbol

@@ -153,6 +153,11 @@ class CancelRequest:
         by = f"a:{self.algo_id}" if self.algo_id is not None else f"c:{self.client_algo_id}"
         return f"{self.account}:{by}"
 
+    @property
+    def joins(self) -> bool:
+        """Whether it may share the job of an earlier call: by then a client id alone may mean another order."""
+        return self.algo_id is not None
+
     def describe(self) -> str:
         """One line for RQ's job description; it holds no secret because a request holds none."""
         by = f"algo_id={self.algo_id}" if self.algo_id is not None else f"client_algo_id={self.client_algo_id}"

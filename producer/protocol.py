@@ -162,7 +162,7 @@ class Row:
     """One request on its way into the script."""
 
     position: int  # in the caller's order
-    id: str
+    id: str  # that of the job, if it makes one; all requests for one order have the same
     request: CancelRequest
 
 
@@ -171,7 +171,8 @@ def rows(requests: Iterable[CancelRequest]) -> Iterator[list[list[Row]]]:
     the script then joins them whatever finishes meanwhile."""
     orders: dict[str, list[Row]] = {}
     for position, request in enumerate(requests):
-        orders.setdefault(request.order_key, []).append(Row(position, os.urandom(16).hex(), request))
+        group = orders.setdefault(request.order_key, [])
+        group.append(Row(position, group[0].id if group else os.urandom(16).hex(), request))
     chunk: list[list[Row]] = []
     batch: list[Row] = []
     rows_in_chunk = 0
@@ -252,7 +253,8 @@ class Wire:
             request = row.request
             deadline_ms = "" if request.deadline_s is None else math.ceil(request.deadline_s * 1000)
             urgent = "1" if request.urgent else ""
-            words += (row.id, request.order_key, encode_call(request), request.describe(), deadline_ms, urgent)
+            order = request.order_key if request.joins else ""
+            words += (row.id, order, encode_call(request), request.describe(), deadline_ms, urgent)
         return words
 
     def outcome(self, job_id: str) -> Conversation[Outcome | None]:

@@ -1,8 +1,9 @@
 -- Enqueue cancel requests, or join them to the unfinished job of the same order. Safe to repeat: the caller makes ids.
 -- ARGV  1 RQ's stamp of now, then for each request six words:
---       id, order key, data, description, deadline in ms from now (empty: the worker's default), urgent (1 or empty)
+--       id, order key (empty: no earlier call's job may be joined), data, description, deadline in ms from now (empty:
+--       the worker's default), urgent (1 or empty)
 -- Gives for each request: the id of the job that carries it, and 1 if another request had made that job.
--- Requests for one order stand side by side, and share a job whatever they name it by.
+-- Requests for one order stand side by side under one id: inside one call they share a job.
 local stamp = ARGV[1]
 local LOOKED_THROUGH = 1000 -- entries of the queue in which a job's own is looked for
 local LOST_LOOK_MS = 60000 -- when to look at a held job next whose lease the index does not know
@@ -60,7 +61,9 @@ local function create(id, order, i)
   local deadline_ms, urgent = ARGV[i + 4], ARGV[i + 5]
   local asked, at = 'c_asked_at_ms', text(now_ms)
   if deadline_ms ~= '' then asked, at = 'c_deadline_at_ms', text(now_ms + tonumber(deadline_ms)) end
-  redis.call('HSET', JOB_PREFIX .. id, 'data', ARGV[i + 2], 'description', ARGV[i + 3], 'c_order', order, 'c_run', '1',
+  local named, key = 'c_order', order
+  if order == '' then named, key = 'c_run', '1' end -- not noted at all
+  redis.call('HSET', JOB_PREFIX .. id, 'data', ARGV[i + 2], 'description', ARGV[i + 3], named, key, 'c_run', '1',
     'c_enqueued_at_ms', text(now_ms), asked, at, 'created_at', stamp, 'enqueued_at', stamp, 'last_heartbeat', stamp,
     unpack(JOB_FIELDS))
   fresh[id] = true
@@ -77,11 +80,11 @@ end
 
 local answer = {}
 redis.call('SADD', QUEUES, WAITING)
-local last_order, last_id
+local last_asked, last_id
 for i = 2, #ARGV, 6 do
-  local id, order = ARGV[i], ARGV[i + 1]
-  local duplicate = 0
-  if order == last_order then
+  local asked, order = ARGV[i], ARGV[i + 1]
+  local id, duplicate = asked, 0
+  if asked == last_asked then
     -- Also where the job has ended meanwhile: this is a repeat then, and requests of one call share a ticket.
     id, duplicate = last_id, 1
     join(id, ARGV[i + 4], ARGV[i + 5])
@@ -93,7 +96,7 @@ for i = 2, #ARGV, 6 do
       create(id, order, i)
     end
   end
-  last_order, last_id = order, id
+  last_asked, last_id = asked, id
   answer[#answer + 1] = id
   answer[#answer + 1] = duplicate
 end

@@ -64,7 +64,8 @@ local function due_at(id, s)
   return type(due_s) == 'string' and tonumber(due_s) * 1000 or nil
 end
 
--- Requests by algo id share an unfinished job. A client id may mean another order by now.
+-- Requests by algo id share an unfinished job. A client id may mean another order by now; the version before this one
+-- noted it all the same.
 local function is_shared(order) return order and #order <= 200 and string.find(order, '^[^:]*:a:') ~= nil end
 
 local function pointed_to(order)

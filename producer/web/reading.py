@@ -40,7 +40,8 @@ from producer.protocol import Command, Conversation, good, pages
 PAGE = 50
 #: Results of one search at most.
 RESULTS = 50
-#: Entries of the ledger, and ids of the failed registry, that a search or a filter looks at, newest first.
+#: Entries of the ledger, and ids of the failed registry, that a search or a filter looks at, newest first; and open
+#: requests of each state (waiting, to be retried, held) that a search looks at.
 DEPTH = 20_000
 #: Accounts whose pointers a search tries at most.
 _ACCOUNTS = 200
@@ -398,7 +399,14 @@ def _meeting(keys: Keys, job_ids: Sequence[str], wanted: Wanted) -> Conversation
 def _records(keys: Keys, job_ids: Sequence[str]) -> Conversation[list[bytes | None]]:
     """The raw outcome records of at most a thousand requests."""
     (records,) = good((yield [("MGET", *(keys.outcome_prefix + job_id for job_id in job_ids))]))
-    return [record.encode("utf-8", "replace") if isinstance(record, str) else record for record in records]
+    return [_raw(record) for record in records]
+
+
+def _raw(answer: Any) -> bytes | None:
+    """A text from Redis as its bytes; None where there is none, or an error stands for it."""
+    if isinstance(answer, str):
+        return answer.encode("utf-8", "replace")
+    return answer if isinstance(answer, bytes) else None
 
 
 def _now_ms(time: Sequence[Any]) -> int:
@@ -418,7 +426,8 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[F
     """Requests that have ``words`` as algo id, client algo id, id of the order it became, or id of their own.
 
     Open ones are found through the pointers of the accounts that the ledger and the failed registry know, ``default``,
-    and ``account``; ended ones in the newest :data:`DEPTH` of ledger and registry. Newest first, open ones before them.
+    and ``account``, and by client algo id among the first :data:`DEPTH` of each state; ended ones in the newest
+    :data:`DEPTH` of ledger and registry. Newest first, open ones before them.
     """
     time, total = good((yield [("TIME",), ("ZCARD", keys.failed)]))
     accounts = dict.fromkeys([DEFAULT_ACCOUNT, *([account] if account else [])])
@@ -433,7 +442,8 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[F
     ended, entries = yield from _ledger(keys, look, meant)
     failed_ones = yield from _failed_with(keys, words, account, accounts)
     named = yield from _open_of(keys, words, list(accounts)[:_ACCOUNTS])
-    found = _merged([*named, *ended, *failed_ones], account)
+    by_client_id = yield from _open_with_client_id(keys, words)
+    found = _merged([*named, *by_client_id, *ended, *failed_ones], account)
     partial = entries > DEPTH or total > DEPTH
     return Found(_now_ms(time), tuple(found[:RESULTS]), min(entries, DEPTH), partial, len(found) > RESULTS)
 
@@ -471,16 +481,25 @@ def _open_of(keys: Keys, words: str, accounts: Iterable[str]) -> Conversation[li
     return [seen for seen in rows if (seen.open or seen.id == words) and (seen.status or seen.outcome or seen.faults)]
 
 
+def _open_with_client_id(keys: Keys, words: str) -> Conversation[list[Seen]]:
+    """The open requests that name ``words`` as client algo id: no pointer leads to them."""
+    places = [("LRANGE", keys.waiting), ("ZRANGE", keys.unfinished)]
+    states = good((yield [(*place, 0, DEPTH - 1) for place in places]))
+    named, likely = _field("client_algo_id", words), list[str]()
+    for page in pages(list(dict.fromkeys(shown(job_id) for state in states for job_id in state))):
+        calls = yield [("HGET", keys.job_prefix + job_id, "data") for job_id in page]
+        likely += [job_id for job_id, call in zip(page, map(_raw, calls), strict=True) if call and named in call]
+    return [seen for seen in (yield from requests_of(keys, likely)) if seen.open]
+
+
 def order_keys(words: str, account: str) -> list[str]:
     """The keys of the orders that ``words`` can mean for an account; none where it breaks the contract."""
-    found = []
-    digits = words.isascii() and words.isdigit() and len(words) <= 19
-    for ids in ({"algo_id": int(words)} if digits else {}, {"client_algo_id": words}):
-        try:
-            found.append(CancelRequest(**ids, account=account).order_key)
-        except InvalidRequest:
-            continue
-    return found
+    if not (words.isascii() and words.isdigit() and len(words) <= 19):
+        return []
+    try:
+        return [CancelRequest(algo_id=int(words), account=account).order_key]
+    except InvalidRequest:
+        return []
 
 
 def _may_hold(record: bytes, words: str) -> bool:

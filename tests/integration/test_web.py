@@ -27,6 +27,7 @@ from tests.integration.test_client import PASSWORD, fail, stopped
 from tests.servers import Valkey, Workers, eventually, running_valkey
 from tests.webpages import HOSTILE, KEYS, LARGEST, NOW_MS, TOKEN, attempt, form_token, outcome, settle
 from worker.sandbox.control import RunningExchange
+from worker.sandbox.faults import Fault
 
 CSP = (
     "default-src 'none'; style-src 'self'; script-src 'none'; img-src 'self' data:; "
@@ -246,16 +247,19 @@ def found(pages: FlaskClient, words: str, account: str = "") -> list[str]:
 def test_an_order_is_found_by_each_of_its_ids(
     reader: FlaskClient, client: CancelClient, connection: redis.Redis
 ) -> None:
-    """Open requests through the pointer of their order, in accounts that ledger and registry name; ended ones there."""
+    """Open requests by algo id in accounts that ledger and registry name, by client id in any; ended ones there."""
     open_one = client.cancel(algo_id=LARGEST, account="desk3")
-    by_name = client.cancel(client_algo_id="sl:1/BTC")
+    by_name = client.cancel(client_algo_id="sl:1/BTC", account="quiet")
+    by_both = client.cancel(algo_id=5, client_algo_id="sl:1/ETH", symbol="ETHUSDT")
     settle(connection, outcome("r1", account="desk3", algo_id=LARGEST - 1))
     ended = outcome("r2", kind=OutcomeKind.TRIGGERED, algo_id=None, client_algo_id="tp-1", actual_order_id="8886774")
     settle(connection, ended)
 
     assert found(reader, str(LARGEST)) == [open_one.id]
     assert found(reader, str(LARGEST - 1)) == ["r1"]
-    assert found(reader, "sl:1/BTC") == [by_name.id]
+    assert found(reader, "sl:1/BTC") == found(reader, "sl:1/BTC", "quiet") == [by_name.id]
+    assert found(reader, "sl:1/BTC", "desk3") == []
+    assert found(reader, "sl:1/ETH") == found(reader, "5") == [by_both.id]
     assert found(reader, "tp-1") == ["r2"]
     assert found(reader, "8886774") == ["r2"]
     assert found(reader, "r2") == ["r2"]
@@ -263,9 +267,26 @@ def test_an_order_is_found_by_each_of_its_ids(
     assert found(reader, " r2 ") == ["r2"]
     assert found(reader, "922337203685477580") == []
     assert found(reader, "tp") == []
-    assert "An open request that has an algo id too is found by that alone" in page(reader, "/search?q=tp")
-    assert "is found by that alone" not in page(reader, "/search?q=tp-1")
+    assert "is found with its account given" in page(reader, "/search?q=tp")
+    assert "is found with its account given" not in page(reader, "/search?q=tp-1")
     assert str(LARGEST) in cells(page(reader, f"/search?q={LARGEST}"))
+
+
+def test_an_open_request_by_client_id_is_found_in_every_state(
+    reader: FlaskClient, client: CancelClient, workers: Workers, exchange: RunningExchange
+) -> None:
+    """Also while it is under way, and while it waits for its next attempt."""
+    retried, held = exchange.add_orders(client_algo_ids=["tp-1", "tp-2"])
+    exchange.script_faults(retried.algo_id, [Fault.UNAVAILABLE_503], repeat_last=True)
+    workers.start(BACKOFF_BASE_MS="60000", BACKOFF_CAP_MS="60000")
+    first = client.cancel(client_algo_id="tp-1")
+    eventually(lambda: client.statuses([first.id]) == ["scheduled"], what="it waits for its next attempt")
+    exchange.set_latency_ms(2500)
+    second = client.cancel(client_algo_id="tp-2")
+    eventually(lambda: exchange.book()[held.algo_id].deletes == 1, what="it is under way")
+
+    assert found(reader, "tp-1") == [first.id]
+    assert found(reader, "tp-2") == [second.id]
 
 
 def test_an_account_narrows_a_search_and_finds_what_no_record_names(reader: FlaskClient, client: CancelClient) -> None:

@@ -569,24 +569,6 @@ def test_plain_rq_enqueue_is_accepted(
     assert job.return_value(refresh=True) == "cancelled"
 
 
-def test_damaged_registries_do_not_harm_the_worker(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
-) -> None:
-    """RQ's own clean-up may stumble over what it finds: the worker's upkeep goes on all the same."""
-    for entry in ("no-execution-id", b"\xff:x", "a:b:c"):
-        connection.execute_command("ZADD", "rq:wip:cancels", 1, entry)
-    connection.lpush("rq:queue:cancels:intermediate", b"\xff")
-    # A worker that starts under a closed gate has not measured the clock: its upkeep comes early, and does it later.
-    peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 2500)
-    worker = workers.start()
-
-    eventually(lambda: events(worker, "maintenance"), 5, "the clean-up stumbles")
-    eventually(lambda: exchange.stats().requests.get("GET /fapi/v1/time"), 8, "the upkeep goes on")
-    (algo_id,) = opened(exchange, 1)
-    assert client.cancel(algo_id=algo_id).wait(10).kind is OutcomeKind.CANCELLED
-    assert "Traceback" not in worker.output()
-
-
 # ---- deadlines ------------------------------------------------------------------------------------------------------
 
 

@@ -453,6 +453,20 @@ def test_outages(fake: FakeCancelClient) -> None:
     assert fake.status().queued == 1
 
 
+def test_outage_of_a_call_by_client_id(fake: FakeCancelClient) -> None:
+    """A repeat by client id alone, of a request or beside a retried one, is a request of its own."""
+    fake.hold()
+    fake.unavailable(1, carried_out=True)
+    with pytest.raises(QueueUnavailable):
+        fake.cancel(client_algo_id="stop-1")
+    again = fake.cancel(client_algo_id="stop-1")
+    assert (again.duplicate, fake.status().queued) == (False, 2)
+    fake.settle(again, OutcomeKind.GAVE_UP)
+    assert fake.retry([again.id]) == [again.id]
+
+    assert not fake.cancel(client_algo_id="stop-1").duplicate
+
+
 def test_retry_whose_answer_was_lost(fake: FakeCancelClient) -> None:
     """A retry that was carried out is not repeated: the request is no longer among the failed ones."""
     fake.will(kind=OutcomeKind.OVERDUE, runs=1)

@@ -1,0 +1,146 @@
+"""Keys of another type where an order's open job is noted: they cost nobody a cancel, now or later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import redis
+from rq import Queue
+from rq.job import Job
+from rq.registry import FailedJobRegistry, FinishedJobRegistry
+from rq.serializers import JSONSerializer
+
+from producer import CancelClient, CancelRequest, OutcomeKind, QueueUnavailable, Ticket
+from tests.servers import Peek, Workers, eventually
+from worker.sandbox.control import RunningExchange
+
+Spoil = Callable[[redis.Redis, str], object]
+#: Every type of key that is no text.
+SPOILED: dict[str, Spoil] = {
+    "list": lambda connection, key: connection.rpush(key, "x"),
+    "hash": lambda connection, key: connection.hset(key, "x", "y"),
+    "set": lambda connection, key: connection.sadd(key, "x"),
+    "sorted set": lambda connection, key: connection.zadd(key, {"x": 1}),
+    "stream": lambda connection, key: connection.xadd(key, {"x": "y"}),
+}
+
+
+@pytest.fixture
+def peek(connection: redis.Redis) -> Peek:
+    """A look at the queue's keys."""
+    return Peek(connection)
+
+
+@pytest.fixture
+def queue(connection: redis.Redis) -> Queue:
+    """The queue as RQ's users open it."""
+    return Queue("cancels", connection=connection, serializer=JSONSerializer)
+
+
+def pointer(request: CancelRequest) -> str:
+    """Where the open job of an order is noted."""
+    return f"cancels:order:{request.order_key}"
+
+
+def ask(client: CancelClient, algo_ids: list[int]) -> list[Ticket]:
+    """Enqueue cancels in one call."""
+    return client.cancel_many([CancelRequest(algo_id=algo_id) for algo_id in algo_ids])
+
+
+def refused(client: CancelClient, workers: Workers) -> Ticket:
+    """A request that has failed, as no worker has its account."""
+    ticket = client.cancel(algo_id=50, account="nobody")
+    worker = workers.start()
+    assert ticket.wait(10).kind is OutcomeKind.REFUSED
+    worker.stop()
+    return ticket
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_one_spoiled_pointer_costs_no_cancel(
+    spoil: Spoil, workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """Of five orders in one call all are cancelled, whatever key stands where one is noted, and so are later calls."""
+    ids = [order.algo_id for order in exchange.add_orders(5)]
+    spoil(connection, pointer(CancelRequest(algo_id=ids[3])))
+
+    tickets = ask(client, ids)
+
+    assert [ticket.duplicate for ticket in tickets] == [False] * 5
+    workers.start()
+    assert [ticket.wait(10).kind for ticket in tickets] == [OutcomeKind.CANCELLED] * 5
+    again = ask(client, ids)
+    assert not {ticket.id for ticket in again} & {ticket.id for ticket in tickets}
+    assert [ticket.wait(10).kind for ticket in again] == [OutcomeKind.ALREADY_CANCELLED] * 5
+    assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
+
+
+def test_a_spoiled_list_of_waiting_requests_leaves_nothing_to_join(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
+) -> None:
+    """A call that the server refused because its list is none swallows no later request for the same orders."""
+    ids = [order.algo_id for order in exchange.add_orders(3)]
+    connection.set(peek.keys.waiting, "x")
+    with pytest.raises(QueueUnavailable, match="WRONGTYPE"):
+        ask(client, ids)
+    connection.delete(peek.keys.waiting)
+
+    tickets = ask(client, ids)
+
+    workers.start()
+    assert [ticket.wait(10).kind for ticket in tickets] == [OutcomeKind.CANCELLED] * 3
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_pointer_spoiled_meanwhile_costs_no_outcome(
+    spoil: Spoil,
+    workers: Workers,
+    client: CancelClient,
+    exchange: RunningExchange,
+    connection: redis.Redis,
+    queue: Queue,
+) -> None:
+    """A request whose pointer was replaced ends as any other does, for RQ too, and the next one is served."""
+    (order,) = exchange.add_orders(1)
+    ticket = client.cancel(algo_id=order.algo_id)
+    connection.delete(pointer(ticket.request))
+    spoil(connection, pointer(ticket.request))
+    worker = workers.start()
+
+    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
+
+    job = Job.fetch(ticket.id, connection=connection, serializer=JSONSerializer)
+    assert (job.get_status(), job.return_value()) == ("finished", "cancelled")
+    assert 0 < connection.ttl(job.key) <= 600
+    assert FinishedJobRegistry(queue=queue).get_job_ids() == [ticket.id]
+    assert client.cancel(algo_id=order.algo_id).wait(10).kind is OutcomeKind.ALREADY_CANCELLED
+    assert "damaged" not in worker.output()
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_retry_takes_the_place_of_a_spoiled_pointer(
+    spoil: Spoil, workers: Workers, client: CancelClient, connection: redis.Redis
+) -> None:
+    """A retried request is joined by the next one for its order, whatever key stood where it is noted."""
+    ticket = refused(client, workers)
+    spoil(connection, pointer(ticket.request))
+
+    assert client.retry([ticket.id]) == [ticket.id]
+
+    joined = client.cancel(algo_id=50, account="nobody")
+    assert (joined.id, joined.duplicate) == (ticket.id, True)
+
+
+def test_a_requeued_job_takes_it_too(
+    workers: Workers, client: CancelClient, connection: redis.Redis, queue: Queue, peek: Peek
+) -> None:
+    """The same holds for a run that RQ's requeue began, and its end leaves nothing there."""
+    ticket = refused(client, workers)
+    SPOILED["list"](connection, pointer(ticket.request))
+
+    FailedJobRegistry(queue=queue).requeue(ticket.id)
+    workers.start()
+
+    eventually(lambda: [outcome.run for outcome in peek.ledger()] == [1, 2], what="the second run has its outcome")
+    assert not connection.exists(pointer(ticket.request))
