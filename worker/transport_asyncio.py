@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from worker.clock import local_ns
 from worker.http1 import MalformedResponse, ResponseReader
 from worker.transport import BODY_LIMIT, Failed, Raw, Request, Route, decoded, named
 from worker.transport_connect import Opening

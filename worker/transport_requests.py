@@ -20,6 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
+from worker.clock import local_ns
 from worker.transport import BODY_LIMIT, FIELDS, LAYERS, Failed, Raw, Request, Route, decoded, named
 
 __all__ = ["RequestsTransport"]
