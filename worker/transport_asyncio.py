@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from worker.clock import local_ns
 from worker.http1 import MalformedResponse, ResponseReader
 from worker.transport import BODY_LIMIT, Failed, Raw, Request, Route, decoded, named
-from worker.transport_connect import Opening
+from worker.transport_connect import Opening, TunnelRefused
 
 __all__ = ["IDLE_BOUND_S", "OPENERS", "AsyncioTransport"]
 
@@ -318,10 +318,12 @@ class _Pool:
         try:
             async with asyncio.timeout_at(ends_at_s):
                 await opening.connect(connection, connection.attach)
+        except TunnelRefused as refused:
+            self._answer_first(Failed(False, f"{opening.phase}: {refused.status}"))
         except Exception as error:  # noqa: BLE001 - the call that waits for it must hear of it
             self._answer_first(Failed(False, named(opening.phase, error)))
-            return
-        self.give_back_unused(connection)
+        else:
+            self.give_back_unused(connection)
 
 
 class AsyncioTransport:

@@ -27,7 +27,11 @@ Address = tuple[Any, Any, int, str, Any]
 
 
 class TunnelRefused(ConnectionError):
-    """The proxy answered CONNECT with something else than success."""
+    """The proxy answered CONNECT with ``status``, which is not success."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class Opening:
@@ -88,7 +92,7 @@ class _TunnelHead(asyncio.Protocol):
         if not reader.status:
             return
         if not 200 <= reader.status < 300:
-            self._end(TunnelRefused())
+            self._end(TunnelRefused(reader.status))
         elif reader.ended and not reader.whole:  # the exchange says nothing before the handshake
             self._end(MalformedResponse("bytes behind the answer to CONNECT"))
         else:

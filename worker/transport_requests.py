@@ -83,6 +83,8 @@ class RequestsTransport:
             logging.getLogger(f"urllib3.{name}").addFilter(_no_signed_url)
         self.requests_sent = 0
         self._base_url = route.base_url
+        # urllib3's TLS within TLS reads ahead, where nobody sees what came behind an answer.
+        self._keeps = not (route.tunnels and route.proxy is not None and route.proxy.secure)
         self._is_closed = False
         self._adapter = _Adapter(route)
         self._session = _session(route, self._adapter)
@@ -118,7 +120,9 @@ class RequestsTransport:
 
     def _prepared(self, request: Request) -> requests.PreparedRequest:
         url = f"{self._base_url}{request.target}"
-        return self._session.prepare_request(requests.Request(request.method, url, dict(request.fields)))
+        prepared = self._session.prepare_request(requests.Request(request.method, url, dict(request.fields)))
+        prepared.headers.pop("Content-Length", None)  # requests tells the length of a body that is not there
+        return prepared
 
     def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float) -> Raw:
         ends_at_s = time.monotonic() + patience_s
@@ -130,7 +134,7 @@ class RequestsTransport:
             headers = {name.lower(): value.strip() for name, value in response.headers.items()}
             body, is_whole = _body(response, ends_at_s)
         is_whole = is_whole and not {"content-length", "transfer-encoding"} <= set(headers)
-        if response.status_code < 200 or not is_whole:
+        if response.status_code < 200 or not (is_whole and self._keeps):
             # The true answer may still come, and must not be taken for the next one's.
             self._adapter.close()
         body, is_whole = decoded(headers, body, is_whole)

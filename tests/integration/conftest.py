@@ -1,0 +1,45 @@
+"""Fixtures of the tests that drive the exchange client against little servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.loopback import Authority
+from tests.ways import API_KEY, SECRET, WAYS, Bench
+from worker.signing import Credential
+
+
+@pytest.fixture(params=WAYS)
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """Its clients use the one transport and the other: the rules are the same."""
+    one = Bench(request.param)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def loop_bench() -> Iterator[Bench]:
+    """For what only the worker's transport promises."""
+    one = Bench()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="session")
+def credential() -> Credential:
+    """An account of no exchange."""
+    return Credential.from_secret("default", API_KEY, SECRET)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The authority that clients are told to trust."""
+    return Authority(tmp_path_factory.mktemp("ca"), "authority")
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Another one."""
+    return Authority(tmp_path_factory.mktemp("ca"), "stranger")

@@ -1,0 +1,465 @@
+"""Calls to the exchange over either transport: what goes over the wire, and what an answer tells beside its body."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import hashlib
+import hmac
+import json
+import re
+import threading
+import time
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from producer.message import Call
+from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, free_port, http_answer, query_of, until
+from tests.ways import API_KEY, REF, SECRET, Bench, replied
+from worker.clock import BEHIND_MS, ServerClock
+from worker.exchange import MAX_RETRY_AFTER_MS
+from worker.signing import Credential
+from worker.classify import Means, OrderRef, Reply, classify
+
+# ---- on the wire ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ref", "pair"),
+    [
+        (OrderRef(None, "a:b/c.d_e-f"), "clientAlgoId=a%3Ab%2Fc.d_e-f"),
+        (OrderRef(None, "..%2F/../x"), "clientAlgoId=..%252F%2F..%2Fx"),
+        (OrderRef(9223372036854775807), "algoId=9223372036854775807"),
+        (REF, "algoId=2146760"),
+    ],
+)
+def test_signed_bytes_are_the_sent_bytes(bench: Bench, credential: Credential, ref: OrderRef, pair: str) -> None:
+    """The request line holds, byte for byte, the encoded string that was signed, and the signature last."""
+    server, client = bench.to(answering(http_answer()))
+    client.cancel(credential, ref)
+    head = server.heads[0].decode("ascii")
+    line = re.fullmatch(
+        r"DELETE /fapi/v1/algoOrder\?((?:algoId|clientAlgoId)=[^&]+&recvWindow=5000&timestamp=\d{13})"
+        r"&signature=([0-9a-f]{64}) HTTP/1\.1",
+        head.split("\r\n")[0],
+    )
+    assert line is not None
+    assert line[1].startswith(pair + "&")
+    assert line[2] == hmac.new(SECRET.encode(), line[1].encode(), hashlib.sha256).hexdigest()
+
+
+def test_base64_signature_is_sent_encoded(bench: Bench) -> None:
+    """An Ed25519 signature arrives with its base64 percent-encoded once, and verifies against the rest of the query."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    server, client = bench.to(answering(http_answer()))
+    client.cancel(Credential.from_private_key("default", API_KEY, pem.decode()), REF)
+    payload, _, signature = query_of(server.heads[0]).partition("&signature=")
+    assert re.fullmatch(r"[A-Za-z0-9%]+", signature)
+    key.public_key().verify(base64.b64decode(unquote(signature), validate=True), payload.encode())
+
+
+def test_headers_are_few_and_there_is_no_body(
+    bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only the expected headers are sent: no cookie, no login from a netrc, nothing that the environment suggests."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password hunter2\n")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("NO_PROXY", "")
+    server, client = bench.to(answering(http_answer(Set_Cookie="session=1; Path=/")))
+    for _ in range(2):
+        assert replied(client.cancel(credential, REF)).http == 200
+    assert sorted(server.heads[1].decode().split("\r\n")[1:]) == [
+        "Accept-Encoding: identity",
+        "Accept: application/json",
+        f"Host: 127.0.0.1:{server.port}",
+        "User-Agent: algo-cancel-queue",
+        f"X-MBX-APIKEY: {API_KEY}",
+    ]
+
+
+def test_query_reads_the_same_order(bench: Bench, credential: Credential) -> None:
+    """A query is a signed GET of the same path, and the answer's body is handed over as it came."""
+    server, client = bench.to(answering(http_answer(DONE + b"\n")))
+    assert client.query(credential, REF) == Reply(http=200, body=DONE + b"\n")
+    assert server.heads[0].startswith(b"GET /fapi/v1/algoOrder?algoId=2146760&recvWindow=")
+
+
+def test_path_of_the_base_url_is_kept(bench: Bench, credential: Credential) -> None:
+    """A base URL with a path puts it before the exchange's own."""
+    server = bench.server(answering(http_answer()))
+    client = bench.client(f"{server.url}/gateway/", recv_window_ms=60_000)
+    client.cancel(credential, REF)
+    assert server.heads[0].startswith(b"DELETE /gateway/fapi/v1/algoOrder?algoId=2146760&recvWindow=60000&")
+
+
+def test_each_attempt_has_its_own_timestamp_and_signature(bench: Bench, credential: Credential) -> None:
+    """Two attempts for one order never share a signature."""
+    ticks = iter(range(1_760_000_000_000, 1_760_000_001_000))
+    server, client = bench.to(answering(http_answer()), clock=ServerClock(wall_ms=lambda: next(ticks)))
+    for _ in range(3):
+        client.cancel(credential, REF)
+    queries = [query_of(head) for head in server.heads]
+    assert len({re.search(r"timestamp=(\d+)", query)[1] for query in queries}) == 3  # type: ignore[index]
+    assert len({query.partition("&signature=")[2] for query in queries}) == 3
+
+
+def test_timestamp_is_taken_after_the_handshake(
+    loop_bench: Bench, credential: Credential, authority: Authority
+) -> None:
+    """The time that connecting takes does not age the timestamp: it is read when the request is written."""
+    wall = [1_760_000_000_000]
+
+    def slow_handshake(peer: Peer) -> None:
+        wall[0] += 4_000
+        with authority.server_context(LOOPBACK).wrap_socket(peer.sock, server_side=True) as peer.sock:
+            answering(http_answer())(peer)
+
+    server = loop_bench.server(slow_handshake)
+    client = loop_bench.client(
+        f"https://127.0.0.1:{server.port}", ServerClock(wall_ms=lambda: wall[0]), ca_file=authority.ca_file
+    )
+    assert replied(client.cancel(credential)).http == 200
+    assert b"timestamp=1760000004000&" in server.heads[0]
+
+
+def test_call_that_may_not_go_is_not_sent(bench: Bench, credential: Credential) -> None:
+    """What may not go (any more) when it would be written is neither signed nor sent, and costs no connection."""
+    server, client = bench.to(answering(http_answer()))
+    asked: list[int] = []
+
+    def may_go() -> bool:
+        asked.append(client.requests_sent)
+        return False
+
+    for sent in range(2):
+        assert client.run(client.exchange.call(Call.CANCEL, credential, REF, may_go)) is None
+        assert not client.run(client.exchange.sync_time(may_go=may_go))
+        assert (client.requests_sent, len(server.heads), asked) == (sent, sent, [sent] * 2)
+        asked.clear()
+        assert replied(client.cancel(credential)).http == 200
+    assert server.connections == 1
+
+
+def test_going_is_asked_when_the_connection_stands(
+    loop_bench: Bench, credential: Credential, authority: Authority
+) -> None:
+    """Whatever closes while a connection is opened keeps the call back: the question comes last."""
+    gate = [True]
+
+    def slow_handshake(peer: Peer) -> None:
+        gate[0] = False
+        with authority.server_context(LOOPBACK).wrap_socket(peer.sock, server_side=True) as peer.sock:
+            answering(http_answer())(peer)
+
+    server = loop_bench.server(slow_handshake)
+    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file)
+    assert client.run(client.exchange.call(Call.CANCEL, credential, REF, lambda: gate[0])) is None
+    assert (server.connections, server.heads) == (1, [])
+
+
+# ---- what an answer tells beside its body ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("header", "expected_ms"),
+    [
+        ("35", 35_000),
+        (" 35 ", 35_000),
+        ("0", 0),
+        ("1.5", 1_500),
+        ("9" * 400, MAX_RETRY_AFTER_MS),
+        ("604800", MAX_RETRY_AFTER_MS),
+        ("-5", None),
+        ("soon", None),
+        ("", None),
+        ("0x10", None),
+        ("1e9", None),
+        ("Fri, 99 Foo 2026 99:99:99 GMT", None),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", MAX_RETRY_AFTER_MS),
+    ],
+)
+def test_retry_after(bench: Bench, credential: Credential, header: str, expected_ms: int | None) -> None:
+    """Seconds and dates become milliseconds within bounds; anything else is as if it were not there."""
+    _, client = bench.to(answering(http_answer(b"{}", "429 Too Many Requests", Retry_After=header)))
+    assert replied(client.cancel(credential, REF)).retry_after_ms == expected_ms
+
+
+@pytest.mark.parametrize("zone", ["GMT", "-0000", "+0000"])
+def test_retry_after_a_date_counts_by_the_exchanges_clock(bench: Bench, credential: Credential, zone: str) -> None:
+    """A date is the exchange's: it is measured against its clock, however wrong the host's is."""
+    clock = ServerClock(wall_ms=lambda: 0)
+    exchange_s = 1_760_000_000
+    date = email.utils.formatdate(exchange_s + 90).replace("-0000", zone)
+    _, client = bench.to(answering(http_answer(b"{}", "418 Banned", Retry_After=date)), clock=clock)
+    now_ns = time.monotonic_ns()
+    clock.add_sample(now_ns, now_ns, exchange_s * 1000)
+    answer = replied(client.cancel(credential, REF))
+    assert answer.retry_after_ms is not None
+    assert 85_000 <= answer.retry_after_ms <= 90_000 + BEHIND_MS
+
+
+@pytest.mark.parametrize(("action", "challenge"), [("challenge", True), ("CHALLENGE", True), ("captcha", False)])
+def test_challenge_of_the_firewall(bench: Bench, credential: Credential, action: str, challenge: bool) -> None:
+    """The header alone marks the firewall's challenge; its body is empty."""
+    _, client = bench.to(answering(http_answer(b"", "202 Accepted", x_amzn_waf_action=action)))
+    assert client.cancel(credential, REF) == Reply(http=202, body=b"", challenge=challenge)
+
+
+def test_used_weight_is_noted_from_every_answer(bench: Bench, credential: Credential) -> None:
+    """Refusals tell the weight too; garbage does not overwrite it, and with the minute it is over."""
+    wall = [1_760_000_000_000]
+    answers = [
+        http_answer(x_mbx_used_weight_1m="7"),
+        http_answer(b"{}", "400 Bad Request", X_MBX_USED_WEIGHT_1M="2399"),
+        http_answer(x_mbx_used_weight_1m="many"),
+        http_answer(),
+    ]
+    _, client = bench.to(answering(*answers), clock=ServerClock(wall_ms=lambda: wall[0]))
+    assert client.exchange.last_used_weight() == 0
+    assert client.exchange.used_weight is None
+    weights = []
+    for _ in answers:
+        client.cancel(credential, REF)
+        weights.append(client.exchange.last_used_weight())
+    assert weights == [7, 2399, 2399, 2399]
+    assert client.exchange.used_weight is not None
+    assert client.exchange.used_weight.minute == wall[0] // 60_000
+    assert time.monotonic() - client.exchange.used_weight.seen_mono_s < 5
+    wall[0] += 60_000
+    assert client.exchange.last_used_weight() == 0
+
+
+def test_late_weight_belongs_to_the_minute_of_its_request(loop_bench: Bench, credential: Credential) -> None:
+    """An answer that arrives after the minute has turned does not fill the new one, nor hide a newer answer."""
+    minute_ms = 1_760_000_040_000
+    started_ns = time.monotonic_ns()
+
+    def wall_ms() -> int:  # the minute turns soon after the start
+        return minute_ms - 300 + (time.monotonic_ns() - started_ns) // 1_000_000
+
+    newer = threading.Event()
+    answered = threading.Event()
+
+    def behave(peer: Peer) -> None:
+        while head := peer.read_head():
+            if head.startswith(b"DELETE"):
+                until(lambda: wall_ms() > minute_ms + 20)
+                answered.set()
+                assert newer.wait(5)
+            peer.send(http_answer(x_mbx_used_weight_1m="2300" if head.startswith(b"DELETE") else "3"))
+
+    _, client = loop_bench.to(behave, clock=ServerClock(wall_ms=wall_ms))
+    exchange = client.exchange
+
+    async def both() -> None:
+        late = asyncio.create_task(exchange.call(Call.CANCEL, credential, REF))
+        while not answered.is_set():
+            await asyncio.sleep(0.005)
+        await exchange.call(Call.QUERY, credential, REF)
+        newer.set()
+        await late
+
+    client.run(both())
+    assert exchange.last_used_weight() == 3
+
+
+def test_weight_noted_by_a_wrong_clock_is_replaced(bench: Bench, credential: Credential) -> None:
+    """When a clock that ran ahead is put right, the next answer's weight counts at once."""
+    wall = [1_760_000_000_000]
+    answers = [http_answer(x_mbx_used_weight_1m="2000"), http_answer(x_mbx_used_weight_1m="4")]
+    _, client = bench.to(answering(*answers), clock=ServerClock(wall_ms=lambda: wall[0]))
+    client.cancel(credential, REF)
+    wall[0] -= 3_600_000
+    client.cancel(credential, REF)
+    assert client.exchange.last_used_weight() == 4
+
+
+# ---- time, warmth, limits -------------------------------------------------------------------------------------------
+
+
+def time_answer(server_time_ms: object) -> bytes:
+    return http_answer(json.dumps({"serverTime": server_time_ms}).encode())
+
+
+def test_sync_time_measures_the_exchanges_clock(bench: Bench) -> None:
+    """After asking, the clock shows the exchange's time, though the host's is hours off."""
+    ahead_ms = 7_200_000
+
+    def behave(peer: Peer) -> None:
+        while peer.read_head():
+            peer.send(time_answer(time.time_ns() // 1_000_000 + ahead_ms))
+
+    clock = ServerClock()
+    server, client = bench.to(behave, clock=clock)
+    assert client.run(client.exchange.sync_time())
+    assert [head.split(b"\r\n")[0] for head in server.heads] == [b"GET /fapi/v1/time HTTP/1.1"] * 3
+    assert b"APIKEY" not in server.heads[0].upper()
+    assert clock.measured
+    assert abs(clock.offset_ms - ahead_ms) <= 20
+    assert -BEHIND_MS - 20 <= clock.now_ms() - ahead_ms - time.time_ns() // 1_000_000 <= 20
+
+
+def test_time_needed_to_connect_does_not_spoil_the_sample(loop_bench: Bench, authority: Authority) -> None:
+    """The round trip begins when the request is written, not when the connection is asked for."""
+    slow_s = 0.3
+    tls = authority.server_context(LOOPBACK)
+
+    def behave(peer: Peer) -> None:
+        threading.Event().wait(slow_s)
+        with tls.wrap_socket(peer.sock, server_side=True) as peer.sock:
+            peer.read_head()
+            peer.send(time_answer(time.time_ns() // 1_000_000))
+
+    server = loop_bench.server(behave)
+    clock = ServerClock()
+    client = loop_bench.client(f"https://127.0.0.1:{server.port}", clock, ca_file=authority.ca_file)
+    assert client.run(client.exchange.sync_time(samples=1))
+    # Counted from the start, half of the slow part would be taken for an offset.
+    assert abs(clock.offset_ms) < slow_s * 1000 / 4
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"serverTime":"1760000000000"}',
+        b'{"serverTime":true}',
+        b'{"serverTime":1760000000}',
+        b'{"serverTime":1760000000000000}',
+        b'{"serverTime":1760000000000',
+        b"[" * 60_000,
+        b"\xff\xfe",
+    ],
+)
+def test_sync_time_believes_no_nonsense(bench: Bench, body: bytes) -> None:
+    """An answer without a time in milliseconds teaches nothing, and nothing is raised."""
+    clock = ServerClock()
+    server, client = bench.to(answering(http_answer(body)), clock=clock)
+    assert not client.run(client.exchange.sync_time())
+    assert not clock.measured
+    assert len(server.heads) == 1
+    assert client.exchange.take_refusal() is None
+
+
+def test_sync_time_without_the_exchange(bench: Bench) -> None:
+    """Without a connection the clock stays as it was."""
+    clock = ServerClock()
+    client = bench.client(f"http://127.0.0.1:{free_port()}", clock)
+    assert (
+        client.run(client.exchange.sync_time()),
+        client.run(client.exchange.keep_warm()),
+        client.run(client.exchange.weight_limit()),
+    ) == (False, 0, None)
+    assert not clock.measured
+
+
+def test_keep_warm_uses_different_connections(loop_bench: Bench, credential: Credential) -> None:
+    """Two connections are in use at once, are those that cancels get, and the clock learns from both."""
+    together = threading.Barrier(2)
+
+    def behave(peer: Peer) -> None:
+        peer.read_head()
+        peer.send(time_answer(1_760_000_000_000)[:-1])  # held open: not whole until both were asked
+        together.wait(5)
+        peer.send(b"}")
+        while head := peer.read_head():
+            peer.send(time_answer(1_760_000_000_000) if b"/time" in head else http_answer())
+
+    clock = ServerClock()
+    server, client = loop_bench.to(behave, clock=clock)
+    assert client.run(client.exchange.keep_warm()) == 2
+    assert sorted(server.used) == [1, 2]
+    assert clock.measured
+    assert client.run(client.exchange.keep_warm()) == 2
+    assert sorted(server.used) == [1, 1, 2, 2]
+    assert replied(client.cancel(credential, REF)).http == 200
+    assert server.connections == 2
+    assert client.requests_sent == 5
+
+
+def test_keep_warm_survives_closed_connections(bench: Bench) -> None:
+    """Connections that the exchange closed while idle are opened anew."""
+    closed: list[int] = []
+
+    def once(peer: Peer) -> None:
+        peer.read_head()
+        peer.send(time_answer(1_760_000_000_000))
+        peer.sock.close()
+        closed.append(peer.number)
+
+    server, client = bench.to(once)
+    for turn in range(1, 4):
+        assert client.run(client.exchange.keep_warm()) == 2
+        assert server.connections == 2 * turn
+        until(lambda expected=2 * turn: len(closed) == expected)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("answer", "http"),
+    [
+        (http_answer(b"{}", "418 Banned", Retry_After="120"), 418),
+        (http_answer(b"{}", "429 Too Many", Retry_After="3"), 429),
+        (http_answer(b"<html>", "403 Forbidden"), 403),
+        (http_answer(b"", "202 Accepted", x_amzn_waf_action="challenge"), 202),
+    ],
+)
+def test_refusal_of_an_unsigned_call_is_kept_for_the_gate(bench: Bench, answer: bytes, http: int) -> None:
+    """A ban that only a keep-warm call met is not overlooked: it is handed over once, and calls stop at the first."""
+    server, client = bench.to(answering(answer))
+    exchange = client.exchange
+    for call in (exchange.sync_time, lambda: exchange.keep_warm(1), exchange.weight_limit):
+        assert not client.run(call())
+        refusal = client.exchange.take_refusal()
+        assert refusal is not None
+        assert refusal.http == http
+        assert classify(Call.QUERY, REF, refusal).means in (Means.LIMITED, Means.BLOCKED)
+        assert client.exchange.take_refusal() is None
+    assert len(server.heads) == 3
+
+
+LIMITS = [
+    {"rateLimitType": "ORDERS", "interval": "MINUTE", "intervalNum": 1, "limit": 1200},
+    {"rateLimitType": "REQUEST_WEIGHT", "interval": "SECOND", "intervalNum": 10, "limit": 300},
+    {"rateLimitType": "REQUEST_WEIGHT", "interval": "MINUTE", "intervalNum": 1, "limit": 6000},
+]
+
+
+@pytest.mark.parametrize("symbols", [0, 3_000])
+def test_weight_limit(bench: Bench, symbols: int) -> None:
+    """The limit for a minute is found, also where the list of symbols is too long to be read."""
+    body = {"timezone": "UTC", "rateLimits": LIMITS, "symbols": [{"symbol": f"COIN{n}USDT"} for n in range(symbols)]}
+    server, client = bench.to(answering(http_answer(json.dumps(body, indent=1).encode())))
+    assert client.run(client.exchange.weight_limit()) == 6000
+    assert server.heads[0].startswith(b"GET /fapi/v1/exchangeInfo HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b'{"rateLimits":',
+        b'{"rateLimits": 5}',
+        b'{"rateLimits":[1]}',
+        b'{"rateLimits":[{"rateLimitType":"REQUEST_WEIGHT"}]}',
+        b'{"rateLimits":' + b"[" * 60_000,
+        json.dumps({"rateLimits": LIMITS[:2]}).encode(),
+        *[json.dumps({"rateLimits": [{**LIMITS[2], "limit": limit}]}).encode() for limit in (0, -1, "6000", True)],
+    ],
+)
+def test_weight_limit_is_unknown_rather_than_wrong(bench: Bench, body: bytes) -> None:
+    """Where the answer does not say it, there is no limit to go by, and nothing is raised."""
+    _, client = bench.to(answering(http_answer(body)))
+    assert client.run(client.exchange.weight_limit()) is None
