@@ -205,7 +205,8 @@ local function give_overdue()
   local ids = redis.call('ZRANGEBYSCORE', UNFINISHED, WAITING_BAND, '(' .. text(RETRY_BAND), 'LIMIT', first, SWEEP)
   for _, id in ipairs(ids) do
     if #rows >= slots then return end
-    try(id, true)
+    -- Its entry goes with it, unless the queue is too long to look for one.
+    if try(id, true) == '' and redis.call('LLEN', WAITING) <= 10 * SWEEP then redis.call('LREM', WAITING, 1, id) end
   end
 end
 
