@@ -16,7 +16,7 @@ import redis
 from producer.message import Call
 from worker import log
 from worker.classify import Means, Verdict
-from worker.decide import Policy, pause_ms
+from worker.decide import Policy, Span, pause_ms
 
 #: After a pause the requests in flight grow from one to all within this time, ms.
 RAMP_MS = 2_000
@@ -78,10 +78,13 @@ class Gate:
         if not opened:
             self.observe(until_ms or 0)
 
-    def close_for(self, verdict: Verdict, policy: Policy, now_ms: int) -> bool:
-        """Close it as long as a gated ``verdict`` asks for; whether Redis should hear of it now (:meth:`share`)."""
-        reason = f"{verdict.http} {verdict.msg}".strip()
-        return self._close(pause_ms(verdict, policy, now_ms), reason, now_ms, doubling=verdict.means is Means.BLOCKED)
+    def close_for(self, verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None = None) -> bool:
+        """Close it as long as a gated ``verdict`` asks for; whether Redis should hear of it now (:meth:`share`).
+
+        ``ahead``: Redis' clock minus the exchange's, as in :class:`worker.decide.Case`.
+        """
+        pause, reason = pause_ms(verdict, policy, now_ms, ahead), f"{verdict.http} {verdict.msg}".strip()
+        return self._close(pause, reason, now_ms, doubling=verdict.means is Means.BLOCKED)
 
     def spend(self, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> bool:
         """Close it until the exchange's next minute if the weight used, with what is under way, nears the limit;
