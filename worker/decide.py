@@ -248,18 +248,16 @@ def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Pol
 def _why_not_meant(case: Case, order: OrderView) -> str:
     """Why an order that bears the client id may not be the one that was meant; empty: it was there at the request."""
     created_ms, ahead = order.create_time_ms, case.ahead
+    untold = "it cannot be told whether the client id's order was created before the request"
     if created_ms is None:
-        return "the client id's order does not say when it was created"
+        return f"{untold}: it has no time of creation"
     if ahead is None:
-        return "whether the client id's order is older than the request cannot be told: the clocks are not measured"
+        return f"{untold}: the clocks are not measured"
     if created_ms + ahead.hi <= case.meant_at_ms:
         return ""
     if created_ms + ahead.lo > case.meant_at_ms:
         return "the client id belongs to an order created after the request"
-    return (
-        "the client id's order was created so close to the request that it cannot be told which was first: "
-        f"the clocks are known to {ahead.hi - ahead.lo} ms"
-    )
+    return f"{untold}: the clocks are known to {ahead.hi - ahead.lo} ms"
 
 
 def _horizon_ends(history: Sequence[Attempt], policy: Policy, now_ms: int) -> int:

@@ -1,4 +1,4 @@
-"""What a worker does about one order: answers in, calls and the outcome out (design.md 3, exchange.md 4.4)."""
+"""What a worker does about one order: answers in, calls and the outcome out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from producer.message import Attempt, Call, OutcomeKind
 from worker.classify import Failure, Means, OrderRef, Reply, classify
 from worker.decide import (
-    CLIENT_ID_GRACE_MS,
+    BLIND_CANCEL_MS,
     LAST_TRY_MS,
     Again,
     Case,
     Policy,
+    Span,
     Stop,
-    as_known,
     backoff_ms,
     call_for,
     counted,
@@ -76,7 +76,9 @@ CHALLENGE = Reply(202, b"", challenge=True)
 NEW, CANCELED, TRIGGERING = state("NEW"), state("CANCELED"), state("TRIGGERING")
 TRIGGERED, FINISHED = state("TRIGGERED", child=CHILD_ID), state("FINISHED", child=CHILD_ID)
 EXPIRED, REJECTED, ODD = state("EXPIRED"), state("REJECTED"), state("PENDING_CANCEL")
-NEWER = state("NEW", created_ms=T0 + CLIENT_ID_GRACE_MS + 1)
+NEWER = state("NEW", created_ms=T0 + 1)
+#: Two clocks that are one and the same, and known to be.
+SAME = Span(0, 0)
 
 
 @dataclasses.dataclass
@@ -104,13 +106,14 @@ def play(
     age_ms: int = 0,
     deadline_s: float = 300,
     roll: float = 0.5,
+    ahead: Span | None = SAME,
 ) -> Played:
     """Work on one request until it stops; the last answer is repeated for as long as calls are made.
 
     As a worker does: an order that a query shows by client id is from then on asked for by its algo id.
     """
     enqueued_ms = T0 - age_ms
-    case = Case(by_client_id, enqueued_ms, enqueued_ms + int(deadline_s * 1000))
+    case = Case(by_client_id, enqueued_ms, enqueued_ms + int(deadline_s * 1000), ahead)
     played = Played()
     ref = OrderRef(None, CLIENT_ID) if by_client_id else OrderRef(ALGO_ID)
     replies = itertools.chain(answers, itertools.repeat(answers[-1]))
@@ -306,31 +309,48 @@ def test_the_deadline_comes_before_the_horizon() -> None:
 
 
 def test_a_fresh_client_id_is_cancelled_at_once() -> None:
-    """Up to a second after the request the id cannot have been reused: no look-up delays the cancel."""
-    played = play([OK], by_client_id=True, age_ms=CLIENT_ID_GRACE_MS)
+    """Up to a tenth of a second after the request the id cannot have been reused: no look-up delays the cancel."""
+    played = play([OK], by_client_id=True, age_ms=BLIND_CANCEL_MS)
     assert (played.calls, played.kind) == ([C], "cancelled")
 
 
 def test_an_old_client_id_is_resolved_first_and_cancelled_by_algo_id() -> None:
-    """Later than a second the id may be another order's: it is looked up, and that very order is cancelled."""
-    played = play([NEW, OK], by_client_id=True, age_ms=CLIENT_ID_GRACE_MS + 1)
+    """Later than that the id may be another order's: it is looked up, and that very order is cancelled."""
+    played = play([NEW, OK], by_client_id=True, age_ms=BLIND_CANCEL_MS + 1)
     assert (played.calls, played.kind) == ([Q, C], "cancelled")
     assert played.delays == [0]
 
 
-def test_after_an_unclear_cancel_the_client_id_is_resolved() -> None:
-    """A second cancel by the same client id could hit another order: the first may have freed the id."""
-    played = play([TIMEOUT, NEW, OK], by_client_id=True)
+@pytest.mark.parametrize(
+    "first",
+    [TIMEOUT, GONE, OVERLOAD, NO_CONNECTION, LATE_CLOCK, LIMITED, RACE],
+    ids=["unclear", "unknown order", "overload", "not sent", "clock", "limited", "triggering"],
+)
+def test_a_second_cancel_is_never_sent_by_client_id(first: Answer) -> None:
+    """Whatever the first answer was and however soon it came, the order is looked up and then cancelled by algo id."""
+    played = play([first, NEW, OK], by_client_id=True, roll=0.0)
     assert (played.calls, played.kind) == ([C, Q, C], "cancelled")
 
 
-def test_refusals_until_the_client_id_is_old() -> None:
-    """While fresh it is sent again; as soon as the next call would be late, a query comes first."""
-    played = play([OVERLOAD], by_client_id=True, roll=0.999)
-    late = [str(a.call) for a in played.history if a.at_ms > T0 + CLIENT_ID_GRACE_MS]
-    early = [str(a.call) for a in played.history if a.at_ms <= T0 + CLIENT_ID_GRACE_MS]
-    assert set(early) == {C}
-    assert set(late) == {Q}
+def test_a_retry_is_looked_up_first() -> None:
+    """What an earlier run sent may have freed the client id, however soon the retry came."""
+    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000, retried=True)
+    assert first_step(case, (), POLICY, T0 + 1) == Again(Call.QUERY)
+    assert first_step(dataclasses.replace(case, retried=False), (), POLICY, T0 + 1) == Again(Call.CANCEL)
+    assert first_step(dataclasses.replace(case, by_client_id=False), (), POLICY, T0 + 1) == Again(Call.CANCEL)
+
+
+def test_a_clock_that_was_set_back_makes_nothing_fresh() -> None:
+    """A request that seems to come from the future may be of any age: it is looked up."""
+    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
+    assert first_step(case, (), POLICY, T0 - 1) == Again(Call.QUERY)
+    assert first_step(case, (), POLICY, T0) == Again(Call.CANCEL)
+
+
+def test_a_step_that_had_to_wait_is_decided_anew() -> None:
+    """A blind cancel that could not be sent at once is a look-up when it can be."""
+    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
+    assert [first_step(case, (), POLICY, T0 + ms) for ms in (100, 101)] == [Again(Call.CANCEL), Again(Call.QUERY)]
 
 
 @pytest.mark.parametrize("before", [[TIMEOUT], [GONE], [NO_CONNECTION]])
@@ -338,7 +358,7 @@ def test_a_newer_order_under_the_client_id_is_left_alone(before: list[Answer]) -
     """An order created after the request was never meant: no cancel is sent to it."""
     played = play([*before, NEWER], by_client_id=True, roll=0.999, policy=Policy(backoff_base_ms=5_000))
     assert (played.calls, played.kind) == ([C, Q], "unknown")
-    assert "left alone" in (played.stop.error or "")
+    assert played.stop.error == "the client id belongs to an order created after the request: left alone"
 
 
 @pytest.mark.parametrize("answer", [state(s, created_ms=T0 + 60_000) for s in ("NEW", "CANCELED", "TRIGGERED")])
@@ -348,26 +368,71 @@ def test_no_state_of_a_newer_order_is_reported_as_ours(answer: Reply) -> None:
     assert (played.calls, played.kind) == ([Q], "unknown")
 
 
-@pytest.mark.parametrize(("later_ms", "calls", "kind"), [(0, [Q, C], "cancelled"), (1, [Q], "unknown")])
-def test_an_order_counts_as_newer_beyond_the_grace(later_ms: int, calls: list[str], kind: str) -> None:
-    """Two hosts' clocks may differ by the grace; only what is clearly newer than the request is another order."""
-    created_ms = T0 - 5_000 + CLIENT_ID_GRACE_MS + later_ms
-    played = play([state("NEW", created_ms), OK], by_client_id=True, age_ms=5_000)
-    assert (played.calls, played.kind) == (calls, kind)
+#: Offset of Redis' clock to the exchange's, the order's age at the request, and what is made of it.
+AGES: list[tuple[str, Span | None, int | None, str]] = [
+    ("clocks alike, created before", SAME, 1, "cancelled"),
+    ("clocks alike, created in the same millisecond", SAME, 0, "cancelled"),
+    ("clocks alike, created after", SAME, -1, "an order created after the request"),
+    ("known to 20 ms, clearly before", Span(-10, 10), 10, "cancelled"),
+    ("known to 20 ms, perhaps after", Span(-10, 10), 9, "the clocks are known to 20 ms"),
+    ("known to 20 ms, perhaps before", Span(-10, 10), -10, "the clocks are known to 20 ms"),
+    ("known to 20 ms, clearly after", Span(-10, 10), -11, "an order created after the request"),
+    ("Redis 5 s ahead, created before", Span(4_990, 5_010), 5_010, "cancelled"),
+    ("Redis 5 s ahead, perhaps after", Span(4_990, 5_010), 5_009, "the clocks are known to 20 ms"),
+    ("Redis 5 s ahead, created after", Span(4_990, 5_010), 4_989, "an order created after the request"),
+    ("Redis 5 s behind, created before", Span(-5_010, -4_990), -4_990, "cancelled"),
+    ("Redis 5 s behind, perhaps after", Span(-5_010, -4_990), -4_991, "the clocks are known to 20 ms"),
+    ("Redis 5 s behind, created after", Span(-5_010, -4_990), -5_011, "an order created after the request"),
+    ("not measured, created long before", None, 60_000, "the clocks are not measured"),
+    ("not measured, seems created after", None, -60_000, "the clocks are not measured"),
+    ("no time of creation", SAME, None, "it has no time of creation"),
+]
 
 
-def test_an_order_without_a_time_of_creation_is_left_alone() -> None:
-    """Only an order that is known to be from before the request may be hit through its client id."""
-    played = play([state("NEW", created_ms=None), OK], by_client_id=True, age_ms=5_000)
-    assert (played.calls, played.kind) == ([Q], "unknown")
+@pytest.mark.parametrize(("ahead", "older_ms", "made"), [row[1:] for row in AGES], ids=[row[0] for row in AGES])
+def test_only_an_order_from_before_the_request_is_hit(ahead: Span | None, older_ms: int | None, made: str) -> None:
+    """An order found by client id is cancelled if it is proven to be older, else left alone with a reason."""
+    meant_ms = T0 - 5_000
+    created_ms = None if older_ms is None else meant_ms - older_ms
+    played = play([state("NEW", created_ms), OK], by_client_id=True, age_ms=5_000, ahead=ahead)
+    if made == "cancelled":
+        assert (played.calls, played.kind) == ([Q, C], "cancelled")
+    else:
+        assert (played.calls, played.kind) == ([Q], "unknown")
+        assert made in (played.stop.error or "")
+        assert (played.stop.error or "").endswith(": left alone")
 
 
-def test_a_doubtful_client_id_is_resolved_even_while_fresh() -> None:
-    """An unclear cancel may have freed the client id within the first second already."""
+def _at_the_exchange(shift_ms: int) -> list[list[Answer]]:
+    """Conversations as an exchange has them whose clock is ahead of Redis' by ``shift_ms``."""
+    old, young = state("NEW", T0 - 60_000 + shift_ms), state("NEW", T0 + 300 + shift_ms)
+    return [
+        [OK],
+        [GONE, old, OK],
+        [TIMEOUT, old, OK],
+        [TIMEOUT, young],
+        [OVERLOAD, state("CANCELED", T0 - 60_000 + shift_ms)],
+        [refusal(418, -1003, f"banned until {T0 + 130_000 + shift_ms}."), old, OK],
+    ]
+
+
+@pytest.mark.parametrize("by_client_id", [True, False])
+@pytest.mark.parametrize("shift_ms", [-5_000, 5_000, 3_600_000])
+def test_a_wrong_clock_of_the_exchange_changes_nothing(shift_ms: int, by_client_id: bool) -> None:
+    """Seconds or an hour ahead or behind: while the offset is known, every call, delay and end is the same."""
+    there = _at_the_exchange(shift_ms)
+    for shifted, straight in zip(there, _at_the_exchange(0), strict=True):
+        away = play(shifted, by_client_id=by_client_id, ahead=Span(-shift_ms, -shift_ms))
+        here = play(straight, by_client_id=by_client_id)
+        assert (away.calls, away.delays, away.stop) == (here.calls, here.delays, here.stop)
+
+
+def test_a_tried_client_id_is_resolved_even_while_fresh() -> None:
+    """An unclear cancel may have freed the client id within the first moments already, and a look-up tells its age."""
     case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
-    history = [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + 100)]
-    assert first_step(case, history, POLICY, T0 + 200) == Again(Call.QUERY)
-    assert first_step(case, history[1:], POLICY, T0 + 200) == Again(Call.CANCEL)
+    history = [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + 50)]
+    for tried in (history, history[:1], history[1:]):
+        assert first_step(case, tried, POLICY, T0 + 60) == Again(Call.QUERY)
 
 
 def test_the_last_attempt_resolves_a_client_id_that_grew_old() -> None:
@@ -496,7 +561,7 @@ def test_there_is_a_last_try_only_with_time_for_its_answer(left_ms: int, delay_m
 def test_the_defaults_are_the_documented_ones() -> None:
     """Who sets nothing gets the documented bounds."""
     assert dataclasses.astuple(Policy()) == (25, 100, 15_000, 10_000, 5_000, 300_000)
-    assert (CLIENT_ID_GRACE_MS, LAST_TRY_MS) == (1_000, 1_000)
+    assert (BLIND_CANCEL_MS, LAST_TRY_MS) == (100, 1_000)
 
 
 def test_after_the_last_try_it_gives_up() -> None:
@@ -515,7 +580,7 @@ def test_after_the_last_try_it_gives_up() -> None:
 CASE = Case(by_client_id=False, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
 
 
-def attempt(means: Means, call: Call = Call.CANCEL, at_ms: int = T0, n: int = 1) -> Attempt:
+def attempt(means: Means, call: Call | str = Call.CANCEL, at_ms: int = T0, n: int = 1) -> Attempt:
     """An attempt as the job hash keeps it."""
     return Attempt(n, at_ms, call, None, None, "", means.value, TOOK_MS)
 
@@ -617,6 +682,16 @@ def test_the_last_state_skips_what_shows_none() -> None:
     history = [attempt(Means.OPEN, Call.QUERY), attempt(Means.BUSY), attempt(Means.UNCLEAR)]
     assert last_status(history) == "NEW"
     assert last_status(history[1:]) is None
+    assert last_status([*history, attempt(Means.FINISHED, "query_child")]) == "NEW"
+
+
+def test_a_newer_workers_calls_about_another_order_start_no_horizon() -> None:
+    """That a child order is not known says nothing of its parent."""
+    verdict = classify(Call.QUERY, OrderRef(ALGO_ID), NOT_THERE)
+    missed = attempt(Means.NO_SUCH_ORDER, Call.QUERY, T0 + 20_000)
+    history = [attempt(Means.NO_SUCH_ORDER, "query_child"), attempt(Means.UNCLEAR, "cancel_child"), missed]
+    assert isinstance(next_step(CASE, history, verdict, POLICY, T0 + 20_050, 0.5), Again)
+    assert isinstance(next_step(CASE, [attempt(Means.NO_SUCH_ORDER), missed], verdict, POLICY, T0 + 20_050, 0.5), Stop)
 
 
 # ---- doubt ----------------------------------------------------------------------------------------------------------
@@ -646,6 +721,8 @@ WINDOW_MS = TOOK_MS + POLICY.recv_window_ms + 1_000
             ],
             False,
         ),
+        ([attempt(Means.UNCLEAR, "cancel_child")], False),
+        ([attempt(Means.UNCLEAR), attempt(Means.OPEN, "query_child", T0 + 60_000)], True),
     ],
     ids=[
         "nothing sent",
@@ -659,6 +736,8 @@ WINDOW_MS = TOOK_MS + POLICY.recv_window_ms + 1_000
         "NEW after the cancel's window",
         "NEW before the cancel",
         "NEW twice, the second time after the window",
+        "an unclear call of a newer worker's about another order",
+        "NEW of another order",
     ],
 )
 def test_only_a_query_after_the_window_settles_an_unclear_cancel(history: list[Attempt], doubt: bool) -> None:
@@ -692,18 +771,11 @@ def test_a_settled_cancel_leaves_the_next_refusal_a_refusal() -> None:
         (attempt(Means.CLOCK), Call.CANCEL),
         (attempt(Means.LIMITED), Call.CANCEL),
         (attempt(Means.BLOCKED), Call.CANCEL),
+        (attempt(Means.CONFIRMED, "cancel_child"), Call.QUERY),
+        (attempt(Means.OPEN, "query_child"), Call.QUERY),
     ],
     ids=lambda value: f"{value.call}-{value.verdict}" if isinstance(value, Attempt) else f"then {value}",
 )
 def test_a_query_comes_wherever_a_cancel_would_be_a_guess(last: Attempt, call: Call) -> None:
     """What is asked next hangs on whether the order's state is known well enough to cancel."""
-    assert call_for(CASE, [last], POLICY, T0 + 100) is call
-
-
-def test_a_verdict_of_a_newer_version_is_read_as_unclear() -> None:
-    """An attempt whose verdict this version does not know may have worked: it is in doubt until a query settles it."""
-    attempt = Attempt(1, 1_750_485_492_076, Call.CANCEL, 200, 200, "", "brand_new", 5)
-
-    history = as_known([attempt])
-
-    assert in_doubt(history, Policy())
+    assert call_for(CASE, [last], T0 + 100) is call
