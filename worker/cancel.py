@@ -52,6 +52,8 @@ from worker.signing import Credential
 from worker.store import Done, Lease, Release, Retry, Row
 
 _NS_PER_MS = 1_000_000
+#: When to look again whether the exchange tells its time, ms.
+_UNMEASURED_MS = 1_000
 #: Stands for a history that was too large to be read.
 _TOO_LARGE = b"?"
 
@@ -230,7 +232,10 @@ class Canceller:
         return Retry(job.lease, tuple(job.history), delay_ms, job.pin())
 
     async def _held_back_ms(self, job: _Job, step: Again) -> int:
-        """How long the request has to wait for its key or for the budget, ms; it is no attempt. 0: it may go."""
+        """How long the request has to wait for its key, for the budget or for the exchange's time, ms; 0: it may go.
+
+        It is no attempt.
+        """
         now_ms, account = self._now_ms(), job.request.account
         wait_ms = 0
         if not self._gate.allows(step.call, self._exchange.last_used_weight()):
@@ -238,8 +243,17 @@ class Canceller:
         elif self._keys.reason(account) is not None:
             until_ms = await self._keys.wait_until_ms(account, job.lease.key)
             wait_ms = max(until_ms - now_ms, 1) if until_ms > 0 else 0
+        if wait_ms == 0 and step.call is Call.QUERY and job.algo_id is None and not await self._knows_the_time():
+            wait_ms = _UNMEASURED_MS
         # At its deadline at the latest it is looked at again, to be ended.
         return min(wait_ms, max(job.lease.deadline_at_ms - now_ms, 1))
+
+    async def _knows_the_time(self) -> bool:
+        """Whether what the exchange dates can be compared with the request: an order found by its client id must be."""
+        if self._ahead() is None:
+            await self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
+            await self.heed_refusal()
+        return self._ahead() is not None
 
     def _with_key_reason(self, job: _Job, stop: Stop) -> Stop:
         """A request that its key kept waiting until the deadline was refused, for that reason."""

@@ -132,8 +132,8 @@ class CancelWorker(BaseWorker):
         is_away = False
         while not self._stop.is_set():
             try:
-                await in_daemon_thread(self._register, "register")
-                await self._engine.beat(None)
+                await self._unless_stopped(in_daemon_thread(self._register, "register"))
+                await self._unless_stopped(self._engine.beat(None))
             except redis.AuthenticationError:
                 raise
             except (redis.ConnectionError, redis.TimeoutError) as error:
@@ -142,9 +142,9 @@ class CancelWorker(BaseWorker):
                 is_away = True
                 await self._wait(_LOOK_S)
                 continue
-            if is_away:
+            if is_away and not self._stop.is_set():
                 log.info("redis", state="back")
-            return True
+            return not self._stop.is_set()
         return False
 
     def _register(self) -> None:
@@ -159,8 +159,8 @@ class CancelWorker(BaseWorker):
     async def _meet_exchange(self) -> None:
         """Measure its clock and learn its limit, unless nothing may be sent now."""
         if not self._gate.closed(self._store.clock.now_ms()):
-            await self._exchange.sync_time()
-            await self._learn_weight_limit()
+            await self._unless_stopped(self._exchange.sync_time())
+            await self._unless_stopped(self._learn_weight_limit())
             await self._canceller.heed_refusal()
 
     def _tell_start(self) -> None:
@@ -204,6 +204,16 @@ class CancelWorker(BaseWorker):
             return await self._rest.ask(self._store.is_drained)
         except redis.RedisError:
             return False
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, object]) -> None:
+        """Wait for something, but not beyond a stop."""
+        doing, stop = asyncio.create_task(work), asyncio.create_task(self._woken.wait())
+        await asyncio.wait({doing, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if doing.done():
+            doing.result()
+        else:
+            doing.cancel()
 
     async def _wait(self, seconds: float) -> None:
         """Wait, but not beyond a stop."""
