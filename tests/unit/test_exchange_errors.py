@@ -232,8 +232,8 @@ def test_alarm_shows_nothing_of_what_was_handled(credential: Credential, monkeyp
 
     alarm = JobTimeoutException("Task exceeded maximum timeout value (1 seconds)")
     client = Client("requests", "http://127.0.0.1:9", ServerClock(), {"recv_window_ms": 3_000})
-    with monkeypatch.context() as patch, pytest.raises(JobTimeoutException) as caught:
-        patch.setattr(requests.Session, "send", send)
+    monkeypatch.setattr(requests.Session, "send", send)
+    with pytest.raises(JobTimeoutException) as caught:
         client.cancel(credential)
     client.close()
     assert caught.value is alarm
