@@ -34,6 +34,8 @@ _READ_SIZE = 16 * 1024
 #: what has come, a second delivers it, TLS within TLS needs a third. A loop that stood still is no silence.
 _LAST_LOOKS = 3
 
+#: Why a request was not written: its new connection had ended, or something else than an answer had come.
+_NOT_SENT = "not sent: ConnectionResetError"
 #: The host's clock for idle times, s: one that goes on while the host sleeps, where there is one.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -316,15 +318,21 @@ class _Pool:
 
     async def _open(self, opening: Opening, ends_at_s: float) -> None:
         connection = _Connection(asyncio.get_running_loop(), self._buffer, self.forget)
+        failed: str | None
         try:
             async with asyncio.timeout_at(ends_at_s):
                 await opening.connect(connection, connection.attach)
         except TunnelRefused as refused:
-            self._answer_first(Failed(False, f"{opening.phase}: {refused.status}"))
+            failed = f"{opening.phase}: {refused.status}"
         except Exception as error:  # noqa: BLE001 - the call that waits for it must hear of it
-            self._answer_first(Failed(False, named(opening.phase, error)))
+            failed = named(opening.phase, error)
         else:
+            # One that ended at once is a failure too: opened again and again, it would be a flood.
+            failed = _NOT_SENT if connection.spoilt else None
+        if failed is None:
             self.give_back_unused(connection)
+        else:
+            self._answer_first(Failed(False, failed))
 
 
 class AsyncioTransport:
@@ -352,7 +360,7 @@ class AsyncioTransport:
             connection = came
             if loop.time() >= ends_at_s or connection.spoilt:
                 self._pool.give_back_unused(connection)
-                return Failed(False, f"not sent: {'ConnectionResetError' if connection.spoilt else 'TimeoutError'}")
+                return Failed(False, _NOT_SENT if connection.spoilt else "not sent: TimeoutError")
         asked = self._ask(connection, make, ends_at_s)
         if not isinstance(asked, asyncio.Future):
             return asked

@@ -114,6 +114,7 @@ def test_unasked_answer_is_not_taken_for_the_next(
         while peer.read_head():
             peer.send(http_answer() + (b"" if late else unasked))
             if late:
+                time.sleep(0.1)  # the answer has been read by then
                 peer.send(unasked)
             sent.set()
 
