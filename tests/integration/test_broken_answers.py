@@ -294,6 +294,7 @@ def test_coded_answer_is_decoded(
         ("br", DONE),
         ("gzip, gzip", gzip.compress(gzip.compress(DONE))),
     ],
+    ids=["plain", "cut", "more", "two", "garbage", "unknown", "twice"],
 )
 def test_answer_that_cannot_be_decoded_proves_nothing(
     bench: Bench, credential: Credential, coding: str, body: bytes
