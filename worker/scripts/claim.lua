@@ -113,7 +113,7 @@ local function free_state(id)
     start_run(id, s)
     local damaged = s.damaged
     s = read(id)
-    s.damaged = damaged
+    s.was_damaged = damaged -- it is written anew, and yet nobody knows what stood there
   end
   if is_held(id, s) then return nil, 'held' end
   if s.lease then
@@ -138,7 +138,8 @@ end
 
 local function fault_of(s, data, attempts, pin)
   if is_recalled(s) then return 'recalled ' .. s.status end
-  if s.damaged then return 'number ' .. s.damaged[1] end
+  local damaged = s.damaged or s.was_damaged
+  if damaged then return 'number ' .. damaged[1] end
   if not data then return 'size data' end
   if not attempts then return 'size c_attempts' end
   return pin and '' or 'size c_pin'
