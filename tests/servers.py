@@ -21,7 +21,7 @@ from typing import IO, Any, Self
 
 import redis
 
-from producer.keys import Keys
+from producer.keys import Band, Keys
 from producer.message import Outcome, decode_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,6 +233,10 @@ class Peek:
     def waiting(self) -> list[str]:
         """The ids on the queue, first one first."""
         return list(self("LRANGE", self.keys.waiting, 0, -1))
+
+    def held(self) -> list[str]:
+        """The ids of jobs in somebody's hand, by the end of their leases."""
+        return list(self("ZRANGE", self.keys.unfinished, 0, f"({Band.WAITING}", "BYSCORE"))
 
     def ledger(self) -> list[Outcome]:
         """All outcomes, oldest first."""
