@@ -159,16 +159,26 @@ class Workers:
         self.environment = dict(environment)
         self.all: list[Worker] = []
 
-    def start(self, *arguments: str, command: tuple[str, ...] = (), wait: bool = True, **environment: str) -> Worker:
-        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it)."""
+    def start(
+        self,
+        *arguments: str,
+        command: tuple[str, ...] = (),
+        wait: bool = True,
+        stdout: int | None = None,
+        **environment: str,
+    ) -> Worker:
+        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it).
+
+        What it prints goes to its log, or to the descriptor ``stdout`` and its errors alone to the log.
+        """
         log = self._directory / f"worker-{len(self.all)}.log"
         file = log.open("wb")
         process = subprocess.Popen(
             [*(command or (sys.executable, "-m", "worker")), *arguments],
             cwd=ROOT,
             env=scrubbed() | self.environment | environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
+            stdout=file if stdout is None else stdout,
+            stderr=file,
             start_new_session=True,
         )
         worker = Worker(process, log, file)
