@@ -186,6 +186,7 @@ end
 local function try(id, only_overdue)
   if #id > MAX_ID_BYTES then
     drop(id)
+    redis.call('ZREM', UNFINISHED, id)
     return 'gone'
   end
   local is_fine, why = pcall(try_one, id, only_overdue)
