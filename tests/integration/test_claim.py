@@ -17,9 +17,7 @@ from producer.message import TASK, OutcomeKind, decode_attempts, decode_call, en
 from tests.holders import (
     DEAD,
     DEADLINE_MS,
-    OVERLOOKED_MS,
     OpenHolder,
-    age,
     back,
     band,
     ended,

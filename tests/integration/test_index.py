@@ -169,6 +169,23 @@ def test_an_entry_of_such_a_job_does_not_give_it_away(
     assert holder.complete(ended(lease)) == [1]
 
 
+@pytest.mark.parametrize("wrong", [Band.RETRY, Band.WAITING])
+def test_a_held_job_in_a_wrong_place_of_the_index(
+    wrong: Band, client: CancelClient, open_holder: OpenHolder, peek: Peek
+) -> None:
+    """A dead worker's job that the index has among waiting or scheduled ones is taken over a lease later, not before."""
+    (ticket,) = orders(client, 1)
+    open_holder("dead").claim()
+    peek("ZADD", peek.keys.unfinished, int(wrong) + peek.now_ms() - OVERLOOKED_MS - 1, ticket.id)
+    other = open_holder("other", lease_ms=100)
+
+    assert other.claim() == []
+
+    assert band(peek, ticket.id) is Band.HELD
+    time.sleep(0.11)
+    assert ids(other.claim()) == [ticket.id]
+
+
 def test_a_scheduled_job_that_the_index_forgot_is_found(
     client: CancelClient, open_holder: OpenHolder, peek: Peek
 ) -> None:

@@ -16,6 +16,11 @@ local RQ_GRACE_S = 3600 -- RQ's clean-up may take a job for abandoned only this 
 local dropped = {}
 local function drop(what) if #dropped < 20 then dropped[#dropped + 1] = string.sub(what, 1, MAX_ID_BYTES) end end
 
+local function is_id(id)
+  if #id > MAX_ID_BYTES then drop(id) end
+  return #id <= MAX_ID_BYTES
+end
+
 own(WAITING, 'list')
 own(CLAIMING, 'list')
 own(UNFINISHED, 'zset')
@@ -62,7 +67,7 @@ local function bring_back_lost()
   local ids = redis.call('ZRANGEBYSCORE', UNFINISHED, '-inf', text(now_ms), 'LIMIT', 0, STEP)
   for i = #ids, 1, -1 do
     local id = ids[i]
-    local s = read(id)
+    local s = is_id(id) and read(id)
     if s and s.lease then lose(id, s) end
     if s and not s.done then
       redis.call('HSET', JOB_PREFIX .. id, 'status', is_recalled(s) and s.status or 'queued')
@@ -77,14 +82,16 @@ local function bring_back_due()
   local ids = redis.call('ZRANGEBYSCORE', UNFINISHED, RETRY_BAND, RETRY_BAND + now_ms, 'LIMIT', 0, STEP)
   for i = #ids, 1, -1 do
     local id = ids[i]
-    local s = read(id)
+    local s = is_id(id) and read(id)
     redis.call('ZREM', SCHEDULED, id)
-    if s and not s.done and not s.lease then
+    if not s or s.done then
+      redis.call('ZREM', UNFINISHED, id)
+    elseif s.lease then
+      redis.call('ZADD', UNFINISHED, now_ms + LEASE_MS, id)
+    else
       if not is_recalled(s) then redis.call('HSET', JOB_PREFIX .. id, 'status', 'queued') end
       redis.call('HDEL', JOB_PREFIX .. id, 'c_due_at_ms')
       to_front(id)
-    elseif not (s and s.lease and not s.done) then
-      redis.call('ZREM', UNFINISHED, id)
     end
   end
 end
@@ -184,8 +191,7 @@ end
 
 -- What is wrong with one job must not cost those that were taken off the list with it.
 local function try(id, only_overdue)
-  if #id > MAX_ID_BYTES then
-    drop(id)
+  if not is_id(id) then
     redis.call('ZREM', UNFINISHED, id)
     return 'gone'
   end
