@@ -1,17 +1,40 @@
-"""Fixtures of the tests that drive the exchange client against little servers, and of those with worker processes."""
+"""Fixtures of the tests that drive scripts, worker processes, or the exchange client against little servers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
+from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
 from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import API_KEY, SECRET, WAYS, Bench
 from worker.signing import Credential
+
+
+@pytest.fixture
+def peek(connection: redis.Redis) -> Peek:
+    """A look at the queue's keys."""
+    return Peek(connection)
+
+
+@pytest.fixture
+def open_holder(valkey: Valkey) -> Iterator[OpenHolder]:
+    """Makes holders of jobs."""
+    holders: list[Holder] = []
+
+    def make(name: str = "w", *, lease_ms: int = 60_000, **options: Any) -> Holder:
+        port = options.pop("port", valkey.port)
+        holders.append(Holder(port, name, lease_ms=lease_ms, **options))
+        return holders[-1]
+
+    yield make
+    for holder in holders:
+        holder.close()
 
 
 @pytest.fixture(params=WAYS)
