@@ -11,6 +11,7 @@ local holder, slots, only = ARGV[1], tonumber(ARGV[2]), ARGV[8]
 local STEP = 100 -- entries of one kind brought back in one call: the server must not stand still
 local SWEEP = 500 -- waiting jobs looked at in one call during a pause
 local OVERLOOKED_MS = 5000 -- a job that waits so long while the queue is empty stands in no list
+local OLD_STEP_MS = 60000 -- the time-out that the version before gave its jobs
 local RQ_GRACE_S = 3600 -- RQ's clean-up may take a job for abandoned only this long after its deadline
 
 local dropped = {}
@@ -108,6 +109,7 @@ local function free_state(id)
   if s.done then
     if not is_requeued(id, s) then
       redis.call('ZREM', UNFINISHED, id)
+      put_right(id, s)
       return nil, 'settled'
     end
     start_run(id, s)
@@ -120,7 +122,13 @@ local function free_state(id)
     if ARGV[5] ~= '1' then return nil, 'held' end
     lose(id, s)
   elseif s.open_at then
-    note_lost_attempt(id, tonumber(s.open_at)) -- a stock worker of the version before began it
+    -- A stock worker of the version before began it; it took no lease, and is at it for as long as RQ lets it.
+    local ends_ms = tonumber(s.open_at) + OLD_STEP_MS
+    if s.status == 'started' and ends_ms > now_ms then
+      redis.call('ZADD', UNFINISHED, ends_ms, id)
+      return nil, 'held'
+    end
+    note_lost_attempt(id, tonumber(s.open_at))
   end
   local due_ms = due_at(id, s)
   if due_ms and due_ms > now_ms and not is_recalled(s) then
@@ -161,6 +169,7 @@ local function lease(id, s, deadline_ms)
   if not s.run then add(new, 'c_run', '1') end
   redis.call('HSET', job, unpack(new))
   redis.call('PERSIST', job)
+  if is_recalled(s) then redis.pcall('ZREM', CANCELED, id) end
   if s.due_at then redis.call('HDEL', job, 'c_due_at_ms') end
   if s.due_at or s.status == 'scheduled' then add(unscheduled, id) end
   add(leases, now_ms + LEASE_MS, id)
@@ -228,25 +237,16 @@ local function give_overlooked(share, waited_ms)
   end
 end
 
--- RQ's popping says `started` of a job that has ended, and that it never ends.
-local function put_right(id, why)
-  if why == 'settled' then
-    local is_failed = FAILED_KINDS[kind_of(id, read(id))]
-    local life_s = is_failed and FAILURE_TTL_S or RESULT_TTL_S
-    redis.call('HSET', JOB_PREFIX .. id, 'status', is_failed and 'failed' or 'finished')
-    redis.call('EXPIRE', JOB_PREFIX .. id, life_s)
-    if not is_failed then own(FINISHED, 'zset') end
-    redis.call('ZADD', is_failed and FAILED or FINISHED, 'NX', math.floor(now_s) + life_s, id)
-  elseif string.find(why, '^scheduled') then
-    redis.call('HSET', JOB_PREFIX .. id, 'status', 'scheduled')
-    redis.call('ZADD', SCHEDULED, 'NX', string.format('%.6f', due_at(id, read(id)) / 1000), id)
-  end
+-- RQ's popping says `started` of a job that waits for its next try.
+local function put_back_in_schedule(id)
+  redis.call('HSET', JOB_PREFIX .. id, 'status', 'scheduled')
+  redis.call('ZADD', SCHEDULED, 'NX', string.format('%.6f', due_at(id, read(id)) / 1000), id)
 end
 
 local closed_until_ms, suspended, why = closed_until(), redis.call('EXISTS', SUSPENDED), ''
 if only ~= '' then
   why = try(only, closed_until_ms > 0)
-  put_right(only, why)
+  if string.find(why, '^scheduled') then put_back_in_schedule(only) end
 else
   empty_claiming()
   -- After a pause of the server or the network this may run long after it was sent: what it gave, nobody would take.
