@@ -112,6 +112,11 @@ class Keys:
         return f"{self.rq}:failed:{self.queue}"
 
     @property
+    def canceled(self) -> str:
+        """CanceledJobRegistry: id scored by when a person took the job back, in seconds."""
+        return f"{self.rq}:canceled:{self.queue}"
+
+    @property
     def result_prefix(self) -> str:
         """RQ's result streams, followed by the id."""
         return f"{self.rq}:results:"

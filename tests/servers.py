@@ -152,10 +152,11 @@ class Worker:
 
 
 class Workers:
-    """Starts worker processes with a scrubbed environment and ends all of them."""
+    """Starts worker processes with a scrubbed environment and ends all of them; ``root``: where their code is."""
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, environment: Mapping[str, str], root: Path = ROOT) -> None:
         self._directory = directory
+        self._root = root
         self.environment = dict(environment)
         self.all: list[Worker] = []
 
@@ -175,7 +176,7 @@ class Workers:
         file = log.open("wb")
         process = subprocess.Popen(
             [*(command or (sys.executable, "-m", "worker")), *arguments],
-            cwd=ROOT,
+            cwd=self._root,
             env=scrubbed() | self.environment | environment,
             stdout=file if stdout is None else stdout,
             stderr=file,

@@ -198,6 +198,7 @@ class Store:
             "CLAIMING": keys.claiming,
             "STARTED": keys.started,
             "FINISHED": keys.finished,
+            "CANCELED": keys.canceled,
             "SUSPENDED": keys.suspended,
             "INTERMEDIATE": keys.intermediate,
             "WORKERS": keys.workers,
