@@ -10,6 +10,7 @@
 local STEP = 100 -- entries of one kind brought back in one call: the server must not stand still
 local SWEEP = 500 -- waiting jobs looked at in one call during a pause
 local OVERLOOKED_MS = 5000 -- a job that waits so long while the queue is empty stands in no list
+local OLD_STEP_MS = 60000 -- the time-out that the version before gave its jobs
 local RQ_GRACE_S = 3600 -- RQ's clean-up may take a job for abandoned only this long after its deadline
 local slots, only = tonumber(ARGV[2]), ARGV[9]
 local out = {number = tonumber(ARGV[4]), lease_ends = text(now.ms + LEASE_MS), dropped = 0, rows = {}, leases = {},
@@ -18,6 +19,11 @@ local out = {number = tonumber(ARGV[4]), lease_ends = text(now.ms + LEASE_MS), d
 function job.drop(what)
   if out.dropped < 20 then set_aside[#set_aside + 1] = string.sub(what, 1, MAX_ID_BYTES) end
   out.dropped = out.dropped + 1
+end
+
+function job.is_id(id)
+  if #id > MAX_ID_BYTES then job.drop(id) end
+  return #id <= MAX_ID_BYTES
 end
 
 -- Back to where any claim finds it, before all others.
@@ -49,7 +55,7 @@ function job.bring_back_lost()
   local ids = on('ZRANGEBYSCORE', UNFINISHED, '-inf', now.text, 'LIMIT', '0', STEP)
   for i = #ids, 1, -1 do
     local id = ids[i]
-    local s = job.read(id)
+    local s = job.is_id(id) and job.read(id)
     if s and s.lease then job.lose(id, s) end
     if s and not s.done then
       redis.call('HSET', JOB_PREFIX .. id, 'status', job.is_recalled(s) and s.status or 'queued')
@@ -64,7 +70,7 @@ function job.bring_back_due()
   local ids = on('ZRANGEBYSCORE', UNFINISHED, text(RETRY_BAND), text(RETRY_BAND + now.ms), 'LIMIT', '0', STEP)
   for i = #ids, 1, -1 do
     local id = ids[i]
-    local s = job.read(id)
+    local s = job.is_id(id) and job.read(id)
     on('ZREM', SCHEDULED, id)
     if s and s.lease and not s.done then
       on('ZADD', UNFINISHED, out.lease_ends, id)
@@ -92,20 +98,27 @@ function job.free_state(id)
   local s = job.read(id)
   if not s or (s.done and not job.is_requeued(id, s)) then
     on('ZREM', UNFINISHED, id)
+    if s then job.put_right(id, s) end
     return nil, s and 'settled' or 'gone'
   end
   if s.done then
     job.start_run(id, s)
     local damaged = s.damaged
     s = job.read(id)
-    s.damaged = damaged
+    s.was_damaged = damaged -- it is written anew, and yet nobody knows what stood there
   end
   if job.is_held(id, s) then return nil, 'held' end
   if s.lease then
     if ARGV[6] ~= '1' then return nil, 'held' end
     job.lose(id, s)
   elseif s.open_at then
-    job.note_lost_attempt(id, tonumber(s.open_at)) -- a stock worker of the version before began it
+    -- A stock worker of the version before began it; it took no lease, and is at it for as long as RQ lets it.
+    local ends_ms = tonumber(s.open_at) + OLD_STEP_MS
+    if s.status == 'started' and ends_ms > now.ms then
+      on('ZADD', UNFINISHED, text(ends_ms), id)
+      return nil, 'held'
+    end
+    job.note_lost_attempt(id, tonumber(s.open_at))
   end
   local due_ms = (s.due_at or s.status == 'scheduled') and job.due_at(id, s)
   if due_ms and due_ms > now.ms and not job.is_recalled(s) then
@@ -124,7 +137,8 @@ end
 
 function job.fault_of(s, data, attempts, pin)
   if job.is_recalled(s) then return 'recalled ' .. s.status end
-  if s.damaged then return 'number ' .. s.damaged[1] end
+  local damaged = s.damaged or s.was_damaged
+  if damaged then return 'number ' .. damaged[1] end
   if not data then return 'size data' end
   if not attempts then return 'size c_attempts' end
   return pin and '' or 'size c_pin'
@@ -133,6 +147,7 @@ end
 -- What the request lacks, or has too much of, before it is leased.
 function job.put_in_order(key, id, s)
   if s.damaged then redis.call('HDEL', key, unpack(s.damaged)) end
+  if job.is_recalled(s) then on('ZREM', CANCELED, id) end
   if s.due_at then redis.call('HDEL', key, 'c_due_at_ms') end
   if s.due_at or s.status == 'scheduled' then out.unscheduled[#out.unscheduled + 1] = id end
   if not s.enqueued_at then
@@ -173,8 +188,8 @@ end
 
 -- What is wrong with one job must not cost those that were taken off the list with it.
 function job.try_safely(id, only_overdue)
-  if #id > MAX_ID_BYTES then
-    job.drop(id)
+  if not job.is_id(id) then
+    on('ZREM', UNFINISHED, id)
     return 'gone'
   end
   local is_fine, why = pcall(job.try, id, only_overdue)
@@ -231,25 +246,17 @@ function job.give_overlooked(share, waited_ms)
   for _, id in ipairs(ids) do job.try_safely(id, false) end
 end
 
--- RQ's popping says `started` of a job that has ended, and that it never ends.
-function job.put_right(id, why)
-  if why == 'settled' then
-    local is_failed = FAILED_KINDS[job.kind_of(id, job.read(id))]
-    local life_s = is_failed and FAILURE_TTL_S or RESULT_TTL_S
-    redis.call('HSET', JOB_PREFIX .. id, 'status', is_failed and 'failed' or 'finished')
-    redis.call('EXPIRE', JOB_PREFIX .. id, life_s)
-    on('ZADD', is_failed and FAILED or FINISHED, 'NX', text(now.s + life_s), id)
-  elseif string.find(why, '^scheduled') then
-    redis.call('HSET', JOB_PREFIX .. id, 'status', 'scheduled')
-    on('ZADD', SCHEDULED, 'NX', now.seconds(job.due_at(id, job.read(id))), id)
-  end
+-- RQ's popping says `started` of a job that waits for its next try.
+function job.put_back_in_schedule(id)
+  redis.call('HSET', JOB_PREFIX .. id, 'status', 'scheduled')
+  on('ZADD', SCHEDULED, 'NX', now.seconds(job.due_at(id, job.read(id))), id)
 end
 
 local closed_until_ms, suspended, why = job.closed_until(), redis.call('EXISTS', SUSPENDED), ''
 if only ~= '' then
   job.first_write()
   why = job.try_safely(only, closed_until_ms > 0)
-  job.put_right(only, why)
+  if string.find(why, '^scheduled') then job.put_back_in_schedule(only) end
 else
   local moved, gives_up_at_ms = job.moved(), tonumber(ARGV[8])
   if gives_up_at_ms > 0 and now.ms >= gives_up_at_ms then
