@@ -116,7 +116,7 @@ class AsyncCancelClient:
         return await self.converse(self._wire.outcome(job_id))
 
     async def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000."""
+        """Those outcomes of ``job_ids`` that are there, by id; see :meth:`CancelClient.outcomes_of`."""
         return await self.converse(self._wire.outcomes_of(job_ids))
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> AsyncIterator[tuple[str, Outcome]]:

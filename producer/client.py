@@ -185,7 +185,7 @@ class CancelClient:
         return self.converse(self._wire.outcome(job_id))
 
     def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000."""
+        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000, two where some failed."""
         return self.converse(self._wire.outcomes_of(job_ids))
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> Iterator[tuple[str, Outcome]]:

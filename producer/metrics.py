@@ -302,7 +302,12 @@ def gauges(status: Status, account: Labels) -> Iterator[Metric]:
     """One look at the queue for Prometheus. Series of keys are there while the key is refused."""
     queue = status.queue
     yield _gauge("queue_depth", "Requests that wait for a worker.", queue, status.queued)
-    yield _gauge("queue_latency_seconds", "Age of the oldest; 0: none waits.", queue, status.oldest_queued_s or 0)
+    yield _gauge(
+        "queue_latency_seconds",
+        "For how long the oldest has waited; 0: none waits.",
+        queue,
+        status.oldest_queued_s or 0,
+    )
     yield _gauge("in_flight", "Requests that a worker holds.", queue, status.in_flight)
     words = "Requests whose lease ran out, because their worker died or was cut off: to be taken over."
     yield _gauge("expired_leases", words, queue, status.to_be_taken_over)

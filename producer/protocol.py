@@ -25,7 +25,7 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 
-from producer.keys import ENDLESS_RETRIES, FAILURE_TTL_S, RESULT_TTL_S, Keys, Script
+from producer.keys import ENDLESS_RETRIES, FAILURE_TTL_S, RESULT_TTL_S, JobField, Keys, Script
 from producer.message import (
     TASK,
     CancelRequest,
@@ -60,6 +60,9 @@ _DURABLE_MS = 1500
 _LATENESS_MS = 250
 #: What a stock RQ worker allows one step, s: connect, send, answer, and a query after it.
 _STEP_TIMEOUT_S = 60
+
+#: RQ's status of a job that goes on only if somebody puts it back.
+_ENDED = frozenset({JobStatus.FINISHED, JobStatus.FAILED, JobStatus.CANCELED, JobStatus.STOPPED})
 
 _STREAM_ID = re.compile(r"\$|[0-9]{1,20}(-[0-9]{1,20})?")
 _ERROR_CODE = re.compile(r"[A-Z]{3,}\b")
@@ -260,17 +263,31 @@ class Wire:
     def outcome(self, job_id: str) -> Conversation[Outcome | None]:
         """One outcome, or None while there is none."""
         (record,) = good((yield Calls(("GET",), [lambda: (self.keys.outcome_prefix + job_id,)])))
-        return None if record is None else decode_outcome(record)
+        found = {} if record is None else {job_id: decode_outcome(record)}
+        yield from self._without_requeued(found)
+        return found.get(job_id)
 
     def outcomes_of(self, job_ids: Iterable[str]) -> Conversation[dict[str, Outcome]]:
-        """Those outcomes that are there, one round trip for each :data:`CHUNK` ids."""
+        """Those outcomes that are there: one round trip for each :data:`CHUNK` ids, two where some have failed."""
         found: dict[str, Outcome] = {}
         for page in pages(list(job_ids)):
             (records,) = good((yield [("MGET", *(self.keys.outcome_prefix + job_id for job_id in page))]))
-            for job_id, record in zip(page, records, strict=True):
-                if record is not None:
-                    found[job_id] = decode_outcome(record)
+            ended = zip(page, records, strict=True)
+            read = {job_id: decode_outcome(record) for job_id, record in ended if record is not None}
+            yield from self._without_requeued(read)
+            found |= read
         return found
+
+    def _without_requeued(self, found: dict[str, Outcome]) -> Conversation[None]:
+        """Take out what has no outcome yet: a failed request that RQ has put back belongs to its next run, though the
+        earlier one's record stands until a worker or another request comes by."""
+        failed = [job_id for job_id, outcome in found.items() if outcome.kind.failed]
+        if not failed:
+            return
+        answers = yield [command for job_id in failed for command in requeue_commands(self.keys, job_id)]
+        for job_id, state, score in zip(failed, answers[::2], answers[1::2], strict=True):
+            if is_requeued(state, score):
+                del found[job_id]
 
     def newest(self) -> Conversation[str]:
         """The ledger's newest entry."""
@@ -336,6 +353,20 @@ class Wire:
 def _stamp() -> str:
     """Now as rq.utils.utcformat writes it, which takes three times as long."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def requeue_commands(keys: Keys, job_id: str) -> tuple[Command, Command]:
+    """What :func:`is_requeued` has to know of a request that has failed."""
+    return ("HMGET", keys.job_prefix + job_id, "status", JobField.DONE), ("ZSCORE", keys.failed, job_id)
+
+
+def is_requeued(state: Any, score: Any) -> bool:
+    """Whether RQ has put a failed job back, as `producer/scripts/job.lua` has it: its entry has left the registry of
+    failed ones. A copy that RQ saved late over an ended job has not."""
+    if isinstance(state, Exception) or score is not None:
+        return False
+    status, done = state
+    return done is not None and (status is None or text(status) not in _ENDED)
 
 
 def timeout_of(options: Mapping[str, Any]) -> float | None:

@@ -21,7 +21,7 @@ from typing import IO, Any, Self
 
 import redis
 
-from producer.keys import Keys
+from producer.keys import Band, Keys
 from producer.message import Outcome, decode_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,16 +160,26 @@ class Workers:
         self.environment = dict(environment)
         self.all: list[Worker] = []
 
-    def start(self, *arguments: str, command: tuple[str, ...] = (), wait: bool = True, **environment: str) -> Worker:
-        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it)."""
+    def start(
+        self,
+        *arguments: str,
+        command: tuple[str, ...] = (),
+        wait: bool = True,
+        stdout: int | None = None,
+        **environment: str,
+    ) -> Worker:
+        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it).
+
+        What it prints goes to its log, or to the descriptor ``stdout`` and its errors alone to the log.
+        """
         log = self._directory / f"worker-{len(self.all)}.log"
         file = log.open("wb")
         process = subprocess.Popen(
             [*(command or (sys.executable, "-m", "worker")), *arguments],
             cwd=self._root,
             env=scrubbed() | self.environment | environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
+            stdout=file if stdout is None else stdout,
+            stderr=file,
             start_new_session=True,
         )
         worker = Worker(process, log, file)
@@ -234,6 +244,10 @@ class Peek:
     def waiting(self) -> list[str]:
         """The ids on the queue, first one first."""
         return list(self("LRANGE", self.keys.waiting, 0, -1))
+
+    def held(self) -> list[str]:
+        """The ids of jobs in somebody's hand, by the end of their leases."""
+        return list(self("ZRANGE", self.keys.unfinished, 0, f"({Band.WAITING}", "BYSCORE"))
 
     def ledger(self) -> list[Outcome]:
         """All outcomes, oldest first."""

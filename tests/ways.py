@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 from producer.message import Call
 from tests.loopback import Behaviour, Server
+from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock
 from worker.exchange import Answer, Exchange
 from worker.signing import Credential
 from worker.transport import Route
 from worker.transport_asyncio import AsyncioTransport
 from worker.transport_requests import RequestsTransport
-from worker.classify import Failure, OrderRef, Reply
 
 __all__ = [
     "API_KEY",

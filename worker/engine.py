@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _NS_PER_S = 1_000_000_000
 #: While the gate is closed or RQ suspended, the queue is looked at this often, s, without waiting at it; a queue that
 #: is never empty is looked at as often for jobs that stand in no list.
 _LOOK_S = 1.0
+#: Others' retries, and the jobs of the dead, are looked for this often, s, at the most.
+_BRING_BACK_S = 0.1
 #: ... and the ramp behind a closed gate this often.
 _RAMP_LOOK_S = 0.1
 #: As many jobs are claimed ahead as were ended in this time, s: about so many slots will be free when the claim is
@@ -89,7 +92,7 @@ class Engine:
         self._ended_at_ns: deque[int] = deque(maxlen=max(size // _AHEAD_PART, 1))
         self._claims_out = 0
         self._retries = 0  # that are due later
-        self._looked_closely_ns = 0
+        self._brought_back_ns = self._looked_closely_ns = 0
         self._renewed_ns = 0
         self._outbox: deque[Row] = deque()
         self._room_changed, self._due, self._to_complete = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -263,10 +266,20 @@ class Engine:
         look_closely = now_ns >= self._looked_closely_ns + _LOOK_S * _NS_PER_S
         if look_closely:
             self._looked_closely_ns = now_ns
+        bring_back = link is self._rest or now_ns >= self._brought_back_ns + _BRING_BACK_S * _NS_PER_S
+        if bring_back:
+            self._brought_back_ns = now_ns
         self._claims_out += 1
         try:
             claimed = await link.ask(
-                lambda: self._store.claim(max(slots, 1), wait=wait, take_lost=may_take_lost, look_closely=look_closely)
+                partial(
+                    self._store.claim,
+                    max(slots, 1),
+                    wait=wait,
+                    bring_back=bring_back,
+                    take_lost=may_take_lost,
+                    look_closely=look_closely,
+                )
             )
             self._worked()
             self._take(claimed)

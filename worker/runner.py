@@ -24,6 +24,7 @@ from worker.daemon import WorkerLoop, in_daemon_thread
 from worker.engine import Engine, where
 from worker.redis_link import connect_like, open_link, trouble
 from worker.settings import Settings
+from worker.store import ANSWER_WITHIN_S
 from worker.watchdog import Watchdog
 from worker.wiring import lease_of, open_canceller, open_exchange, open_redis, open_store
 
@@ -38,6 +39,8 @@ _LOOK_S = 1.0
 _WARM_S = 25.0
 #: How often registries and RQ's lists are tidied, s; sooner while a round through a long queue is not over.
 _TIDY_S = 10.0
+#: How long RQ's thread for commands listens at a time, s.
+_LISTEN_S = 60
 #: What of the grace is kept for leaving RQ's registries, and of that for the interpreter's end, s.
 _FAREWELL_S, _END_S = 3.0, 1.0
 #: A loop that has not moved for this many looks of the watchdog, each of so many s, will not move again.
@@ -62,21 +65,20 @@ class CancelWorker(BaseWorker):
         names = [queue.name if isinstance(queue, Queue) else queue for queue in _listed(queues)]
         if len(names) != 1:
             raise ValueError(f"one queue for each worker, not {', '.join(names)}: start a process for each")
-        options["serializer"] = JSONSerializer
+        # RQ would prepare by asking Redis, which may be away when a worker starts: see `_register`.
+        options |= {"serializer": JSONSerializer, "prepare_for_work": False}
         super().__init__(names, name or _unique_name(self._settings), connection=own, **options)
+        self.hostname, self.pid = socket.gethostname(), os.getpid()
         self._interrupts = 0
         self.exit_code = EX_OK
         self._stop = threading.Event()  # told from any thread, before there is a loop too
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watchdog = Watchdog(_STUCK_LOOK_S, _STUCK_LOOKS)
 
-    def _set_connection(self, connection: redis.Redis) -> redis.Redis:
-        """Keep our own time-outs: RQ would wait 415 s for an answer."""
-        return connection
-
-    def _set_ip_address(self, connection: redis.Redis) -> None:  # noqa: ARG002
-        """Not at construction: Redis may be away when a worker starts. See `_register`."""
-        self.ip_address = "unknown"
+    @property
+    def connection_timeout(self) -> int:
+        """Our own; RQ would wait 415 s for an answer."""
+        return int(ANSWER_WITHIN_S)
 
     def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
         """Work until told to stop, or with ``burst`` until nothing is left; gives whether any outcome was recorded.
@@ -84,7 +86,7 @@ class CancelWorker(BaseWorker):
         RQ's other options (scheduler, idle time, job count) mean nothing here: retries need no scheduler.
         """
         log.configure_unless_done(self._settings.log_level, self._settings.log_format)
-        self._install_signal_handlers()
+        self._heed_signals()
         with asyncio.Runner(loop_factory=WorkerLoop) as runner:
             outcomes = runner.run(self._live(burst))
         if threading.current_thread() is threading.main_thread():
@@ -149,11 +151,13 @@ class CancelWorker(BaseWorker):
 
     def _register(self) -> None:
         """RQ's own registration; it waits for Redis."""
-        super()._set_ip_address(self.connection)
+        with contextlib.suppress(redis.ResponseError):  # a user may lack the right
+            self.connection.client_setname(self.name)
+            self.ip_address = str(self.connection.client_info()["addr"])
         if self.birth_date is None:  # else it was done, perhaps unheard: RQ takes our own hash for another's
             self.register_birth()  # type: ignore[no-untyped-call]
         if self.pubsub_thread is None:
-            self.subscribe()  # type: ignore[no-untyped-call]
+            self.subscribe()
         self.set_state(WorkerStatus.IDLE)
 
     async def _meet_exchange(self) -> None:
@@ -296,7 +300,7 @@ class CancelWorker(BaseWorker):
 
     # -- stopping --
 
-    def _install_signal_handlers(self) -> None:
+    def _heed_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, self.request_stop)
@@ -357,10 +361,18 @@ class CancelWorker(BaseWorker):
     def clean_registries(self) -> None:
         """Nothing; see :attr:`should_run_maintenance_tasks`."""
 
-    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:  # noqa: ARG002
-        """RQ 3.0 lets the thread die of a time-out; commands must work again when Redis does."""
-        if not isinstance(exc, redis.RedisError | OSError):
-            raise exc
+    def subscribe(self) -> None:
+        """Listen for RQ's commands; RQ's own way lets the thread die of a time-out, and they must work again when Redis
+        does."""
+        self.pubsub = self.connection.pubsub()
+        self.pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
+        self.pubsub_thread = self.pubsub.run_in_thread(  # type: ignore[assignment]
+            sleep_time=_LISTEN_S, daemon=True, exception_handler=self._listening_failed
+        )
+
+    def _listening_failed(self, error: Exception, _: Any, __: Any) -> None:
+        if not isinstance(error, redis.RedisError | OSError):
+            raise error
         self._stop.wait(_LOOK_S)
 
     def handle_payload(self, message: Any) -> None:

@@ -93,7 +93,7 @@ class _StockRun:
         self._exchange = exchange
         self._lease_s = lease_of(settings)
         self._holder = job.worker_name or socket.gethostname()
-        self._store: Store = open_store(settings, self._holder, job.origin, is_worker=False)
+        self._store: Store = open_store(settings, self._holder, job.origin)
         self._link = BlockingLink(job.connection)
         self._canceller: Canceller
         self._gate: Gate

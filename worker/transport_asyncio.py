@@ -29,12 +29,14 @@ OPENERS = 8
 IDLE_BOUND_S = 30.0
 #: Most bytes that one answer may take with its framing, more than any has: a flood must not keep the event loop.
 ANSWER_LIMIT = 1024 * 1024
-#: How much is given to the reader at once, bytes: it looks again at what it has.
-_PIECE = 16 * 1024
+#: Most bytes of one read. All connections of a loop read into one buffer, as each read is dealt with at once.
+_READ_SIZE = 16 * 1024
 #: How often the loop looks at its sockets between the end of an attempt's time and a time-out: the next pass takes up
 #: what has come, a second delivers it, TLS within TLS needs a third. A loop that stood still is no silence.
 _LAST_LOOKS = 3
 
+#: Why a request was not written: its new connection had ended, or something else than an answer had come.
+_NOT_SENT = "not sent: ConnectionResetError"
 #: The host's clock for idle times, s: one that goes on while the host sleeps, where there is one.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -43,10 +45,11 @@ def _now_s() -> float:
     return time.clock_gettime(_CLOCK)
 
 
-class _Connection(asyncio.Protocol):
+class _Connection(asyncio.BufferedProtocol):
     """A connection to the exchange, which serves one request after the other."""
 
     __slots__ = (
+        "_buffer",
         "_done",
         "_expiry",
         "_loop",
@@ -65,8 +68,11 @@ class _Connection(asyncio.Protocol):
     _transport: asyncio.Transport
     _poll: select.poll
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_spoilt: Callable[[_Connection], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, buffer: memoryview, on_spoilt: Callable[[_Connection], None]
+    ) -> None:
         self._loop = loop
+        self._buffer = buffer
         self._on_spoilt = on_spoilt
         self._done: asyncio.Future[None] | None = None  # of the request under way
         self._expiry: asyncio.Handle | None = None
@@ -112,17 +118,14 @@ class _Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.attach(transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._done is None:
             self._spoil()
-        elif len(data) <= _PIECE:
-            self._take(data)
         else:
-            for at in range(0, len(data), _PIECE):
-                if self._done is None:
-                    self._spoil()
-                    break
-                self._take(data[at : at + _PIECE])
+            self._take(bytes(self._buffer[:nbytes]))
 
     def eof_received(self) -> None:
         if self._done is not None:
@@ -198,6 +201,7 @@ class _Pool:
         self._openings: dict[asyncio.Task[None], Opening] = {}
         self._route = route
         self._closed = False
+        self._buffer = memoryview(bytearray(_READ_SIZE))
 
     def take_idle(self) -> _Connection | None:
         """The connection used last of those that stand, None if there is none."""
@@ -314,16 +318,22 @@ class _Pool:
             self._open_more()
 
     async def _open(self, opening: Opening, ends_at_s: float) -> None:
-        connection = _Connection(asyncio.get_running_loop(), self.forget)
+        connection = _Connection(asyncio.get_running_loop(), self._buffer, self.forget)
+        failed: str | None
         try:
             async with asyncio.timeout_at(ends_at_s):
                 await opening.connect(connection, connection.attach)
         except TunnelRefused as refused:
-            self._answer_first(Failed(False, f"{opening.phase}: {refused.status}"))
+            failed = f"{opening.phase}: {refused.status}"
         except Exception as error:  # noqa: BLE001 - the call that waits for it must hear of it
-            self._answer_first(Failed(False, named(opening.phase, error)))
+            failed = named(opening.phase, error)
         else:
+            # One that ended at once is a failure too: opened again and again, it would be a flood.
+            failed = _NOT_SENT if connection.spoilt else None
+        if failed is None:
             self.give_back_unused(connection)
+        else:
+            self._answer_first(Failed(False, failed))
 
 
 class AsyncioTransport:
@@ -351,7 +361,7 @@ class AsyncioTransport:
             connection = came
             if loop.time() >= ends_at_s or connection.spoilt:
                 self._pool.give_back_unused(connection)
-                return Failed(False, f"not sent: {'ConnectionResetError' if connection.spoilt else 'TimeoutError'}")
+                return Failed(False, _NOT_SENT if connection.spoilt else "not sent: TimeoutError")
         asked = self._ask(connection, make, ends_at_s)
         if not isinstance(asked, asyncio.Future):
             return asked

@@ -42,7 +42,7 @@ class Opening:
         self._loop = loop
         self.phase = "could not connect"
 
-    async def connect(self, protocol: asyncio.Protocol, attach: Callable[[asyncio.Transport], None]) -> None:
+    async def connect(self, protocol: asyncio.BaseProtocol, attach: Callable[[asyncio.Transport], None]) -> None:
         """Open it for ``protocol``; ``attach`` is given the transport if that is not the one it was made with.
 
         Raises:
@@ -69,7 +69,7 @@ class Opening:
         assert inner is not None
         attach(inner)
 
-    async def _start(self, sock: socket.socket, near: Place, protocol: asyncio.Protocol) -> asyncio.Transport:
+    async def _start(self, sock: socket.socket, near: Place, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
         tls: dict[str, Any] = {"ssl": self._route.tls, "server_hostname": near.host} if near.secure else {}
         transport, _ = await self._loop.create_connection(lambda: protocol, sock=sock, **tls)
         return transport

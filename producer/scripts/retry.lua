@@ -2,26 +2,22 @@
 -- new deadline counts from now, and a cancel of the same order finds this job.
 -- ARGV  1 RQ's stamp, 2 compressed nothing (RQ's exc_info), 3 what: check, all (or none), known; then the ids
 -- Gives the ids that are not among the failed ones.
-own(WAITING, 'list')
-own(QUEUES, 'set')
-own(UNFINISHED, 'zset')
-own(FAILED, 'zset')
 local known, unknown, seen = {}, {}, {}
 for i = 4, #ARGV do
   local id = ARGV[i]
   if not seen[id] then
     seen[id] = true
-    local s = redis.call('ZSCORE', FAILED, id) and read(id)
+    local s = on('ZSCORE', FAILED, id) and job.read(id)
     if s then known[#known + 1] = {id, s} else unknown[#unknown + 1] = id end
   end
 end
 if ARGV[3] == 'check' or (ARGV[3] == 'all' and #unknown > 0) then return unknown end
 for _, one in ipairs(known) do
   local id, s = one[1], one[2]
-  redis.call('ZREM', FAILED, id)
-  start_run(id, s)
+  on('ZREM', FAILED, id)
+  job.start_run(id, s)
   redis.call('HSET', JOB_PREFIX .. id, 'enqueued_at', ARGV[1], 'started_at', '', 'ended_at', '', 'exc_info', ARGV[2])
-  redis.call('RPUSH', WAITING, id)
+  on('RPUSH', WAITING, id)
 end
-if #known > 0 then redis.call('SADD', QUEUES, WAITING) end
+if #known > 0 then on('SADD', QUEUES, WAITING) end
 return unknown

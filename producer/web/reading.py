@@ -13,12 +13,13 @@ import zlib
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from rq.job import JobStatus
 from rq.utils import utcparse
 
-from producer.keys import JobField, Keys
+from producer.keys import Band, JobField, Keys
 from producer.message import (
     DEFAULT_ACCOUNT,
     MAX_PAYLOAD_BYTES,
@@ -34,7 +35,7 @@ from producer.message import (
     decode_call,
     decode_outcome,
 )
-from producer.protocol import Command, Conversation, good, pages
+from producer.protocol import Command, Conversation, good, is_requeued, pages
 
 #: Rows of one page.
 PAGE = 50
@@ -52,8 +53,8 @@ _KEPT = 20 * RESULTS
 
 #: What an id must look like to stand in an address or a form; RQ itself allows less.
 USABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:~@+-]{0,199}")
-#: RQ's status of a job whose outcome is still to come.
-OPEN = frozenset({JobStatus.QUEUED.value, JobStatus.SCHEDULED.value, JobStatus.STARTED.value})
+#: States of a job whose outcome is still to come, in RQ's words: what the index of unfinished jobs says of it.
+_STATES = {Band.HELD: JobStatus.STARTED, Band.WAITING: JobStatus.QUEUED, Band.RETRY: JobStatus.SCHEDULED}
 #: Stands for the kind of a failed request whose outcome nobody can read.
 UNREADABLE = "unreadable"
 _ACCOUNT = re.compile(rb'"account":"([a-z0-9][a-z0-9_-]{0,31})"')
@@ -67,6 +68,7 @@ _JOB_FIELDS = (
     JobField.RUN,
     JobField.ATTEMPTS,
     JobField.OPEN_AT_MS,
+    JobField.DONE,
 )
 
 
@@ -81,6 +83,7 @@ class Seen:
     kind: OutcomeKind | None = None
     error: str | None = None
     status: str | None = None  # RQ's; None where there is no job (any more)
+    state: str | None = None  # of a job whose outcome is still to come: queued, started or scheduled
     in_failed: bool = False  # it stands in the failed registry
     run: int | None = None
     attempts: tuple[Attempt, ...] = ()
@@ -104,7 +107,7 @@ class Seen:
     @property
     def open(self) -> bool:
         """Whether its outcome is still to come."""
-        return self.status in OPEN
+        return self.state is not None
 
     def of_order(self, name: str) -> Any:
         """A field that the outcome and the request share; the outcome's says more (a symbol that was learned)."""
@@ -193,32 +196,45 @@ def _job_commands(keys: Keys, job_id: str) -> list[Command]:
     return [
         ("HMGET", keys.job_prefix + job_id, *_JOB_FIELDS),
         ("ZSCORE", keys.failed, job_id),
-        ("ZSCORE", keys.scheduled, job_id),
+        ("ZSCORE", keys.unfinished, job_id),
     ]
 
 
-def _seen(job_id: str, record: Any, job: Any, failed: Any, due: Any) -> Seen:
+def _seen(job_id: str, record: Any, job: Any, failed: Any, index: Any) -> Seen:
     faults: list[str] = []
-    seen = _with_job(Seen(job_id), job, faults)
-    seen = replace(seen, in_failed=_there(failed), due_at_ms=_ms(due) if seen.status == "scheduled" else None)
-    if record is not None:
-        try:
-            seen = _with_outcome(seen, decode_outcome(record))
-        except MalformedMessage as error:
-            faults.append(f"its outcome cannot be read: {error}")
+    seen = replace(_with_job(Seen(job_id), job, faults), in_failed=_there(failed))
+    done = None if isinstance(job, Exception) else job[-1]
+    outcome = _decoded(record, faults)
+    if outcome is not None and outcome.kind.failed and is_requeued((seen.status, done), failed):
+        seen = _with_state(seen, index)  # the record is of the run before
+    elif outcome is not None:
+        seen = _with_outcome(seen, outcome)
+    elif done is None and record is None:
+        seen = _with_state(seen, index)
     return replace(seen, faults=tuple(faults))
+
+
+def _decoded(record: Any, faults: list[str]) -> Outcome | None:
+    try:
+        return None if record is None else decode_outcome(record)
+    except MalformedMessage as error:
+        faults.append(f"its outcome cannot be read: {error}")
+        return None
 
 
 def _there(answer: Any) -> bool:
     return answer is not None and not isinstance(answer, Exception)
 
 
-def _ms(score: Any) -> int | None:
-    """A registry's score, seconds, as ms."""
-    try:
-        return int(float(score) * 1000)
-    except (TypeError, ValueError, OverflowError):
-        return None
+def _with_state(seen: Seen, index: Any) -> Seen:
+    """Add where it stands: its score in the index tells, and RQ's status of what no worker has seen yet."""
+    if seen.status is None:
+        return seen
+    if not _there(index):
+        return replace(seen, state=seen.status) if seen.status in _STATES.values() else seen
+    score = max(float(index), 0)
+    band = max(band for band in _STATES if band <= score)
+    return replace(seen, state=_STATES[band].value, due_at_ms=int(score) - band if band is Band.RETRY else None)
 
 
 def _with_outcome(seen: Seen, outcome: Outcome) -> Seen:
@@ -239,7 +255,7 @@ def _with_job(seen: Seen, job: Any, faults: list[str]) -> Seen:
     if isinstance(job, Exception):
         faults.append("its job is not a hash of RQ's")
         return seen
-    status, data, created, ended, enqueued_ms, deadline_ms, run, attempts, sent_ms = job
+    status, data, created, ended, enqueued_ms, deadline_ms, run, attempts, sent_ms, _ = job
     if status is None:
         return seen
     order: CancelRequest | None = None
@@ -483,8 +499,10 @@ def _open_of(keys: Keys, words: str, accounts: Iterable[str]) -> Conversation[li
 
 def _open_with_client_id(keys: Keys, words: str) -> Conversation[list[Seen]]:
     """The open requests that name ``words`` as client algo id: no pointer leads to them."""
-    places = [("LRANGE", keys.waiting), ("ZRANGE", keys.unfinished)]
-    states = good((yield [(*place, 0, DEPTH - 1) for place in places]))
+    # The list as well: what another program enqueued is in the index only when a worker has seen it.
+    bands = [(int(band), f"({int(end)}") for band, end in pairwise(Band)]
+    places: list[Command] = [("ZRANGEBYSCORE", keys.unfinished, *band, "LIMIT", 0, DEPTH) for band in bands]
+    states = good((yield [*places, ("LRANGE", keys.waiting, 0, DEPTH - 1)]))
     named, likely = _field("client_algo_id", words), list[str]()
     for page in pages(list(dict.fromkeys(shown(job_id) for state in states for job_id in state))):
         calls = yield [("HGET", keys.job_prefix + job_id, "data") for job_id in page]

@@ -51,10 +51,17 @@ DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 class Fleet(Workers):
     """Starts workers that are waited for two at a time, whichever scene they belong to."""
 
-    def start(self, *arguments: str, command: tuple[str, ...] = (), wait: bool = True, **environment: str) -> Worker:
+    def start(
+        self,
+        *arguments: str,
+        command: tuple[str, ...] = (),
+        wait: bool = True,
+        stdout: int | None = None,
+        **environment: str,
+    ) -> Worker:
         """Start a worker and, unless told not to, wait until it works."""
         with _STARTING if wait else contextlib.nullcontext():
-            return super().start(*arguments, command=command, wait=wait, **environment)
+            return super().start(*arguments, command=command, wait=wait, stdout=stdout, **environment)
 
 
 class Stage:

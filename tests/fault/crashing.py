@@ -16,10 +16,11 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any, cast
 
+from worker.line import Line
+
 from producer.message import Call
 from worker.classify import Failure, Reply
 from worker.exchange import Exchange, Pending
-from worker.line import Line
 from worker.store import Claimed, Request, Settlement, Store
 
 Method = Callable[..., Any]

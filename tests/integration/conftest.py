@@ -1,14 +1,40 @@
-"""Fixtures of the tests that drive the exchange client against little servers."""
+"""Fixtures of the tests that drive scripts, worker processes, or the exchange client against little servers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 
+from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
+from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import API_KEY, SECRET, WAYS, Bench
 from worker.signing import Credential
+
+
+@pytest.fixture
+def peek(connection: redis.Redis) -> Peek:
+    """A look at the queue's keys."""
+    return Peek(connection)
+
+
+@pytest.fixture
+def open_holder(valkey: Valkey) -> Iterator[OpenHolder]:
+    """Makes holders of jobs."""
+    holders: list[Holder] = []
+
+    def make(name: str = "w", *, lease_ms: int = 60_000, **options: Any) -> Holder:
+        port = options.pop("port", valkey.port)
+        holders.append(Holder(port, name, lease_ms=lease_ms, **options))
+        return holders[-1]
+
+    yield make
+    for holder in holders:
+        holder.close()
 
 
 @pytest.fixture(params=WAYS)
@@ -43,3 +69,38 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """Another one."""
     return Authority(tmp_path_factory.mktemp("ca"), "stranger")
+
+
+# ---- worker processes ------------------------------------------------------------------------------------------------
+
+
+NewFleet = Callable[..., Workers]
+
+
+@pytest.fixture
+def peek(connection: redis.Redis) -> Peek:
+    """A look at the queue's keys."""
+    return Peek(connection)
+
+
+@pytest.fixture
+def new_fleet(workers: Workers, tmp_path: Path) -> Iterator[NewFleet]:
+    """Makes fleets of workers whose environment differs from the usual one."""
+    made: list[Workers] = []
+
+    def make(**environment: str) -> Workers:
+        directory = tmp_path / f"fleet-{len(made)}"
+        directory.mkdir()
+        made.append(Workers(directory, workers.environment | environment))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.stop()
+
+
+@pytest.fixture
+def durable() -> Iterator[Valkey]:
+    """A server that loses nothing when it is killed."""
+    with running_valkey("--appendonly", "yes", "--appendfsync", "always") as server:
+        yield server

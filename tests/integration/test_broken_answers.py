@@ -8,12 +8,14 @@ import json
 import logging
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 
 from producer.message import Call
 from tests.loopback import (
@@ -30,9 +32,9 @@ from tests.loopback import (
     query_of,
 )
 from tests.ways import API_KEY, REF, SECRET, TOTAL_S, Bench, bounded, failed, replied
+from worker.classify import Failure, Means, Reply, classify
 from worker.signing import Credential
 from worker.transport import BODY_LIMIT
-from worker.classify import Failure, Means, Reply, classify
 
 # ---- broken off: perhaps seen ---------------------------------------------------------------------------------------
 
@@ -292,6 +294,7 @@ def test_coded_answer_is_decoded(
         ("br", DONE),
         ("gzip, gzip", gzip.compress(gzip.compress(DONE))),
     ],
+    ids=["plain", "cut", "more", "two", "garbage", "unknown", "twice"],
 )
 def test_answer_that_cannot_be_decoded_proves_nothing(
     bench: Bench, credential: Credential, coding: str, body: bytes
@@ -370,3 +373,42 @@ def test_no_secret_in_logs_or_answers(
         assert "signature" not in text
         assert "timestamp=" not in text
         assert not any(signature and signature in text for signature in signatures)
+
+
+def test_own_time_out_of_rq_passes(credential: Credential) -> None:
+    """The alarm of a stock worker ends the call, is taken for no answer, and shows no signed URL."""
+
+    def behave(peer: Peer) -> None:
+        if peer.number == 1:
+            peer.wait_until_closed()
+        answering(http_answer())(peer)
+
+    bench = Bench("requests")
+    try:
+        server, client = bench.to(behave)
+        with pytest.raises(JobTimeoutException) as caught, UnixSignalDeathPenalty(1, JobTimeoutException):
+            client.cancel(credential)
+        assert "signature" not in "".join(traceback.format_exception(caught.value))
+        assert client.requests_sent == 1
+        assert client.cancel(credential) == Reply(http=200, body=DONE)
+        assert server.used == [2]
+    finally:
+        bench.close()
+
+
+def test_given_up_call_shows_no_signature(loop_bench: Bench, credential: Credential) -> None:
+    """Not even a traceback that shows the variables of a call's frames has any part of the signed request."""
+    _, client = loop_bench.to(Peer.wait_until_closed)
+
+    async def calls() -> None:
+        async with asyncio.timeout(0.2):
+            await client.exchange.call(Call.CANCEL, credential, REF)
+
+    with pytest.raises(TimeoutError) as caught:
+        client.run(calls())
+    assert client.requests_sent == 1
+    told = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    assert told.__cause__ is not None
+    shown = "".join(told.format())
+    assert "send" in shown
+    assert "timestamp=" not in shown

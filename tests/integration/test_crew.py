@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
+from worker.crew import Crew
 
 from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
 from tests.conftest import API_KEY, API_SECRET
@@ -24,7 +25,6 @@ from tests.fault.proxy import Proxy
 from tests.integration.test_sandbox_server import certificate
 from tests.servers import Peek, Valkey, Worker, Workers, end_server, eventually, running_valkey
 from worker.clock import ServerClock
-from worker.crew import Crew
 from worker.exchange import Exchange
 from worker.sandbox.control import RunningExchange
 from worker.settings import Settings

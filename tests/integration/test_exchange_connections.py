@@ -25,8 +25,8 @@ from tests.loopback import (
     until,
 )
 from tests.ways import REF, Bench, Client, failed, passed, replied, several
-from worker.signing import Credential
 from worker.classify import Means, OrderRef, Reply, classify
+from worker.signing import Credential
 
 # ---- used again, or not ---------------------------------------------------------------------------------------------
 
@@ -114,6 +114,7 @@ def test_unasked_answer_is_not_taken_for_the_next(
         while peer.read_head():
             peer.send(http_answer() + (b"" if late else unasked))
             if late:
+                time.sleep(0.1)  # the answer has been read by then
                 peer.send(unasked)
             sent.set()
 

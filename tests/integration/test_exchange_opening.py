@@ -20,8 +20,8 @@ from tests.loopback import (
 )
 from tests.servers import ROOT
 from tests.ways import TOTAL_S, Bench, bounded, failed, replied, several
-from worker.signing import Credential
 from worker.classify import Reply
+from worker.signing import Credential
 
 
 def named(monkeypatch: pytest.MonkeyPatch, addresses: Callable[[], list[Any]]) -> None:

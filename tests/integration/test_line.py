@@ -16,12 +16,12 @@ from typing import Any, Self
 
 import pytest
 import redis
+from worker.line import Line
 
 from producer import CancelClient, CancelRequest
 from tests.integration.test_client import Proxy
 from tests.integration.test_sandbox_server import certificate
 from tests.servers import Peek, Valkey, end_server, eventually, running_valkey
-from worker.line import Line
 from worker.store import SOCKET_TIMEOUT_S, Grant, Request, Script, Settlement, Store, connect
 
 #: Hand-made requests call none, and yet have one.

@@ -30,8 +30,8 @@ from tests.loopback import (
     relaying,
 )
 from tests.ways import API_KEY, REF, SECRET, TOTAL_S, Bench, bounded, failed, replied
-from worker.signing import Credential
 from worker.classify import Failure, OrderRef, Reply
+from worker.signing import Credential
 
 # ---- TLS ------------------------------------------------------------------------------------------------------------
 
@@ -181,12 +181,12 @@ def test_what_is_sent_has_time_to_be_answered(loop_bench: Bench, credential: Cre
 
 def test_steps_of_connecting_share_one_bound(loop_bench: Bench, credential: Credential, authority: Authority) -> None:
     """A slow tunnel and a slow handshake, each within the bound, are not within it together."""
-    server = loop_bench.server(late_tls(authority.server_context(LOOPBACK), 0.6 * TOTAL_S))
-    proxy = loop_bench.server(relaying(late_s=0.6 * TOTAL_S))
+    server = loop_bench.server(late_tls(authority.server_context(LOOPBACK), 0.6))
+    proxy = loop_bench.server(relaying(late_s=0.6))
     client = loop_bench.client(
         f"https://127.0.0.1:{server.port}",
         ca_file=authority.ca_file,
-        patience_s=2 * TOTAL_S,
+        patience_s=2,
         egress_proxy_url=proxy.url,
     )
     failed(client.cancel(credential), seen=False, reason="no TLS session: TimeoutError")
