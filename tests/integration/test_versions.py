@@ -75,9 +75,9 @@ class Side:
     strategy: Strategy
     environment: dict[str, str] = field(repr=False)
 
-    def start(self, **settings: str) -> Worker:
+    def start(self, concurrency: int = 64) -> Worker:
         """Start a worker of this version, and wait until it works."""
-        worker = self.workers.start(wait=False, **settings)
+        worker = self.workers.start(wait=False, WORKER_CONCURRENCY=str(concurrency))
         eventually(lambda: "event=started " in worker.output(), 20, f"the {self.name} worker starts")
         return worker
 
@@ -279,7 +279,7 @@ def test_status_of_the_other(
 ) -> None:
     """`producer status` of one version reads a queue that the other serves: workers, failed, scheduled, in flight."""
     stage = Stage(sides[doer], exchange, connection, peek)
-    sides[doer].start(WORKER_CONCURRENCY="3")
+    sides[doer].start(concurrency=3)
     stage.ask(1, Fault.DISABLED_2011)
     stage.ask(1, Fault.UNAVAILABLE_503)
     eventually(lambda: peek("ZCARD", peek.keys.scheduled) == peek("ZCARD", peek.keys.failed) == 1, what="both are told")
