@@ -119,6 +119,7 @@ local function free_state(id)
   if s.lease then
     if ARGV[5] ~= '1' then return nil, 'held' end
     lose(id, s)
+    redis.call('ZADD', UNFINISHED, WAITING_BAND + now_ms, id) -- during a pause nobody may take it at once
   elseif s.open_at then
     note_lost_attempt(id, tonumber(s.open_at)) -- a stock worker of the version before began it
   end
