@@ -111,6 +111,7 @@ function job.free_state(id)
   if s.lease then
     if ARGV[6] ~= '1' then return nil, 'held' end
     job.lose(id, s)
+    on('ZADD', UNFINISHED, text(WAITING_BAND + now.ms), id) -- during a pause nobody may take it at once
   elseif s.open_at then
     -- A stock worker of the version before began it; it took no lease, and is at it for as long as RQ lets it.
     local ends_ms = tonumber(s.open_at) + OLD_STEP_MS
