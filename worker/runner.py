@@ -262,6 +262,10 @@ class CancelWorker(BaseWorker):
         """What an operator wants to know of this process beside what RQ says of it."""
         figures: dict[str, Any] = {
             "state": self._state_now().value,
+            # RQ's own counts.
+            "successful_job_count": self._engine.finished,
+            "failed_job_count": self._engine.failed,
+            "total_working_time": f"{self._engine.working_s:.6f}",
             WorkerField.CONCURRENCY: self._settings.concurrency,
             WorkerField.IN_FLIGHT: self._engine.working_on,
             WorkerField.USED_WEIGHT: self._exchange.last_used_weight(),
@@ -329,6 +333,10 @@ class CancelWorker(BaseWorker):
         for task in (*upkeep, engine):
             task.cancel()
         await asyncio.wait([engine], timeout=0.5)
+        with contextlib.suppress(redis.RedisError, TimeoutError):  # the last counts
+            async with asyncio.timeout(0.5):
+                await self._engine.beat(self._figures())
+                await self._rest.close()
         # In a thread of its own: while Redis is away it would take longer than there is.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(began + grace_s - _END_S - loop.time(), 0.1)):
