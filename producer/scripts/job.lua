@@ -20,12 +20,13 @@ local WAITING_BAND, RETRY_BAND = 1e13, 2e13
 -- Keys of another type than they should have are set aside under a name that says so: whoever wrote there must not
 -- stop everybody's service. The names are told to whoever called.
 local set_aside = {}
+local function put_aside(key)
+  redis.call('RENAME', key, key .. ':set-aside')
+  set_aside[#set_aside + 1] = key
+end
 local function own(key, kind)
   local is = redis.call('TYPE', key).ok
-  if is ~= kind and is ~= 'none' then
-    redis.call('RENAME', key, key .. ':set-aside')
-    set_aside[#set_aside + 1] = key
-  end
+  if is ~= kind and is ~= 'none' then put_aside(key) end
 end
 
 local FAILED_KINDS = {not_found = true, refused = true, overdue = true, gave_up = true, unknown = true}

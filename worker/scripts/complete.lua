@@ -40,7 +40,7 @@ end
 local function enter(record)
   local entry = {'MAXLEN', '~', LEDGER_MAXLEN, '*', 'outcome', record}
   if redis.pcall('XADD', OUTCOMES, unpack(entry)).err then
-    redis.call('RENAME', OUTCOMES, OUTCOMES .. ':set-aside')
+    put_aside(OUTCOMES)
     redis.call('XADD', OUTCOMES, unpack(entry))
   end
 end
