@@ -88,6 +88,12 @@ local function is_requeued(id, s)
   return FAILED_KINDS[kind_of(id, s)] and not redis.call('ZSCORE', FAILED, id)
 end
 
+-- Whether a later request may join the job.
+local function is_open(id)
+  local s = id and read(id)
+  return s and not is_recalled(s) and (not s.done or is_requeued(id, s))
+end
+
 -- A failed job runs once more, with a new deadline. By a client id the order is meant that had it at first.
 local function start_run(id, s)
   local job, now = JOB_PREFIX .. id, text(now_ms)
@@ -98,5 +104,9 @@ local function start_run(id, s)
   redis.call('PERSIST', job)
   redis.call('DEL', OUTCOME_PREFIX .. id)
   redis.call('ZADD', UNFINISHED, WAITING_BAND + now_ms, id)
-  if is_shared(s.order) then redis.call('SET', ORDER_PREFIX .. s.order, id, 'NX', 'EX', POINTER_LIFE_S) end
+  if not is_shared(s.order) then return end
+  local other = pointed_to(s.order)
+  if other == id or not is_open(other) then
+    redis.call('SET', ORDER_PREFIX .. s.order, id, 'EX', POINTER_LIFE_S)
+  end
 end

@@ -45,12 +45,14 @@ local function enter(record)
   end
 end
 
+-- A pointer to a job that has failed stays: should RQ put it back, the next request for its order finds it.
 local function record(id, order, i)
   redis.call('SET', OUTCOME_PREFIX .. id, ARGV[i + 4], 'EX', OUTCOME_TTL_S)
   enter(ARGV[i + 4])
   announced[#announced + 1] = id
   add(ended, id)
-  if order and #order <= 200 and pointed_to(order) == id then add(over, ORDER_PREFIX .. order) end
+  local is_kept = is_shared(order) and FAILED_KINDS[ARGV[i + 5]]
+  if order and #order <= 200 and not is_kept and pointed_to(order) == id then add(over, ORDER_PREFIX .. order) end
 end
 
 -- What RQ leaves behind a job that has ended, but for a dependent, webhook or callback: a cancel job has none.
