@@ -1,0 +1,543 @@
+"""Processes whose stdout is out of order: they go on, end in time with their own exit code, and tell what is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from producer import CancelClient, CancelRequest, OutcomeKind
+from tests.servers import ROOT, Workers, eventually, scrubbed
+from worker.output import MAX_LINES
+from worker.sandbox.control import RunningExchange
+
+#: A loop that logs a hundred numbered lines a turn, and writes how many it has logged to the file that it is told.
+TICKING = """
+import asyncio, os, signal, sys
+from worker import log
+
+async def main():
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    n = 0
+    while not stop.is_set():
+        for n in range(n + 1, n + 101):
+            log.info("tick", n=n, word="\\u00fc\\u4e2d\\U0001f642", end="here")
+        with open(sys.argv[1] + ".new", "w") as file:
+            file.write(str(n))
+        os.replace(sys.argv[1] + ".new", sys.argv[1])
+        await asyncio.sleep(0.002)
+
+log.configure("INFO", "logfmt")
+if "print" in sys.argv:
+    sys.stdout.write("not flushed by anybody")
+asyncio.run(main())
+"""
+_TICK = re.compile(r'at=\S+Z level=info event=tick n=(\d+) word="ü中🙂" end=here')
+_DROPPED = re.compile(r"at=\S+Z level=warning event=log_dropped count=(\d+)")
+
+
+def python(text: str, *arguments: str) -> list[str]:
+    """The command that runs a program."""
+    return [sys.executable, "-c", text, *arguments]
+
+
+class Child:
+    """A process with one of our pipes or files as its stdout, and its stderr in a file."""
+
+    def __init__(self, directory: Path, command: list[str], stdout: int | None, **environment: str) -> None:
+        self._errors = directory / "stderr"
+        with self._errors.open("wb") as errors:
+            # Unbuffered, what a test prints would not wait in sys.stdout.
+            given = {name: value for name, value in scrubbed().items() if name != "PYTHONUNBUFFERED"} | environment
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=given, stdout=stdout, stderr=errors, start_new_session=True
+            )
+
+    def errors(self) -> str:
+        """What it has written to stderr."""
+        return self._errors.read_text("utf-8")
+
+    def stop(self) -> int:
+        """SIGTERM; gives the exit code, which must be there within 5 s."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(5)
+
+
+NewChild = Callable[..., Child]
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[NewChild]:
+    """Starts processes, and ends what is left of them."""
+    made: list[Child] = []
+
+    def start(command: list[str], stdout: int | None, **environment: str) -> Child:
+        directory = tmp_path / f"child-{len(made)}"
+        directory.mkdir()
+        made.append(Child(directory, command, stdout, **environment))
+        return made[-1]
+
+    yield start
+    for each in made:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(each.process.pid, signal.SIGKILL)
+        each.process.wait()
+
+
+class Pipe:
+    """A pipe for a child's stdout."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+
+    def fill(self) -> None:
+        """Leave no room in it, so that the next write waits."""
+        os.set_blocking(self.writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(self.writer, b"." * 4095 + b"\n")
+        os.set_blocking(self.writer, True)
+
+    def read_all(self) -> str:
+        """What is written into it until its last writer has ended."""
+        self.close_writer()
+        with os.fdopen(os.dup(self.reader), "rb") as file:
+            return file.read().decode("utf-8").lstrip(".\n")
+
+    def close_writer(self) -> None:
+        """Let go of our own end."""
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+
+    def close_reader(self) -> None:
+        """Be a reader that has left."""
+        if self.reader >= 0:
+            os.close(self.reader)
+            self.reader = -1
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    """A pipe, closed in the end."""
+    made = Pipe()
+    yield made
+    made.close_writer()
+    made.close_reader()
+
+
+class Progress:
+    """How far a ticking child is."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "progress"
+
+    def __call__(self) -> int:
+        """Lines that it has logged so far."""
+        return int(self.path.read_text()) if self.path.exists() else 0
+
+    def wait_for(self, more: int, child: Child) -> None:
+        """Wait until it has logged so many more."""
+        goal = self() + more
+        eventually(lambda: self() >= goal or child.process.poll() is not None, 30, "it goes on")
+        assert self() >= goal, child.errors()
+
+
+@pytest.fixture
+def progress(tmp_path: Path) -> Progress:
+    """Where a ticking child tells how far it is."""
+    return Progress(tmp_path)
+
+
+def accounted(text: str) -> tuple[int, int]:
+    """Number of the last line told of, and of lost ones; each line is a whole one, and each gap is told of exactly."""
+    n = lost = 0
+    for line in text.splitlines():
+        if dropped := _DROPPED.fullmatch(line):
+            n += int(dropped[1])
+            lost += int(dropped[1])
+        else:
+            tick = _TICK.fullmatch(line)
+            assert tick, line
+            n += 1
+            assert int(tick[1]) == n
+    return n, lost
+
+
+# ---- out of order ----------------------------------------------------------------------------------------------------
+
+
+def test_stdout_that_nobody_reads(child: NewChild, pipe: Pipe, progress: Progress) -> None:
+    """A process whose stdout nobody reads keeps ticking, holds a bounded part of its lines, and ends on SIGTERM."""
+    pipe.fill()
+    started = child(python(TICKING, str(progress.path)), pipe.writer)
+
+    progress.wait_for(2 * MAX_LINES, started)
+    before_kb = resident_kb(started)
+    progress.wait_for(4 * MAX_LINES, started)
+
+    assert resident_kb(started) < before_kb + 1024
+    assert started.stop() == 0
+    assert started.errors() == ""
+
+
+def resident_kb(child: Child) -> int:
+    """Its memory."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{child.process.pid}/status").read_text())
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "nonblocking"])
+def test_reader_that_comes_back(child: NewChild, pipe: Pipe, progress: Progress, blocking: bool) -> None:
+    """Who reads on after a pause gets all lines in their order, and where some are missing how many."""
+    pipe.fill()
+    os.set_blocking(pipe.writer, blocking)
+    started = child(python(TICKING, str(progress.path)), pipe.writer)
+    progress.wait_for(3 * MAX_LINES, started)
+
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_all()))
+    reader.start()
+    progress.wait_for(10 * MAX_LINES, started)
+    assert started.stop() == 0
+    reader.join(10)
+
+    n, lost = accounted(read[0])
+    assert n == progress()
+    assert MAX_LINES <= lost < n
+    assert started.errors() == ""
+
+
+@pytest.mark.parametrize("how", ["closed", "full", "left", "read-only"])
+@pytest.mark.parametrize("printing", [False, True], ids=["", "and-printed"])
+def test_stdout_that_takes_nothing(child: NewChild, pipe: Pipe, progress: Progress, how: str, printing: bool) -> None:
+    """Closed, full or left by its reader: not a word on stderr, and the exit code is the process' own."""
+    command = python(TICKING, str(progress.path), *(["print"] if printing and how != "closed" else []))
+    if how == "left":
+        pipe.close_reader()
+    way = {"closed": ">&-", "full": ">/dev/full", "left": "", "read-only": "1</dev/null"}[how]
+    started = child(["sh", "-c", f'exec "$@" {way}', "sh", *command], pipe.writer)
+
+    progress.wait_for(3 * MAX_LINES, started)
+
+    assert started.stop() == 0
+    assert started.errors() == ""
+
+
+def test_text_left_in_stdout_while_nobody_reads(child: NewChild, pipe: Pipe, progress: Progress) -> None:
+    """What something else has printed and the interpreter writes out at its end does not hold up that end."""
+    pipe.fill()
+    started = child(python(TICKING, str(progress.path), "print"), pipe.writer)
+    progress.wait_for(1000, started)
+
+    assert started.stop() == 0
+    assert started.errors() == ""
+
+
+def test_disk_that_is_full_for_a_while(child: NewChild, progress: Progress, tmp_path: Path) -> None:
+    """Once there is room again the log goes on with a line of its own, and tells how many lines were lost."""
+    target = tmp_path / "log"
+    with target.open("wb") as file:
+        limited = f'ulimit -S -f 100; exec {sys.executable} -c "$1" "$2"'
+        started = child(["bash", "-c", limited, "bash", TICKING, str(progress.path)], file.fileno())
+    progress.wait_for(2000, started)
+    assert target.stat().st_size == 100 * 1024
+
+    resource.prlimit(started.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    eventually(lambda: "log_dropped" in target.read_text("utf-8", "replace"), 10, "it is told")
+
+    assert started.stop() == 0
+    at_fault = target.read_bytes()[: 100 * 1024].rpartition(b"\n")[2]
+    whole = target.read_bytes().replace(at_fault + b"\n", b"", 1)
+    n, lost = accounted(whole.decode())
+    assert n == progress()
+    assert 0 < lost < n
+    assert started.errors() == ""
+
+
+def test_closed_stdout_is_not_the_next_connection(child: NewChild) -> None:
+    """A connection that was given stdout's number, as stdout was closed, gets no line of the log."""
+    started = child(
+        [
+            "sh",
+            "-c",
+            'exec "$@" >&-',
+            "sh",
+            *python(
+                """
+import socket, sys
+from worker import log
+ours, theirs = socket.socketpair()
+assert ours.fileno() == 1, ours
+log.configure("INFO", "logfmt")
+log.error("defect", where="here")
+log.flush(1)
+theirs.settimeout(0.5)
+try:
+    sys.exit(f"got {theirs.recv(100)}")
+except TimeoutError:
+    sys.exit(0)
+"""
+            ),
+        ],
+        None,
+    )
+
+    assert started.process.wait(10) == 0, started.errors()
+
+
+def test_stdout_that_is_closed_later(child: NewChild, pipe: Pipe) -> None:
+    """Nor does one that is given its number later, once the log has found it closed."""
+    started = child(
+        python("""
+import os, socket, sys
+from worker import log
+log.configure("INFO", "logfmt")
+log.info("before")
+log.flush(5)
+os.close(1)
+log.info("at the closed one")
+log.flush(5)
+ours, theirs = socket.socketpair()
+assert ours.fileno() == 1, ours
+log.info("after")
+log.flush(1)
+theirs.settimeout(0.5)
+try:
+    sys.exit(f"got {theirs.recv(100)}")
+except TimeoutError:
+    sys.exit(0)
+"""),
+        pipe.writer,
+    )
+
+    assert started.process.wait(10) == 0, started.errors()
+    assert [line.split("event=")[1] for line in pipe.read_all().splitlines()] == ["before"]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "cp437"}],
+    ids=["ascii", "C", "cp437"],
+)
+def test_any_letter_in_any_locale(child: NewChild, pipe: Pipe, environment: dict[str, str]) -> None:
+    """No line is lost to a locale or an encoding that lacks its letters."""
+    text = """
+from worker import log
+log.configure("INFO", "logfmt")
+log.info("tick", n=1, word="\\u00fc\\u4e2d\\U0001f642", end="here")
+"""
+    started = child(python(text), pipe.writer, **environment)
+
+    assert accounted(pipe.read_all()) == (1, 0)
+    assert started.process.wait(10) == 0
+    assert started.errors() == ""
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(7)", 7), ("pass", 0), ("1 / 0", 1)])
+def test_end_of_a_process_loses_no_line(child: NewChild, pipe: Pipe, end: str, code: int) -> None:
+    """A process that ends by itself has written all that it logged, down to its last line."""
+    text = f"""
+import sys
+from worker import log
+log.configure("INFO", "logfmt")
+for n in range(1, 5001):
+    log.info("tick", n=n, word="\\u00fc\\u4e2d\\U0001f642", end="here")
+{end}
+"""
+    started = child(python(text), pipe.writer)
+
+    assert accounted(pipe.read_all()) == (5000, 0)
+    assert started.process.wait(10) == code
+
+
+def test_flush_waits_no_longer_than_it_may(child: NewChild, pipe: Pipe) -> None:
+    """`flush` says that not everything is written, after the time it was given, and the end waits no second time."""
+    pipe.fill()
+    text = """
+import os, time
+from worker import log
+log.configure("INFO", "logfmt")
+log.info("tick")
+began = time.monotonic()
+assert not log.flush(1.5)
+assert 1.4 < time.monotonic() - began < 10
+os._exit(9)
+"""
+    started = child(python(text), pipe.writer)
+
+    assert started.process.wait(20) == 9, started.errors()
+
+
+def test_signal_in_the_middle_of_a_line(child: NewChild, pipe: Pipe) -> None:
+    """A handler of a signal may log at any moment, in the middle of a line of the same thread too."""
+    text = """
+import signal, time
+from worker import log
+log.configure("INFO", "logfmt")
+told = 0
+def tell(*_):
+    global told
+    told += 1
+    log.info("told", told=told)
+signal.signal(signal.SIGALRM, tell)
+signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+ends_at = time.monotonic() + 1
+said = 0
+while time.monotonic() < ends_at:
+    said += 1
+    log.info("said", said=said)
+    if said % 1000 == 0:
+        log.flush(10)
+signal.setitimer(signal.ITIMER_REAL, 0)
+log.info("sums", said=said, told=told)
+"""
+    started = child(python(text), pipe.writer)
+
+    lines = [line.split("event=")[1] for line in pipe.read_all().splitlines()]
+    assert started.process.wait(10) == 0, started.errors()
+    said, told = (sum(line.startswith(name) for line in lines) for name in ("said", "told"))
+    assert lines[-1] == f"sums said={said} told={told}"
+    assert told > 50
+
+
+# ---- fork ------------------------------------------------------------------------------------------------------------
+
+
+FORKING = """
+import os, sys, threading, time
+from worker import log
+log.configure("INFO", "logfmt")
+ended = threading.Event()
+def keep_logging(name):
+    n = 0
+    while not ended.is_set():
+        n += 1
+        log.info("parent", thread=name, n=n)
+        if n % 200 == 0:
+            log.flush(10)
+    log.info("parent", thread=name, n=n + 1, last=True)
+threads = [threading.Thread(target=keep_logging, args=(name,)) for name in ("a", "b")]
+for thread in threads:
+    thread.start()
+for horse in range(30):
+    pid = os.fork()
+    if pid == 0:
+        log.info("horse", horse=horse, n=1)
+        log.info("horse", horse=horse, n=2)
+        os._exit(5)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+ended.set()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_forked_processes_log(child: NewChild, pipe: Pipe) -> None:
+    """Each line of a horse that ends by `os._exit` is there, in order and once, and its parent's lines are too."""
+    started = child(python(FORKING), pipe.writer)
+
+    lines = [line.split("event=")[1] for line in pipe.read_all().splitlines()]
+    assert started.process.wait(30) == 0, started.errors()
+    horses = [line for line in lines if line.startswith("horse")]
+    assert horses == [f"horse horse={horse} n={n}" for horse in range(30) for n in (1, 2)]
+    for name in "ab":
+        parent = [line for line in lines if line.startswith(f"parent thread={name}")]
+        assert [int(line.split("n=")[1].split()[0]) for line in parent] == list(range(1, len(parent) + 1))
+        assert parent[-1].endswith("last=true")
+
+
+def test_forked_process_that_nobody_reads(child: NewChild, pipe: Pipe) -> None:
+    """A horse whose stdout nobody reads is through with a thousand lines in time, and ends with its own code."""
+    pipe.fill()
+    text = """
+import os
+from worker import log
+log.configure("INFO", "logfmt")
+log.info("parent")
+if (pid := os.fork()) == 0:
+    for n in range(1000):
+        log.info("horse", n=n)
+    os._exit(5)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    started = child(python(text), pipe.writer)
+
+    assert started.process.wait(10) == 5, started.errors()
+
+
+def test_each_line_is_waited_for_where_asked(child: NewChild, pipe: Pipe) -> None:
+    """A process that says so when it sets up its log has each line written before it goes on."""
+    text = """
+import os
+from worker import log
+log.configure_unless_done("INFO", "logfmt", wait_for_each=True)
+log.info("first")
+log.info("last")
+os._exit(5)
+"""
+    started = child(python(text), pipe.writer)
+
+    assert [line.split("event=")[1] for line in pipe.read_all().splitlines()] == ["first", "last"]
+    assert started.process.wait(10) == 5
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_worker_whose_stdout_nobody_reads(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, child: NewChild, pipe: Pipe
+) -> None:
+    """Such a worker cancels, and ends with 0 on SIGTERM."""
+    pipe.fill()
+    started = child(
+        [sys.executable, "-m", "worker"], pipe.writer, **workers.environment, LOG_LEVEL="DEBUG", SHUTDOWN_GRACE_S="5"
+    )
+
+    tickets = client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in exchange.add_orders(300)])
+
+    assert {ticket.wait(30).kind for ticket in tickets} == {OutcomeKind.CANCELLED}
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.wait(10) == 0
+    assert started.errors() == ""
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize(("arguments", "code"), [("", 78), ("check", 78), ("check", 69)])
+def test_exit_codes_of_commands(streams: str, arguments: str, code: int, child: NewChild) -> None:
+    """What cannot be printed changes no exit code: bad settings stay 78, and what cannot be reached 69."""
+    settings = {"BINANCE_API_KEY": "key", "BINANCE_API_SECRET": "secret"}
+    settings |= {"REDIS_URL": "redis://127.0.0.1:1/0", "BINANCE_BASE_URL": "http://127.0.0.1:1"}
+    if code == 78:
+        settings["LEASE_S"] = "soon"
+    started = child(["bash", "-c", f"exec {sys.executable} -m worker {arguments} {streams}"], None, **settings)
+
+    assert started.process.wait(30) == code
+    assert "Traceback" not in started.errors()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_check_in_any_encoding(
+    encoding: str, workers: Workers, exchange: RunningExchange, child: NewChild, pipe: Pipe
+) -> None:
+    """`check` shows a letter that the terminal's encoding lacks in another way, and ends as it would have."""
+    started = child(
+        [sys.executable, "-m", "worker", "check"], pipe.writer, **workers.environment, PYTHONIOENCODING=encoding
+    )
+
+    assert started.process.wait(30) == 0, started.errors()
+    assert "accepted" in pipe.read_all()
