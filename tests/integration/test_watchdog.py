@@ -22,7 +22,7 @@ from worker.watchdog import Watchdog
 LOOK_S, LOOKS = 0.2, 5
 #: A loop that is watched, ticks, and meets what `meet` does; SIGTERM ends it in order.
 WATCHED = f"""
-import asyncio, logging, os, signal, sys, time
+import asyncio, logging, os, signal, sys, threading, time
 from worker import log
 from worker.watchdog import Watchdog
 
@@ -32,6 +32,11 @@ def meet_sleep():
     password = "the-secret-word"
     log.info("last")
     time.sleep(60)  # here
+
+def meet_sleep_of_many():
+    for _ in range(150):
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    time.sleep(60)
 
 def meet_endless_work():
     while True:
@@ -132,7 +137,7 @@ def test_other_ways_to_stand_still(watched: Watched, what: str) -> None:
 
 
 def test_nobody_reads_what_is_said(watched: Watched) -> None:
-    """A stdout and a stderr that take nothing do not keep it from its end either."""
+    """Nor does it wait for a reader with what it says of each of its threads."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
@@ -140,7 +145,7 @@ def test_nobody_reads_what_is_said(watched: Watched) -> None:
             os.write(writer, b"." * 4096)
     os.set_blocking(writer, True)
     try:
-        assert watched("sleep", writer).wait(20) == 70
+        assert watched("sleep_of_many", writer).wait(20) == 70
     finally:
         os.close(reader)
         os.close(writer)
