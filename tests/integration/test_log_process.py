@@ -483,7 +483,6 @@ for thread in threads:
 def test_forked_processes_log(child: NewChild, pipe: Pipe) -> None:
     """Each line of a horse that ends by `os._exit` is there, in order and once, and its parent's lines are too."""
     started = child(python(FORKING), pipe.writer)
-
     lines = [line.split("event=")[1] for line in pipe.read_all().splitlines()]
     assert started.process.wait(30) == 0, started.errors()
     horses = [line for line in lines if line.startswith("horse")]
@@ -537,12 +536,10 @@ def test_worker_whose_stdout_nobody_reads(
 ) -> None:
     """Such a worker cancels, and ends with 0 on SIGTERM."""
     pipe.fill()
-    started = child(
-        [sys.executable, "-m", "worker"], pipe.writer, **workers.environment, LOG_LEVEL="DEBUG", SHUTDOWN_GRACE_S="5"
-    )
+    settings = workers.environment | {"LOG_LEVEL": "DEBUG", "SHUTDOWN_GRACE_S": "5"}
+    started = child([sys.executable, "-m", "worker"], pipe.writer, **settings)
 
     tickets = client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in exchange.add_orders(300)])
-
     assert {ticket.wait(30).kind for ticket in tickets} == {OutcomeKind.CANCELLED}
     started.process.send_signal(signal.SIGTERM)
     assert started.process.wait(10) == 0
@@ -595,9 +592,8 @@ def test_check_in_any_encoding(
     encoding: str, workers: Workers, exchange: RunningExchange, child: NewChild, pipe: Pipe
 ) -> None:
     """`check` shows a letter that the terminal's encoding lacks in another way, and ends as it would have."""
-    started = child(
-        [sys.executable, "-m", "worker", "check"], pipe.writer, **workers.environment, PYTHONIOENCODING=encoding
-    )
+    command = [sys.executable, "-m", "worker", "check"]
+    started = child(command, pipe.writer, **workers.environment, PYTHONIOENCODING=encoding)
 
     assert started.process.wait(30) == 0, started.errors()
     assert "accepted" in pipe.read_all()
