@@ -43,6 +43,8 @@ _TIDY_S = 10.0
 _LISTEN_S = 60
 #: What of the grace is kept for leaving RQ's registries, and of that for the interpreter's end, s.
 _FAREWELL_S, _END_S = 3.0, 1.0
+#: How long the last lines of the log may take, s.
+_LAST_LINES_S = 0.3
 #: A loop that has not moved for this many looks of the watchdog, each of so many s, will not move again.
 _STUCK_LOOKS, _STUCK_LOOK_S = 10, 1.0
 
@@ -315,8 +317,7 @@ class CancelWorker(BaseWorker):
             self._interrupts += 1
             if self._interrupts > 1:
                 left = self._engine.in_hand if self._loop is not None else 0
-                with contextlib.suppress(OSError):
-                    os.write(2, b"left at once: %d jobs in flight come back when their leases run out\n" % left)
+                log.last_words("left_at_once", in_flight=left, reason="their leases bring them back")
                 os._exit(EX_INTERRUPTED)
         self._stop.set()
         if self._loop is not None:
@@ -348,6 +349,7 @@ class CancelWorker(BaseWorker):
             outcomes=self._engine.outcomes,
             seconds=loop.time() - began,
         )
+        log.flush(_LAST_LINES_S)
 
     def _say_farewell(self) -> None:
         try:

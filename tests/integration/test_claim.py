@@ -313,8 +313,7 @@ def test_a_field_that_is_too_large_is_not_read(
     name: str, size: int, fault: str, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
 ) -> None:
     """The job comes without the field and with its name, so that it gets an outcome; its neighbours come as ever."""
-    requests = [CancelRequest(client_algo_id="x"), CancelRequest(algo_id=1)]  # an algo id needs no pin
-    large, neighbour = client.cancel_many(requests)
+    large, neighbour = orders(client, 2)
     connection.hset(peek.keys.job_prefix + large.id, name, b"[" * size)
     holder = open_holder()
 
