@@ -387,3 +387,17 @@ def test_a_retry_starts_when_it_is_due(client: CancelClient, open_holder: OpenHo
     assert "c_due_at_ms" not in peek.job(lease.id)
     assert holder.complete(back(retry)) == [1]
     assert ids(holder.claim()) == [lease.id]
+
+
+def test_a_full_server_that_refuses_the_wait_is_an_error(
+    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis
+) -> None:
+    """Without a job to tell of, the worker learns why it was not let wait, so that it does not ask without end."""
+    holder = open_holder()
+    holder.claim()
+    connection.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            holder.claim(wait=True)
+    finally:
+        connection.config_set("maxmemory", 0)
