@@ -21,6 +21,7 @@ own(CLAIMING, 'list')
 own(UNFINISHED, 'zset')
 own(SCHEDULED, 'zset')
 own(STARTED, 'zset')
+own(FINISHED, 'zset')
 own(FAILED, 'zset')
 first_write()
 
@@ -107,6 +108,7 @@ local function free_state(id)
   end
   if s.done then
     if not is_requeued(id, s) then
+      end_again(id, s)
       redis.call('ZREM', UNFINISHED, id)
       return nil, 'settled'
     end
@@ -152,8 +154,8 @@ local function lease(id, s, deadline_ms)
   number = number + 1
   if s.damaged then redis.call('HDEL', job, unpack(s.damaged)) end
   -- The attempt is noted before it is sent: should nobody come back with its answer, it counts as perhaps done.
-  local new = {'status', 'started', 'started_at', stamp, 'last_heartbeat', stamp, 'worker_name', holder,
-    'c_lease', token, 'c_open_at_ms', text(now_ms)}
+  local new = {'status', is_recalled(s) and s.status or 'started', 'started_at', stamp, 'last_heartbeat', stamp,
+    'worker_name', holder, 'c_lease', token, 'c_open_at_ms', text(now_ms)}
   if not s.enqueued_at then
     s.enqueued_at = text(now_ms)
     add(new, 'c_enqueued_at_ms', s.enqueued_at)
@@ -229,25 +231,13 @@ local function give_overlooked(share, waited_ms)
   end
 end
 
--- RQ's popping says `started` of a job that has ended, and that it never ends.
-local function put_right(id, why)
-  if why == 'settled' then
-    local is_failed = FAILED_KINDS[kind_of(id, read(id))]
-    local life_s = is_failed and FAILURE_TTL_S or RESULT_TTL_S
-    redis.call('HSET', JOB_PREFIX .. id, 'status', is_failed and 'failed' or 'finished')
-    redis.call('EXPIRE', JOB_PREFIX .. id, life_s)
-    if not is_failed then own(FINISHED, 'zset') end
-    redis.call('ZADD', is_failed and FAILED or FINISHED, 'NX', math.floor(now_s) + life_s, id)
-  elseif string.find(why, '^scheduled') then
-    redis.call('HSET', JOB_PREFIX .. id, 'status', 'scheduled')
-    redis.call('ZADD', SCHEDULED, 'NX', string.format('%.6f', due_at(id, read(id)) / 1000), id)
-  end
-end
-
 local closed_until_ms, suspended, why = closed_until(), redis.call('EXISTS', SUSPENDED), ''
 if only ~= '' then
   why = try(only, closed_until_ms > 0)
-  put_right(only, why)
+  if string.find(why, '^scheduled') then -- RQ's popping says `started`
+    redis.call('HSET', JOB_PREFIX .. only, 'status', 'scheduled')
+    redis.call('ZADD', SCHEDULED, 'NX', string.format('%.6f', due_at(only, read(only)) / 1000), only)
+  end
 else
   empty_claiming()
   -- After a pause of the server or the network this may run long after it was sent: what it gave, nobody would take.

@@ -37,6 +37,17 @@ end
 -- and with it all.
 local function first_write() redis.call('ZREM', UNFINISHED, '\0') end
 
+-- RQ's popping says `started` of a job that has ended, and takes its life off: a stock worker that dies then leaves it
+-- so. The registries must be there as what they are.
+local function end_again(id, s)
+  if redis.call('TTL', JOB_PREFIX .. id) ~= -1 then return end
+  local is_failed = FAILED_KINDS[kind_of(id, s)]
+  local life_s = is_failed and FAILURE_TTL_S or RESULT_TTL_S
+  redis.call('HSET', JOB_PREFIX .. id, 'status', is_failed and 'failed' or 'finished')
+  redis.call('EXPIRE', JOB_PREFIX .. id, life_s)
+  redis.call('ZADD', is_failed and FAILED or FINISHED, 'NX', math.floor(now_s) + life_s, id)
+end
+
 -- Written with one call each at the end of a script.
 local function write(command, key, list)
   if #list > 0 then redis.call(command, key, unpack(list)) end

@@ -28,8 +28,11 @@ local function end_hold(id, lease, answer)
   return {'c_ended', lease .. ' ' .. answer}
 end
 
-local function to_front(id, job, new)
-  add(new, 'status', 'queued')
+-- A job that a person took back stays so.
+local function show(new, s, status) add(new, 'status', is_recalled(s) and s.status or status) end
+
+local function to_front(id, job, s, new)
+  show(new, s, 'queued')
   redis.call('HSET', job, unpack(new))
   redis.call('HDEL', job, 'c_lease', 'c_open_at_ms', 'c_due_at_ms')
   add(indexed, WAITING_BAND + now_ms, id)
@@ -75,7 +78,7 @@ local function done(id, job, s, i)
   if has_moved(s, ARGV[i + 7]) then
     local new = end_hold(id, s.lease, '2')
     keep(new, ARGV[i + 8], ARGV[i + 9])
-    to_front(id, job, new)
+    to_front(id, job, s, new)
     return 2
   end
   local is_failed, lease = FAILED_KINDS[ARGV[i + 5]], s.lease
@@ -94,7 +97,8 @@ local function retry(id, job, s, i)
   local due_ms = now_ms + delay_ms
   local new = end_hold(id, s.lease, text(due_ms))
   keep(new, ARGV[i + 4], ARGV[i + 5])
-  add(new, 'status', 'scheduled', 'c_due_at_ms', text(due_ms))
+  show(new, s, 'scheduled')
+  add(new, 'c_due_at_ms', text(due_ms))
   redis.call('HSET', job, unpack(new))
   redis.call('HDEL', job, 'c_lease', 'c_open_at_ms')
   redis.pcall('HINCRBY', job, 'number_of_retries', 1) -- RQ's field, and not worth an outcome
@@ -108,7 +112,8 @@ local function done_without_hash(what, id, i)
   if what ~= 'done' then return 0 end
   local before = redis.pcall('GET', OUTCOME_PREFIX .. id)
   if before then return before == ARGV[i + 4] and 1 or 0 end
-  if not redis.call('ZSCORE', UNFINISHED, id) then return 0 end
+  local ends_ms = tonumber(redis.call('ZSCORE', UNFINISHED, id) or '')
+  if not ends_ms or ends_ms >= WAITING_BAND then return 0 end
   record(id, nil, i)
   add(started, id .. ':' .. ARGV[i + 2])
   return 1
@@ -127,7 +132,7 @@ local function complete(what, id, i)
   if what == 'retry' then return retry(id, job, s, i) end
   local new = end_hold(id, lease, '1')
   keep(new, ARGV[i + 4], ARGV[i + 5])
-  to_front(id, job, new)
+  to_front(id, job, s, new)
   return 1
 end
 

@@ -11,7 +11,13 @@ end
 first_write()
 
 for _, registry in ipairs({FINISHED, FAILED, STARTED}) do
-  write('ZREM', registry, redis.call('ZRANGEBYSCORE', registry, '-inf', text(now_s), 'LIMIT', 0, STEP))
+  local expired = redis.call('ZRANGEBYSCORE', registry, '-inf', text(now_s), 'LIMIT', 0, STEP)
+  for _, entry in ipairs(registry == STARTED and expired or {}) do
+    local id = string.match(entry, '^(.*):')
+    local s = id and #id <= MAX_ID_BYTES and read(id)
+    if s and s.done then end_again(id, s) end
+  end
+  write('ZREM', registry, expired)
 end
 
 -- A job without lease and end that the index does not know stands there from now on.
