@@ -110,8 +110,9 @@ class _StockRun:
             row = await self._carry(claimed.leases[0])
             completed = await self._link.ask(partial(self._store.complete, [row]))
             answer = completed.answers[0]
-            if isinstance(row, Done) and answer in (0, 1):
+            if isinstance(row, Done) and answer == 1:
                 return await self._ended()
+            # Where it was not ours any more, the next claim tells what became of it.
             delay_ms = self._delay_ms(row, answer)
             if delay_ms > _SHORT_WAIT_S * 1000 or local_ns() > ends_ns or await self._shutdown_asked():
                 return _later(delay_ms)

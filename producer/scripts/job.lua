@@ -60,6 +60,8 @@ function job.read(id)
     end
   end
   if not is_there and redis.call('EXISTS', JOB_PREFIX .. id) == 0 then return nil end
+  -- What RQ saves over a hash that was deleted has none of our fields: the record knows of its end.
+  if not s.run and not s.done and redis.call('EXISTS', OUTCOME_PREFIX .. id) == 1 then s.done = '1' end
   return s
 end
 

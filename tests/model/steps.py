@@ -302,7 +302,9 @@ def outlast(world: World) -> None:
 def expire_hold(world: World, job_id: str) -> None:
     """The lease of a job ends now."""
     hold, now_ms = world.model.jobs[job_id].hold, world.now_ms()
-    if hold is not None and world.plain.hget(world.keys.job_prefix + job_id, "c_lease") in (hold.token, None):
+    key = world.keys.job_prefix + job_id
+    token, exists = world.plain.hget(key, "c_lease"), world.plain.exists(key)
+    if hold is not None and (token == hold.token or not exists):
         world.plain.zadd(world.keys.unfinished, {job_id: now_ms}, xx=True)
         hold.ends_ms = min(hold.ends_ms, now_ms)
         world.note(job_id, f"lease {hold.token} ends, its holder was silent")

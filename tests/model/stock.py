@@ -159,6 +159,7 @@ class Visit:
     def work(self, kind: type[SimpleWorker] | type[Forking]) -> None:
         """Be born, take one job, and go."""
         life = _life(self._world)
+        self._world.model.rq_writes()
         try:
             with self._worker(kind, life) as it, _task(self._world, self._settings, life):
                 if isinstance(it, Forking):

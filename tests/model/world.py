@@ -143,6 +143,8 @@ class World:
             job.is_acknowledged = is_heard or (job.is_acknowledged and not is_new)
             how = "made" if is_new else "its own" if job_id == own_id else "joined"
             self.note(job_id, f"call {call.number} asks for {asked.order} in {asked.deadline_ms} ms: {how}")
+        if is_repeat:
+            self.check()  # a second row for its order may have begun a run that RQ was told to make
 
     def _sent(self, call: Call) -> list[str]:
         try:

@@ -164,7 +164,8 @@ function job.lease(id, s, deadline_ms)
   redis.call('PERSIST', key)
   job.put_in_order(key, id, s)
   -- The attempt is noted before it is sent: should nobody come back with its answer, it counts as perhaps done.
-  redis.call('HSET', key, 'status', 'started', 'started_at', out.stamp, 'last_heartbeat', out.stamp,
+  local status = job.is_recalled(s) and s.status or 'started'
+  redis.call('HSET', key, 'status', status, 'started_at', out.stamp, 'last_heartbeat', out.stamp,
     'worker_name', ARGV[1], 'c_lease', token, 'c_open_at_ms', now.text, 'c_run', s.run or '1')
   local n = #out.leases
   out.leases[n + 1], out.leases[n + 2] = out.lease_ends, id
