@@ -2,7 +2,7 @@
 -- Runs when the BLMOVE before it in the same pipeline returns, so that waiting and claiming are one round trip.
 -- ARGV  1 holder's name, 2 free slots, 3 prefix of its lease tokens, 4 number of the first one,
 --       5 take lost leases (1 or 0), 6 look for what stands in no list (1 or 0),
---       7 when the asker stops waiting for the answer, in ms (0: not known), 8 id of the one job (empty: a worker asks)
+--       7 when the asker stops waiting for the answer, in ms (0: not known), 8 id of the one job (absent: a worker asks)
 -- Gives: now in ms, the gate's end in ms (0: open), suspended (1 or 0), names of keys that were set aside or entries
 -- that were dropped, why the one job was not leased (empty: it was, or nobody asked for one; `settled`, `held`, `gone`,
 -- `scheduled` and when it is due, `closed` and its deadline), then a row for each job:
@@ -172,7 +172,7 @@ local function lease(id, s, deadline_ms)
   if s.due_at or s.status == 'scheduled' then add(unscheduled, id) end
   add(leases, now_ms + LEASE_MS, id)
   -- RQ has made its own entry for a stock worker.
-  if only == '' then add(started, math.ceil(math.max(deadline_ms, now_ms) / 1000) + RQ_GRACE_S, id .. ':' .. token) end
+  if not only then add(started, math.ceil(math.max(deadline_ms, now_ms) / 1000) + RQ_GRACE_S, id .. ':' .. token) end
   local data, attempts = bounded(job, 'data', MAX_DATA_BYTES), bounded(job, 'c_attempts', MAX_ATTEMPTS_BYTES)
   local pin = bounded(job, 'c_pin', MAX_DATA_BYTES)
   return {id, token, data or '', s.enqueued_at, text(deadline_ms), s.run or '1', attempts or '', pin or '',
@@ -251,7 +251,7 @@ local function put_right(id, why)
 end
 
 local closed_until_ms, suspended, why = closed_until(), redis.call('EXISTS', SUSPENDED), ''
-if only ~= '' then
+if only then
   why = try(only, closed_until_ms > 0)
   put_right(only, why)
 else
