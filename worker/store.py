@@ -246,7 +246,7 @@ class Store:
         number, self._claims = self._claims, self._claims + slots
         gives_up_at_ms = self.clock.now_ms() + round(ANSWER_WITHIN_S * 1000) if self.clock.measured else 0
         flags = (int(bring_back), int(take_lost), int(look_closely))
-        script = self._call("claim", self._holder, slots, self._token, number, *flags, gives_up_at_ms, "")
+        script = self._call("claim", self._holder, slots, self._token, number, *flags, gives_up_at_ms)
         move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
         return Request((move, script) if wait else (script,), self._scripts["claim"], self._claimed)
 

@@ -2,7 +2,7 @@
 -- Runs when the BLMOVE before it in the same pipeline returns, so that waiting and claiming are one round trip.
 -- ARGV  1 holder's name, 2 free slots, 3 prefix of its lease tokens, 4 number of the first one,
 --       5 bring back what is due (1 or 0), 6 take lost leases (1 or 0), 7 look for what stands in no list (1 or 0),
---       8 when the asker stops waiting for the answer, in ms (0: not known), 9 id of the one job (empty: a worker asks)
+--       8 when the asker stops waiting for the answer, in ms (0: not known), 9 id of the one job (absent: a worker asks)
 -- Gives: now in ms, the gate's end in ms (0: open), suspended (1 or 0), names of keys that were set aside or entries
 -- that were dropped, why the one job was not leased (empty: it was, or nobody asked for one; `settled`, `held`, `gone`,
 -- `scheduled` and when it is due, `closed` and its deadline), then a row for each job:
@@ -169,7 +169,7 @@ function job.lease(id, s, deadline_ms)
     'worker_name', ARGV[1], 'c_lease', token, 'c_open_at_ms', now.text, 'c_run', s.run or '1')
   local n = #out.leases
   out.leases[n + 1], out.leases[n + 2] = out.lease_ends, id
-  if only == '' then -- RQ has made its own entry for a stock worker
+  if not only then -- RQ has made its own entry for a stock worker
     out.started[n + 1] = text(math.ceil(math.max(deadline_ms, now.ms) / 1000) + RQ_GRACE_S)
     out.started[n + 2] = id .. ':' .. token
   end
@@ -255,7 +255,7 @@ function job.put_back_in_schedule(id)
 end
 
 local closed_until_ms, suspended, why = job.closed_until(), redis.call('EXISTS', SUSPENDED), ''
-if only ~= '' then
+if only then
   job.first_write()
   why = job.try_safely(only, closed_until_ms > 0)
   if string.find(why, '^scheduled') then job.put_back_in_schedule(only) end
