@@ -264,7 +264,7 @@ class Store:
         told = (int(now_ms), int(gate), suspended == 1, _names(damaged), why_not, int(until or 0))
         until_ns = self._lease_from(told[0], stamps)
         leases = [_lease(row, until_ns) for row in rows]
-        if not leases:
+        if not leases and not damaged:  # else the list was none, and is by now
             _raise(moved)  # a full server refuses the wait but not the claim: the next one must not follow at once
         return Claimed(*told, leases)
 
