@@ -7,8 +7,9 @@ for i = 4, #ARGV do
   local id = ARGV[i]
   if not seen[id] then
     seen[id] = true
+    -- RQ also files jobs there that go on: it knows nothing of leases.
     local s = on('ZSCORE', FAILED, id) and job.read(id)
-    if s then known[#known + 1] = {id, s} else unknown[#unknown + 1] = id end
+    if s and s.done and FAILED_KINDS[job.kind_of(id, s)] then known[#known + 1] = {id, s} else unknown[#unknown + 1] = id end
   end
 end
 if ARGV[3] == 'check' or (ARGV[3] == 'all' and #unknown > 0) then return unknown end

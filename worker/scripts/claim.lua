@@ -10,6 +10,7 @@
 local STEP = 100 -- entries of one kind brought back in one call: the server must not stand still
 local SWEEP = 500 -- waiting jobs looked at in one call during a pause
 local OVERLOOKED_MS = 5000 -- a job that waits so long while the queue is empty stands in no list
+local OLD_STEP_MS = 60000 -- the time-out that the version before gave its jobs
 local RQ_GRACE_S = 3600 -- RQ's clean-up may take a job for abandoned only this long after its deadline
 local slots, only = tonumber(ARGV[2]), ARGV[9]
 local out = {number = tonumber(ARGV[4]), lease_ends = text(now.ms + LEASE_MS), dropped = 0, rows = {}, leases = {},
@@ -92,6 +93,7 @@ function job.free_state(id)
   local s = job.read(id)
   if not s or (s.done and not job.is_requeued(id, s)) then
     on('ZREM', UNFINISHED, id)
+    if s then job.put_right(id, s) end
     return nil, s and 'settled' or 'gone'
   end
   if s.done then
@@ -105,7 +107,13 @@ function job.free_state(id)
     if ARGV[6] ~= '1' then return nil, 'held' end
     job.lose(id, s)
   elseif s.open_at then
-    job.note_lost_attempt(id, tonumber(s.open_at)) -- a stock worker of the version before began it
+    -- A stock worker of the version before began it; it took no lease, and is at it for as long as RQ lets it.
+    local ends_ms = tonumber(s.open_at) + OLD_STEP_MS
+    if s.status == 'started' and ends_ms > now.ms then
+      on('ZADD', UNFINISHED, text(ends_ms), id)
+      return nil, 'held'
+    end
+    job.note_lost_attempt(id, tonumber(s.open_at))
   end
   local due_ms = (s.due_at or s.status == 'scheduled') and job.due_at(id, s)
   if due_ms and due_ms > now.ms and not job.is_recalled(s) then
@@ -134,6 +142,7 @@ end
 function job.put_in_order(key, id, s)
   if s.damaged then redis.call('HDEL', key, unpack(s.damaged)) end
   if s.due_at then redis.call('HDEL', key, 'c_due_at_ms') end
+  if job.is_recalled(s) then redis.pcall('ZREM', CANCELED, id) end
   if s.due_at or s.status == 'scheduled' then out.unscheduled[#out.unscheduled + 1] = id end
   if not s.enqueued_at then
     s.enqueued_at = now.text
@@ -231,25 +240,17 @@ function job.give_overlooked(share, waited_ms)
   for _, id in ipairs(ids) do job.try_safely(id, false) end
 end
 
--- RQ's popping says `started` of a job that has ended, and that it never ends.
-function job.put_right(id, why)
-  if why == 'settled' then
-    local is_failed = FAILED_KINDS[job.kind_of(id, job.read(id))]
-    local life_s = is_failed and FAILURE_TTL_S or RESULT_TTL_S
-    redis.call('HSET', JOB_PREFIX .. id, 'status', is_failed and 'failed' or 'finished')
-    redis.call('EXPIRE', JOB_PREFIX .. id, life_s)
-    on('ZADD', is_failed and FAILED or FINISHED, 'NX', text(now.s + life_s), id)
-  elseif string.find(why, '^scheduled') then
-    redis.call('HSET', JOB_PREFIX .. id, 'status', 'scheduled')
-    on('ZADD', SCHEDULED, 'NX', now.seconds(job.due_at(id, job.read(id))), id)
-  end
+-- RQ's popping says `started` of a job that waits for its next try.
+function job.put_back_in_schedule(id)
+  redis.call('HSET', JOB_PREFIX .. id, 'status', 'scheduled')
+  on('ZADD', SCHEDULED, 'NX', now.seconds(job.due_at(id, job.read(id))), id)
 end
 
 local closed_until_ms, suspended, why = job.closed_until(), redis.call('EXISTS', SUSPENDED), ''
 if only ~= '' then
   job.first_write()
   why = job.try_safely(only, closed_until_ms > 0)
-  job.put_right(only, why)
+  if string.find(why, '^scheduled') then job.put_back_in_schedule(only) end
 else
   local moved, gives_up_at_ms = job.moved(), tonumber(ARGV[8])
   if gives_up_at_ms > 0 and now.ms >= gives_up_at_ms then
@@ -276,4 +277,8 @@ end
 write('ZADD', UNFINISHED, out.leases)
 write('ZADD', STARTED, out.started)
 write('ZREM', SCHEDULED, out.unscheduled)
+if only ~= '' then -- where all workers are stock ones, nobody else does it
+  job.bring_back_due()
+  job.bring_back_lost()
+end
 return {now.text, text(closed_until_ms), suspended, set_aside, why, unpack(out.rows)}

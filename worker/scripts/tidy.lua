@@ -1,30 +1,39 @@
 -- In bounded steps, what RQ's maintenance would do for this queue, without running anything of a job's: entries of
--- registries go when they have expired (entries, never jobs), dead workers leave RQ's sets, and what stands in RQ's
--- lists alone (enqueued by the version before this one, or left there by a stock worker) gets into the index.
+-- registries go when they have expired (entries, never jobs), dead workers leave RQ's sets, what stands in RQ's lists
+-- alone (enqueued by the version before this one, or left there by a stock worker) gets into the index, and what RQ has
+-- overwritten of jobs that have ended is put right.
 -- ARGV  1 cursor through RQ's workers, 2 position in the queue
 -- Gives the next cursor and position, and names of keys that were set aside.
 local STEP, INTERMEDIATE_MS = 200, 60000
+local STOCK_LIFE_S = 3000 -- entries of stock workers live no longer; our own outlast their deadline by an hour
 job.first_write()
 
+-- A job without lease and end that the index does not know stands there from now on. Gives whether it has ended.
+local function see_to(id, band)
+  local s = #id <= MAX_ID_BYTES and job.read(id)
+  if not s then return true end
+  if not s.done then
+    on('ZADD', UNFINISHED, 'NX', text(s.lease and now.ms + LEASE_MS or band), id)
+    return false
+  end
+  if job.is_requeued(id, s) then job.start_run(id, s) else job.put_right(id, s) end
+  return true
+end
+
+for _, entry in ipairs(on('ZRANGEBYSCORE', STARTED, '-inf', text(now.s + STOCK_LIFE_S), 'LIMIT', 0, STEP)) do
+  see_to(string.match(entry, '^(.*):') or entry, WAITING_BAND + now.ms)
+end
 for _, registry in ipairs({FINISHED, FAILED, STARTED}) do
   write('ZREM', registry, on('ZRANGEBYSCORE', registry, '-inf', text(now.s), 'LIMIT', 0, STEP))
 end
 
--- A job without lease and end that the index does not know stands there from now on.
-local function adopt(id, band)
-  if #id > MAX_ID_BYTES then return end
-  local s = job.read(id)
-  if not s or s.done then return end
-  on('ZADD', UNFINISHED, 'NX', text(s.lease and now.ms + LEASE_MS or band), id)
-end
-
 local position = tonumber(ARGV[2])
 local waiting = on('LRANGE', WAITING, position, position + STEP - 1)
-for _, id in ipairs(waiting) do adopt(id, WAITING_BAND + now.ms) end
+for _, id in ipairs(waiting) do see_to(id, WAITING_BAND + now.ms) end
 position = #waiting == STEP and position + STEP or 0
 
 for _, id in ipairs(on('LRANGE', INTERMEDIATE, 0, STEP - 1)) do
-  adopt(id, WAITING_BAND + now.ms)
+  see_to(id, WAITING_BAND + now.ms)
   local since = tonumber(on('ZSCORE', UNFINISHED, id) or '')
   if not since or (since >= WAITING_BAND and since < RETRY_BAND and now.ms - (since - WAITING_BAND) > INTERMEDIATE_MS)
   then on('LREM', INTERMEDIATE, 1, id) end
@@ -33,12 +42,12 @@ end
 -- Retries of the version before this one, and those that a stock worker was told to make.
 local due = on('ZRANGE', SCHEDULED, 0, STEP - 1, 'WITHSCORES')
 for i = 1, #due, 2 do
-  local s = job.read(due[i])
-  if not s or s.done then
-    on('ZREM', SCHEDULED, due[i])
-  else
-    adopt(due[i], RETRY_BAND + (job.moment(due[i + 1]) or now.ms))
-  end
+  if see_to(due[i], RETRY_BAND + (job.moment(due[i + 1]) or now.ms)) then on('ZREM', SCHEDULED, due[i]) end
+end
+
+-- What a person took back is in no list any more, and gets its outcome all the same.
+for _, id in ipairs(on('ZRANGE', CANCELED, 0, STEP - 1)) do
+  if see_to(id, WAITING_BAND + now.ms) then on('ZREM', CANCELED, id) end
 end
 
 local found = on('SSCAN', WORKERS, ARGV[1], 'COUNT', 50)
