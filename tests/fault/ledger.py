@@ -30,7 +30,7 @@ BACK_FOR_ALL_MS = 1000
 #: The end of what is said of an order that bears the right client id and is not proven to be the one that was meant.
 LEFT_ALONE = ": left alone"
 #: ... because it is the newer one, or as good as that. (That nothing was measured is no reason.)
-_NEWER = ("belongs to an order created after the request", "created so close to the request")
+_NEWER = ("created after the request", "the clocks are known to")
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,12 +78,6 @@ NewFleet = Callable[..., Workers]
 
 
 @pytest.fixture
-def peek(connection: redis.Redis) -> Peek:
-    """A look at the queue's keys."""
-    return Peek(connection)
-
-
-@pytest.fixture
 def new_fleet(workers: Workers, tmp_path: Path) -> Iterator[NewFleet]:
     """Makes fleets of workers whose environment differs from the usual one."""
     made: list[Workers] = []

@@ -21,6 +21,11 @@ function job.drop(what)
   out.dropped = out.dropped + 1
 end
 
+function job.is_id(id)
+  if #id > MAX_ID_BYTES then job.drop(id) end
+  return #id <= MAX_ID_BYTES
+end
+
 -- Back to where any claim finds it, before all others.
 function job.to_front(id)
   on('ZADD', UNFINISHED, text(WAITING_BAND + now.ms), id)
@@ -50,7 +55,7 @@ function job.bring_back_lost()
   local ids = on('ZRANGEBYSCORE', UNFINISHED, '-inf', now.text, 'LIMIT', '0', STEP)
   for i = #ids, 1, -1 do
     local id = ids[i]
-    local s = job.read(id)
+    local s = job.is_id(id) and job.read(id)
     if s and s.lease then job.lose(id, s) end
     if s and not s.done then
       redis.call('HSET', JOB_PREFIX .. id, 'status', job.is_recalled(s) and s.status or 'queued')
@@ -65,7 +70,7 @@ function job.bring_back_due()
   local ids = on('ZRANGEBYSCORE', UNFINISHED, text(RETRY_BAND), text(RETRY_BAND + now.ms), 'LIMIT', '0', STEP)
   for i = #ids, 1, -1 do
     local id = ids[i]
-    local s = job.read(id)
+    local s = job.is_id(id) and job.read(id)
     on('ZREM', SCHEDULED, id)
     if s and s.lease and not s.done then
       on('ZADD', UNFINISHED, out.lease_ends, id)
@@ -100,12 +105,13 @@ function job.free_state(id)
     job.start_run(id, s)
     local damaged = s.damaged
     s = job.read(id)
-    s.damaged = damaged
+    s.was_damaged = damaged -- it is written anew, and yet nobody knows what stood there
   end
   if job.is_held(id, s) then return nil, 'held' end
   if s.lease then
     if ARGV[6] ~= '1' then return nil, 'held' end
     job.lose(id, s)
+    on('ZADD', UNFINISHED, text(WAITING_BAND + now.ms), id) -- during a pause nobody may take it at once
   elseif s.open_at then
     -- A stock worker of the version before began it; it took no lease, and is at it for as long as RQ lets it.
     local ends_ms = tonumber(s.open_at) + OLD_STEP_MS
@@ -132,7 +138,8 @@ end
 
 function job.fault_of(s, data, attempts, pin)
   if job.is_recalled(s) then return 'recalled ' .. s.status end
-  if s.damaged then return 'number ' .. s.damaged[1] end
+  local damaged = s.damaged or s.was_damaged
+  if damaged then return 'number ' .. damaged[1] end
   if not data then return 'size data' end
   if not attempts then return 'size c_attempts' end
   return pin and '' or 'size c_pin'
@@ -141,6 +148,7 @@ end
 -- What the request lacks, or has too much of, before it is leased.
 function job.put_in_order(key, id, s)
   if s.damaged then redis.call('HDEL', key, unpack(s.damaged)) end
+  if job.is_recalled(s) then on('ZREM', CANCELED, id) end
   if s.due_at then redis.call('HDEL', key, 'c_due_at_ms') end
   if job.is_recalled(s) then redis.pcall('ZREM', CANCELED, id) end
   if s.due_at or s.status == 'scheduled' then out.unscheduled[#out.unscheduled + 1] = id end
@@ -166,7 +174,7 @@ function job.lease(id, s, deadline_ms)
     out.started[n + 2] = id .. ':' .. token
   end
   local data, attempts = job.bounded(key, 'data', MAX_DATA_BYTES), job.bounded(key, 'c_attempts', MAX_ATTEMPTS_BYTES)
-  local pin = job.is_shared(s.order) and '' or job.bounded(key, 'c_pin', MAX_DATA_BYTES) -- an algo id needs none
+  local pin = job.bounded(key, 'c_pin', MAX_DATA_BYTES)
   return {id, token, data or '', s.enqueued_at, text(deadline_ms), s.run or '1', attempts or '', pin or '',
     job.fault_of(s, data, attempts, pin), s.meant_at or s.enqueued_at}
 end
@@ -182,8 +190,8 @@ end
 
 -- What is wrong with one job must not cost those that were taken off the list with it.
 function job.try_safely(id, only_overdue)
-  if #id > MAX_ID_BYTES then
-    job.drop(id)
+  if not job.is_id(id) then
+    on('ZREM', UNFINISHED, id)
     return 'gone'
   end
   local is_fine, why = pcall(job.try, id, only_overdue)

@@ -46,9 +46,11 @@ end
 
 -- RQ's popping says of a job that has ended that it has begun and never ends; a clean-up of RQ's, that it waits.
 function job.put_right(id, s)
-  local key, is_failed = JOB_PREFIX .. id, FAILED_KINDS[job.kind_of(id, s)]
-  local status, life_s = is_failed and 'failed' or 'finished', is_failed and FAILURE_TTL_S or RESULT_TTL_S
+  local key = JOB_PREFIX .. id
+  local is_failed = FAILED_KINDS[job.kind_of(id, s)]
+  local status = is_failed and 'failed' or 'finished'
   if s.status == status and redis.call('TTL', key) >= 0 then return end
+  local life_s = is_failed and FAILURE_TTL_S or RESULT_TTL_S
   redis.call('EXPIRE', key, life_s)
   redis.call('HSET', key, 'status', status)
   on('ZREM', is_failed and FINISHED or FAILED, id)

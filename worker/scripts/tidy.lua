@@ -9,7 +9,7 @@ local STOCK_LIFE_S = 3000 -- entries of stock workers live no longer; our own ou
 job.first_write()
 
 -- A job without lease and end that the index does not know stands there from now on. Gives whether it has ended.
-local function see_to(id, band)
+function job.see_to(id, band)
   local s = #id <= MAX_ID_BYTES and job.read(id)
   if not s then return true end
   if not s.done then
@@ -20,37 +20,38 @@ local function see_to(id, band)
   return true
 end
 
-for _, entry in ipairs(on('ZRANGEBYSCORE', STARTED, '-inf', text(now.s + STOCK_LIFE_S), 'LIMIT', 0, STEP)) do
-  see_to(string.match(entry, '^(.*):') or entry, WAITING_BAND + now.ms)
-end
+local since_now = WAITING_BAND + now.ms
+local may_be_stock = on('ZRANGEBYSCORE', STARTED, '-inf', text(now.s + STOCK_LIFE_S), 'LIMIT', '0', STEP)
+for _, entry in ipairs(may_be_stock) do job.see_to(string.match(entry, '^(.*):') or entry, since_now) end
 for _, registry in ipairs({FINISHED, FAILED, STARTED}) do
-  write('ZREM', registry, on('ZRANGEBYSCORE', registry, '-inf', text(now.s), 'LIMIT', 0, STEP))
+  write('ZREM', registry, on('ZRANGEBYSCORE', registry, '-inf', text(now.s), 'LIMIT', '0', STEP))
 end
 
 local position = tonumber(ARGV[2])
 local waiting = on('LRANGE', WAITING, position, position + STEP - 1)
-for _, id in ipairs(waiting) do see_to(id, WAITING_BAND + now.ms) end
+for _, id in ipairs(waiting) do job.see_to(id, since_now) end
 position = #waiting == STEP and position + STEP or 0
 
-for _, id in ipairs(on('LRANGE', INTERMEDIATE, 0, STEP - 1)) do
-  see_to(id, WAITING_BAND + now.ms)
+for _, id in ipairs(on('LRANGE', INTERMEDIATE, '0', STEP - 1)) do
+  job.see_to(id, since_now)
   local since = tonumber(on('ZSCORE', UNFINISHED, id) or '')
-  if not since or (since >= WAITING_BAND and since < RETRY_BAND and now.ms - (since - WAITING_BAND) > INTERMEDIATE_MS)
-  then on('LREM', INTERMEDIATE, 1, id) end
+  if not since or (since >= WAITING_BAND and since < RETRY_BAND and since_now - since > INTERMEDIATE_MS) then
+    on('LREM', INTERMEDIATE, '1', id)
+  end
 end
 
 -- Retries of the version before this one, and those that a stock worker was told to make.
-local due = on('ZRANGE', SCHEDULED, 0, STEP - 1, 'WITHSCORES')
+local due = on('ZRANGE', SCHEDULED, '0', STEP - 1, 'WITHSCORES')
 for i = 1, #due, 2 do
-  if see_to(due[i], RETRY_BAND + (job.moment(due[i + 1]) or now.ms)) then on('ZREM', SCHEDULED, due[i]) end
+  if job.see_to(due[i], RETRY_BAND + (job.moment(due[i + 1]) or now.ms)) then on('ZREM', SCHEDULED, due[i]) end
 end
 
 -- What a person took back is in no list any more, and gets its outcome all the same.
-for _, id in ipairs(on('ZRANGE', CANCELED, 0, STEP - 1)) do
-  if see_to(id, WAITING_BAND + now.ms) then on('ZREM', CANCELED, id) end
+for _, id in ipairs(on('ZRANGE', CANCELED, '0', STEP - 1)) do
+  if job.see_to(id, since_now) then on('ZREM', CANCELED, id) end
 end
 
-local found = on('SSCAN', WORKERS, ARGV[1], 'COUNT', 50)
+local found = on('SSCAN', WORKERS, ARGV[1], 'COUNT', '50')
 for _, key in ipairs(found[2]) do
   if redis.call('EXISTS', key) == 0 then
     on('SREM', WORKERS, key)
