@@ -150,6 +150,7 @@ function job.put_in_order(key, id, s)
   if s.damaged then redis.call('HDEL', key, unpack(s.damaged)) end
   if job.is_recalled(s) then on('ZREM', CANCELED, id) end
   if s.due_at then redis.call('HDEL', key, 'c_due_at_ms') end
+  if job.is_recalled(s) then redis.pcall('ZREM', CANCELED, id) end
   if s.due_at or s.status == 'scheduled' then out.unscheduled[#out.unscheduled + 1] = id end
   if not s.enqueued_at then
     s.enqueued_at = now.text
@@ -285,4 +286,8 @@ end
 write('ZADD', UNFINISHED, out.leases)
 write('ZADD', STARTED, out.started)
 write('ZREM', SCHEDULED, out.unscheduled)
+if only ~= '' then -- where all workers are stock ones, nobody else does it
+  job.bring_back_due()
+  job.bring_back_lost()
+end
 return {now.text, text(closed_until_ms), suspended, set_aside, why, unpack(out.rows)}

@@ -11,8 +11,8 @@
 -- what it gave before.
 local ROW = 10
 -- What all rows of a group say of one key is written at the end, with one call.
-local out = {entries = {}, ended = {}, indexed = {}, scheduled = {}, finished = {}, failed = {}, over = {}, front = {},
-  stamp = now.stamp(), ended_at = now.seconds(now.ms)}
+local out = {entries = {}, ended = {}, indexed = {}, scheduled = {}, finished = {}, failed = {}, unfailed = {}, over = {},
+  front = {}, stamp = now.stamp(), ended_at = now.seconds(now.ms)}
 
 -- First of all a write that needs no room. An entry goes with its lease, whoever ended that.
 for i = 2, #ARGV, ROW do out.entries[#out.entries + 1] = ARGV[i + 1] .. ':' .. ARGV[i + 2] end
@@ -61,6 +61,7 @@ function job.as_rq_does(id, lease, began_at, is_failed, result)
   redis.call('EXPIRE', results, life_s)
   registry[#registry + 1] = text(now.s + life_s)
   registry[#registry + 1] = id
+  if not is_failed then out.unfailed[#out.unfailed + 1] = id end -- RQ fails the job of a horse that was killed
 end
 
 -- While it was decided that the deadline had passed, another strategy may have asked for the same order.
@@ -134,6 +135,7 @@ write('ZADD', UNFINISHED, out.indexed)
 write('ZADD', SCHEDULED, out.scheduled)
 write('ZADD', FINISHED, out.finished)
 write('ZADD', FAILED, out.failed)
+write('ZREM', FAILED, out.unfailed)
 if #out.over > 0 then redis.call('DEL', unpack(out.over)) end
 for i = #out.front, 1, -1 do on('LPUSH', WAITING, out.front[i]) end
 -- Told when all is written, and not worth any of it: a user without channels may not publish.
