@@ -83,13 +83,10 @@ def test_counters_of_the_worker(client: CancelClient, open_holder: OpenHolder, p
     assert 0.06 <= float(worker["total_working_time"]) < 5
 
 
-@pytest.mark.parametrize("is_worker", [True, False])
-def test_no_worker_is_called_back_to_life(
-    is_worker: bool, client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_no_worker_is_called_back_to_life(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
     """A worker's hash that has expired is not made anew with counters alone: RQ could not read it."""
     client.cancel(algo_id=1)
-    holder = open_holder("gone", is_worker=is_worker)
+    holder = open_holder("gone")
     (lease,) = holder.claim()
 
     assert holder.complete(ended(lease)) == [1]
