@@ -50,6 +50,7 @@ local function join(id, deadline_ms, urgent)
     s = read(id)
   end
   ask(job, s, deadline_ms)
+  redis.call('PERSIST', job)
   if urgent == '1' then redis.call('HSET', job, 'c_urgent', '1') end
   if not fresh[id] then see_to_its_place(id, s, urgent) elseif urgent == '1' then redis.call('LPUSH', WAITING, id) end
   return true

@@ -20,11 +20,13 @@ for _, registry in ipairs({FINISHED, FAILED, STARTED}) do
   write('ZREM', registry, expired)
 end
 
--- A job without lease and end that the index does not know stands there from now on.
+-- A job without lease and end that the index does not know stands there from now on. RQ may have ended an earlier run
+-- of it late, and let it run out.
 local function adopt(id, band)
   if #id > MAX_ID_BYTES then return end
   local s = read(id)
   if not s or s.done then return end
+  redis.call('PERSIST', JOB_PREFIX .. id)
   redis.call('ZADD', UNFINISHED, 'NX', s.lease and now_ms + LEASE_MS or band, id)
 end
 
