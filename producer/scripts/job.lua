@@ -33,8 +33,8 @@ end
 local function on(command, key, ...)
   local said = redis.pcall(command, key, ...)
   if type(said) ~= 'table' or not said.err then return said end
-  if not string.find(said.err, 'WRONGTYPE', 1, true) then error(said.err) end
-  put_aside(key)
+  if string.find(said.err, 'WRONGTYPE', 1, true) then put_aside(key) end
+  -- Any other error comes once more, and is told as it is: the first word says which.
   return redis.call(command, key, ...)
 end
 
