@@ -17,7 +17,7 @@ from producer.message import DEFAULT_QUEUE, OutcomeKind
 #: Life of RQ's hash and result, s: short once finished (the outcome record lives on), a week where a person must look.
 RESULT_TTL_S = 600
 FAILURE_TTL_S = 7 * 86_400
-#: A pointer outlives any deadline; it is removed with the outcome, and only a job that somebody deleted leaves one.
+#: A pointer outlives any deadline; it is removed with the outcome, and left by a job that was deleted or has failed.
 POINTER_LIFE_S = 8 * 86_400
 #: RQ's clean-up requeues a job that has retries left and fails it otherwise; our own bounds decide, never RQ's.
 ENDLESS_RETRIES = 1_000_000

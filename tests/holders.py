@@ -30,10 +30,10 @@ class Holder:
 
     def __init__(self, port: int, name: str = "w", *, lease_ms: int = 60_000, **options: Any) -> None:
         self.name = name
-        self._connection = connect(f"redis://127.0.0.1:{port}/0", **options.pop("connection", {}))
+        self.connection = connect(f"redis://127.0.0.1:{port}/0", **options.pop("connection", {}))
         given = {"gate_scope": "all", "deadline_ms": DEADLINE_MS, "outcome_ttl_s": 3600, "ledger_maxlen": 20_000}
         self.store = Store("cancels", name, lease_ms=lease_ms, **{**given, **options})
-        self._link = BlockingLink(self._connection)
+        self._link = BlockingLink(self.connection)
 
     def ask(self, request: Request[T]) -> T:
         """One round trip."""
@@ -75,7 +75,7 @@ class Holder:
 
     def close(self) -> None:
         """Part with the server."""
-        self._connection.connection_pool.disconnect()
+        self.connection.connection_pool.disconnect()
 
 
 class OpenHolder(Protocol):

@@ -55,6 +55,8 @@ class Client:
         transport = AsyncioTransport(route, **pool) if way == "asyncio" else RequestsTransport(route)
         self.exchange = Exchange(transport, clock=clock, **options)
         self._runner = asyncio.Runner()
+        self._troubles: list[dict[str, Any]] = []
+        self._runner.get_loop().set_exception_handler(lambda _, context: self._troubles.append(context))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Have something done in the loop."""
@@ -87,6 +89,7 @@ class Client:
 
         self.run(close())
         self._runner.close()
+        assert self._troubles == []  # what nobody awaited, or a callback raised
 
 
 class Bench:

@@ -100,7 +100,8 @@ class Engine:
         self._is_suspended = self._is_away = False
         self._troubles, self._back_at_ns = 0, 0
         self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
-        self.outcomes = 0
+        self.failed = self.finished = 0  # outcomes of each sort
+        self.working_s = 0.0  # from claim to outcome, added up over all jobs
 
     # -- for the runner --
 
@@ -113,6 +114,11 @@ class Engine:
     def working_on(self) -> int:
         """Jobs that were not answered yet: those in our hands but for the ones that are being completed."""
         return self._running + len(self._ready)
+
+    @property
+    def outcomes(self) -> int:
+        """Outcomes recorded."""
+        return self.failed + self.finished
 
     @property
     def is_suspended(self) -> bool:
@@ -386,7 +392,9 @@ class Engine:
         self._written(group[0], None)
 
     def _written(self, row: Row, answer: int | None) -> None:
-        self._held.pop(row.lease.token, None)
+        held = self._held.pop(row.lease.token, None)
+        if held is not None:
+            self.working_s += (local_ns() - held.claimed_ns) / _NS_PER_S
         if answer is not None:
             self._tell(row, answer)
         self._completed.set()
@@ -403,7 +411,8 @@ class Engine:
         elif isinstance(row, Done) and answer == 2:
             log.info("deadline_moved", id=row.lease.id, kind=kind)
         elif isinstance(row, Done):
-            self.outcomes += 1
+            self.failed += row.outcome.kind.failed
+            self.finished += not row.outcome.kind.failed
             tell_outcome(row)
 
     def _retry_at(self, due_ms: int) -> None:

@@ -43,6 +43,8 @@ _TIDY_S = 10.0
 _LISTEN_S = 60
 #: What of the grace is kept for leaving RQ's registries, and of that for the interpreter's end, s.
 _FAREWELL_S, _END_S = 3.0, 1.0
+#: How long the last lines of the log may take, s.
+_LAST_LINES_S = 0.3
 #: A loop that has not moved for this many looks of the watchdog, each of so many s, will not move again.
 _STUCK_LOOKS, _STUCK_LOOK_S = 10, 1.0
 
@@ -262,6 +264,10 @@ class CancelWorker(BaseWorker):
         """What an operator wants to know of this process beside what RQ says of it."""
         figures: dict[str, Any] = {
             "state": self._state_now().value,
+            # RQ's own counts.
+            "successful_job_count": self._engine.finished,
+            "failed_job_count": self._engine.failed,
+            "total_working_time": f"{self._engine.working_s:.6f}",
             WorkerField.CONCURRENCY: self._settings.concurrency,
             WorkerField.IN_FLIGHT: self._engine.working_on,
             WorkerField.USED_WEIGHT: self._exchange.last_used_weight(),
@@ -311,8 +317,7 @@ class CancelWorker(BaseWorker):
             self._interrupts += 1
             if self._interrupts > 1:
                 left = self._engine.in_hand if self._loop is not None else 0
-                with contextlib.suppress(OSError):
-                    os.write(2, b"left at once: %d jobs in flight come back when their leases run out\n" % left)
+                log.last_words("left_at_once", in_flight=left, reason="their leases bring them back")
                 os._exit(EX_INTERRUPTED)
         self._stop.set()
         if self._loop is not None:
@@ -329,6 +334,10 @@ class CancelWorker(BaseWorker):
         for task in (*upkeep, engine):
             task.cancel()
         await asyncio.wait([engine], timeout=0.5)
+        with contextlib.suppress(redis.RedisError, TimeoutError):  # the last counts
+            async with asyncio.timeout(0.5):
+                await self._engine.beat(self._figures())
+                await self._rest.close()
         # In a thread of its own: while Redis is away it would take longer than there is.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(began + grace_s - _END_S - loop.time(), 0.1)):
@@ -340,6 +349,7 @@ class CancelWorker(BaseWorker):
             outcomes=self._engine.outcomes,
             seconds=loop.time() - began,
         )
+        log.flush(_LAST_LINES_S)
 
     def _say_farewell(self) -> None:
         try:

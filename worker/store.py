@@ -260,11 +260,11 @@ class Store:
         _raise(answer)
         now_ms = int(answer[0])
         until_ns = self._lease_from(now_ms, stamps)
-        leases = [_lease(row, until_ns) for row in answer[5:]]
-        if not leases:
+        leases, damaged = [_lease(row, until_ns) for row in answer[5:]], _names(answer[3])
+        if not leases and not damaged:  # else the list was none, and is by now
             _raise(moved)  # a full server refuses the wait but not the claim: the next one must not follow at once
         why_not, _, until = answer[4].decode().partition(" ")
-        return Claimed(now_ms, int(answer[1]), answer[2] == 1, _names(answer[3]), why_not, int(until or 0), leases)
+        return Claimed(now_ms, int(answer[1]), answer[2] == 1, damaged, why_not, int(until or 0), leases)
 
     def _lease_from(self, now_ms: int, stamps: Stamps) -> int:
         """The end of a lease given when Redis' clock said ``now_ms``: counted from the earliest moment that can be."""

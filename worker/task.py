@@ -197,5 +197,6 @@ def _later(delay_ms: int) -> rq.Retry:
 def _exchange() -> tuple[Settings, Exchange, ServerClock]:
     """One for a process; RQ's default worker class has a process for each job."""
     settings = Settings.from_env()
+    log.configure_unless_done(settings.log_level, settings.log_format, wait_for_each=True)
     exchange, clock = open_exchange(settings, one_at_a_time=True)
     return settings, exchange, clock

@@ -25,12 +25,16 @@ end
 -- so: whoever wrote there must neither stop everybody's service nor leave half a transition. The names are told to
 -- whoever called.
 local set_aside = {}
+local function put_aside(key)
+  redis.call('RENAME', key, key .. ':set-aside')
+  set_aside[#set_aside + 1] = key
+end
+
 local function on(command, key, ...)
   local said = redis.pcall(command, key, ...)
   if type(said) ~= 'table' or not said.err then return said end
   if not string.find(said.err, 'WRONGTYPE', 1, true) then error(said.err) end
-  redis.call('RENAME', key, key .. ':set-aside')
-  set_aside[#set_aside + 1] = key
+  put_aside(key)
   return redis.call(command, key, ...)
 end
 
@@ -98,6 +102,12 @@ function job.is_requeued(id, s)
   return FAILED_KINDS[job.kind_of(id, s)] and not on('ZSCORE', FAILED, id)
 end
 
+-- Whether a later request may join the job.
+function job.is_open(id)
+  local s = id and job.read(id)
+  return s and not job.is_recalled(s) and (not s.done or job.is_requeued(id, s))
+end
+
 -- A failed job runs once more, with a new deadline. By a client id the order is meant that had it at first.
 function job.start_run(id, s)
   local key = JOB_PREFIX .. id
@@ -108,5 +118,9 @@ function job.start_run(id, s)
   redis.call('PERSIST', key)
   redis.call('DEL', OUTCOME_PREFIX .. id)
   on('ZADD', UNFINISHED, text(WAITING_BAND + now.ms), id)
-  if job.is_shared(s.order) then redis.call('SET', ORDER_PREFIX .. s.order, id, 'NX', 'EX', POINTER_LIFE_S) end
+  if not job.is_shared(s.order) then return end
+  local other = job.pointed_to(s.order)
+  if other == id or not job.is_open(other) then
+    redis.call('SET', ORDER_PREFIX .. s.order, id, 'EX', POINTER_LIFE_S)
+  end
 end

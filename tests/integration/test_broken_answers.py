@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import traceback
+import tracemalloc
 import zlib
 from collections.abc import Callable
 
@@ -64,9 +65,13 @@ def test_break_after_the_first_byte_is_perhaps_seen(bench: Bench, credential: Cr
     assert client.requests_sent == server.connections == 1
 
 
-def test_connection_that_closes_at_once_is_no_answer(bench: Bench, credential: Credential) -> None:
-    """A server that closes what it has accepted is at most perhaps seen, and the request is sent once."""
-    server, client = bench.to(lambda peer: None)
+@pytest.mark.parametrize("secure", [False, True])
+def test_connection_that_closes_at_once_is_no_answer(
+    bench: Bench, credential: Credential, authority: Authority, secure: bool
+) -> None:
+    """A server that closes what it has accepted is at most perhaps seen, and is not asked again for the same call."""
+    server = bench.server(lambda peer: None, authority.server_context(LOOPBACK) if secure else None)
+    client = bench.client(server.url, ca_file=authority.ca_file)
     answer = client.cancel(credential)
     assert isinstance(answer, Failure)
     assert client.requests_sent == answer.seen
@@ -307,9 +312,24 @@ def test_answer_that_cannot_be_decoded_proves_nothing(
 
 
 def test_bomb_is_decoded_in_part(bench: Bench, credential: Credential) -> None:
-    """A little body that would decode to a huge one is read up to the limit."""
-    _, client = bench.to(answering(http_answer(gzip.compress(b"x" * 2**24), Content_Encoding="gzip")))
-    assert client.cancel(credential) == Reply(http=200, body=b"x" * BODY_LIMIT, truncated=True)
+    """A little body that would decode to a huge one is read up to the limit, and takes no more memory."""
+    _, client = bench.to(answering(http_answer(gzip.compress(b"x" * 2**25), Content_Encoding="gzip")))
+    tracemalloc.start()
+    try:
+        answer = client.cancel(credential)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert answer == Reply(http=200, body=b"x" * BODY_LIMIT, truncated=True)
+    assert most < 2**24
+
+
+def test_long_body_of_a_redirect_is_read_in_part(bench: Bench, credential: Credential) -> None:
+    """Nor is more of its body read or waited for than of any other answer."""
+    head = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: %d\r\n\r\n" % (4 * BODY_LIMIT)
+    server, client = bench.to(answering(head + b"x" * (BODY_LIMIT + 1)))
+    assert client.cancel(credential) == Reply(http=302, body=b"x" * BODY_LIMIT, truncated=True)
+    assert len(server.heads) == 1
 
 
 VALID = http_answer(Retry_After="3", X_MBX_USED_WEIGHT_1M="5")

@@ -313,8 +313,7 @@ def test_a_field_that_is_too_large_is_not_read(
     name: str, size: int, fault: str, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
 ) -> None:
     """The job comes without the field and with its name, so that it gets an outcome; its neighbours come as ever."""
-    requests = [CancelRequest(client_algo_id="x"), CancelRequest(algo_id=1)]  # an algo id needs no pin
-    large, neighbour = client.cancel_many(requests)
+    large, neighbour = orders(client, 2)
     connection.hset(peek.keys.job_prefix + large.id, name, b"[" * size)
     holder = open_holder()
 
@@ -388,3 +387,17 @@ def test_a_retry_starts_when_it_is_due(client: CancelClient, open_holder: OpenHo
     assert "c_due_at_ms" not in peek.job(lease.id)
     assert holder.complete(back(retry)) == [1]
     assert ids(holder.claim()) == [lease.id]
+
+
+def test_a_full_server_that_refuses_the_wait_is_an_error(
+    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis
+) -> None:
+    """Without a job to tell of, the worker learns why it was not let wait, so that it does not ask without end."""
+    holder = open_holder()
+    holder.claim()
+    connection.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            holder.claim(wait=True)
+    finally:
+        connection.config_set("maxmemory", 0)

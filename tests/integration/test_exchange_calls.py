@@ -389,7 +389,7 @@ def test_keep_warm_uses_different_connections(loop_bench: Bench, credential: Cre
     assert client.requests_sent == 5
 
 
-def test_keep_warm_survives_closed_connections(bench: Bench) -> None:
+def test_keep_warm_survives_closed_connections(loop_bench: Bench) -> None:
     """Connections that the exchange closed while idle are opened anew."""
     closed: list[int] = []
 
@@ -399,7 +399,7 @@ def test_keep_warm_survives_closed_connections(bench: Bench) -> None:
         peer.sock.close()
         closed.append(peer.number)
 
-    server, client = bench.to(once)
+    server, client = loop_bench.to(once)
     for turn in range(1, 4):
         assert client.run(client.exchange.keep_warm()) == 2
         assert server.connections == 2 * turn

@@ -574,6 +574,8 @@ def test_nesting_is_bounded_before_it_is_parsed(opened: str, closed: str) -> Non
     each = opened.count("[") + opened.count("{")
     deepest = MAX_DEPTH // each
     assert loads(opened * deepest + "0" + closed * deepest)
+    inner = opened * (deepest - 1) + "0" + closed * (deepest - 1)
+    assert loads(f"[{inner},{inner}]") == [loads(inner)] * 2
     for depth in (deepest + 1, 1_000, 12_000 // each):
         with pytest.raises(MalformedMessage, match=r"^nested too deeply$"):
             loads(opened * depth + "0" + closed * depth, limit=1_000_000)

@@ -159,6 +159,7 @@ class Connection(asyncio.Protocol):
         self._keep_alive = True
         self._requests = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._peer, self._port = "?", 0
         self.last_active_s = self._loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

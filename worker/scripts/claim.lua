@@ -173,7 +173,7 @@ function job.lease(id, s, deadline_ms)
     out.started[n + 2] = id .. ':' .. token
   end
   local data, attempts = job.bounded(key, 'data', MAX_DATA_BYTES), job.bounded(key, 'c_attempts', MAX_ATTEMPTS_BYTES)
-  local pin = job.is_shared(s.order) and '' or job.bounded(key, 'c_pin', MAX_DATA_BYTES) -- an algo id needs none
+  local pin = job.bounded(key, 'c_pin', MAX_DATA_BYTES)
   return {id, token, data or '', s.enqueued_at, text(deadline_ms), s.run or '1', attempts or '', pin or '',
     job.fault_of(s, data, attempts, pin), s.meant_at or s.enqueued_at}
 end

@@ -36,17 +36,18 @@ end
 function job.enter(record)
   local said = redis.pcall('XADD', OUTCOMES, 'MAXLEN', '~', LEDGER_MAXLEN, '*', 'outcome', record)
   if type(said) == 'table' and said.err then
-    redis.call('RENAME', OUTCOMES, OUTCOMES .. ':set-aside')
-    set_aside[#set_aside + 1] = OUTCOMES
+    put_aside(OUTCOMES)
     redis.call('XADD', OUTCOMES, '*', 'outcome', record)
   end
 end
 
-function job.record(id, order, record)
+-- A pointer to a job that has failed stays: should RQ put it back, the next request for its order finds it.
+function job.record(id, order, record, kind)
   redis.call('SET', OUTCOME_PREFIX .. id, record, 'EX', OUTCOME_TTL_S)
   job.enter(record)
   out.ended[#out.ended + 1] = id
-  if order and #order <= 200 and job.pointed_to(order) == id then out.over[#out.over + 1] = ORDER_PREFIX .. order end
+  if not order or #order > 200 or (FAILED_KINDS[kind] and job.is_shared(order)) then return end
+  if job.pointed_to(order) == id then out.over[#out.over + 1] = ORDER_PREFIX .. order end
 end
 
 -- What RQ leaves behind a job that has ended, but for a dependent, webhook or callback: a cancel job has none.
@@ -78,7 +79,7 @@ function job.done(id, key, lease, order, open_at, i)
   redis.call('HDEL', key, 'c_lease', 'c_open_at_ms', 'c_due_at_ms', 'c_attempts')
   redis.call('HSET', key, 'c_ended', lease .. ' 1', 'c_done', kind, 'status', is_failed and 'failed' or 'finished',
     'ended_at', out.stamp, 'last_heartbeat', out.stamp)
-  job.record(id, order, ARGV[i + 4])
+  job.record(id, order, ARGV[i + 4], kind)
   job.as_rq_does(id, lease, now.seconds(job.whole(open_at) or now.ms), is_failed, ARGV[i + 6])
   return '1'
 end
@@ -102,7 +103,7 @@ function job.done_without_hash(what, id, i)
   local before = redis.pcall('GET', OUTCOME_PREFIX .. id)
   if before then return before == ARGV[i + 4] and '1' or '0' end
   if not on('ZSCORE', UNFINISHED, id) then return '0' end
-  job.record(id, nil, ARGV[i + 4])
+  job.record(id, nil, ARGV[i + 4], ARGV[i + 5])
   return '1'
 end
 
