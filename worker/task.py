@@ -35,6 +35,8 @@ _SHORT_WAIT_S = 3.0
 #: All steps of one run of the job together, s: RQ kills a process that is at it for a minute longer than a job's
 #: time-out, and after a shutdown it waits for it.
 _RUN_S = 20.0
+#: How often Redis is asked for the gate at the latest while a step is at work, s.
+_LOOK_S = 1.0
 #: When to look again at a job that somebody else has in hand, s.
 _HELD_S = 5
 
@@ -144,7 +146,7 @@ class _StockRun:
 
     @contextlib.contextmanager
     def _renewing(self, held: _Held) -> Iterator[None]:
-        """Keep the lease while a step is at work: in a thread, as a call at the exchange is waited for here."""
+        """Keep the lease and hear of a closed gate while a step is at work: in a thread, as the step is waited for."""
         ended = threading.Event()
         thread = threading.Thread(target=self._renew, args=(held, ended), name="renewal", daemon=True)
         thread.start()
@@ -157,7 +159,8 @@ class _StockRun:
     def _renew(self, held: _Held, ended: threading.Event) -> None:
         # Within bounds: a step that takes longer than this is one that stands still, and is taken over.
         ends_ns = local_ns() + round(2 * _RUN_S * 1e9)
-        while local_ns() < ends_ns and not ended.wait(self._lease_s / 4):
+        while local_ns() < ends_ns and not ended.wait(min(self._lease_s / 4, _LOOK_S)):
+            asked_ns = local_ns()
             try:
                 beat = self._link.ask_now(self._store.beat([held.lease], None, 1))
             except redis.RedisError as error:
@@ -165,6 +168,7 @@ class _StockRun:
                 continue
             held.is_lost = held.lease.token in beat.lost
             held.until_ns = max(held.until_ns, beat.renewed_until_ns)
+            self._gate.told(beat.gate_until_ms, self._store.clock.now_ms(), asked_ns)
 
     async def _shutdown_asked(self) -> bool:
         return await self._link.ask(lambda: self._store.shutdown_asked(self._holder))

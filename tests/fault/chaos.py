@@ -381,9 +381,7 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
     keys = [(key, peek("TTL", key) != -1) for key in peek("KEYS", "*")]
     reopened = {order for each in world.reopeners for order in each.reopened}
     if logs is not None:
-        _keep(
-            logs, records, kills=team.kills, arrivals=arrivals, book=list(book.values()), incidents=stats.incidents
-        )
+        _keep(logs, records, kills=team.kills, arrivals=arrivals, book=list(book.values()), incidents=stats.incidents)
     return Reckoning(
         scale=world.scale.name,
         seed=world.seed,
