@@ -13,8 +13,7 @@ from rq.serializers import JSONSerializer
 
 from producer import AsyncCancelClient, CancelClient, CancelRequest, OutcomeKind, QueueUnavailable
 from producer.keys import JobField
-from tests.integration.test_client import Proxy, stopped
-from tests.servers import Peek, Valkey, Workers, eventually
+from tests.servers import Peek, Proxy, Valkey, Workers, eventually, stopped
 from worker.sandbox.control import PlacedOrder, RunningExchange
 
 X = "stop-1"

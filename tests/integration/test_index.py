@@ -173,7 +173,7 @@ def test_an_entry_of_such_a_job_does_not_give_it_away(
 def test_a_held_job_in_a_wrong_place_of_the_index(
     wrong: Band, client: CancelClient, open_holder: OpenHolder, peek: Peek
 ) -> None:
-    """A dead worker's job that the index has among waiting or scheduled ones is taken over a lease later, not before."""
+    """A dead worker's job that the index has among waiting or scheduled ones is taken over a lease later."""
     (ticket,) = orders(client, 1)
     open_holder("dead").claim()
     peek("ZADD", peek.keys.unfinished, int(wrong) + peek.now_ms() - OVERLOOKED_MS - 1, ticket.id)
