@@ -287,7 +287,7 @@ end
 write('ZADD', UNFINISHED, out.leases)
 write('ZADD', STARTED, out.started)
 write('ZREM', SCHEDULED, out.unscheduled)
-if only ~= '' then -- where all workers are stock ones, nobody else does it
+if only then -- where all workers are stock ones, nobody else does it
   job.bring_back_due()
   job.bring_back_lost()
 end
