@@ -24,7 +24,7 @@ from worker.rate_gate import Gate
 from worker.redis_link import AsyncLink, is_about_rows
 from worker.store import Claimed, Done, Lease, Release, Retry, Row, Store
 
-__all__ = ["Engine", "where"]
+__all__ = ["Engine", "tell_damaged", "tell_outcome", "where"]
 
 _NS_PER_S = 1_000_000_000
 #: While the gate is closed or RQ suspended, the queue is looked at this often, s, without waiting at it; a queue that
@@ -169,7 +169,7 @@ class Engine:
         held = list(self._held.values()) if is_due else []
         leases = [each.lease for each in held]
         beat = await self._rest.ask(lambda: self._store.beat(leases, figures, self._life_s))
-        _tell_damaged(beat.damaged)
+        tell_damaged(beat.damaged)
         if is_due:
             self._renewed_ns = asked_ns
         for each in held:
@@ -296,7 +296,7 @@ class Engine:
 
     def _take(self, claimed: Claimed) -> None:
         """Take what a claim brought into our hands."""
-        _tell_damaged(claimed.damaged)
+        tell_damaged(claimed.damaged)
         self._is_suspended = claimed.suspended
         self._gate.observe(claimed.gate_until_ms)
         claimed_ns = local_ns()
@@ -377,7 +377,7 @@ class Engine:
             await self._write_one_by_one(group, error)
             return
         self._worked()
-        _tell_damaged(completed.damaged)
+        tell_damaged(completed.damaged)
         for row, answer in zip(group, completed.answers, strict=True):
             self._written(row, answer)
 
@@ -453,7 +453,8 @@ async def _wait(event: asyncio.Event, timeout_s: float) -> None:
             await event.wait()
 
 
-def _tell_damaged(names: tuple[str, ...]) -> None:
+def tell_damaged(names: tuple[str, ...]) -> None:
+    """Log keys that a script has set aside."""
     for name in names:
         log.error("damaged", key=name, reason="of another type than it should have, or too long: set aside")
 

@@ -246,7 +246,7 @@ class Store:
         number, self._claims = self._claims, self._claims + slots
         gives_up_at_ms = self.clock.now_ms() + round(ANSWER_WITHIN_S * 1000) if self.clock.measured else 0
         flags = (int(bring_back), int(take_lost), int(look_closely))
-        script = self._call("claim", self._holder, slots, self._token, number, *flags, gives_up_at_ms, "")
+        script = self._call("claim", self._holder, slots, self._token, number, *flags, gives_up_at_ms)
         move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
         return Request((move, script) if wait else (script,), self._scripts["claim"], self._claimed)
 
@@ -258,13 +258,15 @@ class Store:
     def _claimed(self, answers: list[Any], stamps: Stamps) -> Claimed:
         moved, answer = answers[0], answers[-1]
         _raise(answer)
-        now_ms = int(answer[0])
-        until_ns = self._lease_from(now_ms, stamps)
-        leases, damaged = [_lease(row, until_ns) for row in answer[5:]], _names(answer[3])
+        # Taken apart before the clock learns from it: an answer that makes no sense must not set it.
+        now_ms, gate, suspended, damaged, said, *rows = answer
+        why_not, _, until = said.decode().partition(" ")
+        told = (int(now_ms), int(gate), suspended == 1, _names(damaged), why_not, int(until or 0))
+        until_ns = self._lease_from(told[0], stamps)
+        leases = [_lease(row, until_ns) for row in rows]
         if not leases and not damaged:  # else the list was none, and is by now
             _raise(moved)  # a full server refuses the wait but not the claim: the next one must not follow at once
-        why_not, _, until = answer[4].decode().partition(" ")
-        return Claimed(now_ms, int(answer[1]), answer[2] == 1, damaged, why_not, int(until or 0), leases)
+        return Claimed(*told, leases)
 
     def _lease_from(self, now_ms: int, stamps: Stamps) -> int:
         """The end of a lease given when Redis' clock said ``now_ms``: counted from the earliest moment that can be."""

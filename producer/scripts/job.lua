@@ -33,8 +33,8 @@ end
 local function on(command, key, ...)
   local said = redis.pcall(command, key, ...)
   if type(said) ~= 'table' or not said.err then return said end
-  if not string.find(said.err, 'WRONGTYPE', 1, true) then error(said.err) end
-  put_aside(key)
+  if string.find(said.err, 'WRONGTYPE', 1, true) then put_aside(key) end
+  -- Any other error comes once more, and is told as it is: the first word says which.
   return redis.call(command, key, ...)
 end
 
@@ -60,6 +60,8 @@ function job.read(id)
     end
   end
   if not is_there and redis.call('EXISTS', JOB_PREFIX .. id) == 0 then return nil end
+  -- What RQ saves over a hash that was deleted has none of our fields: the record knows of its end.
+  if not s.run and not s.done and redis.call('EXISTS', OUTCOME_PREFIX .. id) == 1 then s.done = '1' end
   return s
 end
 

@@ -27,9 +27,9 @@ from worker.sandbox.faults import Fault
         ("BINANCE_DESK_A_API_KEY", "key-without-its-secret"),
     ],
 )
-def test_bad_setting_stops_the_start(variable: str, value: str, workers: Workers) -> None:
+def test_bad_setting_stops_the_start(variable: str, value: str, new_fleet: NewFleet) -> None:
     """A bad setting ends the start with 78 and a line that names the variable, and no traceback."""
-    worker = workers.start(wait=False, command=(), **{variable: value})
+    worker = new_fleet(**{variable: value}).start(wait=False)
 
     assert worker.process.wait(10) == 78
     assert variable in worker.output()
@@ -237,7 +237,7 @@ def test_ctrl_c(workers: Workers, client: CancelClient, exchange: RunningExchang
     began = time.monotonic()
     assert hasty.stop(signal.SIGINT) == 130
     assert time.monotonic() - began < 1
-    assert "1 jobs in flight" in hasty.output()
+    assert "event=left_at_once in_flight=1 " in hasty.output()
     assert "Traceback" not in hasty.output()
     exchange.set_latency_ms(0)
     workers.start(LEASE_S="1")

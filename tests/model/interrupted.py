@@ -49,9 +49,10 @@ class Interrupted(redis.Connection):
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         """Let other things happen first."""
-        if self.life.is_over and b"UNWATCH" in b"".join(command):
-            raise redis.ConnectionError("it is dead")  # redis-py's tidying up, in a finalizer
-        self.life.between()
+        if b"UNWATCH" not in b"".join(command):
+            self.life.between()
+        elif self.life.is_over:
+            raise redis.ConnectionError("it is dead")  # redis-py tidies up, maybe in a finalizer
         super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
 
 

@@ -31,15 +31,18 @@ def visit(world: World, name: str) -> Iterator[redis.Redis]:
     """A process that does something through RQ, and may die at it."""
     trips = world.chance.randint(1, _TRIPS) if world.chance.random() < _KILLED else None
     connection = open_for(Life(world, trips), world)
+    world.model.rq_writes()
     try:
         yield connection
         world.count[name] += 1
     except Killed:
         world.count[f"{name}, killed"] += 1
-    except (InvalidJobOperation, NoSuchJobError) as error:
+    except (InvalidJobOperation, NoSuchJobError, redis.exceptions.NoScriptError) as error:
         world.count[f"{name}, {type(error).__name__}"] += 1
     finally:
         connection.close()
+        if name != "Job.cancel":
+            world.model.rq_writes()
 
 
 def _queue(connection: redis.Redis) -> Queue:
@@ -102,6 +105,8 @@ def cancel(world: World) -> None:
             known.is_recalled = True
         job.cancel()
         world.note(job_id, "Job.cancel is through")
+        if known is not None:
+            known.is_surely_recalled = known.is_recalled and world.depth == 0
 
 
 def delete(world: World) -> None:

@@ -16,7 +16,8 @@ time to time what stands in Redis. It raises :class:`Finding` where one of these
 9.  A job is given when it is due and not before, and never once it has ended.
 10. Every unfinished job stands in the index, in the band of its state; a job that has ended does not.
 11. While the queue is paused, only what needs nothing sent is given.
-12. What has ended does not stay in Redis for ever.
+12. What has ended does not stay in Redis for ever, and what has not does not run out.
+13. A job that a person cancelled through RQ is ended without another call, unless RQ itself says otherwise.
 """
 
 from __future__ import annotations
@@ -80,9 +81,15 @@ class Job:
     is_acknowledged: bool = True
     left_failed: bool = False  # RQ was told to take it off the FailedJobRegistry
     is_recalled: bool = False  # a person cancelled it through RQ
+    is_surely_recalled: bool = False  # and RQ has not said otherwise since
     is_deleted: bool = False  # a person deleted it
     is_expired: bool = False  # its hash has run out, as it does after the end
     record_is_expired: bool = False
+
+    @property
+    def is_counted_anew(self) -> bool:
+        """Whether its runs may be counted anew: with the hash their count is gone, and the last one's record was."""
+        return self.is_deleted and self.run > 1
 
     @property
     def is_open(self) -> bool:
@@ -184,6 +191,8 @@ class Model:
     def _may_be_given(self, job: Job, lease: Lease, now_ms: int) -> None:
         if job.done:
             raise self.finding(9, job.id, "is given though it has ended", job.done)
+        if job.is_surely_recalled and not lease.fault.startswith("recalled"):
+            raise self.finding(13, job.id, "is given to be sent, though a person cancelled it")
         if now_ms < job.due_ms and not lease.fault.startswith("recalled") and not self.is_blind:
             raise self.finding(9, job.id, f"is given {job.due_ms - now_ms} ms before it is due")
         if lease.deadline_at_ms < job.deadline_ms:
@@ -257,16 +266,16 @@ class Model:
         if not isinstance(row, Done) or answer != 1:
             return
         kind = row.outcome.kind.value
-        if job.outcomes.setdefault(row.lease.run, kind) != kind:
+        if job.outcomes.setdefault(row.lease.run, kind) != kind and not job.is_counted_anew:
             raise self.finding(2, job.id, f"run {row.lease.run} was deleted and has ended twice", kind)
 
     def _settle(self, job: Job, run: int, kind: str) -> None:
-        if run in job.outcomes:
+        if run in job.outcomes and not job.is_counted_anew:
             raise self.finding(2, job.id, f"run {run} ends twice", job.outcomes[run], kind)
         job.outcomes[run] = job.done = kind
         job.hold, job.attempts, job.due_ms = None, 0, 0
-        job.left_failed = job.is_recalled = False
-        if self.pointers.get(job.order) == job.id:
+        job.left_failed = job.is_recalled = job.is_surely_recalled = False
+        if self.pointers.get(job.order) == job.id and kind not in FAILED:  # RQ may put a failed job back
             del self.pointers[job.order]
 
     # -- runs --
@@ -284,8 +293,9 @@ class Model:
         job.left_failed = job.record_is_expired = False
         job.ended.clear()
         job.deadline_ms = now_ms + self._deadline_ms
-        if ":a:" in job.order:
-            self.pointers.setdefault(job.order, job.id)
+        other = self.jobs.get(self.pointers.get(job.order, ""))
+        if ":a:" in job.order and (other is None or not other.is_open):
+            self.pointers[job.order] = job.id
 
     def _known(self, job_id: str) -> Job:
         job = self.jobs.get(job_id)
@@ -293,12 +303,17 @@ class Model:
             raise self.finding(9, job_id, "comes back" if job_id in self.forgotten else "was not asked for")
         return job
 
+    def rq_writes(self) -> None:
+        """RQ may write a status over any job."""
+        for job in self.jobs.values():
+            job.is_surely_recalled = False
+
     # -- what stands in Redis --
 
     def recorded(self, outcome: Outcome) -> None:
         """The ledger has a new entry."""
         key, job = (outcome.id, outcome.run), self._known(outcome.id)
-        if key in self.ledger and not (job.is_deleted and job.run > 1):  # its runs are counted anew from there
+        if key in self.ledger and not job.is_counted_anew:
             raise self.finding(2, outcome.id, f"run {outcome.run} stands in the ledger twice", outcome.kind)
         self.ledger.add(key)
         if job.outcomes.get(outcome.run) == outcome.kind.value:

@@ -238,12 +238,16 @@ def left_in_claiming(world: World) -> None:
 
 
 def tidy(world: World) -> None:
-    """A worker of ours tidies."""
+    """A worker of ours tidies: a waiting job that would run out, as RQ was late with its own, no longer does."""
+    waiting = world.plain.lrange(world.keys.waiting, 0, -1) if world.tidied[1] == 0 else []
     cursor, position, damaged = world.link.ask_now(world.stores[0].tidy(*world.tidied))
     world.tidied = cursor, position
     world.count["steps of tidying"] += 1
     if damaged:
         raise world.model.finding(1, damaged[0], "is said to be damaged")
+    world.check()
+    if not world.model.is_blind and (fading := world.fading.intersection(waiting)):
+        raise world.model.finding(12, fading.pop(), "runs out though it waits")
 
 
 # -- pauses, time, the server -----------------------------------------------------------------------------------------
@@ -302,7 +306,9 @@ def outlast(world: World) -> None:
 def expire_hold(world: World, job_id: str) -> None:
     """The lease of a job ends now."""
     hold, now_ms = world.model.jobs[job_id].hold, world.now_ms()
-    if hold is not None and world.plain.hget(world.keys.job_prefix + job_id, "c_lease") in (hold.token, None):
+    key = world.keys.job_prefix + job_id
+    token, exists = world.plain.hget(key, "c_lease"), world.plain.exists(key)
+    if hold is not None and (token == hold.token or not exists):
         world.plain.zadd(world.keys.unfinished, {job_id: now_ms}, xx=True)
         hold.ends_ms = min(hold.ends_ms, now_ms)
         world.note(job_id, f"lease {hold.token} ends, its holder was silent")

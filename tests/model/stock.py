@@ -132,8 +132,8 @@ def _task(world: World, settings: Settings, life: Life) -> Iterator[None]:
     clock = ServerClock()
     exchange = Exchange(ScriptedExchange(world, life), recv_window_ms=settings.recv_window_ms, clock=clock)
 
-    def open_store(_: Settings, holder: str, queue: str, *, is_worker: bool = True) -> WatchedStore:
-        return WatchedStore(world, holder, round(lease_of(settings) * 1000), is_worker=is_worker)
+    def open_store(_: Settings, holder: str, queue: str) -> WatchedStore:
+        return WatchedStore(world, holder, round(lease_of(settings) * 1000))
 
     with (
         patch.object(task, "_exchange", lambda: (settings, exchange, clock)),
@@ -159,6 +159,7 @@ class Visit:
     def work(self, kind: type[SimpleWorker] | type[Forking]) -> None:
         """Be born, take one job, and go."""
         life = _life(self._world)
+        self._world.model.rq_writes()
         try:
             with self._worker(kind, life) as it, _task(self._world, self._settings, life):
                 if isinstance(it, Forking):

@@ -2,7 +2,7 @@
 -- Runs when the BLMOVE before it in the same pipeline returns, so that waiting and claiming are one round trip.
 -- ARGV  1 holder's name, 2 free slots, 3 prefix of its lease tokens, 4 number of the first one,
 --       5 bring back what is due (1 or 0), 6 take lost leases (1 or 0), 7 look for what stands in no list (1 or 0),
---       8 when the asker stops waiting for the answer, in ms (0: not known), 9 id of the one job (empty: a worker asks)
+--       8 when the asker stops waiting for the answer, in ms (0: not known), 9 id of the one job (absent: a worker asks)
 -- Gives: now in ms, the gate's end in ms (0: open), suspended (1 or 0), names of keys that were set aside or entries
 -- that were dropped, why the one job was not leased (empty: it was, or nobody asked for one; `settled`, `held`, `gone`,
 -- `scheduled` and when it is due, `closed` and its deadline), then a row for each job:
@@ -150,6 +150,7 @@ function job.put_in_order(key, id, s)
   if s.damaged then redis.call('HDEL', key, unpack(s.damaged)) end
   if job.is_recalled(s) then on('ZREM', CANCELED, id) end
   if s.due_at then redis.call('HDEL', key, 'c_due_at_ms') end
+  if job.is_recalled(s) then redis.pcall('ZREM', CANCELED, id) end
   if s.due_at or s.status == 'scheduled' then out.unscheduled[#out.unscheduled + 1] = id end
   if not s.enqueued_at then
     s.enqueued_at = now.text
@@ -164,11 +165,12 @@ function job.lease(id, s, deadline_ms)
   redis.call('PERSIST', key)
   job.put_in_order(key, id, s)
   -- The attempt is noted before it is sent: should nobody come back with its answer, it counts as perhaps done.
-  redis.call('HSET', key, 'status', 'started', 'started_at', out.stamp, 'last_heartbeat', out.stamp,
+  local status = job.is_recalled(s) and s.status or 'started'
+  redis.call('HSET', key, 'status', status, 'started_at', out.stamp, 'last_heartbeat', out.stamp,
     'worker_name', ARGV[1], 'c_lease', token, 'c_open_at_ms', now.text, 'c_run', s.run or '1')
   local n = #out.leases
   out.leases[n + 1], out.leases[n + 2] = out.lease_ends, id
-  if only == '' then -- RQ has made its own entry for a stock worker
+  if not only then -- RQ has made its own entry for a stock worker
     out.started[n + 1] = text(math.ceil(math.max(deadline_ms, now.ms) / 1000) + RQ_GRACE_S)
     out.started[n + 2] = id .. ':' .. token
   end
@@ -254,7 +256,7 @@ function job.put_back_in_schedule(id)
 end
 
 local closed_until_ms, suspended, why = job.closed_until(), redis.call('EXISTS', SUSPENDED), ''
-if only ~= '' then
+if only then
   job.first_write()
   why = job.try_safely(only, closed_until_ms > 0)
   if string.find(why, '^scheduled') then job.put_back_in_schedule(only) end
@@ -284,4 +286,8 @@ end
 write('ZADD', UNFINISHED, out.leases)
 write('ZADD', STARTED, out.started)
 write('ZREM', SCHEDULED, out.unscheduled)
+if only ~= '' then -- where all workers are stock ones, nobody else does it
+  job.bring_back_due()
+  job.bring_back_lost()
+end
 return {now.text, text(closed_until_ms), suspended, set_aside, why, unpack(out.rows)}

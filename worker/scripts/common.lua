@@ -45,21 +45,6 @@ local function write(command, key, list)
 end
 
 -- RQ's popping says of a job that has ended that it has begun and never ends; a clean-up of RQ's, that it waits.
-local function put_right(id, s)
-  local job = JOB_PREFIX .. id
-  local is_failed = FAILED_KINDS[kind_of(id, s)]
-  local status = is_failed and 'failed' or 'finished'
-  if s.status == status and redis.call('TTL', job) >= 0 then return end
-  local life_s = is_failed and FAILURE_TTL_S or RESULT_TTL_S
-  own(FINISHED, 'zset')
-  own(FAILED, 'zset')
-  redis.call('HSET', job, 'status', status)
-  redis.call('EXPIRE', job, life_s)
-  redis.call('ZREM', is_failed and FINISHED or FAILED, id)
-  redis.call('ZADD', is_failed and FAILED or FINISHED, 'NX', math.floor(now_s) + life_s, id)
-end
-
--- RQ's popping says of a job that has ended that it has begun and never ends; a clean-up of RQ's, that it waits.
 function job.put_right(id, s)
   local key = JOB_PREFIX .. id
   local is_failed = FAILED_KINDS[job.kind_of(id, s)]

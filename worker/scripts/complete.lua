@@ -11,17 +11,17 @@
 -- what it gave before.
 local ROW = 10
 -- What all rows of a group say of one key is written at the end, with one call.
-local out = {entries = {}, ended = {}, indexed = {}, scheduled = {}, finished = {}, failed = {}, over = {}, front = {},
-  stamp = now.stamp(), ended_at = now.seconds(now.ms)}
+local out = {entries = {}, ended = {}, indexed = {}, scheduled = {}, finished = {}, failed = {}, unfailed = {}, over = {},
+  front = {}, stamp = now.stamp(), ended_at = now.seconds(now.ms)}
 
 -- First of all a write that needs no room. An entry goes with its lease, whoever ended that.
 for i = 2, #ARGV, ROW do out.entries[#out.entries + 1] = ARGV[i + 1] .. ':' .. ARGV[i + 2] end
 write('ZREM', STARTED, out.entries)
 
--- In the job's hash: the end of the hold, and the answer for a repeat of its row.
-function job.end_hold(key, lease, answer, attempts, pin, ...)
+-- In the job's hash: the end of the hold, and the answer for a repeat of its row. What a person took back stays so.
+function job.end_hold(key, s, answer, attempts, pin, status)
   redis.call('HDEL', key, 'c_lease', 'c_open_at_ms', 'c_due_at_ms')
-  redis.call('HSET', key, 'c_ended', lease .. ' ' .. answer, ...)
+  redis.call('HSET', key, 'c_ended', s.lease .. ' ' .. answer, 'status', job.is_recalled(s) and s.status or status)
   if attempts ~= '' then redis.call('HSET', key, 'c_attempts', attempts) end
   if pin ~= '' then redis.call('HSET', key, 'c_pin', pin) end
 end
@@ -61,6 +61,7 @@ function job.as_rq_does(id, lease, began_at, is_failed, result)
   redis.call('EXPIRE', results, life_s)
   registry[#registry + 1] = text(now.s + life_s)
   registry[#registry + 1] = id
+  if not is_failed then out.unfailed[#out.unfailed + 1] = id end -- RQ fails the job of a horse that was killed
 end
 
 -- While it was decided that the deadline had passed, another strategy may have asked for the same order.
@@ -68,26 +69,26 @@ function job.has_moved(id, decided_by_ms)
   return decided_by_ms ~= '' and job.deadline_of(job.read(id)) > tonumber(decided_by_ms)
 end
 
-function job.done(id, key, lease, order, open_at, i)
+function job.done(id, key, s, i)
   if job.has_moved(id, ARGV[i + 7]) then
-    job.end_hold(key, lease, '2', ARGV[i + 8], ARGV[i + 9], 'status', 'queued')
+    job.end_hold(key, s, '2', ARGV[i + 8], ARGV[i + 9], 'queued')
     job.to_front(id)
     return '2'
   end
   local kind = ARGV[i + 5]
   local is_failed = FAILED_KINDS[kind]
   redis.call('HDEL', key, 'c_lease', 'c_open_at_ms', 'c_due_at_ms', 'c_attempts')
-  redis.call('HSET', key, 'c_ended', lease .. ' 1', 'c_done', kind, 'status', is_failed and 'failed' or 'finished',
+  redis.call('HSET', key, 'c_ended', s.lease .. ' 1', 'c_done', kind, 'status', is_failed and 'failed' or 'finished',
     'ended_at', out.stamp, 'last_heartbeat', out.stamp)
-  job.record(id, order, ARGV[i + 4], kind)
-  job.as_rq_does(id, lease, now.seconds(job.whole(open_at) or now.ms), is_failed, ARGV[i + 6])
+  job.record(id, s.order, ARGV[i + 4], kind)
+  job.as_rq_does(id, s.lease, now.seconds(job.whole(s.open_at) or now.ms), is_failed, ARGV[i + 6])
   return '1'
 end
 
-function job.retry(id, key, lease, i)
+function job.retry(id, key, s, i)
   local due_ms = now.ms + tonumber(ARGV[i + 6])
   local due = text(due_ms)
-  job.end_hold(key, lease, due, ARGV[i + 4], ARGV[i + 5], 'status', 'scheduled')
+  job.end_hold(key, s, due, ARGV[i + 4], ARGV[i + 5], 'scheduled')
   redis.call('HSET', key, 'c_due_at_ms', due)
   redis.pcall('HINCRBY', key, 'number_of_retries', '1') -- RQ's field, and not worth an outcome
   out.indexed[#out.indexed + 1] = text(RETRY_BAND + due_ms)
@@ -102,7 +103,8 @@ function job.done_without_hash(what, id, i)
   if what ~= 'done' then return '0' end
   local before = redis.pcall('GET', OUTCOME_PREFIX .. id)
   if before then return before == ARGV[i + 4] and '1' or '0' end
-  if not on('ZSCORE', UNFINISHED, id) then return '0' end
+  local ends_ms = tonumber(on('ZSCORE', UNFINISHED, id) or '')
+  if not ends_ms or ends_ms >= WAITING_BAND then return '0' end
   job.record(id, nil, ARGV[i + 4], ARGV[i + 5])
   return '1'
 end
@@ -115,9 +117,10 @@ function job.complete(what, id, i)
     local last = f[3] or ''
     return string.sub(last, 1, #lease + 1) == lease .. ' ' and string.sub(last, #lease + 2) or '0'
   end
-  if what == 'done' then return job.done(id, key, lease, f[4], f[5], i) end
-  if what == 'retry' then return job.retry(id, key, lease, i) end
-  job.end_hold(key, lease, '1', ARGV[i + 4], ARGV[i + 5], 'status', 'queued')
+  local s = {lease = lease, order = f[4], open_at = f[5], status = f[6]}
+  if what == 'done' then return job.done(id, key, s, i) end
+  if what == 'retry' then return job.retry(id, key, s, i) end
+  job.end_hold(key, s, '1', ARGV[i + 4], ARGV[i + 5], 'queued')
   job.to_front(id)
   return '1'
 end
@@ -132,6 +135,7 @@ write('ZADD', UNFINISHED, out.indexed)
 write('ZADD', SCHEDULED, out.scheduled)
 write('ZADD', FINISHED, out.finished)
 write('ZADD', FAILED, out.failed)
+write('ZREM', FAILED, out.unfailed)
 if #out.over > 0 then redis.call('DEL', unpack(out.over)) end
 for i = #out.front, 1, -1 do on('LPUSH', WAITING, out.front[i]) end
 -- Told when all is written, and not worth any of it: a user without channels may not publish.
