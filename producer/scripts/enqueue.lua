@@ -47,6 +47,7 @@ function job.join(id, deadline_ms, urgent)
     s = job.read(id)
   end
   job.ask(key, s, deadline_ms)
+  redis.call('PERSIST', key) -- RQ may have ended an earlier run of it late
   if urgent == '1' then redis.call('HSET', key, 'c_urgent', '1') end
   if not fresh[id] then job.see_to_its_place(id, s, urgent) elseif urgent == '1' then on('LPUSH', WAITING, id) end
   return true

@@ -23,8 +23,8 @@ from producer.message import Outcome, OutcomeKind, encode_call
 from producer.web import access, reading
 from producer.web import app as web
 from producer.web.app import create_app
-from tests.integration.test_client import PASSWORD, fail, stopped
-from tests.servers import Valkey, Workers, eventually, running_valkey
+from tests.servers import Valkey, Workers, eventually, running_valkey, stopped
+from tests.strategies import PASSWORD, fail
 from tests.webpages import HOSTILE, KEYS, LARGEST, NOW_MS, TOKEN, attempt, form_token, outcome, settle
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault

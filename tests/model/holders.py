@@ -44,7 +44,7 @@ class Hand:
 class WatchedStore(Store):
     """A :class:`Store` that tells a witness what it was answered."""
 
-    def __init__(self, witness: Witness, holder: str, lease_ms: int, *, is_worker: bool = True) -> None:
+    def __init__(self, witness: Witness, holder: str, lease_ms: int) -> None:
         super().__init__(
             QUEUE,
             holder,
@@ -53,15 +53,22 @@ class WatchedStore(Store):
             deadline_ms=DEADLINE_MS,
             outcome_ttl_s=3600,
             ledger_maxlen=LEDGER_MAXLEN,
-            is_worker=is_worker,
         )
         self.holder = holder
         self.lease_ms = lease_ms
         self._witness = witness
 
-    def claim(self, slots: int, *, wait: bool, take_lost: bool = True, look_closely: bool = False) -> Request[Claimed]:
+    def claim(
+        self,
+        slots: int,
+        *,
+        wait: bool,
+        bring_back: bool = True,
+        take_lost: bool = True,
+        look_closely: bool = False,
+    ) -> Request[Claimed]:
         """See :meth:`Store.claim`."""
-        request = super().claim(slots, wait=wait, take_lost=take_lost, look_closely=look_closely)
+        request = super().claim(slots, wait=wait, bring_back=bring_back, take_lost=take_lost, look_closely=look_closely)
         return _watched(request, lambda claimed: self._claimed_up_to(slots, claimed))
 
     def claim_one(self, job_id: str) -> Request[Claimed]:

@@ -37,7 +37,7 @@ def visit(world: World, name: str) -> Iterator[redis.Redis]:
         world.count[name] += 1
     except Killed:
         world.count[f"{name}, killed"] += 1
-    except (InvalidJobOperation, NoSuchJobError) as error:
+    except (InvalidJobOperation, NoSuchJobError, redis.exceptions.NoScriptError) as error:
         world.count[f"{name}, {type(error).__name__}"] += 1
     finally:
         connection.close()

@@ -275,7 +275,7 @@ class Model:
         job.outcomes[run] = job.done = kind
         job.hold, job.attempts, job.due_ms = None, 0, 0
         job.left_failed = job.is_recalled = job.is_surely_recalled = False
-        if self.pointers.get(job.order) == job.id:
+        if self.pointers.get(job.order) == job.id and kind not in FAILED:  # RQ may put a failed job back
             del self.pointers[job.order]
 
     # -- runs --
@@ -293,8 +293,9 @@ class Model:
         job.left_failed = job.record_is_expired = False
         job.ended.clear()
         job.deadline_ms = now_ms + self._deadline_ms
-        if ":a:" in job.order:
-            self.pointers.setdefault(job.order, job.id)
+        other = self.jobs.get(self.pointers.get(job.order, ""))
+        if ":a:" in job.order and (other is None or not other.is_open):
+            self.pointers[job.order] = job.id
 
     def _known(self, job_id: str) -> Job:
         job = self.jobs.get(job_id)

@@ -238,12 +238,16 @@ def left_in_claiming(world: World) -> None:
 
 
 def tidy(world: World) -> None:
-    """A worker of ours tidies."""
+    """A worker of ours tidies: a waiting job that would run out, as RQ was late with its own, no longer does."""
+    waiting = world.plain.lrange(world.keys.waiting, 0, -1) if world.tidied[1] == 0 else []
     cursor, position, damaged = world.link.ask_now(world.stores[0].tidy(*world.tidied))
     world.tidied = cursor, position
     world.count["steps of tidying"] += 1
     if damaged:
         raise world.model.finding(1, damaged[0], "is said to be damaged")
+    world.check()
+    if not world.model.is_blind and (fading := world.fading.intersection(waiting)):
+        raise world.model.finding(12, fading.pop(), "runs out though it waits")
 
 
 # -- pauses, time, the server -----------------------------------------------------------------------------------------

@@ -132,8 +132,8 @@ def _task(world: World, settings: Settings, life: Life) -> Iterator[None]:
     clock = ServerClock()
     exchange = Exchange(ScriptedExchange(world, life), recv_window_ms=settings.recv_window_ms, clock=clock)
 
-    def open_store(_: Settings, holder: str, queue: str, *, is_worker: bool = True) -> WatchedStore:
-        return WatchedStore(world, holder, round(lease_of(settings) * 1000), is_worker=is_worker)
+    def open_store(_: Settings, holder: str, queue: str) -> WatchedStore:
+        return WatchedStore(world, holder, round(lease_of(settings) * 1000))
 
     with (
         patch.object(task, "_exchange", lambda: (settings, exchange, clock)),

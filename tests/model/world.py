@@ -78,6 +78,7 @@ class World:
         self.deleting = 0  # Queue.empty is under way: hashes may be gone
         self.in_rqs_hands = Counter[str]()  # popped by a stock worker that is not through with them
         self.left_behind: set[str] = set()  # popped by one that died
+        self.fading: set[str] = set()  # unfinished, and yet RQ has given them a time to live
         self.meanwhile: Callable[[], None] = lambda: None  # what happens while RQ is at work
         self.tidied = (0, 0)
         self._calls = 0
@@ -204,6 +205,7 @@ class World:
         in_hands = self.model.is_blind or seen.id in self.left_behind or self.in_rqs_hands[seen.id] > 0
         if seen.ttl >= 0:
             self.left_behind.discard(seen.id)
+        (self.fading.add if seen.ttl >= 0 and not seen.done else self.fading.discard)(seen.id)
         self.model.seen(seen, now_ms, is_in_rqs_hands=in_hands)
 
     def forget(self, job_ids: list[str]) -> None:
@@ -221,6 +223,7 @@ class World:
                 raise self.model.finding(1, job_id, f"is over after {job.run} runs with these outcomes", job.outcomes)
             self.model.forgotten.add(job_id)
             self.left_behind.discard(job_id)
+            self.fading.discard(job_id)
             self._traces.pop(job_id, None)
 
     def scores(self, key: str) -> list[tuple[str, float]]:

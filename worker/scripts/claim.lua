@@ -53,6 +53,7 @@ end
 
 function job.bring_back_lost()
   local ids = on('ZRANGEBYSCORE', UNFINISHED, '-inf', now.text, 'LIMIT', '0', STEP)
+  if #ids > 0 then job.first_write() end
   for i = #ids, 1, -1 do
     local id = ids[i]
     local s = job.is_id(id) and job.read(id)

@@ -8,11 +8,13 @@ local STEP, INTERMEDIATE_MS = 200, 60000
 local STOCK_LIFE_S = 3000 -- entries of stock workers live no longer; our own outlast their deadline by an hour
 job.first_write()
 
--- A job without lease and end that the index does not know stands there from now on. Gives whether it has ended.
+-- A job without end that the index does not know stands there from now on. RQ may have ended an earlier run of it late,
+-- and let it run out. Gives whether it has ended.
 function job.see_to(id, band)
   local s = #id <= MAX_ID_BYTES and job.read(id)
   if not s then return true end
   if not s.done then
+    redis.call('PERSIST', JOB_PREFIX .. id)
     on('ZADD', UNFINISHED, 'NX', text(s.lease and now.ms + LEASE_MS or band), id)
     return false
   end
