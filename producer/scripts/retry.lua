@@ -9,7 +9,8 @@ for i = 4, #ARGV do
     seen[id] = true
     -- RQ also files jobs there that go on: it knows nothing of leases.
     local s = on('ZSCORE', FAILED, id) and job.read(id)
-    if s and s.done and FAILED_KINDS[job.kind_of(id, s)] then known[#known + 1] = {id, s} else unknown[#unknown + 1] = id end
+    local is_failed = s and s.done and FAILED_KINDS[job.kind_of(id, s)]
+    if is_failed then known[#known + 1] = {id, s} else unknown[#unknown + 1] = id end
   end
 end
 if ARGV[3] == 'check' or (ARGV[3] == 'all' and #unknown > 0) then return unknown end
