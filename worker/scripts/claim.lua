@@ -151,7 +151,6 @@ function job.put_in_order(key, id, s)
   if s.damaged then redis.call('HDEL', key, unpack(s.damaged)) end
   if job.is_recalled(s) then on('ZREM', CANCELED, id) end
   if s.due_at then redis.call('HDEL', key, 'c_due_at_ms') end
-  if job.is_recalled(s) then redis.pcall('ZREM', CANCELED, id) end
   if s.due_at or s.status == 'scheduled' then out.unscheduled[#out.unscheduled + 1] = id end
   if not s.enqueued_at then
     s.enqueued_at = now.text
