@@ -20,7 +20,7 @@ from werkzeug.exceptions import ServiceUnavailable
 
 from producer import CancelClient, CancelRequest
 from producer.message import Outcome, OutcomeKind, encode_call
-from producer.web import access
+from producer.web import access, queries
 from producer.web import app as web
 from producer.web.app import create_app
 from tests.servers import Valkey, Workers, eventually, running_valkey, stopped
