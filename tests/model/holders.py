@@ -68,9 +68,7 @@ class WatchedStore(Store):
         look_closely: bool = False,
     ) -> Request[Claimed]:
         """See :meth:`Store.claim`."""
-        request = super().claim(
-            slots, wait=wait, bring_back=bring_back, take_lost=take_lost, look_closely=look_closely
-        )
+        request = super().claim(slots, wait=wait, bring_back=bring_back, take_lost=take_lost, look_closely=look_closely)
         return _watched(request, lambda claimed: self._claimed_up_to(slots, claimed))
 
     def claim_one(self, job_id: str) -> Request[Claimed]:
