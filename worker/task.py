@@ -38,7 +38,7 @@ _SHORT_WAIT_S = 3.0
 _RUN_S = 20.0
 #: When to look again at a job that somebody else has in hand, s.
 _HELD_S = 5
-#: How often it is asked whether RQ's worker was told to leave, s.
+#: How often Redis is asked for the gate, and whether RQ's worker was told to leave, while a step is at work, s.
 _LOOK_S = 0.5
 
 
@@ -167,7 +167,7 @@ class _StockRun:
 
     @contextlib.contextmanager
     def _renewing(self, held: _Held) -> Iterator[None]:
-        """Keep the lease while a step is at work: in a thread, as a call at the exchange is waited for here."""
+        """Keep the lease and hear of a closed gate while a step is at work: in a thread, as the step is waited for."""
         ended = threading.Event()
         thread = threading.Thread(target=self._renew, args=(held, ended), name="renewal", daemon=True)
         thread.start()
@@ -179,21 +179,18 @@ class _StockRun:
 
     def _renew(self, held: _Held, ended: threading.Event) -> None:
         # Within bounds: a step that takes longer than this is one that stands still, and is taken over.
-        now_ns = local_ns()
-        ends_ns, renewed_ns = now_ns + round(2 * _RUN_S * 1e9), now_ns
-        while now_ns < ends_ns and not ended.wait(min(self._lease_s / 4, _LOOK_S)):
-            now_ns = local_ns()
+        ends_ns = local_ns() + round(2 * _RUN_S * 1e9)
+        while local_ns() < ends_ns and not ended.wait(min(self._lease_s / 4, _LOOK_S)):
+            asked_ns = local_ns()
             try:
                 held.is_leaving = self._link.ask_now(self._is_leaving())
-                if now_ns < renewed_ns + self._lease_s / 4 * 1e9:
-                    continue
                 beat = self._link.ask_now(self._store.beat([held.lease], None, 1))
             except redis.RedisError as error:
                 log.debug("renewal", error=type(error).__name__)
                 continue
-            renewed_ns = now_ns
             held.is_lost = held.lease.token in beat.lost
             held.until_ns = max(held.until_ns, beat.renewed_until_ns)
+            self._gate.told(beat.gate_until_ms, self._store.clock.now_ms(), asked_ns)
 
     async def _ended(self) -> str:
         record = await self._link.ask(lambda: self._store.recorded(self._job.id))

@@ -38,7 +38,7 @@ from tests.fault.proxy import Proxy
 from tests.fault.verdict import Reckoning, table
 from tests.servers import ROOT, Peek, Valkey, Workers, running_valkey, scrubbed
 from worker.sandbox.arrivals import MAX_ARRIVALS, Arrival
-from worker.sandbox.control import BookEntry, ExchangeConfig, PlacedOrder, RunningExchange, start_exchange
+from worker.sandbox.control import BookEntry, ExchangeConfig, Incident, PlacedOrder, RunningExchange, start_exchange
 
 EXIT_OK, EXIT_FAILED = 0, 1
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
@@ -381,7 +381,7 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
     keys = [(key, peek("TTL", key) != -1) for key in peek("KEYS", "*")]
     reopened = {order for each in world.reopeners for order in each.reopened}
     if logs is not None:
-        _keep(logs, records, kills=team.kills, arrivals=arrivals, book=list(book.values()))
+        _keep(logs, records, kills=team.kills, arrivals=arrivals, book=list(book.values()), incidents=stats.incidents)
     return Reckoning(
         scale=world.scale.name,
         seed=world.seed,
@@ -408,7 +408,7 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
     )
 
 
-def _keep(logs: Path, records: Sequence[Outcome], **lists: Sequence[Kill | Arrival | BookEntry]) -> None:
+def _keep(logs: Path, records: Sequence[Outcome], **lists: Sequence[Kill | Arrival | BookEntry | Incident]) -> None:
     (logs / "ledger.jsonl").write_text("".join(record.encode() + "\n" for record in records), "utf-8")
     for name, items in lists.items():
         (logs / f"{name}.json").write_text(json.dumps([asdict(item) for item in items], indent=0), "utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 from producer.keys import Band
 from tests.fault.blows import Make
 from tests.fault.ledger import Kill
-from tests.servers import ROOT, Peek, Worker, Workers
+from tests.servers import ROOT, Peek, Worker, Workers, members
 
 RQ = str(Path(sys.executable).with_name("rq"))
 #: How long a process may take to start or to leave before that is a failure, s.
@@ -148,7 +148,7 @@ class Team:
 
     def signal(self, place: Place, number: signal.Signals) -> None:
         """Send a signal to all processes of a place, the parent first: it would take a stopped horse for a dead one."""
-        _send(_members(_in_place(place).process.pid), number)
+        _send(members(_in_place(place).process.pid), number)
 
     def close(self) -> None:
         """End all of them at once."""
@@ -157,7 +157,7 @@ class Team:
 
     def _vacate(self, place: Place) -> None:
         if place.worker is not None:
-            _send(_members(place.worker.process.pid), signal.SIGKILL)
+            _send(members(place.worker.process.pid), signal.SIGKILL)
             place.worker.stop(signal.SIGKILL)
         if place.unread >= 0:
             os.close(place.unread)
@@ -184,18 +184,7 @@ def _full_pipe() -> tuple[int, int]:
 
 def _horses(place: Place) -> list[int]:
     leader = _in_place(place).process.pid
-    return [pid for pid in _members(leader) if pid != leader]
-
-
-def _members(session: int) -> list[int]:
-    """Processes of a session: a worker and whatever it has forked, in the order of their ids."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                if int((entry / "stat").read_text("ascii", "replace").rpartition(") ")[2].split()[3]) == session:
-                    found.append(int(entry.name))
-    return sorted(found)
+    return [pid for pid in members(leader) if pid != leader]
 
 
 def _send(pids: Iterable[int], number: signal.Signals) -> None:

@@ -25,8 +25,8 @@ from producer import (
     WaitTimeout,
 )
 from producer.keys import Keys
-from tests.integration.test_client import CONNECTIONS, Proxy, stopped
-from tests.servers import Valkey, Workers, confirms_durability, running_valkey
+from tests.servers import Proxy, Valkey, Workers, confirms_durability, running_valkey, stopped
+from tests.strategies import CONNECTIONS
 from worker.sandbox.control import RunningExchange
 
 KEYS = Keys()

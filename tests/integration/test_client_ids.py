@@ -13,24 +13,24 @@ from rq.serializers import JSONSerializer
 
 from producer import AsyncCancelClient, CancelClient, CancelRequest, OutcomeKind, QueueUnavailable
 from producer.keys import JobField
-from tests.integration.test_client import Proxy, stopped
-from tests.servers import Peek, Valkey, Workers, eventually
-from worker.sandbox.control import RunningExchange
+from tests.servers import Peek, Proxy, Valkey, Workers, eventually, stopped
+from worker.sandbox.control import PlacedOrder, RunningExchange
 
 X = "stop-1"
 #: Where an order's open job is noted, by a client id as former versions did.
 POINTER = f"cancels:order:default:c:{X}"
 
 
-@pytest.fixture
-def peek(connection: redis.Redis) -> Peek:
-    """A look at the queue's keys."""
-    return Peek(connection)
-
-
 def pointers(peek: Peek) -> list[str]:
     """Orders whose open job is noted."""
     return list(peek("KEYS", "cancels:order:*"))
+
+
+def opened(exchange: RunningExchange) -> PlacedOrder:
+    """Open an order under the client id, long enough before any request that it is proven to be meant by it."""
+    (order,) = exchange.add_orders(client_algo_ids=[X])
+    time.sleep(0.03)
+    return order
 
 
 def as_formerly(peek: Peek, job_id: str) -> None:
@@ -47,11 +47,11 @@ def test_a_reopened_order_is_not_told_the_end_of_the_one_before(
 ) -> None:
     """A is cancelled and its answer late; B is opened under A's client id and no longer wanted: B is cancelled too."""
     workers.start()
-    (a,) = exchange.add_orders(client_algo_ids=[X])
+    a = opened(exchange)
     exchange.set_latency_ms(1500)
     first = client.cancel(client_algo_id=X)
     eventually(lambda: exchange.book()[a.algo_id].status == "CANCELED", what="the exchange has cancelled A")
-    (b,) = exchange.add_orders(client_algo_ids=[X])
+    b = opened(exchange)
     second = client.cancel(client_algo_id=X)
 
     outcomes = [first.wait(10), second.wait(10)]
@@ -66,7 +66,7 @@ def test_a_second_request_for_one_order_learns_that_it_is_gone(
     workers: Workers, client: CancelClient, exchange: RunningExchange
 ) -> None:
     """Where the client id means the same order still, its second request ends as already cancelled."""
-    (order,) = exchange.add_orders(client_algo_ids=[X])
+    order = opened(exchange)
     tickets = [client.cancel(client_algo_id=X) for _ in range(2)]
     workers.start(WORKER_CONCURRENCY="1")
 
@@ -78,7 +78,7 @@ def test_a_second_request_for_one_order_learns_that_it_is_gone(
 
 def test_one_call_makes_one_job(workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
     """Inside one call requests for one client id share a ticket, an account's apart, and the later deadline holds."""
-    (order,) = exchange.add_orders(client_algo_ids=[X])
+    order = opened(exchange)
     short, other = CancelRequest(None, X, deadline_s=0.001), CancelRequest(None, X, account="other")
 
     tickets = client.cancel_many([short, CancelRequest(order.algo_id), other, CancelRequest(None, X, deadline_s=60)])
@@ -125,7 +125,7 @@ def test_a_former_job_is_not_joined_and_takes_its_pointer_along(
     workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
     """An open job of a former version is not joined by its client id, and its end removes its pointer."""
-    exchange.add_orders(client_algo_ids=[X])
+    opened(exchange)
     former = client.cancel(client_algo_id=X)
     as_formerly(peek, former.id)
 
@@ -143,7 +143,7 @@ def test_a_new_run_of_a_former_job_is_not_noted_any_more(
     by: str, workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
 ) -> None:
     """Neither a retry nor RQ's requeue of a job of a former version makes it joinable by its client id again."""
-    (order,) = exchange.add_orders(client_algo_ids=[X])
+    order = opened(exchange)
     ticket = client.cancel(client_algo_id=X, deadline_s=0.001)
     as_formerly(peek, ticket.id)
     time.sleep(0.01)
@@ -196,7 +196,7 @@ def test_a_callers_repeat_does_no_harm(
     valkey: Valkey, workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
     """A call that failed although it was carried out is made again: a second job, which finds the order gone."""
-    (order,) = exchange.add_orders(client_algo_ids=[X])
+    order = opened(exchange)
     with CancelClient.from_url(valkey.url, timeout_s=0.3) as mine:
         mine.cancel(algo_id=1)  # connected, and the script is known
         with stopped(valkey), pytest.raises(QueueUnavailable):

@@ -22,9 +22,9 @@ import redis
 from producer import CancelClient, CancelRequest
 from producer.keys import Keys
 from producer.message import decode_outcome
-from tests.integration.test_client import PASSWORD, Proxy, blocked, calls, fail
 from tests.integration.test_sandbox_server import certificate
-from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.servers import ROOT, Proxy, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.strategies import PASSWORD, blocked, calls, fail
 from worker.sandbox.control import RunningExchange
 
 KEYS = Keys()

@@ -20,11 +20,11 @@ from werkzeug.exceptions import ServiceUnavailable
 
 from producer import CancelClient, CancelRequest
 from producer.message import Outcome, OutcomeKind, encode_call
-from producer.web import access, reading
+from producer.web import access, queries
 from producer.web import app as web
 from producer.web.app import create_app
-from tests.integration.test_client import PASSWORD, fail, stopped
-from tests.servers import Valkey, Workers, eventually, running_valkey
+from tests.servers import Valkey, Workers, eventually, running_valkey, stopped
+from tests.strategies import PASSWORD, fail
 from tests.webpages import HOSTILE, KEYS, LARGEST, NOW_MS, TOKEN, attempt, form_token, outcome, settle
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -314,7 +314,7 @@ def test_a_search_reads_a_long_ledger_in_parts_and_ends_at_a_bound(
     assert "There are more than these." in words
     assert "and 2,500 entries of the ledger" in words
     assert found(reader, "r0") == ["r0"]
-    monkeypatch.setattr(reading, "DEPTH", 1200)
+    monkeypatch.setattr(queries, "DEPTH", 1200)
     assert found(reader, "r0") == []
     assert found(reader, "r1300") == ["r1300"]
     assert "the newest 1,200 entries of the ledger" in cells(page(reader, "/search?q=r0"))
@@ -790,7 +790,7 @@ def test_a_fault_of_ours_shows_nothing_of_itself(
     def broken(*_: object) -> Outcome:
         raise RuntimeError(f"with a {PASSWORD} in it")
 
-    monkeypatch.setattr(reading, "newest", broken)
+    monkeypatch.setattr(queries, "newest", broken)
     monkeypatch.setenv("FLASK_DEBUG", "1")
     answer = create_app(client).test_client().get("/")
 

@@ -586,7 +586,7 @@ class ExchangeServer:
         self.book = OrderBook(first_algo_id=self.book.next_algo_id, clock_skew_ms=config.clock_skew_ms)
         self.edge = Edge(config.weight_limit_per_minute, config.timing)
         self.tally = _Tally()
-        self.arrivals = Arrivals()
+        self.arrivals: Arrivals = Arrivals()
         fault_set = FAULT_SETS[config.faults]
         if config.incidents is not None:
             fault_set = FaultSet(fault_set.faults, tuple(Fault(name) for name in config.incidents))

@@ -53,6 +53,7 @@ end
 
 function job.bring_back_lost()
   local ids = on('ZRANGEBYSCORE', UNFINISHED, '-inf', now.text, 'LIMIT', '0', STEP)
+  if #ids > 0 then job.first_write() end
   for i = #ids, 1, -1 do
     local id = ids[i]
     local s = job.is_id(id) and job.read(id)
@@ -150,7 +151,6 @@ function job.put_in_order(key, id, s)
   if s.damaged then redis.call('HDEL', key, unpack(s.damaged)) end
   if job.is_recalled(s) then on('ZREM', CANCELED, id) end
   if s.due_at then redis.call('HDEL', key, 'c_due_at_ms') end
-  if job.is_recalled(s) then redis.pcall('ZREM', CANCELED, id) end
   if s.due_at or s.status == 'scheduled' then out.unscheduled[#out.unscheduled + 1] = id end
   if not s.enqueued_at then
     s.enqueued_at = now.text
@@ -286,7 +286,7 @@ end
 write('ZADD', UNFINISHED, out.leases)
 write('ZADD', STARTED, out.started)
 write('ZREM', SCHEDULED, out.unscheduled)
-if only ~= '' then -- where all workers are stock ones, nobody else does it
+if only then -- where all workers are stock ones, nobody else does it
   job.bring_back_due()
   job.bring_back_lost()
 end
