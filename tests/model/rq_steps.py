@@ -56,7 +56,7 @@ def _failed(connection: redis.Redis) -> FailedJobRegistry:
 def _leaves_failed(world: World, job_id: str) -> None:
     """From here on its entry may be gone from the registry."""
     job = world.model.jobs.get(job_id)
-    if job is not None and job.done in FAILED:
+    if job is not None and (job.done in FAILED or world.model.is_blind):
         job.left_failed = True
 
 
@@ -106,7 +106,7 @@ def cancel(world: World) -> None:
         job.cancel()
         world.note(job_id, "Job.cancel is through")
         if known is not None:
-            known.is_surely_recalled = known.is_recalled and world.depth == 0
+            known.is_surely_recalled = known.is_recalled and world.depth == 0 and not world.model.is_blind
 
 
 def delete(world: World) -> None:

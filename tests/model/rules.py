@@ -159,7 +159,7 @@ class Model:
     def _joined(self, job: Job, asked: Asked, now_ms: int) -> None:
         if not asked.joins:
             raise self.finding(8, job.id, "of an earlier call is joined by client id alone", asked.order)
-        if job.done and not job.is_deleted:
+        if job.done and not job.is_deleted and not (self.is_blind and not job.left_failed):
             if not job.left_failed:
                 raise self.finding(8, job.id, "is joined though it has ended", job.done)
             self._start_run(job, now_ms)
@@ -167,6 +167,7 @@ class Model:
     def retried(self, job_id: str, now_ms: int) -> None:
         """The client's retry said that it has started the job."""
         job = self._known(job_id)
+        job.left_failed = job.left_failed or self.is_blind  # it may have failed since it was looked at
         if job.done:
             if job.done not in FAILED:
                 raise self.finding(6, job_id, "is retried though it ended well", job.done)
@@ -274,7 +275,8 @@ class Model:
             raise self.finding(2, job.id, f"run {run} ends twice", job.outcomes[run], kind)
         job.outcomes[run] = job.done = kind
         job.hold, job.attempts, job.due_ms = None, 0, 0
-        job.left_failed = job.is_recalled = job.is_surely_recalled = False
+        job.left_failed = job.left_failed and self.is_blind
+        job.is_recalled = job.is_surely_recalled = False
         if self.pointers.get(job.order) == job.id and kind not in FAILED:  # RQ may put a failed job back
             del self.pointers[job.order]
 
@@ -321,7 +323,7 @@ class Model:
         if not self.is_blind and not job.is_deleted:
             raise self.finding(1, job.id, f"run {outcome.run} has an outcome of nobody", outcome.kind)
         if not job.is_deleted:
-            self._run_is(job, outcome.run, outcome.finished_at_ms)
+            self._run_is(job, outcome.run, 0)
         self._settle(job, outcome.run, outcome.kind.value)
 
     def seen(self, seen: Seen, now_ms: int, *, is_in_rqs_hands: bool = False) -> None:
@@ -360,7 +362,9 @@ class Model:
             return
         if seen.lease != (job.hold.token if job.hold else ""):
             self._losing(job, now_ms)
-            job.hold = Hold(seen.lease, seen.score or 0, is_foreign=True) if seen.lease else None
+            job.hold = Hold(seen.lease, 0, is_foreign=True) if seen.lease else None
+        if job.hold is not None and job.hold.is_foreign:
+            job.hold.ends_ms = seen.score or 0
         shown = len(decode_attempts(seen.attempts))
         if shown < job.attempts:
             raise self.finding(5, job.id, f"has {shown} attempts, {job.attempts} were made")

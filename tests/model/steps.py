@@ -74,6 +74,7 @@ def repeat_call(world: World) -> None:
 
 def retry(world: World) -> None:
     """The client's retry, of failed jobs and of others."""
+    world.catch_up()
     model, now_ms = world.model, world.now_ms()
     failed = set(world.plain.zrange(world.keys.failed, 0, -1))
     known = [job for job in model.jobs.values() if not job.is_expired and not job.is_deleted]
@@ -83,7 +84,6 @@ def retry(world: World) -> None:
         chosen.append(world.chance.choice(known))
     ids = list(dict.fromkeys(job.id for job in chosen))
     started = world.client.retry(ids, missing_ok=True) if ids else []
-    world.catch_up()
     for job in chosen:
         if job.id in started:
             world.note(job.id, "is retried by the client")
@@ -91,7 +91,6 @@ def retry(world: World) -> None:
             world.count["retries by the client"] += 1
         elif job.done in FAILED and job.id in failed and not model.is_blind:
             raise world.model.finding(6, job.id, "has failed, and cannot be retried", job.done)
-    started.clear()
 
 
 # -- our holders ------------------------------------------------------------------------------------------------------
