@@ -1,4 +1,4 @@
-"""Fixtures of the tests that drive the scripts, and of those that drive the exchange client against little servers."""
+"""Fixtures that several files of tests share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import redis
+from flask.testing import FlaskClient
 
+from producer import CancelClient
+from producer.web import access
+from producer.web.app import create_app
 from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
 from tests.servers import Peek, Valkey
 from tests.ways import API_KEY, SECRET, WAYS, Bench
+from tests.webpages import TOKEN
 from worker.signing import Credential
 
 
@@ -68,3 +73,24 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """Another one."""
     return Authority(tmp_path_factory.mktemp("ca"), "stranger")
+
+
+@pytest.fixture
+def quick_logins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever shows a wrong token waits for no more than a moment."""
+    monkeypatch.setattr(access, "PENALTY_S", 0.01)
+
+
+@pytest.fixture
+def reader(client: CancelClient) -> Iterator[FlaskClient]:
+    """The pages without a token."""
+    with create_app(client).test_client() as pages:
+        yield pages
+
+
+@pytest.fixture
+def operator(client: CancelClient) -> Iterator[FlaskClient]:
+    """The pages with a token, logged in."""
+    with create_app(client, TOKEN).test_client() as pages:
+        assert pages.post("/login", data={"token": TOKEN}).status_code == 303
+        yield pages
