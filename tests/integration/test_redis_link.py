@@ -17,9 +17,8 @@ import pytest
 import redis
 
 from producer import CancelClient, CancelRequest
-from tests.integration.test_client import Proxy
 from tests.integration.test_sandbox_server import certificate
-from tests.servers import Peek, Valkey, end_server, eventually, running_valkey
+from tests.servers import Peek, Proxy, Valkey, end_server, eventually, running_valkey
 from worker.redis_link import AsyncLink, connect, open_link
 from worker.store import ANSWER_WITHIN_S, Claimed, Lease, Release, Request, Store
 
