@@ -48,6 +48,11 @@ class Driver:
         """What happened, by kind."""
         return self.world.count
 
+    def close(self) -> None:
+        """End its processes, and part with the server."""
+        self.fleet.close()
+        self.world.close()
+
     def run(self, steps: int) -> Iterator[int]:
         """Take so many steps and drain the queue; gives the number of each step, for who shows progress.
 
@@ -55,7 +60,7 @@ class Driver:
             Finding: a rule is broken.
         """
         world = self.world
-        with _silence(), self.fleet:
+        with _silence():
             for world.step in range(1, steps + 1):
                 self._take(self._steps)
                 if world.step % _CHECK_EVERY == 0:

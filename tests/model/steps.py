@@ -107,8 +107,8 @@ def claim(world: World) -> None:
 def claim_by(world: World, store: WatchedStore, slots: int, *, take_lost: bool = True, is_heard: bool = True) -> int:
     """Claim for a holder; gives how many leases came."""
     world.catch_up()
-    closely = world.chance.random() < 0.5
-    request = store.claim(slots, wait=False, take_lost=take_lost, look_closely=closely)
+    closely, bring_back = world.chance.random() < 0.5, not is_heard or world.chance.random() < 0.9
+    request = store.claim(slots, wait=False, bring_back=bring_back, take_lost=take_lost, look_closely=closely)
     claimed = world.link.ask_now(request)
     if claimed.damaged:
         raise world.model.finding(1, claimed.damaged[0], "is said to be damaged", claimed.damaged)
