@@ -5,13 +5,14 @@ Standard library only; it talks to nobody.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha1
 from importlib.resources import files
 
-from producer.message import DEFAULT_QUEUE
+from producer.message import DEFAULT_QUEUE, OutcomeKind
 
 #: Life of RQ's hash and result, s: short once finished (the outcome record lives on), a week where a person must look.
 RESULT_TTL_S = 600
@@ -41,8 +42,12 @@ class Script:
     """
 
     def __init__(self, constants: Mapping[str, object], *parts: str) -> None:
-        known = "".join(f"local {name} = {_lua(value)}\n" for name, value in constants.items())
-        self.source = known + "".join(map(_text, ("producer/job.lua", *parts)))
+        # A literal costs nothing at each call, a local that functions use does.
+        tables = {name: value for name, value in constants.items() if isinstance(value, list | dict)}
+        known = "".join(f"local {name} = {_lua(value)}\n" for name, value in tables.items())
+        body = "".join(map(_text, ("producer/job.lua", *parts)))
+        plain = {name: _lua(value) for name, value in constants.items() if name not in tables}
+        self.source = known + re.sub(r"\b[A-Z][A-Z_]+\b", lambda found: plain.get(found[0], found[0]), body)
         self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -53,10 +58,12 @@ def _text(part: str) -> str:
 
 def _lua(value: object) -> str:
     """``value`` as a literal of Lua."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}={_lua(each)}" for name, each in value.items()) + "}"
     if isinstance(value, list):
         return "{" + ",".join(map(_lua, value)) + "}"
     if isinstance(value, int):
-        return str(value)
+        return str(value).lower()
     plain = (chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03d}" for byte in str(value).encode())
     return '"' + "".join(plain) + '"'
 
@@ -103,6 +110,11 @@ class Keys:
     def failed(self) -> str:
         """FailedJobRegistry: id scored by its expiry in seconds."""
         return f"{self.rq}:failed:{self.queue}"
+
+    @property
+    def canceled(self) -> str:
+        """CanceledJobRegistry: id scored by when a person took the job back, in seconds."""
+        return f"{self.rq}:canceled:{self.queue}"
 
     @property
     def result_prefix(self) -> str:
@@ -191,6 +203,9 @@ class Keys:
             "POINTER_LIFE_S": POINTER_LIFE_S,
             "ENDLESS_RETRIES": ENDLESS_RETRIES,
             "MAX_ID_BYTES": MAX_ID_BYTES,
+            "WAITING_BAND": int(Band.WAITING),
+            "RETRY_BAND": int(Band.RETRY),
+            "FAILED_KINDS": {kind.value: True for kind in OutcomeKind if kind.failed},
         }
 
     @staticmethod

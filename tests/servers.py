@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 
 import redis
 
-from producer.keys import Keys
+from producer.keys import Band, Keys
 from producer.message import Outcome, decode_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,23 +153,34 @@ class Worker:
 
 
 class Workers:
-    """Starts worker processes with a scrubbed environment and ends all of them."""
+    """Starts worker processes with a scrubbed environment and ends all of them; ``root``: where their code is."""
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, environment: Mapping[str, str], root: Path = ROOT) -> None:
         self._directory = directory
+        self._root = root
         self.environment = dict(environment)
         self.all: list[Worker] = []
 
-    def start(self, *arguments: str, command: tuple[str, ...] = (), wait: bool = True, **environment: str) -> Worker:
-        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it)."""
+    def start(
+        self,
+        *arguments: str,
+        command: tuple[str, ...] = (),
+        wait: bool = True,
+        stdout: int | None = None,
+        **environment: str,
+    ) -> Worker:
+        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it).
+
+        What it prints goes to its log, or to the descriptor ``stdout`` and its errors alone to the log.
+        """
         log = self._directory / f"worker-{len(self.all)}.log"
         file = log.open("wb")
         process = subprocess.Popen(
             [*(command or (sys.executable, "-m", "worker")), *arguments],
-            cwd=ROOT,
+            cwd=self._root,
             env=scrubbed() | self.environment | environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
+            stdout=file if stdout is None else stdout,
+            stderr=file,
             start_new_session=True,
         )
         worker = Worker(process, log, file)
@@ -194,9 +205,21 @@ class Workers:
     def stop(self) -> None:
         """End what still runs."""
         for worker in self.all:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.process.pid, signal.SIGKILL)
+            for pid in members(worker.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             worker.stop(signal.SIGKILL)
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session: a worker and whatever it has forked, in the order of their ids."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                if int((entry / "stat").read_text("ascii", "replace").rpartition(") ")[2].split()[3]) == session:
+                    found.append(int(entry.name))
+    return sorted(found)
 
 
 def scrubbed() -> dict[str, str]:
@@ -234,6 +257,10 @@ class Peek:
     def waiting(self) -> list[str]:
         """The ids on the queue, first one first."""
         return list(self("LRANGE", self.keys.waiting, 0, -1))
+
+    def held(self) -> list[str]:
+        """The ids of jobs in somebody's hand, by the end of their leases."""
+        return list(self("ZRANGE", self.keys.unfinished, 0, f"({Band.WAITING}", "BYSCORE"))
 
     def ledger(self) -> list[Outcome]:
         """All outcomes, oldest first."""

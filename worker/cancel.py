@@ -181,9 +181,11 @@ class Canceller:
     def _ahead(self) -> Span | None:
         return minus(self._redis_clock, self._server_clock)
 
-    def _case(self, job: _Job) -> Case:
-        lease = job.lease
-        return Case(job.algo_id is None, lease.meant_at_ms, lease.deadline_at_ms, self._ahead(), lease.run > 1)
+    def _case(self, job: _Job, means: Means | None = None) -> Case:
+        """The request as a decision sees it; the clocks are compared where something that the exchange dates counts."""
+        lease, by_client_id = job.lease, job.algo_id is None
+        ahead = self._ahead() if by_client_id or means in GATED else None
+        return Case(by_client_id, lease.meant_at_ms, lease.deadline_at_ms, ahead, lease.run > 1)
 
     def _first_step(self, job: _Job) -> Stop | Again:
         return first_step(self._case(job), job.history, self._policy, self._latest_ms())
@@ -273,7 +275,7 @@ class Canceller:
 
     async def _attempt(self, job: _Job, step: Again) -> Stop | Again:
         """Make one signed call, note it, and decide what follows."""
-        at_ms, job.began_ns, case = self._now_ms(), local_ns(), self._case(job)
+        at_ms, job.began_ns = self._now_ms(), local_ns()
         self._calling += 1
         try:
             answer = await self._exchange.call(step.call, job.credential, job.ref(), lambda: self._may_go(job, step))
@@ -284,6 +286,7 @@ class Canceller:
         verdict = classify(step.call, job.ref(), answer)
         self._note_attempt(job, step.call, at_ms, verdict)
         await self._note_pauses(job.request.account, verdict)
+        case = self._case(job, verdict.means)
         decision = next_step(case, job.history, verdict, self._policy, self._latest_ms(), random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
             job.learn(verdict)  # an order that is left alone is not the one that was meant

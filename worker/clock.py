@@ -174,8 +174,7 @@ class ServerClock(_RemoteClock):
     def now_ms(self) -> int:
         """The exchange's time for a timestamp, ms since the epoch: :data:`BEHIND_MS` before the middle of the bounds.
 
-        Too early by at most half of the quickest round trip and what drift added since, and on arrival never too
-        late, as far as the way out is no quicker than it was then.
+        It is off by at most half of the quickest round trip, and by what drift added since.
         """
         now_ms = self._middle_ms()
         return self._wall_ms() if now_ms is None else now_ms - BEHIND_MS

@@ -25,8 +25,8 @@ from producer.message import (
 )
 from worker.classify import GATED, STATUS_MEANS, Means, OrderView, Verdict
 
-#: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: by then nobody
-#: has learned that the order is gone and opened another one under its id.
+#: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody
+#: has learned that the order is gone, and opened another one under its id.
 BLIND_CANCEL_MS = 100
 #: Clock refusals in a row that are answered at once, by a fresh clock and signature.
 MAX_RESYNCS = 3

@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from worker.rate_gate import Gate
 from worker.redis_link import AsyncLink, is_about_rows
 from worker.store import Claimed, Done, Lease, Release, Retry, Row, Store
 
-__all__ = ["Engine", "where"]
+__all__ = ["Engine", "tell_damaged", "tell_outcome", "where"]
 
 _NS_PER_S = 1_000_000_000
 #: While the gate is closed or RQ suspended, the queue is looked at this often, s, without waiting at it; a queue that
 #: is never empty is looked at as often for jobs that stand in no list.
 _LOOK_S = 1.0
+#: Others' retries, and the jobs of the dead, are looked for this often, s, at the most.
+_BRING_BACK_S = 0.1
 #: ... and the ramp behind a closed gate this often.
 _RAMP_LOOK_S = 0.1
 #: As many jobs are claimed ahead as were ended in this time, s: about so many slots will be free when the claim is
@@ -89,7 +92,7 @@ class Engine:
         self._ended_at_ns: deque[int] = deque(maxlen=max(size // _AHEAD_PART, 1))
         self._claims_out = 0
         self._retries = 0  # that are due later
-        self._looked_closely_ns = 0
+        self._brought_back_ns = self._looked_closely_ns = 0
         self._renewed_ns = 0
         self._outbox: deque[Row] = deque()
         self._room_changed, self._due, self._to_complete = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -97,7 +100,8 @@ class Engine:
         self._is_suspended = self._is_away = False
         self._troubles, self._back_at_ns = 0, 0
         self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
-        self.outcomes = 0
+        self.failed = self.finished = 0  # outcomes of each sort
+        self.working_s = 0.0  # from claim to outcome, added up over all jobs
 
     # -- for the runner --
 
@@ -110,6 +114,11 @@ class Engine:
     def working_on(self) -> int:
         """Jobs that were not answered yet: those in our hands but for the ones that are being completed."""
         return self._running + len(self._ready)
+
+    @property
+    def outcomes(self) -> int:
+        """Outcomes recorded."""
+        return self.failed + self.finished
 
     @property
     def is_suspended(self) -> bool:
@@ -160,7 +169,7 @@ class Engine:
         held = list(self._held.values()) if is_due else []
         leases = [each.lease for each in held]
         beat = await self._rest.ask(lambda: self._store.beat(leases, figures, self._life_s))
-        _tell_damaged(beat.damaged)
+        tell_damaged(beat.damaged)
         if is_due:
             self._renewed_ns = asked_ns
         for each in held:
@@ -263,10 +272,20 @@ class Engine:
         look_closely = now_ns >= self._looked_closely_ns + _LOOK_S * _NS_PER_S
         if look_closely:
             self._looked_closely_ns = now_ns
+        bring_back = link is self._rest or now_ns >= self._brought_back_ns + _BRING_BACK_S * _NS_PER_S
+        if bring_back:
+            self._brought_back_ns = now_ns
         self._claims_out += 1
         try:
             claimed = await link.ask(
-                lambda: self._store.claim(max(slots, 1), wait=wait, take_lost=may_take_lost, look_closely=look_closely)
+                partial(
+                    self._store.claim,
+                    max(slots, 1),
+                    wait=wait,
+                    bring_back=bring_back,
+                    take_lost=may_take_lost,
+                    look_closely=look_closely,
+                )
             )
             self._worked()
             self._take(claimed)
@@ -277,7 +296,7 @@ class Engine:
 
     def _take(self, claimed: Claimed) -> None:
         """Take what a claim brought into our hands."""
-        _tell_damaged(claimed.damaged)
+        tell_damaged(claimed.damaged)
         self._is_suspended = claimed.suspended
         self._gate.observe(claimed.gate_until_ms)
         claimed_ns = local_ns()
@@ -358,7 +377,7 @@ class Engine:
             await self._write_one_by_one(group, error)
             return
         self._worked()
-        _tell_damaged(completed.damaged)
+        tell_damaged(completed.damaged)
         for row, answer in zip(group, completed.answers, strict=True):
             self._written(row, answer)
 
@@ -373,7 +392,9 @@ class Engine:
         self._written(group[0], None)
 
     def _written(self, row: Row, answer: int | None) -> None:
-        self._held.pop(row.lease.token, None)
+        held = self._held.pop(row.lease.token, None)
+        if held is not None:
+            self.working_s += (local_ns() - held.claimed_ns) / _NS_PER_S
         if answer is not None:
             self._tell(row, answer)
         self._completed.set()
@@ -390,7 +411,8 @@ class Engine:
         elif isinstance(row, Done) and answer == 2:
             log.info("deadline_moved", id=row.lease.id, kind=kind)
         elif isinstance(row, Done):
-            self.outcomes += 1
+            self.failed += row.outcome.kind.failed
+            self.finished += not row.outcome.kind.failed
             tell_outcome(row)
 
     def _retry_at(self, due_ms: int) -> None:
@@ -431,7 +453,8 @@ async def _wait(event: asyncio.Event, timeout_s: float) -> None:
             await event.wait()
 
 
-def _tell_damaged(names: tuple[str, ...]) -> None:
+def tell_damaged(names: tuple[str, ...]) -> None:
+    """Log keys that a script has set aside."""
     for name in names:
         log.error("damaged", key=name, reason="of another type than it should have, or too long: set aside")
 

@@ -107,7 +107,7 @@ class Output:
         """Wait until all lines are written, at most so long; False if some are not, or are lost."""
         ends_at_s = time.monotonic() + timeout_s
         while self._queue or self._is_writing:
-            if self._is_failing or self._is_closed or time.monotonic() >= ends_at_s:
+            if time.monotonic() >= ends_at_s:
                 self._is_stuck = True
                 return False
             time.sleep(_LOOK_S)

@@ -97,7 +97,14 @@ class AsyncLink:
         """See :meth:`Link.ask`."""
         async with self._turn:
             request, answers, stamps = await self._round_trips(make)
-        return request.read(answers, stamps)
+            try:
+                return request.read(answers, stamps)
+            except redis.RedisError:
+                raise
+            except Exception:
+                # An answer that makes no sense may be another question's: the next one must not get this one's.
+                await self._connection.disconnect(nowait=True)
+                raise
 
     async def _round_trips(self, make: Callable[[], Request[T]]) -> tuple[Request[T], list[Any], Stamps]:
         patience = _Patience(self._connection)

@@ -24,6 +24,7 @@ from worker.daemon import WorkerLoop, in_daemon_thread
 from worker.engine import Engine, where
 from worker.redis_link import connect_like, open_link, trouble
 from worker.settings import Settings
+from worker.store import ANSWER_WITHIN_S
 from worker.watchdog import Watchdog
 from worker.wiring import lease_of, open_canceller, open_exchange, open_redis, open_store
 
@@ -38,8 +39,12 @@ _LOOK_S = 1.0
 _WARM_S = 25.0
 #: How often registries and RQ's lists are tidied, s; sooner while a round through a long queue is not over.
 _TIDY_S = 10.0
+#: How long RQ's thread for commands listens at a time, s.
+_LISTEN_S = 60
 #: What of the grace is kept for leaving RQ's registries, and of that for the interpreter's end, s.
 _FAREWELL_S, _END_S = 3.0, 1.0
+#: How long the last lines of the log may take, s.
+_LAST_LINES_S = 0.3
 #: A loop that has not moved for this many looks of the watchdog, each of so many s, will not move again.
 _STUCK_LOOKS, _STUCK_LOOK_S = 10, 1.0
 
@@ -62,21 +67,20 @@ class CancelWorker(BaseWorker):
         names = [queue.name if isinstance(queue, Queue) else queue for queue in _listed(queues)]
         if len(names) != 1:
             raise ValueError(f"one queue for each worker, not {', '.join(names)}: start a process for each")
-        options["serializer"] = JSONSerializer
+        # RQ would prepare by asking Redis, which may be away when a worker starts: see `_register`.
+        options |= {"serializer": JSONSerializer, "prepare_for_work": False}
         super().__init__(names, name or _unique_name(self._settings), connection=own, **options)
+        self.hostname, self.pid = socket.gethostname(), os.getpid()
         self._interrupts = 0
         self.exit_code = EX_OK
         self._stop = threading.Event()  # told from any thread, before there is a loop too
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watchdog = Watchdog(_STUCK_LOOK_S, _STUCK_LOOKS)
 
-    def _set_connection(self, connection: redis.Redis) -> redis.Redis:
-        """Keep our own time-outs: RQ would wait 415 s for an answer."""
-        return connection
-
-    def _set_ip_address(self, connection: redis.Redis) -> None:  # noqa: ARG002
-        """Not at construction: Redis may be away when a worker starts. See `_register`."""
-        self.ip_address = "unknown"
+    @property
+    def connection_timeout(self) -> int:
+        """Our own; RQ would wait 415 s for an answer."""
+        return int(ANSWER_WITHIN_S)
 
     def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
         """Work until told to stop, or with ``burst`` until nothing is left; gives whether any outcome was recorded.
@@ -84,7 +88,7 @@ class CancelWorker(BaseWorker):
         RQ's other options (scheduler, idle time, job count) mean nothing here: retries need no scheduler.
         """
         log.configure_unless_done(self._settings.log_level, self._settings.log_format)
-        self._install_signal_handlers()
+        self._heed_signals()
         with asyncio.Runner(loop_factory=WorkerLoop) as runner:
             outcomes = runner.run(self._live(burst))
         if threading.current_thread() is threading.main_thread():
@@ -149,11 +153,13 @@ class CancelWorker(BaseWorker):
 
     def _register(self) -> None:
         """RQ's own registration; it waits for Redis."""
-        super()._set_ip_address(self.connection)
+        with contextlib.suppress(redis.ResponseError):  # a user may lack the right
+            self.connection.client_setname(self.name)
+            self.ip_address = str(self.connection.client_info()["addr"])
         if self.birth_date is None:  # else it was done, perhaps unheard: RQ takes our own hash for another's
             self.register_birth()  # type: ignore[no-untyped-call]
         if self.pubsub_thread is None:
-            self.subscribe()  # type: ignore[no-untyped-call]
+            self.subscribe()
         self.set_state(WorkerStatus.IDLE)
 
     async def _meet_exchange(self) -> None:
@@ -258,6 +264,10 @@ class CancelWorker(BaseWorker):
         """What an operator wants to know of this process beside what RQ says of it."""
         figures: dict[str, Any] = {
             "state": self._state_now().value,
+            # RQ's own counts.
+            "successful_job_count": self._engine.finished,
+            "failed_job_count": self._engine.failed,
+            "total_working_time": f"{self._engine.working_s:.6f}",
             WorkerField.CONCURRENCY: self._settings.concurrency,
             WorkerField.IN_FLIGHT: self._engine.working_on,
             WorkerField.USED_WEIGHT: self._exchange.last_used_weight(),
@@ -296,7 +306,7 @@ class CancelWorker(BaseWorker):
 
     # -- stopping --
 
-    def _install_signal_handlers(self) -> None:
+    def _heed_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, self.request_stop)
@@ -307,8 +317,7 @@ class CancelWorker(BaseWorker):
             self._interrupts += 1
             if self._interrupts > 1:
                 left = self._engine.in_hand if self._loop is not None else 0
-                with contextlib.suppress(OSError):
-                    os.write(2, b"left at once: %d jobs in flight come back when their leases run out\n" % left)
+                log.last_words("left_at_once", in_flight=left, reason="their leases bring them back")
                 os._exit(EX_INTERRUPTED)
         self._stop.set()
         if self._loop is not None:
@@ -325,6 +334,10 @@ class CancelWorker(BaseWorker):
         for task in (*upkeep, engine):
             task.cancel()
         await asyncio.wait([engine], timeout=0.5)
+        with contextlib.suppress(redis.RedisError, TimeoutError):  # the last counts
+            async with asyncio.timeout(0.5):
+                await self._engine.beat(self._figures())
+                await self._rest.close()
         # In a thread of its own: while Redis is away it would take longer than there is.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(began + grace_s - _END_S - loop.time(), 0.1)):
@@ -336,6 +349,7 @@ class CancelWorker(BaseWorker):
             outcomes=self._engine.outcomes,
             seconds=loop.time() - began,
         )
+        log.flush(_LAST_LINES_S)
 
     def _say_farewell(self) -> None:
         try:
@@ -357,10 +371,18 @@ class CancelWorker(BaseWorker):
     def clean_registries(self) -> None:
         """Nothing; see :attr:`should_run_maintenance_tasks`."""
 
-    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:  # noqa: ARG002
-        """RQ 3.0 lets the thread die of a time-out; commands must work again when Redis does."""
-        if not isinstance(exc, redis.RedisError | OSError):
-            raise exc
+    def subscribe(self) -> None:
+        """Listen for RQ's commands; RQ's own way lets the thread die of a time-out, and they must work again when Redis
+        does."""
+        self.pubsub = self.connection.pubsub()
+        self.pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
+        self.pubsub_thread = self.pubsub.run_in_thread(  # type: ignore[assignment]
+            sleep_time=_LISTEN_S, daemon=True, exception_handler=self._listening_failed
+        )
+
+    def _listening_failed(self, error: Exception, _: Any, __: Any) -> None:
+        if not isinstance(error, redis.RedisError | OSError):
+            raise error
         self._stop.wait(_LOOK_S)
 
     def handle_payload(self, message: Any) -> None:

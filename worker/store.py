@@ -173,8 +173,7 @@ class Completed:
 
 class Store:
     """One holder's view of one queue. ``lease_ms`` is how long a lease lasts without a beat, ``deadline_ms`` how long a
-    request is pursued that leaves it to the worker; ``is_worker``: RQ knows the holder as a worker of ours, whose
-    counts are kept here."""
+    request is pursued that leaves it to the worker."""
 
     def __init__(
         self,
@@ -186,12 +185,11 @@ class Store:
         deadline_ms: int,
         outcome_ttl_s: int,
         ledger_maxlen: int,
-        is_worker: bool = True,
     ) -> None:
         self.keys = keys = Keys(queue, RQ_KEY_PREFIX)
         self.clock = RedisClock()
         self._holder = holder
-        self._worker_key = keys.worker_prefix + holder if is_worker else ""
+        self._worker_key = keys.worker_prefix + holder
         self._gate = keys.gate(gate_scope)
         self._lease_ns = (lease_ms - min(LEASE_MARGIN_MS, lease_ms // 10)) * 1_000_000
         self._token = f"{uuid4().hex[:12]}-"
@@ -200,6 +198,7 @@ class Store:
             "CLAIMING": keys.claiming,
             "STARTED": keys.started,
             "FINISHED": keys.finished,
+            "CANCELED": keys.canceled,
             "SUSPENDED": keys.suspended,
             "INTERMEDIATE": keys.intermediate,
             "WORKERS": keys.workers,
@@ -228,35 +227,46 @@ class Store:
 
     # -- claiming --
 
-    def claim(self, slots: int, *, wait: bool, take_lost: bool = True, look_closely: bool = False) -> Request[Claimed]:
+    def claim(
+        self,
+        slots: int,
+        *,
+        wait: bool,
+        bring_back: bool = True,
+        take_lost: bool = True,
+        look_closely: bool = False,
+    ) -> Request[Claimed]:
         """Take up to ``slots`` jobs, waiting up to :data:`CLAIM_WAIT_S` for the first one if ``wait``.
 
-        ``take_lost``: those too whose lease has run out; ``look_closely``: also such as stand in no list although the
-        queue is not empty. To be sent at once: the server is told when the asker stops waiting. Without an answer, what
-        was claimed unseen comes back when its lease runs out.
+        ``bring_back``: retries that are due, too, and with ``take_lost`` jobs whose lease has run out;
+        ``look_closely``: also such as stand in no list although the queue is not empty. To be sent at once: the server
+        is told when the asker stops waiting. Without an answer, what was claimed unseen comes back when its lease runs
+        out.
         """
         number, self._claims = self._claims, self._claims + slots
         gives_up_at_ms = self.clock.now_ms() + round(ANSWER_WITHIN_S * 1000) if self.clock.measured else 0
-        words = (self._holder, slots, self._token, number, int(take_lost), int(look_closely), gives_up_at_ms)
-        script = self._call("claim", *words)
+        flags = (int(bring_back), int(take_lost), int(look_closely))
+        script = self._call("claim", self._holder, slots, self._token, number, *flags, gives_up_at_ms)
         move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
         return Request((move, script) if wait else (script,), self._scripts["claim"], self._claimed)
 
     def claim_one(self, job_id: str) -> Request[Claimed]:
         """Take the job that a stock RQ worker has popped, if it is free."""
         number, self._claims = self._claims, self._claims + 1
-        return self._request("claim", (self._holder, 1, self._token, number, 1, 0, 0, job_id), self._claimed)
+        return self._request("claim", (self._holder, 1, self._token, number, 0, 1, 0, 0, job_id), self._claimed)
 
     def _claimed(self, answers: list[Any], stamps: Stamps) -> Claimed:
         moved, answer = answers[0], answers[-1]
         _raise(answer)
-        now_ms = int(answer[0])
-        until_ns = self._lease_from(now_ms, stamps)
-        leases, damaged = [_lease(row, until_ns) for row in answer[5:]], _names(answer[3])
+        # Taken apart before the clock learns from it: an answer that makes no sense must not set it.
+        now_ms, gate, suspended, damaged, said, *rows = answer
+        why_not, _, until = said.decode().partition(" ")
+        told = (int(now_ms), int(gate), suspended == 1, _names(damaged), why_not, int(until or 0))
+        until_ns = self._lease_from(told[0], stamps)
+        leases = [_lease(row, until_ns) for row in rows]
         if not leases and not damaged:  # else the list was none, and is by now
             _raise(moved)  # a full server refuses the wait but not the claim: the next one must not follow at once
-        why_not, _, until = answer[4].decode().partition(" ")
-        return Claimed(now_ms, int(answer[1]), answer[2] == 1, damaged, why_not, int(until or 0), leases)
+        return Claimed(*told, leases)
 
     def _lease_from(self, now_ms: int, stamps: Stamps) -> int:
         """The end of a lease given when Redis' clock said ``now_ms``: counted from the earliest moment that can be."""
@@ -269,7 +279,7 @@ class Store:
     def complete(self, rows: Sequence[Row]) -> Request[Completed]:
         """End holds; to be repeated with the same rows where no answer came: that does no harm."""
         words = (word for row in rows for word in row.words())
-        return self._request("complete", (self._holder, self._worker_key, *words), _completed)
+        return self._request("complete", (self._holder, *words), _completed)
 
     def beat(self, held: Sequence[Lease], figures: Mapping[str, Any] | None, life_s: int) -> Request[Beat]:
         """Prolong leases and, with ``figures``, tell RQ and people that this worker lives for another ``life_s``."""

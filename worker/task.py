@@ -21,11 +21,12 @@ from producer.message import TASK, CancelRequest, MessageError, decode_outcome, 
 from worker import log
 from worker.cancel import Canceller
 from worker.clock import ServerClock, SleepWatch, local_ns
+from worker.engine import tell_damaged, tell_outcome
 from worker.exchange import Exchange
 from worker.rate_gate import Gate
-from worker.redis_link import BlockingLink
+from worker.redis_link import BlockingLink, connect_like
 from worker.settings import Settings
-from worker.store import Claimed, Done, Lease, Release, Retry, Row, Store
+from worker.store import Claimed, Done, Lease, Release, Request, Retry, Row, Store
 from worker.wiring import lease_of, open_canceller, open_exchange, open_store
 
 #: RQ's bound on retries; ours are attempts and deadline.
@@ -37,6 +38,8 @@ _SHORT_WAIT_S = 3.0
 _RUN_S = 20.0
 #: When to look again at a job that somebody else has in hand, s.
 _HELD_S = 5
+#: How often Redis is asked for the gate, and whether RQ's worker was told to leave, while a step is at work, s.
+_LOOK_S = 0.5
 
 
 class CancelFailed(Exception):
@@ -58,7 +61,9 @@ def cancel_algo_order(request: object) -> object:
             f"{TASK} runs inside an RQ worker; to cancel an order, enqueue it with producer.CancelClient"
         )
     _disarm_rqs_alarm()
-    return asyncio.run(_StockRun(job, request).run())
+    # RQ's connection waits for minutes, repeats what got no answer, and is used in RQ's signal handlers.
+    with connect_like(job.connection) as connection:
+        return asyncio.run(_StockRun(job, request, connection).run())
 
 
 def _disarm_rqs_alarm() -> None:
@@ -75,26 +80,28 @@ class _Held:
     until_ns: int
     sleep: SleepWatch
     is_lost: bool = False
+    is_leaving: bool = False
 
     def is_valid(self) -> bool:
-        """Whether the job is still ours; after a sleep only its renewal tells."""
+        """Whether more may be sent: the job is still ours (after a sleep only its renewal tells), and nobody waits for
+        us to leave."""
         if self.sleep.moved():
             self.until_ns = 0
-        return not self.is_lost and local_ns() < self.until_ns
+        return not self.is_lost and not self.is_leaving and local_ns() < self.until_ns
 
 
 class _StockRun:
     """One run of the job function."""
 
-    def __init__(self, job: Job, request: object) -> None:
+    def __init__(self, job: Job, request: object, connection: redis.Redis) -> None:
         self._job = job
         self._request = request
         settings, exchange, self._server_clock = _exchange()
         self._exchange = exchange
         self._lease_s = lease_of(settings)
         self._holder = job.worker_name or socket.gethostname()
-        self._store: Store = open_store(settings, self._holder, job.origin, is_worker=False)
-        self._link = BlockingLink(job.connection)
+        self._store: Store = open_store(settings, self._holder, job.origin)
+        self._link = BlockingLink(connection)
         self._canceller: Canceller
         self._gate: Gate
         parts = open_canceller(settings, exchange, self._server_clock, self._store, self._link, self._holder)
@@ -104,18 +111,34 @@ class _StockRun:
         ends_ns = local_ns() + round(_RUN_S * 1e9)
         while True:
             claimed = await self._link.ask(lambda: self._store.claim_one(self._job.id))
+            tell_damaged(claimed.damaged)
             self._gate.observe(claimed.gate_until_ms)
             if not claimed.leases:
                 return await self._instead(claimed)
             row = await self._carry(claimed.leases[0])
             completed = await self._link.ask(partial(self._store.complete, [row]))
+            tell_damaged(completed.damaged)
             answer = completed.answers[0]
-            if isinstance(row, Done) and answer in (0, 1):
+            if isinstance(row, Done) and answer == 1:
+                tell_outcome(row)
                 return await self._ended()
+            # Where it was not ours any more, the next claim tells what became of it.
             delay_ms = self._delay_ms(row, answer)
-            if delay_ms > _SHORT_WAIT_S * 1000 or local_ns() > ends_ns or await self._shutdown_asked():
+            if delay_ms > _SHORT_WAIT_S * 1000 or local_ns() > ends_ns or not await self._waited(delay_ms):
                 return _later(delay_ms)
-            await asyncio.sleep(delay_ms / 1000)
+
+    async def _waited(self, delay_ms: int) -> bool:
+        """Wait so long; False, and at once, if RQ's worker was told to leave."""
+        ends_ns = local_ns() + delay_ms * 1_000_000
+        while not await self._link.ask(self._is_leaving):
+            left_s = (ends_ns - local_ns()) / 1e9
+            if left_s <= 0:
+                return True
+            await asyncio.sleep(min(left_s, _LOOK_S))
+        return False
+
+    def _is_leaving(self) -> Request[bool]:
+        return self._store.shutdown_asked(self._holder)
 
     def _delay_ms(self, row: Row, answer: int) -> int:
         now_ms = self._store.clock.now_ms()
@@ -144,7 +167,7 @@ class _StockRun:
 
     @contextlib.contextmanager
     def _renewing(self, held: _Held) -> Iterator[None]:
-        """Keep the lease while a step is at work: in a thread, as a call at the exchange is waited for here."""
+        """Keep the lease and hear of a closed gate while a step is at work: in a thread, as the step is waited for."""
         ended = threading.Event()
         thread = threading.Thread(target=self._renew, args=(held, ended), name="renewal", daemon=True)
         thread.start()
@@ -157,17 +180,17 @@ class _StockRun:
     def _renew(self, held: _Held, ended: threading.Event) -> None:
         # Within bounds: a step that takes longer than this is one that stands still, and is taken over.
         ends_ns = local_ns() + round(2 * _RUN_S * 1e9)
-        while local_ns() < ends_ns and not ended.wait(self._lease_s / 4):
+        while local_ns() < ends_ns and not ended.wait(min(self._lease_s / 4, _LOOK_S)):
+            asked_ns = local_ns()
             try:
+                held.is_leaving = self._link.ask_now(self._is_leaving())
                 beat = self._link.ask_now(self._store.beat([held.lease], None, 1))
             except redis.RedisError as error:
                 log.debug("renewal", error=type(error).__name__)
                 continue
             held.is_lost = held.lease.token in beat.lost
             held.until_ns = max(held.until_ns, beat.renewed_until_ns)
-
-    async def _shutdown_asked(self) -> bool:
-        return await self._link.ask(lambda: self._store.shutdown_asked(self._holder))
+            self._gate.told(beat.gate_until_ms, self._store.clock.now_ms(), asked_ns)
 
     async def _ended(self) -> str:
         record = await self._link.ask(lambda: self._store.recorded(self._job.id))
@@ -197,5 +220,7 @@ def _later(delay_ms: int) -> rq.Retry:
 def _exchange() -> tuple[Settings, Exchange, ServerClock]:
     """One for a process; RQ's default worker class has a process for each job."""
     settings = Settings.from_env()
+    # RQ's horses end without the interpreter's farewell.
+    log.configure_unless_done(settings.log_level, settings.log_format, wait_for_each=True)
     exchange, clock = open_exchange(settings, one_at_a_time=True)
     return settings, exchange, clock

@@ -29,12 +29,15 @@ OPENERS = 8
 IDLE_BOUND_S = 30.0
 #: Most bytes that one answer may take with its framing, more than any has: a flood must not keep the event loop.
 ANSWER_LIMIT = 1024 * 1024
-#: How much is given to the reader at once, bytes: it looks again at what it has.
-_PIECE = 16 * 1024
+#: Most bytes of one read. All connections of a loop read into one buffer, as each read is dealt with at once.
+_READ_SIZE = 16 * 1024
 #: How often the loop looks at its sockets between the end of an attempt's time and a time-out: the next pass takes up
 #: what has come, a second delivers it, TLS within TLS needs a third. A loop that stood still is no silence.
 _LAST_LOOKS = 3
 
+#: Why a request was not written: its new connection had ended, or something else than an answer had come.
+_NOT_SENT = "not sent: ConnectionResetError"
+_CLOSED = "could not connect: ConnectionAbortedError"
 #: The host's clock for idle times, s: one that goes on while the host sleeps, where there is one.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -43,14 +46,15 @@ def _now_s() -> float:
     return time.clock_gettime(_CLOCK)
 
 
-class _Connection(asyncio.Protocol):
+class _Connection(asyncio.BufferedProtocol):
     """A connection to the exchange, which serves one request after the other."""
 
     __slots__ = (
+        "_buffer",
         "_done",
         "_expiry",
         "_loop",
-        "_on_spoilt",
+        "_on_end",
         "_poll",
         "_taken",
         "_transport",
@@ -59,21 +63,22 @@ class _Connection(asyncio.Protocol):
         "reader",
         "received_ns",
         "sent_ns",
-        "spoilt",
     )
 
-    _transport: asyncio.Transport
     _poll: select.poll
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_spoilt: Callable[[_Connection], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, buffer: memoryview, on_end: Callable[[_Connection], None]
+    ) -> None:
         self._loop = loop
-        self._on_spoilt = on_spoilt
+        self._buffer = buffer
+        self._on_end = on_end
         self._done: asyncio.Future[None] | None = None  # of the request under way
         self._expiry: asyncio.Handle | None = None
         self._taken = 0
+        self._transport: asyncio.Transport | None = None
         self.reader = ResponseReader(BODY_LIMIT)
         self.error: BaseException | None = None
-        self.spoilt = False  # something came that nobody asked for, its end included
         self.idle_since_s = 0.0
         self.sent_ns = self.received_ns = 0
 
@@ -90,21 +95,27 @@ class _Connection(asyncio.Protocol):
         self._done = done = self._loop.create_future()
         self._expiry = self._loop.call_at(ends_at_s, self._expire, _LAST_LOOKS)
         self.sent_ns = local_ns()
+        assert self._transport is not None
         self._transport.write(data)
         return done
 
-    def stands(self) -> bool:
-        """Whether it may be used once more, as far as can be told: nothing has come, and nothing lies unread."""
-        return not (self.spoilt or self._transport.is_closing() or self._poll.poll(0))
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed, or about to be."""
+        return self._transport is None or self._transport.is_closing()
 
-    def is_reusable(self) -> bool:
-        """Whether the last answer ended where it said, and nothing has come after it."""
-        return self.reader.reusable and not self.spoilt and not self._transport.is_closing()
+    def stands(self) -> bool:
+        """Whether a request may be written, as far as can be told: nothing has come unasked, and nothing lies unread.
+
+        On a new connection session tickets may, which say nothing.
+        """
+        return not (self.is_over or (self.received_ns and self._poll.poll(0)))
 
     def abort(self) -> None:
         """Close it at once; whatever was asked has no answer any more."""
         self._end(ConnectionAbortedError())
-        self._transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
     # -- what asyncio calls
 
@@ -112,28 +123,23 @@ class _Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.attach(transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._done is None:
-            self._spoil()
-        elif len(data) <= _PIECE:
-            self._take(data)
+            self._drop()  # nobody asked
         else:
-            for at in range(0, len(data), _PIECE):
-                if self._done is None:
-                    self._spoil()
-                    break
-                self._take(data[at : at + _PIECE])
+            self._take(bytes(self._buffer[:nbytes]))
 
     def eof_received(self) -> None:
         if self._done is not None:
             self._take(b"")
-        self._spoil()
+        self._drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is None and self._done is not None:
-            self._take(b"")
         self._end(exc)
-        self._spoil()
+        self._drop()
 
     # -- one answer
 
@@ -167,11 +173,9 @@ class _Connection(asyncio.Protocol):
         else:
             self._end(TimeoutError())
 
-    def _spoil(self) -> None:
-        if not self.spoilt:
-            self.spoilt = True
-            self._transport.abort()
-            self._on_spoilt(self)
+    def _drop(self) -> None:
+        self.abort()
+        self._on_end(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -198,6 +202,7 @@ class _Pool:
         self._openings: dict[asyncio.Task[None], Opening] = {}
         self._route = route
         self._closed = False
+        self._buffer = memoryview(bytearray(_READ_SIZE))
 
     def take_idle(self) -> _Connection | None:
         """The connection used last of those that stand, None if there is none."""
@@ -211,18 +216,8 @@ class _Pool:
 
     async def wait(self, ends_at_s: float) -> _Connection | Failed:
         """A connection that has fallen free or been opened, or why there is none by ``ends_at_s``."""
-        while True:
-            if self._closed:
-                return Failed(False, "could not connect: ConnectionAbortedError")
-            came = await self._turn(ends_at_s)
-            if isinstance(came, Failed):
-                return came
-            # One that was handed on has an answer behind it; a new one may be about to read session tickets.
-            if not came.received_ns or came.stands():
-                return came
-            came.abort()
-
-    async def _turn(self, ends_at_s: float) -> _Connection | Failed:
+        if self._closed:
+            return Failed(False, _CLOSED)
         loop = asyncio.get_running_loop()
         waiter = _Waiter(loop.create_future(), ends_at_s)
         self._waiting.append(waiter)
@@ -233,27 +228,34 @@ class _Pool:
         except BaseException:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
-            elif waiter.turn.done() and not waiter.turn.cancelled():
+            elif not waiter.turn.cancelled():
                 came = waiter.turn.result()
                 if isinstance(came, _Connection):
-                    self._hand_on(came)
+                    self.give_back_unused(came)
             raise
         finally:
             expiry.cancel()
 
     def give_back(self, connection: _Connection) -> None:
         """Part with a connection, which serves the next call if nothing of this one can still come."""
-        if self._closed or not connection.is_reusable():
-            connection.abort()
+        if connection.reader.reusable:
+            self.give_back_unused(connection)
         else:
-            self._hand_on(connection)
+            connection.abort()
 
     def give_back_unused(self, connection: _Connection) -> None:
-        """Part with a connection on which nothing was asked."""
-        if self._closed or connection.spoilt:
+        """Part with a connection on which nothing was asked, or nothing is left to come."""
+        if self._closed or connection.is_over:
             connection.abort()
-        else:
-            self._hand_on(connection)
+            return
+        if self._answer_first(connection):
+            return
+        self._close_aged()
+        if len(self._idle) >= self._size:
+            connection.abort()
+            return
+        connection.idle_since_s = _now_s()
+        self._idle.append(connection)
 
     def forget(self, connection: _Connection) -> None:
         """It is of no use any more."""
@@ -267,17 +269,7 @@ class _Pool:
         while self._idle:
             self._idle.pop().abort()
         while self._waiting:
-            self._answer_first(Failed(False, "could not connect: ConnectionAbortedError"))
-
-    def _hand_on(self, connection: _Connection) -> None:
-        if self._answer_first(connection):
-            return
-        self._close_aged()
-        if len(self._idle) >= self._size:
-            connection.abort()
-            return
-        connection.idle_since_s = _now_s()
-        self._idle.append(connection)
+            self._answer_first(Failed(False, _CLOSED))
 
     def _answer_first(self, came: _Connection | Failed) -> bool:
         while self._waiting:
@@ -314,16 +306,20 @@ class _Pool:
             self._open_more()
 
     async def _open(self, opening: Opening, ends_at_s: float) -> None:
-        connection = _Connection(asyncio.get_running_loop(), self.forget)
+        connection = _Connection(asyncio.get_running_loop(), self._buffer, self.forget)
         try:
-            async with asyncio.timeout_at(ends_at_s):
+            async with asyncio.timeout_at(ends_at_s) as bound:
                 await opening.connect(connection, connection.attach)
         except TunnelRefused as refused:
             self._answer_first(Failed(False, f"{opening.phase}: {refused.status}"))
         except Exception as error:  # noqa: BLE001 - the call that waits for it must hear of it
-            self._answer_first(Failed(False, named(opening.phase, error)))
+            if not bound.expired():  # else a call that has time left gets another try
+                self._answer_first(Failed(False, named(opening.phase, error)))
         else:
-            self.give_back_unused(connection)
+            if connection.is_over:  # opened again for the same call, and again, it would be a flood
+                self._answer_first(Failed(False, _NOT_SENT))
+            else:
+                self.give_back_unused(connection)
 
 
 class AsyncioTransport:
@@ -349,9 +345,12 @@ class AsyncioTransport:
             if isinstance(came, Failed):
                 return came
             connection = came
-            if loop.time() >= ends_at_s or connection.spoilt:
+            if not connection.stands():
+                connection.abort()
+                return Failed(False, _NOT_SENT)
+            if loop.time() >= ends_at_s:
                 self._pool.give_back_unused(connection)
-                return Failed(False, f"not sent: {'ConnectionResetError' if connection.spoilt else 'TimeoutError'}")
+                return Failed(False, "not sent: TimeoutError")
         asked = self._ask(connection, make, ends_at_s)
         if not isinstance(asked, asyncio.Future):
             return asked

@@ -40,7 +40,6 @@ def _last_words() -> None:
     for ident, frame in sys._current_frames().items():
         if ident != threading.get_ident():
             log.last_words("stands", thread=names.get(ident, ident), frames=_frames(frame))
-    log.flush(_WORDS_S)
 
 
 def _frames(frame: FrameType | None) -> str:

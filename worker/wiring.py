@@ -50,8 +50,8 @@ def _transport(route: Route, settings: Settings, one_at_a_time: bool) -> Transpo
     return AsyncioTransport(route, pool_size=settings.concurrency + 2)
 
 
-def open_store(settings: Settings, holder: str, queue: str, *, is_worker: bool = True) -> Store:
-    """The holder's view of the queue; ``is_worker``: a worker of ours, not a stock one."""
+def open_store(settings: Settings, holder: str, queue: str) -> Store:
+    """The holder's view of the queue."""
     return Store(
         queue,
         holder,
@@ -60,7 +60,6 @@ def open_store(settings: Settings, holder: str, queue: str, *, is_worker: bool =
         deadline_ms=round(settings.deadline_s * 1000),
         outcome_ttl_s=settings.outcome_ttl_s,
         ledger_maxlen=settings.ledger_maxlen,
-        is_worker=is_worker,
     )
 
 

@@ -185,7 +185,7 @@ def running(
     producer = system.producer(url, system.queue)
     try:
         # RQ's command line has a name of its own for the address.
-        options = {"WORKER_CONCURRENCY": str(in_flight), "RQ_REDIS_URL": url, **(environment or {})}
+        options: dict[str, Any] = {"WORKER_CONCURRENCY": str(in_flight), "RQ_REDIS_URL": url, **(environment or {})}
         worker = fleet.start(command=system.command, wait=False, **options)
         yield Running(system, worker, in_flight, producer)
     finally:

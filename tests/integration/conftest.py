@@ -1,8 +1,9 @@
-"""Fixtures that several files of tests share."""
+"""Fixtures of the tests that drive scripts, worker processes, or the exchange client against little servers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from producer.web import access
 from producer.web.app import create_app
 from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
-from tests.servers import Peek, Valkey
+from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import API_KEY, SECRET, WAYS, Bench
 from tests.webpages import TOKEN
 from worker.signing import Credential
@@ -73,6 +74,38 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """Another one."""
     return Authority(tmp_path_factory.mktemp("ca"), "stranger")
+
+
+# ---- worker processes ------------------------------------------------------------------------------------------------
+
+
+NewFleet = Callable[..., Workers]
+
+
+@pytest.fixture
+def new_fleet(workers: Workers, tmp_path: Path) -> Iterator[NewFleet]:
+    """Makes fleets of workers whose environment differs from the usual one."""
+    made: list[Workers] = []
+
+    def make(**environment: str) -> Workers:
+        directory = tmp_path / f"fleet-{len(made)}"
+        directory.mkdir()
+        made.append(Workers(directory, workers.environment | environment))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.stop()
+
+
+@pytest.fixture
+def durable() -> Iterator[Valkey]:
+    """A server that loses nothing when it is killed."""
+    with running_valkey("--appendonly", "yes", "--appendfsync", "always") as server:
+        yield server
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -8,12 +8,15 @@ import json
 import logging
 import threading
 import time
+import traceback
+import tracemalloc
 import zlib
 from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 
 from producer.message import Call
 from tests.loopback import (
@@ -30,9 +33,9 @@ from tests.loopback import (
     query_of,
 )
 from tests.ways import API_KEY, REF, SECRET, TOTAL_S, Bench, bounded, failed, replied
+from worker.classify import Failure, Means, Reply, classify
 from worker.signing import Credential
 from worker.transport import BODY_LIMIT
-from worker.classify import Failure, Means, Reply, classify
 
 # ---- broken off: perhaps seen ---------------------------------------------------------------------------------------
 
@@ -62,9 +65,13 @@ def test_break_after_the_first_byte_is_perhaps_seen(bench: Bench, credential: Cr
     assert client.requests_sent == server.connections == 1
 
 
-def test_connection_that_closes_at_once_is_no_answer(bench: Bench, credential: Credential) -> None:
-    """A server that closes what it has accepted is at most perhaps seen, and the request is sent once."""
-    server, client = bench.to(lambda peer: None)
+@pytest.mark.parametrize("secure", [False, True])
+def test_connection_that_closes_at_once_is_no_answer(
+    bench: Bench, credential: Credential, authority: Authority, secure: bool
+) -> None:
+    """A server that closes what it has accepted is at most perhaps seen, and is not asked again for the same call."""
+    server = bench.server(lambda peer: None, authority.server_context(LOOPBACK) if secure else None)
+    client = bench.client(server.url, ca_file=authority.ca_file)
     answer = client.cancel(credential)
     assert isinstance(answer, Failure)
     assert client.requests_sent == answer.seen
@@ -292,6 +299,7 @@ def test_coded_answer_is_decoded(
         ("br", DONE),
         ("gzip, gzip", gzip.compress(gzip.compress(DONE))),
     ],
+    ids=["plain", "cut", "more", "two", "garbage", "unknown", "twice"],
 )
 def test_answer_that_cannot_be_decoded_proves_nothing(
     bench: Bench, credential: Credential, coding: str, body: bytes
@@ -304,9 +312,24 @@ def test_answer_that_cannot_be_decoded_proves_nothing(
 
 
 def test_bomb_is_decoded_in_part(bench: Bench, credential: Credential) -> None:
-    """A little body that would decode to a huge one is read up to the limit."""
-    _, client = bench.to(answering(http_answer(gzip.compress(b"x" * 2**24), Content_Encoding="gzip")))
-    assert client.cancel(credential) == Reply(http=200, body=b"x" * BODY_LIMIT, truncated=True)
+    """A little body that would decode to a huge one is read up to the limit, and takes no more memory."""
+    _, client = bench.to(answering(http_answer(gzip.compress(b"x" * 2**25), Content_Encoding="gzip")))
+    tracemalloc.start()
+    try:
+        answer = client.cancel(credential)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert answer == Reply(http=200, body=b"x" * BODY_LIMIT, truncated=True)
+    assert most < 2**24
+
+
+def test_long_body_of_a_redirect_is_read_in_part(bench: Bench, credential: Credential) -> None:
+    """Nor is more of its body read or waited for than of any other answer."""
+    head = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: %d\r\n\r\n" % (4 * BODY_LIMIT)
+    server, client = bench.to(answering(head + b"x" * (BODY_LIMIT + 1)))
+    assert client.cancel(credential) == Reply(http=302, body=b"x" * BODY_LIMIT, truncated=True)
+    assert len(server.heads) == 1
 
 
 VALID = http_answer(Retry_After="3", X_MBX_USED_WEIGHT_1M="5")
@@ -370,3 +393,42 @@ def test_no_secret_in_logs_or_answers(
         assert "signature" not in text
         assert "timestamp=" not in text
         assert not any(signature and signature in text for signature in signatures)
+
+
+def test_own_time_out_of_rq_passes(credential: Credential) -> None:
+    """The alarm of a stock worker ends the call, is taken for no answer, and shows no signed URL."""
+
+    def behave(peer: Peer) -> None:
+        if peer.number == 1:
+            peer.wait_until_closed()
+        answering(http_answer())(peer)
+
+    bench = Bench("requests")
+    try:
+        server, client = bench.to(behave)
+        with pytest.raises(JobTimeoutException) as caught, UnixSignalDeathPenalty(1, JobTimeoutException):
+            client.cancel(credential)
+        assert "signature" not in "".join(traceback.format_exception(caught.value))
+        assert client.requests_sent == 1
+        assert client.cancel(credential) == Reply(http=200, body=DONE)
+        assert server.used == [2]
+    finally:
+        bench.close()
+
+
+def test_given_up_call_shows_no_signature(loop_bench: Bench, credential: Credential) -> None:
+    """Not even a traceback that shows the variables of a call's frames has any part of the signed request."""
+    _, client = loop_bench.to(Peer.wait_until_closed)
+
+    async def calls() -> None:
+        async with asyncio.timeout(0.2):
+            await client.exchange.call(Call.CANCEL, credential, REF)
+
+    with pytest.raises(TimeoutError) as caught:
+        client.run(calls())
+    assert client.requests_sent == 1
+    told = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    assert told.__cause__ is not None
+    shown = "".join(told.format())
+    assert "send" in shown
+    assert "timestamp=" not in shown

@@ -68,28 +68,10 @@ def test_stamps_are_of_now(client: CancelClient, open_holder: OpenHolder, peek: 
     assert fields["started_at"] <= fields["ended_at"]
 
 
-def test_counters_of_the_worker(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
-    """RQ's counters in the worker's hash grow with its outcomes, and with nothing else."""
-    peek("HSET", "rq:worker:w", "birth", "x")
-    orders(client, 5)
-    holder = open_holder("w")
-    a, b, c, d, e = holder.claim()
-    time.sleep(0.02)
-
-    holder.complete(ended(a), ended(b), ended(c, OutcomeKind.REFUSED), later(d), back(e))
-
-    worker = dict(peek("HGETALL", "rq:worker:w"))
-    assert (worker["successful_job_count"], worker["failed_job_count"]) == ("2", "1")
-    assert 0.06 <= float(worker["total_working_time"]) < 5
-
-
-@pytest.mark.parametrize("is_worker", [True, False])
-def test_no_worker_is_called_back_to_life(
-    is_worker: bool, client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_no_worker_is_called_back_to_life(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
     """A worker's hash that has expired is not made anew with counters alone: RQ could not read it."""
     client.cancel(algo_id=1)
-    holder = open_holder("gone", is_worker=is_worker)
+    holder = open_holder("gone")
     (lease,) = holder.claim()
 
     assert holder.complete(ended(lease)) == [1]

@@ -123,7 +123,7 @@ def test_a_stock_workers_claim_too(
 ) -> None:
     """A stock worker is given the job that it popped, and what RQ's popping overwrote is put right."""
     (ticket, over) = orders(client, 2)
-    stock = open_holder("stock", is_worker=False)
+    stock = open_holder("stock")
     assert stock.complete(ended(stock.claim_one(over.id).leases[0])) == [1]
     key = getattr(peek.keys, name)
     put(spoil, connection, key)

@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from producer.message import Call
 from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, free_port, http_answer, query_of, until
 from tests.ways import API_KEY, REF, SECRET, Bench, replied
+from worker.classify import Means, OrderRef, Reply, classify
 from worker.clock import BEHIND_MS, ServerClock
 from worker.exchange import MAX_RETRY_AFTER_MS
 from worker.signing import Credential
-from worker.classify import Means, OrderRef, Reply, classify
 
 # ---- on the wire ----------------------------------------------------------------------------------------------------
 
@@ -389,7 +389,7 @@ def test_keep_warm_uses_different_connections(loop_bench: Bench, credential: Cre
     assert client.requests_sent == 5
 
 
-def test_keep_warm_survives_closed_connections(bench: Bench) -> None:
+def test_keep_warm_survives_closed_connections(loop_bench: Bench) -> None:
     """Connections that the exchange closed while idle are opened anew."""
     closed: list[int] = []
 
@@ -399,7 +399,7 @@ def test_keep_warm_survives_closed_connections(bench: Bench) -> None:
         peer.sock.close()
         closed.append(peer.number)
 
-    server, client = bench.to(once)
+    server, client = loop_bench.to(once)
     for turn in range(1, 4):
         assert client.run(client.exchange.keep_warm()) == 2
         assert server.connections == 2 * turn

@@ -25,8 +25,9 @@ from tests.loopback import (
     until,
 )
 from tests.ways import REF, Bench, Client, failed, passed, replied, several
-from worker.signing import Credential
 from worker.classify import Means, OrderRef, Reply, classify
+from worker.exchange import Answer
+from worker.signing import Credential
 
 # ---- used again, or not ---------------------------------------------------------------------------------------------
 
@@ -114,6 +115,7 @@ def test_unasked_answer_is_not_taken_for_the_next(
         while peer.read_head():
             peer.send(http_answer() + (b"" if late else unasked))
             if late:
+                time.sleep(0.1)  # the answer has been read by then
                 peer.send(unasked)
             sent.set()
 
@@ -259,7 +261,9 @@ def test_close_frees_whoever_waits_for_a_connection(loop_bench: Bench, credentia
             asked.set()
             assert go.wait(5)
             peer.send(http_answer())
+        ended.append(peer.number)
 
+    ended: list[int] = []
     _, client = loop_bench.to(behave)
 
     async def calls() -> None:
@@ -272,6 +276,7 @@ def test_close_frees_whoever_waits_for_a_connection(loop_bench: Bench, credentia
             failed(await task, seen=False, reason="could not connect: ConnectionAbortedError")
         go.set()
         assert await sent == Reply(http=200, body=DONE)
+        await passed(lambda: 1 in ended)
 
     client.run(calls())
 
@@ -353,35 +358,85 @@ def test_few_connections_are_opened_at_a_time(loop_bench: Bench, credential: Cre
     assert 4 <= counts["most"] <= 8
 
 
-def test_waiting_call_takes_a_connection_that_falls_free(
-    loop_bench: Bench, credential: Credential, authority: Authority
-) -> None:
-    """A call whose own connection hangs in its handshake is served by one that another call has done with."""
-    tls = authority.server_context(LOOPBACK)
-    go = threading.Event()
+class OneConnection:
+    """A server whose first connection serves one call after the other; every later one hangs in its handshake."""
 
-    def behave(peer: Peer) -> None:
+    def __init__(self, bench: Bench, authority: Authority, credential: Credential) -> None:
+        self._tls = authority.server_context(LOOPBACK)
+        self._go = threading.Event()
+        self._credential = credential
+        self.server = bench.server(self._behave)
+        url = f"https://127.0.0.1:{self.server.port}"
+        self.client = bench.client(url, ca_file=authority.ca_file, patience_s=1)
+
+    def _behave(self, peer: Peer) -> None:
         if peer.number > 1:
             peer.wait_until_closed()
             return
-        with tls.wrap_socket(peer.sock, server_side=True) as peer.sock:
+        with self._tls.wrap_socket(peer.sock, server_side=True) as peer.sock:
             while peer.read_head():
-                assert go.wait(5)
+                assert self._go.wait(5)
                 peer.send(http_answer())
 
-    server = loop_bench.server(behave)
-    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file)
+    async def first(self) -> Answer | None:
+        """A call that is answered when :meth:`second` waits for a connection."""
+        return await self.client.exchange.call(Call.CANCEL, self._credential, REF)
+
+    async def second(self) -> Answer | None:
+        """A call that begins when the first has been sent."""
+        await passed(lambda: self.server.heads)
+        call = asyncio.create_task(self.first())
+        await passed(lambda: self.server.connections == 2)
+        self._go.set()
+        return await call
+
+
+@pytest.fixture
+def one_connection(loop_bench: Bench, authority: Authority, credential: Credential) -> OneConnection:
+    """Two calls, and a connection for one of them."""
+    return OneConnection(loop_bench, authority, credential)
+
+
+def test_waiting_call_takes_a_connection_that_falls_free(one_connection: OneConnection) -> None:
+    """A call whose own connection hangs in its handshake is served by one that another call has done with."""
+    one = one_connection
 
     async def calls() -> None:
-        first = asyncio.create_task(client.exchange.call(Call.CANCEL, credential, REF))
-        await passed(lambda: server.heads)
-        second = asyncio.create_task(client.exchange.call(Call.CANCEL, credential, REF))
-        await passed(lambda: server.connections == 2)
-        go.set()
-        assert await first == await second == Reply(http=200, body=DONE)
+        for answer in await asyncio.gather(one.first(), one.second()):
+            assert answer == Reply(http=200, body=DONE)
 
-    client.run(calls())
-    assert server.used == [1, 1]
+    one.client.run(calls())
+    assert one.server.used == [1, 1]
+
+
+def test_connection_handed_to_a_cancelled_call_serves_the_next(one_connection: OneConnection) -> None:
+    """A call that is given up at the very moment at which it gets a connection does not lose it."""
+    one = one_connection
+
+    async def calls() -> None:
+        waiting = asyncio.create_task(one.second())
+        await one.first()
+        waiting.cancel()  # the first call's connection is its by now
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert await one.first() == Reply(http=200, body=DONE)
+
+    one.client.run(calls())
+    assert (one.server.used, one.client.requests_sent) == ([1, 1], 2)
+
+
+def test_call_whose_time_is_over_is_not_sent(one_connection: OneConnection) -> None:
+    """However a call gets its connection, it is not sent when no time is left for an answer."""
+    one = one_connection
+
+    async def calls() -> None:
+        waiting = asyncio.create_task(one.second())
+        await one.first()
+        time.sleep(1.1)  # the first call's connection is its by now, and the loop stands still
+        failed(await waiting, seen=False, reason="not sent: TimeoutError")
+
+    one.client.run(calls())
+    assert (one.server.used, one.client.requests_sent) == ([1], 1)
 
 
 def test_connection_of_a_cancelled_call_is_closed(loop_bench: Bench, credential: Credential) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import subprocess
@@ -12,16 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.loopback import (
-    answering,
-    http_answer,
-    relaying,
-    until,
-)
+from producer.message import Call
+from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, http_answer, relaying, until
 from tests.servers import ROOT
-from tests.ways import TOTAL_S, Bench, bounded, failed, replied, several
-from worker.signing import Credential
+from tests.ways import REF, TOTAL_S, Bench, bounded, failed, passed, replied, several
 from worker.classify import Reply
+from worker.signing import Credential
 
 
 def named(monkeypatch: pytest.MonkeyPatch, addresses: Callable[[], list[Any]]) -> None:
@@ -184,3 +181,30 @@ def test_sockets_are_set_up(
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
+
+
+def test_opening_for_a_call_that_is_gone_does_not_fail_the_next(
+    loop_bench: Bench, credential: Credential, authority: Authority
+) -> None:
+    """When the time of a connection that hangs is over, a call that has time left gets another one."""
+    tls = authority.server_context(LOOPBACK)
+
+    def behave(peer: Peer) -> None:
+        if peer.number == 1:
+            peer.wait_until_closed()
+        else:
+            with tls.wrap_socket(peer.sock, server_side=True) as peer.sock:
+                answering(http_answer())(peer)
+
+    server = loop_bench.server(behave)
+    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file, patience_s=2)
+
+    async def calls() -> None:
+        gone = asyncio.create_task(client.exchange.call(Call.CANCEL, credential, REF))
+        await passed(lambda: server.connections)
+        gone.cancel()
+        await asyncio.sleep(0.4)
+        assert await client.exchange.call(Call.CANCEL, credential, REF) == Reply(http=200, body=DONE)
+
+    client.run(calls())
+    assert server.used == [2]

@@ -289,7 +289,7 @@ def test_an_undone_decision_is_told_alike_again(client: CancelClient, open_holde
 def test_a_stock_worker_and_ours_hold_by_one_lease(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
     """What a stock worker has in hand ours are not given, and the other way about; who lost it records nothing."""
     one, two = orders(client, 2)
-    ours, stock = open_holder("ours"), open_holder("stock", is_worker=False)
+    ours, stock = open_holder("ours"), open_holder("stock")
     (mine,) = ours.claim(1)
     (its,) = stock.claim_one(two.id).leases
 

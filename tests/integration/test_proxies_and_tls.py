@@ -30,8 +30,8 @@ from tests.loopback import (
     relaying,
 )
 from tests.ways import API_KEY, REF, SECRET, TOTAL_S, Bench, bounded, failed, replied
-from worker.signing import Credential
 from worker.classify import Failure, OrderRef, Reply
+from worker.signing import Credential
 
 # ---- TLS ------------------------------------------------------------------------------------------------------------
 
@@ -140,6 +140,22 @@ def test_plain_text_where_tls_was_expected_is_unseen(loop_bench: Bench, credenti
     failed(client.cancel(credential), seen=False, reason="no TLS session: SSLError")
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_tls_that_fails_in_a_tunnel_is_unseen(
+    loop_bench: Bench, credential: Credential, authority: Authority, stranger: Authority, foreign: bool
+) -> None:
+    """Behind a tunnel neither a stranger's certificate nor plain text gets the request."""
+    tls = stranger.server_context(LOOPBACK) if foreign else None
+    server = loop_bench.server(answering(http_answer()) if foreign else lambda peer: peer.send(http_answer() * 4), tls)
+    proxy = loop_bench.server(relaying())
+    client = loop_bench.client(
+        f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file, egress_proxy_url=proxy.url
+    )
+    kind = "SSLCertVerificationError" if foreign else "SSLError"
+    failed(client.cancel(credential), seen=False, reason=f"no TLS session: {kind}")
+    assert server.heads == []
+
+
 def test_hanging_handshake_is_bounded_and_unseen(loop_bench: Bench, credential: Credential) -> None:
     """A server that accepts and says nothing costs half of the attempt's time."""
     server = loop_bench.server(Peer.wait_until_closed)
@@ -181,12 +197,12 @@ def test_what_is_sent_has_time_to_be_answered(loop_bench: Bench, credential: Cre
 
 def test_steps_of_connecting_share_one_bound(loop_bench: Bench, credential: Credential, authority: Authority) -> None:
     """A slow tunnel and a slow handshake, each within the bound, are not within it together."""
-    server = loop_bench.server(late_tls(authority.server_context(LOOPBACK), 0.6 * TOTAL_S))
-    proxy = loop_bench.server(relaying(late_s=0.6 * TOTAL_S))
+    server = loop_bench.server(late_tls(authority.server_context(LOOPBACK), 0.6))
+    proxy = loop_bench.server(relaying(late_s=0.6))
     client = loop_bench.client(
         f"https://127.0.0.1:{server.port}",
         ca_file=authority.ca_file,
-        patience_s=2 * TOTAL_S,
+        patience_s=2,
         egress_proxy_url=proxy.url,
     )
     failed(client.cancel(credential), seen=False, reason="no TLS session: TimeoutError")

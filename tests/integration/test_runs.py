@@ -168,7 +168,7 @@ def test_a_late_copy_of_rqs_starts_none(
     assert client.outcome(ticket.id) == client.wait(ticket.id, 1) == outcome
     assert holder.claim() == []
     queue.push_job_id(ticket.id)
-    stock = open_holder("stock", is_worker=False)
+    stock = open_holder("stock")
     assert (stock.claim_one(ticket.id).leases, stock.claim_one(ticket.id).why_not) == ([], "settled")
     assert client.outcome(ticket.id) == outcome
     assert peek.ledger() == [outcome]

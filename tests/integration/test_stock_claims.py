@@ -25,7 +25,7 @@ NUMBERS = (
 @pytest.fixture
 def stock(open_holder: OpenHolder) -> Holder:
     """A stock RQ worker."""
-    return open_holder("stock", is_worker=False)
+    return open_holder("stock")
 
 
 def pop(connection: redis.Redis, job_id: str) -> None:
@@ -184,7 +184,7 @@ def test_a_step_that_version_0_1_began_is_a_doubt(
 def test_the_first_of_two_outcomes_stands(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
     """Of two stock workers that had the same job one after the other, who holds it records its outcome."""
     ticket = client.cancel(algo_id=1)
-    one, other = (open_holder(name, is_worker=False) for name in ("one", "other"))
+    one, other = (open_holder(name) for name in ("one", "other"))
     (first,) = one.claim_one(ticket.id).leases
     peek("ZADD", peek.keys.unfinished, 5, ticket.id)
     (second,) = other.claim_one(ticket.id).leases

@@ -15,7 +15,7 @@ from flask.testing import FlaskClient
 
 from producer import CancelClient
 from producer.message import OutcomeKind
-from producer.web import reading
+from producer.web import queries
 from producer.web.app import create_app
 from tests.holders import OpenHolder, ended, later, requeue
 from tests.servers import Workers, eventually
@@ -298,7 +298,7 @@ def test_a_search_reads_a_long_ledger_in_parts_and_ends_at_a_bound(
     assert "There are more than these." in words
     assert "and 2,500 entries of the ledger" in words
     assert found(reader, "r0") == ["r0"]
-    monkeypatch.setattr(reading, "DEPTH", 1200)
+    monkeypatch.setattr(queries, "DEPTH", 1200)
     assert found(reader, "r0") == []
     assert found(reader, "r1300") == ["r1300"]
     assert "the newest 1,200 entries of the ledger" in cells(page(reader, "/search?q=r0"))

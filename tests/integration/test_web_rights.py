@@ -14,7 +14,7 @@ from werkzeug.exceptions import ServiceUnavailable
 
 from producer import CancelClient, CancelRequest
 from producer.message import Outcome, OutcomeKind, encode_call
-from producer.web import access, reading
+from producer.web import access, queries
 from producer.web import app as web
 from producer.web.app import create_app
 from tests.servers import Valkey, Workers, eventually, running_valkey, stopped
@@ -397,7 +397,7 @@ def test_a_fault_of_ours_shows_nothing_of_itself(
     def broken(*_: object) -> Outcome:
         raise RuntimeError(f"with a {PASSWORD} in it")
 
-    monkeypatch.setattr(reading, "newest", broken)
+    monkeypatch.setattr(queries, "newest", broken)
     monkeypatch.setenv("FLASK_DEBUG", "1")
     answer = create_app(client).test_client().get("/")
 

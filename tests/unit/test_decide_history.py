@@ -118,6 +118,7 @@ def test_a_history_bounded_after_each_attempt_decides_as_the_whole(chance: rando
     for attempt in _history(chance):
         whole.append(attempt)
         kept = bounded([*kept, attempt])
+        assert sum(each.counted_before is not None for each in kept) == (len(whole) > MAX_HISTORY)
         if len(whole) % 50 == 0:
             _assert_alike(kept, whole, chance)
     _assert_alike(kept, whole, chance)
@@ -171,12 +172,41 @@ def test_the_last_cancel_to_lose_its_doubt_outlives_many_newer_ones() -> None:
     assert in_doubt(kept, Policy())
 
 
+@pytest.mark.parametrize(
+    ("told", "later"),
+    [
+        ((C, Means.BUSY), ()),
+        ((Q, Means.ODD_STATUS), ()),
+        ((Q, Means.OPEN), ((Q, Means.TRIGGERING),)),
+        ((Q, Means.NO_SUCH_ORDER), ((Q, Means.NO_SUCH_ORDER),)),
+    ],
+    ids=["the first cancel", "the last state", "the last time that it was open", "the first time that it was unknown"],
+)
+def test_an_old_attempt_that_still_decides_is_kept(told: Told, later: tuple[Told, ...]) -> None:
+    """A rare event of long ago stays in a history full of what means nothing, and of cancels in doubt."""
+    for filler in ((Q, Means.BUSY), (Q, Means.UNCLEAR)):
+        lives = [filler, filler, told, *later, *[filler] * 300]
+        whole = [_attempt(n, T0 + n, each) for n, each in enumerate(lives, 1)]
+        assert whole[2] in bounded(whole)
+
+
+def test_clock_refusals_are_counted_across_a_gap() -> None:
+    """Where a row of clock refusals was cut in two, its later ones are no new row whose first three are free."""
+    lives = [(C, Means.UNCLEAR)] * 300 + [(C, Means.CLOCK)] * 41
+    whole = [_attempt(n, T0 + n, each) for n, each in enumerate(lives, 1)]
+    kept = bounded(whole)
+    assert kept[-41].verdict == Means.UNCLEAR
+    assert counted(kept) == counted(whole) == 300 + 38
+
+
 def test_the_longest_texts_fit_far_below_what_is_read() -> None:
     """Whatever stood in a job hash, what is kept of it takes less than a third of a megabyte."""
     long = Attempt(1, -(2**63), "é" * 5_000, -(2**63), -(2**63), '"' * 5_000 + "🙂" * 5_000, "\\" * 5_000, -(2**63), 1)
     kept = bounded([dataclasses.replace(long, n=n, msg=f"{n} {long.msg}") for n in range(5_000)])
     assert len(encode_attempts(kept).encode()) < 350_000
     assert max(len(attempt.msg) for attempt in kept) == MAX_MSG_CHARS
+    (named,) = bounded([Attempt(1, T0, "é" * 5_000, None, None, "", Means.BUSY.value, 1)])
+    assert len(named.call) == 64
     (only,) = bounded([dataclasses.replace(long, call=C, verdict="unclear", msg="🙂" * 5_000)])
     assert (only.call, only.verdict, only.msg) == (C, "unclear", "🙂" * (MAX_MSG_CHARS - 1) + "…")
     assert len(encode_attempts([only] * MAX_HISTORY).encode()) < 350_000
@@ -223,6 +253,13 @@ def test_a_verdict_of_a_newer_version_is_read_as_unclear() -> None:
     attempt = Attempt(1, T0, C, 200, 200, "", "brand_new", 5)
     assert in_doubt(as_known([attempt]), Policy())
     assert in_doubt(read_history(encode_attempts([attempt]), T0), Policy())
+
+
+def test_what_another_version_left_unbounded_is_bounded() -> None:
+    """A history of a thousand attempts, as earlier workers wrote them, is read whole and kept short."""
+    whole = [_attempt(n, T0 + n, (C, Means.BUSY)) for n in range(1, 1_001)]
+    assert read_history(encode_attempts(whole), T0) == bounded(whole)
+    assert counted(bounded(whole)) == 1_000
 
 
 def test_a_newer_workers_attempts_are_kept_and_counted() -> None:

@@ -1,39 +1,31 @@
-"""Whatever is raised while a request is sent becomes a Failure that knows whether a byte may have left.
-
-Each class of requests and urllib3 is raised at four places of a real call to a real server on loopback, made in the
-way that waits and in the steps of an event loop.
-"""
+"""Whatever is raised while a request is sent becomes a failure that knows whether a byte may have left."""
 
 from __future__ import annotations
 
-import gc
 import http.client
 import inspect
 import re
 import socket
 import ssl
-import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import requests.exceptions
-import urllib3.connection
-import urllib3.connectionpool
 import urllib3.exceptions
+from rq.timeouts import JobTimeoutException
 
-from producer.message import Call
-from tests.ways import WAYS
+from tests.loopback import Server, answering, http_answer
+from tests.ways import Bench, Client, failed
 from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock
-from worker.exchange import Exchange, _BoundedSocket
 from worker.signing import Credential
+from worker.transport import Request, Route, named
 
 CANARY = "signature=c4n4ry"
 URL = f"http://127.0.0.1/fapi/v1/algoOrder?{CANARY}"
-REF = OrderRef(2146760)
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
 def _family(*modules: Any) -> list[type[Exception]]:
@@ -113,61 +105,6 @@ def _made(cls: type[Exception]) -> Exception:
     return cls(**{name: _ARGUMENTS[name] for name in wanted if name in _ARGUMENTS})
 
 
-class _Answering:
-    """A server that answers everything with an empty object, and counts the requests that reached it."""
-
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.requests = 0
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self._threads.append(threading.Thread(target=self._serve, args=(connection,)))
-            self._threads[-1].start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rb") as lines:
-            try:
-                for line in lines:
-                    if line == b"\r\n":
-                        self.requests += 1
-                        connection.sendall(ANSWER)
-            except OSError:
-                pass
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join()
-
-
-@pytest.fixture
-def server() -> Iterator[_Answering]:
-    answering = _Answering()
-    yield answering
-    answering.close()
-
-
-@pytest.fixture(params=WAYS)
-def exchange(server: _Answering, request: pytest.FixtureRequest) -> Iterator[Exchange]:
-    client = request.param(server.url, recv_window_ms=3_000, clock=ServerClock())
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def credential() -> Credential:
-    return Credential.from_secret("default", "key", "secret")
-
-
 def _raiser(error: BaseException) -> Callable[..., NoReturn]:
     def raise_it(*_args: Any, **_kwargs: Any) -> NoReturn:
         raise error
@@ -175,16 +112,43 @@ def _raiser(error: BaseException) -> Callable[..., NoReturn]:
     return raise_it
 
 
-def _is_failure(answer: Reply | Failure, *, seen: bool) -> Failure:
+def _unsignable(error: BaseException) -> Credential:
+    return Credential("default", "key", "hmac", _raiser(error))
+
+
+def _id(cls: type[Exception]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@pytest.fixture
+def credential() -> Credential:
+    """An account of no exchange."""
+    return Credential.from_secret("default", "key", "secret")
+
+
+@pytest.fixture(params=["asyncio", "requests"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """Starts a client of either transport, and its server."""
+    one = Bench(request.param)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def loop_bench() -> Iterator[Bench]:
+    """The same for the worker's transport alone."""
+    one = Bench()
+    yield one
+    one.close()
+
+
+def _is_unsent(server: Server, client: Client, answer: Reply | Failure, phase: str) -> None:
+    """It is a failure that names classes only, and nothing was sent."""
+    failed(answer, seen=False, reason=f"{phase}:")
     assert isinstance(answer, Failure)
-    assert answer.seen is seen
     assert CANARY not in answer.reason
-    assert re.fullmatch(r"[a-z A-Z]+: [A-Za-z]+", answer.reason)
-    return answer
-
-
-def _still_works(exchange: Exchange, credential: Credential) -> None:
-    assert isinstance(exchange.query(credential, REF), Reply)
+    assert re.fullmatch(r"[a-zA-Z ]+: [A-Za-z]+", answer.reason)
+    assert (server.heads, client.requests_sent) == ([], 0)
 
 
 def test_the_walk_finds_the_classes() -> None:
@@ -202,150 +166,136 @@ def test_the_walk_finds_the_classes() -> None:
     } <= set(FAMILY)
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__qualname__}")
+@pytest.mark.parametrize("cls", CLASSES, ids=_id)
 def test_raised_before_the_first_byte(
-    cls: type[Exception],
-    server: _Answering,
-    exchange: Exchange,
-    monkeypatch: pytest.MonkeyPatch,
-    credential: Credential,
+    cls: type[Exception], loop_bench: Bench, monkeypatch: pytest.MonkeyPatch, credential: Credential
 ) -> None:
-    """Raised while connecting or while signing, it is a failure that nobody can have seen."""
+    """Raised while connecting or while signing, it is a failure that nobody can have seen, and the client goes on."""
+    server = loop_bench.server(answering(http_answer()))
+    client = loop_bench.client(f"http://localhost:{server.port}")
     with monkeypatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", _raiser(_made(cls)))
-        failure = _is_failure(exchange.cancel(credential, REF), seen=False)
-        assert failure.reason.startswith("could not connect: ")
-    unsignable = Credential("default", "key", "hmac", _raiser(_made(cls)))
-    _is_failure(exchange.cancel(unsignable, REF), seen=False)
-    assert server.requests == 0
-    assert exchange.requests_sent == 0
-    _still_works(exchange, credential)
+        _is_unsent(server, client, client.cancel(credential), "could not connect")
+    _is_unsent(server, client, client.cancel(_unsignable(_made(cls))), "not sent")
+    assert isinstance(client.query(credential), Reply)
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__qualname__}")
-def test_raised_after_the_first_byte(
-    cls: type[Exception],
-    server: _Answering,
-    exchange: Exchange,
-    monkeypatch: pytest.MonkeyPatch,
-    credential: Credential,
+#: What proves that nothing has left, wherever in the layers it stands.
+PROOFS = (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError, ssl.SSLCertVerificationError)
+CAUGHT = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if issubclass(cls, CAUGHT)], ids=_id)
+def test_raised_by_requests(
+    cls: type[Exception], wrapped: bool, credential: Credential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Raised while writing or while waiting for the answer, it is a failure that may have been seen, and no retry."""
+    """Of the errors of requests, urllib3 and the system only those that prove it leave no doubt."""
+
+    def send(*_args: Any, **_kwargs: Any) -> NoReturn:
+        try:
+            raise error
+        except Exception as inner:
+            if wrapped:
+                raise requests.exceptions.ProxyError(URL) from inner
+            raise
+
+    # An error number is what tells the system's errors from a proxy's refusal.
+    error = OSError(5, URL) if cls is OSError else _made(cls)
+    client = Client("requests", "http://127.0.0.1:9", ServerClock(), {"recv_window_ms": 3_000})
     with monkeypatch.context() as patch:
-        patch.setattr(_BoundedSocket, "recv", _raiser(_made(cls)))
-        failure = _is_failure(exchange.cancel(credential, REF), seen=True)
-        assert failure.reason.startswith("no answer: ")
-    with monkeypatch.context() as patch:
-        patch.setattr(_BoundedSocket, "sendall", _raiser(_made(cls)))
-        failure = _is_failure(exchange.cancel(credential, REF), seen=True)
-        assert failure.reason.startswith("sending broke off: ")
-    assert exchange.requests_sent == 2
-    _still_works(exchange, credential)
-    assert server.requests <= 2
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "parameters"),
-    [
-        (urllib3.connectionpool.HTTPConnectionPool, "_get_conn", ["self", "timeout"]),
-        (urllib3.connectionpool.HTTPConnectionPool, "_put_conn", ["self", "conn"]),
-        (urllib3.connectionpool.HTTPSConnectionPool, "_prepare_proxy", ["self", "conn"]),
-        (urllib3.connection.HTTPConnection, "_new_conn", ["self"]),
-        (urllib3.connection.HTTPConnection, "_tunnel", ["self"]),
-    ],
-)
-def test_urllib3_still_has_what_is_borrowed(owner: type, name: str, parameters: list[str]) -> None:
-    """These private methods of urllib3 are called or replaced by the client: a release without them needs a new one."""
-    assert list(inspect.signature(getattr(owner, name)).parameters) == parameters
-
-
-def test_reason_names_the_root(exchange: Exchange, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class in the reason is the one that began it, not one of the layers that wrapped it."""
-    monkeypatch.setattr(socket, "getaddrinfo", _raiser(ConnectionAbortedError(URL)))
-    answer = exchange.cancel(credential, REF)
-    assert answer == Failure(seen=False, reason="could not connect: ConnectionAbortedError")
-
-
-def test_reason_is_not_taken_from_the_callers_own_error(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call made while another exception is handled names its own."""
-    unsignable = Credential("default", "key", "hmac", _raiser(ZeroDivisionError()))
-    try:
-        raise LookupError("the caller's")
-    except LookupError:
-        answer = exchange.cancel(unsignable, REF)
-    assert answer == Failure(seen=False, reason="not sent: ZeroDivisionError")
-
-
-def test_no_step_takes_the_callers_own_error(
-    server: _Answering, credential: Credential, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A loop that ends one call while it handles another's exception: each step names its own."""
-    answers: list[Reply | Failure | None] = []
-    client = Exchange(server.url, recv_window_ms=3_000, clock=ServerClock())
-    unsignable, unheard, unconnected = [
-        client.prepare(Call.CANCEL, one, REF)
-        for one in (Credential("default", "key", "hmac", _raiser(ZeroDivisionError())), credential, credential)
-    ]
-    for pending in (unsignable, unheard):
-        assert (pending.begin(), pending.connect()) == (None, None)
-    assert (unheard.begin(), unconnected.begin()) == (None, None)
-    monkeypatch.setattr(socket, "getaddrinfo", _raiser(ConnectionAbortedError()))
-    monkeypatch.setattr(_BoundedSocket, "recv", _raiser(BufferError()))
-    try:
-        raise LookupError("the caller's")
-    except LookupError:
-        answers += [unsignable.begin(), unconnected.connect(), unheard.receive()]
+        patch.setattr(requests.Session, "send", send)
+        answer = client.cancel(credential)
     client.close()
-    assert answers == [
-        Failure(seen=False, reason="not sent: ZeroDivisionError"),
-        Failure(seen=False, reason="could not connect: ConnectionAbortedError"),
-        Failure(seen=True, reason="no answer: BufferError"),
-    ]
+    assert isinstance(answer, Failure)
+    assert answer.seen is not issubclass(cls, PROOFS)
+    assert client.requests_sent == answer.seen
+    assert CANARY not in answer.reason
+
+
+def test_refused_tunnel_is_a_proof(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How http.client says that a proxy refused the tunnel proves that nothing has left."""
+    client = Client("requests", "http://127.0.0.1:9", ServerClock(), {"recv_window_ms": 3_000})
+    with monkeypatch.context() as patch:
+        patch.setattr(requests.Session, "send", _raiser(OSError("Tunnel connection failed: 407 hunter2")))
+        failed(client.cancel(credential), seen=False, reason="no tunnel through the proxy: OSError")
+    client.close()
+
+
+def test_alarm_shows_nothing_of_what_was_handled(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RQ's time-out passes as it is, but without the error in whose handling it came: that one names the URL."""
+
+    def send(*_args: Any, **_kwargs: Any) -> NoReturn:
+        try:
+            raise urllib3.exceptions.MaxRetryError(None, URL)  # type: ignore[arg-type]
+        except urllib3.exceptions.HTTPError:
+            raise alarm  # noqa: B904 - as an alarm does
+
+    alarm = JobTimeoutException("Task exceeded maximum timeout value (1 seconds)")
+    client = Client("requests", "http://127.0.0.1:9", ServerClock(), {"recv_window_ms": 3_000})
+    monkeypatch.setattr(requests.Session, "send", send)
+    with pytest.raises(JobTimeoutException) as caught:
+        client.cancel(credential)
+    client.close()
+    assert caught.value is alarm
+    assert CANARY not in "".join(traceback.format_exception(alarm))
     assert client.requests_sent == 1
 
 
-def test_cycle_of_causes_ends(exchange: Exchange) -> None:
+@pytest.mark.parametrize("cls", [ValueError, TypeError, UnicodeError, OSError])
+def test_signing_fails(cls: type[Exception], bench: Bench) -> None:
+    """A key that cannot sign leaves the request unsent."""
+    server, client = bench.to(answering(http_answer()))
+    _is_unsent(server, client, client.cancel(_unsignable(cls(URL))), "not sent")
+
+
+# ---- reasons --------------------------------------------------------------------------------------------------------
+
+
+def test_reason_names_the_root() -> None:
+    """The class in the reason is the one that began it, not one of the layers that wrapped it."""
+    outer = requests.exceptions.ConnectionError(URL)
+    outer.__context__ = urllib3.exceptions.MaxRetryError(None, URL)  # type: ignore[arg-type]
+    outer.__context__.__cause__ = ConnectionAbortedError(URL)
+    assert named("could not connect", outer) == "could not connect: ConnectionAbortedError"
+
+
+@pytest.mark.parametrize("cls", [ZeroDivisionError, ValueError])
+def test_reason_is_not_taken_from_the_callers_own_error(cls: type[Exception], bench: Bench) -> None:
+    """A call made while another exception is handled names its own."""
+    if bench.way == "requests" and cls is ZeroDivisionError:
+        cls = TypeError
+    _, client = bench.to(answering(http_answer()))
+    try:
+        raise LookupError("the caller's")
+    except LookupError:
+        answer = client.cancel(_unsignable(cls()))
+    assert answer == Failure(seen=False, reason=f"not sent: {cls.__name__}")
+
+
+def test_cycle_of_causes_ends() -> None:
     """Exceptions that name each other as their cause cannot hold a worker."""
     first, second = ValueError(), KeyError()
     first.__cause__, second.__cause__ = second, first
-    answer = exchange.cancel(Credential("default", "key", "hmac", _raiser(first)), REF)
-    assert isinstance(answer, Failure)
+    assert named("not sent", first).startswith("not sent: ")
     first.__cause__ = None
 
 
-def test_order_without_an_id_is_not_sent(exchange: Exchange, credential: Credential) -> None:
+# ---- what is never sent ---------------------------------------------------------------------------------------------
+
+
+def test_order_without_an_id_is_not_sent(bench: Bench, credential: Credential) -> None:
     """A reference that names nothing never becomes a request."""
-    assert exchange.cancel(credential, OrderRef(None)) == Failure(seen=False, reason="not sent: ValueError")
+    server, client = bench.to(answering(http_answer()))
+    _is_unsent(server, client, client.cancel(credential, OrderRef(None)), "not sent")
 
 
-def test_key_that_would_break_the_head_is_not_sent(exchange: Exchange, server: _Answering) -> None:
+def test_key_that_would_break_the_head_is_not_sent(bench: Bench) -> None:
     """A key with a line break in it cannot add a field or a request of its own."""
+    server, client = bench.to(answering(http_answer()))
     smuggler = Credential("default", "key\r\nX: y", "hmac", lambda _payload: "c4n4ry")
-    assert exchange.cancel(smuggler, REF) == Failure(seen=False, reason="not sent: CredentialError")
-    assert server.requests == 0
-
-
-@pytest.mark.parametrize("exchange", [Exchange], indirect=True)
-@pytest.mark.parametrize("cls", [KeyboardInterrupt, SystemExit])
-def test_stop_of_the_process_passes(
-    cls: type[BaseException],
-    server: _Answering,
-    exchange: Exchange,
-    credential: Credential,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Ctrl-C and exit are not swallowed, show no signature among their variables, and leave a pool that works."""
-    telltale = Credential("default", "key", "hmac", lambda _payload: "c4n4ry".upper())
-    with monkeypatch.context() as patch:
-        patch.setattr(_BoundedSocket, "recv", _raiser(cls()))
-        with pytest.raises(cls) as caught:
-            exchange.cancel(telltale, REF)
-    assert server.requests <= exchange.requests_sent == 1
-    shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
-    assert "C4N4RY" not in "".join(shown.format())
-    del caught, shown
-    gc.collect()
-    _still_works(exchange, credential)
+    assert client.cancel(smuggler) == Failure(seen=False, reason="not sent: CredentialError")
+    assert server.heads == []
 
 
 @pytest.mark.parametrize(
@@ -366,7 +316,7 @@ def test_stop_of_the_process_passes(
 def test_bad_base_url_is_refused(url: str) -> None:
     """What is no base URL is refused at once, in words that do not repeat it."""
     with pytest.raises(ValueError, match="base URL must be") as caught:
-        Exchange(url, recv_window_ms=5_000, clock=ServerClock())
+        Route(url)
     assert "hunter2" not in str(caught.value)
 
 
@@ -377,6 +327,20 @@ def test_bad_base_url_is_refused(url: str) -> None:
 def test_bad_proxy_url_is_refused_without_its_password(url: str) -> None:
     """A proxy URL that cannot be used is refused in words that hold no part of it."""
     with pytest.raises(ValueError, match="egress proxy must be") as caught:
-        Exchange("https://fapi.binance.com", recv_window_ms=5_000, clock=ServerClock(), egress_proxy_url=url)
+        Route("https://fapi.binance.com", egress_proxy_url=url)
     assert "hunt" not in str(caught.value)
     assert caught.value.__context__ is None
+
+
+def test_file_without_authorities_is_refused(tmp_path: Path) -> None:
+    """A CA file that holds no certificate, or is not there, is told at once."""
+    (tmp_path / "empty.pem").write_text("")
+    with pytest.raises(ValueError, match="holds no certificate"):
+        Route("https://fapi.binance.com", ca_file=str(tmp_path / "empty.pem"))
+    with pytest.raises(FileNotFoundError):
+        Route("https://fapi.binance.com", ca_file=str(tmp_path / "none.pem"))
+
+
+def test_request_shows_neither_target_nor_key() -> None:
+    """A signed request in a log or a traceback is a method and nothing more."""
+    assert repr(Request("GET", f"/?{CANARY}", (("X-MBX-APIKEY", "k3y"),))) == "Request(method='GET')"

@@ -3,13 +3,12 @@
 --       lease of each job
 -- Gives: now in ms, what the gate's record says (empty: nothing), suspended (1 or 0), whether RQ does not know the
 -- worker any more (1 or 0), names of keys that were set aside, and the leases that somebody else has taken.
-own(UNFINISHED, 'zset')
-own(ARGV[1], 'hash')
-first_write()
-local lost, leases, fields = {}, {}, tonumber(ARGV[3])
+job.first_write()
+local lost, leases, fields, ends = {}, {}, tonumber(ARGV[3]), text(now.ms + LEASE_MS)
 for i = 4 + fields, #ARGV, 2 do
   if redis.pcall('HGET', JOB_PREFIX .. ARGV[i], 'c_lease') == ARGV[i + 1] then
-    add(leases, now_ms + LEASE_MS, ARGV[i])
+    leases[#leases + 1] = ends
+    leases[#leases + 1] = ARGV[i]
     redis.call('PERSIST', JOB_PREFIX .. ARGV[i])
   else
     lost[#lost + 1] = ARGV[i + 1]
@@ -18,9 +17,9 @@ end
 write('ZADD', UNFINISHED, leases)
 local is_unknown = redis.call('EXISTS', ARGV[1]) == 0
 if fields > 0 and not is_unknown then
-  redis.call('HSET', ARGV[1], 'last_heartbeat', rq_time(), unpack(ARGV, 4, 3 + fields))
+  on('HSET', ARGV[1], 'last_heartbeat', now.stamp(), unpack(ARGV, 4, 3 + fields))
   redis.call('EXPIRE', ARGV[1], ARGV[2])
 end
 local gate = redis.pcall('HGET', GATE, 'until_ms')
-return {text(now_ms), type(gate) == 'string' and gate or '', redis.call('EXISTS', SUSPENDED), is_unknown and 1 or 0,
+return {now.text, type(gate) == 'string' and gate or '', redis.call('EXISTS', SUSPENDED), is_unknown and 1 or 0,
   set_aside, unpack(lost)}

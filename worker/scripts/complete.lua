@@ -1,159 +1,143 @@
 -- End holds: record outcomes, schedule retries, release jobs. One call for a group; each row is carried out whole or
 -- not at all, and one whose lease or run is another by now changes nothing.
--- ARGV  1 holder's name, 2 key of its worker hash, then for each row ten words:
+-- ARGV  1 holder's name, then for each row ten words:
 --       what (done, retry, release), id, lease, run, then
 --       done     record, kind, result (base64), deadline it was decided by in ms (empty: the decision does not hang on
 --                the deadline), attempts, pin
 --       retry    attempts, pin, delay in ms, three unused
 --       release  attempts (empty: as they were), pin, four unused
--- Gives for each row: -1 its keys are damaged, 0 not ours any more, 1 done, 2 not done because the deadline has moved
--- (the job goes on), or for `retry` the due time in ms; where a row is repeated, what it gave before.
-local holder = ARGV[1]
-for key, kind in pairs({[WAITING] = 'list', [UNFINISHED] = 'zset', [SCHEDULED] = 'zset', [STARTED] = 'zset',
-  [FINISHED] = 'zset', [FAILED] = 'zset', [OUTCOMES] = 'stream', [ARGV[2]] = 'hash'}) do own(key, kind) end
-first_write()
-
-local finished, failed, working_s, stamp = 0, 0, 0, rq_time()
+-- Gives names of keys that were set aside, and for each row: -1 its keys are damaged, 0 not ours any more, 1 done, 2 not
+-- done because the deadline has moved (the job goes on), or for `retry` the due time in ms; where a row is repeated,
+-- what it gave before.
+local ROW = 10
 -- What all rows of a group say of one key is written at the end, with one call.
-local ended, started, unscheduled, indexed, scheduled = {}, {}, {}, {}, {}
-local registered, announced, over, front = {finished = {}, failed = {}}, {}, {}, {}
+local out = {entries = {}, ended = {}, indexed = {}, scheduled = {}, finished = {}, failed = {}, unfailed = {}, over = {},
+  front = {}, stamp = now.stamp(), ended_at = now.seconds(now.ms)}
 
-local function keep(new, attempts, pin)
-  if attempts ~= '' then add(new, 'c_attempts', attempts) end
-  if pin ~= '' then add(new, 'c_pin', pin) end
+-- First of all a write that needs no room. An entry goes with its lease, whoever ended that.
+for i = 2, #ARGV, ROW do out.entries[#out.entries + 1] = ARGV[i + 1] .. ':' .. ARGV[i + 2] end
+write('ZREM', STARTED, out.entries)
+
+-- In the job's hash: the end of the hold, and the answer for a repeat of its row. What a person took back stays so.
+function job.end_hold(key, s, answer, attempts, pin, status)
+  redis.call('HDEL', key, 'c_lease', 'c_open_at_ms', 'c_due_at_ms')
+  redis.call('HSET', key, 'c_ended', s.lease .. ' ' .. answer, 'status', job.is_recalled(s) and s.status or status)
+  if attempts ~= '' then redis.call('HSET', key, 'c_attempts', attempts) end
+  if pin ~= '' then redis.call('HSET', key, 'c_pin', pin) end
 end
 
-local function end_hold(id, lease, answer)
-  add(started, id .. ':' .. lease)
-  return {'c_ended', lease .. ' ' .. answer}
-end
-
-local function to_front(id, job, new)
-  add(new, 'status', 'queued')
-  redis.call('HSET', job, unpack(new))
-  redis.call('HDEL', job, 'c_lease', 'c_open_at_ms', 'c_due_at_ms')
-  add(indexed, WAITING_BAND + now_ms, id)
-  front[#front + 1] = id
+function job.to_front(id)
+  out.indexed[#out.indexed + 1] = text(WAITING_BAND + now.ms)
+  out.indexed[#out.indexed + 1] = id
+  out.front[#out.front + 1] = id
 end
 
 -- A ledger that takes no entry any more (its last id is the largest there is) is set aside like any damaged key.
-local function enter(record)
-  local entry = {'MAXLEN', '~', LEDGER_MAXLEN, '*', 'outcome', record}
-  if redis.pcall('XADD', OUTCOMES, unpack(entry)).err then
+function job.enter(record)
+  local said = redis.pcall('XADD', OUTCOMES, 'MAXLEN', '~', LEDGER_MAXLEN, '*', 'outcome', record)
+  if type(said) == 'table' and said.err then
     put_aside(OUTCOMES)
-    redis.call('XADD', OUTCOMES, unpack(entry))
+    redis.call('XADD', OUTCOMES, '*', 'outcome', record)
   end
 end
 
 -- A pointer to a job that has failed stays: should RQ put it back, the next request for its order finds it.
-local function record(id, order, i)
-  redis.call('SET', OUTCOME_PREFIX .. id, ARGV[i + 4], 'EX', OUTCOME_TTL_S)
-  enter(ARGV[i + 4])
-  announced[#announced + 1] = id
-  add(ended, id)
-  local is_kept = is_shared(order) and FAILED_KINDS[ARGV[i + 5]]
-  if order and #order <= 200 and not is_kept and pointed_to(order) == id then add(over, ORDER_PREFIX .. order) end
+function job.record(id, order, record, kind)
+  redis.call('SET', OUTCOME_PREFIX .. id, record, 'EX', OUTCOME_TTL_S)
+  job.enter(record)
+  out.ended[#out.ended + 1] = id
+  if not order or #order > 200 or (FAILED_KINDS[kind] and job.is_shared(order)) then return end
+  if job.pointed_to(order) == id then out.over[#out.over + 1] = ORDER_PREFIX .. order end
 end
 
 -- What RQ leaves behind a job that has ended, but for a dependent, webhook or callback: a cancel job has none.
-local function as_rq_does(id, job, lease, began_ms, is_failed, result)
+function job.as_rq_does(id, lease, began_at, is_failed, result)
   local life_s = is_failed and FAILURE_TTL_S or RESULT_TTL_S
-  redis.call('EXPIRE', job, life_s)
-  local results = RESULT_PREFIX .. id
-  redis.pcall('XADD', results, 'MAXLEN', 10, '*', 'type', is_failed and 2 or 1, 'worker_name', holder,
+  local results, registry = RESULT_PREFIX .. id, is_failed and out.failed or out.finished
+  redis.call('EXPIRE', JOB_PREFIX .. id, life_s)
+  redis.pcall('XADD', results, 'MAXLEN', '10', '*', 'type', is_failed and '2' or '1', 'worker_name', ARGV[1],
     is_failed and 'exc_string' or 'return_value', result, 'execution_id', lease,
-    'execution_started_at', string.format('%.6f', began_ms / 1000),
-    'execution_ended_at', string.format('%.6f', now_s))
+    'execution_started_at', began_at, 'execution_ended_at', out.ended_at)
   redis.call('EXPIRE', results, life_s)
-  add(is_failed and registered.failed or registered.finished, math.floor(now_s) + life_s, id)
-  if is_failed then failed = failed + 1 else finished = finished + 1 end
-  working_s = working_s + math.max(now_ms - began_ms, 0) / 1000
+  registry[#registry + 1] = text(now.s + life_s)
+  registry[#registry + 1] = id
+  if not is_failed then out.unfailed[#out.unfailed + 1] = id end -- RQ fails the job of a horse that was killed
 end
 
 -- While it was decided that the deadline had passed, another strategy may have asked for the same order.
-local function has_moved(s, decided_by_ms) return decided_by_ms ~= '' and deadline_of(s) > tonumber(decided_by_ms) end
-
-local function done(id, job, s, i)
-  if has_moved(s, ARGV[i + 7]) then
-    local new = end_hold(id, s.lease, '2')
-    keep(new, ARGV[i + 8], ARGV[i + 9])
-    to_front(id, job, new)
-    return 2
-  end
-  local is_failed, lease = FAILED_KINDS[ARGV[i + 5]], s.lease
-  local new = end_hold(id, lease, '1')
-  add(new, 'status', is_failed and 'failed' or 'finished', 'ended_at', stamp, 'last_heartbeat', stamp,
-    'c_done', ARGV[i + 5])
-  redis.call('HSET', job, unpack(new))
-  redis.call('HDEL', job, 'c_lease', 'c_open_at_ms', 'c_attempts', 'c_due_at_ms')
-  record(id, s.order, i)
-  as_rq_does(id, job, lease, tonumber(s.open_at) or now_ms, is_failed, ARGV[i + 6])
-  return 1
+function job.has_moved(id, decided_by_ms)
+  return decided_by_ms ~= '' and job.deadline_of(job.read(id)) > tonumber(decided_by_ms)
 end
 
-local function retry(id, job, s, i)
-  local delay_ms = tonumber(ARGV[i + 6])
-  local due_ms = now_ms + delay_ms
-  local new = end_hold(id, s.lease, text(due_ms))
-  keep(new, ARGV[i + 4], ARGV[i + 5])
-  add(new, 'status', 'scheduled', 'c_due_at_ms', text(due_ms))
-  redis.call('HSET', job, unpack(new))
-  redis.call('HDEL', job, 'c_lease', 'c_open_at_ms')
-  redis.pcall('HINCRBY', job, 'number_of_retries', 1) -- RQ's field, and not worth an outcome
-  add(indexed, RETRY_BAND + due_ms, id)
-  add(scheduled, string.format('%.6f', now_s + delay_ms / 1000), id)
-  return due_ms
+function job.done(id, key, s, i)
+  if job.has_moved(id, ARGV[i + 7]) then
+    job.end_hold(key, s, '2', ARGV[i + 8], ARGV[i + 9], 'queued')
+    job.to_front(id)
+    return '2'
+  end
+  local kind = ARGV[i + 5]
+  local is_failed = FAILED_KINDS[kind]
+  redis.call('HDEL', key, 'c_lease', 'c_open_at_ms', 'c_due_at_ms', 'c_attempts')
+  redis.call('HSET', key, 'c_ended', s.lease .. ' 1', 'c_done', kind, 'status', is_failed and 'failed' or 'finished',
+    'ended_at', out.stamp, 'last_heartbeat', out.stamp)
+  job.record(id, s.order, ARGV[i + 4], kind)
+  job.as_rq_does(id, s.lease, now.seconds(job.whole(s.open_at) or now.ms), is_failed, ARGV[i + 6])
+  return '1'
+end
+
+function job.retry(id, key, s, i)
+  local due_ms = now.ms + tonumber(ARGV[i + 6])
+  local due = text(due_ms)
+  job.end_hold(key, s, due, ARGV[i + 4], ARGV[i + 5], 'scheduled')
+  redis.call('HSET', key, 'c_due_at_ms', due)
+  redis.pcall('HINCRBY', key, 'number_of_retries', '1') -- RQ's field, and not worth an outcome
+  out.indexed[#out.indexed + 1] = text(RETRY_BAND + due_ms)
+  out.indexed[#out.indexed + 1] = id
+  out.scheduled[#out.scheduled + 1] = now.seconds(due_ms)
+  out.scheduled[#out.scheduled + 1] = id
+  return due
 end
 
 -- Without its hash (somebody deleted it) a held job still has its end, once: as long as the index knows the hold.
-local function done_without_hash(what, id, i)
-  if what ~= 'done' then return 0 end
+function job.done_without_hash(what, id, i)
+  if what ~= 'done' then return '0' end
   local before = redis.pcall('GET', OUTCOME_PREFIX .. id)
-  if before then return before == ARGV[i + 4] and 1 or 0 end
-  if not redis.call('ZSCORE', UNFINISHED, id) then return 0 end
-  record(id, nil, i)
-  add(started, id .. ':' .. ARGV[i + 2])
-  return 1
+  if before then return before == ARGV[i + 4] and '1' or '0' end
+  local ends_ms = tonumber(on('ZSCORE', UNFINISHED, id) or '')
+  if not ends_ms or ends_ms >= WAITING_BAND then return '0' end
+  job.record(id, nil, ARGV[i + 4], ARGV[i + 5])
+  return '1'
 end
 
-local function complete(what, id, i)
-  local job, lease, run = JOB_PREFIX .. id, ARGV[i + 2], ARGV[i + 3]
-  local s = read(id)
-  if not s then return done_without_hash(what, id, i) end
-  if s.lease ~= lease or (s.run or '1') ~= run then
-    local last = redis.call('HGET', job, 'c_ended') or ''
-    return string.sub(last, 1, #lease + 1) == lease .. ' ' and tonumber(string.sub(last, #lease + 2)) or 0
+function job.complete(what, id, i)
+  local key, lease, run = JOB_PREFIX .. id, ARGV[i + 2], ARGV[i + 3]
+  local f = redis.pcall('HMGET', key, 'c_lease', 'c_run', 'c_ended', 'c_order', 'c_open_at_ms', 'status')
+  if f.err or not (f[1] or f[3] or f[6]) then return job.done_without_hash(what, id, i) end
+  if f[1] ~= lease or (f[2] or '1') ~= run then
+    local last = f[3] or ''
+    return string.sub(last, 1, #lease + 1) == lease .. ' ' and string.sub(last, #lease + 2) or '0'
   end
-  add(unscheduled, id)
-  if what == 'done' then return done(id, job, s, i) end
-  if what == 'retry' then return retry(id, job, s, i) end
-  local new = end_hold(id, lease, '1')
-  keep(new, ARGV[i + 4], ARGV[i + 5])
-  to_front(id, job, new)
-  return 1
+  local s = {lease = lease, order = f[4], open_at = f[5], status = f[6]}
+  if what == 'done' then return job.done(id, key, s, i) end
+  if what == 'retry' then return job.retry(id, key, s, i) end
+  job.end_hold(key, s, '1', ARGV[i + 4], ARGV[i + 5], 'queued')
+  job.to_front(id)
+  return '1'
 end
 
 local answer = {}
-for i = 3, #ARGV, 10 do
-  local is_fine, said = pcall(complete, ARGV[i], ARGV[i + 1], i)
-  answer[#answer + 1] = is_fine and text(said) or '-1'
+for i = 2, #ARGV, ROW do
+  local is_fine, said = pcall(job.complete, ARGV[i], ARGV[i + 1], i)
+  answer[#answer + 1] = is_fine and said or '-1'
 end
-write('ZREM', UNFINISHED, ended)
-write('ZADD', UNFINISHED, indexed)
-write('ZREM', STARTED, started)
-write('ZREM', SCHEDULED, unscheduled)
-write('ZADD', SCHEDULED, scheduled)
-write('ZADD', FINISHED, registered.finished)
-write('ZADD', FAILED, registered.failed)
-if #over > 0 then redis.call('DEL', unpack(over)) end
-for i = #front, 1, -1 do redis.call('LPUSH', WAITING, front[i]) end
-
--- RQ counts a worker's jobs in its hash; one that expired must not come back without its other fields.
-if finished + failed > 0 and redis.call('EXISTS', ARGV[2]) == 1 then
-  if finished > 0 then redis.pcall('HINCRBY', ARGV[2], 'successful_job_count', finished) end
-  if failed > 0 then redis.pcall('HINCRBY', ARGV[2], 'failed_job_count', failed) end
-  redis.pcall('HINCRBYFLOAT', ARGV[2], 'total_working_time', string.format('%.6f', working_s))
-end
+write('ZREM', UNFINISHED, out.ended)
+write('ZADD', UNFINISHED, out.indexed)
+write('ZADD', SCHEDULED, out.scheduled)
+write('ZADD', FINISHED, out.finished)
+write('ZADD', FAILED, out.failed)
+write('ZREM', FAILED, out.unfailed)
+if #out.over > 0 then redis.call('DEL', unpack(out.over)) end
+for i = #out.front, 1, -1 do on('LPUSH', WAITING, out.front[i]) end
 -- Told when all is written, and not worth any of it: a user without channels may not publish.
-for _, id in ipairs(announced) do redis.pcall('PUBLISH', OUTCOME_PREFIX .. id, '1') end
+for _, id in ipairs(out.ended) do redis.pcall('PUBLISH', OUTCOME_PREFIX .. id, '1') end
 return {set_aside, unpack(answer)}

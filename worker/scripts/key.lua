@@ -4,48 +4,43 @@
 -- Gives the time of the next probe in ms while it is open and the caller has to wait, else 0.
 local what, breaker, held, account = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local LIFE_S, RELEASED = 8 * 86400, 1000
-own(breaker, 'hash')
-own(held, 'set')
-own(SUSPECTS, 'set')
-local open = whole(redis.call('HGET', breaker, 'probe_at_ms'))
+local open = job.whole(on('HGET', breaker, 'probe_at_ms'))
 
 if what == 'failed' then
-  local failures = (whole(redis.call('HGET', breaker, 'failures')) or 0) + 1
+  local failures = (job.whole(redis.call('HGET', breaker, 'failures')) or 0) + 1
   redis.call('HSET', breaker, 'failures', text(failures), 'reason', ARGV[7])
   redis.call('EXPIRE', breaker, LIFE_S)
-  redis.call('SADD', SUSPECTS, account)
+  on('SADD', SUSPECTS, account)
   redis.call('EXPIRE', SUSPECTS, LIFE_S)
   if not open and failures >= tonumber(ARGV[5]) then
-    open = now_ms + tonumber(ARGV[6])
-    redis.call('HSET', breaker, 'since_ms', text(now_ms), 'probe_at_ms', text(open))
+    open = now.ms + tonumber(ARGV[6])
+    redis.call('HSET', breaker, 'since_ms', now.text, 'probe_at_ms', text(open))
   end
   return text(open or 0)
 end
 
 -- Its jobs wait no longer for their next try.
 local function release(id)
-  local s = read(id)
+  local s = job.read(id)
   if s and s.due_at and not s.done and not s.lease then
-    redis.call('HSET', JOB_PREFIX .. id, 'c_due_at_ms', text(now_ms))
-    redis.call('ZADD', UNFINISHED, RETRY_BAND + now_ms, id)
-    redis.call('ZADD', SCHEDULED, 'XX', string.format('%.6f', now_s), id)
+    redis.call('HSET', JOB_PREFIX .. id, 'c_due_at_ms', now.text)
+    on('ZADD', UNFINISHED, text(RETRY_BAND + now.ms), id)
+    on('ZADD', SCHEDULED, 'XX', now.seconds(now.ms), id)
   end
 end
 
 if what == 'answered' then
-  own(UNFINISHED, 'zset')
-  own(SCHEDULED, 'zset')
   redis.call('DEL', breaker)
-  redis.call('SREM', SUSPECTS, account)
-  for _, id in ipairs(redis.call('SPOP', held, RELEASED)) do release(id) end
+  on('SREM', SUSPECTS, account)
+  for _, id in ipairs(on('SPOP', held, RELEASED)) do release(id) end
   return '0'
 end
 
 if not open then return '0' end
-if now_ms >= open then
-  redis.call('HSET', breaker, 'probe_at_ms', text(now_ms + tonumber(ARGV[6])))
+if now.ms >= open then
+  redis.call('HSET', breaker, 'probe_at_ms', text(now.ms + tonumber(ARGV[6])))
   return '0'
 end
-redis.call('SADD', held, ARGV[7])
+on('SADD', held, ARGV[7])
 redis.call('EXPIRE', held, LIFE_S)
 return text(open)

@@ -1,55 +1,63 @@
 -- In bounded steps, what RQ's maintenance would do for this queue, without running anything of a job's: entries of
--- registries go when they have expired (entries, never jobs), dead workers leave RQ's sets, and what stands in RQ's
--- lists alone (enqueued by the version before this one, or left there by a stock worker) gets into the index.
+-- registries go when they have expired (entries, never jobs), dead workers leave RQ's sets, what stands in RQ's lists
+-- alone (enqueued by the version before this one, or left there by a stock worker) gets into the index, and what RQ has
+-- overwritten of jobs that have ended is put right.
 -- ARGV  1 cursor through RQ's workers, 2 position in the queue
 -- Gives the next cursor and position, and names of keys that were set aside.
 local STEP, INTERMEDIATE_MS = 200, 60000
-for key, kind in pairs({[WAITING] = 'list', [UNFINISHED] = 'zset', [SCHEDULED] = 'zset', [STARTED] = 'zset',
-  [FINISHED] = 'zset', [FAILED] = 'zset', [INTERMEDIATE] = 'list', [WORKERS] = 'set', [QUEUE_WORKERS] = 'set'}) do
-  own(key, kind)
-end
-first_write()
+local STOCK_LIFE_S = 3000 -- entries of stock workers live no longer; our own outlast their deadline by an hour
+job.first_write()
 
+-- A job without end that the index does not know stands there from now on. RQ may have ended an earlier run of it late,
+-- and let it run out. Gives whether it has ended.
+function job.see_to(id, band)
+  local s = #id <= MAX_ID_BYTES and job.read(id)
+  if not s then return true end
+  if not s.done then
+    redis.call('PERSIST', JOB_PREFIX .. id)
+    on('ZADD', UNFINISHED, 'NX', text(s.lease and now.ms + LEASE_MS or band), id)
+    return false
+  end
+  if job.is_requeued(id, s) then job.start_run(id, s) else job.put_right(id, s) end
+  return true
+end
+
+local since_now = WAITING_BAND + now.ms
+local may_be_stock = on('ZRANGEBYSCORE', STARTED, '-inf', text(now.s + STOCK_LIFE_S), 'LIMIT', '0', STEP)
+for _, entry in ipairs(may_be_stock) do job.see_to(string.match(entry, '^(.*):') or entry, since_now) end
 for _, registry in ipairs({FINISHED, FAILED, STARTED}) do
-  write('ZREM', registry, redis.call('ZRANGEBYSCORE', registry, '-inf', text(now_s), 'LIMIT', 0, STEP))
-end
-
--- A job without lease and end that the index does not know stands there from now on.
-local function adopt(id, band)
-  if #id > MAX_ID_BYTES then return end
-  local s = read(id)
-  if not s or s.done then return end
-  redis.call('ZADD', UNFINISHED, 'NX', s.lease and now_ms + LEASE_MS or band, id)
+  write('ZREM', registry, on('ZRANGEBYSCORE', registry, '-inf', text(now.s), 'LIMIT', '0', STEP))
 end
 
 local position = tonumber(ARGV[2])
-local waiting = redis.call('LRANGE', WAITING, position, position + STEP - 1)
-for _, id in ipairs(waiting) do adopt(id, WAITING_BAND + now_ms) end
+local waiting = on('LRANGE', WAITING, position, position + STEP - 1)
+for _, id in ipairs(waiting) do job.see_to(id, since_now) end
 position = #waiting == STEP and position + STEP or 0
 
-for _, id in ipairs(redis.call('LRANGE', INTERMEDIATE, 0, STEP - 1)) do
-  adopt(id, WAITING_BAND + now_ms)
-  local since = tonumber(redis.call('ZSCORE', UNFINISHED, id) or '')
-  if not since or (since >= WAITING_BAND and since < RETRY_BAND and now_ms - (since - WAITING_BAND) > INTERMEDIATE_MS)
-  then redis.call('LREM', INTERMEDIATE, 1, id) end
-end
-
--- Retries of the version before this one, and those that a stock worker was told to make.
-local due = redis.call('ZRANGE', SCHEDULED, 0, STEP - 1, 'WITHSCORES')
-for i = 1, #due, 2 do
-  local s = read(due[i])
-  if not s or s.done then
-    redis.call('ZREM', SCHEDULED, due[i])
-  else
-    adopt(due[i], RETRY_BAND + math.floor(tonumber(due[i + 1]) * 1000))
+for _, id in ipairs(on('LRANGE', INTERMEDIATE, '0', STEP - 1)) do
+  job.see_to(id, since_now)
+  local since = tonumber(on('ZSCORE', UNFINISHED, id) or '')
+  if not since or (since >= WAITING_BAND and since < RETRY_BAND and since_now - since > INTERMEDIATE_MS) then
+    on('LREM', INTERMEDIATE, '1', id)
   end
 end
 
-local found = redis.call('SSCAN', WORKERS, ARGV[1], 'COUNT', 50)
+-- Retries of the version before this one, and those that a stock worker was told to make.
+local due = on('ZRANGE', SCHEDULED, '0', STEP - 1, 'WITHSCORES')
+for i = 1, #due, 2 do
+  if job.see_to(due[i], RETRY_BAND + (job.moment(due[i + 1]) or now.ms)) then on('ZREM', SCHEDULED, due[i]) end
+end
+
+-- What a person took back is in no list any more, and gets its outcome all the same.
+for _, id in ipairs(on('ZRANGE', CANCELED, '0', STEP - 1)) do
+  if job.see_to(id, since_now) then on('ZREM', CANCELED, id) end
+end
+
+local found = on('SSCAN', WORKERS, ARGV[1], 'COUNT', '50')
 for _, key in ipairs(found[2]) do
   if redis.call('EXISTS', key) == 0 then
-    redis.call('SREM', WORKERS, key)
-    redis.call('SREM', QUEUE_WORKERS, key)
+    on('SREM', WORKERS, key)
+    on('SREM', QUEUE_WORKERS, key)
   end
 end
 return {found[1], text(position), set_aside}
