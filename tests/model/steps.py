@@ -316,11 +316,10 @@ def expire_hold(world: World, job_id: str) -> None:
 def expire_keys(world: World) -> None:
     """Keys of ended jobs run out: the hash and RQ's result first, the record later."""
     busy = {hand.lease.id for hand in world.hands}
-    asked = {own_id for call in world.unheard for own_id, _ in call.rows}
     for job in list(world.model.jobs.values()):
         if not job.done or job.left_failed or job.is_deleted or job.id in busy or world.chance.random() > 0.1:
             continue
-        if job.id in asked or world.in_rqs_hands[job.id] or job.id in world.left_behind:
+        if world.in_rqs_hands[job.id] or job.id in world.left_behind:
             continue
         job.is_expired = True
         world.plain.delete(world.keys.job_prefix + job.id, world.keys.result_prefix + job.id)
