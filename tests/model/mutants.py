@@ -39,7 +39,7 @@ SCRIPT_TESTS = tuple(
     )
 )
 #: The model, without what starts processes.
-MODEL_TESTS = ("tests/model/test_model.py", "-k", "foreseen or whatever")
+MODEL_TESTS = ("tests/model/test_found.py", "tests/model/test_model.py", "-k", "not mutants and not processes")
 _AT_ONCE = 2
 #: A mutant that makes a test stand still is noticed, too, s.
 _LONGEST_S = 900
