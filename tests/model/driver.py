@@ -134,7 +134,7 @@ class Driver:
         for job_id in [job.id for job in world.model.jobs.values() if job.hold is not None]:
             expire_hold(world, job_id)
         self._let_time_pass()
-        leases = claim_by(world, store, 50)
+        leases = claim_by(world, store, 50, look_closely=True)
         tidy(world)
         world.check()
         return leases == 0 and not world.open_jobs() and world.link.ask_now(store.is_drained())

@@ -10,8 +10,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.model.driver import Driver
 from tests.model.machine import QueueMachine
+from tests.model.mutant_table import MUTANTS, Mutant
 from tests.model.rules import Finding
-from tests.servers import Valkey
+from tests.servers import ROOT, Valkey
 
 
 def test_every_answer_of_the_scripts_is_foreseen(valkey: Valkey) -> None:
@@ -63,3 +64,11 @@ def test_no_rule_breaks_beside_rq_worker_processes(valkey: Valkey) -> None:
         driver.close()
 
     assert driver.count["whiles with rq worker processes"] == 2
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.name}: {mutant.breaks}")
+def test_mutants_still_apply(mutant: Mutant) -> None:
+    """What a mutant changes stands once in its script, so that `python -m tests.model.mutants` tries what it says."""
+    text = (ROOT / mutant.path).read_text("utf-8")
+
+    assert mutant.applied(text) != text
