@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import select
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -369,13 +368,12 @@ class AsyncioTransport:
         self, connection: _Connection, make: Callable[[], Request | None], ends_at_s: float
     ) -> asyncio.Future[None] | Failed | None:
         # In a frame of its own, so that no signature is among the variables that a later error's traceback shows.
-        outer = sys.exception()
         try:
             request = make()
             data = None if request is None else self._route.encode(request)
         except Exception as error:  # noqa: BLE001 - its text may hold what it was to sign
             self._pool.give_back_unused(connection)
-            return Failed(False, named("not sent", error, outer))
+            return Failed(False, named("not sent", error))
         except BaseException:
             self._pool.give_back_unused(connection)
             raise
