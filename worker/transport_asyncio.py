@@ -52,6 +52,7 @@ class _Connection(asyncio.BufferedProtocol):
         "_buffer",
         "_done",
         "_expiry",
+        "_is_dropped",
         "_loop",
         "_on_end",
         "_poll",
@@ -76,6 +77,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._expiry: asyncio.Handle | None = None
         self._taken = 0
         self._transport: asyncio.Transport | None = None
+        self._is_dropped = False
         self.reader = ResponseReader(BODY_LIMIT)
         self.error: BaseException | None = None
         self.idle_since_s = 0.0
@@ -84,6 +86,9 @@ class _Connection(asyncio.BufferedProtocol):
     def attach(self, transport: asyncio.Transport) -> None:
         """From now on the bytes go through ``transport``."""
         self._transport = transport
+        if self._is_dropped:  # something came along with the handshake
+            transport.abort()
+            return
         self._poll = select.poll()
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
@@ -113,6 +118,7 @@ class _Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close it at once; whatever was asked has no answer any more."""
         self._end(ConnectionAbortedError())
+        self._is_dropped = True
         if self._transport is not None:
             self._transport.abort()
 
