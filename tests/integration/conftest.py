@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,23 @@ def durable() -> Iterator[Valkey]:
     """A server that loses nothing when it is killed."""
     with running_valkey("--appendonly", "yes", "--appendfsync", "always") as server:
         yield server
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+
+Logged = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What a test opens in the midst of it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Logged:
+    """The fields of what this process' engines have logged under a name."""
+    caplog.set_level("INFO", "cancel")
+    return lambda name: [vars(record)["fields"] for record in list(caplog.records) if record.msg == name]
