@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from producer.message import WORKER_LOST, Call, Outcome, OutcomeKind
+from producer.message import WORKER_LOST, Attempt, Call, Outcome, OutcomeKind
 from worker.sandbox.control import BookEntry, Incident
 
 #: Kinds to which a request comes only if faults outlast its bounds.
@@ -204,11 +204,13 @@ def recoveries_ms(kills: Iterable[Kill], records: Iterable[Outcome]) -> list[int
 
     Jobs that needed none, because their outcome had been recorded, are left out.
     """
-    attempts = {record.id: record.attempts for record in records}
+    attempts: dict[str, list[Attempt]] = defaultdict(list)
+    for record in records:  # of every run
+        attempts[record.id] += record.attempts
     found = []
     for kill in kills:
         for job_id in kill.held:
-            later = [a.at_ms for a in attempts.get(job_id, ()) if a.msg != WORKER_LOST and a.at_ms >= kill.at_ms]
+            later = [a.at_ms for a in attempts[job_id] if a.msg != WORKER_LOST and a.at_ms >= kill.at_ms]
             if later:
                 found.append(min(later) - kill.at_ms)
     return sorted(found)

@@ -140,9 +140,9 @@ def test_undecided_kinds_are_counted() -> None:
 
 
 def test_recovery_runs_from_the_kill_to_the_next_request() -> None:
-    """The noted but unfinished attempt is not the next request; a job that needed none is left out."""
+    """Not to the noted but unfinished attempt, nor to a later run; a job that needed none is left out."""
     history = (attempt(100, "worker lost", "unclear"), attempt(2600), attempt(2700))
-    records = [record(A, attempts=history), record(B, attempts=(attempt(100),))]
+    records = [record(A, attempts=history), record(B, attempts=(attempt(100),)), record(A, attempts=(attempt(9000),))]
     assert recoveries_ms([Kill(1000, (A, B, C))], records) == [1600]
 
 
