@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -132,7 +133,7 @@ class Team:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker.process.pid, signal.SIGTERM)
             time.sleep(0.1)
-        code = worker.process.wait(PATIENCE_S)
+        code = _end_of(worker)
         self.exits_s.append(time.monotonic() - began)
         if code != 0:
             self.walked_out.append(f"{place.dyno} exit code {code} after SIGTERM")
@@ -141,7 +142,7 @@ class Team:
 
     def _terminate_stock(self, place: Place, worker: Worker) -> None:
         worker.process.send_signal(signal.SIGTERM)
-        code = worker.process.wait(PATIENCE_S)
+        code = _end_of(worker)
         if code != 0:
             self.stock_ends.append(f"{place.dyno} exit code {code} after SIGTERM")
         self._vacate(place)
@@ -169,6 +170,14 @@ def _in_place(place: Place) -> Worker:
     if place.worker is None:
         raise RuntimeError(f"the worker {place.dyno} did not start again")
     return place.worker
+
+
+def _end_of(worker: Worker) -> int | None:
+    """The exit code of a process that was told to leave; None: it did not."""
+    try:
+        return worker.process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _full_pipe() -> tuple[int, int]:

@@ -49,14 +49,18 @@ class Fleet:
         self._workers, self._valkey, self._peek = workers, valkey, peek
         workers.environment |= {"LEASE_S": "2", "CANCEL_DEADLINE_S": "60", "NOT_FOUND_HORIZON_S": "2"}
 
-    def ours(self, **settings: str) -> Worker:
-        """Start a worker of ours."""
-        return self._workers.start(**settings)
+    def ours(self, *, concurrency: int = 64, backoff_ms: int = 100) -> Worker:
+        """Start a worker of ours; ``backoff_ms`` is the bound of each delay."""
+        backoff = str(backoff_ms)
+        return self._workers.start(WORKER_CONCURRENCY=str(concurrency), BACKOFF_BASE_MS=backoff, BACKOFF_CAP_MS=backoff)
 
-    def stock(self, *options: str, **settings: str) -> Worker:
+    def stock(self, *options: str, backoff_ms: int = 100) -> Worker:
         """Start one of RQ's, and wait until RQ knows it."""
+        backoff = str(backoff_ms)
         common = ("--serializer", "json", "--url", self._valkey.url)
-        worker = self._workers.start(*options, *common, command=(RQ, "worker"), wait=False, **settings)
+        worker = self._workers.start(
+            *options, *common, command=(RQ, "worker"), wait=False, BACKOFF_BASE_MS=backoff, BACKOFF_CAP_MS=backoff
+        )
         pid = str(worker.process.pid)
 
         def is_known() -> bool:
@@ -146,7 +150,7 @@ def test_job_in_our_hands_is_left_alone(
     """A stock worker that pops a job of ours leaves it alone: one call, one outcome, and RQ's record is right after."""
     ticket = entered_twice(client, exchange)
     exchange.set_latency_ms(3000)
-    fleet.ours(WORKER_CONCURRENCY="1")
+    fleet.ours(concurrency=1)
     eventually(lambda: deletes(exchange) == [1], 10, "the request is under way")
     assert peek.waiting() == [ticket.id]
     fleet.stock(*options)
@@ -170,7 +174,7 @@ def test_backoff_is_kept(
     ticket = entered_twice(client, exchange, Fault.UNAVAILABLE_503)
     keys = peek.keys
     peek("LREM", keys.waiting, 1, ticket.id)
-    ours = fleet.ours(BACKOFF_BASE_MS="12000", BACKOFF_CAP_MS="12000")
+    ours = fleet.ours(backoff_ms=12_000)
     eventually(lambda: "c_due_at_ms" in peek.job(ticket.id), 10, "it waits for its next try")
     ours.stop(signal.SIGKILL)
     due_ms = peek.now_ms() + 4000
@@ -179,8 +183,7 @@ def test_backoff_is_kept(
     peek("ZADD", keys.scheduled, due_ms / 1000, ticket.id)
     peek("LPUSH", keys.waiting, ticket.id)
     fleet.stock(*options)
-    eventually(lambda: not peek.waiting() and not peek("EXISTS", keys.intermediate), 10, "it was popped")
-    time.sleep(0.5)
+    eventually(lambda: not peek("EXISTS", keys.waiting, keys.intermediate, keys.started), 15, "it was popped")
 
     job = peek.job(ticket.id)
     assert (job["status"], int(job["c_due_at_ms"]), deletes(exchange)) == ("scheduled", due_ms, [1])
@@ -328,8 +331,7 @@ def test_leaves_while_a_job_is_in_backoff(
     peek: Peek,
 ) -> None:
     """Told to leave while a job waits for its next try, a stock worker does, and the job goes on with another."""
-    settings = {"BACKOFF_BASE_MS": str(backoff_ms), "BACKOFF_CAP_MS": str(backoff_ms)}
-    stock = fleet.stock(*options, **settings)
+    stock = fleet.stock(*options, backoff_ms=backoff_ms)
     orders = exchange.add_orders(6)
     for order in orders:
         exchange.script_faults(order.algo_id, [Fault.UNAVAILABLE_503] * 3)
@@ -338,7 +340,7 @@ def test_leaves_while_a_job_is_in_backoff(
 
     stock.process.send_signal(signal.SIGTERM)
 
-    assert stock.process.wait(5) == 0
+    assert stock.process.wait(8) == 0
     asked = sum(deletes(exchange))
     time.sleep(1)
     assert sum(deletes(exchange)) == asked
@@ -403,7 +405,7 @@ def test_backoff_blocks_nobody(
     stubborn = exchange.add_orders(1)[0]
     exchange.script_faults(stubborn.algo_id, [Fault.UNAVAILABLE_503], repeat_last=True)
     ticket = client.cancel(algo_id=stubborn.algo_id)
-    fleet.stock(*options, BACKOFF_BASE_MS="60000", BACKOFF_CAP_MS="60000")
+    fleet.stock(*options, backoff_ms=60_000)
     eventually(lambda: exchange.book()[stubborn.algo_id].deletes == 1, 15, "it is being tried")
 
     others = client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in exchange.add_orders(5)])
@@ -453,7 +455,7 @@ def test_fleet_of_all_sorts(
     """Under kills, shutdowns and RQ's own clean-up each request ends once, and nobody works on another's job."""
     exchange.set_latency_ms(50)
     dice = random.Random("all sorts")
-    fleet.ours(WORKER_CONCURRENCY="2")
+    fleet.ours(concurrency=2)
     places = {way: fleet.stock(*way) for way in (FORKED, SCHEDULING, SIMPLE, SEVERAL)}
     tickets: list[Ticket] = []
     for turn in range(12):

@@ -71,7 +71,7 @@ def test_what_stands_still_is_told_first(reader: FlaskClient, client: CancelClie
     words = cells(page(reader, "/"))
 
     assert "No live worker, and work is waiting" in words
-    assert re.search(r"Gate all is closed for (60|5\d\.\d) s: 429 &lt;b&gt; \(by host\.1 \)", words)
+    assert re.search(r"Gate all is closed for (60\.0|5\d\.\d) s: 429 &lt;b&gt; \(by host\.1 \)", words)
     assert "Suspended. No worker takes anything until rq resume" in words
     assert re.search(r"desk2 held back 5 0 9\d\.\d s in [\d.]+ s 401 -2015 Invalid API-key", words)
 

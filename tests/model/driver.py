@@ -48,6 +48,11 @@ class Driver:
         """What happened, by kind."""
         return self.world.count
 
+    def close(self) -> None:
+        """End its processes, and part with the server."""
+        self.fleet.close()
+        self.world.close()
+
     def run(self, steps: int) -> Iterator[int]:
         """Take so many steps and drain the queue; gives the number of each step, for who shows progress.
 
@@ -55,7 +60,7 @@ class Driver:
             Finding: a rule is broken.
         """
         world = self.world
-        with _silence(), self.fleet:
+        with _silence():
             for world.step in range(1, steps + 1):
                 self._take(self._steps)
                 if world.step % _CHECK_EVERY == 0:
@@ -129,7 +134,7 @@ class Driver:
         for job_id in [job.id for job in world.model.jobs.values() if job.hold is not None]:
             expire_hold(world, job_id)
         self._let_time_pass()
-        leases = claim_by(world, store, 50)
+        leases = claim_by(world, store, 50, look_closely=True)
         tidy(world)
         world.check()
         return leases == 0 and not world.open_jobs() and world.link.ask_now(store.is_drained())

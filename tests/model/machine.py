@@ -16,7 +16,7 @@ from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
 from producer import CancelRequest, OutcomeKind
-from producer.keys import FAILURE_TTL_S, RESULT_TTL_S
+from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Band
 from producer.message import decode_attempts
 from tests.model.holders import QUEUE, Hand, WatchedStore
 from tests.model.rules import FAILED, Job
@@ -27,6 +27,8 @@ from worker.store import Release, Retry, Row
 #: A lease that is over when the next claim comes, and one that outlasts the test, ms.
 DEAD_MS, LIVE_MS = 1, 60_000
 FAR_MS = 60_000
+#: What waits for so long while slots are left over stands in no list, ms.
+OVERLOOKED_MS = 5_000
 NUMBERS = st.integers(0, 30)
 REQUESTS = st.one_of(
     st.integers(1, 4).map(lambda n: CancelRequest(algo_id=n)),
@@ -96,28 +98,34 @@ class QueueMachine(RuleBasedStateMachine):
         holder=st.sampled_from("AB"),
         lease_ms=st.sampled_from((DEAD_MS, LIVE_MS)),
         slots=st.integers(1, 5),
+        bring_back=st.booleans(),
         take_lost=st.booleans(),
     )
-    def claim(self, holder: str, lease_ms: int, slots: int, take_lost: bool) -> None:
+    def claim(self, holder: str, lease_ms: int, slots: int, bring_back: bool, take_lost: bool) -> None:
         """A worker claims, and is given exactly what is free, as far as it has slots."""
         time.sleep(0.003)
         store = self._store(holder, lease_ms)
-        free = self._free(take_lost=take_lost)
-        claimed = self.world.link.ask_now(store.claim(slots, wait=False, take_lost=take_lost))
+        at_hand = self._free(bring_back=bring_back, take_lost=take_lost)
+        free = at_hand | (self._overlooked() if bring_back and not self.is_paused else set())
+        request = store.claim(slots, wait=False, bring_back=bring_back, take_lost=take_lost)
+        claimed = self.world.link.ask_now(request)
         ids = [lease.id for lease in claimed.leases]
         assert set(ids) <= free, (ids, free)
-        assert len(ids) == min(slots, len(free)), (ids, free)
+        assert min(slots, len(at_hand)) <= len(ids), (ids, at_hand)
+        assert len(ids) == slots or at_hand <= set(ids), (ids, at_hand)
+        assert ids or not free, free  # where nothing else is at hand, what was overlooked comes
         assert (claimed.gate_until_ms > 0 or claimed.suspended) == self.is_paused
         self.world.hands += [Hand(store, lease) for lease in claimed.leases]
         self.removed.difference_update(ids)
 
-    def _free(self, *, take_lost: bool) -> set[str]:
+    def _free(self, *, bring_back: bool, take_lost: bool) -> set[str]:
+        """What a claim gives as far as it has slots, beside what was overlooked."""
         now_ms, listed = self.world.now_ms(), self._listed()
         free = set[str]()
         for job in self._jobs():
             is_lost = job.hold is not None and job.hold.ends_ms <= now_ms and take_lost
             is_due = job.due_ms != 0 and job.due_ms <= now_ms
-            is_at_hand = job.id in listed or is_lost or is_due
+            is_at_hand = job.id in listed or (bring_back and (is_lost or is_due))
             if self.is_paused:  # what waits is looked through by the index
                 is_at_hand = job.is_recalled
             is_open = not job.done or (job.left_failed and job.id in listed)
@@ -125,6 +133,15 @@ class QueueMachine(RuleBasedStateMachine):
             if is_open and (job.hold is None or is_lost) and is_at_hand and is_ripe:
                 free.add(job.id)
         return free
+
+    def _overlooked(self) -> set[str]:
+        """What waits for so long that it must have fallen off the list."""
+        oldest, scores = (
+            Band.WAITING + self.world.now_ms() - OVERLOOKED_MS,
+            self.world.scores(self.world.keys.unfinished),
+        )
+        waiting = {job_id for job_id, score in scores if Band.WAITING <= score <= oldest}
+        return {job.id for job in self._jobs() if job.id in waiting and not job.done}
 
     def _listed(self) -> set[str]:
         keys = self.world.keys
@@ -170,7 +187,8 @@ class QueueMachine(RuleBasedStateMachine):
             (hand, end) for hand, end in chosen.values() if (hand.store.holder == "stock") == (store.holder == "stock")
         ]
         rows = [hand.sent or self._row(hand, end) for hand, end in mine]
-        expected = [self._last_answer(row) for row in rows]
+        jobs = [row.lease.id for row in rows]
+        expected = [self._last_answer(row) if jobs.count(row.lease.id) == 1 else None for row in rows]
         completed = self.world.link.ask_now(store.complete(rows))
         for (hand, _), row, answer, before in zip(mine, rows, completed.answers, expected, strict=True):
             hand.sent = row
@@ -254,6 +272,30 @@ class QueueMachine(RuleBasedStateMachine):
             while Queue(QUEUE, connection=self.world.raw, serializer=JSONSerializer).remove(job.id):
                 self.removed.add(job.id)
 
+    @rule()
+    def grow_old(self) -> None:
+        """All that waits has waited for long."""
+        index = self.world.keys.unfinished
+        for job_id, score in self.world.scores(index):
+            if Band.WAITING <= score < Band.RETRY:
+                self.world.plain.zadd(index, {job_id: score - 2 * OVERLOOKED_MS}, xx=True)
+
+    @rule(numbers=st.lists(NUMBERS, min_size=1, max_size=3))
+    def key_is_accepted_again(self, numbers: list[int]) -> None:
+        """What waited for its key, which was refused, is due at once when the key is accepted."""
+        store, link, jobs = self._store("A", LIVE_MS), self.world.link, [self._pick(number) for number in numbers]
+        assert link.ask_now(store.key("default", "ask", "", 1, FAR_MS)) == 0
+        assert link.ask_now(store.key("default", "failed", "why", 1, FAR_MS)) > self.world.now_ms()
+        for job in jobs:
+            if job is not None:
+                assert link.ask_now(store.key("default", "ask", job.id, 1, FAR_MS)) > self.world.now_ms()
+        before_ms = self.world.now_ms()
+        assert link.ask_now(store.key("default", "answered", "", 1, FAR_MS)) == 0
+        for job in jobs:
+            if job is not None and job.due_ms and job.hold is None:
+                job.due_ms = int(self.world.plain.hget(self.world.keys.job_prefix + job.id, "c_due_at_ms") or 0)
+                assert before_ms <= job.due_ms <= self.world.now_ms()
+
     @rule(number=NUMBERS)
     def push_again(self, number: int) -> None:
         """An id comes into the list once more."""
@@ -298,13 +340,12 @@ class QueueMachine(RuleBasedStateMachine):
                 assert is_ours == self._is_of_ours(job.hold.token)
             elif not job.is_recalled and job.due_ms == 0:
                 assert job.id in listed | self.removed or status == "started", job
+        self._only_retries_are_scheduled()
 
     def _is_of_ours(self, token: str) -> bool:
         return all(hand.store.holder != "stock" for hand in self.world.hands if hand.lease.token == token)
 
-    @invariant()
-    def only_what_waits_later_is_scheduled(self) -> None:
-        """RQ's registry of scheduled jobs holds our retries, and nothing else."""
+    def _only_retries_are_scheduled(self) -> None:
         known = {job.id: job for job in self._jobs() if not job.is_recalled}
         scheduled = {job_id for job_id, _ in self.world.scores(self.world.keys.scheduled) if job_id in known}
         assert scheduled == {job.id for job in known.values() if job.due_ms}

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 from redis import Redis
 from rq.command import send_stop_job_command
@@ -50,10 +49,8 @@ class Fleet:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._killed = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End them all."""
         for worker in self._workers:
             self._kill(worker)
         if self._exchange is not None:

@@ -53,11 +53,17 @@ def _failed(connection: redis.Redis) -> FailedJobRegistry:
     return FailedJobRegistry(QUEUE, connection=connection, serializer=JSONSerializer)
 
 
-def _leaves_failed(world: World, job_id: str) -> None:
-    """From here on its entry may be gone from the registry."""
-    job = world.model.jobs.get(job_id)
-    if job is not None and (job.done in FAILED or world.model.is_blind):
+@contextmanager
+def _leaving_failed(world: World, job_id: str) -> Iterator[None]:
+    """Meanwhile its entry is taken off the registry, whichever run's it is."""
+    model = world.model
+    if (job := model.jobs.get(job_id)) is not None and (job.done in FAILED or model.is_blind):
         job.left_failed = True
+    model.leaving[job_id] += 1
+    try:
+        yield
+    finally:
+        model.leaving[job_id] -= 1
 
 
 def requeue(world: World) -> None:
@@ -82,8 +88,8 @@ def _requeue(world: World, connection: redis.Redis, job_id: str) -> None:
     world.note(job_id, "rq requeue begins")
     registry = _failed(connection)
     job = Job.fetch(job_id, connection=connection, serializer=JSONSerializer)
-    _leaves_failed(world, job_id)
-    registry.requeue(job)
+    with _leaving_failed(world, job_id):
+        registry.requeue(job)
     world.note(job_id, "rq requeue is through")
 
 
@@ -100,10 +106,10 @@ def cancel(world: World) -> None:
     with visit(world, "Job.cancel") as connection:
         job = Job.fetch(job_id, connection=connection, serializer=JSONSerializer)
         world.note(job_id, "Job.cancel begins")
-        _leaves_failed(world, job_id)
         if (known := world.model.jobs.get(job_id)) is not None and not known.done:
             known.is_recalled = True
-        job.cancel()
+        with _leaving_failed(world, job_id):
+            job.cancel()
         world.note(job_id, "Job.cancel is through")
         if known is not None:
             known.is_surely_recalled = known.is_recalled and world.depth == 0 and not world.model.is_blind

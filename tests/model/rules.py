@@ -22,6 +22,7 @@ time to time what stands in Redis. It raises :class:`Finding` where one of these
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from producer.keys import Band
@@ -123,6 +124,7 @@ class Model:
         self.pointers: dict[str, str] = {}
         self.ledger: set[tuple[str, int]] = set()
         self.forgotten: set[str] = set()  # ended, expired, and of no interest any more
+        self.leaving = Counter[str]()  # RQ is about to take them off the FailedJobRegistry
         self.is_blind = False  # processes are at work that do not tell what they do
         self.first: Finding | None = None  # RQ's code, through which it may pass, swallows whatever is raised
         self._deadline_ms = deadline_ms
@@ -275,7 +277,7 @@ class Model:
             raise self.finding(2, job.id, f"run {run} ends twice", job.outcomes[run], kind)
         job.outcomes[run] = job.done = kind
         job.hold, job.attempts, job.due_ms = None, 0, 0
-        job.left_failed = job.left_failed and self.is_blind
+        job.left_failed = self.leaving[job.id] > 0 or (job.left_failed and self.is_blind)
         job.is_recalled = job.is_surely_recalled = False
         if self.pointers.get(job.order) == job.id and kind not in FAILED:  # RQ may put a failed job back
             del self.pointers[job.order]

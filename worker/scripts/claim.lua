@@ -261,7 +261,12 @@ local closed_until_ms, suspended, why = job.closed_until(), redis.call('EXISTS',
 if only then
   job.first_write()
   why = job.try_safely(only, closed_until_ms > 0)
-  if string.find(why, '^scheduled') then job.put_back_in_schedule(only) end
+  if string.find(why, '^scheduled') then
+    job.put_back_in_schedule(only)
+  elseif string.find(why, '^closed') then -- popped, it stands in no list: it comes back when the pause ends
+    local until_ms = math.min(closed_until_ms, tonumber(string.match(why, '%d+')))
+    on('ZADD', UNFINISHED, text(RETRY_BAND + until_ms), only)
+  end
 else
   local moved, gives_up_at_ms = job.moved(), tonumber(ARGV[8])
   if gives_up_at_ms > 0 and now.ms >= gives_up_at_ms then
