@@ -203,9 +203,11 @@ class BlockingLink:
 
 
 def is_about_rows(error: BaseException) -> bool:
-    """Whether a script failed for what it was given, not for the state of its server."""
+    """Whether a script failed for what it was given, or that cannot be sent at all, and not for the state of its
+    server."""
     said = str(error)
-    return type(error) is redis.ResponseError and bool(_ROWS.search(said)) and not _SERVER.search(said)
+    is_script = type(error) is redis.ResponseError and _ROWS.search(said) and not _SERVER.search(said)
+    return bool(is_script) or isinstance(error, redis.DataError)
 
 
 def trouble(error: BaseException) -> str:
