@@ -205,9 +205,21 @@ class Workers:
     def stop(self) -> None:
         """End what still runs."""
         for worker in self.all:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.process.pid, signal.SIGKILL)
+            for pid in members(worker.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             worker.stop(signal.SIGKILL)
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session: a worker and whatever it has forked, in the order of their ids."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                if int((entry / "stat").read_text("ascii", "replace").rpartition(") ")[2].split()[3]) == session:
+                    found.append(int(entry.name))
+    return sorted(found)
 
 
 def scrubbed() -> dict[str, str]:

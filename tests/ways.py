@@ -12,6 +12,7 @@ from producer.message import Call
 from tests.loopback import Behaviour, Server
 from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock
+from worker.daemon import WorkerLoop
 from worker.exchange import Answer, Exchange
 from worker.signing import Credential
 from worker.transport import Route
@@ -50,11 +51,11 @@ class Client:
 
     def __init__(self, way: str, url: str, clock: ServerClock, options: dict[str, Any]) -> None:
         route_options = {name: options.pop(name) for name in ("ca_file", "egress_proxy_url") if name in options}
-        route = Route(url, **route_options)
+        self.route = route = Route(url, **route_options)
         pool = {name: options.pop(name) for name in ("idle_bound_s", "pool_size") if name in options}
         transport = AsyncioTransport(route, **pool) if way == "asyncio" else RequestsTransport(route)
         self.exchange = Exchange(transport, clock=clock, **options)
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=WorkerLoop)
         self._troubles: list[dict[str, Any]] = []
         self._runner.get_loop().set_exception_handler(lambda _, context: self._troubles.append(context))
 

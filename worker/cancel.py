@@ -56,6 +56,7 @@ _NS_PER_MS = 1_000_000
 _UNMEASURED_MS = 1_000
 #: Stands for a history that was too large to be read.
 _TOO_LARGE = b"?"
+_NOT_MEASURED = "the clocks are not measured, so the order's age is not known"
 
 
 class Hold(Protocol):
@@ -155,7 +156,7 @@ class Canceller:
         """Measure the exchange's clock, once for all requests that were refused by the same old one."""
         async with self._resyncing:
             if self._resynced_ns <= since_ns:
-                self._server_clock.drop_samples()
+                self._server_clock.doubt()
                 await self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
                 self._resynced_ns = local_ns()
                 await self.heed_refusal()
@@ -253,8 +254,7 @@ class Canceller:
     async def _knows_the_time(self) -> bool:
         """Whether what the exchange dates can be compared with the request: an order found by its client id must be."""
         if self._ahead() is None:
-            await self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
-            await self.heed_refusal()
+            await self.resync(self._resynced_ns)
         return self._ahead() is not None
 
     def _with_key_reason(self, job: _Job, stop: Stop) -> Stop:
@@ -283,8 +283,9 @@ class Canceller:
             self._calling -= 1
         if answer is None:
             return self._first_step(job)
-        verdict = classify(step.call, job.ref(), answer)
-        self._note_attempt(job, step.call, at_ms, verdict)
+        took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
+        verdict = await self._comparable(job, classify(step.call, job.ref(), answer))
+        self._note_attempt(job, step.call, at_ms, took_ms, verdict)
         await self._note_pauses(job.request.account, verdict)
         case = self._case(job, verdict.means)
         decision = next_step(case, job.history, verdict, self._policy, self._latest_ms(), random.random())
@@ -293,9 +294,18 @@ class Canceller:
         job.history[:] = bounded(job.history)
         return decision
 
+    async def _comparable(self, job: _Job, verdict: Verdict) -> Verdict:
+        """An answer about an order that was found by client id tells something only where its date can be compared.
+
+        The clocks may have been doubted since the question was asked. Where they cannot be measured now, it is asked
+        again later.
+        """
+        if verdict.means is Means.CONFIRMED or verdict.order is None or job.algo_id is not None:
+            return verdict
+        return verdict if await self._knows_the_time() else Verdict(Means.UNCLEAR, verdict.http, msg=_NOT_MEASURED)
+
     @staticmethod
-    def _note_attempt(job: _Job, call: Call, at_ms: int, verdict: Verdict) -> None:
-        took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
+    def _note_attempt(job: _Job, call: Call, at_ms: int, took_ms: int, verdict: Verdict) -> None:
         n = next_number(job.history)
         job.history.append(
             Attempt(n, at_ms, call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)

@@ -73,6 +73,7 @@ class Bounds:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._offset: _Offset | None = None  # read without the lock: one reference, replaced as a whole
+        self._is_doubted = False
 
     def add(self, asked_ns: int, answered_ns: int, remote_ms: int) -> None:
         """Take in one answer: when it was asked and answered here, and the remote time in it, cut to whole ms.
@@ -91,15 +92,20 @@ class Bounds:
         hi_ns = remote_ns + _NS_PER_MS - asked_ns + _drift_ns(answered_ns - asked_ns)
         new = _Offset(remote_ns - answered_ns, hi_ns, answered_ns)
         with self._lock:
-            self._offset = new if self._offset is None else _both(self._offset, new)
+            self._offset = new if self._offset is None or self._is_doubted else _both(self._offset, new)
+            self._is_doubted = False
 
-    def drop(self) -> None:
-        """Forget everything measured."""
+    def doubt(self) -> None:
+        """Take nothing that was measured so far for proven any more."""
         with self._lock:
-            self._offset = None
+            self._is_doubted = True
 
     def at(self, local_ns: int) -> tuple[int, int] | None:
-        """Least and greatest offset at a local moment, ns; None while nothing is measured."""
+        """Least and greatest offset at a local moment, ns; None while nothing is proven."""
+        return None if self._is_doubted else self.last_at(local_ns)
+
+    def last_at(self, local_ns: int) -> tuple[int, int] | None:
+        """The same as far as it was ever measured, doubted or not."""
         offset = self._offset
         return None if offset is None else offset.at(local_ns)
 
@@ -117,9 +123,9 @@ class Bounds:
 
     @property
     def newest_ns(self) -> int | None:
-        """When the newest sample was answered."""
+        """When the newest sample was answered; None while nothing is proven."""
         offset = self._offset
-        return None if offset is None else offset.as_of_ns
+        return None if offset is None or self._is_doubted else offset.as_of_ns
 
 
 def _both(one: _Offset, other: _Offset) -> _Offset:
@@ -142,9 +148,9 @@ class _RemoteClock:
         self._wall_ms = wall_ms
         self._bounds = Bounds()
 
-    def drop_samples(self) -> None:
-        """Forget everything measured: some of it is wrong, or was another server's."""
-        self._bounds.drop()
+    def doubt(self) -> None:
+        """Nothing measured so far is proven any more: some of it is wrong, or was another server's."""
+        self._bounds.doubt()
 
     def bounds(self) -> tuple[int, int] | None:
         """Least and greatest offset (remote minus local) now, ns; None while nothing is measured."""
@@ -159,7 +165,8 @@ class _RemoteClock:
 class ServerClock(_RemoteClock):
     """The exchange's clock, for timestamps.
 
-    Until the first sample, and after :meth:`drop_samples` until the next, it is the host's wall clock.
+    Until the first sample it is the host's wall clock. After :meth:`doubt` a timestamp is made as before until the next
+    sample, which then counts alone; meanwhile nothing is compared with it.
     """
 
     def add_sample(self, asked_ns: int, answered_ns: int, server_time_ms: int) -> None:
@@ -193,7 +200,7 @@ class ServerClock(_RemoteClock):
 
     def _middle_ms(self) -> int | None:
         now_ns = self._local_ns()
-        offset = self._bounds.at(now_ns)
+        offset = self._bounds.last_at(now_ns)
         return None if offset is None else (now_ns + sum(offset) // 2) // _NS_PER_MS
 
 

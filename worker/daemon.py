@@ -49,8 +49,26 @@ async def in_daemon_thread(work: Callable[[], T], name: str) -> T:
 
 
 class WorkerLoop(asyncio.SelectorEventLoop):
-    """An event loop that looks names up in daemon threads."""
+    """An event loop that looks names up in daemon threads.
+
+    A look-up that outlasts its callers goes on alone, and later callers join it in place of starting another.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lookups: dict[tuple[Any, ...], asyncio.Task[Any]] = {}
 
     async def getaddrinfo(self, host: Any, port: Any, **hints: Any) -> Any:
         """See :func:`socket.getaddrinfo`."""
-        return await in_daemon_thread(partial(socket.getaddrinfo, host, port, **hints), "resolver")
+        key = (host, port, *sorted(hints.items()))
+        running = self._lookups.get(key)
+        if running is None:
+            work = in_daemon_thread(partial(socket.getaddrinfo, host, port, **hints), "resolver")
+            running = self._lookups[key] = self.create_task(work)
+            running.add_done_callback(partial(self._looked_up, key))
+        return await asyncio.shield(running)
+
+    def _looked_up(self, key: tuple[Any, ...], task: asyncio.Task[Any]) -> None:
+        del self._lookups[key]
+        if not task.cancelled():
+            task.exception()  # whoever asked may have gone: asyncio would tell of an error that nobody heard of

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import select
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -53,6 +52,7 @@ class _Connection(asyncio.BufferedProtocol):
         "_buffer",
         "_done",
         "_expiry",
+        "_is_dropped",
         "_loop",
         "_on_end",
         "_poll",
@@ -77,6 +77,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._expiry: asyncio.Handle | None = None
         self._taken = 0
         self._transport: asyncio.Transport | None = None
+        self._is_dropped = False
         self.reader = ResponseReader(BODY_LIMIT)
         self.error: BaseException | None = None
         self.idle_since_s = 0.0
@@ -85,6 +86,9 @@ class _Connection(asyncio.BufferedProtocol):
     def attach(self, transport: asyncio.Transport) -> None:
         """From now on the bytes go through ``transport``."""
         self._transport = transport
+        if self._is_dropped:  # something came along with the handshake
+            transport.abort()
+            return
         self._poll = select.poll()
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
@@ -114,6 +118,7 @@ class _Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close it at once; whatever was asked has no answer any more."""
         self._end(ConnectionAbortedError())
+        self._is_dropped = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -369,13 +374,12 @@ class AsyncioTransport:
         self, connection: _Connection, make: Callable[[], Request | None], ends_at_s: float
     ) -> asyncio.Future[None] | Failed | None:
         # In a frame of its own, so that no signature is among the variables that a later error's traceback shows.
-        outer = sys.exception()
         try:
             request = make()
             data = None if request is None else self._route.encode(request)
         except Exception as error:  # noqa: BLE001 - its text may hold what it was to sign
             self._pool.give_back_unused(connection)
-            return Failed(False, named("not sent", error, outer))
+            return Failed(False, named("not sent", error))
         except BaseException:
             self._pool.give_back_unused(connection)
             raise

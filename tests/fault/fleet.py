@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from pathlib import Path
 from producer.keys import Band
 from tests.fault.blows import Make
 from tests.fault.ledger import Kill
-from tests.servers import ROOT, Peek, Worker, Workers
+from tests.servers import ROOT, Peek, Worker, Workers, members
 
 RQ = str(Path(sys.executable).with_name("rq"))
 #: How long a process may take to start or to leave before that is a failure, s.
@@ -92,12 +93,15 @@ class Team:
         ids = self._peek("ZRANGEBYSCORE", keys.unfinished, self._peek.now_ms(), f"({int(Band.WAITING)}")
         return [i for i in ids if str(self._peek("HGET", keys.job_prefix + i, "worker_name")).startswith(prefix)]
 
-    def catch(self, place: Place, *, horse: bool = False) -> bool:
-        """Stop all processes of a place in the middle of a job, its horse among them if so wanted; False: not now."""
-        if not self.held_by(place) or (horse and not _horses(place)):
+    def catch(self, place: Place, jobs: int = 1, *, horse: bool = False) -> bool:
+        """Stop all processes of a place in the middle of so many jobs, its horse among them if so wanted.
+
+        False: not now; they go on.
+        """
+        if len(self.held_by(place)) < jobs or (horse and not _horses(place)):
             return False
         self.signal(place, signal.SIGSTOP)
-        if self.held_by(place) and (_horses(place) or not horse):
+        if len(self.held_by(place)) >= jobs and (_horses(place) or not horse):
             return True
         self.signal(place, signal.SIGCONT)
         return False
@@ -132,7 +136,7 @@ class Team:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker.process.pid, signal.SIGTERM)
             time.sleep(0.1)
-        code = worker.process.wait(PATIENCE_S)
+        code = _end_of(worker)
         self.exits_s.append(time.monotonic() - began)
         if code != 0:
             self.walked_out.append(f"{place.dyno} exit code {code} after SIGTERM")
@@ -141,14 +145,14 @@ class Team:
 
     def _terminate_stock(self, place: Place, worker: Worker) -> None:
         worker.process.send_signal(signal.SIGTERM)
-        code = worker.process.wait(PATIENCE_S)
+        code = _end_of(worker)
         if code != 0:
             self.stock_ends.append(f"{place.dyno} exit code {code} after SIGTERM")
         self._vacate(place)
 
     def signal(self, place: Place, number: signal.Signals) -> None:
         """Send a signal to all processes of a place, the parent first: it would take a stopped horse for a dead one."""
-        _send(_members(_in_place(place).process.pid), number)
+        _send(members(_in_place(place).process.pid), number)
 
     def close(self) -> None:
         """End all of them at once."""
@@ -157,7 +161,7 @@ class Team:
 
     def _vacate(self, place: Place) -> None:
         if place.worker is not None:
-            _send(_members(place.worker.process.pid), signal.SIGKILL)
+            _send(members(place.worker.process.pid), signal.SIGKILL)
             place.worker.stop(signal.SIGKILL)
         if place.unread >= 0:
             os.close(place.unread)
@@ -169,6 +173,14 @@ def _in_place(place: Place) -> Worker:
     if place.worker is None:
         raise RuntimeError(f"the worker {place.dyno} did not start again")
     return place.worker
+
+
+def _end_of(worker: Worker) -> int | None:
+    """The exit code of a process that was told to leave; None: it did not."""
+    try:
+        return worker.process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _full_pipe() -> tuple[int, int]:
@@ -184,18 +196,7 @@ def _full_pipe() -> tuple[int, int]:
 
 def _horses(place: Place) -> list[int]:
     leader = _in_place(place).process.pid
-    return [pid for pid in _members(leader) if pid != leader]
-
-
-def _members(session: int) -> list[int]:
-    """Processes of a session: a worker and whatever it has forked, in the order of their ids."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                if int((entry / "stat").read_text("ascii", "replace").rpartition(") ")[2].split()[3]) == session:
-                    found.append(int(entry.name))
-    return sorted(found)
+    return [pid for pid in members(leader) if pid != leader]
 
 
 def _send(pids: Iterable[int], number: signal.Signals) -> None:

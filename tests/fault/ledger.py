@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from producer.message import WORKER_LOST, Call, Outcome, OutcomeKind
+from producer.message import WORKER_LOST, Attempt, Call, Outcome, OutcomeKind
 from worker.sandbox.control import BookEntry, Incident
 
 #: Kinds to which a request comes only if faults outlast its bounds.
@@ -150,24 +150,33 @@ def left_alone(
     """Outcomes that are ``unknown`` for a good reason, counted by what they say.
 
     The order was cancelled, nobody told the worker so, and its client id, all that the request knows of it, is another
-    order's by now. Only where the cancel's answer was unclear, or said that there is no such order because somebody
-    else was first. A later run of the same request comes to the same end.
+    order's by now. Only where the cancel's answer was unclear, or where somebody else, such as another request for the
+    same order, was first. A later run of the same request comes to the same end.
     """
+    records = sorted(records, key=lambda each: each.run)
+    jobs: dict[int | None, set[str]] = defaultdict(set)
+    for record in records:
+        jobs[order_named(record, order_of)].add(record.id)
     excused: set[str] = set()
     reasons: Counter[str] = Counter()
-    for record in sorted(records, key=lambda each: each.run):
+    for record in records:
         error, order = record.error or "", order_named(record, order_of)
         is_said = record.kind is OutcomeKind.UNKNOWN and error.endswith(LEFT_ALONE) and any(n in error for n in _NEWER)
         if not is_said or record.algo_id is not None or order is None or order not in reopened:
             continue
-        if book[order].status != "CANCELED":
-            continue
-        cancels = [attempt.verdict for attempt in record.attempts if attempt.call is Call.CANCEL]
-        was_first = cancels[-1:] == ["no_such_order"] and not book[order].deletes_effective
-        if was_first or "unclear" in cancels:
+        if book[order].status == "CANCELED" and _is_untold(record, book[order], is_alone=len(jobs[order]) == 1):
             excused.add(record.id)
         reasons[re.sub(r"\d+", "N", error.removesuffix(LEFT_ALONE))] += record.id in excused
     return dict(+reasons)
+
+
+def _is_untold(record: Outcome, entry: BookEntry, *, is_alone: bool) -> bool:
+    """Whether nobody told the worker that the order is gone. ``is_alone``: no other request was about it."""
+    cancels = [attempt.verdict for attempt in record.attempts if attempt.call is Call.CANCEL]
+    if not cancels:
+        return not is_alone
+    was_first = cancels[-1] == "no_such_order" and not (is_alone and entry.deletes_effective)
+    return was_first or "unclear" in cancels
 
 
 def order_named(record: Outcome, order_of: Mapping[str, int]) -> int | None:
@@ -204,11 +213,13 @@ def recoveries_ms(kills: Iterable[Kill], records: Iterable[Outcome]) -> list[int
 
     Jobs that needed none, because their outcome had been recorded, are left out.
     """
-    attempts = {record.id: record.attempts for record in records}
+    attempts: dict[str, list[Attempt]] = defaultdict(list)
+    for record in records:  # of every run
+        attempts[record.id] += record.attempts
     found = []
     for kill in kills:
         for job_id in kill.held:
-            later = [a.at_ms for a in attempts.get(job_id, ()) if a.msg != WORKER_LOST and a.at_ms >= kill.at_ms]
+            later = [a.at_ms for a in attempts[job_id] if a.msg != WORKER_LOST and a.at_ms >= kill.at_ms]
             if later:
                 found.append(min(later) - kill.at_ms)
     return sorted(found)
@@ -219,17 +230,17 @@ def requests_during_bans(incidents: Iterable[Incident], away: Sequence[tuple[flo
 
     ``away``: when Redis, by which one worker tells the others, was away, ms by this machine's clock.
     """
-    return sum(
-        incident.started_ms + since_ms > _heard_ms(incident.started_ms, since_ms, away)
-        for incident in incidents
-        for since_ms in incident.requests_ms
-    )
+    found = 0
+    for incident in incidents:
+        heard_ms = _heard_ms(incident.started_ms, away)
+        found += sum(incident.started_ms + since_ms > heard_ms for since_ms in incident.requests_ms)
+    return found
 
 
-def _heard_ms(started_ms: int, since_ms: int, away: Sequence[tuple[float, float]]) -> float:
-    told_ms: float = started_ms
-    for from_ms, to_ms in away:
-        if from_ms <= started_ms + since_ms and to_ms + BACK_FOR_ALL_MS >= told_ms:
+def _heard_ms(started_ms: float, away: Sequence[tuple[float, float]]) -> float:
+    told_ms = started_ms
+    for from_ms, to_ms in sorted(away):
+        if from_ms <= told_ms + BAN_HEARD_MS:  # else everybody had heard of it by then
             told_ms = max(told_ms, to_ms + BACK_FOR_ALL_MS)
     return told_ms + BAN_HEARD_MS
 
@@ -237,7 +248,7 @@ def _heard_ms(started_ms: int, since_ms: int, away: Sequence[tuple[float, float]
 _PARTS = (
     (re.compile(r"^(rq:worker:)[^:]+"), r"\1*"),  # a worker's name
     (re.compile(r"^([^:]+:order:).+"), r"\1*"),  # an order
-    (re.compile(r"[0-9a-f]{32}(:[0-9a-f]{12}-[0-9]+)?"), "*"),  # a job's id, and its execution's
+    (re.compile(r"[0-9a-f]{32}(:[0-9a-f]{32})?"), "*"),  # a job's id, and its execution's
 )
 
 

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import redis
+from flask.testing import FlaskClient
 
+from producer import CancelClient
+from producer.web import access
+from producer.web.app import create_app
 from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
 from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import API_KEY, SECRET, WAYS, Bench
+from tests.webpages import TOKEN
 from worker.signing import Credential
 
 
@@ -99,6 +104,30 @@ def durable() -> Iterator[Valkey]:
     """A server that loses nothing when it is killed."""
     with running_valkey("--appendonly", "yes", "--appendfsync", "always") as server:
         yield server
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_logins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever shows a wrong token waits for no more than a moment."""
+    monkeypatch.setattr(access, "PENALTY_S", 0.01)
+
+
+@pytest.fixture
+def reader(client: CancelClient) -> Iterator[FlaskClient]:
+    """The pages without a token."""
+    with create_app(client).test_client() as pages:
+        yield pages
+
+
+@pytest.fixture
+def operator(client: CancelClient) -> Iterator[FlaskClient]:
+    """The pages with a token, logged in."""
+    with create_app(client, TOKEN).test_client() as pages:
+        assert pages.post("/login", data={"token": TOKEN}).status_code == 303
+        yield pages
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------------

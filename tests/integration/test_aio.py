@@ -77,7 +77,7 @@ def test_it_enqueues_what_the_other_client_enqueues(valkey: Valkey, client: Canc
     }
     jobs = [client.job(job_id).to_dict() for job_id in (ticket.id, other.id)]
     for job in jobs:
-        for name in ("created_at", "enqueued_at", "data", "description"):
+        for name in ("created_at", "enqueued_at", "last_heartbeat", "data", "description"):
             assert job.pop(name)
     assert jobs[0] == jobs[1]
 

@@ -15,6 +15,7 @@ from producer import AsyncCancelClient, CancelClient, CancelRequest, OutcomeKind
 from producer.keys import JobField
 from tests.servers import Peek, Proxy, Valkey, Workers, eventually, stopped
 from worker.sandbox.control import PlacedOrder, RunningExchange
+from worker.sandbox.faults import Fault
 
 X = "stop-1"
 #: Where an order's open job is noted, by a client id as former versions did.
@@ -90,6 +91,25 @@ def test_one_call_makes_one_job(workers: Workers, client: CancelClient, exchange
     workers.start(WORKER_CONCURRENCY="1")
     assert tickets[0].wait(10).kind is OutcomeKind.CANCELLED
     assert tickets[1].wait(10).kind is OutcomeKind.ALREADY_CANCELLED
+
+
+def test_a_clock_that_is_being_measured_is_waited_for(
+    workers: Workers, client: CancelClient, exchange: RunningExchange
+) -> None:
+    """An order is found by its client id while the worker measures the exchange's clock anew: it is not left alone."""
+    workers.start()
+    sought, refused = exchange.add_orders(8), exchange.add_orders(1)
+    for order in sought:
+        exchange.script_faults(order.algo_id, [Fault.INTERNAL_503])  # then the worker looks for it
+    exchange.script_faults(refused[0].algo_id, [Fault.AHEAD_1021])  # then it measures
+    time.sleep(1)
+    exchange.set_latency_ms(400)
+
+    tickets = client.cancel_many(CancelRequest(None, order.client_algo_id) for order in sought)
+    time.sleep(0.3)  # refused while the others' questions are out
+    tickets.append(client.cancel(algo_id=refused[0].algo_id))
+
+    assert {ticket.wait(20).kind for ticket in tickets} == {OutcomeKind.CANCELLED}
 
 
 # ---- nothing points to them -----------------------------------------------------------------------------------------

@@ -242,6 +242,36 @@ def test_no_more_connections_are_kept_than_allowed(loop_bench: Bench, credential
     until(lambda: len(ended) == server.connections - 2)
 
 
+def test_closed_connections_take_no_place_in_the_pool(loop_bench: Bench, credential: Credential) -> None:
+    """Idle connections that the exchange closed do not keep others from being kept."""
+    close_first = threading.Event()
+    closed_first = threading.Event()
+
+    def behave(peer: Peer) -> None:
+        while head := peer.read_head():
+            if b"algoId=1&" in head:  # it becomes idle first
+                peer.send(http_answer())
+                assert close_first.wait(5)
+                peer.sock.close()
+                closed_first.set()
+                return
+            time.sleep(0.1)
+            peer.send(http_answer())
+
+    server, client = loop_bench.to(behave, pool_size=2)
+
+    async def calls() -> None:
+        await several(client, credential, 2)
+        close_first.set()
+        await passed(closed_first.is_set)
+        await asyncio.sleep(0.05)
+        for _ in range(2):
+            await several(client, credential, 2, 10)
+
+    client.run(calls())
+    assert server.connections == 3
+
+
 def test_closed_client_sends_nothing(bench: Bench, credential: Credential) -> None:
     """After close() calls fail as not sent."""
     server, client = bench.to(answering(http_answer()))
@@ -365,6 +395,7 @@ class OneConnection:
         self._tls = authority.server_context(LOOPBACK)
         self._go = threading.Event()
         self._credential = credential
+        self.surplus = b""  # follows each answer
         self.server = bench.server(self._behave)
         url = f"https://127.0.0.1:{self.server.port}"
         self.client = bench.client(url, ca_file=authority.ca_file, patience_s=1)
@@ -377,6 +408,9 @@ class OneConnection:
             while peer.read_head():
                 assert self._go.wait(5)
                 peer.send(http_answer())
+                if self.surplus:
+                    time.sleep(0.1)
+                    peer.send(self.surplus)
 
     async def first(self) -> Answer | None:
         """A call that is answered when :meth:`second` waits for a connection."""
@@ -434,6 +468,21 @@ def test_call_whose_time_is_over_is_not_sent(one_connection: OneConnection) -> N
         await one.first()
         time.sleep(1.1)  # the first call's connection is its by now, and the loop stands still
         failed(await waiting, seen=False, reason="not sent: TimeoutError")
+
+    one.client.run(calls())
+    assert (one.server.used, one.client.requests_sent) == ([1], 1)
+
+
+def test_connection_that_gets_an_unasked_answer_when_it_is_handed_on(one_connection: OneConnection) -> None:
+    """Nor is it used if the unasked answer comes between one call and the next, and the loop has not seen it yet."""
+    one = one_connection
+    one.surplus = http_answer(b"unasked")
+
+    async def calls() -> None:
+        waiting = asyncio.create_task(one.second())
+        await one.first()
+        time.sleep(0.3)  # the first call's connection is the second's by now, and the loop stands still
+        failed(await waiting, seen=False, reason="not sent: ConnectionResetError")
 
     one.client.run(calls())
     assert (one.server.used, one.client.requests_sent) == ([1], 1)

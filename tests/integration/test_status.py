@@ -295,7 +295,8 @@ def test_the_age_of_the_oldest_is_how_long_it_waits_for_a_worker(
 
     assert holder.claimed(0).leases == []  # it has fallen due, and there is no slot for it
 
-    assert (client.status().queued, client.status().oldest_queued_s) == (1, pytest.approx(0, abs=1))
+    assert client.status().queued == 1
+    assert client.status().oldest_queued_s == pytest.approx(0, abs=1)
 
 
 @pytest.mark.parametrize("options", CONNECTIONS)
@@ -306,7 +307,8 @@ def test_a_status_is_the_same_on_every_kind_of_connection(
     orders(client, 3)
     age(peek, 20_000)
     with CancelClient(redis.Redis(port=valkey.port, socket_timeout=2, **options)) as mine:
-        assert (mine.status().queued, mine.status().oldest_queued_s) == (3, pytest.approx(20, abs=1))
+        assert mine.status().queued == 3
+        assert mine.status().oldest_queued_s == pytest.approx(20, abs=1)
 
 
 def test_what_only_rqs_lists_know_is_counted_too(
@@ -326,7 +328,8 @@ def test_what_only_rqs_lists_know_is_counted_too(
     holder = open_holder()
     holder.ask(holder.store.tidy(0, 0))
     seen = client.status()
-    assert (seen.queued, seen.scheduled, seen.oldest_queued_s) == (2, 1, pytest.approx(0, abs=1))
+    assert (seen.queued, seen.scheduled) == (2, 1)
+    assert seen.oldest_queued_s == pytest.approx(0, abs=1)
 
 
 def test_a_status_measures_the_last_minute(
@@ -343,6 +346,7 @@ def test_a_status_measures_the_last_minute(
     connection.hset(Keys.gate("elsewhere"), "until_ms", 4_000_000_000_000)
     host = client.status().workers[0].host
     connection.hset(Keys.gate(host), "until_ms", 4_000_000_000_000)
+    eventually(lambda: client.status().workers[0].ok == 4, 5, "the worker has told of its jobs")
 
     seen = client.status()
 

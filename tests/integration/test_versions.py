@@ -53,14 +53,16 @@ LASTING = {
 def old_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages of version 0.1, taken from the history of this checkout."""
     command = ["git", "archive", OLD_COMMIT, "producer", "worker", "pyproject.toml"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-    if done.returncode:
-        why = f"version 0.1 ({OLD_COMMIT}) is not in the history of this checkout: {done.stderr.decode().strip()}"
+    try:
+        packages = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr.decode().strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
+        why = f"version 0.1 (commit {OLD_COMMIT}) cannot be taken from the history of this checkout: {said}"
         if os.environ.get("CI") == "true":
             pytest.fail(f"{why}; check out the whole history")
         pytest.skip(why)
     directory = tmp_path_factory.mktemp("version-0.1")
-    with tarfile.open(fileobj=BytesIO(done.stdout)) as archive:
+    with tarfile.open(fileobj=BytesIO(packages)) as archive:
         archive.extractall(directory, filter="data")
     return directory
 

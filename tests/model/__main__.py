@@ -49,7 +49,7 @@ def drive(seed: int, steps: int) -> bool:
             print(f"seed {seed}, step {driver.world.step}: {finding}", *driver.world.trace(finding.job_id), sep="\n  ")  # noqa: T201
             return False
         finally:
-            driver.world.close()
+            driver.close()
     counts = ", ".join(f"{name} {count}" for name, count in sorted(driver.count.items()))
     print(f"seed {seed}: {steps} steps in {time.monotonic() - began:.0f} s, no rule broken; {counts}", flush=True)  # noqa: T201
     return True

@@ -13,6 +13,7 @@ from producer import OutcomeKind
 from producer.keys import Band
 from producer.message import decode_attempts
 from tests.model.holders import WatchedStore
+from tests.model.processes import Fleet
 from tests.model.rq_steps import RQ, clean_late
 from tests.model.rules import Finding
 from tests.model.steps import OURS, Step, claim_by, complete_all, done, expire_hold, grow_old, repeat_call, resume, tidy
@@ -23,6 +24,8 @@ from tests.model.world import World
 _CHECK_EVERY, _FORGET_EVERY = 3, 50
 #: So many jobs are kept while the driver goes on; beyond it the ended ones are forgotten.
 _MOST_JOBS = 100
+#: How often stock worker processes come, beside other steps: some fifteen times in 10,000.
+PROCESSES = 0.15
 #: Rounds in which a queue must be drained.
 _DRAIN_ROUNDS = 300
 #: Keys that may last: RQ's sets, lists and registries, our ledger.
@@ -30,19 +33,25 @@ _LASTING = ("rq:queues", "rq:workers", "rq:wip:", "rq:failed:", "rq:finished:", 
 
 
 class Driver:
-    """Drives one world by ``chance``."""
+    """Drives one world by ``chance``. ``processes``: how often stock worker processes come, beside other things."""
 
-    def __init__(self, port: int, chance: Random, steps: tuple[Step, ...] = OURS + RQ + STOCK) -> None:
+    def __init__(self, port: int, chance: Random, *, processes: float = PROCESSES) -> None:
         self.world = World(port, chance)
         self.world.meanwhile = self._meanwhile
-        self._steps = steps
-        self._nested = tuple(step for step in steps if step.may_nest)
+        self.fleet = Fleet(self.world)
+        self._steps = (*OURS, *RQ, *STOCK, self.fleet.step(processes))
+        self._nested = tuple(step for step in self._steps if step.may_nest)
         self._trouble: BaseException | None = None
 
     @property
     def count(self) -> Counter[str]:
         """What happened, by kind."""
         return self.world.count
+
+    def close(self) -> None:
+        """End its processes, and part with the server."""
+        self.fleet.close()
+        self.world.close()
 
     def run(self, steps: int) -> Iterator[int]:
         """Take so many steps and drain the queue; gives the number of each step, for who shows progress.
@@ -125,7 +134,7 @@ class Driver:
         for job_id in [job.id for job in world.model.jobs.values() if job.hold is not None]:
             expire_hold(world, job_id)
         self._let_time_pass()
-        leases = claim_by(world, store, 50)
+        leases = claim_by(world, store, 50, look_closely=True)
         tidy(world)
         world.check()
         return leases == 0 and not world.open_jobs() and world.link.ask_now(store.is_drained())
@@ -161,7 +170,8 @@ class Driver:
                 raise world.model.finding(1, job.id, f"has {job.run} runs and these outcomes", job.outcomes)
         for key in world.lasting_keys():
             if not key.startswith(_LASTING) and key != world.keys.outcomes:
-                raise world.model.finding(12, key.rpartition(":")[2], "lasts for ever", key)
+                held = world.plain.hgetall(key) if world.plain.type(key) == "hash" else ""
+                raise world.model.finding(12, key.rpartition(":")[2], "lasts for ever", key, held)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ time to time what stands in Redis. It raises :class:`Finding` where one of these
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from producer.keys import Band
@@ -123,6 +124,7 @@ class Model:
         self.pointers: dict[str, str] = {}
         self.ledger: set[tuple[str, int]] = set()
         self.forgotten: set[str] = set()  # ended, expired, and of no interest any more
+        self.leaving = Counter[str]()  # RQ is about to take them off the FailedJobRegistry
         self.is_blind = False  # processes are at work that do not tell what they do
         self.first: Finding | None = None  # RQ's code, through which it may pass, swallows whatever is raised
         self._deadline_ms = deadline_ms
@@ -159,7 +161,7 @@ class Model:
     def _joined(self, job: Job, asked: Asked, now_ms: int) -> None:
         if not asked.joins:
             raise self.finding(8, job.id, "of an earlier call is joined by client id alone", asked.order)
-        if job.done and not job.is_deleted:
+        if job.done and not job.is_deleted and not (self.is_blind and not job.left_failed):
             if not job.left_failed:
                 raise self.finding(8, job.id, "is joined though it has ended", job.done)
             self._start_run(job, now_ms)
@@ -167,6 +169,7 @@ class Model:
     def retried(self, job_id: str, now_ms: int) -> None:
         """The client's retry said that it has started the job."""
         job = self._known(job_id)
+        job.left_failed = job.left_failed or self.is_blind  # it may have failed since it was looked at
         if job.done:
             if job.done not in FAILED:
                 raise self.finding(6, job_id, "is retried though it ended well", job.done)
@@ -274,7 +277,8 @@ class Model:
             raise self.finding(2, job.id, f"run {run} ends twice", job.outcomes[run], kind)
         job.outcomes[run] = job.done = kind
         job.hold, job.attempts, job.due_ms = None, 0, 0
-        job.left_failed = job.is_recalled = job.is_surely_recalled = False
+        job.left_failed = self.leaving[job.id] > 0 or (job.left_failed and self.is_blind)
+        job.is_recalled = job.is_surely_recalled = False
         if self.pointers.get(job.order) == job.id and kind not in FAILED:  # RQ may put a failed job back
             del self.pointers[job.order]
 
@@ -321,7 +325,7 @@ class Model:
         if not self.is_blind and not job.is_deleted:
             raise self.finding(1, job.id, f"run {outcome.run} has an outcome of nobody", outcome.kind)
         if not job.is_deleted:
-            self._run_is(job, outcome.run, outcome.finished_at_ms)
+            self._run_is(job, outcome.run, 0)
         self._settle(job, outcome.run, outcome.kind.value)
 
     def seen(self, seen: Seen, now_ms: int, *, is_in_rqs_hands: bool = False) -> None:
@@ -360,7 +364,9 @@ class Model:
             return
         if seen.lease != (job.hold.token if job.hold else ""):
             self._losing(job, now_ms)
-            job.hold = Hold(seen.lease, seen.score or 0, is_foreign=True) if seen.lease else None
+            job.hold = Hold(seen.lease, 0, is_foreign=True) if seen.lease else None
+        if job.hold is not None and job.hold.is_foreign:
+            job.hold.ends_ms = seen.score or 0
         shown = len(decode_attempts(seen.attempts))
         if shown < job.attempts:
             raise self.finding(5, job.id, f"has {shown} attempts, {job.attempts} were made")

@@ -74,6 +74,7 @@ def repeat_call(world: World) -> None:
 
 def retry(world: World) -> None:
     """The client's retry, of failed jobs and of others."""
+    world.catch_up()
     model, now_ms = world.model, world.now_ms()
     failed = set(world.plain.zrange(world.keys.failed, 0, -1))
     known = [job for job in model.jobs.values() if not job.is_expired and not job.is_deleted]
@@ -83,7 +84,6 @@ def retry(world: World) -> None:
         chosen.append(world.chance.choice(known))
     ids = list(dict.fromkeys(job.id for job in chosen))
     started = world.client.retry(ids, missing_ok=True) if ids else []
-    world.catch_up()
     for job in chosen:
         if job.id in started:
             world.note(job.id, "is retried by the client")
@@ -91,26 +91,26 @@ def retry(world: World) -> None:
             world.count["retries by the client"] += 1
         elif job.done in FAILED and job.id in failed and not model.is_blind:
             raise world.model.finding(6, job.id, "has failed, and cannot be retried", job.done)
-    started.clear()
 
 
 # -- our holders ------------------------------------------------------------------------------------------------------
 
 
 def claim(world: World) -> None:
-    """A holder claims, and hears what it was given or not."""
+    """A holder claims in one of the ways that a worker does, and hears what it was given or not."""
     chance = world.chance
-    store = chance.choice(world.stores)
-    take_lost = chance.random() < 0.9
-    claim_by(world, store, chance.randint(1, 6), take_lost=take_lost, is_heard=chance.random() < 0.92)
+    how = {
+        "bring_back": chance.random() < 0.9,
+        "take_lost": chance.random() < 0.9,
+        "look_closely": chance.random() < 0.5,
+    }
+    claim_by(world, chance.choice(world.stores), chance.randint(1, 6), is_heard=chance.random() < 0.92, **how)
 
 
-def claim_by(world: World, store: WatchedStore, slots: int, *, take_lost: bool = True, is_heard: bool = True) -> int:
-    """Claim for a holder; gives how many leases came."""
+def claim_by(world: World, store: WatchedStore, slots: int, *, is_heard: bool = True, **how: bool) -> int:
+    """Claim for a holder, ``how`` as :meth:`Store.claim` has it; gives how many leases came."""
     world.catch_up()
-    closely = world.chance.random() < 0.5
-    request = store.claim(slots, wait=False, take_lost=take_lost, look_closely=closely)
-    claimed = world.link.ask_now(request)
+    claimed = world.link.ask_now(store.claim(slots, wait=False, **how))
     if claimed.damaged:
         raise world.model.finding(1, claimed.damaged[0], "is said to be damaged", claimed.damaged)
     world.count["leases"] += len(claimed.leases)
@@ -315,13 +315,19 @@ def expire_hold(world: World, job_id: str) -> None:
 
 
 def expire_keys(world: World) -> None:
-    """Keys of ended jobs run out: the hash and RQ's result first, the record later."""
+    """Keys of ended jobs run out: the record, or the hash with RQ's result."""
     busy = {hand.lease.id for hand in world.hands}
     asked = {own_id for call in world.unheard for own_id, _ in call.rows}
     for job in list(world.model.jobs.values()):
         if not job.done or job.left_failed or job.is_deleted or job.id in busy or world.chance.random() > 0.1:
             continue
-        if job.id in asked or world.in_rqs_hands[job.id] or job.id in world.left_behind:
+        if world.in_rqs_hands[job.id] or job.id in world.left_behind:
+            continue
+        if world.chance.random() < 0.3:
+            if job.id not in asked:
+                job.record_is_expired = True
+                world.plain.delete(world.keys.outcome_prefix + job.id)
+                world.note(job.id, "its record has run out")
             continue
         job.is_expired = True
         world.plain.delete(world.keys.job_prefix + job.id, world.keys.result_prefix + job.id)

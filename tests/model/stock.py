@@ -21,6 +21,7 @@ import rq
 from rq import Queue, SimpleWorker
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.utils import now, utcformat
 from rq.worker import BaseWorker
 
 import worker.task as task
@@ -36,6 +37,8 @@ from worker.wiring import lease_of
 
 #: Share of the horses and of the parents that are killed, and the round trips after which that happens at the latest.
 _KILLED, _TRIPS = 0.35, 30
+#: Share of those that are told to leave before they begin.
+_LEAVING = 0.1
 _SIGKILL = 9
 OTHER_QUEUE = "others"
 
@@ -110,7 +113,7 @@ class Forking(rq.Worker):
 
 
 @cache
-def _settings(url: str) -> Settings:
+def settings_for(url: str) -> Settings:
     """Those of the stock workers."""
     return Settings.from_env(
         {
@@ -148,17 +151,18 @@ def _task(world: World, settings: Settings, life: Life) -> Iterator[None]:
 class Visit:
     """One stock worker that takes one job."""
 
-    def __init__(self, world: World, settings: Settings, queues: list[str]) -> None:
+    def __init__(self, world: World, settings: Settings, queues: list[str], killed: float = _KILLED) -> None:
         self._world = world
         self._settings = settings
         self._queues = queues
+        self._killed = killed
         self._name = f"stock{world.step}-{world.chance.randrange(10**6)}"
         self._popped = ""
         self._is_whole = True  # nothing of it was killed
 
     def work(self, kind: type[SimpleWorker] | type[Forking]) -> None:
         """Be born, take one job, and go."""
-        life = _life(self._world)
+        life = self._life()
         self._world.model.rq_writes()
         try:
             with self._worker(kind, life) as it, _task(self._world, self._settings, life):
@@ -186,12 +190,14 @@ class Visit:
         popped = it.dequeue_job_and_maintain_ttl(None)
         if popped is not None:
             self._pops(popped[0].id)
+            if self._world.chance.random() < _LEAVING:
+                self._world.plain.hset(it.key, "shutdown_requested_date", utcformat(now()))
             it.execute_job(*popped)
             it.heartbeat()
         it.register_death()
 
     def _ride(self, parent: Forking, job: Job, queue: Queue) -> int:
-        life, world = _life(self._world), self._world
+        life, world = self._life(), self._world
         try:
             with (
                 self._worker(rq.Worker, life, prepare_for_work=False) as horse,
@@ -207,6 +213,10 @@ class Visit:
             world.note(job.id, f"{self._name}'s horse is killed")
             world.count["horses killed"] += 1
             return _SIGKILL
+
+    def _life(self) -> Life:
+        chance = self._world.chance
+        return Life(self._world, chance.randint(0, _TRIPS) if chance.random() < self._killed else None)
 
     def _pops(self, job_id: str) -> None:
         self._popped = job_id
@@ -224,14 +234,9 @@ class Visit:
         world.count["jobs popped by stock workers"] += 1
 
 
-def _life(world: World) -> Life:
-    is_killed = world.chance.random() < _KILLED
-    return Life(world, world.chance.randint(0, _TRIPS) if is_killed else None)
-
-
 def _steps(world: World, kind: type[SimpleWorker] | type[Forking]) -> None:
     queues = [QUEUE] if world.chance.random() < 0.6 else [QUEUE, OTHER_QUEUE]
-    Visit(world, _settings(world.url), queues).work(kind)
+    Visit(world, settings_for(world.url), queues).work(kind)
 
 
 def simple(world: World) -> None:

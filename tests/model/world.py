@@ -174,22 +174,22 @@ class World:
     # -- what stands in Redis --
 
     def catch_up(self) -> None:
-        """Learn what processes did that tell nothing."""
+        """Learn what processes did that tell nothing. The answer that is judged next may have moved a pointer."""
         if self.model.is_blind:
-            self.check()
+            self.check(pointers=False)
 
-    def check(self) -> None:
+    def check(self, *, pointers: bool = True) -> None:
         """Show the model what stands in Redis."""
         model = self.model
         ids = [job.id for job in model.jobs.values() if not job.is_expired]
-        orders = sorted({job.order for job in model.jobs.values() if ":a:" in job.order})
-        now_ms, ledger, pointers, rows = self._looked(orders, ids)
+        orders = sorted({job.order for job in model.jobs.values() if ":a:" in job.order}) if pointers else []
+        now_ms, ledger, led_to, rows = self._looked(orders, ids)
         for position, fields in ledger:
             self._ledger_at = f"({position}"
             model.recorded(decode_outcome(dict(zip(fields[::2], fields[1::2], strict=True))["outcome"]))
         for seen in map(_seen, ids, rows):
             self._show(seen, now_ms)
-        for order, job_id in zip(orders, pointers, strict=True):
+        for order, job_id in zip(orders, led_to, strict=True):
             model.leads_to(order, job_id)
 
     def _looked(self, orders: list[str], ids: list[str]) -> Any:

@@ -315,13 +315,14 @@ def test_a_clock_that_was_set_is_followed_at_once(jump_ms: int) -> None:
     assert world.server.now_ms() == world.exchange.now_ms - BEHIND_MS
 
 
-def test_dropped_samples_are_forgotten() -> None:
-    """After a clock refusal nothing measured before counts, however quick it was."""
+def test_doubted_samples_prove_nothing() -> None:
+    """After a clock refusal nothing is compared before the next sample, which counts alone, however slow it was."""
     world = World(500)
     world.measure(0, 0)
-    world.server.drop_samples()
+    before_ms = world.server.now_ms()
+    world.server.doubt()
     assert (world.server.measured, world.server.age_s, world.server.bounds()) == (False, None, None)
-    assert world.server.now_ms() == world.wall_ms
+    assert world.server.now_ms() == before_ms
     world.exchange.ahead_ns = 510 * MS
     world.measure(30, 30)
     assert world.server.offset_ms == 510
@@ -400,13 +401,13 @@ def test_a_lease_is_counted_from_when_the_script_can_have_run() -> None:
 
 
 def test_another_redis_is_another_clock() -> None:
-    """After a failover to a server an hour behind, the first answer moves the time, and dropping forgets at once."""
+    """After a failover to a server an hour behind the first answer moves the time; what is doubted proves nothing."""
     world = World()
     world.hear(1, 1)
     world.redis.ahead_ns = -3_600_000 * MS
     world.hear(5, 5)
     assert world.redis.now_ms - 5 <= world.redis_clock.now_ms() <= world.redis.now_ms
-    world.redis_clock.drop_samples()
+    world.redis_clock.doubt()
     assert (world.redis_clock.measured, world.redis_clock.latest_ms()) == (False, None)
 
 
@@ -548,7 +549,7 @@ print(COUNTS_SLEEP)
 
 
 def test_threads_share_the_clock() -> None:
-    """While some threads add and drop samples, others always read one of the two true times."""
+    """While some threads add and doubt samples, others always read one of the two true times."""
     world = World(1_000)
     allowed = {START_MS, START_MS + 1_000 - BEHIND_MS}
     seen: set[int] = set()
@@ -557,7 +558,7 @@ def test_threads_share_the_clock() -> None:
     def write() -> None:
         while not stop.is_set():
             world.server.add_sample(world.local_ns, world.local_ns, world.exchange.now_ms)
-            world.server.drop_samples()
+            world.server.doubt()
 
     def read() -> None:
         for _ in range(5_000):

@@ -15,11 +15,13 @@ for i = 4 + fields, #ARGV, 2 do
   end
 end
 write('ZADD', UNFINISHED, leases)
-local is_unknown = redis.call('EXISTS', ARGV[1]) == 0
+local kind = redis.call('TYPE', ARGV[1]).ok
+local is_unknown = kind ~= 'hash' -- RQ could not read one that has these fields alone
+if is_unknown and kind ~= 'none' then put_aside(ARGV[1]) end
 if fields > 0 and not is_unknown then
-  on('HSET', ARGV[1], 'last_heartbeat', now.stamp(), unpack(ARGV, 4, 3 + fields))
+  redis.call('HSET', ARGV[1], 'last_heartbeat', now.stamp(), unpack(ARGV, 4, 3 + fields))
   redis.call('EXPIRE', ARGV[1], ARGV[2])
 end
 local gate = redis.pcall('HGET', GATE, 'until_ms')
-return {now.text, type(gate) == 'string' and gate or '', redis.call('EXISTS', SUSPENDED), is_unknown and 1 or 0,
-  set_aside, unpack(lost)}
+gate = type(gate) == 'string' and job.whole(gate) and gate or ''
+return {now.text, gate, redis.call('EXISTS', SUSPENDED), is_unknown and 1 or 0, set_aside, lost}
