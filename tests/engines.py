@@ -232,10 +232,15 @@ class Answerer:
         return Counter("time" if asked.path.endswith("/time") else asked.method for asked in list(self.asked))
 
     def _serve(self, peer: Peer) -> None:
-        if self.tls is not None:
-            if peer.number > self.opened:
-                self.may_open.wait(HELD_S)
-            peer.sock = self.tls.wrap_socket(peer.sock, server_side=True)
+        if self.tls is None:
+            self._answer(peer)
+            return
+        if peer.number > self.opened:
+            self.may_open.wait(HELD_S)
+        with self.tls.wrap_socket(peer.sock, server_side=True) as peer.sock:
+            self._answer(peer)
+
+    def _answer(self, peer: Peer) -> None:
         while head := peer.read_head().decode():
             method, target, *_ = head.split()
             path, _, query = target.partition("?")

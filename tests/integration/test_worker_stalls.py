@@ -1,0 +1,221 @@
+"""Worker processes that stand still, or are held up: nobody reads their stdout, their loop hangs, Redis or the exchange
+say nothing at their start, they are stopped for longer than their leases."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from producer import CancelClient, OutcomeKind
+from tests.fault.conftest import name_of, state
+from tests.integration.conftest import NewFleet
+from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
+from tests.servers import Peek, TurnCounter, Worker, Workers, eventually
+from worker.sandbox.control import RunningExchange
+from worker.sandbox.faults import Fault
+
+#: How long a stop may take that has nothing to wait for, s: RQ's thread for commands looks once a second.
+SOON_S = 3.0
+
+
+# ---- nobody reads ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unread() -> Iterator[tuple[int, int]]:
+    """A pipe's two ends: its buffer is as small as it can be, and full."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x" * select.PIPE_BUF):
+            pass
+    os.set_blocking(writer, True)
+    yield reader, writer
+    for end in (reader, writer):
+        os.close(end)
+
+
+def test_a_worker_that_nobody_reads_goes_on(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek, unread: tuple[int, int]
+) -> None:
+    """A worker whose stdout is a full pipe serves its queue, keeps its leases from a peer, and leaves with 0."""
+    mute = workers.start(LOG_LEVEL="DEBUG", LEASE_S="1", wait=False, stdout=unread[1])
+    eventually(lambda: peek("SCARD", "rq:workers") == 1, 20, "it works")
+    assert {outcome.kind for outcome in outcomes(client, cancel_all(client, opened(exchange, 500)))} == {
+        OutcomeKind.CANCELLED
+    }
+    exchange.set_latency_ms(3000)
+    slow = cancel_all(client, opened(exchange, 8))
+    eventually(lambda: len(peek.held()) == 8, what="all are under way")
+    exchange.set_latency_ms(0)
+    workers.start(LEASE_S="1")  # it would take over whatever is not renewed
+
+    assert {tuple(steps(outcome)) for outcome in outcomes(client, slow)} == {("confirmed",)}
+    assert mute.stop() == 0
+    assert mute.output() == ""  # its errors
+
+
+# ---- a loop that hangs ----------------------------------------------------------------------------------------------
+
+#: The worker's own command line; its loop hangs right behind its first DELETE, and its watchdog looks more often.
+HANGING = """
+import asyncio, time
+import worker.runner, worker.transport_asyncio
+from worker.__main__ import start
+worker.runner._STUCK_LOOKS, worker.runner._STUCK_LOOK_S = 8, 0.25
+send = worker.transport_asyncio.AsyncioTransport.send
+async def hanging(self, make, patience_s):
+    def noted():
+        request = make()
+        if request is not None and request.method == "DELETE":
+            asyncio.get_running_loop().call_soon(time.sleep, 3600)
+        return request
+    return await send(self, noted, patience_s)
+worker.transport_asyncio.AsyncioTransport.send = hanging
+start()
+"""
+
+
+def test_a_loop_that_hangs_ends_its_process_and_its_jobs_go_to_a_peer(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A worker that stands still ends with 70 and says where it stood; a peer has taken its jobs over long before."""
+    hanging = workers.start(command=(sys.executable, "-c", HANGING), LEASE_S="1")
+    tickets = cancel_all(client, opened(exchange, 5))
+    eventually(lambda: sum(entry.deletes for entry in exchange.book().values()), what="the first one is sent")
+    peer = workers.start(LEASE_S="1")
+
+    found = outcomes(client, tickets)
+    assert {(outcome.kind, outcome.worker) for outcome in found} == {(OutcomeKind.CANCELLED, name_of(peer))}
+    assert {outcome.attempts[0].msg for outcome in found} == {"worker lost"}
+    assert once_each(peek, tickets)
+    assert hanging.process.wait(10) == 70
+    assert "event=defect where=loop" in hanging.output()
+    assert "event=stands thread=MainThread" in hanging.output()
+    assert peer.process.poll() is None
+
+
+# ---- a stop in the middle of the start ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """Who connects here is connected, and hears nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        yield listener
+
+
+def address(listener: socket.socket) -> str:
+    """Where it listens."""
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def leaves_soon(worker: Worker, how: signal.Signals) -> None:
+    """See that a signal ends it in order."""
+    began = time.monotonic()
+    assert worker.stop(how) == 0
+    assert time.monotonic() - began < SOON_S
+    assert "Traceback" not in worker.output()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stop_while_redis_says_nothing(how: signal.Signals, new_fleet: NewFleet, silent: socket.socket) -> None:
+    """A worker that has only just connected to a Redis which says nothing leaves when it is told to."""
+    worker = new_fleet(REDIS_URL=f"redis://{address(silent)}/0").start(wait=False)
+    with silent.accept()[0]:
+        leaves_soon(worker, how)
+    assert events(worker, "started") == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_while_the_exchange_says_nothing(
+    how: signal.Signals, new_fleet: NewFleet, silent: socket.socket, peek: Peek
+) -> None:
+    """A worker that asks a silent exchange for its time leaves when it is told to, and RQ forgets it."""
+    worker = new_fleet(BINANCE_BASE_URL=f"http://{address(silent)}").start(wait=False)
+    with silent.accept()[0]:
+        leaves_soon(worker, how)
+    assert peek("SCARD", "rq:workers") == 0
+
+
+def test_a_stop_at_any_moment_of_the_start(new_fleet: NewFleet, peek: Peek) -> None:
+    """A worker that is told to stop while it starts does so in order, or has not begun: nothing of it is left."""
+    fleet = new_fleet()
+    moments: list[float] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+    ends = []
+    for moment in moments:
+        worker = fleet.start(wait=False)
+        time.sleep(moment)
+        ends.append(worker.stop(signal.SIGTERM, timeout_s=SOON_S))
+        assert "Traceback" not in worker.output()
+
+    assert set(ends) <= {0, -signal.SIGTERM}
+    assert peek("SCARD", "rq:workers") == 0
+
+
+# ---- signals with jobs in hand --------------------------------------------------------------------------------------
+
+
+def test_a_terminal_that_is_closed_stops_in_order(
+    workers: Workers, client: CancelClient, exchange: RunningExchange
+) -> None:
+    """SIGHUP is a stop like any other: answers under way are waited for and recorded."""
+    worker = workers.start()
+    exchange.set_latency_ms(700)
+    (algo_id,) = opened(exchange, 1)
+    ticket = client.cancel(algo_id=algo_id)
+    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
+
+    assert worker.stop(signal.SIGHUP) == 0
+
+    outcome = client.outcome(ticket.id)
+    assert outcome is not None
+    assert steps(outcome) == ["confirmed"]
+
+
+# ---- stopped for longer than its leases -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment_s", [0.0, 0.15, 0.3])
+def test_a_woken_worker_sends_nothing_for_what_it_lost(
+    moment_s: float, workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A worker that is stopped under load, with claims, calls and retries on their way, and wakes when others have done
+    its work, sends nothing more for any of it."""
+    with TurnCounter(int(exchange.url.rpartition(":")[2])) as way:
+        url = f"http://127.0.0.1:{way.port}"
+        sleeper = workers.start(
+            BINANCE_BASE_URL=url, LEASE_S="1", WORKER_CONCURRENCY="16", BACKOFF_BASE_MS="200", BACKOFF_CAP_MS="200"
+        )
+        exchange.set_latency_ms(50)
+        algo_ids = opened(exchange, 400)
+        for algo_id in algo_ids[::3]:
+            exchange.script_faults(algo_id, [Fault.UNKNOWN_503])
+        for algo_id in algo_ids[1::3]:
+            exchange.script_faults(algo_id, [Fault.UNAVAILABLE_503])
+        tickets = cancel_all(client, algo_ids)
+        eventually(lambda: len(peek.ledger()) > 50, what="it is at work")
+        time.sleep(moment_s)
+        sleeper.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: state(sleeper.process.pid) == "T", what="it stands still")
+        peer = workers.start(LEASE_S="1")
+        found = outcomes(client, tickets, 40)
+        assert name_of(peer) in {outcome.worker for outcome in found}
+        records, sent = len(peek.ledger()), way.turns
+
+        sleeper.process.send_signal(signal.SIGCONT)
+        time.sleep(1.5)  # longer than its looks at Redis
+
+        assert way.turns == sent
+        assert len(peek.ledger()) == records
+        assert once_each(peek, tickets)
+        assert sleeper.stop() == 0
