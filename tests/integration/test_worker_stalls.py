@@ -16,9 +16,10 @@ import pytest
 
 from producer import CancelClient, OutcomeKind
 from tests.fault.conftest import name_of, state
+from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import Peek, TurnCounter, Worker, Workers, eventually
+from tests.servers import Peek, TurnCounter, Valkey, Worker, Workers, eventually
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -144,6 +145,16 @@ def test_a_stop_while_the_exchange_says_nothing(
     worker = new_fleet(BINANCE_BASE_URL=f"http://{address(silent)}").start(wait=False)
     with silent.accept()[0]:
         leaves_soon(worker, how)
+    assert peek("SCARD", "rq:workers") == 0
+
+
+def test_a_stop_while_it_joins_leaves_nothing_of_it_in_rq(new_fleet: NewFleet, valkey: Valkey, peek: Peek) -> None:
+    """A worker that is told to stop in the middle of its registration is forgotten by RQ all the same."""
+    with Proxy(valkey.port) as proxy:
+        proxy.latency(250)
+        worker = new_fleet(REDIS_URL=proxy.redis_url).start(wait=False)
+        eventually(lambda: peek("SCARD", "rq:workers"), 20, "RQ knows it")
+        leaves_soon(worker, signal.SIGTERM)
     assert peek("SCARD", "rq:workers") == 0
 
 
