@@ -99,7 +99,7 @@ class CancelWorker(BaseWorker):
     # -- one life --
 
     async def _live(self, burst: bool) -> int:
-        self._loop, self._woken = asyncio.get_running_loop(), asyncio.Event()
+        self._woken = asyncio.Event()
         self._exchange, self._server_clock = open_exchange(self._settings)
         self._store = open_store(self._settings, self.name, self.queues[0].name)
         self._rest = open_link(self.connection)
@@ -114,6 +114,9 @@ class CancelWorker(BaseWorker):
             lease_s=lease_of(self._settings),
             life_s=self.worker_ttl + 60,
         )
+        self._loop = asyncio.get_running_loop()  # signals find all of the above from now on
+        if self._stop.is_set():
+            self._woken.set()
         self._watchdog.start()
         self._tick()
         try:
@@ -121,6 +124,8 @@ class CancelWorker(BaseWorker):
                 await self._meet_exchange()
                 self._tell_start()
                 await self._work(burst)
+            elif self.birth_date is not None:
+                await self._part(_END_S)
         finally:
             self._exchange.close()
             self._watchdog.stop()
@@ -136,7 +141,7 @@ class CancelWorker(BaseWorker):
         is_away = False
         while not self._stop.is_set():
             try:
-                await self._unless_stopped(in_daemon_thread(self._register, "register"))
+                await self._unless_stopped(in_daemon_thread(self._register, "register"), _END_S)
                 await self._unless_stopped(self._engine.beat(None))
             except redis.AuthenticationError:
                 raise
@@ -211,11 +216,13 @@ class CancelWorker(BaseWorker):
         except redis.RedisError:
             return False
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, object]) -> None:
-        """Wait for something, but not beyond a stop."""
+    async def _unless_stopped(self, work: Coroutine[Any, Any, object], grace_s: float = 0.0) -> None:
+        """Wait for something, but no more than ``grace_s`` beyond a stop."""
         doing, stop = asyncio.create_task(work), asyncio.create_task(self._woken.wait())
         await asyncio.wait({doing, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
+        if grace_s:
+            await asyncio.wait({doing}, timeout=grace_s)
         if doing.done():
             doing.result()
         else:
@@ -338,10 +345,7 @@ class CancelWorker(BaseWorker):
             async with asyncio.timeout(0.5):
                 await self._engine.beat(self._figures())
                 await self._rest.close()
-        # In a thread of its own: while Redis is away it would take longer than there is.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(began + grace_s - _END_S - loop.time(), 0.1)):
-                await in_daemon_thread(self._say_farewell, "farewell")
+        await self._part(max(began + grace_s - _END_S - loop.time(), 0.1))
         log.info(
             "stopped",
             worker=self.name,
@@ -350,6 +354,12 @@ class CancelWorker(BaseWorker):
             seconds=loop.time() - began,
         )
         log.flush(_LAST_LINES_S)
+
+    async def _part(self, within_s: float) -> None:
+        """Leave RQ's registries: in a thread of its own, as while Redis is away it would take longer than there is."""
+        with contextlib.suppress(TimeoutError, RuntimeError):  # no thread is to be had
+            async with asyncio.timeout(within_s):
+                await in_daemon_thread(self._say_farewell, "farewell")
 
     def _say_farewell(self) -> None:
         try:

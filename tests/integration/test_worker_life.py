@@ -166,29 +166,6 @@ def test_paused_worker_is_fenced(workers: Workers, client: CancelClient, exchang
     assert client.cancel(algo_id=algo_id).wait(10).kind is OutcomeKind.CANCELLED  # the sleeper works again
 
 
-def test_woken_worker_sends_nothing_for_a_lost_job(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
-) -> None:
-    """A worker that slept past its lease in the middle of a pursuit does not go on with it."""
-    sleeper = workers.start(LEASE_S="1")
-    (algo_id,) = opened(exchange, 1)
-    exchange.script_faults(algo_id, [Fault.UNKNOWN_503_EXECUTED])
-    exchange.set_latency_ms(500)
-    ticket = client.cancel(algo_id=algo_id)
-    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the cancel is under way")
-    sleeper.process.send_signal(signal.SIGSTOP)
-    exchange.set_latency_ms(0)
-    workers.start(LEASE_S="1")
-    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
-    seen = exchange.book()[algo_id]
-
-    sleeper.process.send_signal(signal.SIGCONT)
-    time.sleep(1)
-
-    assert exchange.book()[algo_id] == seen
-    assert once_each(peek, [ticket])
-
-
 def test_burst_leaves_when_all_is_done(
     workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import redis
 
 from producer import CancelClient, OutcomeKind
 from tests.integration.conftest import NewFleet
-from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import Peek, Valkey, Workers, eventually
+from tests.orders import at_first_try, cancel_all, events, once_each, opened, outcomes, steps
+from tests.servers import Peek, Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -153,3 +155,43 @@ def test_emptied_redis_is_served_again(
     assert client.cancel(algo_id=algo_id).wait(10).kind is OutcomeKind.CANCELLED
     eventually(lambda: connection.scard("rq:workers") == 1, 5, "it is registered again")
     assert worker.stop() == 0
+
+
+# ---- a server that closes idle connections --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(workers: Workers) -> Iterator[Valkey]:
+    """A server for the workers that closes connections on which nothing was asked for two seconds."""
+    with running_valkey("--appendonly", "no", "--timeout", "2") as server:
+        workers.environment["REDIS_URL"] = server.url
+        yield server
+
+
+def assert_untroubled(worker: Worker, seconds: float) -> None:
+    """See that the worker does not speak of Redis for so long."""
+    ends_at = time.monotonic() + seconds
+    while time.monotonic() < ends_at:
+        said = [line for line in worker.output().splitlines() if "event=redis " in line or "event=defect" in line]
+        assert said == []
+        time.sleep(0.1)
+
+
+def test_a_server_that_closes_idle_connections(impatient: Valkey, workers: Workers, exchange: RunningExchange) -> None:
+    """No connection that matters is ever idle for long: waiting or slowly at work, the worker loses none."""
+    worker = workers.start()
+    assert_untroubled(worker, 4)
+    with CancelClient.from_url(impatient.url) as client:
+        for _ in range(6):
+            assert at_first_try(outcomes(client, cancel_all(client, opened(exchange, 1))))
+            assert_untroubled(worker, 0.5)
+    assert worker.stop() == 0
+    assert "event=farewell" not in worker.output()
+
+
+def test_a_server_that_closes_idle_connections_while_nothing_is_claimed(impatient: Valkey, workers: Workers) -> None:
+    """While RQ is suspended a worker still looks by both connections of its loop, and loses neither."""
+    with redis.Redis(port=impatient.port) as connection:
+        connection.config_set("timeout", 3)
+        connection.set("rq:suspended", 1)
+    assert_untroubled(workers.start(), 5.5)

@@ -9,16 +9,20 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from producer import CancelClient, OutcomeKind
+from tests.engines import CLOCK_ERROR, HELD_S, Answerer, Asked, Said, enqueued, well
 from tests.fault.conftest import name_of, state
+from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import Peek, TurnCounter, Worker, Workers, eventually
+from tests.servers import Peek, TurnCounter, Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -147,6 +151,16 @@ def test_a_stop_while_the_exchange_says_nothing(
     assert peek("SCARD", "rq:workers") == 0
 
 
+def test_a_stop_while_it_joins_leaves_nothing_of_it_in_rq(new_fleet: NewFleet, valkey: Valkey, peek: Peek) -> None:
+    """A worker that is told to stop in the middle of its registration is forgotten by RQ all the same."""
+    with Proxy(valkey.port) as proxy:
+        proxy.latency(250)
+        worker = new_fleet(REDIS_URL=proxy.redis_url).start(wait=False)
+        eventually(lambda: peek("SCARD", "rq:workers"), 20, "RQ knows it")
+        leaves_soon(worker, signal.SIGTERM)
+    assert peek("SCARD", "rq:workers") == 0
+
+
 def test_a_stop_at_any_moment_of_the_start(new_fleet: NewFleet, peek: Peek) -> None:
     """A worker that is told to stop while it starts does so in order, or has not begun: nothing of it is left."""
     fleet = new_fleet()
@@ -160,6 +174,62 @@ def test_a_stop_at_any_moment_of_the_start(new_fleet: NewFleet, peek: Peek) -> N
 
     assert set(ends) <= {0, -signal.SIGTERM}
     assert peek("SCARD", "rq:workers") == 0
+
+
+# ---- stops that cannot wait for everything --------------------------------------------------------------------------
+
+
+def leaves_within(worker: Worker, grace_s: float) -> None:
+    """See that a signal ends it within its grace, by itself."""
+    began = time.monotonic()
+    assert worker.stop(timeout_s=grace_s + 6) == 0
+    assert time.monotonic() - began <= grace_s
+    assert "event=stopped" in worker.output()
+    assert "Traceback" not in worker.output()
+
+
+def test_a_stop_while_the_clock_is_measured(new_fleet: NewFleet, client: CancelClient, stack: ExitStack) -> None:
+    """A worker whose orders wait for the exchange's clock leaves within its grace."""
+    has_started, measuring, answers = threading.Event(), threading.Event(), threading.Event()
+
+    def behave(asked: Asked) -> Said:
+        if has_started.is_set() and asked.path.endswith("/time"):
+            measuring.set()
+            answers.wait(HELD_S)
+        return CLOCK_ERROR if asked.algo_id is not None else well(asked)
+
+    server = stack.enter_context(Answerer(behave))
+    stack.callback(answers.set)
+    worker = new_fleet(BINANCE_BASE_URL=server.url, SHUTDOWN_GRACE_S="4").start()
+    has_started.set()
+    enqueued(client, 4)
+    assert measuring.wait(10)
+
+    leaves_within(worker, 4)
+
+
+def test_a_stop_while_redis_stands_still(new_fleet: NewFleet, stack: ExitStack) -> None:
+    """A worker whose Redis stands still leaves within its grace, though it cannot record what was answered."""
+    answers = threading.Event()
+
+    def behave(asked: Asked) -> Said:
+        if asked.algo_id is not None:
+            answers.wait(HELD_S)
+        return well(asked)
+
+    valkey = stack.enter_context(running_valkey("--appendonly", "no"))
+    client = stack.enter_context(CancelClient.from_url(valkey.url))
+    server = stack.enter_context(Answerer(behave))
+    stack.callback(answers.set)
+    worker = new_fleet(REDIS_URL=valkey.url, BINANCE_BASE_URL=server.url, SHUTDOWN_GRACE_S="4").start()
+    enqueued(client, 4)
+    eventually(lambda: server.count()["DELETE"] == 4, what="all are sent")
+    assert valkey.process is not None
+    valkey.process.send_signal(signal.SIGSTOP)
+    stack.callback(valkey.process.send_signal, signal.SIGCONT)
+    answers.set()
+
+    leaves_within(worker, 4)
 
 
 # ---- signals with jobs in hand --------------------------------------------------------------------------------------

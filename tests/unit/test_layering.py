@@ -209,12 +209,28 @@ def test_private_names_would_be_found(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_no_thread_holds_the_process_at_its_end(source: Path) -> None:
+    """Whatever hangs in a thread (a name look-up, a login), the process ends: threads are daemons, and no executor,
+    whose threads are waited for, is used."""
+    for node in ast.walk(tree(source)):
+        used = f"{source}:{getattr(node, 'lineno', '?')} {name_of(node)}"
+        assert name_of(node) not in ("to_thread", "run_in_executor", "ThreadPoolExecutor"), used
+        if isinstance(node, ast.Call) and name_of(node.func) == "Thread":
+            assert "daemon" in {word.arg for word in node.keywords}, used
+
+
+def name_of(node: ast.AST) -> str:
+    """The last word of a name."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
 def test_only_two_modules_read_the_environment(source: Path) -> None:
     """What a process is told from outside is read in one place for each package."""
     if source in (Path("worker/settings.py"), Path("producer/__main__.py")):
         return
     for node in ast.walk(tree(source)):
-        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        name = name_of(node)
         assert name not in ("environ", "environb", "getenv"), f"{source}:{getattr(node, 'lineno', '?')}"
         if isinstance(node, ast.keyword):
             assert node.arg not in ("envvar", "auto_envvar_prefix"), f"{source}:{node.value.lineno}"
