@@ -228,13 +228,13 @@ class Authority:
 
 
 class HandTls:
-    """A server's side of TLS 1.3 that hands out its records, for the test to send them when and how it wants."""
+    """A server's side of TLS that hands out its records, for the test to send them when and how it wants."""
 
-    def __init__(self, peer: Peer, context: ssl.SSLContext) -> None:
-        """Shake hands. The session tickets, which end it, are kept back."""
+    def __init__(self, peer: Peer, context: ssl.SSLContext, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> None:
+        """Shake hands. What ends it is kept back: the session tickets, with TLS 1.2 the server's last word too."""
         self._peer = peer
         self._from_client, self._to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.minimum_version = context.maximum_version = version
         self._tls = context.wrap_bio(self._from_client, self._to_client, server_side=True)
         while True:
             try:

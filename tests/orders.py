@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from producer import CancelClient, CancelRequest, Outcome, Ticket
+from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
 from tests.servers import Peek, Worker, eventually
 from worker.sandbox.control import RunningExchange
 
@@ -33,6 +33,11 @@ def outcomes(client: CancelClient, tickets: Iterable[Ticket], timeout_s: float =
 def steps(outcome: Outcome) -> list[str]:
     """The verdicts of its attempts."""
     return [attempt.verdict for attempt in outcome.attempts]
+
+
+def at_first_try(found: Iterable[Outcome]) -> bool:
+    """Whether each was cancelled by its only attempt."""
+    return {(outcome.kind, *steps(outcome)) for outcome in found} == {(OutcomeKind.CANCELLED, "confirmed")}
 
 
 def events(worker: Worker, name: str) -> list[dict[str, str]]:

@@ -51,7 +51,7 @@ class Client:
 
     def __init__(self, way: str, url: str, clock: ServerClock, options: dict[str, Any]) -> None:
         route_options = {name: options.pop(name) for name in ("ca_file", "egress_proxy_url") if name in options}
-        route = Route(url, **route_options)
+        self.route = route = Route(url, **route_options)
         pool = {name: options.pop(name) for name in ("idle_bound_s", "pool_size") if name in options}
         transport = AsyncioTransport(route, **pool) if way == "asyncio" else RequestsTransport(route)
         self.exchange = Exchange(transport, clock=clock, **options)

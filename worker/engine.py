@@ -56,7 +56,7 @@ class Held:
     lease: Lease
     until_ns: int
     claimed_ns: int
-    watch: Callable[[], None]  # looks whether this host has slept, which ends our trust in leases
+    watch: Callable[[], object]  # looks whether this host has slept, which ends our trust in leases
     is_lost: bool = False
     is_ending: bool = False
 
@@ -80,11 +80,12 @@ class Engine:
         *,
         lease_s: float,
         life_s: int,
+        sleep: SleepWatch | None = None,
     ) -> None:
         self._size, self._lease_s, self._life_s = size, lease_s, life_s
         self._store, self._canceller, self._gate = store, canceller, gate
         self._claims, self._rest = links  # one for the claim that waits at the queue, one for all else
-        self._sleep = SleepWatch()
+        self._sleep, self._sleeps = sleep or SleepWatch(), 0
         self._held: dict[str, Held] = {}  # by token: a job can come back while its last completion is answered
         self._ready: deque[Held] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -162,30 +163,35 @@ class Engine:
         Raises:
             redis.RedisError: no answer.
         """
-        asked_ns = local_ns()
-        self._watch_sleep()
+        asked_ns, sleeps = local_ns(), self._watch_sleep()
         # Not at each beat: what is renewed all the time is taken over a whole lease after its holder's death.
         is_due = asked_ns >= self._renewed_ns + self._lease_s / 4 * _NS_PER_S
         held = list(self._held.values()) if is_due else []
         leases = [each.lease for each in held]
         beat = await self._rest.ask(lambda: self._store.beat(leases, figures, self._life_s))
         tell_damaged(beat.damaged)
-        if is_due:
+        until_ns = beat.renewed_until_ns if self._watch_sleep() == sleeps else 0
+        if is_due and until_ns:
             self._renewed_ns = asked_ns
         for each in held:
-            self._renewed(each, beat.lost, beat.renewed_until_ns)
+            self._renewed(each, beat.lost, until_ns)
         now_ms = self._store.clock.now_ms()
         self._gate.told(beat.gate_until_ms, now_ms, asked_ns)
         self._is_suspended = beat.suspended
         await self._gate.share(now_ms)
         return beat.is_unknown
 
-    def _watch_sleep(self) -> None:
-        """Where the clock of leases does not count sleep: after one they are renewed before anything is sent."""
+    def _watch_sleep(self) -> int:
+        """Where the clock of leases does not count sleep: after one they are renewed before anything is sent.
+
+        Gives how often this host has slept: what was asked before the last time says nothing of a lease's end.
+        """
         if self._sleep.moved():
+            self._sleeps += 1
             self._renewed_ns = 0
             for held in self._held.values():
                 held.until_ns = 0
+        return self._sleeps
 
     @staticmethod
     def _renewed(held: Held, lost: frozenset[str], until_ns: int) -> None:
@@ -276,6 +282,7 @@ class Engine:
         if bring_back:
             self._brought_back_ns = now_ns
         self._claims_out += 1
+        sleeps = self._watch_sleep()
         try:
             claimed = await link.ask(
                 partial(
@@ -288,20 +295,20 @@ class Engine:
                 )
             )
             self._worked()
-            self._take(claimed)
+            self._take(claimed, is_fresh=self._watch_sleep() == sleeps)
         finally:
             self._claims_out -= 1
             if self._stopping.is_set():
                 self._hand_back_ready()
 
-    def _take(self, claimed: Claimed) -> None:
-        """Take what a claim brought into our hands."""
+    def _take(self, claimed: Claimed, *, is_fresh: bool) -> None:
+        """Take what a claim brought into our hands; ``is_fresh``: the leases' ends as we count them can be trusted."""
         tell_damaged(claimed.damaged)
         self._is_suspended = claimed.suspended
         self._gate.observe(claimed.gate_until_ms)
         claimed_ns = local_ns()
         for lease in claimed.leases:
-            held = Held(lease, lease.until_ns, claimed_ns, self._watch_sleep)
+            held = Held(lease, lease.until_ns if is_fresh else 0, claimed_ns, self._watch_sleep)
             self._held[lease.token] = held
             self._ready.append(held)
         self._start_ready()

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import re
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import redis
@@ -107,24 +107,23 @@ class AsyncLink:
                 raise
 
     async def _round_trips(self, make: Callable[[], Request[T]]) -> tuple[Request[T], list[Any], Stamps]:
-        patience = _Patience(self._connection)
         try:
             if not self._connection.is_connected:
-                await self._connection.connect()
-            request = make()
-            answers, stamps = await self._round_trip(request.commands)
-            if isinstance(answers[-1], redis.exceptions.NoScriptError):
-                again, stamps = await self._round_trip(request.anew())
-                answers[-1] = again[-1]
+                async with _patience(ANSWER_WITHIN_S):
+                    await self._connection.connect()
+            async with _patience(ANSWER_WITHIN_S):  # a request may tell the server how long it is waited for
+                request = make()
+                answers, stamps = await self._round_trip(request.commands)
+                if isinstance(answers[-1], redis.exceptions.NoScriptError):
+                    again, stamps = await self._round_trip(request.anew())
+                    answers[-1] = again[-1]
         except BaseException as error:
             await self._connection.disconnect(nowait=True)
-            if patience.is_over:
+            if isinstance(error, TimeoutError):
                 raise redis.TimeoutError("no answer in time") from None
             if isinstance(error, OSError):
                 raise redis.ConnectionError(type(error).__name__) from error
             raise
-        finally:
-            patience.end()
         return request, answers, stamps
 
     async def _round_trip(self, commands: Sequence[Words]) -> tuple[list[Any], Stamps]:
@@ -150,31 +149,31 @@ class AsyncLink:
             await self._connection.disconnect(nowait=True)
 
 
-class _Patience:
-    """Ends a round trip that takes too long, by closing its connection.
+@contextlib.asynccontextmanager
+async def _patience(seconds: float) -> AsyncIterator[None]:
+    """Bound what is waited for, as :func:`asyncio.timeout` does.
 
-    Not by a time-out of its task: a loop that stood still hears of its alarms first, with the answer unread. So when
-    the alarm comes, whatever has arrived is read before anything ends.
+    But a loop that stood still hears of its alarms first, with the answer unread. So when this one comes, whatever has
+    arrived is read before anything ends.
     """
+    loop = asyncio.get_running_loop()
+    # The wait itself is ended: closing the connection alone would not wake it before all that was written has left, or
+    # TLS has taken its leave.
+    async with asyncio.timeout(None) as bound:
+        alarm: asyncio.Handle
 
-    def __init__(self, connection: Any) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._connection = connection
-        self._passes = 3
-        self._alarm: asyncio.Handle = self._loop.call_later(ANSWER_WITHIN_S, self._look)
-        self._ending: asyncio.Task[None] | None = None
-        self.is_over = False
+        def look(passes: int) -> None:
+            nonlocal alarm
+            if passes:
+                alarm = loop.call_later(0, look, passes - 1)
+            else:
+                bound.reschedule(loop.time())
 
-    def _look(self) -> None:
-        if self._passes:
-            self._passes -= 1
-            self._alarm = self._loop.call_later(0, self._look)
-        else:
-            self.is_over = True
-            self._ending = self._loop.create_task(self._connection.disconnect(nowait=True))
-
-    def end(self) -> None:
-        self._alarm.cancel()
+        alarm = loop.call_later(seconds, look, 3)
+        try:
+            yield
+        finally:
+            alarm.cancel()
 
 
 class BlockingLink:
@@ -204,9 +203,11 @@ class BlockingLink:
 
 
 def is_about_rows(error: BaseException) -> bool:
-    """Whether a script failed for what it was given, not for the state of its server."""
+    """Whether a script failed for what it was given, or that cannot be sent at all, and not for the state of its
+    server."""
     said = str(error)
-    return type(error) is redis.ResponseError and bool(_ROWS.search(said)) and not _SERVER.search(said)
+    is_script = type(error) is redis.ResponseError and _ROWS.search(said) and not _SERVER.search(said)
+    return bool(is_script) or isinstance(error, redis.DataError)
 
 
 def trouble(error: BaseException) -> str:

@@ -289,7 +289,7 @@ class Store:
 
     def _beaten(self, answers: list[Any], stamps: Stamps) -> Beat:
         _raise(*answers)
-        now_ms, gate, suspended, is_unknown, damaged, *lost = answers[0]
+        now_ms, gate, suspended, is_unknown, damaged, lost = answers[0]
         return Beat(
             gate_until_ms=int(gate) if gate.isdigit() else None,
             suspended=suspended == 1,

@@ -7,7 +7,6 @@ connection: no repr, no exception and no log of a transport has any part of it.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import re
 import ssl
@@ -22,7 +21,6 @@ import certifi
 __all__ = [
     "BODY_LIMIT",
     "FIELDS",
-    "LAYERS",
     "Failed",
     "Place",
     "Raw",
@@ -46,8 +44,6 @@ _VISIBLE_ASCII = re.compile(r"[!-~]*")
 #: zlib's sign for "a zlib or a gzip header, whichever is there", and for no header at all.
 _ANY_HEADER, _NO_HEADER = 32 + zlib.MAX_WBITS, -zlib.MAX_WBITS
 _CODINGS = {"gzip": (_ANY_HEADER,), "x-gzip": (_ANY_HEADER,), "deflate": (_ANY_HEADER, _NO_HEADER)}
-#: More layers than any library wraps around an error: a cycle of causes must not hold us.
-LAYERS = 10
 
 
 # ---- a request and what becomes of it -------------------------------------------------------------------------------
@@ -115,16 +111,8 @@ class Transport(Protocol):
         ...
 
 
-def named(phase: str, error: BaseException, outer: BaseException | None = None) -> str:
-    """A reason for :class:`Failed`: ``phase`` and the class of the innermost cause, as texts may hold a URL.
-
-    ``outer`` is what was being handled before the call, which is none of its causes.
-    """
-    for _ in range(LAYERS):
-        inner = error.__cause__ or error.__context__
-        if inner is None or inner is outer or isinstance(inner, asyncio.CancelledError):
-            break
-        error = inner
+def named(phase: str, error: BaseException) -> str:
+    """A reason for :class:`Failed`: how far it got and the class of the error, whose text may hold a URL."""
     return f"{phase}: {type(error).__name__}"
 
 

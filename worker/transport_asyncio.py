@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import select
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -53,8 +52,8 @@ class _Connection(asyncio.BufferedProtocol):
         "_buffer",
         "_done",
         "_expiry",
+        "_is_dropped",
         "_loop",
-        "_on_end",
         "_poll",
         "_taken",
         "_transport",
@@ -67,16 +66,14 @@ class _Connection(asyncio.BufferedProtocol):
 
     _poll: select.poll
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, buffer: memoryview, on_end: Callable[[_Connection], None]
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, buffer: memoryview) -> None:
         self._loop = loop
         self._buffer = buffer
-        self._on_end = on_end
         self._done: asyncio.Future[None] | None = None  # of the request under way
         self._expiry: asyncio.Handle | None = None
         self._taken = 0
         self._transport: asyncio.Transport | None = None
+        self._is_dropped = False
         self.reader = ResponseReader(BODY_LIMIT)
         self.error: BaseException | None = None
         self.idle_since_s = 0.0
@@ -85,6 +82,9 @@ class _Connection(asyncio.BufferedProtocol):
     def attach(self, transport: asyncio.Transport) -> None:
         """From now on the bytes go through ``transport``."""
         self._transport = transport
+        if self._is_dropped:  # something came along with the handshake
+            transport.abort()
+            return
         self._poll = select.poll()
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
@@ -114,6 +114,7 @@ class _Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close it at once; whatever was asked has no answer any more."""
         self._end(ConnectionAbortedError())
+        self._is_dropped = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -128,18 +129,18 @@ class _Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._done is None:
-            self._drop()  # nobody asked
+            self.abort()  # nobody asked
         else:
             self._take(bytes(self._buffer[:nbytes]))
 
     def eof_received(self) -> None:
         if self._done is not None:
             self._take(b"")
-        self._drop()
+        self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(exc)
-        self._drop()
+        self.abort()
 
     # -- one answer
 
@@ -172,10 +173,6 @@ class _Connection(asyncio.BufferedProtocol):
             self._expiry = self._loop.call_soon(self._expire, looks - 1)
         else:
             self._end(TimeoutError())
-
-    def _drop(self) -> None:
-        self.abort()
-        self._on_end(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -257,11 +254,6 @@ class _Pool:
         connection.idle_since_s = _now_s()
         self._idle.append(connection)
 
-    def forget(self, connection: _Connection) -> None:
-        """It is of no use any more."""
-        if connection in self._idle:
-            self._idle.remove(connection)
-
     def close(self) -> None:
         self._closed = True
         for task in self._openings:
@@ -306,7 +298,7 @@ class _Pool:
             self._open_more()
 
     async def _open(self, opening: Opening, ends_at_s: float) -> None:
-        connection = _Connection(asyncio.get_running_loop(), self._buffer, self.forget)
+        connection = _Connection(asyncio.get_running_loop(), self._buffer)
         try:
             async with asyncio.timeout_at(ends_at_s) as bound:
                 await opening.connect(connection, connection.attach)
@@ -369,13 +361,12 @@ class AsyncioTransport:
         self, connection: _Connection, make: Callable[[], Request | None], ends_at_s: float
     ) -> asyncio.Future[None] | Failed | None:
         # In a frame of its own, so that no signature is among the variables that a later error's traceback shows.
-        outer = sys.exception()
         try:
             request = make()
             data = None if request is None else self._route.encode(request)
         except Exception as error:  # noqa: BLE001 - its text may hold what it was to sign
             self._pool.give_back_unused(connection)
-            return Failed(False, named("not sent", error, outer))
+            return Failed(False, named("not sent", error))
         except BaseException:
             self._pool.give_back_unused(connection)
             raise

@@ -11,7 +11,7 @@ import logging
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
@@ -21,7 +21,7 @@ from urllib3 import Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
 from worker.clock import local_ns
-from worker.transport import BODY_LIMIT, FIELDS, LAYERS, Failed, Raw, Request, Route, decoded, named
+from worker.transport import BODY_LIMIT, FIELDS, Failed, Raw, Request, Route, decoded, named
 
 __all__ = ["RequestsTransport"]
 
@@ -30,6 +30,8 @@ _TALKATIVE = ("connection", "connectionpool", "poolmanager", "response", "util.r
 #: Raised before a request can be written: no connection to exchange or proxy (a name without an address is one kind
 #: of it), and a certificate that is not accepted. ProxyError is none: urllib3 calls an answer that breaks off so, too.
 _NOT_CONNECTED = (ConnectTimeoutError, NewConnectionError)
+#: More layers than any library wraps around an error: a cycle of causes must not hold us.
+_LAYERS = 10
 #: Most bytes of one read of a body.
 _READ_SIZE = 16 * 1024
 
@@ -98,14 +100,14 @@ class RequestsTransport:
             request = make()
             prepared = None if request is None else self._prepared(request)
         except (ValueError, TypeError, OSError) as error:  # its text may hold what it was to sign
-            return Failed(False, named("not sent", error, outer))
+            return Failed(False, named("not sent", error))
         if prepared is None:
             return None
         self.requests_sent += 1
         try:
             return self._exchanged(prepared, patience_s)
         except (requests.RequestException, HTTPError, OSError) as error:
-            failed = self._failed(error, outer)
+            failed = _failed(error, outer)
             self.requests_sent -= not failed.seen
             return failed
         except BaseException as error:
@@ -140,18 +142,6 @@ class RequestsTransport:
         body, is_whole = decoded(headers, body, is_whole)
         return Raw(response.status_code, headers, body, is_whole, sent_ns, received_ns)
 
-    @staticmethod
-    def _failed(error: Exception, outer: BaseException | None) -> Failed:
-        for layer in _layers(error, outer):
-            if isinstance(layer, _NOT_CONNECTED):
-                return Failed(False, named("could not connect", error, outer))
-            if isinstance(layer, ssl.SSLCertVerificationError):
-                return Failed(False, named("no TLS session", error, outer))
-            # How http.client says that a proxy refused the tunnel; the system's own errors have a number.
-            if type(layer) is OSError and layer.errno is None:
-                return Failed(False, named("no tunnel through the proxy", error, outer))
-        return Failed(True, named("no answer", error, outer))
-
 
 def _session(route: Route, adapter: HTTPAdapter) -> requests.Session:
     session = _Session()
@@ -181,10 +171,21 @@ def _body(response: requests.Response, ends_at_s: float) -> tuple[bytes, bool]:
     return body, True
 
 
-def _layers(error: BaseException, outer: BaseException | None) -> Iterator[BaseException]:
-    layer: BaseException | None = error
-    for _ in range(LAYERS):
-        if layer is None or layer is outer:
-            return
-        yield layer
-        layer = layer.__cause__ or layer.__context__
+def _failed(error: Exception, outer: BaseException | None) -> Failed:
+    """What became of a request; ``outer`` is what was being handled before it, which is no cause of its failure."""
+    layers = [error]
+    while len(layers) < _LAYERS:
+        inner = layers[-1].__cause__ or layers[-1].__context__
+        if not isinstance(inner, Exception) or inner is outer:
+            break
+        layers.append(inner)
+    root = layers[-1]
+    for layer in layers:
+        if isinstance(layer, _NOT_CONNECTED):
+            return Failed(False, named("could not connect", root))
+        if isinstance(layer, ssl.SSLCertVerificationError):
+            return Failed(False, named("no TLS session", root))
+        # How http.client says that a proxy refused the tunnel; the system's own errors have a number.
+        if type(layer) is OSError and layer.errno is None:
+            return Failed(False, named("no tunnel through the proxy", root))
+    return Failed(True, named("no answer", root))

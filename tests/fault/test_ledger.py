@@ -11,6 +11,7 @@ from tests.fault.ledger import (
     difference,
     exchange_side,
     key_kinds,
+    left_alone,
     pattern_of,
     queue_side,
     recoveries_ms,
@@ -140,9 +141,9 @@ def test_undecided_kinds_are_counted() -> None:
 
 
 def test_recovery_runs_from_the_kill_to_the_next_request() -> None:
-    """The noted but unfinished attempt is not the next request; a job that needed none is left out."""
+    """Not to the noted but unfinished attempt, nor to a later run; a job that needed none is left out."""
     history = (attempt(100, "worker lost", "unclear"), attempt(2600), attempt(2700))
-    records = [record(A, attempts=history), record(B, attempts=(attempt(100),))]
+    records = [record(A, attempts=history), record(B, attempts=(attempt(100),)), record(A, attempts=(attempt(9000),))]
     assert recoveries_ms([Kill(1000, (A, B, C))], records) == [1600]
 
 
@@ -185,6 +186,14 @@ def test_an_unclear_cancel_whose_client_id_was_taken_again_is_excused() -> None:
     assert excused(left("unclear")) == 1
     assert excused(left("unclear", error=f"{UNMEASURED}: the clocks are known to 64 ms: left alone")) == 1
     assert excused(left("no_such_order"), book=entry(deletes_effective=0)) == 1
+
+
+def test_whoever_was_second_is_excused() -> None:
+    """Two requests for one order: whose cancel came too late, or who had to look first, found the id taken again."""
+    first = record(B, 1)
+    for second in (left("no_such_order"), left(), left("clock")):
+        assert left_alone([first, second], {1: entry()}, ORDER_OF, (1,)) == {NEWER.removesuffix(": left alone"): 1}
+    assert left_alone([first, left()], {1: entry()}, ORDER_OF, ()) == {}
 
 
 def test_a_later_run_of_an_excused_request_is_excused() -> None:

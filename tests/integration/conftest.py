@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,23 @@ def operator(client: CancelClient) -> Iterator[FlaskClient]:
     with create_app(client, TOKEN).test_client() as pages:
         assert pages.post("/login", data={"token": TOKEN}).status_code == 303
         yield pages
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+
+Logged = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What a test opens in the midst of it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Logged:
+    """The fields of what this process' engines have logged under a name."""
+    caplog.set_level("INFO", "cancel")
+    return lambda name: [vars(record)["fields"] for record in list(caplog.records) if record.msg == name]

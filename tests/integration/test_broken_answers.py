@@ -65,6 +65,12 @@ def test_break_after_the_first_byte_is_perhaps_seen(bench: Bench, credential: Cr
     assert client.requests_sent == server.connections == 1
 
 
+def test_reset_is_named(bench: Bench, credential: Credential) -> None:
+    """A connection that is reset says so."""
+    _, client = bench.to(_reset_after_reading)
+    failed(client.cancel(credential), seen=True, reason="no answer: ConnectionResetError")
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_connection_that_closes_at_once_is_no_answer(
     bench: Bench, credential: Credential, authority: Authority, secure: bool
@@ -188,9 +194,8 @@ def _flood(peer: Peer) -> None:
 
 def test_flood_without_an_answer_is_bounded(loop_bench: Bench, credential: Credential) -> None:
     """Nor does a server that never stops sending, and never comes to its answer."""
-    server, client = loop_bench.impatient(_flood)
-    with bounded():
-        failed(client.cancel(credential), seen=True, reason="no answer: MalformedResponse")
+    server, client = loop_bench.to(_flood)
+    failed(client.cancel(credential), seen=True, reason="no answer: MalformedResponse")
     assert client.requests_sent == len(server.heads) == 1
 
 

@@ -268,6 +268,21 @@ def test_a_damaged_number_is_named(
     assert holder.complete(*(ended(lease, OutcomeKind.REFUSED) for lease in leases)) == [1, 1]
 
 
+@pytest.mark.parametrize("run", ["007", "-0", "-7"])
+def test_a_number_of_a_run_in_another_spelling(
+    run: str, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+) -> None:
+    """Whoever is given such a job can bring it to its end: else it would be given for ever."""
+    (ticket,) = orders(client, 1)
+    connection.hset(peek.keys.job_prefix + ticket.id, "c_run", run)
+    holder = open_holder()
+
+    (lease,) = holder.claim()
+
+    assert lease.run == int(run)
+    assert holder.complete(ended(lease)) == [1]
+
+
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
 
@@ -286,8 +301,8 @@ def test_an_id_of_sixty_megabytes_costs_itself_alone(
 ) -> None:
     """What is too long for an id is dropped unread wherever it stands, with its first letters as its name."""
     key, (command, *score) = getattr(peek.keys, place), put
-    peek(command, key, *score, b"h" * 60_000_000)
     (ticket,) = orders(client, 1)
+    peek(command, key, *score, b"h" * 60_000_000)
     holder = open_holder()
 
     claimed = holder.claimed()
@@ -338,6 +353,20 @@ def test_a_lost_job_with_an_endless_history_comes_back(
 
     assert (lease.id, lease.fault) == (ticket.id, "size c_attempts")
     assert peek("HSTRLEN", peek.keys.job_prefix + ticket.id, "c_attempts") == 100_000_000
+
+
+def test_a_lost_job_with_a_history_that_is_none_comes_back(
+    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+) -> None:
+    """The number of the lost attempt is looked for once, not from each letter: a whole server would stand still."""
+    (ticket,) = orders(client, 1)
+    open_holder("dead", lease_ms=DEAD).claim()
+    connection.hset(peek.keys.job_prefix + ticket.id, "c_attempts", b"x" * 100_000)
+    time.sleep(0.01)
+
+    (lease,) = open_holder("other").claim()
+
+    assert (lease.id, lease.attempts[:100_010]) == (ticket.id, b"x" * 100_000 + b',{"n":1,"a')
 
 
 # ---- many at once: bounded ------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tests.loopback import (
     relaying,
     until,
 )
-from tests.ways import REF, Bench, Client, failed, passed, replied, several
+from tests.ways import REF, Bench, Client, bounded, failed, passed, replied, several
 from worker.classify import Means, OrderRef, Reply, classify
 from worker.exchange import Answer
 from worker.signing import Credential
@@ -281,6 +281,22 @@ def test_close_frees_whoever_waits_for_a_connection(loop_bench: Bench, credentia
     client.run(calls())
 
 
+def test_close_ends_what_is_being_opened(loop_bench: Bench, credential: Credential, authority: Authority) -> None:
+    """Nothing of a client goes on in the loop after close(), a handshake that hangs included."""
+    server = loop_bench.server(Peer.wait_until_closed)
+    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file)
+
+    async def calls() -> None:
+        waiting = asyncio.create_task(client.exchange.call(Call.CANCEL, credential, REF))
+        await passed(lambda: server.connections)
+        client.exchange.close()
+        failed(await waiting, seen=False, reason="could not connect: ConnectionAbortedError")
+        await passed(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+
+    with bounded(0):
+        client.run(calls())
+
+
 # ---- many calls at once ---------------------------------------------------------------------------------------------
 
 
@@ -365,6 +381,7 @@ class OneConnection:
         self._tls = authority.server_context(LOOPBACK)
         self._go = threading.Event()
         self._credential = credential
+        self.surplus = b""  # follows each answer
         self.server = bench.server(self._behave)
         url = f"https://127.0.0.1:{self.server.port}"
         self.client = bench.client(url, ca_file=authority.ca_file, patience_s=1)
@@ -377,6 +394,9 @@ class OneConnection:
             while peer.read_head():
                 assert self._go.wait(5)
                 peer.send(http_answer())
+                if self.surplus:
+                    time.sleep(0.1)
+                    peer.send(self.surplus)
 
     async def first(self) -> Answer | None:
         """A call that is answered when :meth:`second` waits for a connection."""
@@ -434,6 +454,21 @@ def test_call_whose_time_is_over_is_not_sent(one_connection: OneConnection) -> N
         await one.first()
         time.sleep(1.1)  # the first call's connection is its by now, and the loop stands still
         failed(await waiting, seen=False, reason="not sent: TimeoutError")
+
+    one.client.run(calls())
+    assert (one.server.used, one.client.requests_sent) == ([1], 1)
+
+
+def test_connection_that_gets_an_unasked_answer_when_it_is_handed_on(one_connection: OneConnection) -> None:
+    """Nor is it used if the unasked answer comes between one call and the next, and the loop has not seen it yet."""
+    one = one_connection
+    one.surplus = http_answer(b"unasked")
+
+    async def calls() -> None:
+        waiting = asyncio.create_task(one.second())
+        await one.first()
+        time.sleep(0.3)  # the first call's connection is the second's by now, and the loop stands still
+        failed(await waiting, seen=False, reason="not sent: ConnectionResetError")
 
     one.client.run(calls())
     assert (one.server.used, one.client.requests_sent) == ([1], 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import redis
 
 from producer import CancelClient, CancelRequest
 from tests.holders import OVERLOOKED_BUSY_MS, OpenHolder, age, ids, orders
@@ -47,6 +48,33 @@ def test_the_later_end_of_the_gate_holds(open_holder: OpenHolder, peek: Peek) ->
     assert dict(peek("HGETALL", peek.keys.gate("all"))).items() >= {"reason": "418 banned", "by": "one"}.items()
     assert one.close_gate(90_000, "418 again") >= until_ms + 29_000
     assert 3_600_000 < peek("PTTL", peek.keys.gate("all")) <= 3_690_000
+
+
+def test_a_full_server_closes_the_gate(open_holder: OpenHolder, connection: redis.Redis) -> None:
+    """A ban reaches everybody on the address, and a refused key those who use it, also while the server is full."""
+    one, other = open_holder("one"), open_holder("other")
+    connection.config_set("maxmemory", 1)
+    try:
+        until_ms = one.close_gate(60_000, "418 banned")
+        probe_at_ms = one.ask(one.store.key("default", "failed", "401", 1, 60_000))
+        assert other.beat().gate_until_ms == until_ms
+        assert other.ask(other.store.key("default", "ask", "job", 1, 60_000)) == probe_at_ms > 0
+    finally:
+        connection.config_set("maxmemory", 0)
+
+
+@pytest.mark.parametrize("until_ms", ["9" * 5000, "9" * 17, "abc", ""])
+def test_an_end_of_the_gate_that_is_none(
+    until_ms: str, client: CancelClient, open_holder: OpenHolder, peek: Peek
+) -> None:
+    """Whatever stands in place of the gate's end, beats go on, and beats and claims agree that the gate is open."""
+    orders(client, 1)
+    peek("HSET", peek.keys.gate("all"), "until_ms", until_ms)
+    holder = open_holder()
+
+    assert holder.beat().gate_until_ms is None
+    claimed = holder.claimed()
+    assert (len(claimed.leases), claimed.gate_until_ms) == (1, 0)
 
 
 def test_a_doubling_pause(open_holder: OpenHolder, peek: Peek) -> None:

@@ -141,6 +141,18 @@ def test_a_beat_costs_no_lease_for_a_neighbour(
     assert [score > 5 for score in scores] == [True, False, True]
 
 
+def test_a_beat_prolongs_thousands(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+    """However many jobs are in one hand, because their completions were held up, one beat prolongs all of them."""
+    orders(client, 5000)
+    holder = open_holder()
+    leases = [lease for _ in range(10) for lease in holder.claim(500)]
+    peek("DEL", peek.keys.unfinished)
+
+    assert holder.beat(*leases, *(replace(lease, token="x") for lease in leases)).lost == {"x"}
+
+    assert peek("ZCARD", peek.keys.unfinished) == 5000
+
+
 def test_a_beat_keeps_a_held_job_alive(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
     """RQ may give a held job an end; the next beat takes it back."""
     orders(client, 1)

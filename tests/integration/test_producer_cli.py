@@ -381,6 +381,7 @@ def test_status_is_one_object_or_a_page(shell: Shell, client: CancelClient, work
     """--json gives every figure on one line; without it each has its labelled line, workers a row each."""
     workers.start()
     fail(client, workers)
+    eventually(lambda: client.status().workers[0].failed == 1, 5, "the worker has told of its jobs")
     done = shell("status", "--json")
 
     assert (done.returncode, done.stderr) == (0, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import ssl
 import time
 from pathlib import Path
 from typing import Any
@@ -140,13 +141,19 @@ def test_plain_text_where_tls_was_expected_is_unseen(loop_bench: Bench, credenti
     failed(client.cancel(credential), seen=False, reason="no TLS session: SSLError")
 
 
+def in_clear(peer: Peer) -> None:
+    """Answer whatever comes in plain text."""
+    peer.sock.recv(1)
+    peer.send(http_answer() * 4)
+
+
 @pytest.mark.parametrize("foreign", [False, True])
 def test_tls_that_fails_in_a_tunnel_is_unseen(
     loop_bench: Bench, credential: Credential, authority: Authority, stranger: Authority, foreign: bool
 ) -> None:
     """Behind a tunnel neither a stranger's certificate nor plain text gets the request."""
     tls = stranger.server_context(LOOPBACK) if foreign else None
-    server = loop_bench.server(answering(http_answer()) if foreign else lambda peer: peer.send(http_answer() * 4), tls)
+    server = loop_bench.server(answering(http_answer()) if foreign else in_clear, tls)
     proxy = loop_bench.server(relaying())
     client = loop_bench.client(
         f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file, egress_proxy_url=proxy.url
@@ -154,6 +161,31 @@ def test_tls_that_fails_in_a_tunnel_is_unseen(
     kind = "SSLCertVerificationError" if foreign else "SSLError"
     failed(client.cancel(credential), seen=False, reason=f"no TLS session: {kind}")
     assert server.heads == []
+
+
+def test_given_authorities_replace_the_others(bench: Bench, credential: Credential, authority: Authority) -> None:
+    """With a CA file of one's own, no authority is trusted but those in it."""
+    server = bench.server(answering(http_answer()), authority.server_context(LOOPBACK))
+    client = bench.client(server.url, ca_file=authority.ca_file)
+    assert replied(client.cancel(credential)).body == DONE
+    assert client.route.tls is not None
+    assert len(client.route.tls.get_ca_certs()) == 1
+
+
+def test_word_that_comes_with_the_handshake_is_no_answer(
+    loop_bench: Bench, credential: Credential, authority: Authority
+) -> None:
+    """An exchange that speaks before it is asked gets no request, and no second connection for the same call."""
+
+    def behave(peer: Peer) -> None:
+        tls = HandTls(peer, authority.server_context(LOOPBACK), ssl.TLSVersion.TLSv1_2)
+        peer.send(tls.tickets + tls.record(http_answer()))
+        peer.wait_until_closed()
+
+    server = loop_bench.server(behave)
+    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file)
+    failed(client.cancel(credential), seen=False, reason="not sent: ConnectionResetError")
+    assert server.connections == 1
 
 
 def test_hanging_handshake_is_bounded_and_unseen(loop_bench: Bench, credential: Credential) -> None:
@@ -315,6 +347,21 @@ def test_refused_tunnel_is_named(bench: Bench, credential: Credential, caplog: p
     for text in (repr(answer), *caplog.messages):
         assert "hunter2" not in text
     assert client.requests_sent == 0
+
+
+def test_words_behind_a_tunnels_beginning_are_refused(
+    loop_bench: Bench, credential: Credential, authority: Authority
+) -> None:
+    """What comes together with the proxy's success is not the exchange's: nothing is sent."""
+
+    def behave(peer: Peer) -> None:
+        peer.read_head()
+        peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n" + http_answer())
+        peer.wait_until_closed()
+
+    proxy = loop_bench.server(behave)
+    client = loop_bench.client("https://127.0.0.1:9", ca_file=authority.ca_file, egress_proxy_url=proxy.url)
+    failed(client.cancel(credential), seen=False, reason="no tunnel through the proxy: MalformedResponse")
 
 
 def test_missing_proxy_is_unseen(bench: Bench, credential: Credential) -> None:

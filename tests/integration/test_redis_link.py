@@ -18,7 +18,7 @@ import redis
 
 from producer import CancelClient, CancelRequest
 from tests.integration.test_sandbox_server import certificate
-from tests.servers import Peek, Proxy, Valkey, end_server, eventually, running_valkey
+from tests.servers import Peek, Proxy, Valkey, end_server, eventually, running_valkey, stopped
 from worker.redis_link import AsyncLink, connect, open_link
 from worker.store import ANSWER_WITHIN_S, Claimed, Lease, Release, Request, Store
 
@@ -86,6 +86,7 @@ class Relay:
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
         self.size = 65536  # of the pieces in which answers come
         self.is_mute = False  # the server's own answers are swallowed
+        self.late_s = 0.0  # how long a connection waits for the server
         self._sockets: list[socket.socket] = []  # of each connection the client's end and the server's
         self._threads = [threading.Thread(target=self._accept)]
 
@@ -101,14 +102,16 @@ class Relay:
         self._sockets[0].sendall(what)
 
     def hang_up(self) -> None:
-        """Close the first connection in the server's name."""
-        self._sockets[0].shutdown(socket.SHUT_WR)
+        """Close all connections in the server's name."""
+        for client in self._sockets[::2]:
+            client.shutdown(socket.SHUT_WR)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                time.sleep(self.late_s)
                 server = socket.create_connection(("127.0.0.1", self._upstream))
                 self._sockets += (client, server)
                 for pair in ((client, server, False), (server, client, True)):
@@ -307,6 +310,38 @@ def test_a_server_that_stands_still() -> None:
         play(scene, valkey.url)
 
 
+def test_a_server_that_takes_no_more() -> None:
+    """A request that stays half written is given up like one that gets no answer, and the next one is served."""
+
+    async def scene(rig: Rig) -> None:
+        assert await rig.release(large_row(0)) == [0]
+        with stopped(valkey):
+            writing = asyncio.create_task(rig.release(*map(large_row, range(256)), pin="x" * 60 * 1024))
+            await asyncio.wait([writing], timeout=2 * ANSWER_WITHIN_S)
+            assert writing.done()
+            assert isinstance(await refused_by_server(writing), redis.TimeoutError)
+        assert await rig.echo("after") == ["after"]
+        await asyncio.sleep(0.2)  # the server takes the rest, and the old connection ends
+
+    with running_valkey("--appendonly", "no") as valkey:
+        play(scene, valkey.url)
+
+
+def test_a_connection_that_takes_long_to_open(relay: Relay, client: CancelClient, connection: redis.Redis) -> None:
+    """A claim may wait at the queue all the same: what is claimed then is heard of."""
+
+    async def scene(rig: Rig) -> None:
+        relay.late_s = ANSWER_WITHIN_S - 0.3
+        claim = asyncio.create_task(rig.claim(wait=True))
+        while connection.info("clients")["blocked_clients"] < 1:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.6)
+        asked = enqueued(client, 1)
+        assert await claim == asked
+
+    play(scene, relay.url)
+
+
 def test_a_loop_that_stood_still_reads_before_it_judges(valkey: Valkey) -> None:
     """An answer that came in time is told, though nobody looked at it for longer than the time-out."""
 
@@ -410,6 +445,28 @@ def test_an_answer_in_small_pieces(relay: Relay, client: CancelClient) -> None:
 
 
 # ---- TLS ------------------------------------------------------------------------------------------------------------
+
+
+def test_silence_over_tls(valkey: Valkey, tmp_path: Path) -> None:
+    """A flow that is forgotten in silence costs no more time than without TLS, though nobody hears its farewell."""
+    ca_file, key_file = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(ca_file, key_file)
+
+    async def scene(rig: Rig) -> None:
+        await rig.echo("before")
+        between.is_mute = True
+        asking = asyncio.create_task(rig.echo("unanswered"))
+        await asyncio.wait([asking], timeout=2 * ANSWER_WITHIN_S)
+        assert asking.done()
+        assert isinstance(await refused_by_server(asking), redis.TimeoutError)
+        assert await rig.echo("after") == ["after"]
+        await rig.link.close()
+        between.hang_up()
+        await asyncio.sleep(0.2)  # TLS takes its leave in the loop's next turns
+
+    with Proxy(valkey.port, context) as proxy, Relay(proxy.port) as between:
+        play(scene, between.url.replace("redis:", "rediss:"), ssl_ca_certs=ca_file)
 
 
 def test_over_tls(valkey: Valkey, client: CancelClient, connection: redis.Redis, tmp_path: Path) -> None:

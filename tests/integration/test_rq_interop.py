@@ -396,6 +396,8 @@ def test_registries_are_as_rq_leaves_them(pair: Pair) -> None:
 
 def test_worker_hash_is_as_rq_leaves_it(pair: Pair) -> None:
     """Our worker's hash has the fields of RQ's, some figures of our own beside them, and counts the same jobs."""
+    key = f"rq:worker:{pair.worker}"
+    eventually(lambda: pair.ours("HGET", key, "failed_job_count") == "1", 5, "it has told of its jobs")
     ours, theirs = (dict(pair.ours("HGETALL", f"rq:worker:{name}")) for name in (pair.worker, "stock"))
     ours = {name: value for name, value in ours.items() if not name.startswith("c_")}
 

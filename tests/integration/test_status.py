@@ -346,6 +346,7 @@ def test_a_status_measures_the_last_minute(
     connection.hset(Keys.gate("elsewhere"), "until_ms", 4_000_000_000_000)
     host = client.status().workers[0].host
     connection.hset(Keys.gate(host), "until_ms", 4_000_000_000_000)
+    eventually(lambda: client.status().workers[0].ok == 4, 5, "the worker has told of its jobs")
 
     seen = client.status()
 

@@ -13,7 +13,7 @@ from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import Band
 from producer.message import TASK, decode_attempts, decode_call, encode_request
 from tests.holders import Holder, OpenHolder, back, band, ended, later, orders, tried
-from tests.servers import Peek
+from tests.servers import Peek, eventually
 
 #: Fields of ours that hold a whole number.
 NUMBERS = (
@@ -145,6 +145,23 @@ def test_a_scheduled_job_is_put_right(
     assert peek.job(ticket.id)["status"] == "scheduled"
     assert abs(float(peek("ZSCORE", peek.keys.scheduled, ticket.id)) * 1000 - due_ms) < 2
     assert band(peek, ticket.id) is Band.RETRY
+
+
+@pytest.mark.parametrize(("deadline_s", "until_ms"), [(60.0, 300), (0.2, 200)], ids=["the pause", "its deadline"])
+def test_a_job_that_was_popped_during_a_pause_comes_back(
+    client: CancelClient, open_holder: OpenHolder, stock: Holder, peek: Peek, deadline_s: float, until_ms: int
+) -> None:
+    """It stands in no list any more: whoever claims when the pause or its deadline has passed is given it at once."""
+    ticket = client.cancel(algo_id=1, deadline_s=deadline_s)
+    ours, began_ms = open_holder("ours"), peek.now_ms()
+    peek("HSET", peek.keys.gate("all"), "until_ms", began_ms + 300)
+    peek("LPOP", peek.keys.waiting)
+
+    assert stock.claim_one(ticket.id).why_not == "closed"
+
+    assert ours.claim() == []
+    eventually(lambda: peek.now_ms() > began_ms + until_ms, what="the end")
+    assert [lease.id for lease in ours.claim()] == [ticket.id]
 
 
 @pytest.mark.parametrize("job_id", ["nobody", "", "x" * 300])

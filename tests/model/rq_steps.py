@@ -53,11 +53,17 @@ def _failed(connection: redis.Redis) -> FailedJobRegistry:
     return FailedJobRegistry(QUEUE, connection=connection, serializer=JSONSerializer)
 
 
-def _leaves_failed(world: World, job_id: str) -> None:
-    """From here on its entry may be gone from the registry."""
-    job = world.model.jobs.get(job_id)
-    if job is not None and (job.done in FAILED or world.model.is_blind):
+@contextmanager
+def _leaving_failed(world: World, job_id: str) -> Iterator[None]:
+    """Meanwhile its entry is taken off the registry, whichever run's it is."""
+    model = world.model
+    if (job := model.jobs.get(job_id)) is not None and (job.done in FAILED or model.is_blind):
         job.left_failed = True
+    model.leaving[job_id] += 1
+    try:
+        yield
+    finally:
+        model.leaving[job_id] -= 1
 
 
 def requeue(world: World) -> None:
@@ -82,8 +88,8 @@ def _requeue(world: World, connection: redis.Redis, job_id: str) -> None:
     world.note(job_id, "rq requeue begins")
     registry = _failed(connection)
     job = Job.fetch(job_id, connection=connection, serializer=JSONSerializer)
-    _leaves_failed(world, job_id)
-    registry.requeue(job)
+    with _leaving_failed(world, job_id):
+        registry.requeue(job)
     world.note(job_id, "rq requeue is through")
 
 
@@ -100,10 +106,10 @@ def cancel(world: World) -> None:
     with visit(world, "Job.cancel") as connection:
         job = Job.fetch(job_id, connection=connection, serializer=JSONSerializer)
         world.note(job_id, "Job.cancel begins")
-        _leaves_failed(world, job_id)
         if (known := world.model.jobs.get(job_id)) is not None and not known.done:
             known.is_recalled = True
-        job.cancel()
+        with _leaving_failed(world, job_id):
+            job.cancel()
         world.note(job_id, "Job.cancel is through")
         if known is not None:
             known.is_surely_recalled = known.is_recalled and world.depth == 0 and not world.model.is_blind
@@ -173,6 +179,16 @@ def save_stale(world: World) -> None:
         world.note(job_id, f"a copy of it is saved: {job.get_status(refresh=False)}")
 
 
+def linger(world: World) -> None:
+    """What dead stock workers left is there for long: ids between the list and themselves, and RQ's lock."""
+    queue = Queue(QUEUE, connection=world.raw)
+    intermediate = queue.intermediate_queue
+    queue.release_maintenance_lock()
+    for job_id in intermediate.get_job_ids():
+        world.plain.set(intermediate.get_first_seen_key(job_id), time.time() - _ABANDONED_S, ex=86_400)
+        world.count["ids that linger"] += 1
+
+
 def push_again(world: World) -> None:
     """An id comes into the list once more, as after a crash of RQ."""
     ended = [job.id for job in world.model.jobs.values() if job.done and not job.is_expired and not job.is_deleted]
@@ -193,6 +209,7 @@ RQ = (
     Step("clean late", 0.4, clean_late),
     Step("schedule", 1.5, schedule),
     Step("save stale", 0.5, save_stale),
+    Step("linger", 1, linger),
     Step("push again", 3, push_again),
     Step("empty", 0.08, empty, may_nest=False),
 )

@@ -22,6 +22,7 @@ time to time what stands in Redis. It raises :class:`Finding` where one of these
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from producer.keys import Band
@@ -121,8 +122,10 @@ class Model:
     def __init__(self, deadline_ms: int) -> None:
         self.jobs: dict[str, Job] = {}
         self.pointers: dict[str, str] = {}
+        self._doubtful: set[str] = set()  # orders whose pointer hangs on what RQ calls a job
         self.ledger: set[tuple[str, int]] = set()
         self.forgotten: set[str] = set()  # ended, expired, and of no interest any more
+        self.leaving = Counter[str]()  # RQ is about to take them off the FailedJobRegistry
         self.is_blind = False  # processes are at work that do not tell what they do
         self.first: Finding | None = None  # RQ's code, through which it may pass, swallows whatever is raised
         self._deadline_ms = deadline_ms
@@ -159,6 +162,8 @@ class Model:
     def _joined(self, job: Job, asked: Asked, now_ms: int) -> None:
         if not asked.joins:
             raise self.finding(8, job.id, "of an earlier call is joined by client id alone", asked.order)
+        if job.is_surely_recalled:
+            raise self.finding(13, job.id, "is joined, though a person cancelled it")
         if job.done and not job.is_deleted and not (self.is_blind and not job.left_failed):
             if not job.left_failed:
                 raise self.finding(8, job.id, "is joined though it has ended", job.done)
@@ -275,7 +280,7 @@ class Model:
             raise self.finding(2, job.id, f"run {run} ends twice", job.outcomes[run], kind)
         job.outcomes[run] = job.done = kind
         job.hold, job.attempts, job.due_ms = None, 0, 0
-        job.left_failed = job.left_failed and self.is_blind
+        job.left_failed = self.leaving[job.id] > 0 or (job.left_failed and self.is_blind)
         job.is_recalled = job.is_surely_recalled = False
         if self.pointers.get(job.order) == job.id and kind not in FAILED:  # RQ may put a failed job back
             del self.pointers[job.order]
@@ -298,6 +303,8 @@ class Model:
         other = self.jobs.get(self.pointers.get(job.order, ""))
         if ":a:" in job.order and (other is None or not other.is_open):
             self.pointers[job.order] = job.id
+            if other is not None and (other.left_failed or other.is_recalled or other.is_deleted):
+                self._doubtful.add(job.order)
 
     def _known(self, job_id: str) -> Job:
         job = self.jobs.get(job_id)
@@ -349,7 +356,9 @@ class Model:
         known = self.pointers.get(order, "")
         if job_id == known:
             return
-        if any(one in self.jobs and self.jobs[one].is_deleted for one in (job_id, known)):
+        is_deleted = any(one in self.jobs and self.jobs[one].is_deleted for one in (job_id, known))
+        if is_deleted or order in self._doubtful:
+            self._doubtful.discard(order)
             self.pointers.pop(order, None)
             if job_id:
                 self.pointers[order] = job_id

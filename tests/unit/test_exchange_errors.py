@@ -17,12 +17,12 @@ import requests.exceptions
 import urllib3.exceptions
 from rq.timeouts import JobTimeoutException
 
-from tests.loopback import Server, answering, http_answer
+from tests.loopback import Server, answering, drop_after_reading, http_answer
 from tests.ways import Bench, Client, failed
 from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock
 from worker.signing import Credential
-from worker.transport import Request, Route, named
+from worker.transport import Request, Route
 
 CANARY = "signature=c4n4ry"
 URL = f"http://127.0.0.1/fapi/v1/algoOrder?{CANARY}"
@@ -213,13 +213,20 @@ def test_raised_by_requests(
     assert CANARY not in answer.reason
 
 
-def test_refused_tunnel_is_a_proof(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How http.client says that a proxy refused the tunnel proves that nothing has left."""
+def failing(error: Exception, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> Reply | Failure:
+    """The answer to a call in which requests raises ``error``."""
     client = Client("requests", "http://127.0.0.1:9", ServerClock(), {"recv_window_ms": 3_000})
     with monkeypatch.context() as patch:
-        patch.setattr(requests.Session, "send", _raiser(OSError("Tunnel connection failed: 407 hunter2")))
-        failed(client.cancel(credential), seen=False, reason="no tunnel through the proxy: OSError")
+        patch.setattr(requests.Session, "send", _raiser(error))
+        answer = client.cancel(credential)
     client.close()
+    return answer
+
+
+def test_refused_tunnel_is_a_proof(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How http.client says that a proxy refused the tunnel proves that nothing has left."""
+    answer = failing(OSError("Tunnel connection failed: 407 hunter2"), credential, monkeypatch)
+    failed(answer, seen=False, reason="no tunnel through the proxy: OSError")
 
 
 def test_alarm_shows_nothing_of_what_was_handled(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,12 +259,12 @@ def test_signing_fails(cls: type[Exception], bench: Bench) -> None:
 # ---- reasons --------------------------------------------------------------------------------------------------------
 
 
-def test_reason_names_the_root() -> None:
+def test_reason_names_the_root(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
     """The class in the reason is the one that began it, not one of the layers that wrapped it."""
     outer = requests.exceptions.ConnectionError(URL)
     outer.__context__ = urllib3.exceptions.MaxRetryError(None, URL)  # type: ignore[arg-type]
     outer.__context__.__cause__ = ConnectionAbortedError(URL)
-    assert named("could not connect", outer) == "could not connect: ConnectionAbortedError"
+    failed(failing(outer, credential, monkeypatch), seen=True, reason="no answer: ConnectionAbortedError")
 
 
 @pytest.mark.parametrize("cls", [ZeroDivisionError, ValueError])
@@ -273,11 +280,20 @@ def test_reason_is_not_taken_from_the_callers_own_error(cls: type[Exception], be
     assert answer == Failure(seen=False, reason=f"not sent: {cls.__name__}")
 
 
-def test_cycle_of_causes_ends() -> None:
+def test_callers_own_error_proves_nothing(bench: Bench, credential: Credential) -> None:
+    """A call made while a failure to connect is handled is in doubt if it breaks off."""
+    _, client = bench.to(drop_after_reading)
+    try:
+        raise urllib3.exceptions.NewConnectionError(None, "the caller's")  # type: ignore[arg-type]
+    except urllib3.exceptions.HTTPError:
+        failed(client.cancel(credential), seen=True, reason="no answer: RemoteDisconnected")
+
+
+def test_cycle_of_causes_ends(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exceptions that name each other as their cause cannot hold a worker."""
-    first, second = ValueError(), KeyError()
+    first, second = requests.exceptions.ConnectionError(), urllib3.exceptions.ProtocolError()
     first.__cause__, second.__cause__ = second, first
-    assert named("not sent", first).startswith("not sent: ")
+    failed(failing(first, credential, monkeypatch), seen=True, reason="no answer:")
     first.__cause__ = None
 
 

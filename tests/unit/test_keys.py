@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hashlib import sha1
+from itertools import pairwise
+
 import redis
 import rq.registry
 from rq import worker_registration
@@ -12,7 +15,7 @@ from rq.results import Result
 from rq.suspension import WORKERS_SUSPENDED
 from rq.worker import BaseWorker
 
-from producer.keys import Keys
+from producer.keys import Band, Keys, Script
 
 KEYS = Keys("stops", RQ_KEY_PREFIX)
 
@@ -97,6 +100,26 @@ def test_keys_of_our_own() -> None:
     assert (KEYS.outcome_prefix, KEYS.order_prefix) == ("stops:outcome:", "stops:order:")
     assert (KEYS.breaker("hedge-2"), KEYS.held("hedge-2")) == ("stops:key:hedge-2", "stops:held:hedge-2")
     assert (Keys.gate("all"), Keys.gate("worker.1")) == ("gate:all", "gate:worker.1")
+
+
+def test_bands_of_the_index_hold_any_time() -> None:
+    """A time of our days comes out of its band as it went in, and bands come in the order of their states."""
+    assert [band.name for band in Band] == ["HELD", "WAITING", "RETRY", "END"]
+    for band, end in pairwise(Band):
+        for at_ms in (0, 1_763_807_442_123, 9_999_999_999_999):  # the last one: in the year 2286
+            assert band <= float(band + at_ms) < end
+            assert float(band + at_ms) - band == at_ms
+
+
+def test_a_name_stays_a_name_in_a_script() -> None:
+    """Whatever a constant holds, a script takes it as it is: no text ends early, and no word of it becomes code."""
+    odd = 'a"b\\c\n]] .. os.exit() --\u00fc RETRY_BAND'
+    script = Script(Keys("stops").lua() | {"FAILED": odd, "LIST": [odd, 5, {"x": True}]}, "producer/retry.lua")
+
+    literal = "a\\034b\\092c\\010]] .. os.exit() --\\195\\188 RETRY_BAND"
+    assert f'local LIST = {{"{literal}",5,{{x=true}}}}\n' in script.source
+    assert f"on('ZSCORE', \"{literal}\", id)" in script.source
+    assert script.sha == sha1(script.source.encode(), usedforsecurity=False).hexdigest()
 
 
 def test_a_prefix_of_rq_moves_rqs_keys_only() -> None:

@@ -23,5 +23,5 @@ if fields > 0 and not is_unknown then
   redis.call('EXPIRE', ARGV[1], ARGV[2])
 end
 local gate = redis.pcall('HGET', GATE, 'until_ms')
-return {now.text, type(gate) == 'string' and gate or '', redis.call('EXISTS', SUSPENDED), is_unknown and 1 or 0,
-  set_aside, unpack(lost)}
+gate = type(gate) == 'string' and job.whole(gate) and gate or ''
+return {now.text, gate, redis.call('EXISTS', SUSPENDED), is_unknown and 1 or 0, set_aside, lost}

@@ -37,7 +37,8 @@ function job.note_lost_attempt(id, began_ms)
   local length = redis.call('HSTRLEN', key, 'c_attempts')
   if length > MAX_ATTEMPTS_BYTES then return end -- its reader takes it for a doubt as it is
   local before = length > 0 and redis.call('HGET', key, 'c_attempts') .. ',' or ''
-  local n = tonumber(string.match(before, '.*"n":(%d+)') or '0') + 1
+  -- From the beginning: else a text without a number would be gone through again from each of its letters.
+  local n = tonumber(string.match(before, '^.*"n":(%d+)') or '0') + 1
   redis.call('HSET', key, 'c_attempts', before .. string.format('{"n":%d,"at_ms":%s,"call":"cancel","http":null,' ..
     '"code":null,"msg":"worker lost","verdict":"unclear","ms":%s}', n, text(began_ms),
     text(math.max(now.ms - began_ms, 0))))
@@ -161,13 +162,14 @@ end
 
 function job.lease(id, s, deadline_ms)
   local key, token = JOB_PREFIX .. id, ARGV[3] .. text(out.number)
+  local run = text(s.run or '1') -- as its holder will write it: somebody may have put zeros before it
   out.number, out.stamp = out.number + 1, out.stamp or now.stamp()
   redis.call('PERSIST', key)
   job.put_in_order(key, id, s)
   -- The attempt is noted before it is sent: should nobody come back with its answer, it counts as perhaps done.
   local status = job.is_recalled(s) and s.status or 'started'
   redis.call('HSET', key, 'status', status, 'started_at', out.stamp, 'last_heartbeat', out.stamp,
-    'worker_name', ARGV[1], 'c_lease', token, 'c_open_at_ms', now.text, 'c_run', s.run or '1')
+    'worker_name', ARGV[1], 'c_lease', token, 'c_open_at_ms', now.text, 'c_run', run)
   local n = #out.leases
   out.leases[n + 1], out.leases[n + 2] = out.lease_ends, id
   if not only then -- RQ has made its own entry for a stock worker
@@ -176,7 +178,7 @@ function job.lease(id, s, deadline_ms)
   end
   local data, attempts = job.bounded(key, 'data', MAX_DATA_BYTES), job.bounded(key, 'c_attempts', MAX_ATTEMPTS_BYTES)
   local pin = job.bounded(key, 'c_pin', MAX_DATA_BYTES)
-  return {id, token, data or '', s.enqueued_at, text(deadline_ms), s.run or '1', attempts or '', pin or '',
+  return {id, token, data or '', s.enqueued_at, text(deadline_ms), run, attempts or '', pin or '',
     job.fault_of(s, data, attempts, pin), s.meant_at or s.enqueued_at}
 end
 
@@ -259,7 +261,12 @@ local closed_until_ms, suspended, why = job.closed_until(), redis.call('EXISTS',
 if only then
   job.first_write()
   why = job.try_safely(only, closed_until_ms > 0)
-  if string.find(why, '^scheduled') then job.put_back_in_schedule(only) end
+  if string.find(why, '^scheduled') then
+    job.put_back_in_schedule(only)
+  elseif string.find(why, '^closed') then -- popped, it stands in no list: it comes back when the pause ends
+    local until_ms = math.min(closed_until_ms, tonumber(string.match(why, '%d+')))
+    on('ZADD', UNFINISHED, text(RETRY_BAND + until_ms), only)
+  end
 else
   local moved, gives_up_at_ms = job.moved(), tonumber(ARGV[8])
   if gives_up_at_ms > 0 and now.ms >= gives_up_at_ms then

@@ -39,9 +39,9 @@ end
 -- and with it all.
 function job.first_write() on('ZREM', UNFINISHED, '\0') end
 
--- Written with one call each at the end of a script.
+-- Written with one call each at the end of a script, or a few: Lua's stack takes no more than some thousand words.
 local function write(command, key, list)
-  if #list > 0 then on(command, key, unpack(list)) end
+  for i = 1, #list, 5000 do on(command, key, unpack(list, i, math.min(i + 4999, #list))) end
 end
 
 -- RQ's popping says of a job that has ended that it has begun and never ends; a clean-up of RQ's, that it waits.

@@ -1,6 +1,7 @@
 -- Close the gate for everybody on the same address; a later end holds.
 -- ARGV  1 pause in ms, 2 reason, 3 who closed it, 4 doubling (1 or 0)
 -- Gives the gate's end in ms.
+job.first_write()
 local before = job.whole(on('HGET', GATE, 'until_ms')) or 0
 local pause_ms = tonumber(ARGV[1])
 if ARGV[4] == '1' and before <= now.ms then

@@ -4,6 +4,7 @@
 -- Gives the time of the next probe in ms while it is open and the caller has to wait, else 0.
 local what, breaker, held, account = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local LIFE_S, RELEASED = 8 * 86400, 1000
+job.first_write()
 local open = job.whole(on('HGET', breaker, 'probe_at_ms'))
 
 if what == 'failed' then
