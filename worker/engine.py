@@ -97,7 +97,7 @@ class Engine:
         self._renewed_ns = 0
         self._outbox: deque[Row] = deque()
         self._room_changed, self._due, self._to_complete = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._completed, self._stopping = asyncio.Event(), asyncio.Event()
+        self._let_go, self._stopping = asyncio.Event(), asyncio.Event()
         self._is_suspended = self._is_away = False
         self._troubles, self._back_at_ns = 0, 0
         self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
@@ -146,9 +146,9 @@ class Engine:
         try:
             await self._for_ever(self._claim_next, self._stopping.is_set)
             self._hand_back_ready()
-            while self._held:
-                self._completed.clear()
-                await self._completed.wait()
+            while self._held or self._claims_out:
+                self._let_go.clear()
+                await self._let_go.wait()
         finally:
             for task in (*helpers, *self._tasks):
                 task.cancel()
@@ -298,6 +298,7 @@ class Engine:
             self._take(claimed, is_fresh=self._watch_sleep() == sleeps)
         finally:
             self._claims_out -= 1
+            self._let_go.set()
             if self._stopping.is_set():
                 self._hand_back_ready()
 
@@ -349,7 +350,7 @@ class Engine:
             # hold what must not be logged; where it stands may not.
             log.error("defect", id=held.lease.id, error=type(defect).__name__, where=where(defect))
             self._held.pop(held.lease.token, None)
-            self._completed.set()
+            self._let_go.set()
         self._running -= 1
         self._ended_at_ns.append(local_ns())
         self._start_ready()
@@ -400,11 +401,12 @@ class Engine:
 
     def _written(self, row: Row, answer: int | None) -> None:
         held = self._held.pop(row.lease.token, None)
-        if held is not None:
-            self.working_s += (local_ns() - held.claimed_ns) / _NS_PER_S
+        if held is None:  # it was written before something went wrong with another one of its group
+            return
+        self.working_s += (local_ns() - held.claimed_ns) / _NS_PER_S
         if answer is not None:
             self._tell(row, answer)
-        self._completed.set()
+        self._let_go.set()
         self._room_changed.set()
 
     def _tell(self, row: Row, answer: int) -> None:

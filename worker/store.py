@@ -10,6 +10,7 @@ import zlib
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
@@ -279,7 +280,7 @@ class Store:
     def complete(self, rows: Sequence[Row]) -> Request[Completed]:
         """End holds; to be repeated with the same rows where no answer came: that does no harm."""
         words = (word for row in rows for word in row.words())
-        return self._request("complete", (self._holder, *words), _completed)
+        return self._request("complete", (self._holder, *words), partial(_completed, len(rows)))
 
     def beat(self, held: Sequence[Lease], figures: Mapping[str, Any] | None, life_s: int) -> Request[Beat]:
         """Prolong leases and, with ``figures``, tell RQ and people that this worker lives for another ``life_s``."""
@@ -353,8 +354,10 @@ def _number(answers: list[Any], _: Stamps) -> int:
     return int(_good(answers)[0])
 
 
-def _completed(answers: list[Any], _: Stamps) -> Completed:
+def _completed(count: int, answers: list[Any], _: Stamps) -> Completed:
     damaged, *rows = _good(answers)[0]
+    if len(rows) != count:
+        raise ValueError("not one answer for each row")
     return Completed([int(row) for row in rows], _names(damaged))
 
 

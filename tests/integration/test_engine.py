@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from producer import CancelClient, CancelRequest, OutcomeKind
-from tests.engines import HELD_S, Answerer, Asked, Parts, RunningEngine, Said, enqueued, well
+from tests.engines import HELD_S, OVERLOADED, Answerer, Asked, Parts, RunningEngine, Said, enqueued, well
 from tests.fault.conftest import mark_of
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import Logged
@@ -27,7 +27,7 @@ from tests.servers import Peek, Valkey, eventually
 from worker.cancel import Hold
 from worker.clock import SleepWatch
 from worker.sandbox.control import RunningExchange
-from worker.store import Beat, Completed, Lease, Release, Request, Retry, Row
+from worker.store import Beat, Claimed, Completed, Lease, Release, Request, Retry, Row
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
@@ -185,7 +185,94 @@ def test_a_defect_in_one_job_leaves_the_others(
     eventually(lambda: running.engine.in_hand == 0, what="it does not keep the engine from its end")
 
 
+def test_an_outcome_is_told_once_though_its_group_is_written_again(
+    valkey: Valkey, client: CancelClient, stack: ExitStack, logged: Logged
+) -> None:
+    """Where a bad row has its group written one by one, and Redis is lost in the midst of it, nothing counts twice."""
+    proxy = stack.enter_context(Proxy(valkey.port))
+    is_writing = threading.Event()
+
+    def behave(asked: Asked) -> Said:
+        if asked.algo_id != 1:
+            is_writing.wait(HELD_S)
+            time.sleep(0.05 * (asked.algo_id or 0))
+        return well(asked)
+
+    server = stack.enter_context(Answerer(behave))
+    tickets = enqueued(client, 4)
+    change = stumbling(4, lambda lease: Retry(lease, (), None))  # type: ignore[arg-type]
+    running = RunningEngine(proxy.redis_url, server.url, 8, change=change, LEASE_S="30")
+    complete = mark_of(running.store.complete([]))
+    proxy.latency(500, complete)
+    trap = proxy.limit_data(b"done\r\n$32\r\n" + tickets[2].id.encode())
+    with running:
+        eventually(lambda: len(server.asked) == 4 and client.outcome(tickets[0].id), what="the first one is written")
+        is_writing.set()
+
+        assert at_first_try(outcomes(client, tickets[:3]))
+        eventually(lambda: running.engine.in_hand == 0, what="each is told of")
+    assert trap.sprung == 1
+    assert [event["id"] for event in logged("outcome")] == [ticket.id for ticket in tickets[:3]]
+    assert running.engine.outcomes == 3
+
+
+def test_an_answer_for_other_rows_is_none(
+    valkey: Valkey, client: CancelClient, exchange: RunningExchange, stack: ExitStack
+) -> None:
+    """Without an answer for each row of a completion nobody is held for ever: the jobs come back with their leases."""
+    spoiled: list[object] = []
+
+    def change(parts: Parts) -> None:
+        complete = parts.store.complete
+
+        def completed(rows: Sequence[Row]) -> Request[Completed]:
+            request = complete(rows)
+            if spoiled:
+                return request
+            spoiled.append(rows)
+            return replace(request, read=lambda answers, stamps: request.read([[answers[0][0]]], stamps))
+
+        vars(parts.store)["complete"] = completed
+
+    (ticket,) = cancel_all(client, opened(exchange, 1))
+    running = stack.enter_context(RunningEngine(valkey.url, exchange.url, 4, change=change))
+
+    assert ticket.wait(5).kind is OutcomeKind.CANCELLED
+    eventually(lambda: spoiled and running.engine.in_hand == 0, what="nothing is held any more")
+
+
 # ---- leaving --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_waits_for_every_claim_that_is_on_its_way(
+    valkey: Valkey, client: CancelClient, peek: Peek, stack: ExitStack
+) -> None:
+    """A retry that is claimed in the moment of a stop is handed back, and not left to its lease."""
+    proxy = stack.enter_context(Proxy(valkey.port))
+    server = stack.enter_context(Answerer(lambda asked: OVERLOADED if asked.method == "DELETE" else well(asked)))
+    stopped: list[bool] = []
+
+    def change(parts: Parts) -> None:
+        claim = parts.store.claim
+
+        def claimed(slots: int, *, wait: bool, **options: bool) -> Request[Claimed]:
+            if not wait and not stopped:  # a retry is due
+                stopped.append(True)
+                running.stop()
+            request = claim(slots, wait=wait, **options)
+            (*move, last) = request.commands
+            return replace(request, commands=(*((*words[:-1], 0.05) for words in move), last))
+
+        vars(parts.store)["claim"] = claimed
+
+    (ticket,) = enqueued(client, 1)
+    running = RunningEngine(proxy.redis_url, server.url, 4, change=change)
+    proxy.latency(400, mark_of(running.store.claim(1, wait=False)))
+    with running:
+        eventually(running.has_ended, what="it was stopped")
+
+    assert stopped
+    assert (peek.held(), peek.waiting()) == ([], [ticket.id])
 
 
 def test_what_a_stop_hands_back_keeps_its_order(
