@@ -194,12 +194,13 @@ class Canceller:
     async def _pursue(self, job: _Job) -> Row:
         step = self._first_step(job)
         while isinstance(step, Again) and step.delay_ms == 0:
-            if step.resync:
-                await self.resync(job.began_ns)
-            if (held_ms := await self._held_back_ms(job, step)) > 0:
-                return self._retry(job, held_ms)
+            if self._may_send(job):
+                if step.resync:
+                    await self.resync(job.began_ns)
+                if (held_ms := await self._held_back_ms(job, step)) > 0:
+                    return self._retry(job, held_ms)
             # Nothing may be sent: the job goes back as it is. If somebody else has it by now, its lease sees to it.
-            if not job.hold.is_valid() or self._gate.closed(self._now_ms()):
+            if not self._may_send(job):
                 return Release(job.lease, tuple(job.history), job.pin())
             step = await self._attempt(job, step)
         if isinstance(step, Again):
@@ -266,9 +267,12 @@ class Canceller:
             stop, kind=OutcomeKind.REFUSED, error=f"held back until the deadline: the key is refused: {reason}"
         )
 
+    def _may_send(self, job: _Job) -> bool:
+        return job.hold.is_valid() and not self._gate.closed(self._now_ms())
+
     def _may_go(self, job: _Job, step: Again) -> bool:
         """Asked right before the first byte: what had to wait (for a connection, a clock, Redis) is decided anew."""
-        if not job.hold.is_valid() or self._gate.closed(self._now_ms()):
+        if not self._may_send(job):
             return False
         now = self._first_step(job)
         return isinstance(now, Again) and now.call == step.call
@@ -302,7 +306,8 @@ class Canceller:
         """
         if verdict.means is Means.CONFIRMED or verdict.order is None or job.algo_id is not None:
             return verdict
-        return verdict if await self._knows_the_time() else Verdict(Means.UNCLEAR, verdict.http, msg=_NOT_MEASURED)
+        is_known = self._ahead() is not None or (self._may_send(job) and await self._knows_the_time())
+        return verdict if is_known else Verdict(Means.UNCLEAR, verdict.http, msg=_NOT_MEASURED)
 
     @staticmethod
     def _note_attempt(job: _Job, call: Call, at_ms: int, took_ms: int, verdict: Verdict) -> None:

@@ -288,6 +288,8 @@ class CancelWorker(BaseWorker):
         """Keep connections open and the clock true, so that the next cancel waits for neither."""
         pause_s = _WARM_S if self._server_clock.measured else _LOOK_S
         await asyncio.sleep(pause_s)
+        with contextlib.suppress(redis.RedisError):  # a process that stood still may not have heard of a pause
+            await self._engine.beat(None)
         if not self._gate.closed(self._store.clock.now_ms()):
             await self._exchange.keep_warm()
             await self._learn_weight_limit()

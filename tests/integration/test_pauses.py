@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import redis
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import Keys
 from tests.conftest import API_KEY, API_SECRET
-from tests.servers import Valkey, Workers, eventually
+from tests.servers import Peek, Valkey, Workers, eventually
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
 
@@ -121,3 +122,25 @@ def test_a_key_that_stays_refused_ends_its_jobs_at_their_deadline(
             assert exchange.book()[order.algo_id].deletes == 0
         finally:
             fleet.stop()
+
+
+def test_a_worker_that_stood_still_asks_redis_before_anything_is_sent(
+    valkey: Valkey, connection: redis.Redis, workers: Workers, exchange: RunningExchange
+) -> None:
+    """Stopped before a ban and woken during it, a worker does not even keep its connections warm: it hears first."""
+    peek = Peek(connection)
+    gate = peek.keys.gate("all")
+    peek("HSET", gate, "until_ms", peek.now_ms() + 5000)
+    worker = workers.start()
+    assert "clock_offset_ms" not in worker.output(), "it has not asked the exchange yet, and will as soon as it may"
+    worker.process.send_signal(signal.SIGSTOP)
+    eventually(
+        lambda: peek.now_ms() > int(peek("HGET", gate, "until_ms")) + 500, what="the pause that it knows is over"
+    )
+
+    peek("HSET", gate, "until_ms", peek.now_ms() + 3000)
+    exchange.start_incident(Fault.BANNED_418, duration_ms=2900)
+    worker.process.send_signal(signal.SIGCONT)
+
+    eventually(lambda: exchange.stats().requests, what="it asks when the ban is over")
+    assert exchange.stats().requests_during_incidents == 0
