@@ -21,7 +21,7 @@ from worker import log
 from worker.cancel import Canceller
 from worker.clock import SleepWatch, local_ns
 from worker.rate_gate import Gate
-from worker.redis_link import AsyncLink, is_about_rows
+from worker.redis_link import AsyncLink, is_about_rows, will_pass
 from worker.store import Claimed, Done, Lease, Release, Retry, Row, Store
 
 __all__ = ["Engine", "tell_damaged", "tell_outcome", "where"]
@@ -98,7 +98,7 @@ class Engine:
         self._outbox: deque[Row] = deque()
         self._room_changed, self._due, self._to_complete = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._let_go, self._stopping = asyncio.Event(), asyncio.Event()
-        self._is_suspended = self._is_away = False
+        self._is_suspended = self._is_away = self._is_full = False
         self._troubles, self._back_at_ns = 0, 0
         self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
         self.failed = self.finished = 0  # outcomes of each sort
@@ -209,7 +209,7 @@ class Engine:
             try:
                 await step()
             except redis.RedisError as error:
-                if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+                if will_pass(error):
                     for link in (self._claims, self._rest):
                         await link.drop_if_idle()
                 await self._pause(self._trouble(error))
@@ -301,6 +301,8 @@ class Engine:
             self._let_go.set()
             if self._stopping.is_set():
                 self._hand_back_ready()
+        if wait:
+            await self._heed_full(claimed)
 
     def _take(self, claimed: Claimed, *, is_fresh: bool) -> None:
         """Take what a claim brought into our hands; ``is_fresh``: the leases' ends as we count them can be trusted."""
@@ -436,6 +438,14 @@ class Engine:
         self._due.set()
 
     # -- Redis away and back --
+
+    async def _heed_full(self, claimed: Claimed) -> None:
+        """A full server serves claims and completions, but lets nobody wait: the next claim must not follow at once."""
+        was_full, self._is_full = self._is_full, claimed.refused is not None
+        if claimed.refused is not None and not was_full:
+            log.error("redis", state="full", error=type(claimed.refused).__name__)
+        if self._is_full and not claimed.leases:
+            await self._pause(_LOOK_S)
 
     def _worked(self) -> None:
         """Note that Redis did what it was asked."""

@@ -22,7 +22,17 @@ from producer.message import clean_text
 from worker.clock import local_ns
 from worker.store import ANSWER_WITHIN_S, Request, Stamps, Words
 
-__all__ = ["AsyncLink", "BlockingLink", "Link", "connect", "connect_like", "is_about_rows", "open_link", "trouble"]
+__all__ = [
+    "AsyncLink",
+    "BlockingLink",
+    "Link",
+    "connect",
+    "connect_like",
+    "is_about_rows",
+    "open_link",
+    "trouble",
+    "will_pass",
+]
 
 T = TypeVar("T")
 
@@ -39,6 +49,14 @@ _NOT_LENT = ("retry", "socket_timeout", "maint_notifications_config", "maint_not
 #: An error of the script is about its rows, unless a server says this of itself; Redis 6.2 wraps that in one.
 _ROWS = re.compile(r"script|WRONGTYPE", re.IGNORECASE)
 _SERVER = re.compile(r"\b(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN|UNKILLABLE)\b")
+#: Those of them that redis-py has classes for, without that word in their text.
+_PASSING = (
+    redis.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.TryAgainError,
+)
 
 
 class Link(Protocol):
@@ -99,11 +117,11 @@ class AsyncLink:
             request, answers, stamps = await self._round_trips(make)
             try:
                 return request.read(answers, stamps)
-            except redis.RedisError:
-                raise
-            except Exception:
-                # An answer that makes no sense may be another question's: the next one must not get this one's.
-                await self._connection.disconnect(nowait=True)
+            except Exception as error:
+                # An answer that makes no sense may be another question's: the next one must not get this one's. And a
+                # server that cannot serve may not be the one any more that the address leads to.
+                if not isinstance(error, redis.RedisError) or will_pass(error):
+                    await self._connection.disconnect(nowait=True)
                 raise
 
     async def _round_trips(self, make: Callable[[], Request[T]]) -> tuple[Request[T], list[Any], Stamps]:
@@ -200,6 +218,14 @@ class BlockingLink:
             for command in commands:
                 pipeline.execute_command(*command)
             return list(pipeline.execute(raise_on_error=False))
+
+
+def will_pass(error: BaseException) -> bool:
+    """Whether an error tells of what passes: no answer, or a server that is full, read-only, busy, still loading …"""
+    if isinstance(error, redis.ResponseError):
+        return isinstance(error, _PASSING) or bool(_SERVER.search(str(error)))
+    is_away = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+    return is_away and not isinstance(error, redis.AuthenticationError)
 
 
 def is_about_rows(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ from producer.keys import WorkerField
 from worker import log
 from worker.daemon import WorkerLoop, in_daemon_thread
 from worker.engine import Engine, where
-from worker.redis_link import connect_like, open_link, trouble
+from worker.redis_link import connect_like, open_link, trouble, will_pass
 from worker.settings import Settings
 from worker.store import ANSWER_WITHIN_S
 from worker.watchdog import Watchdog
@@ -143,9 +143,9 @@ class CancelWorker(BaseWorker):
             try:
                 await self._unless_stopped(in_daemon_thread(self._register, "register"), _END_S)
                 await self._unless_stopped(self._engine.beat(None))
-            except redis.AuthenticationError:
-                raise
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except redis.RedisError as error:
+                if not will_pass(error):
+                    raise
                 if not is_away:
                     log.error("redis", state="away", error=trouble(error))
                 is_away = True
@@ -161,11 +161,14 @@ class CancelWorker(BaseWorker):
         with contextlib.suppress(redis.ResponseError):  # a user may lack the right
             self.connection.client_setname(self.name)
             self.ip_address = str(self.connection.client_info()["addr"])
-        if self.birth_date is None:  # else it was done, perhaps unheard: RQ takes our own hash for another's
-            self.register_birth()  # type: ignore[no-untyped-call]
         if self.pubsub_thread is None:
             self.subscribe()
-        self.set_state(WorkerStatus.IDLE)
+        with contextlib.suppress(redis.exceptions.OutOfMemoryError):  # it is done by `_look` when there is room
+            if self.birth_date is None:
+                self.register_birth()  # type: ignore[no-untyped-call]
+                self.set_state(WorkerStatus.IDLE)
+            else:  # it was done, perhaps unheard: RQ would take our own hash for another's
+                self._register_anew()
 
     async def _meet_exchange(self) -> None:
         """Measure its clock and learn its limit, unless nothing may be sent now."""
@@ -255,8 +258,8 @@ class CancelWorker(BaseWorker):
         return min(self._settings.lease_s / 4, _LOOK_S)
 
     def _register_anew(self) -> None:
-        """Redis came back without its data."""
-        with self.connection.pipeline() as pipeline:
+        """Redis came back without its data, or is another server by now."""
+        with connect_like(self.connection) as connection, connection.pipeline() as pipeline:
             pipeline.hset(self.key, mapping={**self.serialize(), "state": self._state_now()})
             pipeline.expire(self.key, self.worker_ttl + 60)
             worker_registration.register(self, pipeline)

@@ -92,6 +92,7 @@ class Claimed:
     why_not: str  # why the one job that was asked for is not leased: settled, held, gone, scheduled, closed
     until_ms: int  # when it is due (scheduled) or its deadline (closed)
     leases: list[Lease]
+    refused: redis.ResponseError | None = None  # why the server did not let us wait: it is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +266,9 @@ class Store:
         told = (int(now_ms), int(gate), suspended == 1, _names(damaged), why_not, int(until or 0))
         until_ns = self._lease_from(told[0], stamps)
         leases = [_lease(row, until_ns) for row in rows]
-        if not leases and not damaged:  # else the list was none, and is by now
-            _raise(moved)  # a full server refuses the wait but not the claim: the next one must not follow at once
-        return Claimed(*told, leases)
+        # A full server refuses the wait but not the claim. (What refused it for its type is damaged, and set aside.)
+        refused = moved if isinstance(moved, redis.ResponseError) and not damaged else None
+        return Claimed(*told, leases, refused)
 
     def _lease_from(self, now_ms: int, stamps: Stamps) -> int:
         """The end of a lease given when Redis' clock said ``now_ms``: counted from the earliest moment that can be."""

@@ -418,15 +418,17 @@ def test_a_retry_starts_when_it_is_due(client: CancelClient, open_holder: OpenHo
     assert ids(holder.claim()) == [lease.id]
 
 
-def test_a_full_server_that_refuses_the_wait_is_an_error(
+def test_a_full_server_refuses_the_wait_and_not_the_claim(
     client: CancelClient, open_holder: OpenHolder, connection: redis.Redis
 ) -> None:
-    """Without a job to tell of, the worker learns why it was not let wait, so that it does not ask without end."""
+    """The worker learns why it was not let wait, so that it does not ask without end, and is given what there is."""
+    (ticket,) = orders(client, 1)
     holder = open_holder()
-    holder.claim()
     connection.config_set("maxmemory", 1)
     try:
-        with pytest.raises(redis.exceptions.OutOfMemoryError):
-            holder.claim(wait=True)
+        claimed = holder.claimed(wait=True)
+        assert ids(claimed.leases) == [ticket.id]
+        assert isinstance(claimed.refused, redis.exceptions.OutOfMemoryError)
+        assert isinstance(holder.claimed(wait=True).refused, redis.exceptions.OutOfMemoryError)
     finally:
         connection.config_set("maxmemory", 0)
