@@ -1,8 +1,8 @@
 """What every way to the exchange shares: requests, answers, failures, and the rules for URLs, proxies and TLS.
 
 A transport sends one request on one connection and never sends it again. It follows no redirect, keeps no cookie, and
-looks at neither environment nor netrc. A signed request exists from the moment it is written and nowhere but on the
-connection: no repr, no exception and no log of a transport has any part of it.
+looks at neither environment nor netrc. A request is signed when it is about to be written, and nothing that a
+transport shows, no repr, no exception and no log, has any part of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import re
 import ssl
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import certifi
 __all__ = [
     "BODY_LIMIT",
     "FIELDS",
+    "IDLE_BOUND_S",
     "Failed",
     "Place",
     "Raw",
@@ -28,15 +30,21 @@ __all__ = [
     "Route",
     "Transport",
     "decoded",
+    "idle_clock_s",
     "named",
 ]
 
 #: Most bytes of a body that are read. Answers to orders have a few hundred; the exchange's list of symbols has more,
 #: but what is wanted of it stands at its beginning.
 BODY_LIMIT = 64 * 1024
+#: How long a connection may be unused and still be trusted, s: a little more than the time between two calls that keep
+#: connections warm. Firewalls and load balancers forget a flow that is still in silence, and what is sent then is
+#: never answered.
+IDLE_BOUND_S = 30.0
 #: What every request says of its sender.
 FIELDS = {"User-Agent": "algo-cancel-queue", "Accept": "application/json", "Accept-Encoding": "identity"}
 
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _PROXY_RULE = "the egress proxy must be http(s)://[user:password@]host[:port]"
 _BASE_RULE = "the exchange's base URL must be http(s)://host[:port][/path]"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -109,6 +117,11 @@ class Transport(Protocol):
     def close(self) -> None:
         """Close what is idle; what is in use is closed when its call ends, and later calls fail unsent."""
         ...
+
+
+def idle_clock_s() -> float:
+    """The clock for idle times, s: one that goes on while the host sleeps, where there is one."""
+    return time.clock_gettime(_CLOCK)
 
 
 def named(phase: str, error: BaseException) -> str:

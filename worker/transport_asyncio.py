@@ -14,17 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from worker.http1 import MalformedResponse, ResponseReader
-from worker.transport import BODY_LIMIT, Failed, Raw, Request, Route, decoded, named
+from worker.transport import BODY_LIMIT, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, idle_clock_s, named
 from worker.transport_connect import Opening, TunnelRefused
 
-__all__ = ["IDLE_BOUND_S", "OPENERS", "AsyncioTransport"]
+__all__ = ["OPENERS", "AsyncioTransport"]
 
 #: Connections opened at once at the most: a burst finds few open, and no exchange likes 64 handshakes in one moment.
 OPENERS = 8
-#: How long a connection may be unused and still be trusted, s: a little more than the time between two calls that keep
-#: connections warm. Firewalls and load balancers forget a flow that is still in silence, and what is sent then is
-#: never answered.
-IDLE_BOUND_S = 30.0
 #: Most bytes that one answer may take with its framing, more than any has: a flood must not keep the event loop.
 ANSWER_LIMIT = 1024 * 1024
 #: Most bytes of one read. All connections of a loop read into one buffer, as each read is dealt with at once.
@@ -36,12 +32,6 @@ _LAST_LOOKS = 3
 #: Why a request was not written: its new connection had ended, or something else than an answer had come.
 _NOT_SENT = "not sent: ConnectionResetError"
 _CLOSED = "could not connect: ConnectionAbortedError"
-#: The host's clock for idle times, s: one that goes on while the host sleeps, where there is one.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def _now_s() -> float:
-    return time.clock_gettime(_CLOCK)
 
 
 class _Connection(asyncio.BufferedProtocol):
@@ -244,7 +234,7 @@ class _Pool:
         if len(self._idle) >= self._size:
             connection.abort()
             return
-        connection.idle_since_s = _now_s()
+        connection.idle_since_s = idle_clock_s()
         self._idle.append(connection)
 
     def close(self) -> None:
@@ -265,7 +255,7 @@ class _Pool:
         return False
 
     def _close_aged(self) -> None:
-        since_s = _now_s() - self._idle_bound_s
+        since_s = idle_clock_s() - self._idle_bound_s
         while self._idle and self._idle[0].idle_since_s < since_s:
             self._idle.popleft().abort()
 
