@@ -102,7 +102,7 @@ class AsyncCancelClient:
     async def cancel_many(self, requests: Iterable[CancelRequest], *, durable: bool = False) -> list[AsyncTicket]:
         """Enqueue many cancels, one round trip for each 1,000; tickets in the order of the requests.
 
-        Requests for one order share a ticket. Raises like :meth:`cancel`.
+        Requests for one order share a ticket, also by client id alone. Raises like :meth:`cancel`.
         """
         accepted = await self.converse(self._wire.enqueue(requests, durable))
         tickets = [AsyncTicket(*carried, self) for carried in accepted.carried]
@@ -116,7 +116,7 @@ class AsyncCancelClient:
         return await self.converse(self._wire.outcome(job_id))
 
     async def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000."""
+        """Those outcomes of ``job_ids`` that are there, by id; see :meth:`CancelClient.outcomes_of`."""
         return await self.converse(self._wire.outcomes_of(job_ids))
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> AsyncIterator[tuple[str, Outcome]]:

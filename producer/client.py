@@ -161,7 +161,8 @@ class CancelClient:
 
         Raises:
             InvalidRequest: a field breaks its rule; nothing was enqueued.
-            QueueUnavailable: Redis did not answer in time; calling again is safe.
+            QueueUnavailable: Redis did not answer in time; calling again is safe (by client id alone it makes a second
+                job, which means the order that has the id then).
             NotDurable: the request is on the queue, but this server cannot promise that it survives a crash.
         """
         request = CancelRequest(algo_id, client_algo_id, account, deadline_s, urgent, symbol, tag)
@@ -170,7 +171,7 @@ class CancelClient:
     def cancel_many(self, requests: Iterable[CancelRequest], *, durable: bool = False) -> list[Ticket]:
         """Enqueue many cancels, one round trip for each 1,000; tickets in the order of the requests.
 
-        Requests for one order share a ticket. Raises like :meth:`cancel`.
+        Requests for one order share a ticket, also by client id alone. Raises like :meth:`cancel`.
         """
         accepted = self.converse(self._wire.enqueue(requests, durable))
         tickets = [Ticket(*carried, self) for carried in accepted.carried]
@@ -184,7 +185,7 @@ class CancelClient:
         return self.converse(self._wire.outcome(job_id))
 
     def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000."""
+        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000, two where some failed."""
         return self.converse(self._wire.outcomes_of(job_ids))
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> Iterator[tuple[str, Outcome]]:

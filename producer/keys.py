@@ -5,9 +5,67 @@ Standard library only; it talks to nobody.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import sha1
+from importlib.resources import files
 
-from producer.message import DEFAULT_QUEUE
+from producer.message import DEFAULT_QUEUE, OutcomeKind
+
+#: Life of RQ's hash and result, s: short once finished (the outcome record lives on), a week where a person must look.
+RESULT_TTL_S = 600
+FAILURE_TTL_S = 7 * 86_400
+#: A pointer outlives any deadline; it is removed with the outcome, and left by a job that was deleted or has failed.
+POINTER_LIFE_S = 8 * 86_400
+#: RQ's clean-up requeues a job that has retries left and fails it otherwise; our own bounds decide, never RQ's.
+ENDLESS_RETRIES = 1_000_000
+#: Longest id of a job, bytes: RQ's have 36. What is longer is dropped unread.
+MAX_ID_BYTES = 256
+
+
+class Band(IntEnum):
+    """Where in the index jobs of one state stand; each is followed by a time in ms."""
+
+    HELD = 0  # by the end of the lease
+    WAITING = 10**13  # by since when
+    RETRY = 2 * 10**13  # by when it is due
+    END = 3 * 10**13
+
+
+class Script:
+    """A Lua script with the constants that it is made for, called by its hash once the server knows it.
+
+    ``parts`` are files of a package's `scripts` folder, as `producer/enqueue.lua`. Each script begins with
+    `producer/scripts/job.lua`: what all of them know of a job stands once.
+    """
+
+    def __init__(self, constants: Mapping[str, object], *parts: str) -> None:
+        # A literal costs nothing at each call, a local that functions use does.
+        tables = {name: value for name, value in constants.items() if isinstance(value, list | dict)}
+        known = "".join(f"local {name} = {_lua(value)}\n" for name, value in tables.items())
+        body = "".join(map(_text, ("producer/job.lua", *parts)))
+        plain = {name: _lua(value) for name, value in constants.items() if name not in tables}
+        self.source = known + re.sub(r"\b[A-Z][A-Z_]+\b", lambda found: plain.get(found[0], found[0]), body)
+        self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+
+def _text(part: str) -> str:
+    package, _, name = part.partition("/")
+    return files(package).joinpath("scripts", name).read_text("utf-8")
+
+
+def _lua(value: object) -> str:
+    """``value`` as a literal of Lua."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}={_lua(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "{" + ",".join(map(_lua, value)) + "}"
+    if isinstance(value, int):
+        return str(value).lower()
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03d}" for byte in str(value).encode())
+    return '"' + "".join(plain) + '"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +112,29 @@ class Keys:
         return f"{self.rq}:failed:{self.queue}"
 
     @property
+    def canceled(self) -> str:
+        """CanceledJobRegistry: id scored by when a person took the job back, in seconds."""
+        return f"{self.rq}:canceled:{self.queue}"
+
+    @property
     def result_prefix(self) -> str:
         """RQ's result streams, followed by the id."""
         return f"{self.rq}:results:"
 
     @property
-    def execution_prefix(self) -> str:
-        """Execution hashes, followed by `id:execution`."""
-        return f"{self.rq}:execution:"
+    def intermediate(self) -> str:
+        """List in which a stock RQ worker keeps an id until it has begun the job."""
+        return f"{self.waiting}:intermediate"
 
     @property
-    def executions_prefix(self) -> str:
-        """ExecutionRegistry of a job, followed by the id."""
-        return f"{self.rq}:executions:"
+    def workers(self) -> str:
+        """Set in which RQ lists the keys of its workers."""
+        return f"{self.rq}:workers"
+
+    @property
+    def queue_workers(self) -> str:
+        """The same for this queue alone."""
+        return f"{self.rq}:workers:{self.queue}"
 
     @property
     def worker_prefix(self) -> str:
@@ -85,8 +153,12 @@ class Keys:
         return f"{self.queue}:claiming"
 
     @property
-    def leases(self) -> str:
-        """Sorted set of claimed ids, scored by the lease's end in ms."""
+    def unfinished(self) -> str:
+        """The index: sorted set of all unfinished ids by when to look at them next, in the bands of :class:`Band`.
+
+        Its name is older than it: held jobs stand in it as they did in the set of leases of version 0.1, so that
+        workers of both versions side by side take over each other's jobs.
+        """
         return f"{self.queue}:leases"
 
     @property
@@ -101,7 +173,7 @@ class Keys:
 
     @property
     def order_prefix(self) -> str:
-        """Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`."""
+        """Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`; by algo id alone."""
         return f"{self.queue}:order:"
 
     @property
@@ -117,6 +189,25 @@ class Keys:
         """Set of the jobs that wait for the key of ``account`` to be accepted again."""
         return f"{self.queue}:held:{account}"
 
+    def lua(self) -> dict[str, object]:
+        """The constants of every script: keys, and how long things live."""
+        return {
+            "WAITING": self.waiting,
+            "QUEUES": self.queues,
+            "JOB_PREFIX": self.job_prefix,
+            "UNFINISHED": self.unfinished,
+            "SCHEDULED": self.scheduled,
+            "FAILED": self.failed,
+            "ORDER_PREFIX": self.order_prefix,
+            "OUTCOME_PREFIX": self.outcome_prefix,
+            "POINTER_LIFE_S": POINTER_LIFE_S,
+            "ENDLESS_RETRIES": ENDLESS_RETRIES,
+            "MAX_ID_BYTES": MAX_ID_BYTES,
+            "WAITING_BAND": int(Band.WAITING),
+            "RETRY_BAND": int(Band.RETRY),
+            "FAILED_KINDS": {kind.value: True for kind in OutcomeKind if kind.failed},
+        }
+
     @staticmethod
     def gate(scope: str) -> str:
         """The shared pause of one egress address: ``all``, or the host name of a worker that has its own."""
@@ -131,13 +222,15 @@ class JobField:
     ASKED_AT_MS = "c_asked_at_ms"  # when a request last left its deadline to the worker
     DEADLINE_AT_MS = "c_deadline_at_ms"  # the latest deadline that a request gave
     RUN = "c_run"
-    ORDER = "c_order"  # the order's key, to find its pointer
+    ORDER = "c_order"  # the order's key, to find its pointer; absent where it has none
     URGENT = "c_urgent"
     ATTEMPTS = "c_attempts"
     PIN = "c_pin"  # what was learned of the order: algo id, symbol
     LEASE = "c_lease"
     OPEN_AT_MS = "c_open_at_ms"  # since when an attempt may be out
-    DONE = "c_done"  # this run has its outcome
+    DUE_AT_MS = "c_due_at_ms"  # when the next try is due
+    DONE = "c_done"  # this run's outcome: its kind
+    ENDED = "c_ended"  # the last lease that was ended, and how: a repeat is answered alike
 
 
 class BreakerField:

@@ -26,6 +26,9 @@ MAX_ALGO_ID = 2**63 - 1
 MAX_DEADLINE_S = 7 * 86_400
 #: Largest payload that is decoded, bytes, after decompression too: a request is a few hundred bytes.
 MAX_PAYLOAD_BYTES = 64 * 1024
+#: Deepest nesting that is parsed: no message of this contract has more than five levels, and what a parser, a `repr` or
+#: a comparison does with thousands of them differs from one Python to the next.
+MAX_DEPTH = 32
 #: Longest text kept of what the exchange said, characters.
 MAX_MSG_CHARS = 200
 
@@ -36,6 +39,9 @@ _CLIENT_ALGO_ID = re.compile(r"[.A-Z:/a-z0-9_-]{1,36}")
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+#: A JSON text's brackets, and its strings as wholes: a bracket inside a string nests nothing. A string without an end
+#: is taken up to the end of the text, so that no text is gone through twice.
+_BRACKETS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class MessageError(ValueError):
@@ -147,6 +153,11 @@ class CancelRequest:
         by = f"a:{self.algo_id}" if self.algo_id is not None else f"c:{self.client_algo_id}"
         return f"{self.account}:{by}"
 
+    @property
+    def joins(self) -> bool:
+        """Whether it may share the job of an earlier call: by then a client id alone may mean another order."""
+        return self.algo_id is not None
+
     def describe(self) -> str:
         """One line for RQ's job description; it holds no secret because a request holds none."""
         by = f"algo_id={self.algo_id}" if self.algo_id is not None else f"client_algo_id={self.client_algo_id}"
@@ -196,25 +207,29 @@ class Attempt:
 
     n: int  # 1 for the first call of the run
     at_ms: int  # when it was sent, Redis' clock, ms since the epoch
-    call: Call
+    call: Call | str  # text: a call that a newer worker makes and this version does not know
     http: int | None  # status of the answer; None where none came
     code: int | None  # the exchange's code; None where the answer held none
     msg: str  # the exchange's words, or the failure's name
-    verdict: str  # a worker.verdict.Means value
+    verdict: str  # a worker.classify.Means value, or a newer worker's
     ms: int  # how long the call took
+    counted_before: int | None = None  # how many before it counted; told once where attempts were left out
 
     def as_dict(self) -> dict[str, object]:
         """The record's form of this attempt."""
-        return {
+        record: dict[str, object] = {
             "n": self.n,
             "at_ms": self.at_ms,
-            "call": self.call.value,
+            "call": str(self.call),
             "http": self.http,
             "code": self.code,
             "msg": self.msg,
             "verdict": self.verdict,
             "ms": self.ms,
         }
+        if self.counted_before is not None:
+            record["counted_before"] = self.counted_before
+        return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +259,7 @@ class Outcome:
         return self.kind.off_the_book
 
     def as_dict(self) -> dict[str, object]:
-        """The record of design: one JSON object, version first."""
+        """The record: one JSON object, version first."""
         return {
             "v": VERSION,
             "id": self.id,
@@ -351,7 +366,8 @@ def decode_attempts(text: str | bytes | None) -> tuple[Attempt, ...]:
 
 
 def decode_outcome(text: str | bytes) -> Outcome:
-    """Read an outcome record.
+    """Read an outcome record. Fields that this version does not know are passed over, absent ones read as unset, and an
+    unknown call is kept as text: workers and strategies need not be of one version.
 
     Raises:
         MalformedMessage: it is not one of this version.
@@ -364,9 +380,9 @@ def decode_outcome(text: str | bytes) -> Outcome:
             id=str(record["id"]),
             run=int(record["run"]),
             kind=OutcomeKind(record["kind"]),
-            attempts=_attempts(record["attempts"]),
-            finished_at_ms=int(record["finished_at_ms"]),
-            **{name: _typed(record[name], kind) for name, kind in _PLAIN_OUTCOME_FIELDS.items()},
+            attempts=_attempts(record.get("attempts", [])),
+            finished_at_ms=int(record.get("finished_at_ms", 0)),
+            **{name: _typed(record[name], kind) for name, kind in _PLAIN_OUTCOME_FIELDS.items() if name in record},
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MalformedMessage(f"not an outcome record: {type(error).__name__} {_shown(str(error))}") from None
@@ -395,6 +411,9 @@ def _typed(value: Any, kind: type) -> Any:
     return value
 
 
+_CALLS: dict[object, Call] = {call.value: call for call in Call}
+
+
 def _attempts(rows: object) -> tuple[Attempt, ...]:
     if not isinstance(rows, list):
         raise MalformedMessage("attempts must be a list")
@@ -403,12 +422,13 @@ def _attempts(rows: object) -> tuple[Attempt, ...]:
             Attempt(
                 n=_int(row["n"]),
                 at_ms=_int(row["at_ms"]),
-                call=Call(row["call"]),
+                call=_CALLS.get(row["call"]) or _plain_text(row["call"]),
                 http=_typed(row["http"], int),
                 code=_typed(row["code"], int),
                 msg=_plain_text(row["msg"]),
                 verdict=_plain_text(row["verdict"]),
                 ms=_int(row["ms"]),
+                counted_before=_typed(row.get("counted_before"), int),
             )
             for row in rows
         )
@@ -466,13 +486,26 @@ def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES) -> Any:
     if len(text) > limit:
         raise MalformedMessage(f"{len(text)} bytes are too many; {limit} is the most")
     try:
-        return _DECODER.decode(text.decode() if isinstance(text, bytes) else text)
-    except RecursionError:
-        raise MalformedMessage("nested too deeply") from None
+        decoded = text.decode() if isinstance(text, bytes) else text
+        _check_depth(decoded)
+        return _DECODER.decode(decoded)
     except MalformedMessage:
         raise
     except ValueError as error:
         raise MalformedMessage(f"not JSON: {_shown(str(error))}") from None
+
+
+def _check_depth(text: str) -> None:
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    depth = 0
+    for token in _BRACKETS.finditer(text):
+        if token[0] in "[{":
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise MalformedMessage("nested too deeply")
 
 
 def _constant(name: str) -> float:
@@ -513,7 +546,7 @@ def clean_text(text: str, limit: int = MAX_MSG_CHARS) -> str:
 def _shown(value: object) -> str:
     try:
         return clean_text(repr(value), 80)
-    except (ValueError, RecursionError):  # a whole number too long for Python to print, or nested too deeply
+    except (ValueError, RecursionError):  # a whole number too long for Python to print, or a caller's endless list
         return f"<{type(value).__name__}>"
 
 

@@ -35,6 +35,7 @@ from producer.status import Gate, Status
 #: Distinct accounts, verdicts, and answers of the exchange that get series of their own; further ones are `other`.
 MAX_ACCOUNTS = 64
 MAX_VERDICTS = 32
+MAX_CALLS = 8
 MAX_REPLIES = 256
 OTHER = "other"
 NONE = "none"
@@ -99,6 +100,7 @@ class Tally:
     def __init__(self, account: Labels) -> None:
         self._account = account
         self._verdict = Labels(MAX_VERDICTS)
+        self._call = Labels(MAX_CALLS)
         self._outcomes: Counter[tuple[str, ...]] = Counter()
         self._expect(self._account(DEFAULT_ACCOUNT))
         self._attempts: Counter[tuple[str, ...]] = Counter()
@@ -119,7 +121,7 @@ class Tally:
         self._expect(account)
         self._outcomes[outcome.kind.value, account] += 1
         for attempt in outcome.attempts:
-            self._attempts[attempt.call.value, self._verdict(attempt.verdict)] += 1
+            self._attempts[self._call(str(attempt.call)), self._verdict(attempt.verdict)] += 1
             self._replies[self._reply(attempt)] += 1
         self._time(outcome)
 
@@ -137,10 +139,11 @@ class Tally:
 
     def _reply(self, attempt: Attempt) -> tuple[str, str, str]:
         """Call, HTTP status and code; a record says what an exchange sent, which may be anything."""
-        reply = attempt.call.value, _number(attempt.http), _number(attempt.code)
+        call = self._call(str(attempt.call))
+        reply = call, _number(attempt.http), _number(attempt.code)
         if reply in self._replies or len(self._replies) < MAX_REPLIES:
             return reply
-        return attempt.call.value, OTHER, OTHER
+        return call, OTHER, OTHER
 
     def families(self, queue: str) -> Iterator[Metric]:
         """All of it for Prometheus."""
@@ -299,7 +302,12 @@ def gauges(status: Status, account: Labels) -> Iterator[Metric]:
     """One look at the queue for Prometheus. Series of keys are there while the key is refused."""
     queue = status.queue
     yield _gauge("queue_depth", "Requests that wait for a worker.", queue, status.queued)
-    yield _gauge("queue_latency_seconds", "Age of the oldest; 0: none waits.", queue, status.oldest_queued_s or 0)
+    yield _gauge(
+        "queue_latency_seconds",
+        "For how long the oldest has waited; 0: none waits.",
+        queue,
+        status.oldest_queued_s or 0,
+    )
     yield _gauge("in_flight", "Requests that a worker holds.", queue, status.in_flight)
     words = "Requests whose lease ran out, because their worker died or was cut off: to be taken over."
     yield _gauge("expired_leases", words, queue, status.to_be_taken_over)

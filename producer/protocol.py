@@ -17,8 +17,6 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from hashlib import sha1
-from importlib.resources import files
 from typing import Any, TypeAlias, TypeVar
 
 import redis.exceptions
@@ -27,7 +25,7 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 
-from producer.keys import Keys
+from producer.keys import ENDLESS_RETRIES, FAILURE_TTL_S, RESULT_TTL_S, JobField, Keys, Script
 from producer.message import (
     TASK,
     CancelRequest,
@@ -60,15 +58,11 @@ _FOLLOW_MS = 1000
 _DURABLE_MS = 1500
 #: How late the end of such a wait may come, ms: the server looks for it ten times a second.
 _LATENESS_MS = 250
-#: Life of RQ's hash and result, s: short once finished (the outcome record lives on), a week where a person must look.
-RESULT_TTL_S = 600
-FAILURE_TTL_S = 7 * 86_400
-#: A pointer outlives any deadline; it is removed with the outcome, and only a job that somebody deleted leaves one.
-POINTER_LIFE_S = 8 * 86_400
-#: RQ's clean-up requeues a job that has retries left and fails it otherwise; our own bounds decide, never RQ's.
-_ENDLESS_RETRIES = 1_000_000
 #: What a stock RQ worker allows one step, s: connect, send, answer, and a query after it.
 _STEP_TIMEOUT_S = 60
+
+#: RQ's status of a job that goes on only if somebody puts it back.
+_ENDED = frozenset({JobStatus.FINISHED, JobStatus.FAILED, JobStatus.CANCELED, JobStatus.STOPPED})
 
 _STREAM_ID = re.compile(r"\$|[0-9]{1,20}(-[0-9]{1,20})?")
 _ERROR_CODE = re.compile(r"[A-Z]{3,}\b")
@@ -130,24 +124,17 @@ class TicketFields:
         }
 
 
-class Script:
-    """A Lua script, called by its hash once the server knows it."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.sha = sha1(source.encode(), usedforsecurity=False).hexdigest()
-
-    def call(self, *words: Callable[[], Sequence[Any]], then: Sequence[Command] = ()) -> Conversation[list[Any]]:
-        """Answers of the script, called once with each of ``words``, and of ``then`` on the same connection."""
-        answers = yield Calls(("EVALSHA", self.sha), words, then)
-        unknown = [n for n in range(len(words)) if isinstance(answers[n], redis.exceptions.NoScriptError)]
-        if unknown:
-            again = yield Calls(("EVAL", self.source), [words[n] for n in unknown], then)
-            for n, answer in zip(unknown, again, strict=False):
-                answers[n] = answer
-            answers[len(words) :] = again[len(unknown) :]
-        good(answers[: len(words)])
-        return answers
+def call(script: Script, *words: Callable[[], Sequence[Any]], then: Sequence[Command] = ()) -> Conversation[list[Any]]:
+    """Answers of the script, called once with each of ``words``, and of ``then`` on the same connection."""
+    answers = yield Calls(("EVALSHA", script.sha, 0), words, then)
+    unknown = [n for n in range(len(words)) if isinstance(answers[n], redis.exceptions.NoScriptError)]
+    if unknown:
+        again = yield Calls(("EVAL", script.source, 0), [words[n] for n in unknown], then)
+        for n, answer in zip(unknown, again, strict=False):
+            answers[n] = answer
+        answers[len(words) :] = again[len(unknown) :]
+    good(answers[: len(words)])
+    return answers
 
 
 class Calls(Collection[Command]):
@@ -173,28 +160,12 @@ class Calls(Collection[Command]):
         return any(one == command for one in self)
 
 
-def _source(name: str) -> str:
-    return files("producer").joinpath("scripts", name).read_text("utf-8")
-
-
-_ENQUEUE = _source("enqueue.lua")
-RETRY = Script(_source("retry.lua"))
-
-
-def _lua(value: Any) -> str:
-    """``value`` as a literal of Lua."""
-    if isinstance(value, list):
-        return "{" + ",".join(map(_lua, value)) + "}"
-    plain = (chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03d}" for byte in str(value).encode())
-    return '"' + "".join(plain) + '"'
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """One request on its way into the script."""
 
     position: int  # in the caller's order
-    id: str
+    id: str  # that of the job, if it makes one; all requests for one order have the same
     request: CancelRequest
 
 
@@ -203,7 +174,8 @@ def rows(requests: Iterable[CancelRequest]) -> Iterator[list[list[Row]]]:
     the script then joins them whatever finishes meanwhile."""
     orders: dict[str, list[Row]] = {}
     for position, request in enumerate(requests):
-        orders.setdefault(request.order_key, []).append(Row(position, os.urandom(16).hex(), request))
+        group = orders.setdefault(request.order_key, [])
+        group.append(Row(position, group[0].id if group else os.urandom(16).hex(), request))
     chunk: list[list[Row]] = []
     batch: list[Row] = []
     rows_in_chunk = 0
@@ -237,7 +209,9 @@ class Wire:
         self.keys = Keys(check_queue_name(queue), RQ_KEY_PREFIX)
         self._timeout_s = timeout_s
         #: What no call changes stands in the script itself: it is not made, packed, sent and parsed at each call.
-        self.enqueue_script = Script(self._constants() + _ENQUEUE)
+        fields = [word for field in self._job_fields().items() for word in field]
+        self.enqueue_script = Script(self.keys.lua() | {"JOB_FIELDS": fields}, "producer/enqueue.lua")
+        self._retry_script = Script(self.keys.lua(), "producer/retry.lua")
 
     def _job_fields(self) -> dict[str, Any]:
         """RQ's own hash of such a job, made by RQ, without what differs from request to request."""
@@ -249,25 +223,15 @@ class Wire:
             timeout=_STEP_TIMEOUT_S,
             result_ttl=RESULT_TTL_S,
             failure_ttl=FAILURE_TTL_S,
-            retry=Retry(max=_ENDLESS_RETRIES),
+            retry=Retry(max=ENDLESS_RETRIES),
             status=JobStatus.QUEUED,
             description="-",
         )
         fields = job.to_dict()
         for name in ("data", "description", "created_at"):
             del fields[name]
-        return {name: value.value if isinstance(value, JobStatus) else value for name, value in fields.items()}
-
-    def _constants(self) -> str:
-        keys = self.keys
-        known = {
-            "JOB_PREFIX": keys.job_prefix,
-            "ORDER_PREFIX": keys.order_prefix,
-            "OUTCOME_PREFIX": keys.outcome_prefix,
-            "POINTER_LIFE_S": POINTER_LIFE_S,
-            "FIELDS": [word for field in self._job_fields().items() for word in field],
-        }
-        return "".join(f"local {name} = {_lua(value)}\n" for name, value in known.items())
+        known = {name: value.value if isinstance(value, JobStatus) else value for name, value in fields.items()}
+        return {name: value for name, value in known.items() if value != ""}  # to RQ, what is absent is empty
 
     def enqueue(self, requests: Iterable[CancelRequest], durable: bool) -> Conversation[Accepted]:
         """Put requests on the queue, one round trip for each :data:`CHUNK`."""
@@ -277,7 +241,7 @@ class Wire:
         then: list[Command] = [("WAITAOF", 1, 0, wait_ms)] if durable else []
         for chunk in rows(requests):
             words = [partial(self._enqueue_words, batch) for batch in chunk]
-            answers = yield from self.enqueue_script.call(*words, then=then)
+            answers = yield from call(self.enqueue_script, *words, then=then)
             for batch, answer in zip(chunk, answers, strict=False):
                 for row, job_id, duplicate in zip(batch, answer[::2], answer[1::2], strict=True):
                     carried[row.position] = (text(job_id), row.request, bool(int(duplicate)))
@@ -286,29 +250,44 @@ class Wire:
         return Accepted([carried[position] for position in range(len(carried))], not_durable)
 
     def _enqueue_words(self, batch: Sequence[Row]) -> list[Any]:
-        """KEYS count, KEYS and ARGV of one call."""
-        words: list[Any] = [2, self.keys.waiting, self.keys.queues, _stamp()]
+        """ARGV of one call."""
+        words: list[Any] = [_stamp()]
         for row in batch:
             request = row.request
             deadline_ms = "" if request.deadline_s is None else math.ceil(request.deadline_s * 1000)
             urgent = "1" if request.urgent else ""
-            words += (row.id, request.order_key, encode_call(request), request.describe(), deadline_ms, urgent)
+            order = request.order_key if request.joins else ""
+            words += (row.id, order, encode_call(request), request.describe(), deadline_ms, urgent)
         return words
 
     def outcome(self, job_id: str) -> Conversation[Outcome | None]:
         """One outcome, or None while there is none."""
         (record,) = good((yield Calls(("GET",), [lambda: (self.keys.outcome_prefix + job_id,)])))
-        return None if record is None else decode_outcome(record)
+        found = {} if record is None else {job_id: decode_outcome(record)}
+        yield from self._without_requeued(found)
+        return found.get(job_id)
 
     def outcomes_of(self, job_ids: Iterable[str]) -> Conversation[dict[str, Outcome]]:
-        """Those outcomes that are there, one round trip for each :data:`CHUNK` ids."""
+        """Those outcomes that are there: one round trip for each :data:`CHUNK` ids, two where some have failed."""
         found: dict[str, Outcome] = {}
         for page in pages(list(job_ids)):
             (records,) = good((yield [("MGET", *(self.keys.outcome_prefix + job_id for job_id in page))]))
-            for job_id, record in zip(page, records, strict=True):
-                if record is not None:
-                    found[job_id] = decode_outcome(record)
+            ended = zip(page, records, strict=True)
+            read = {job_id: decode_outcome(record) for job_id, record in ended if record is not None}
+            yield from self._without_requeued(read)
+            found |= read
         return found
+
+    def _without_requeued(self, found: dict[str, Outcome]) -> Conversation[None]:
+        """Take out what has no outcome yet: a failed request that RQ has put back belongs to its next run, though the
+        earlier one's record stands until a worker or another request comes by."""
+        failed = [job_id for job_id, outcome in found.items() if outcome.kind.failed]
+        if not failed:
+            return
+        answers = yield [command for job_id in failed for command in requeue_commands(self.keys, job_id)]
+        for job_id, state, score in zip(failed, answers[::2], answers[1::2], strict=True):
+            if is_requeued(state, score):
+                del found[job_id]
 
     def newest(self) -> Conversation[str]:
         """The ledger's newest entry."""
@@ -343,12 +322,11 @@ class Wire:
             raise UnknownRequest(named, self.keys.queue)
 
     def _each(self, chunks: Iterable[list[str]], what: str) -> Conversation[dict[str, None]]:
-        keys, unknown = self.keys, dict[str, None]()
+        unknown = dict[str, None]()
         for chunk in chunks:
-            words: list[Any] = [3, keys.waiting, keys.queues, keys.failed]
-            words += (keys.job_prefix, keys.outcome_prefix, keys.order_prefix, POINTER_LIFE_S, _stamp())
-            words += (_ENDLESS_RETRIES, zlib.compress(b""), what, *chunk)
-            (answer,) = yield from RETRY.call(partial(tuple, words))
+            (answer,) = yield from call(
+                self._retry_script, partial(tuple, (_stamp(), zlib.compress(b""), what, *chunk))
+            )
             unknown |= dict.fromkeys(text(job_id) for job_id in answer)
         return unknown
 
@@ -375,6 +353,20 @@ class Wire:
 def _stamp() -> str:
     """Now as rq.utils.utcformat writes it, which takes three times as long."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def requeue_commands(keys: Keys, job_id: str) -> tuple[Command, Command]:
+    """What :func:`is_requeued` has to know of a request that has failed."""
+    return ("HMGET", keys.job_prefix + job_id, "status", JobField.DONE), ("ZSCORE", keys.failed, job_id)
+
+
+def is_requeued(state: Any, score: Any) -> bool:
+    """Whether RQ has put a failed job back, as `producer/scripts/job.lua` has it: its entry has left the registry of
+    failed ones. A copy that RQ saved late over an ended job has not."""
+    if isinstance(state, Exception) or score is not None:
+        return False
+    status, done = state
+    return done is not None and (status is None or text(status) not in _ENDED)
 
 
 def timeout_of(options: Mapping[str, Any]) -> float | None:

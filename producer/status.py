@@ -15,7 +15,7 @@ from rq.defaults import DEFAULT_WORKER_TTL
 from rq.utils import utcparse
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from producer.keys import BreakerField, JobField, Keys, WorkerField
+from producer.keys import Band, BreakerField, Keys, WorkerField
 from producer.message import MAX_MSG_CHARS, MalformedMessage, Outcome, OutcomeKind, clean_text
 from producer.protocol import Command, Conversation, entry_outcome, good
 
@@ -23,7 +23,7 @@ from producer.protocol import Command, Conversation, entry_outcome, good
 WINDOW_S = 60
 #: Entries of the ledger read at most, newest first; in a busier minute the figures speak of these.
 MAX_ENTRIES = 5000
-#: Ids looked at, at the front of the queue, for the oldest one: retries and urgent requests stand before older ones.
+#: Waiting jobs looked at, those that wait longest: whoever deletes a job leaves its entry in the index for a while.
 _HEAD = 100
 #: Workers and suspected keys described at most.
 _MAX_WORKERS = 500
@@ -52,6 +52,8 @@ _WORKER_FIELDS = (
     WorkerField.USED_WEIGHT,
     WorkerField.WEIGHT_LIMIT,
 )
+#: Scores of those that wait for a worker.
+_WAITING = (int(Band.WAITING), f"({int(Band.RETRY)}")
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 _BREAKER_FIELDS = (BreakerField.FAILURES, BreakerField.REASON, BreakerField.SINCE_MS, BreakerField.PROBE_AT_MS)
 
@@ -161,7 +163,7 @@ class Status:
     queue: str
     at_ms: int
     queued: int
-    oldest_queued_s: float | None  # queue latency; None while nothing waits
+    oldest_queued_s: float | None  # queue latency; None while nothing waits, or no worker has seen what does
     in_flight: int  # that a worker holds under a lease which has not run out
     scheduled: int
     failed: int
@@ -308,10 +310,10 @@ def read_status(keys: Keys) -> Conversation[Status]:
     return Status(
         queue=keys.queue,
         at_ms=first.now_ms,
-        queued=first.queued,
-        oldest_queued_s=_oldest_s(first.now_ms, details.states),
+        queued=max(first.queued, details.waiting),
+        oldest_queued_s=_oldest_s(first, details.there),
         in_flight=details.in_flight,
-        scheduled=first.scheduled,
+        scheduled=max(first.scheduled, details.retries),
         failed=first.failed,
         suspended=first.suspended,
         # Whether a host has a gate of its own is its worker's setting; Redis knows only of those that were closed.
@@ -335,11 +337,11 @@ class _First:
     """The first round trip: what needs no other answer. Names are kept as Redis gave them: keys are made of them."""
 
     now_ms: int
-    queued: int
+    queued: int  # entries of RQ's list and registry: more than jobs where entries are double or left over
     scheduled: int
     failed: int
     suspended: bool
-    head: list[Any]
+    head: list[tuple[Any, float]]  # ids that the index knows to wait, and since when, ms
     worker_keys: list[Any]
     accounts: list[Any]  # suspected
 
@@ -352,23 +354,21 @@ class _First:
             ("ZCARD", keys.scheduled),
             ("ZCARD", keys.failed),
             ("EXISTS", keys.suspended),
-            ("LRANGE", keys.claiming, 0, _HEAD - 1),
-            ("LRANGE", keys.waiting, 0, _HEAD - 1),
+            ("ZRANGEBYSCORE", keys.unfinished, *_WAITING, "WITHSCORES", "LIMIT", 0, _HEAD),
             ("SRANDMEMBER", WORKERS_BY_QUEUE_KEY % keys.queue, _MAX_WORKERS),
             ("SRANDMEMBER", keys.suspects, _MAX_KEYS),
         ]
 
     @classmethod
     def of(cls, answers: list[Any]) -> _First:
-        (seconds, micros), waiting, claiming, scheduled, failed, suspended, *lists = good(answers)
-        at_claim, at_head, workers, accounts = lists
+        (seconds, micros), waiting, claiming, scheduled, failed, suspended, head, workers, accounts = good(answers)
         return cls(
             now_ms=int(seconds) * 1000 + int(micros) // 1000,
             queued=waiting + claiming,
             scheduled=scheduled,
             failed=failed,
             suspended=bool(suspended),
-            head=[*at_claim, *at_head],
+            head=[(job_id, float(score) - Band.WAITING) for job_id, score in _pairs(head)],
             worker_keys=sorted(workers),
             accounts=sorted(accounts),
         )
@@ -376,27 +376,32 @@ class _First:
 
 @dataclass(frozen=True, slots=True)
 class _Details:
-    """The second: the last minute, the shared gate, leases, jobs at the head, workers, and keys under suspicion."""
+    """The second: the last minute, the shared gate, the index of unfinished jobs, workers, and keys under suspicion."""
 
     entries: Sequence[Any]
     gate: Mapping[Any, Any]
     in_flight: int
     expired: int
-    states: Sequence[Sequence[Any]]
+    waiting: int
+    retries: int
+    there: Sequence[Any]  # whether there is a job, for each of the head
     workers: Sequence[Sequence[Any]]
     lives_ms: Sequence[Any]  # how long the workers' records still live
     keys: Sequence[tuple[Any, Sequence[Any], int]]  # account, its breaker, size of its set of held jobs
 
     @staticmethod
     def commands(keys: Keys, first: _First) -> list[Command]:
-        job_fields = ("status", JobField.ENQUEUED_AT_MS, "enqueued_at")
         since_ms = first.now_ms - WINDOW_S * 1000
-        commands: list[Command] = [("XREVRANGE", keys.outcomes, "+", since_ms, "COUNT", MAX_ENTRIES)]
-        commands.append(("HGETALL", keys.gate("all")))
-        # A lease ends with its millisecond, as the claim has it.
-        commands.append(("ZCOUNT", keys.leases, f"({first.now_ms}", "+inf"))
-        commands.append(("ZCOUNT", keys.leases, "-inf", first.now_ms))
-        commands += [("HMGET", _key(keys.job_prefix, job_id), *job_fields) for job_id in first.head]
+        commands: list[Command] = [
+            ("XREVRANGE", keys.outcomes, "+", since_ms, "COUNT", MAX_ENTRIES),
+            ("HGETALL", keys.gate("all")),
+            # A lease ends with its millisecond, as the claim has it.
+            ("ZCOUNT", keys.unfinished, f"({first.now_ms}", f"({int(Band.WAITING)}"),
+            ("ZCOUNT", keys.unfinished, "-inf", first.now_ms),
+            ("ZCOUNT", keys.unfinished, *_WAITING),
+            ("ZCOUNT", keys.unfinished, int(Band.RETRY), f"({int(Band.END)}"),
+        ]
+        commands += [("EXISTS", _key(keys.job_prefix, job_id)) for job_id, _ in first.head]
         commands += [("HMGET", key, *_WORKER_FIELDS) for key in first.worker_keys]
         commands += [("PTTL", key) for key in first.worker_keys]
         commands += [("HMGET", _key(keys.breaker(""), account), *_BREAKER_FIELDS) for account in first.accounts]
@@ -405,14 +410,15 @@ class _Details:
 
     @classmethod
     def of(cls, first: _First, answers: list[Any]) -> _Details:
-        entries, gate, in_flight, expired, *rest = answers
-        workers_at = len(first.head)
-        lives_at = workers_at + len(first.worker_keys)
+        entries, gate, in_flight, expired, waiting, retries, *rest = answers
+        there, rest = rest[: len(first.head)], rest[len(first.head) :]
+        lives_at = len(first.worker_keys)
         breakers_at = lives_at + len(first.worker_keys)
         held_at = breakers_at + len(first.accounts)
         keys = zip(first.accounts, rest[breakers_at:held_at], rest[held_at:], strict=True)
-        workers, lives_ms = rest[workers_at:lives_at], rest[lives_at:breakers_at]
-        return cls(entries, gate, in_flight, expired, rest[:workers_at], workers, lives_ms, list(keys))
+        workers, lives_ms = rest[:lives_at], rest[lives_at:breakers_at]
+        waiting -= there.count(0)
+        return cls(entries, gate, in_flight, expired, waiting, retries, there, workers, lives_ms, list(keys))
 
 
 def _third(keys: Keys, hosts: Sequence[Any], accounts: Sequence[Any]) -> list[Command]:
@@ -474,20 +480,17 @@ def _number(value: Any) -> int | None:
     return int(digits) if _NUMBER.fullmatch(digits) else None
 
 
-def _oldest_s(now_ms: int, states: Sequence[Sequence[Any]]) -> float | None:
-    """Age of the oldest job that waits; entries of jobs that were deleted or taken meanwhile are hints gone stale."""
-    ages_ms = [now_ms - at_ms for state in states if (at_ms := _queued_at_ms(*state)) is not None]
-    return max(0, *ages_ms) / 1000 if ages_ms else None
+def _pairs(answer: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Members and scores, in either shape that redis-py gives (one after the other, or in pairs by RESP3)."""
+    if answer and isinstance(answer[0], list | tuple):
+        return [(member, score) for member, score in answer]
+    return list(zip(answer[::2], answer[1::2], strict=True))
 
 
-def _queued_at_ms(status: Any, at_ms: Any, enqueued_at: Any) -> int | None:
-    if status is None or _text(status) != "queued":
-        return None
-    if at_ms is not None:
-        return _number(at_ms)
-    # Somebody else's job, which no worker has seen yet: RQ wrote its own stamp, by the clock of its host.
-    stamp_s = _stamp_s(enqueued_at)
-    return None if stamp_s is None else int(stamp_s * 1000)
+def _oldest_s(first: _First, there: Sequence[Any]) -> float | None:
+    """For how long the one that waits longest has waited for a worker."""
+    since_ms = next((since for (_, since), is_there in zip(first.head, there, strict=True) if is_there), None)
+    return None if since_ms is None else max(0.0, first.now_ms - since_ms) / 1000
 
 
 def _stamp_s(value: Any) -> float | None:

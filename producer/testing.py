@@ -10,7 +10,8 @@
 
 They take, refuse and give what the clients do, and a request gets its outcome within the call that enqueues it, unless
 :meth:`FakeCancelClient.will` says when or :meth:`FakeCancelClient.hold` says never. Two requests for one order
-therefore share a job only while the first is held or its outcome is still to come, or inside one `cancel_many`.
+therefore share a job only while the first is held or its outcome is still to come, or inside one `cancel_many`; by
+client id alone only inside one.
 
 Time is the double's own: it stands still but for `advance` and for waiting, which moves it and returns at once. A
 `wait` that is given a time ends at once with the outcome that is due by then, or with WaitTimeout; without one it
@@ -80,7 +81,7 @@ _WINDOW_MS = 60_000
 _WORKER = "fake"
 #: Longest step of the double's time, s (a century): a record's times must fit in 64 bits.
 _MAX_STEP_S = 100 * 365 * 86_400
-#: Longest id of a child order that a worker records, characters (`worker.verdict`).
+#: Longest id of a child order that a worker records, characters (`worker.classify`).
 _MAX_ORDER_ID_CHARS = 40
 #: Longest error, characters: a worker adds a few words to what the exchange said.
 _MAX_ERROR_CHARS = 2 * MAX_MSG_CHARS
@@ -287,15 +288,14 @@ class _Play:
             new = [row for chunk in rows(requests) for batch in chunk for row in batch]
             lost_reply = self._outage_now()
             self.requests += [row.request for row in sorted(new, key=lambda row: row.position)]
-            last_order, last_id, at_once = "", "", self.now_ms
+            asked_id, carrying_id, at_once = "", "", self.now_ms
             for row in new:
-                order = row.request.order_key
-                job_id = self._open.get(order) or (last_id if order == last_order else "")
+                job_id = carrying_id if row.id == asked_id else self._open.get(row.request.order_key, "")
                 carried[row.position] = (job_id or row.id, row.request, bool(job_id))
                 if not job_id:
                     self._jobs[row.id] = job = _FakeJob(row.id, row.request, self.now_ms)
                     at_once = max(at_once, self._begin(job))
-                last_order, last_id = order, job_id or row.id
+                asked_id, carrying_id = row.id, job_id or row.id
             self.move_to(at_once)
             if lost_reply:
                 self._fail()
@@ -507,7 +507,8 @@ class _Play:
 
     def _begin(self, job: _FakeJob) -> int:
         """Start a run as its script says; gives when it ends if that is at once, else now."""
-        self._open.setdefault(job.request.order_key, job.id)
+        if job.request.joins:
+            self._open.setdefault(job.request.order_key, job.id)
         job.line, job.due_ms = self._line_for(job.request), None
         if job.line.kind is None:
             return self.now_ms
@@ -713,7 +714,7 @@ class _Scripted:
     def unavailable(self, calls: int | None = None, *, carried_out: bool = False) -> None:
         """Have the next ``calls`` calls, or all until :meth:`available`, raise QueueUnavailable.
 
-        ``carried_out``: Redis does what it is asked and its answer is lost, so that a repeat finds it done.
+        ``carried_out``: Redis does what it is asked and its answer is lost, so that a repeat by algo id finds it done.
 
         Raises:
             InvalidRequest: ``calls`` is no number of calls.

@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from typing import IO, Any, Self
 
 import redis
 
-from producer.keys import Keys
+from producer.keys import Band, Keys
 from producer.message import Outcome, decode_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,23 +153,34 @@ class Worker:
 
 
 class Workers:
-    """Starts worker processes with a scrubbed environment and ends all of them."""
+    """Starts worker processes with a scrubbed environment and ends all of them; ``root``: where their code is."""
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, environment: Mapping[str, str], root: Path = ROOT) -> None:
         self._directory = directory
+        self._root = root
         self.environment = dict(environment)
         self.all: list[Worker] = []
 
-    def start(self, *arguments: str, command: tuple[str, ...] = (), wait: bool = True, **environment: str) -> Worker:
-        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it)."""
+    def start(
+        self,
+        *arguments: str,
+        command: tuple[str, ...] = (),
+        wait: bool = True,
+        stdout: int | None = None,
+        **environment: str,
+    ) -> Worker:
+        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it).
+
+        What it prints goes to its log, or to the descriptor ``stdout`` and its errors alone to the log.
+        """
         log = self._directory / f"worker-{len(self.all)}.log"
         file = log.open("wb")
         process = subprocess.Popen(
             [*(command or (sys.executable, "-m", "worker")), *arguments],
-            cwd=ROOT,
+            cwd=self._root,
             env=scrubbed() | self.environment | environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
+            stdout=file if stdout is None else stdout,
+            stderr=file,
             start_new_session=True,
         )
         worker = Worker(process, log, file)
@@ -193,9 +205,21 @@ class Workers:
     def stop(self) -> None:
         """End what still runs."""
         for worker in self.all:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.process.pid, signal.SIGKILL)
+            for pid in members(worker.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             worker.stop(signal.SIGKILL)
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session: a worker and whatever it has forked, in the order of their ids."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                if int((entry / "stat").read_text("ascii", "replace").rpartition(") ")[2].split()[3]) == session:
+                    found.append(int(entry.name))
+    return sorted(found)
 
 
 def scrubbed() -> dict[str, str]:
@@ -234,6 +258,10 @@ class Peek:
         """The ids on the queue, first one first."""
         return list(self("LRANGE", self.keys.waiting, 0, -1))
 
+    def held(self) -> list[str]:
+        """The ids of jobs in somebody's hand, by the end of their leases."""
+        return list(self("ZRANGE", self.keys.unfinished, 0, f"({Band.WAITING}", "BYSCORE"))
+
     def ledger(self) -> list[Outcome]:
         """All outcomes, oldest first."""
         return [decode_outcome(fields["outcome"]) for _, fields in self("XRANGE", self.keys.outcomes, "-", "+")]
@@ -246,6 +274,77 @@ class Peek:
         """The server's time, ms since the epoch."""
         seconds, micros = self("TIME")
         return int(seconds) * 1000 + int(micros) // 1000
+
+
+class Proxy:
+    """Stands between client and server: it can end TLS, and lose the answer to one command."""
+
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._upstream = port
+        self._tls = tls
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.lose_answer_to: bytes | None = None
+        self.lost = 0
+        self._threads = [threading.Thread(target=self._accept)]
+        self._sockets: list[socket.socket] = []
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for open_socket in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                open_socket.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for open_socket in (self._listener, *self._sockets):
+            open_socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError):
+                if self._tls is not None:
+                    client = self._tls.wrap_socket(client, server_side=True)
+                server = socket.create_connection(("127.0.0.1", self._upstream))
+                self._sockets += (client, server)
+                losing = threading.Event()
+                for pair in ((client, server, losing, True), (server, client, losing, False)):
+                    thread = threading.Thread(target=self._pump, args=pair)
+                    self._threads.append(thread)
+                    thread.start()
+                continue
+            client.close()
+
+    def _pump(self, source: socket.socket, target: socket.socket, losing: threading.Event, asks: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if asks and self.lose_answer_to is not None and self.lose_answer_to in data:
+                    self.lose_answer_to = None
+                    losing.set()
+                if not asks and losing.is_set():
+                    self.lost += 1
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def stopped(server: Valkey) -> Iterator[None]:
+    """The server process does not run for the length of a block."""
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
 
 
 class TurnCounter:

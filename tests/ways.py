@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 from producer.message import Call
 from tests.loopback import Behaviour, Server
+from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock
+from worker.daemon import WorkerLoop
 from worker.exchange import Answer, Exchange
 from worker.signing import Credential
 from worker.transport import Route
 from worker.transport_asyncio import AsyncioTransport
 from worker.transport_requests import RequestsTransport
-from worker.verdict import Failure, OrderRef, Reply
 
 __all__ = [
     "API_KEY",
@@ -54,7 +55,7 @@ class Client:
         pool = {name: options.pop(name) for name in ("idle_bound_s", "pool_size") if name in options}
         transport = AsyncioTransport(route, **pool) if way == "asyncio" else RequestsTransport(route, **pool)
         self.exchange = Exchange(transport, clock=clock, **options)
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=WorkerLoop)
         self._troubles: list[dict[str, Any]] = []
         self._runner.get_loop().set_exception_handler(lambda _, context: self._troubles.append(context))
 

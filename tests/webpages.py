@@ -14,6 +14,7 @@ from typing import Any, Self
 from urllib.parse import urlencode
 
 import redis
+from flask.testing import FlaskClient
 
 from producer.keys import JobField, Keys
 from producer.message import Attempt, Call, CancelRequest, Outcome, OutcomeKind, encode_call
@@ -78,6 +79,38 @@ def settle(connection: redis.Redis, ended: Outcome, data: bytes | None = None, r
     }
     connection.hset(KEYS.job_prefix + ended.id, mapping=dict(fields))
     connection.zadd(KEYS.failed, {ended.id: ended.finished_at_ms // 1000 + 7 * 86_400})
+
+
+CSP = (
+    "default-src 'none'; style-src 'self'; script-src 'none'; img-src 'self' data:; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
+
+
+def page(pages: FlaskClient, path: str, code: int = 200) -> str:
+    """The text of a page, once its status and headers are right."""
+    answer = pages.get(path)
+    assert answer.status_code == code, answer.text
+    assert answer.headers["Content-Security-Policy"] == CSP
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert "Traceback" not in answer.text
+    return answer.text
+
+
+def cells(text: str) -> str:
+    """A page's words alone."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
+
+
+def found(pages: FlaskClient, words: str, account: str = "") -> list[str]:
+    """Ids of the requests that a search shows, in its order."""
+    answer = pages.get("/search", query_string={"q": words, "account": account})
+    assert answer.status_code == 200
+    return list(dict.fromkeys(re.findall(r'href="/requests/([^"]+)"', answer.text)))
 
 
 def form_token(page: str) -> str:

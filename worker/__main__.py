@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 
 import click  # comes with rq
 
-from worker import log
+from worker import log, output
 from worker.settings import (
     SETTINGS,
     Settings,
@@ -52,12 +53,20 @@ Exit codes: 0 stopped as asked; 2 bad usage; 69 Redis refused the login, or (che
 """
 
 
+def _say(text: str, *, to_stderr: bool = False) -> None:
+    """Print a line for people. Where nobody can get it the exit code still tells what it would have told."""
+    try:
+        click.echo(text, err=to_stderr)
+    except OSError:
+        output.silence(2 if to_stderr else 1)
+
+
 def _settings(queue: str | None = None, concurrency: str | None = None) -> Settings:
     try:
         settings = Settings.from_env().overridden(queue=queue, concurrency=concurrency)
     except SettingsError as error:
         for problem in error.problems:
-            click.echo(f"error: {problem}", err=True)
+            _say(f"error: {problem}", to_stderr=True)
         sys.exit(EX_CONFIG)
     log.configure(settings.log_level, settings.log_format)
     return settings
@@ -122,7 +131,7 @@ def check_command() -> None:
     exits = {Fault.NONE: EX_OK, Fault.UNREACHABLE: EX_UNAVAILABLE, Fault.SETTINGS: EX_CONFIG}
     worst = EX_OK
     for finding in check(settings):
-        click.echo(f"{'ok    ' if finding.fault is Fault.NONE else 'FAILED'}  {finding.what:<16}  {finding.said}")
+        _say(f"{'ok    ' if finding.fault is Fault.NONE else 'FAILED'}  {finding.what:<16}  {finding.said}")
         worst = max(worst, exits[finding.fault])
     sys.exit(worst)
 
@@ -198,7 +207,11 @@ def web_command(arguments: tuple[str, ...]) -> None:
 
 
 def start() -> None:
-    """The command line, without a traceback for Ctrl-C."""
+    """The command line, without a traceback for Ctrl-C, a closed stream, or a letter that a terminal lacks."""
+    output.open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     main(prog_name="python -m worker")
 
 

@@ -1,19 +1,18 @@
-"""One job, from its payload to its settlement: decode, decide, send, decide again.
+"""One job, from claim to outcome: decode, decide, send, decide again.
 
-:class:`Canceller` is the seam between the queue and the domain. A job's pursuit is a generator that says what it wants
-done and goes on with what came of it: a call, or something else that has to wait. So our own worker pursues many jobs
-in one thread (:mod:`worker.crew`), a stock `rq worker` one step at a time (:mod:`worker.task`), by the same code.
+:class:`Canceller` is the seam between the queue and the domain. What an answer means and what follows is decided by
+pure functions (:mod:`worker.classify`, :mod:`worker.decide`); here it is done. Our own worker carries many jobs at a
+time, a stock RQ worker one step of one job, by the same code.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
 from producer.message import (
     WORKER_LOST,
@@ -30,63 +29,41 @@ from producer.message import (
     may_be_live,
 )
 from worker import log
-from worker.clock import ServerClock
+from worker.classify import GATED, Means, OrderRef, Verdict, classify
+from worker.clock import RedisClock, ServerClock, local_ns, minus
+from worker.decide import (
+    Again,
+    Case,
+    Policy,
+    Span,
+    Stop,
+    as_known,
+    bounded,
+    first_step,
+    next_number,
+    next_step,
+    read_history,
+)
 from worker.exchange import Exchange
 from worker.key_breaker import KeyBreaker
 from worker.rate_gate import Gate, ms_to_next_minute
 from worker.settings import Settings
 from worker.signing import Credential
-from worker.store import Grant, Settlement
-from worker.verdict import (
-    GATED,
-    Again,
-    Case,
-    Failure,
-    Means,
-    OrderRef,
-    Policy,
-    Reply,
-    Stop,
-    Verdict,
-    as_known,
-    classify,
-    first_step,
-    next_step,
-)
+from worker.store import Done, Lease, Release, Retry, Row
 
-T = TypeVar("T")
+_NS_PER_MS = 1_000_000
+#: When to look again whether the exchange tells its time, ms.
+_UNMEASURED_MS = 1_000
+#: Stands for a history that was too large to be read.
+_TOO_LARGE = b"?"
+_NOT_MEASURED = "the clocks are not measured, so the order's age is not known"
 
 
 class Hold(Protocol):
-    """What a job's holder knows while it is being worked on."""
+    """What a job's holder knows while it works on the job."""
 
-    def lost(self) -> bool:
-        """Whether somebody else has the job by now: then nothing more may be sent for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A signed call that is to be made. Its answer is to be sent into the pursuit, or None if nothing was sent because
-    the job was lost or the gate closed while a connection was opened."""
-
-    call: Call
-    credential: Credential
-    ref: OrderRef
-
-
-@dataclass(frozen=True, slots=True)
-class Resync:
-    """The exchange's clock is to be measured anew, unless it was since that moment (monotonic):
-    :meth:`Canceller.resync`. One at a time, as all that were refused by one clock ask for one measurement."""
-
-    since_ns: int
-
-
-#: What a pursuit wants done: a call, a measurement, or something that may wait for Redis, whose result is to be sent
-#: into the pursuit.
-Wish = Ask | Resync | Callable[[], object]
-#: Gives wishes, takes what came of them, ends with the job's settlement.
-Pursuit = Generator[Wish, Any, Settlement]
+    def is_valid(self) -> bool:
+        """Whether the job is still ours: else nothing more may be sent for it."""
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -102,22 +79,18 @@ def policy_of(settings: Settings) -> Policy:
 
 
 @dataclass(slots=True)
-class _Matter:
-    """One request while it is being worked on."""
+class _Job:
+    """One request while it is worked on."""
 
-    grant: Grant
+    lease: Lease
+    hold: Hold
     request: CancelRequest
     credential: Credential
     history: list[Attempt]
     algo_id: int | None
     symbol: str | None
     pinned: bool
-    began_ns: int = 0  # the last attempt, monotonic
-
-    def facts(self) -> Case:
-        return Case(
-            self.algo_id is None, self.grant.meant_at_ms or self.grant.enqueued_at_ms, self.grant.deadline_at_ms
-        )
+    began_ns: int = 0  # the last attempt
 
     def ref(self) -> OrderRef:
         return OrderRef(self.algo_id, self.request.client_algo_id)
@@ -134,239 +107,295 @@ class _Matter:
 
 
 class Canceller:
-    """Pursues requests on one exchange for one worker, all of them in one thread."""
+    """Carries jobs for one holder, all of them in one event loop."""
 
     def __init__(
         self,
         *,
         exchange: Exchange,
-        clock: ServerClock,
+        server_clock: ServerClock,
+        redis_clock: RedisClock,
         gate: Gate,
         keys: KeyBreaker,
         policy: Policy,
         credential_for: Callable[[str], Credential | None],
-        now_ms: Callable[[], int],
-        worker: str,
+        holder: str,
     ) -> None:
         self._exchange = exchange
-        self._clock = clock
+        self._server_clock = server_clock
+        self._redis_clock = redis_clock
         self._gate = gate
+        self._keys = keys
         self._policy = policy
         self._credential_for = credential_for
-        self._now_ms = now_ms
-        self._worker = worker
-        self._keys = keys
-        self._calling = 0  # requests under way: a pursuit is in one thread's hand
+        self._holder = holder
+        self._calling = 0  # signed requests under way
         self._resynced_ns = 0
+        self._resyncing = asyncio.Lock()
 
-    def work(self, grant: Grant, hold: Hold, request: CancelRequest | None = None) -> Settlement:
-        """Pursue a job in this thread, waiting for each thing that has to be waited for. See :meth:`pursue`."""
-        pursuit = self.pursue(grant, hold, request)
-        came: object = None
-        while True:
-            try:
-                wish = pursuit.send(came)
-            except StopIteration as ended:
-                return cast(Settlement, ended.value)
-            if isinstance(wish, Resync):
-                self.resync(wish)
-                came = None
-            elif not isinstance(wish, Ask):
-                came = wish()
-            elif wish.call is Call.CANCEL:
-                came = self._exchange.cancel(wish.credential, wish.ref)
-            else:
-                came = self._exchange.query(wish.credential, wish.ref)
-
-    def resync(self, wish: Resync) -> None:
-        """Measure the exchange's clock, once for all requests that were refused by the same old one."""
-        if self._resynced_ns <= wish.since_ns:
-            self._clock.drop_samples()
-            self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
-            self._resynced_ns = time.monotonic_ns()
-            self.heed_refusal()
-
-    def heed_refusal(self) -> None:
-        """A 429, 418 or 403 to one of our unsigned calls closes the gate as any other does."""
-        refusal, now_ms = self._exchange.take_refusal(), self._now_ms()
-        if refusal is None:
-            return
-        if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms):
-            self._gate.share(now_ms)
-
-    def pursue(self, grant: Grant, hold: Hold, request: CancelRequest | None = None) -> Pursuit:
-        """Carry a job as far as it goes without a delay.
+    async def carry(self, lease: Lease, hold: Hold, request: CancelRequest | None = None) -> Row:
+        """Carry a job as far as it goes without a delay; gives how its hold is to end.
 
         ``request`` spares the decoding where RQ has done it.
         """
         try:
-            case = self._take_up(grant, request)
+            job = self._take_up(lease, hold, request)
         except MessageError as error:
-            return self._refuse(grant, _if_legible(grant, request), f"not a job of this queue: {error}")
-        if case is None:
-            request = request or decode_call(grant.data or b"")
-            return self._refuse(grant, request, f"account {request.account!r} has no key in this worker")
-        if case.history and case.history[-1].msg == WORKER_LOST:
-            lost = case.history[-1]
-            log.warning("recovered", id=grant.id, n=lost.n, began_at_ms=lost.at_ms, **{"count#cancel.recovered": 1})
-        step = first_step(case.facts(), case.history, self._policy, self._now_ms())
+            return self._refuse(lease, _if_legible(lease, request), f"not a job of this queue: {error}")
+        if job is None:
+            request = request or decode_call(lease.data)
+            return self._refuse(lease, request, f"account {request.account!r} has no key in this worker")
+        if lease.fault.startswith("recalled"):
+            return self._recall(job)
+        if job.history and job.history[-1].msg == WORKER_LOST:
+            lost = job.history[-1]
+            log.warning("recovered", id=lease.id, n=lost.n, began_at_ms=lost.at_ms, **{"count#cancel.recovered": 1})
+        return await self._pursue(job)
+
+    async def resync(self, since_ns: int) -> None:
+        """Measure the exchange's clock, once for all requests that were refused by the same old one."""
+        async with self._resyncing:
+            if self._resynced_ns <= since_ns:
+                self._server_clock.doubt()
+                await self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
+                self._resynced_ns = local_ns()
+                await self.heed_refusal()
+
+    async def heed_refusal(self) -> None:
+        """A 429, 418 or 403 to one of our unsigned calls closes the gate as any other does."""
+        refusal, now_ms = self._exchange.take_refusal(), self._now_ms()
+        if refusal is None:
+            return
+        if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms, self._ahead()):
+            await self._gate.share(now_ms)
+
+    # -- one job --
+
+    def _now_ms(self) -> int:
+        return self._redis_clock.now_ms()
+
+    def _latest_ms(self) -> int:
+        """What Redis' clock shows at most: no request must be taken for a younger one than it is."""
+        latest_ms = self._redis_clock.latest_ms()
+        return self._now_ms() if latest_ms is None else latest_ms
+
+    def _ahead(self) -> Span | None:
+        return minus(self._redis_clock, self._server_clock)
+
+    def _case(self, job: _Job, means: Means | None = None) -> Case:
+        """The request as a decision sees it; the clocks are compared where something that the exchange dates counts."""
+        lease, by_client_id = job.lease, job.algo_id is None
+        ahead = self._ahead() if by_client_id or means in GATED else None
+        return Case(by_client_id, lease.meant_at_ms, lease.deadline_at_ms, ahead, lease.run > 1)
+
+    def _first_step(self, job: _Job) -> Stop | Again:
+        return first_step(self._case(job), job.history, self._policy, self._latest_ms())
+
+    async def _pursue(self, job: _Job) -> Row:
+        step = self._first_step(job)
         while isinstance(step, Again) and step.delay_ms == 0:
             if step.resync:
-                yield Resync(case.began_ns)
-            if (held_ms := (yield from self._held_back_ms(case, step))) > 0:
-                return self._again(case, held_ms)
-            # Nothing may be sent: the job goes back as it is. If somebody else has it by now, the fence sees to it.
-            if hold.lost() or self._gate.closed(self._now_ms()):
-                return Settlement(grant, attempts=tuple(case.history), pin=case.pin())
-            step = yield from self._attempt(case, step)
+                await self.resync(job.began_ns)
+            if (held_ms := await self._held_back_ms(job, step)) > 0:
+                return self._retry(job, held_ms)
+            # Nothing may be sent: the job goes back as it is. If somebody else has it by now, its lease sees to it.
+            if not job.hold.is_valid() or self._gate.closed(self._now_ms()):
+                return Release(job.lease, tuple(job.history), job.pin())
+            step = await self._attempt(job, step)
         if isinstance(step, Again):
-            log.info("again", id=grant.id, call=step.call, delay_ms=step.delay_ms, attempts=len(case.history))
-            return self._again(case, step.delay_ms)
-        return Settlement(grant, outcome=self._outcome(case, self._with_key_reason(case, step)), pin=case.pin())
+            log.info("again", id=job.lease.id, call=step.call, delay_ms=step.delay_ms, attempts=len(job.history))
+            return self._retry(job, step.delay_ms)
+        return Done(job.lease, self._outcome(job, self._with_key_reason(job, step)), job.pin())
 
-    def _take_up(self, grant: Grant, request: CancelRequest | None) -> _Matter | None:
+    def _take_up(self, lease: Lease, hold: Hold, request: CancelRequest | None) -> _Job | None:
+        what, _, field = lease.fault.partition(" ")
+        if field == "data":
+            raise MessageError("its payload is larger than any request")
         if request is None:
-            if grant.data is None:
-                raise MessageError("its payload is larger than any request")
-            request = decode_call(grant.data)
-        if grant.damaged:
-            raise MessageError(f"its field {grant.damaged} is no whole number")
+            request = decode_call(lease.data)
+        if what == "number":
+            raise MessageError(f"its field {field} is no whole number")
+        if field == "c_pin":
+            raise MessageError("its field c_pin is larger than any pin")
         credential = self._credential_for(request.account)
         if credential is None:
             return None
-        history = as_known(decode_attempts(grant.attempts))
-        pin = decode_pin(grant.pin)
+        if field == "c_attempts":
+            history = read_history(_TOO_LARGE, self._latest_ms())
+            log.warning("damaged", id=lease.id, field=field, reason="larger than any history: taken for a doubt")
+        else:
+            history = bounded(as_known(decode_attempts(lease.attempts)))
+        pin = decode_pin(lease.pin)
         algo_id = pin.algo_id if pin and request.algo_id is None else request.algo_id
         symbol = pin.symbol if pin and request.symbol is None else request.symbol
-        return _Matter(grant, request, credential, history, algo_id, symbol, pin is not None)
+        return _Job(lease, hold, request, credential, history, algo_id, symbol, pin is not None)
 
     @staticmethod
-    def _again(case: _Matter, delay_ms: int) -> Settlement:
-        return Settlement(case.grant, attempts=tuple(case.history), pin=case.pin(), delay_ms=delay_ms)
+    def _retry(job: _Job, delay_ms: int) -> Retry:
+        return Retry(job.lease, tuple(job.history), delay_ms, job.pin())
 
-    def _held_back_ms(self, case: _Matter, step: Again) -> Generator[Wish, Any, int]:
-        """How long the request has to wait for its key or for the budget, ms; it is no attempt. 0: it may go."""
-        now_ms, account = self._now_ms(), case.request.account
+    async def _held_back_ms(self, job: _Job, step: Again) -> int:
+        """How long the request has to wait for its key, for the budget or for the exchange's time, ms; 0: it may go.
+
+        It is no attempt.
+        """
+        now_ms, account = self._now_ms(), job.request.account
         wait_ms = 0
         if not self._gate.allows(step.call, self._exchange.last_used_weight()):
-            wait_ms = ms_to_next_minute(self._clock.now_ms())
+            wait_ms = ms_to_next_minute(self._server_clock.now_ms())
         elif self._keys.reason(account) is not None:
-            until_ms = yield from _wait_for(partial(self._keys.wait_until_ms, account, case.grant.id))
+            until_ms = await self._keys.wait_until_ms(account, job.lease.key)
             wait_ms = max(until_ms - now_ms, 1) if until_ms > 0 else 0
+        if wait_ms == 0 and step.call is Call.QUERY and job.algo_id is None and not await self._knows_the_time():
+            wait_ms = _UNMEASURED_MS
         # At its deadline at the latest it is looked at again, to be ended.
-        return min(wait_ms, max(case.grant.deadline_at_ms - now_ms, 1))
+        return min(wait_ms, max(job.lease.deadline_at_ms - now_ms, 1))
 
-    def _with_key_reason(self, case: _Matter, stop: Stop) -> Stop:
+    async def _knows_the_time(self) -> bool:
+        """Whether what the exchange dates can be compared with the request: an order found by its client id must be."""
+        if self._ahead() is None:
+            await self.resync(self._resynced_ns)
+        return self._ahead() is not None
+
+    def _with_key_reason(self, job: _Job, stop: Stop) -> Stop:
         """A request that its key kept waiting until the deadline was refused, for that reason."""
-        reason = self._keys.reason(case.request.account)
+        reason = self._keys.reason(job.request.account)
         if reason is None or stop.kind not in (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP):
             return stop
         return replace(
             stop, kind=OutcomeKind.REFUSED, error=f"held back until the deadline: the key is refused: {reason}"
         )
 
-    def _attempt(self, case: _Matter, step: Again) -> Generator[Wish, Any, Stop | Again]:
+    def _may_go(self, job: _Job, step: Again) -> bool:
+        """Asked right before the first byte: what had to wait (for a connection, a clock, Redis) is decided anew."""
+        if not job.hold.is_valid() or self._gate.closed(self._now_ms()):
+            return False
+        now = self._first_step(job)
+        return isinstance(now, Again) and now.call == step.call
+
+    async def _attempt(self, job: _Job, step: Again) -> Stop | Again:
         """Make one signed call, note it, and decide what follows."""
-        at_ms = self._now_ms()
-        case.began_ns = time.monotonic_ns()
-        facts = case.facts()
+        at_ms, job.began_ns = self._now_ms(), local_ns()
         self._calling += 1
         try:
-            answer: Reply | Failure | None = yield Ask(step.call, case.credential, case.ref())
+            answer = await self._exchange.call(step.call, job.credential, job.ref(), lambda: self._may_go(job, step))
         finally:
             self._calling -= 1
         if answer is None:
-            return replace(step, resync=False)
-        took_ms = (time.monotonic_ns() - case.began_ns) // 1_000_000
-        verdict = classify(step.call, case.ref(), answer)
-        n = len(case.history) + 1
-        case.history.append(
-            Attempt(n, at_ms, step.call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
+            return self._first_step(job)
+        took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
+        verdict = await self._comparable(job, classify(step.call, job.ref(), answer))
+        self._note_attempt(job, step.call, at_ms, took_ms, verdict)
+        await self._note_pauses(job.request.account, verdict)
+        case = self._case(job, verdict.means)
+        decision = next_step(case, job.history, verdict, self._policy, self._latest_ms(), random.random())
+        if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
+            job.learn(verdict)  # an order that is left alone is not the one that was meant
+        job.history[:] = bounded(job.history)
+        return decision
+
+    async def _comparable(self, job: _Job, verdict: Verdict) -> Verdict:
+        """An answer about an order that was found by client id tells something only where its date can be compared.
+
+        The clocks may have been doubted since the question was asked. Where they cannot be measured now, it is asked
+        again later.
+        """
+        if verdict.means is Means.CONFIRMED or verdict.order is None or job.algo_id is not None:
+            return verdict
+        return verdict if await self._knows_the_time() else Verdict(Means.UNCLEAR, verdict.http, msg=_NOT_MEASURED)
+
+    @staticmethod
+    def _note_attempt(job: _Job, call: Call, at_ms: int, took_ms: int, verdict: Verdict) -> None:
+        n = next_number(job.history)
+        job.history.append(
+            Attempt(n, at_ms, call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
         )
         if verdict.means is not Means.CONFIRMED:
             log.info(
                 "attempt",
-                id=case.grant.id,
+                id=job.lease.id,
                 n=n,
-                call=step.call,
+                call=call,
                 verdict=verdict.means,
                 http=verdict.http,
                 code=verdict.code,
                 msg=verdict.msg,
                 ms=took_ms,
             )
-        now_ms = self._now_ms()
-        yield from self._note(case.request.account, verdict, now_ms)
-        decision = next_step(facts, case.history, verdict, self._policy, now_ms, random.random())
-        if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
-            case.learn(verdict)  # an order that is left alone is not the one that was meant
-        return decision
 
-    def _note(self, account: str, verdict: Verdict, now_ms: int) -> Generator[Wish, Any, None]:
+    async def _note_pauses(self, account: str, verdict: Verdict) -> None:
         """What an answer says about the address and the key, beside the order."""
+        now_ms = self._now_ms()
         if verdict.means in GATED:
-            is_news = self._gate.close_for(verdict, self._policy, now_ms)
+            is_news = self._gate.close_for(verdict, self._policy, now_ms, self._ahead())
         else:
             used = self._exchange.last_used_weight()
-            is_news = self._gate.spend(used, self._calling, self._clock.now_ms(), now_ms)
+            is_news = self._gate.spend(used, self._calling, self._server_clock.now_ms(), now_ms)
         if is_news:
-            yield partial(self._gate.share, now_ms)
+            await self._gate.share(now_ms)
         if self._keys.concerns(account, verdict):
-            yield partial(self._keys.tell, account, verdict)
+            await self._keys.tell(account, verdict)
 
-    def _outcome(self, case: _Matter, stop: Stop) -> Outcome:
-        request, grant = case.request, case.grant
+    # -- outcomes --
+
+    def _outcome(self, job: _Job, stop: Stop) -> Outcome:
+        request, lease = job.request, job.lease
         return Outcome(
-            id=grant.id,
-            run=grant.run,
+            id=lease.id,
+            run=lease.run,
             kind=stop.kind,
             account=request.account,
-            algo_id=case.algo_id,
+            algo_id=job.algo_id,
             client_algo_id=request.client_algo_id,
-            symbol=case.symbol,
+            symbol=job.symbol,
             tag=request.tag,
             may_be_live=may_be_live(stop.kind, stop.order_status),
             order_status=stop.order_status,
             actual_order_id=stop.actual_order_id,
-            attempts=tuple(case.history),
-            enqueued_at_ms=grant.enqueued_at_ms,
+            attempts=tuple(job.history),
+            enqueued_at_ms=lease.enqueued_at_ms,
             finished_at_ms=self._now_ms(),
-            worker=self._worker,
+            worker=self._holder,
             error=stop.error,
         )
 
-    def _refuse(self, grant: Grant, request: CancelRequest | None, error: str) -> Settlement:
+    def _recall(self, job: _Job) -> Done:
+        """The outcome of a job that a person took back through RQ: nothing more is sent for it."""
+        status = job.lease.fault.partition(" ")[2]
+        kind = OutcomeKind.UNKNOWN if _in_doubt(job.history) else OutcomeKind.GAVE_UP
+        log.warning("recalled", id=job.lease.id, status=status)
+        return Done(job.lease, self._outcome(job, Stop(kind, error=f"the job was {status} through RQ")), job.pin())
+
+    def _refuse(self, lease: Lease, request: CancelRequest | None, error: str) -> Done:
         """The outcome of a job that this worker can do nothing for; nothing is known of a foreign job's order."""
-        log.warning("refused", id=grant.id, error=error)
+        log.warning("refused", id=lease.id, error=error)
         attempts: Sequence[Attempt] = ()
         known: dict[str, Any] = {}
         if request is not None:
             with contextlib.suppress(MessageError):
-                attempts = decode_attempts(grant.attempts)
+                attempts = decode_attempts(lease.attempts)
             known = {"account": request.account, "algo_id": request.algo_id, "may_be_live": True}
             known |= {"client_algo_id": request.client_algo_id, "symbol": request.symbol, "tag": request.tag}
-        in_doubt = any(attempt.verdict == Means.UNCLEAR for attempt in attempts)
         outcome = Outcome(
-            id=grant.id,
-            run=grant.run,
-            kind=OutcomeKind.UNKNOWN if in_doubt else OutcomeKind.REFUSED,
+            id=lease.id,
+            run=lease.run,
+            kind=OutcomeKind.UNKNOWN if _in_doubt(attempts) else OutcomeKind.REFUSED,
             attempts=tuple(attempts),
-            enqueued_at_ms=grant.enqueued_at_ms,
+            enqueued_at_ms=lease.enqueued_at_ms,
             finished_at_ms=self._now_ms(),
-            worker=self._worker,
+            worker=self._holder,
             error=error,
             **known,
         )
-        return Settlement(grant, outcome=outcome)
+        return Done(lease, outcome)
 
 
-def _wait_for(work: Callable[[], T]) -> Generator[Wish, Any, T]:
-    came: T = yield work
-    return came
+def _in_doubt(history: Sequence[Attempt]) -> bool:
+    return any(attempt.verdict == Means.UNCLEAR for attempt in history)
 
 
-def _if_legible(grant: Grant, request: CancelRequest | None) -> CancelRequest | None:
+def _if_legible(lease: Lease, request: CancelRequest | None) -> CancelRequest | None:
     """What a damaged job asks for, if that much can be read."""
     with contextlib.suppress(MessageError):
-        return request or decode_call(grant.data or b"")
+        return request or decode_call(lease.data)
     return None

@@ -6,6 +6,7 @@ order that cannot exist.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,13 +14,13 @@ from enum import StrEnum
 import redis
 
 from producer.message import MAX_ALGO_ID, Call
-from worker.away import trouble
+from worker.classify import Means, OrderRef, classify
 from worker.clock import ServerClock
 from worker.exchange import Exchange
+from worker.redis_link import trouble
 from worker.settings import Settings
 from worker.signing import Credential
-from worker.store import SOCKET_TIMEOUT_S
-from worker.verdict import Means, OrderRef, classify
+from worker.store import ANSWER_WITHIN_S
 from worker.wiring import open_exchange, open_redis
 
 #: An id that no order has: the largest that the field can hold.
@@ -47,13 +48,13 @@ def check(settings: Settings) -> Iterator[Finding]:
     """Look at one thing after the other; each finding is given as soon as it is known."""
     yield Finding("settings", f"queue {settings.queue}, {len(settings.credentials)} account(s)")
     yield _redis(settings)
-    exchange, clock = open_exchange(settings)
+    exchange, clock = open_exchange(settings, one_at_a_time=True)
     try:
         time = _time(settings, exchange, clock)
         yield time
         if time.fault is not Fault.NONE:
             return
-        limit = exchange.weight_limit()
+        limit = asyncio.run(exchange.weight_limit())
         yield Finding("limits", f"{limit} weight a minute" if limit else "not told by the exchange; 2400 is assumed")
         for account, credential in sorted(settings.credentials.items()):
             yield _key(account, credential, exchange)
@@ -71,7 +72,7 @@ def _redis(settings: Settings) -> Finding:
     except (redis.ConnectionError, redis.TimeoutError) as error:
         return Finding(
             "redis",
-            f"{shown} does not answer within {SOCKET_TIMEOUT_S:g} s ({trouble(error)})",
+            f"{shown} does not answer within {ANSWER_WITHIN_S:g} s ({trouble(error)})",
             Fault.UNREACHABLE,
         )
     finally:
@@ -80,7 +81,7 @@ def _redis(settings: Settings) -> Finding:
 
 
 def _time(settings: Settings, exchange: Exchange, clock: ServerClock) -> Finding:
-    if exchange.sync_time():
+    if asyncio.run(exchange.sync_time()):
         return Finding(
             "exchange", f"{settings.base_url} answers; its clock is {clock.offset_ms:+d} ms from this host's"
         )
@@ -89,7 +90,9 @@ def _time(settings: Settings, exchange: Exchange, clock: ServerClock) -> Finding
 
 def _key(account: str, credential: Credential, exchange: Exchange) -> Finding:
     what = f"key of {account}"
-    verdict = classify(Call.QUERY, _NO_ORDER, exchange.query(credential, _NO_ORDER))
+    answer = asyncio.run(exchange.call(Call.QUERY, credential, _NO_ORDER))
+    assert answer is not None  # nothing kept it from going
+    verdict = classify(Call.QUERY, _NO_ORDER, answer)
     said = " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))
     if verdict.means is Means.NO_SUCH_ORDER:
         return Finding(what, f"accepted ({credential.kind}, …{credential.api_key[-4:]})")

@@ -1,7 +1,10 @@
-"""The exchange's time, kept on this host's monotonic clock: arithmetic alone, no I/O.
+"""Other hosts' clocks as seen from here: proven bounds on this host's own clock, by arithmetic alone.
 
-A signed request is refused if its timestamp is older than recvWindow or 1,000 ms ahead of the exchange's clock
-(exchange.md 2). The wall clock of a rented host can be wrong and can jump; the monotonic one does neither.
+What another clock told proves one thing: it read that time between the question and its answer. So it is known within
+bounds, which many answers narrow and drift widens. A single reading is not enough: an answer that is read late makes
+the other clock seem to lag. Times of two clocks are compared by the bounds of their difference (:func:`minus`).
+
+All moments given and returned in ns are :func:`local_ns`. Every class here may be shared between threads.
 """
 
 from __future__ import annotations
@@ -9,19 +12,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
-#: How far timestamps stay behind the estimate, ms: what two ordinary quartz clocks (100 ppm each) drift apart in the
-#: 25 s between two measurements. An uneven path needs no allowance: a slow way out, which makes the estimate run
-#: ahead, delays the request by at least as much.
+from worker.decide import Span
+
+#: How fast two clocks may drift apart, millionths: two ordinary quartz clocks, 100 each.
+DRIFT_PPM = 200
+#: How far timestamps stay behind the estimate of the exchange's clock, ms: what drift makes of the 25 s between two
+#: measurements. An uneven path needs no allowance: a slow way out, which makes the estimate run ahead, delays the
+#: request by at least as much.
 BEHIND_MS = 5
-#: How many samples compete to be the best.
-KEPT_SAMPLES = 8
-#: A sample this much older than the newest one is dropped, s: by then drift outweighs a short round trip.
-RECENT_S = 120
-#: Two samples contradict each other if they are further apart than both round trips explain, ms: beyond that lie the
-#: exchange's whole milliseconds and the drift within ``RECENT_S``.
-CONTRADICTION_MS = 25
+#: A wall clock that moved by more than this against a clock that does not count sleep tells of a sleep, ns.
+MOVED_NS = 1_000_000_000
 
 _NS_PER_MS = 1_000_000
 
@@ -30,76 +33,262 @@ def _wall_ms() -> int:
     return time.time_ns() // _NS_PER_MS
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    offset_ns: int  # the exchange's time since the epoch minus the monotonic clock
-    round_trip_ns: int
-    received_ns: int  # monotonic
-
-    def contradicts(self, other: _Sample) -> bool:
-        # Each offset is right to half its round trip.
-        explained_ns = (self.round_trip_ns + other.round_trip_ns) // 2 + CONTRADICTION_MS * _NS_PER_MS
-        return abs(self.offset_ns - other.offset_ns) > explained_ns
+def _boot_clock() -> Callable[[], int] | None:
+    """The clock that goes on while the host sleeps; Linux has one, and not in every sandbox."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    try:
+        return None if clock is None or time.clock_gettime_ns(clock) < 0 else partial(time.clock_gettime_ns, clock)
+    except OSError:
+        return None
 
 
-class ServerClock:
-    """The exchange's clock as seen from here; safe to share between threads.
+#: Whether :func:`local_ns` goes on while the host sleeps.
+COUNTS_SLEEP = _boot_clock() is not None
+_read_ns = _boot_clock() or time.monotonic_ns
 
-    Until the first sample, and after :meth:`drop_samples` until the next, it is the host's wall clock.
+
+def local_ns() -> int:
+    """This host's own clock, ns since some moment: nobody sets it, and it counts sleep if :data:`COUNTS_SLEEP`."""
+    return _read_ns()
+
+
+class _Offset(NamedTuple):
+    """Bounds of a remote clock minus the local one, ns, as they were at a local moment."""
+
+    lo_ns: int
+    hi_ns: int
+    as_of_ns: int
+
+    def at(self, local_ns: int) -> tuple[int, int]:
+        drift_ns = _drift_ns(local_ns - self.as_of_ns)
+        return self.lo_ns - drift_ns, self.hi_ns + drift_ns
+
+
+class Bounds:
+    """What is known of a remote clock's offset (remote minus local).
+
+    All samples together are one pair of bounds, as all of them widen alike.
     """
 
-    def __init__(self, mono_ns: Callable[[], int] = time.monotonic_ns, wall_ms: Callable[[], int] = _wall_ms) -> None:
-        self._mono_ns = mono_ns
-        self._wall_ms = wall_ms
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._samples: tuple[_Sample, ...] = ()  # oldest first
-        self._best: _Sample | None = None  # read without the lock: one reference, replaced as a whole
+        self._offset: _Offset | None = None  # read without the lock: one reference, replaced as a whole
+        self._is_doubted = False
 
-    def add_sample(self, sent_mono_ns: int, received_mono_ns: int, server_time_ms: int) -> None:
-        """Take in one answer of ``GET /fapi/v1/time``: when it was asked and answered here, and what it said.
+    def add(self, asked_ns: int, answered_ns: int, remote_ms: int) -> None:
+        """Take in one answer: when it was asked and answered here, and the remote time in it, cut to whole ms.
 
-        The offset is taken at the middle of the round trip, and the shortest round trip of the recent samples wins.
-        Older samples that cannot be true if this one is (a clock was set, or this host slept) are forgotten.
+        If it cannot be true together with the earlier ones (a clock was set, another server took over, this host
+        slept uncounted), the samples answered before are forgotten.
 
         Raises:
             ValueError: the answer came before the question.
         """
-        if received_mono_ns < sent_mono_ns:
-            raise ValueError("a sample was received before it was sent")
-        middle_ns = (sent_mono_ns + received_mono_ns) // 2
-        new = _Sample(server_time_ms * _NS_PER_MS - middle_ns, received_mono_ns - sent_mono_ns, received_mono_ns)
-        oldest_ns = received_mono_ns - RECENT_S * 1000 * _NS_PER_MS
+        if answered_ns < asked_ns:
+            raise ValueError("a sample was answered before it was asked")
+        remote_ns = remote_ms * _NS_PER_MS
+        # The lower bound needs no drift: whatever the clocks gained on each other since the remote one was read is
+        # less than the time that passed.
+        hi_ns = remote_ns + _NS_PER_MS - asked_ns + _drift_ns(answered_ns - asked_ns)
+        new = _Offset(remote_ns - answered_ns, hi_ns, answered_ns)
         with self._lock:
-            kept = [old for old in self._samples if old.received_ns >= oldest_ns and not old.contradicts(new)]
-            self._samples = (*kept, new)[-KEPT_SAMPLES:]
-            self._best = min(reversed(self._samples), key=lambda sample: sample.round_trip_ns)
+            self._offset = new if self._offset is None or self._is_doubted else _both(self._offset, new)
+            self._is_doubted = False
 
-    def drop_samples(self) -> None:
-        """Forget everything measured: the exchange refused a timestamp, so some of it is wrong."""
+    def doubt(self) -> None:
+        """Take nothing that was measured so far for proven any more."""
         with self._lock:
-            self._samples = ()
-            self._best = None
+            self._is_doubted = True
 
-    def now_ms(self) -> int:
-        """The exchange's time for a timestamp, ms since the epoch: :data:`BEHIND_MS` before the estimate."""
-        best = self._best
-        if best is None:
-            return self._wall_ms()
-        return (self._mono_ns() + best.offset_ns) // _NS_PER_MS - BEHIND_MS
+    def at(self, local_ns: int) -> tuple[int, int] | None:
+        """Least and greatest offset at a local moment, ns; None while nothing is proven."""
+        return None if self._is_doubted else self.last_at(local_ns)
+
+    def last_at(self, local_ns: int) -> tuple[int, int] | None:
+        """The same as far as it was ever measured, doubted or not."""
+        offset = self._offset
+        return None if offset is None else offset.at(local_ns)
+
+    def moments(self, remote_ms: int) -> tuple[int, int] | None:
+        """Between which local moments the remote clock read (or will read) ``remote_ms``, ns; None: not measured."""
+        offset = self._offset
+        if offset is None:
+            return None
+        earliest_ns = remote_ms * _NS_PER_MS - offset.hi_ns
+        latest_ns = (remote_ms + 1) * _NS_PER_MS - offset.lo_ns
+        return (
+            earliest_ns - _drift_ns(earliest_ns - offset.as_of_ns),
+            latest_ns + _drift_ns(latest_ns - offset.as_of_ns),
+        )
+
+    @property
+    def newest_ns(self) -> int | None:
+        """When the newest sample was answered; None while nothing is proven."""
+        offset = self._offset
+        return None if offset is None or self._is_doubted else offset.as_of_ns
+
+
+def _both(one: _Offset, other: _Offset) -> _Offset:
+    older, newer = (one, other) if one.as_of_ns <= other.as_of_ns else (other, one)
+    lo_ns, hi_ns = older.at(newer.as_of_ns)
+    lo_ns, hi_ns = max(lo_ns, newer.lo_ns), min(hi_ns, newer.hi_ns)
+    return _Offset(lo_ns, hi_ns, newer.as_of_ns) if lo_ns <= hi_ns else newer
+
+
+def _drift_ns(apart_ns: int) -> int:
+    """The most that two clocks can have drifted apart in a time measured by either, rounded up."""
+    return -(-abs(apart_ns) * DRIFT_PPM // (1_000_000 - DRIFT_PPM))
+
+
+class _RemoteClock:
+    """A remote clock by what is known of it, and the host's wall clock while nothing is."""
+
+    def __init__(self, local: Callable[[], int] = local_ns, wall_ms: Callable[[], int] = _wall_ms) -> None:
+        self._local_ns = local
+        self._wall_ms = wall_ms
+        self._bounds = Bounds()
+
+    def doubt(self) -> None:
+        """Nothing measured so far is proven any more: some of it is wrong, or was another server's."""
+        self._bounds.doubt()
+
+    def bounds(self) -> tuple[int, int] | None:
+        """Least and greatest offset (remote minus local) now, ns; None while nothing is measured."""
+        return self._bounds.at(self._local_ns())
 
     @property
     def measured(self) -> bool:
-        """Whether :meth:`now_ms` rests on a sample."""
-        return self._best is not None
+        """Whether there is a sample."""
+        return self._bounds.newest_ns is not None
+
+
+class ServerClock(_RemoteClock):
+    """The exchange's clock, for timestamps.
+
+    Until the first sample it is the host's wall clock. After :meth:`doubt` a timestamp is made as before until the next
+    sample, which then counts alone; meanwhile nothing is compared with it.
+    """
+
+    def add_sample(self, asked_ns: int, answered_ns: int, server_time_ms: int) -> None:
+        """Take in one answer of ``GET /fapi/v1/time``: when it was asked and answered (both :func:`local_ns`), and
+        what it said.
+
+        Raises:
+            ValueError: the answer came before the question.
+        """
+        self._bounds.add(asked_ns, answered_ns, server_time_ms)
+
+    def now_ms(self) -> int:
+        """The exchange's time for a timestamp, ms since the epoch: :data:`BEHIND_MS` before the middle of the bounds.
+
+        It is off by at most half of the quickest round trip, and by what drift added since.
+        """
+        now_ms = self._middle_ms()
+        return self._wall_ms() if now_ms is None else now_ms - BEHIND_MS
 
     @property
     def offset_ms(self) -> int:
         """How far the exchange's clock is ahead of the host's wall clock, ms; 0 while nothing is measured."""
-        best = self._best
-        return 0 if best is None else (self._mono_ns() + best.offset_ns) // _NS_PER_MS - self._wall_ms()
+        now_ms = self._middle_ms()
+        return 0 if now_ms is None else now_ms - self._wall_ms()
 
     @property
     def age_s(self) -> float | None:
         """Seconds since the newest sample, None while there is none."""
-        samples = self._samples
-        return (self._mono_ns() - samples[-1].received_ns) / 1e9 if samples else None
+        newest_ns = self._bounds.newest_ns
+        return None if newest_ns is None else (self._local_ns() - newest_ns) / 1e9
+
+    def _middle_ms(self) -> int | None:
+        now_ns = self._local_ns()
+        offset = self._bounds.last_at(now_ns)
+        return None if offset is None else (now_ns + sum(offset) // 2) // _NS_PER_MS
+
+
+class RedisClock(_RemoteClock):
+    """Redis' clock as a worker knows it."""
+
+    def observe(self, asked_ns: int, answered_ns: int, now_ms: int) -> None:
+        """Take in one answer of a script: when it was asked and answered (both :func:`local_ns`), and Redis' time.
+
+        A claim that waited inside the server says little of the upper bound; a renewal or a heartbeat does.
+
+        Raises:
+            ValueError: the answer came before the question.
+        """
+        self._bounds.add(asked_ns, answered_ns, now_ms)
+
+    def now_ms(self) -> int:
+        """Redis' time, ms since the epoch; before the first answer the host's wall clock.
+
+        It is :meth:`earliest_ms`: a claim waits inside the server before it answers, so that its answer is much
+        closer to the end of its trip than to the middle.
+        """
+        earliest_ms = self.earliest_ms()
+        return self._wall_ms() if earliest_ms is None else earliest_ms
+
+    def earliest_ms(self) -> int | None:
+        """What Redis' clock shows now at least, ms; None before the first answer: nothing is proven then."""
+        now_ns = self._local_ns()
+        offset = self._bounds.at(now_ns)
+        return None if offset is None else (now_ns + offset[0]) // _NS_PER_MS
+
+    def latest_ms(self) -> int | None:
+        """What Redis' clock shows now at most, ms; None before the first answer: nothing is proven then."""
+        now_ns = self._local_ns()
+        offset = self._bounds.at(now_ns)
+        return None if offset is None else -(-(now_ns + offset[1]) // _NS_PER_MS)
+
+    def local_at_earliest(self, remote_ms: int) -> int | None:
+        """The local moment, ns, before which Redis' clock did not yet read ``remote_ms``; None: not measured.
+
+        A lease that a script took at ``remote_ms`` is safely counted from here, or from the sending of the question
+        if that was later.
+        """
+        moments = self._bounds.moments(remote_ms)
+        return None if moments is None else moments[0]
+
+    def local_at_latest(self, remote_ms: int) -> int | None:
+        """The local moment, ns, after which Redis' clock does not read ``remote_ms`` any more; None: not measured."""
+        moments = self._bounds.moments(remote_ms)
+        return None if moments is None else moments[1]
+
+
+def minus(redis: RedisClock, exchange: ServerClock) -> Span | None:
+    """Bounds of Redis' clock minus the exchange's now, ms; None while either is not measured.
+
+    They hold for a time that the exchange tells in whole ms, as it does in createTime: it is up to 1 ms later.
+    """
+    ours, theirs = redis.bounds(), exchange.bounds()
+    if ours is None or theirs is None:
+        return None
+    lo_ns, hi_ns = ours[0] - theirs[1], ours[1] - theirs[0]
+    return Span(lo_ns // _NS_PER_MS, -(-hi_ns // _NS_PER_MS) + 1)
+
+
+class SleepWatch:
+    """Tells a host that slept from one that did not, where :func:`local_ns` cannot count sleep.
+
+    There the wall clock alone shows it. Somebody who set the clock looks the same: who holds leases renews them before
+    the next send, which is right after a sleep and harmless else. Where sleep is counted, the wall clock is not asked.
+    """
+
+    def __init__(
+        self,
+        counts_sleep: bool = COUNTS_SLEEP,
+        local: Callable[[], int] = local_ns,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._counts_sleep = counts_sleep
+        self._local_ns = local
+        self._wall_ns = wall_ns
+        self._apart_ns = wall_ns() - local()
+
+    def moved(self) -> bool:
+        """Whether the wall clock moved by more than :data:`MOVED_NS` since this was last true (small moves add up)."""
+        if self._counts_sleep:
+            return False
+        apart_ns = self._wall_ns() - self._local_ns()
+        if abs(apart_ns - self._apart_ns) <= MOVED_NS:
+            return False
+        self._apart_ns = apart_ns
+        return True

@@ -16,10 +16,10 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 from producer.message import Call
-from worker.clock import ServerClock
+from worker.classify import Failure, OrderRef, Reply
+from worker.clock import ServerClock, local_ns
 from worker.signing import Credential, check_api_key, signed_query
 from worker.transport import Failed, Raw, Request, Transport
-from worker.verdict import Failure, OrderRef, Reply
 
 __all__ = ["MAX_RETRY_AFTER_MS", "Answer", "Exchange", "UsedWeight"]
 
@@ -58,7 +58,7 @@ class Exchange:
     """Calls to the exchange over ``transport``; belongs to the thread, or the event loop, that the transport does.
 
     No method raises for anything that the network, the exchange or a library does: a call that was not answered is a
-    :class:`~worker.verdict.Failure`, whose ``seen`` says whether a byte of the request may have left. An answer that
+    :class:`~worker.classify.Failure`, whose ``seen`` says whether a byte of the request may have left. An answer that
     breaks off is a reply that is marked as truncated: its status and its Retry-After count all the same.
 
     ``patience_s`` bounds a whole attempt and is 0.8 x ``recv_window_ms`` unless given; connecting may take half of it.
@@ -176,7 +176,7 @@ class Exchange:
             return
         # By the minute of sending: a late answer to a request of the last minute must not fill the new one.
         now_ms = self._clock.now_ms()
-        minute = (now_ms - (time.monotonic_ns() - raw.sent_ns) // 1_000_000) // 60_000
+        minute = (now_ms - (local_ns() - raw.sent_ns) // 1_000_000) // 60_000
         last = self.used_weight
         # A minute that is still to come was noted by a clock that has been put right since.
         if last is None or not minute < last.minute <= now_ms // 60_000:

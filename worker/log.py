@@ -2,6 +2,9 @@
 
 Values are strangers' words as often as not, so each is kept to one line. Secrets never come here: callers log ids,
 codes and durations, never a request's URL.
+
+Logging neither waits nor raises, whatever becomes of stdout (:mod:`worker.output`): what cannot be written is counted,
+and `event=log_dropped count=…` tells of it as soon as it can.
 """
 
 from __future__ import annotations
@@ -15,20 +18,22 @@ from functools import lru_cache
 from typing import Any
 
 from producer.message import clean_text
+from worker.output import Output, write_now
 
 _MAX_VALUE_CHARS = 400
 _PLAIN = re.compile(rf"[A-Za-z0-9._:/+#@-]{{1,{_MAX_VALUE_CHARS}}}")
 
+#: How long last words are waited for, s.
+_LAST_WORDS_S = 0.2
+
 logger = logging.getLogger("cancel")
+_stdout = Output(1)
 
 
 def event(level: int, name: str, **fields: object) -> None:
     """Log ``name`` with its fields; a field that is None is left out."""
     if logger.isEnabledFor(level):
-        # Made here, as logging's own way would first look for the caller's file and line, which nobody is shown.
-        record = logger.makeRecord(logger.name, level, "", 0, name, (), None)
-        record.fields = fields
-        logger.handle(record)
+        logger.handle(_record(level, name, fields))
 
 
 def info(name: str, **fields: object) -> None:
@@ -109,22 +114,79 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return fields
 
 
-def configure(level: str, style: str) -> None:
-    """Send everything to stdout, where Heroku and containers look. ``style``: logfmt or json."""
+_formatter: logging.Formatter = LogfmtFormatter()
+
+
+def _record(level: int, name: str, fields: dict[str, Any]) -> logging.LogRecord:
+    # Made here, as logging's own way would first look for the caller's file and line, which nobody is shown.
+    record = logger.makeRecord(logger.name, level, "", 0, name, (), None)
+    record.fields = fields
+    return record
+
+
+def _line(record: logging.LogRecord) -> bytes:
+    # Whatever the terminal's or the locale's encoding is: a line must not be lost because of one letter.
+    return (_formatter.format(record) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _tell_lost(count: int) -> bytes:
+    return _line(_record(logging.WARNING, "log_dropped", {"count": count}))
+
+
+class _Handler(logging.Handler):
+    """Hands each line over, made in the caller's thread: what it is made of may change."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = _line(record)
+        except Exception as error:  # noqa: BLE001 - a line that cannot be made is a defect, and must do no harm
+            fields = {"where": "log", "logger": record.name, "error": type(error).__name__}
+            line = _line(_record(logging.ERROR, "defect", fields))
+        _stdout.put(line)
+
+
+def configure(level: str, style: str, *, wait_for_each: bool = False) -> None:
+    """Send everything to stdout, where Heroku and containers look. ``style``: logfmt or json.
+
+    ``wait_for_each`` is for a process that is ended by `os._exit`, as RQ's horses are: each line is written, or was
+    waited for 0.2 s, before its call returns. A process that is forked after this does so without being told.
+    """
+    global _formatter
     # No line of ours names a thread or a process, and finding them out is a third of the cost of a line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonFormatter() if style == "json" else LogfmtFormatter())
+    _formatter = JsonFormatter() if style == "json" else LogfmtFormatter()
     root = logging.getLogger()
-    root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logger.setLevel(level)
-    # RQ tells each job at INFO in its own colours; our events say the same.
     for name in ("rq.worker", "rq.job", "rq.queue", "rq.registry", "urllib3"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        library = logging.getLogger(name)
+        # RQ tells each job at INFO in its own colours; our events say the same.
+        library.setLevel(logging.WARNING)
+        # Its command line gives it handlers of its own, which wait for stdout.
+        library.handlers.clear()
+        library.propagate = True
+    if sys.__stdout__ is None:  # there was none at the start, and its number may be a connection's by now
+        root.handlers[:] = [logging.NullHandler()]
+    else:
+        root.handlers[:] = [_Handler()]
+        _stdout.start(_tell_lost, wait_for_each=wait_for_each)
 
 
-def configure_unless_done(level: str, style: str) -> None:
+def configure_unless_done(level: str, style: str, *, wait_for_each: bool = False) -> None:
     """The same where somebody else's command line (`rq worker -w …`) started the process and knows nothing of us."""
     if not logger.hasHandlers():
-        configure(level, style)
+        configure(level, style, wait_for_each=wait_for_each)
+
+
+def flush(timeout_s: float) -> bool:
+    """Wait until every line is written, at most so long; whether all are. The end of a process does so for 0.5 s."""
+    return _stdout.flush(timeout_s)
+
+
+def last_words(name: str, **fields: object) -> None:
+    """Write an error event to stderr at once, past the queue: for a process that is about to end itself.
+
+    May be called in any thread and in a signal's handler; a stderr that takes nothing is left after 0.2 s.
+    """
+    if sys.__stderr__ is not None:
+        write_now(2, _line(_record(logging.ERROR, name, fields)), _LAST_WORDS_S)

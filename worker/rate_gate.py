@@ -7,15 +7,15 @@ renewal refreshes each second. The exchange tells the weight that the address ha
 from __future__ import annotations
 
 import math
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import redis
 
 from producer.message import Call
 from worker import log
-from worker.verdict import Means, Policy, Verdict
+from worker.classify import Means, Verdict
+from worker.clock import local_ns
+from worker.decide import Policy, Span, pause_ms
 
 #: After a pause the requests in flight grow from one to all within this time, ms.
 RAMP_MS = 2_000
@@ -31,7 +31,7 @@ _SAME_PAUSE_MS = 1_000
 _HEARD_WITHIN_MS = 2_000
 
 #: Publishes a closing: pause in ms, reason, doubling; gives the gate's end (:meth:`worker.store.Store.close_gate`).
-Publish = Callable[[int, str, bool], int]
+Publish = Callable[[int, str, bool], Awaitable[int]]
 
 
 class Gate:
@@ -39,10 +39,9 @@ class Gate:
 
     def __init__(self, publish: Publish) -> None:
         self._publish = publish
-        self._lock = threading.Lock()
         self._unshared: tuple[int, str, bool] | None = None
-        self._shared_at_s = -math.inf  # monotonic: when Redis last heard of a closing of ours
-        self._raised_at_s = -math.inf  # monotonic: when we last heard of one
+        self._shared_at_ns = -math.inf  # when Redis last heard of a closing of ours
+        self._raised_at_ns = -math.inf  # when we last heard of one
         self.until_ms = 0
         self.weight_limit = DEFAULT_WEIGHT_LIMIT
 
@@ -59,28 +58,28 @@ class Gate:
 
     def observe(self, until_ms: int) -> None:
         """Note what Redis says; an end that is later here has not reached Redis yet, and holds."""
-        with self._lock:
-            if until_ms > self.until_ms:
-                self.until_ms, self._raised_at_s = until_ms, time.monotonic()
+        if until_ms > self.until_ms:
+            self.until_ms, self._raised_at_ns = until_ms, local_ns()
 
-    def told(self, until_ms: int | None, now_ms: int, asked_at_s: float) -> None:
-        """Note what Redis' own record said when asked at ``asked_at_s`` (monotonic); None: it has no record.
+    def told(self, until_ms: int | None, now_ms: int, asked_at_ns: int) -> None:
+        """Note what Redis' own record said when asked at ``asked_at_ns``; None: it has no record.
 
         A person may open it there (`HSET gate:all until_ms 0`). A record that is gone, or holds an earlier end, says
         nothing: a Redis that lost its data, or its last second, must not end a ban.
         """
-        with self._lock:
-            opened = until_ms == 0 and now_ms < self.until_ms
-            if opened and self._unshared is None and asked_at_s > max(self._shared_at_s, self._raised_at_s):
-                self.until_ms = now_ms  # from now on it ramps up
-                log.warning("gate", state="opened", reason="by its record in Redis")
+        opened = until_ms == 0 and now_ms < self.until_ms
         if not opened:
             self.observe(until_ms or 0)
+        elif self._unshared is None and asked_at_ns > max(self._shared_at_ns, self._raised_at_ns):
+            self.until_ms = now_ms  # from now on it ramps up
+            log.warning("gate", state="opened", reason="by its record in Redis")
 
-    def close_for(self, verdict: Verdict, policy: Policy, now_ms: int) -> bool:
+    def close_for(self, verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None) -> bool:
         """Close it as long as a gated ``verdict`` asks for; whether Redis should hear of it now (:meth:`share`)."""
         reason = f"{verdict.http} {verdict.msg}".strip()
-        return self._close(verdict.pause_ms(now_ms, policy), reason, now_ms, doubling=verdict.means is Means.BLOCKED)
+        return self._close(
+            pause_ms(verdict, policy, now_ms, ahead), reason, now_ms, doubling=verdict.means is Means.BLOCKED
+        )
 
     def spend(self, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> bool:
         """Close it until the exchange's next minute if the weight used, with what is under way, nears the limit;
@@ -94,30 +93,26 @@ class Gate:
         """Whether the budget has room for ``call``: cancels have the last quarter to themselves."""
         return call is Call.CANCEL or used < NO_QUERIES_AT * self.weight_limit
 
-    def share(self, now_ms: int) -> None:
+    async def share(self, now_ms: int) -> None:
         """Tell Redis of a closing that it has not heard of; called again until it has."""
-        with self._lock:
-            unshared = self._unshared
-        if unshared is None:
+        if self._unshared is None:
             return
-        until_ms, reason, doubling = unshared
+        unshared = until_ms, reason, doubling = self._unshared
         try:
-            self.observe(self._publish(max(until_ms - now_ms, 0), reason, doubling))
+            self.observe(await self._publish(max(until_ms - now_ms, 0), reason, doubling))
         except redis.RedisError as error:
             log.error("gate", state="not_shared", reason=reason, error=type(error).__name__)
             return
-        with self._lock:
-            self._shared_at_s = time.monotonic()
-            if self._unshared == unshared:
-                self._unshared = None
+        self._shared_at_ns = local_ns()
+        if self._unshared == unshared:
+            self._unshared = None
 
     def _close(self, pause_ms: int, reason: str, now_ms: int, *, doubling: bool) -> bool:
         until_ms = now_ms + pause_ms
-        with self._lock:
-            before_ms, self.until_ms = self.until_ms, max(self.until_ms, until_ms)
-            if until_ms <= before_ms:
-                return False
-            self._unshared = (until_ms, reason, doubling)
+        before_ms, self.until_ms = self.until_ms, max(self.until_ms, until_ms)
+        if until_ms <= before_ms:
+            return False
+        self._unshared = (until_ms, reason, doubling)
         is_news = now_ms + _HEARD_WITHIN_MS > before_ms or until_ms > before_ms + _SAME_PAUSE_MS
         if is_news:
             log.warning("gate", state="closed", reason=reason, **{"measure#cancel.gate_ms": pause_ms})

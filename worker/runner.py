@@ -1,35 +1,31 @@
-"""The worker as RQ sees it: born, heartbeating, suspended, commanded and buried as any RQ worker is.
-
-What RQ does for one job at a time, :class:`worker.crew.Crew` does for many; the rest of RQ's worker is kept.
-`python -m worker` runs it, and so does `rq worker -w worker.runner.CancelWorker`.
-"""
+"""Our worker as RQ sees it: registration, heartbeats, commands and signals around the engine."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
-import queue
 import signal
 import socket
-import sys
 import threading
-import time
-from types import FrameType
+from collections.abc import Callable, Coroutine
 from typing import Any
 from uuid import uuid4
 
 import redis
-from rq import worker_registration
+from rq import Queue, worker_registration
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker, WorkerStatus
 
 from producer.keys import WorkerField
 from worker import log
-from worker.away import trouble
-from worker.crew import Crew
+from worker.daemon import WorkerLoop, in_daemon_thread
+from worker.engine import Engine, where
+from worker.redis_link import connect_like, open_link, trouble
 from worker.settings import Settings
-from worker.store import Store, connect_like
+from worker.store import ANSWER_WITHIN_S
+from worker.watchdog import Watchdog
 from worker.wiring import lease_of, open_canceller, open_exchange, open_redis, open_store
 
 EX_OK = 0
@@ -41,31 +37,16 @@ EX_INTERRUPTED = 130
 _LOOK_S = 1.0
 #: How often the exchange's clock is measured and connections are kept warm, s: two calls each, five a minute.
 _WARM_S = 25.0
+#: How often registries and RQ's lists are tidied, s; sooner while a round through a long queue is not over.
+_TIDY_S = 10.0
+#: How long RQ's thread for commands listens at a time, s.
+_LISTEN_S = 60
 #: What of the grace is kept for leaving RQ's registries, and of that for the interpreter's end, s.
 _FAREWELL_S, _END_S = 3.0, 1.0
-
-
-class _StopRequest:
-    """What a signal leaves for the main thread.
-
-    Not a threading.Event: the handler runs in the main thread, perhaps while that very thread holds the event's lock in
-    `wait`, and would then wait for itself. SimpleQueue's `put` is made to be called from anywhere.
-    """
-
-    def __init__(self) -> None:
-        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._made = False
-
-    def make(self) -> None:
-        self._made = True
-        self._news.put(None)
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether to stop, known within ``timeout_s``."""
-        if not self._made:
-            with contextlib.suppress(queue.Empty):
-                self._news.get(timeout=timeout_s)
-        return self._made
+#: How long the last lines of the log may take, s.
+_LAST_LINES_S = 0.3
+#: A loop that has not moved for this many looks of the watchdog, each of so many s, will not move again.
+_STUCK_LOOKS, _STUCK_LOOK_S = 10, 1.0
 
 
 class CancelWorker(BaseWorker):
@@ -82,38 +63,24 @@ class CancelWorker(BaseWorker):
     ) -> None:
         self._settings = settings or Settings.from_env()
         own = connect_like(connection) if connection is not None else open_redis(self._settings)
-        options["serializer"] = JSONSerializer
-        super().__init__(queues, name or _unique_name(self._settings), connection=own, **options)
-        if len(self.queues) != 1:
-            raise ValueError(
-                f"one queue for each worker, not {', '.join(self.queue_names())}: start a process for each"
-            )
-        self._stop = _StopRequest()
-        self._ended = threading.Event()  # upkeep is not needed any more
+        # Queues that RQ's command line hands in keep a serializer of their own, which may execute what it reads.
+        names = [queue.name if isinstance(queue, Queue) else queue for queue in _listed(queues)]
+        if len(names) != 1:
+            raise ValueError(f"one queue for each worker, not {', '.join(names)}: start a process for each")
+        # RQ would prepare by asking Redis, which may be away when a worker starts: see `_register`.
+        options |= {"serializer": JSONSerializer, "prepare_for_work": False}
+        super().__init__(names, name or _unique_name(self._settings), connection=own, **options)
+        self.hostname, self.pid = socket.gethostname(), os.getpid()
         self._interrupts = 0
         self.exit_code = EX_OK
-        self._knows_limit = False
-        self._renewed_at_s = 0.0  # monotonic
-        self._exchange, clock = open_exchange(self._settings)
-        self._store: Store = open_store(own, self._settings, self.name, self.queues[0].name)
-        self._canceller, self._gate = open_canceller(self._settings, self._exchange, clock, self._store, self.name)
-        self._clock = clock
-        self._crew = Crew(
-            self._settings.concurrency,
-            lease_of(self._settings),
-            self._store,
-            self._canceller,
-            self._exchange,
-            self._gate,
-        )
+        self._stop = threading.Event()  # told from any thread, before there is a loop too
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._watchdog = Watchdog(_STUCK_LOOK_S, _STUCK_LOOKS)
 
-    def _set_connection(self, connection: redis.Redis) -> redis.Redis:
-        """Keep our own time-outs: RQ would wait 415 s for an answer."""
-        return connection
-
-    def _set_ip_address(self, connection: redis.Redis) -> None:  # noqa: ARG002
-        """Not at construction: Redis may be away when a worker starts. See `_be_born`."""
-        self.ip_address = "unknown"
+    @property
+    def connection_timeout(self) -> int:
+        """Our own; RQ would wait 415 s for an answer."""
+        return int(ANSWER_WITHIN_S)
 
     def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
         """Work until told to stop, or with ``burst`` until nothing is left; gives whether any outcome was recorded.
@@ -121,58 +88,89 @@ class CancelWorker(BaseWorker):
         RQ's other options (scheduler, idle time, job count) mean nothing here: retries need no scheduler.
         """
         log.configure_unless_done(self._settings.log_level, self._settings.log_format)
-        self._install_signal_handlers()
-        if not self._be_born():
-            self._exchange.close()
-            return False
-        self._meet_exchange()
-        self._tell_start()
-        self._crew.start()
-        upkeep = [threading.Thread(target=loop, name=loop.__name__, daemon=True) for loop in (self._look, self._warm)]
-        for thread in upkeep:
-            thread.start()
-        try:
-            self._wait(burst)
-        finally:
-            self._leave()
-        return self._crew.outcomes > 0
+        self._heed_signals()
+        with asyncio.Runner(loop_factory=WorkerLoop) as runner:
+            outcomes = runner.run(self._live(burst))
+        if threading.current_thread() is threading.main_thread():
+            # One more SIGTERM while the interpreter takes itself apart must not turn this into a death by signal.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return outcomes > 0
 
-    def _be_born(self) -> bool:
+    # -- one life --
+
+    async def _live(self, burst: bool) -> int:
+        self._loop, self._woken = asyncio.get_running_loop(), asyncio.Event()
+        self._exchange, self._server_clock = open_exchange(self._settings)
+        self._store = open_store(self._settings, self.name, self.queues[0].name)
+        self._rest = open_link(self.connection)
+        parts = open_canceller(self._settings, self._exchange, self._server_clock, self._store, self._rest, self.name)
+        self._canceller, self._gate = parts
+        self._engine = Engine(
+            self._settings.concurrency,
+            self._store,
+            (open_link(self.connection), self._rest),
+            self._canceller,
+            self._gate,
+            lease_s=lease_of(self._settings),
+            life_s=self.worker_ttl + 60,
+        )
+        self._watchdog.start()
+        self._tick()
+        try:
+            if await self._be_born():
+                await self._meet_exchange()
+                self._tell_start()
+                await self._work(burst)
+        finally:
+            self._exchange.close()
+            self._watchdog.stop()
+        return self._engine.outcomes
+
+    def _tick(self) -> None:
+        self._watchdog.tick()
+        if self._loop is not None:
+            self._loop.call_later(_STUCK_LOOK_S / 4, self._tick)
+
+    async def _be_born(self) -> bool:
         """Register as RQ's workers do, as soon as Redis is there; False if told to stop before."""
         is_away = False
-        while not self._stop.wait(0):
+        while not self._stop.is_set():
             try:
-                super()._set_ip_address(self.connection)
-                if self.birth_date is None:  # else it was done, perhaps unheard: RQ takes our own hash for another's
-                    self.register_birth()  # type: ignore[no-untyped-call]
-                if self.pubsub_thread is None:
-                    self.subscribe()  # type: ignore[no-untyped-call]
-                self.set_state(WorkerStatus.IDLE)
-                seconds, micros = self.connection.time()
-                self._store.clock.observe(seconds * 1000 + micros // 1000)
-                self._gate.observe(self._store.renew([])[1] or 0)
+                await self._unless_stopped(in_daemon_thread(self._register, "register"))
+                await self._unless_stopped(self._engine.beat(None))
             except redis.AuthenticationError:
                 raise
             except (redis.ConnectionError, redis.TimeoutError) as error:
                 if not is_away:
                     log.error("redis", state="away", error=trouble(error))
                 is_away = True
-                self._stop.wait(_LOOK_S)
+                await self._wait(_LOOK_S)
                 continue
-            if is_away:
+            if is_away and not self._stop.is_set():
                 log.info("redis", state="back")
-            return True
+            return not self._stop.is_set()
         return False
 
-    def _meet_exchange(self) -> None:
+    def _register(self) -> None:
+        """RQ's own registration; it waits for Redis."""
+        with contextlib.suppress(redis.ResponseError):  # a user may lack the right
+            self.connection.client_setname(self.name)
+            self.ip_address = str(self.connection.client_info()["addr"])
+        if self.birth_date is None:  # else it was done, perhaps unheard: RQ takes our own hash for another's
+            self.register_birth()  # type: ignore[no-untyped-call]
+        if self.pubsub_thread is None:
+            self.subscribe()
+        self.set_state(WorkerStatus.IDLE)
+
+    async def _meet_exchange(self) -> None:
         """Measure its clock and learn its limit, unless nothing may be sent now."""
-        now_ms = self._store.clock.now_ms()
-        if not self._gate.closed(now_ms):
-            self._exchange.sync_time()
-            self._learn_weight_limit()
-            self._canceller.heed_refusal()
+        if not self._gate.closed(self._store.clock.now_ms()):
+            await self._unless_stopped(self._exchange.sync_time())
+            await self._unless_stopped(self._learn_weight_limit())
+            await self._canceller.heed_refusal()
 
     def _tell_start(self) -> None:
+        clock = self._server_clock
         log.info(
             "started",
             worker=self.name,
@@ -182,143 +180,176 @@ class CancelWorker(BaseWorker):
             exchange=self._settings.base_url,
             accounts=",".join(sorted(self._settings.credentials)),
             concurrency=self._settings.concurrency,
-            clock_offset_ms=self._clock.offset_ms if self._clock.measured else None,
+            clock_offset_ms=clock.offset_ms if clock.measured else None,
         )
 
-    def _wait(self, burst: bool) -> None:
-        while not self._stop.wait(0.05 if burst else 0.5):
-            if self._crew.refused is not None:
+    async def _work(self, burst: bool) -> None:
+        engine = asyncio.create_task(self._engine.run())
+        upkeep = [asyncio.create_task(self._for_ever(step)) for step in (self._look, self._warm, self._tidy)]
+        try:
+            await self._until_stop(engine, burst)
+        finally:
+            await self._leave(engine, upkeep)
+
+    async def _until_stop(self, engine: asyncio.Task[None], burst: bool) -> None:
+        while not self._stop.is_set():
+            await self._wait(0.05 if burst else 0.5)
+            if self._engine.refused is not None:
                 log.error("redis", state="refused", error="the login was refused; restart with the new REDIS_URL")
                 self.exit_code = EX_UNAVAILABLE
                 return
-            if not self._crew.is_alive:
-                log.error("defect", where="cancel-loop", error="it has ended; the leases bring its jobs back")
+            if engine.done():
+                log.error("defect", where="engine", error="it has ended; the leases bring its jobs back")
                 self.exit_code = EX_SOFTWARE
                 return
-            if burst and self._crew.idle() and self._drained():
+            if burst and self._engine.is_idle() and await self._is_drained():
                 return
 
-    def _drained(self) -> bool:
+    async def _is_drained(self) -> bool:
         try:
-            return self._store.drained()
+            return await self._rest.ask(self._store.is_drained)
         except redis.RedisError:
             return False
 
+    async def _unless_stopped(self, work: Coroutine[Any, Any, object]) -> None:
+        """Wait for something, but not beyond a stop."""
+        doing, stop = asyncio.create_task(work), asyncio.create_task(self._woken.wait())
+        await asyncio.wait({doing, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if doing.done():
+            doing.result()
+        else:
+            doing.cancel()
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait, but not beyond a stop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+
     # -- upkeep --
 
-    def _look(self) -> None:
-        """Renew the leases of all jobs in flight, tell RQ that we live, learn of the gate and of suspension."""
-        while not self._ended.wait(min(self._settings.lease_s / 4, _LOOK_S)):
+    async def _for_ever(self, step: Callable[[], Coroutine[Any, Any, float]]) -> None:
+        """Repeat a step after as many seconds as it gives; what goes wrong with it must not end the upkeep."""
+        while True:
+            pause_s = _LOOK_S
             try:
-                self._look_once()
+                pause_s = await step()
             except redis.RedisError as error:
-                log.debug("look", error=type(error).__name__)
+                log.debug("upkeep", error=type(error).__name__)
             except Exception as error:  # noqa: BLE001 - without renewals every job in flight would be lost
-                log.error("defect", where="look", error=type(error).__name__)
+                log.error("defect", where=where(error), error=type(error).__name__)
+            await asyncio.sleep(pause_s)
 
-    def _look_once(self) -> None:
-        asked_at_s = time.monotonic()
-        # Not at each look: what is renewed all the time is taken over a whole lease after its holder's death.
-        is_due = asked_at_s >= self._renewed_at_s + self._settings.lease_s / 4
-        held = self._crew.held() if is_due else []
-        lost, gate_until_ms, suspended = self._store.renew(held)
-        if is_due:
-            self._renewed_at_s = asked_at_s
-            self._crew.renewed(asked_at_s, lost)
-        now_ms = self._store.clock.now_ms()
-        self._gate.told(gate_until_ms, now_ms, asked_at_s)
-        self._gate.share(now_ms)
-        self._crew.suspend(suspended)
-        at_work = WorkerStatus.BUSY if self._crew.in_flight() else WorkerStatus.IDLE
-        state = WorkerStatus.SUSPENDED if suspended else at_work
-        with self.connection.pipeline(transaction=False) as pipeline:
-            self.heartbeat(pipeline=pipeline)
-            pipeline.hset(self.key, mapping=self._figures())
-            if state != self.get_state():
-                self.set_state(state, pipeline=pipeline)
-            is_new = pipeline.execute()[0] == 1
-        if is_new:  # Redis came back without its data
-            with self.connection.pipeline() as pipeline:
-                pipeline.hset(self.key, mapping={**self.serialize(), "state": state})
-                worker_registration.register(self, pipeline)
-                pipeline.execute()
+    async def _look(self) -> float:
+        """Renew leases, tell RQ that we live, learn of the gate and of suspension."""
+        if await self._engine.beat(self._figures()):
+            await in_daemon_thread(self._register_anew, "register")
+        return min(self._settings.lease_s / 4, _LOOK_S)
 
-    def _figures(self) -> dict[Any, Any]:
+    def _register_anew(self) -> None:
+        """Redis came back without its data."""
+        with self.connection.pipeline() as pipeline:
+            pipeline.hset(self.key, mapping={**self.serialize(), "state": self._state_now()})
+            pipeline.expire(self.key, self.worker_ttl + 60)
+            worker_registration.register(self, pipeline)
+            pipeline.execute()
+
+    def _state_now(self) -> WorkerStatus:
+        if self._engine.is_suspended:
+            return WorkerStatus.SUSPENDED
+        return WorkerStatus.BUSY if self._engine.in_hand else WorkerStatus.IDLE
+
+    def _figures(self) -> dict[str, Any]:
         """What an operator wants to know of this process beside what RQ says of it."""
-        figures: dict[Any, Any] = {
+        figures: dict[str, Any] = {
+            "state": self._state_now().value,
+            # RQ's own counts.
+            "successful_job_count": self._engine.finished,
+            "failed_job_count": self._engine.failed,
+            "total_working_time": f"{self._engine.working_s:.6f}",
             WorkerField.CONCURRENCY: self._settings.concurrency,
-            WorkerField.IN_FLIGHT: self._crew.working_on(),
+            WorkerField.IN_FLIGHT: self._engine.working_on,
             WorkerField.USED_WEIGHT: self._exchange.last_used_weight(),
             WorkerField.WEIGHT_LIMIT: self._gate.weight_limit,
         }
-        if self._clock.measured:
-            figures[WorkerField.CLOCK_OFFSET_MS] = self._clock.offset_ms
+        if self._server_clock.measured:
+            figures[WorkerField.CLOCK_OFFSET_MS] = self._server_clock.offset_ms
         return figures
 
-    def _warm(self) -> None:
+    async def _warm(self) -> float:
         """Keep connections open and the clock true, so that the next cancel waits for neither."""
-        while not self._ended.wait(_WARM_S if self._clock.measured else _LOOK_S):
-            if self.should_run_maintenance_tasks:
-                self._maintain()
-            now_ms = self._store.clock.now_ms()
-            if self._gate.closed(now_ms):
-                continue
-            self._exchange.keep_warm()
-            self._learn_weight_limit()
-            self._canceller.heed_refusal()
+        pause_s = _WARM_S if self._server_clock.measured else _LOOK_S
+        await asyncio.sleep(pause_s)
+        if not self._gate.closed(self._store.clock.now_ms()):
+            await self._exchange.keep_warm()
+            await self._learn_weight_limit()
+            await self._canceller.heed_refusal()
+        return 0.0
 
-    def _learn_weight_limit(self) -> None:
-        if not self._knows_limit and (limit := self._exchange.weight_limit()) is not None:
+    async def _learn_weight_limit(self) -> None:
+        if not self._knows_limit and (limit := await self._exchange.weight_limit()) is not None:
             self._gate.weight_limit = limit
             self._knows_limit = True
 
-    def _maintain(self) -> None:
-        """RQ's own clean-up of registries, for what stock workers left."""
-        try:
-            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
-        except Exception as error:  # noqa: BLE001 - it stumbles over damaged entries, and must not end the upkeep
-            log.warning("maintenance", error=type(error).__name__)
+    async def _tidy(self) -> float:
+        """What RQ's maintenance would do for this queue, without loading anything of a job's."""
+        cursor, position = self._tidied
+        cursor, position, damaged = await self._rest.ask(lambda: self._store.tidy(cursor, position))
+        self._tidied = cursor, position
+        for key in damaged:
+            log.error("damaged", key=key, reason="of another type than it should have: set aside")
+        return _LOOK_S if cursor or position else _TIDY_S
+
+    _knows_limit = False
+    _tidied = (0, 0)
 
     # -- stopping --
 
-    def _install_signal_handlers(self) -> None:
+    def _heed_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self.request_stop)
-            signal.signal(signal.SIGTERM, self.request_stop)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, self.request_stop)
 
-    def request_stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def request_stop(self, signum: int | None, frame: Any) -> None:  # noqa: ARG002
         """SIGTERM may come any number of times. SIGINT twice is a person who does not want to wait."""
         if signum == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                left = self._crew.in_flight()
-                sys.stderr.write(f"left at once: {left} jobs in flight come back when their leases run out\n")
-                sys.stderr.flush()
+                left = self._engine.in_hand if self._loop is not None else 0
+                log.last_words("left_at_once", in_flight=left, reason="their leases bring them back")
                 os._exit(EX_INTERRUPTED)
-        self._stop.make()
+        self._stop.set()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._woken.set)
 
-    def _leave(self) -> None:
-        grace_s = self._settings.shutdown_grace_s
-        began = time.monotonic()
-        log.info("stopping", worker=self.name, in_flight=self._crew.in_flight(), grace_s=grace_s)
-        self._crew.stop()
-        done = self._crew.join(max(grace_s - _FAREWELL_S, 1))
-        self._ended.set()
+    async def _leave(self, engine: asyncio.Task[None], upkeep: list[asyncio.Task[None]]) -> None:
+        loop, grace_s = asyncio.get_running_loop(), self._settings.shutdown_grace_s
+        began = loop.time()
+        log.info("stopping", worker=self.name, in_flight=self._engine.in_hand, grace_s=grace_s)
+        self._engine.stop()
+        await asyncio.wait([engine], timeout=max(grace_s - _FAREWELL_S, 1))
+        is_done = engine.done()
+        for task in (*upkeep, engine):
+            task.cancel()
+        await asyncio.wait([engine], timeout=0.5)
+        with contextlib.suppress(redis.RedisError, TimeoutError):  # the last counts
+            async with asyncio.timeout(0.5):
+                await self._engine.beat(self._figures())
+                await self._rest.close()
         # In a thread of its own: while Redis is away it would take longer than there is.
-        farewell = threading.Thread(target=self._say_farewell, name="farewell", daemon=True)
-        farewell.start()
-        farewell.join(max(began + grace_s - _END_S - time.monotonic(), 0.1))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(began + grace_s - _END_S - loop.time(), 0.1)):
+                await in_daemon_thread(self._say_farewell, "farewell")
         log.info(
             "stopped",
             worker=self.name,
-            left=None if done else self._crew.in_flight(),
-            outcomes=self._crew.outcomes,
-            seconds=time.monotonic() - began,
+            left=None if is_done else self._engine.in_hand,
+            outcomes=self._engine.outcomes,
+            seconds=loop.time() - began,
         )
-        self._exchange.close()
-        if threading.current_thread() is threading.main_thread():
-            # One more SIGTERM while the interpreter takes itself apart must not turn this into a death by signal.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        log.flush(_LAST_LINES_S)
 
     def _say_farewell(self) -> None:
         try:
@@ -327,28 +358,51 @@ class CancelWorker(BaseWorker):
         except redis.RedisError as error:
             log.warning("farewell", error=type(error).__name__)
 
-    # -- RQ's commands and pub/sub --
+    # -- RQ's maintenance, commands and pub/sub --
 
-    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:  # noqa: ARG002
-        """RQ 3.0 lets the thread die of a time-out; commands must work again when Redis does."""
-        if not isinstance(exc, redis.RedisError | OSError):
-            raise exc
-        self._ended.wait(_LOOK_S)
+    @property
+    def should_run_maintenance_tasks(self) -> bool:
+        """Never: RQ's clean-up loads and calls what a job names. Its part that is needed here is `_tidy`."""
+        return False
+
+    def run_maintenance_tasks(self) -> None:
+        """Nothing; see :attr:`should_run_maintenance_tasks`."""
+
+    def clean_registries(self) -> None:
+        """Nothing; see :attr:`should_run_maintenance_tasks`."""
+
+    def subscribe(self) -> None:
+        """Listen for RQ's commands; RQ's own way lets the thread die of a time-out, and they must work again when Redis
+        does."""
+        self.pubsub = self.connection.pubsub()
+        self.pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
+        self.pubsub_thread = self.pubsub.run_in_thread(  # type: ignore[assignment]
+            sleep_time=_LISTEN_S, daemon=True, exception_handler=self._listening_failed
+        )
+
+    def _listening_failed(self, error: Exception, _: Any, __: Any) -> None:
+        if not isinstance(error, redis.RedisError | OSError):
+            raise error
+        self._stop.wait(_LOOK_S)
 
     def handle_payload(self, message: Any) -> None:
         """A command of RQ's; what is none must not end the thread that listens for them."""
         try:
             if json.loads(message["data"])["command"] == "shutdown":
                 # RQ would send itself a Ctrl-C, and a second one means to leave at once. A command never means that.
-                self._stop.make()
+                self.request_stop(None, None)
                 return
             super().handle_payload(message)  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             log.warning("ignored", command="not understood", error=type(error).__name__)
 
     def kill_horse(self, *_: Any, **__: Any) -> None:
         """RQ's `stop-job` command kills the process that runs a job; here it would kill every job."""
         log.warning("ignored", command="stop-job", reason="a cancel that was sent cannot be stopped")
+
+
+def _listed(queues: Any) -> list[Any]:
+    return list(queues) if isinstance(queues, list | tuple) else [queues]
 
 
 def _unique_name(settings: Settings) -> str:

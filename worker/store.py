@@ -1,118 +1,83 @@
-"""The worker's side of Redis: claim, settle, renew, gate. Each is one round trip and one script.
+"""The worker's side of Redis as values: what is sent for a claim, a completion, a beat, and what the answers mean.
 
-The scripts are the only place that writes RQ's keys by hand (`worker/scripts/*.lua`); everything else about RQ goes
-through RQ. Nothing here decides about orders.
+Nothing here talks to anybody (:mod:`worker.redis_link` does) and nothing decides about orders. The scripts in
+`worker/scripts` are the only writers of RQ's keys by hand; everything else about RQ goes through RQ.
 """
 
 from __future__ import annotations
 
-import time
 import zlib
 from base64 import b64encode
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
-from functools import partial
-from hashlib import sha1
-from importlib.resources import files
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from rq.defaults import RQ_KEY_PREFIX
 
-from producer.keys import Keys
+from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script
 from producer.message import MAX_PAYLOAD_BYTES, Attempt, Outcome, encode_attempts
+from worker.clock import RedisClock
 
-#: No reply takes longer than this, s; a claim waits at most one second of it inside the server.
-SOCKET_TIMEOUT_S = 3.0
-#: How long a claim waits for a job, s.
+__all__ = ["Beat", "Claimed", "Done", "Lease", "Release", "Request", "Retry", "Row", "Store"]
+
+#: How long a claim waits for a job inside the server, s.
 CLAIM_WAIT_S = 1
-#: Two are the event loop's (worker.line.Lines), one is RQ's for its commands (pub/sub), and one serves everything else:
-#: renewals, heartbeats, the gate, RQ's maintenance.
-MAX_CONNECTIONS = 4
-#: As in producer.protocol: life of RQ's hash and result, and of a pointer, s.
-RESULT_TTL_S = 600
-FAILURE_TTL_S = 7 * 86_400
-POINTER_LIFE_S = 8 * 86_400
+#: No reply takes longer than this, s; a claim waits at most one second of it.
+ANSWER_WITHIN_S = 3.0
+#: Longest history of attempts that is read, bytes; what a worker keeps is far smaller.
+MAX_ATTEMPTS_BYTES = 512 * 1024
+#: Our own idea of a lease's end stays so far before Redis', ms: what is sent until then has left by the end.
+LEASE_MARGIN_MS = 250
 
-
+T = TypeVar("T")
 Words = tuple[Any, ...]
 
 
-def connect(url: str, **options: Any) -> redis.Redis:
-    """A client for a worker: few connections, and never a repeat of a command whose reply was lost (a repeated claim
-    would leave the first one's jobs to the lease)."""
-    return redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(url, **_pool_options(), **options))
+@dataclass(frozen=True, slots=True)
+class Stamps:
+    """When a question was sent and when its answer was there (:func:`worker.clock.local_ns`)."""
 
-
-def connect_like(connection: redis.Redis) -> redis.Redis:
-    """The same for the address and credentials of another client (the one that RQ's command line made)."""
-    pool = connection.connection_pool
-    options = {**pool.connection_kwargs, **_pool_options()}
-    for name in ("maint_notifications_config", "maint_notifications_pool_handler"):
-        options.pop(name, None)  # bound to the other pool
-    return redis.Redis(connection_pool=redis.BlockingConnectionPool(connection_class=pool.connection_class, **options))
-
-
-def _pool_options() -> dict[str, Any]:
-    return {
-        "max_connections": MAX_CONNECTIONS,
-        "timeout": SOCKET_TIMEOUT_S,
-        "socket_timeout": SOCKET_TIMEOUT_S,
-        "socket_connect_timeout": SOCKET_TIMEOUT_S,
-        "socket_keepalive": True,
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-    }
-
-
-class RedisClock:
-    """Redis' time between two answers of it: every worker then reads the same clock, whatever its host's says."""
-
-    def __init__(self) -> None:
-        self._offset_ms: float | None = None
-
-    def observe(self, now_ms: int, asked_at_s: float | None = None) -> None:
-        """Note an answer that has just arrived; one to a question of long ago (monotonic) is no news any more."""
-        is_late = asked_at_s is not None and time.monotonic() - asked_at_s > SOCKET_TIMEOUT_S
-        if self._offset_ms is None or not is_late:
-            self._offset_ms = now_ms - time.monotonic_ns() / 1e6
-
-    @property
-    def measured(self) -> bool:
-        """Whether there was an answer yet."""
-        return self._offset_ms is not None
-
-    def now_ms(self) -> int:
-        """Now, ms since the epoch; the host's clock before the first answer."""
-        if self._offset_ms is None:
-            return time.time_ns() // 1_000_000
-        return int(time.monotonic_ns() / 1e6 + self._offset_ms)
+    asked_ns: int
+    answered_ns: int
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
-    """A job that was given to us, with the lease that says so."""
+class Request(Generic[T]):
+    """Commands for one round trip, the last of which calls ``script``, and what their answers mean."""
 
-    id: str
-    lease: str  # empty: a stock RQ worker runs it
-    data: bytes | None  # None: larger than any request
+    commands: tuple[Words, ...]
+    script: Script | None
+    read: Callable[[list[Any], Stamps], T]  # raises redis.RedisError: an answer was an error
+
+    def anew(self) -> tuple[Words, Words]:
+        """What is sent where the server did not have the script: the script, then its call alone."""
+        if self.script is None:
+            raise TypeError("no script is called")
+        return ("SCRIPT", "LOAD", self.script.source), self.commands[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A job in a holder's hands, with the token that says so."""
+
+    key: bytes  # the id as Redis knows it: a stranger's need not be UTF-8
+    token: str
+    data: bytes
     enqueued_at_ms: int
     deadline_at_ms: int
     run: int
     attempts: bytes
     pin: bytes
-    raw_id: bytes = b""
-    meant_at_ms: int = 0  # when the request was first made; a retry means the same order
-    damaged: str = ""  # the field of ours in its hash that made no sense, and was taken away
+    meant_at_ms: int  # when the request was first made; a retry means the same order
+    until_ns: int  # our own idea of its end (worker.clock.local_ns)
+    fault: str = ""  # why it cannot be read as it should: `number FIELD`, `size FIELD`, `recalled STATUS`
 
     @property
-    def key(self) -> str | bytes:
-        """The id as Redis knows it: a stranger's need not be UTF-8."""
-        return self.raw_id or self.id
+    def id(self) -> str:
+        """The id for people and records."""
+        return self.key.decode("utf-8", "replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,98 +87,98 @@ class Claimed:
     now_ms: int
     gate_until_ms: int  # 0: open
     suspended: bool
-    grants: list[Grant]
-    asked_at_s: float = field(default_factory=time.monotonic)  # no lease of these is older (monotonic)
-
-
-class Begun(IntEnum):
-    """What a stock worker finds when it begins a step."""
-
-    FREE = 0
-    SETTLED = 1  # this run has its outcome
-    HELD = 2  # a worker of ours has the job in hand
+    damaged: tuple[str, ...]  # keys that were set aside, entries that were dropped
+    why_not: str  # why the one job that was asked for is not leased: settled, held, gone, scheduled, closed
+    until_ms: int  # when it is due (scheduled) or its deadline (closed)
+    leases: list[Lease]
 
 
 @dataclass(frozen=True, slots=True)
-class Settlement:
-    """The end of one hold: an outcome, another try later, or the job handed back."""
+class Beat:
+    """What a beat brought."""
 
-    grant: Grant
-    outcome: Outcome | None = None
-    attempts: tuple[Attempt, ...] | None = None  # None: nothing was tried
+    gate_until_ms: int | None  # None: Redis has no record of the gate
+    suspended: bool
+    is_unknown: bool  # RQ does not know this worker (any more)
+    damaged: tuple[str, ...]
+    lost: frozenset[str]  # tokens of leases that somebody else has taken
+    renewed_until_ns: int  # the new end of all others that were named
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of a job: its outcome."""
+
+    lease: Lease
+    outcome: Outcome
     pin: str = ""
-    delay_ms: int | None = None  # None without an outcome: handed back
 
-    def words(self) -> list[Any]:
-        """The row of settle.lua."""
-        outcome, grant = self.outcome, self.grant
-        if outcome is None:
-            attempts = "" if self.attempts is None else encode_attempts(self.attempts)
-            if self.delay_ms is None:
-                return ["back", grant.key, grant.lease, attempts, self.pin, "", "", "", ""]
-            return ["again", grant.key, grant.lease, attempts, self.pin, self.delay_ms, "", "", ""]
+    def words(self) -> Words:
+        """The row of complete.lua."""
+        outcome, lease = self.outcome, self.lease
         failed = outcome.kind.failed
         by_deadline = outcome.kind in ("overdue", "gave_up", "unknown")
         said = f"{outcome.kind.value}: {outcome.error}".encode()
         # RQ keeps a failure's text compressed, a return value as its serializer writes it (rq.results.Result).
         result = b64encode(zlib.compress(said) if failed else b'"%s"' % outcome.kind.value.encode())
-        return [
-            "done",
-            grant.key,
-            grant.lease,
-            outcome.encode(),
-            "1" if failed else "0",
-            result,
-            grant.deadline_at_ms if by_deadline else "",
-            encode_attempts(outcome.attempts) if by_deadline else "",
-            self.pin,
-        ]
-
-
-class Script:
-    """A script of `worker/scripts`, with the parts that all of them share."""
-
-    def __init__(self, name: str) -> None:
-        folder = files("worker").joinpath("scripts")
-        self.source = folder.joinpath("common.lua").read_text("utf-8") + folder.joinpath(name).read_text("utf-8")
-        self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
-
-
-_CLAIM = Script("claim.lua")
-_SETTLE = Script("settle.lua")
-_RENEW = Script("renew.lua")
-_GATE = Script("gate.lua")
-_KEY = Script("key.lua")
-_BEGIN = Script("begin.lua")
-
-T = TypeVar("T")
+        attempts = encode_attempts(outcome.attempts) if by_deadline else ""
+        decided_by = lease.deadline_at_ms if by_deadline else ""
+        return (*_head("done", lease), outcome.encode(), outcome.kind.value, result, decided_by, attempts, self.pin)
 
 
 @dataclass(frozen=True, slots=True)
-class Request(Generic[T]):
-    """Commands for one round trip, the last of which calls ``script``, and what their answers mean.
+class Retry:
+    """Another try later."""
 
-    :meth:`Store.ask` makes the round trip in the caller's thread, :class:`worker.line.Line` in an event loop.
-    """
+    lease: Lease
+    attempts: tuple[Attempt, ...]
+    delay_ms: int
+    pin: str = ""
 
-    commands: tuple[Words, ...]
-    script: Script
-    read: Callable[[list[Any]], T]  # raises redis.RedisError: an answer was an error
+    def words(self) -> Words:
+        """The row of complete.lua."""
+        return (*_head("retry", self.lease), encode_attempts(self.attempts), self.pin, self.delay_ms, "", "", "")
 
-    def anew(self) -> tuple[Words, Words]:
-        """What is sent where the server did not have the script: the script, then its call alone."""
-        return ("SCRIPT", "LOAD", self.script.source), self.commands[-1]
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A job handed back for anybody to claim."""
+
+    lease: Lease
+    attempts: tuple[Attempt, ...] | None = None  # None: nothing was tried
+    pin: str = ""
+
+    def words(self) -> Words:
+        """The row of complete.lua."""
+        attempts = "" if self.attempts is None else encode_attempts(self.attempts)
+        return (*_head("release", self.lease), attempts, self.pin, "", "", "", "")
+
+
+#: How a hold ends.
+Row = Done | Retry | Release
+
+
+def _head(what: str, lease: Lease) -> Words:
+    return what, lease.key, lease.token, lease.run
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What a completion came to, for each row: 0 not ours any more, 1 done, 2 not recorded because the deadline by
+    which it was decided has moved, -1 the job's keys are damaged; for a retry its due time in ms."""
+
+    answers: list[int]
+    damaged: tuple[str, ...]
 
 
 class Store:
-    """One worker's view of one queue. Each method makes one round trip on a connection of the pool, in any thread; the
-    requests that an event loop sends itself are made by that loop's thread alone."""
+    """One holder's view of one queue. ``lease_ms`` is how long a lease lasts without a beat, ``deadline_ms`` how long a
+    request is pursued that leaves it to the worker."""
 
     def __init__(
         self,
-        connection: redis.Redis,
         queue: str,
-        worker: str,
+        holder: str,
         *,
         gate_scope: str,
         lease_ms: int,
@@ -223,231 +188,203 @@ class Store:
     ) -> None:
         self.keys = keys = Keys(queue, RQ_KEY_PREFIX)
         self.clock = RedisClock()
-        self._pool = connection.connection_pool
+        self._holder = holder
+        self._worker_key = keys.worker_prefix + holder
         self._gate = keys.gate(gate_scope)
-        self._worker = worker
-        self._lease_ms = lease_ms
-        self._deadline_ms = deadline_ms
+        self._lease_ns = (lease_ms - min(LEASE_MARGIN_MS, lease_ms // 10)) * 1_000_000
+        self._token = f"{uuid4().hex[:12]}-"
         self._claims = 0
-        executions = f"{keys.worker_prefix}{worker}:executions"
-        prefixes: Words = (keys.job_prefix, keys.execution_prefix, keys.executions_prefix, keys.order_prefix)
-        prefixes = (*prefixes, keys.outcome_prefix)
-        self._claim_keys: Words = (
-            keys.waiting,
-            keys.claiming,
-            keys.leases,
-            keys.scheduled,
-            keys.started,
-            keys.suspended,
-        )
-        self._claim_keys = (*self._claim_keys, self._gate, executions)
-        self._claim_words = (*prefixes, keys.worker_prefix, worker)
-        self._execution = f"{uuid4().hex[:12]}-"
-        self._settle_keys: Words = (keys.waiting, keys.leases, keys.scheduled, keys.started, keys.finished, keys.failed)
-        self._settle_keys = (*self._settle_keys, keys.outcomes, keys.worker_prefix + worker, executions)
-        self._settle_words: Words = (*prefixes, keys.result_prefix, worker, outcome_ttl_s, ledger_maxlen)
-        self._settle_words = (*self._settle_words, RESULT_TTL_S, FAILURE_TTL_S, deadline_ms)
+        constants = keys.lua() | {
+            "CLAIMING": keys.claiming,
+            "STARTED": keys.started,
+            "FINISHED": keys.finished,
+            "CANCELED": keys.canceled,
+            "SUSPENDED": keys.suspended,
+            "INTERMEDIATE": keys.intermediate,
+            "WORKERS": keys.workers,
+            "QUEUE_WORKERS": keys.queue_workers,
+            "OUTCOMES": keys.outcomes,
+            "RESULT_PREFIX": keys.result_prefix,
+            "SUSPECTS": keys.suspects,
+            "GATE": self._gate,
+            "LEASE_MS": lease_ms,
+            "DEADLINE_MS": deadline_ms,
+            "OUTCOME_TTL_S": outcome_ttl_s,
+            "LEDGER_MAXLEN": ledger_maxlen,
+            "RESULT_TTL_S": RESULT_TTL_S,
+            "FAILURE_TTL_S": FAILURE_TTL_S,
+            "MAX_DATA_BYTES": MAX_PAYLOAD_BYTES,
+            "MAX_ATTEMPTS_BYTES": MAX_ATTEMPTS_BYTES,
+        }
+        names = ("claim", "complete", "beat", "gate", "key", "tidy")
+        self._scripts = {name: Script(constants, "worker/common.lua", f"worker/{name}.lua") for name in names}
 
-    def claim(self, slots: int, *, wait: bool, take_lost: bool = True) -> Claimed:
+    def _call(self, name: str, *words: Any) -> Words:
+        return ("EVALSHA", self._scripts[name].sha, 0, *words)
+
+    def _request(self, name: str, words: Words, read: Callable[[list[Any], Stamps], T]) -> Request[T]:
+        return Request((self._call(name, *words),), self._scripts[name], read)
+
+    # -- claiming --
+
+    def claim(
+        self,
+        slots: int,
+        *,
+        wait: bool,
+        bring_back: bool = True,
+        take_lost: bool = True,
+        look_closely: bool = False,
+    ) -> Request[Claimed]:
         """Take up to ``slots`` jobs, waiting up to :data:`CLAIM_WAIT_S` for the first one if ``wait``.
 
-        Raises:
-            redis.RedisError: no answer; what was claimed unseen comes back when its lease runs out.
+        ``bring_back``: retries that are due, too, and with ``take_lost`` jobs whose lease has run out;
+        ``look_closely``: also such as stand in no list although the queue is not empty. To be sent at once: the server
+        is told when the asker stops waiting. Without an answer, what was claimed unseen comes back when its lease runs
+        out.
         """
-        return self.ask(self.claim_request(slots, wait=wait, take_lost=take_lost))
-
-    def claim_request(self, slots: int, *, wait: bool, take_lost: bool = True) -> Request[Claimed]:
-        """See :meth:`claim`. It is to be sent at once: the server is told when the asker stops waiting."""
         number, self._claims = self._claims, self._claims + slots
-        words: Words = (slots, self._lease_ms, self._deadline_ms, self._execution, number)
-        gives_up_at_ms = self.clock.now_ms() + round(SOCKET_TIMEOUT_S * 1000) if self.clock.measured else 0
-        words = (*self._claim_words, *words, MAX_PAYLOAD_BYTES, int(take_lost), POINTER_LIFE_S, gives_up_at_ms)
-        script = _evalsha(_CLAIM, self._claim_keys, words)
+        gives_up_at_ms = self.clock.now_ms() + round(ANSWER_WITHIN_S * 1000) if self.clock.measured else 0
+        flags = (int(bring_back), int(take_lost), int(look_closely))
+        script = self._call("claim", self._holder, slots, self._token, number, *flags, gives_up_at_ms)
         move = ("BLMOVE", self.keys.waiting, self.keys.claiming, "LEFT", "RIGHT", CLAIM_WAIT_S)
-        return Request((move, script) if wait else (script,), _CLAIM, partial(self._claimed, time.monotonic()))
+        return Request((move, script) if wait else (script,), self._scripts["claim"], self._claimed)
 
-    def _claimed(self, asked_at_s: float, answers: list[Any]) -> Claimed:
+    def claim_one(self, job_id: str) -> Request[Claimed]:
+        """Take the job that a stock RQ worker has popped, if it is free."""
+        number, self._claims = self._claims, self._claims + 1
+        return self._request("claim", (self._holder, 1, self._token, number, 0, 1, 0, 0, job_id), self._claimed)
+
+    def _claimed(self, answers: list[Any], stamps: Stamps) -> Claimed:
         moved, answer = answers[0], answers[-1]
         _raise(answer)
-        self.clock.observe(int(answer[0]), asked_at_s)
-        grants = [_grant(row) for row in answer[3:]]
-        if not grants:
+        # Taken apart before the clock learns from it: an answer that makes no sense must not set it.
+        now_ms, gate, suspended, damaged, said, *rows = answer
+        why_not, _, until = said.decode().partition(" ")
+        told = (int(now_ms), int(gate), suspended == 1, _names(damaged), why_not, int(until or 0))
+        until_ns = self._lease_from(told[0], stamps)
+        leases = [_lease(row, until_ns) for row in rows]
+        if not leases and not damaged:  # else the list was none, and is by now
             _raise(moved)  # a full server refuses the wait but not the claim: the next one must not follow at once
-        return Claimed(int(answer[0]), int(answer[1]), answer[2] == 1, grants, asked_at_s)
+        return Claimed(*told, leases)
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[int]:
-        """Settle a group. For each: 0 if the lease was no longer ours, 1, or for another try its due time in ms.
+    def _lease_from(self, now_ms: int, stamps: Stamps) -> int:
+        """The end of a lease given when Redis' clock said ``now_ms``: counted from the earliest moment that can be."""
+        self.clock.observe(stamps.asked_ns, stamps.answered_ns, now_ms)
+        proven_ns = self.clock.local_at_earliest(now_ms)
+        return max(stamps.asked_ns, proven_ns or stamps.asked_ns) + self._lease_ns
 
-        2 for an outcome means that it was not recorded: the deadline by which it was decided has moved meanwhile.
-        -1: the keys of the job are damaged.
+    # -- what follows a claim --
 
-        Raises:
-            redis.RedisError: no answer; calling again with the same rows does no harm.
-        """
-        return self.ask(self.settle_request(settlements))
+    def complete(self, rows: Sequence[Row]) -> Request[Completed]:
+        """End holds; to be repeated with the same rows where no answer came: that does no harm."""
+        words = (word for row in rows for word in row.words())
+        return self._request("complete", (self._holder, *words), _completed)
 
-    def settle_request(self, settlements: Sequence[Settlement]) -> Request[list[int]]:
-        """See :meth:`settle`."""
-        words = (word for settlement in settlements for word in settlement.words())
-        script = _evalsha(_SETTLE, self._settle_keys, (*self._settle_words, *words))
-        return Request((script,), _SETTLE, _settled)
+    def beat(self, held: Sequence[Lease], figures: Mapping[str, Any] | None, life_s: int) -> Request[Beat]:
+        """Prolong leases and, with ``figures``, tell RQ and people that this worker lives for another ``life_s``."""
+        fields = [word for field in (figures or {}).items() for word in field]
+        leases = (word for lease in held for word in (lease.key, lease.token))
+        return self._request("beat", (self._worker_key, life_s, len(fields), *fields, *leases), self._beaten)
 
-    def ask(self, request: Request[T]) -> T:
-        """Make the round trip of ``request``.
+    def _beaten(self, answers: list[Any], stamps: Stamps) -> Beat:
+        _raise(*answers)
+        now_ms, gate, suspended, is_unknown, damaged, lost = answers[0]
+        return Beat(
+            gate_until_ms=int(gate) if gate.isdigit() else None,
+            suspended=suspended == 1,
+            is_unknown=is_unknown == 1,
+            damaged=_names(damaged),
+            lost=frozenset(token.decode() for token in lost),
+            renewed_until_ns=self._lease_from(int(now_ms), stamps),
+        )
 
-        Raises:
-            redis.RedisError: no answer, or one that is an error.
-        """
-        answers = self.roundtrip(*request.commands)
-        if isinstance(answers[-1], redis.exceptions.NoScriptError):
-            answers[-1] = self.roundtrip(*request.anew())[1]
-        return request.read(answers)
+    def tidy(self, cursor: int, position: int) -> Request[tuple[int, int, tuple[str, ...]]]:
+        """One step of what RQ's maintenance would do; gives the next ``cursor`` and ``position``."""
+        return self._request("tidy", (cursor, position), _tidied)
 
-    def renew(self, held: Sequence[tuple[str | bytes, str]]) -> tuple[set[str], int | None, bool]:
-        """Prolong the leases of ``held`` (id, lease); gives the lost ones, the gate's end if Redis has a record of
-        one, and suspension."""
-        words = (word for pair in held for word in pair)
-        script = _evalsha(_RENEW, (self.keys.leases,), (self.keys.job_prefix, self._lease_ms, *words))
-        look = (("HGET", self._gate, "until_ms"), ("EXISTS", self.keys.suspended))
-        return self.ask(Request((*look, script), _RENEW, _renewed))
+    # -- what concerns more than one job --
 
-    def close_gate(self, pause_ms: int, reason: str, doubling: bool) -> int:
+    def close_gate(self, pause_ms: int, reason: str, doubling: bool) -> Request[int]:
         """Close the shared gate for at least ``pause_ms``; gives its end, ms by Redis' clock.
 
         ``doubling``: twice as long as the last time, if that was within an hour.
         """
-        script = _evalsha(_GATE, (self._gate,), (pause_ms, reason, self._worker, int(doubling)))
-        return int(self.ask(Request((script,), _GATE, _first)))
+        return self._request("gate", (pause_ms, reason, self._holder, int(doubling)), _number)
 
-    def key(self, account: str, what: str, word: str, failures: int, probe_every_ms: int) -> int:
-        """See :class:`worker.key_breaker.KeyStore`."""
-        keys = (self.keys.breaker(account), self.keys.held(account), self.keys.scheduled, self.keys.suspects)
-        script = _evalsha(_KEY, keys, (what, failures, probe_every_ms, word, account))
-        return int(self.ask(Request((script,), _KEY, _first)))
-
-    def begin(self, job_id: str) -> tuple[Claimed, Begun]:
-        """Note that a stock RQ worker runs one step of ``job_id``; gives it as a grant without its payload."""
+    def key(self, account: str, what: str, word: str | bytes, failures: int, probe_every_ms: int) -> Request[int]:
+        """The breaker of a key: tell of an answer (`failed`, `answered`) or `ask` to send; gives when to ask again, ms,
+        or 0."""
         keys = self.keys
-        script = _evalsha(
-            _BEGIN,
-            (keys.job_prefix + job_id, self._gate, keys.outcome_prefix + job_id, keys.leases),
-            (job_id, self._deadline_ms, keys.order_prefix, POINTER_LIFE_S),
-        )
-        row = self.ask(Request((script,), _BEGIN, _first))
-        self.clock.observe(int(row[0]))
-        grant = Grant(
-            job_id,
-            "",
-            b"",
-            int(row[2]),
-            int(row[3]),
-            int(row[4]),
-            row[5],
-            row[6],
-            meant_at_ms=int(row[9]),
-            damaged=row[8].decode(),
-        )
-        return Claimed(int(row[0]), int(row[1]), False, [grant]), Begun(row[7])
+        words = (what, keys.breaker(account), keys.held(account), account, failures, probe_every_ms, word)
+        return self._request("key", words, _number)
 
-    def recorded(self, job_id: str) -> bytes | None:
-        """The outcome record of ``job_id``, if there is one."""
-        record = self.roundtrip(("GET", self.keys.outcome_prefix + job_id))[0]
-        _raise(record)
-        return record  # type: ignore[no-any-return]
+    def recorded(self, job_id: str) -> Request[bytes | None]:
+        """The outcome record of a job, if there is one."""
+        return Request((("GET", self.keys.outcome_prefix + job_id),), None, _first)
 
-    def drained(self) -> bool:
+    def is_drained(self) -> Request[bool]:
         """Whether nothing is left to do: no job waits, is due later, or is in anybody's hand."""
         keys = self.keys
-        counts = self.roundtrip(
-            ("LLEN", keys.waiting), ("LLEN", keys.claiming), ("ZCARD", keys.scheduled), ("ZCARD", keys.leases)
+        counts = (
+            ("LLEN", keys.waiting),
+            ("LLEN", keys.claiming),
+            ("ZCARD", keys.scheduled),
+            ("ZCARD", keys.unfinished),
         )
-        _raise(*counts)
-        return not any(counts)
+        return Request(counts, None, lambda answers, _: not any(_good(answers)))
 
-    def roundtrip(self, *commands: Words) -> list[Any]:
-        """Send commands in one write, read their answers; an error answer stands in its place.
-
-        Raises:
-            redis.ConnectionError, redis.TimeoutError: the connection broke; what ran is not known.
-        """
-        connection: Any = self._pool.get_connection()
-        try:
-            return _exchange(connection, commands)
-        finally:
-            self._pool.release(connection)
-
-    def connect(self) -> Any:
-        """A connection of the pool for :class:`worker.line.Line`, open and logged in.
-
-        Raises:
-            redis.RedisError: there is none to be had.
-        """
-        return self._pool.get_connection()
-
-    def release(self, connection: Any) -> None:
-        """Close one of those; the pool may open another in its place."""
-        connection.disconnect()
-        self._pool.release(connection)
+    def shutdown_asked(self, worker: str) -> Request[bool]:
+        """Whether RQ's worker of that name was told to leave."""
+        command = ("HEXISTS", self.keys.worker_prefix + worker, "shutdown_requested_date")
+        return Request((command,), None, lambda answers, _: bool(_good(answers)[0]))
 
 
-def _first(answers: list[Any]) -> Any:
-    _raise(answers[0])
-    return answers[0]
-
-
-def _renewed(answers: list[Any]) -> tuple[set[str], int | None, bool]:
+def _good(answers: list[Any]) -> list[Any]:
     _raise(*answers)
-    gate, suspended, lost = answers
-    return {lease.decode() for lease in lost}, _whole(gate), suspended == 1
+    return answers
 
 
-def _settled(answers: list[Any]) -> list[int]:
-    return [int(row) for row in _first(answers)]
+def _first(answers: list[Any], _: Stamps) -> Any:
+    return _good(answers)[0]
 
 
-def _evalsha(script: Script, keys: Words, words: Words) -> Words:
-    return ("EVALSHA", script.sha, len(keys), *keys, *words)
+def _number(answers: list[Any], _: Stamps) -> int:
+    return int(_good(answers)[0])
 
 
-def _exchange(connection: Any, commands: Sequence[Words]) -> list[Any]:
-    try:
-        connection.send_packed_command(connection.pack_commands(commands))
-        return [_answer(connection) for _ in commands]
-    except BaseException:
-        connection.disconnect()
-        raise
+def _completed(answers: list[Any], _: Stamps) -> Completed:
+    damaged, *rows = _good(answers)[0]
+    return Completed([int(row) for row in rows], _names(damaged))
 
 
-def _answer(connection: Any) -> Any:
-    try:
-        return connection.read_response()
-    except redis.ResponseError as error:
-        return error
+def _tidied(answers: list[Any], _: Stamps) -> tuple[int, int, tuple[str, ...]]:
+    cursor, position, damaged = _good(answers)[0]
+    return int(cursor), int(position), _names(damaged)
 
 
-def _whole(word: bytes | None) -> int | None:
-    """A whole number, or None where somebody wrote something else."""
-    return int(word) if word is not None and word.isdigit() else None
+def _names(words: Sequence[bytes]) -> tuple[str, ...]:
+    return tuple(word.decode("utf-8", "replace") for word in words)
 
 
 def _raise(*answers: Any) -> None:
     for answer in answers:
-        if isinstance(answer, Exception):
+        if isinstance(answer, redis.RedisError):
             raise answer
 
 
-def _grant(row: list[Any]) -> Grant:
-    job_id, lease, data, enqueued_at, deadline_at, run, attempts, pin, damaged, meant_at = row
-    return Grant(
-        id=job_id.decode("utf-8", "replace"),
-        lease=lease.decode(),
+def _lease(row: list[Any], until_ns: int) -> Lease:
+    key, token, data, enqueued_at, deadline_at, run, attempts, pin, fault, meant_at = row
+    return Lease(
+        key=key,
+        token=token.decode(),
         data=data,
         enqueued_at_ms=int(enqueued_at),
         deadline_at_ms=int(deadline_at),
         run=int(run),
         attempts=attempts,
         pin=pin,
-        raw_id=job_id,
-        damaged=damaged.decode(),
         meant_at_ms=int(meant_at),
+        until_ns=until_ns,
+        fault=fault.decode(),
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import re
 import ssl
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +29,6 @@ __all__ = [
     "Route",
     "Transport",
     "decoded",
-    "idle_clock_s",
     "named",
 ]
 
@@ -44,7 +42,6 @@ IDLE_BOUND_S = 30.0
 #: What every request says of its sender.
 FIELDS = {"User-Agent": "algo-cancel-queue", "Accept": "application/json", "Accept-Encoding": "identity"}
 
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _PROXY_RULE = "the egress proxy must be http(s)://[user:password@]host[:port]"
 _BASE_RULE = "the exchange's base URL must be http(s)://host[:port][/path]"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -117,11 +114,6 @@ class Transport(Protocol):
     def close(self) -> None:
         """Close what is idle; what is in use is closed when its call ends, and later calls fail unsent."""
         ...
-
-
-def idle_clock_s() -> float:
-    """The clock for idle times, s: one that goes on while the host sleeps, where there is one."""
-    return time.clock_gettime(_CLOCK)
 
 
 def named(phase: str, error: BaseException) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import select
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from worker.clock import local_ns
 from worker.http1 import MalformedResponse, ResponseReader
-from worker.transport import BODY_LIMIT, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, idle_clock_s, named
+from worker.transport import BODY_LIMIT, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
 from worker.transport_connect import Opening, TunnelRefused
 
 __all__ = ["OPENERS", "AsyncioTransport"]
@@ -41,12 +41,13 @@ class _Connection(asyncio.BufferedProtocol):
         "_buffer",
         "_done",
         "_expiry",
+        "_is_dropped",
         "_loop",
         "_poll",
         "_taken",
         "_transport",
         "error",
-        "idle_since_s",
+        "idle_since_ns",
         "reader",
         "received_ns",
         "sent_ns",
@@ -61,14 +62,17 @@ class _Connection(asyncio.BufferedProtocol):
         self._expiry: asyncio.Handle | None = None
         self._taken = 0
         self._transport: asyncio.Transport | None = None
+        self._is_dropped = False
         self.reader = ResponseReader(BODY_LIMIT)
         self.error: BaseException | None = None
-        self.idle_since_s = 0.0
-        self.sent_ns = self.received_ns = 0
+        self.idle_since_ns = self.sent_ns = self.received_ns = 0
 
     def attach(self, transport: asyncio.Transport) -> None:
         """From now on the bytes go through ``transport``."""
         self._transport = transport
+        if self._is_dropped:  # something came along with the handshake
+            transport.abort()
+            return
         self._poll = select.poll()
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
@@ -78,7 +82,7 @@ class _Connection(asyncio.BufferedProtocol):
         self.error, self._taken, self.received_ns = None, 0, 0
         self._done = done = self._loop.create_future()
         self._expiry = self._loop.call_at(ends_at_s, self._expire, _LAST_LOOKS)
-        self.sent_ns = time.monotonic_ns()
+        self.sent_ns = local_ns()
         assert self._transport is not None
         self._transport.write(data)
         return done
@@ -98,6 +102,7 @@ class _Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close it at once; whatever was asked has no answer any more."""
         self._end(ConnectionAbortedError())
+        self._is_dropped = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -136,7 +141,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._end(error)
             return
         if reader.status and not self.received_ns:
-            self.received_ns = time.monotonic_ns()
+            self.received_ns = local_ns()
         if reader.ended:
             self._end(None)
         elif self._taken > ANSWER_LIMIT:
@@ -176,7 +181,7 @@ class _Pool:
 
     def __init__(self, route: Route, size: int, idle_bound_s: float) -> None:
         self._size = size
-        self._idle_bound_s = idle_bound_s
+        self._idle_bound_ns = round(idle_bound_s * 1e9)
         self._idle: deque[_Connection] = deque()  # the one used last at the right end
         self._waiting: deque[_Waiter] = deque()
         self._openings: dict[asyncio.Task[None], Opening] = {}
@@ -234,7 +239,7 @@ class _Pool:
         if len(self._idle) >= self._size:
             connection.abort()
             return
-        connection.idle_since_s = idle_clock_s()
+        connection.idle_since_ns = local_ns()
         self._idle.append(connection)
 
     def close(self) -> None:
@@ -255,8 +260,8 @@ class _Pool:
         return False
 
     def _close_aged(self) -> None:
-        since_s = idle_clock_s() - self._idle_bound_s
-        while self._idle and self._idle[0].idle_since_s < since_s:
+        since_ns = local_ns() - self._idle_bound_ns
+        while self._idle and self._idle[0].idle_since_ns < since_ns:
             self._idle.popleft().abort()
 
     def _expire(self, waiter: _Waiter) -> None:

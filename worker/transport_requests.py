@@ -20,7 +20,8 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
-from worker.transport import BODY_LIMIT, FIELDS, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, idle_clock_s, named
+from worker.clock import local_ns
+from worker.transport import BODY_LIMIT, FIELDS, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
 
 __all__ = ["RequestsTransport"]
 
@@ -88,8 +89,8 @@ class RequestsTransport:
         self._base_url = route.base_url
         # urllib3's TLS within TLS reads ahead, where nobody sees what came behind an answer.
         self._keeps = not (route.tunnels and route.proxy is not None and route.proxy.secure)
-        self._idle_bound_s = idle_bound_s
-        self._used_at_s = idle_clock_s()
+        self._idle_bound_ns = round(idle_bound_s * 1e9)
+        self._used_ns = local_ns()
         self._is_closed = False
         self._adapter = _Adapter(route)
         self._session = _session(route, self._adapter)
@@ -106,7 +107,7 @@ class RequestsTransport:
             return Failed(False, named("not sent", error))
         if prepared is None:
             return None
-        if idle_clock_s() - self._used_at_s > self._idle_bound_s:
+        if local_ns() - self._used_ns > self._idle_bound_ns:
             self._adapter.close()
         self.requests_sent += 1
         try:
@@ -120,7 +121,7 @@ class RequestsTransport:
             error.__context__ = None
             raise
         finally:
-            self._used_at_s = idle_clock_s()
+            self._used_ns = local_ns()
 
     def close(self) -> None:
         """See :meth:`worker.transport.Transport.close`."""
@@ -135,11 +136,11 @@ class RequestsTransport:
 
     def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float) -> Raw:
         ends_at_s = time.monotonic() + patience_s
-        sent_ns = time.monotonic_ns()
+        sent_ns = local_ns()
         # What is sent shall have time to be answered: a request that never left can be tried again without doubt.
         bound = Timeout(total=patience_s, connect=patience_s / 2)
         with self._session.send(prepared, stream=True, timeout=bound, allow_redirects=False) as response:  # type: ignore[arg-type]
-            received_ns = time.monotonic_ns()
+            received_ns = local_ns()
             headers = {name.lower(): value.strip() for name, value in response.headers.items()}
             body, is_whole = _body(response, ends_at_s)
         is_whole = is_whole and not {"content-length", "transfer-encoding"} <= set(headers)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 
 import redis
 
 from worker.cancel import Canceller, policy_of
 from worker.clock import ServerClock
 from worker.exchange import Exchange
-from worker.key_breaker import KeyBreaker
+from worker.key_breaker import FAILURES, PROBE_EVERY_MS, KeyBreaker
 from worker.rate_gate import Gate
+from worker.redis_link import Link, connect
 from worker.settings import Settings
-from worker.store import Store, connect
+from worker.store import Store
+from worker.transport import Route, Transport
 
 
 def lease_of(settings: Settings) -> float:
@@ -24,29 +27,34 @@ def lease_of(settings: Settings) -> float:
 
 
 def open_redis(settings: Settings) -> redis.Redis:
-    """The worker's client; it connects at its first command."""
+    """The worker's blocking client; it connects at its first command."""
     return connect(settings.redis_url, **settings.redis_options())
 
 
-def open_exchange(settings: Settings) -> tuple[Exchange, ServerClock]:
-    """The client of the exchange and its clock, which is not measured yet."""
+def open_exchange(settings: Settings, *, one_at_a_time: bool = False) -> tuple[Exchange, ServerClock]:
+    """The client of the exchange and its clock, which is not measured yet; ``one_at_a_time``: for who has no loop."""
     clock = ServerClock()
-    exchange = Exchange(
-        settings.base_url,
-        recv_window_ms=settings.recv_window_ms,
-        clock=clock,
-        pool_size=settings.concurrency + 2,
-        egress_proxy_url=settings.egress_proxy_url,
-    )
-    return exchange, clock
+    route = Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url)
+    return Exchange(
+        _transport(route, settings, one_at_a_time), recv_window_ms=settings.recv_window_ms, clock=clock
+    ), clock
 
 
-def open_store(connection: redis.Redis, settings: Settings, worker: str, queue: str) -> Store:
-    """The worker's view of the queue."""
+def _transport(route: Route, settings: Settings, one_at_a_time: bool) -> Transport:
+    if one_at_a_time:
+        from worker.transport_requests import RequestsTransport
+
+        return RequestsTransport(route)
+    from worker.transport_asyncio import AsyncioTransport
+
+    return AsyncioTransport(route, pool_size=settings.concurrency + 2)
+
+
+def open_store(settings: Settings, holder: str, queue: str) -> Store:
+    """The holder's view of the queue."""
     return Store(
-        connection,
         queue,
-        worker,
+        holder,
         gate_scope="all" if settings.rate_limit_scope == "all" else socket.gethostname(),
         lease_ms=round(lease_of(settings) * 1000),
         deadline_ms=round(settings.deadline_s * 1000),
@@ -56,18 +64,25 @@ def open_store(connection: redis.Redis, settings: Settings, worker: str, queue: 
 
 
 def open_canceller(
-    settings: Settings, exchange: Exchange, clock: ServerClock, store: Store, worker: str
+    settings: Settings, exchange: Exchange, server_clock: ServerClock, store: Store, link: Link, holder: str
 ) -> tuple[Canceller, Gate]:
     """What carries a job out, and the gate that it looks at."""
-    gate = Gate(store.close_gate)
+
+    async def publish(pause_ms: int, reason: str, doubling: bool) -> int:
+        return await link.ask(partial(store.close_gate, pause_ms, reason, doubling))
+
+    async def ask_breaker(account: str, what: str, word: str | bytes) -> int:
+        return await link.ask(partial(store.key, account, what, word, FAILURES, PROBE_EVERY_MS))
+
+    gate = Gate(publish)
     canceller = Canceller(
         exchange=exchange,
-        clock=clock,
+        server_clock=server_clock,
+        redis_clock=store.clock,
         gate=gate,
-        keys=KeyBreaker(store),
+        keys=KeyBreaker(ask_breaker),
         policy=policy_of(settings),
         credential_for=settings.credential_for,
-        now_ms=store.clock.now_ms,
-        worker=worker,
+        holder=holder,
     )
     return canceller, gate

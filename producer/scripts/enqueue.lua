@@ -1,73 +1,104 @@
--- Enqueue cancel requests, or join them to the open job of the same order. Safe to repeat: the caller makes the ids.
--- KEYS  1 waiting list, 2 set of queues
+-- Enqueue cancel requests, or join them to the unfinished job of the same order. Safe to repeat: the caller makes ids.
 -- ARGV  1 RQ's stamp of now, then for each request six words:
---       id, order key, data, description, deadline in ms from now (empty: the worker's default), urgent (1 or empty)
+--       id, order key (empty: no earlier call's job may be joined), data, description, deadline in ms from now (empty:
+--       the worker's default), urgent (1 or empty)
 -- Gives for each request: the id of the job that carries it, and 1 if another request had made that job.
--- The lines before these, made by producer.wire, say what no call of a client changes: JOB_PREFIX, ORDER_PREFIX,
--- OUTCOME_PREFIX, POINTER_LIFE_S, and FIELDS: RQ's own fields of such a job (field, value, ...).
-local waiting, stamp = KEYS[1], ARGV[1]
-local time = redis.call('TIME')
-local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
-local OPEN = {queued = true, scheduled = true, started = true}
-
-local function text(number) return string.format('%.0f', number) end
+-- Requests for one order stand side by side under one id: inside one call they share a job.
+local LOOKED_THROUGH = 1000 -- entries of the queue in which a job's own is looked for
+local LOST_LOOK_MS = 60000 -- when to look at a held job next whose lease the index does not know
+local waits_since = text(WAITING_BAND + now.ms)
+local fresh = {} -- ids that this call has made
+-- Written with one call each when all rows are through; pointers last, when their jobs stand in the queue.
+local behind, indexed, pointers = {}, {}, {}
 
 -- The later deadline holds. One that leaves it to the worker is kept as the moment of asking.
-local function ask(job, deadline_ms)
+function job.ask(key, s, deadline_ms)
   if deadline_ms == '' then
-    redis.call('HSET', job, 'c_asked_at_ms', text(now_ms))
+    redis.call('HSET', key, 'c_asked_at_ms', now.text)
   else
-    local at_ms = now_ms + tonumber(deadline_ms)
-    local before = tonumber(redis.call('HGET', job, 'c_deadline_at_ms') or '0') or 0
-    if at_ms > before then redis.call('HSET', job, 'c_deadline_at_ms', text(at_ms)) end
+    local at_ms = now.ms + tonumber(deadline_ms)
+    if at_ms > tonumber(s.deadline_at or '0') then redis.call('HSET', key, 'c_deadline_at_ms', text(at_ms)) end
   end
 end
 
-local function join(id, deadline_ms, urgent)
-  local job = JOB_PREFIX .. id
-  local status = redis.pcall('HGET', job, 'status') -- an error where the key is no hash
-  if not (type(status) == 'string' and OPEN[status]) then return false end
-  ask(job, deadline_ms)
-  if urgent == '1' then
-    redis.call('HSET', job, 'c_urgent', '1')
-    -- A second entry, not a move: entries are hints, and a list has no quick way to find one.
-    if status == 'queued' then redis.call('LPUSH', waiting, id) end
+-- Whatever RQ or a crash did to a job's place: after this somebody will come by. One entry more does no harm.
+function job.see_to_its_place(id, s, urgent)
+  local due_ms = job.due_at(id, s)
+  if s.lease then
+    on('ZADD', UNFINISHED, 'NX', text(now.ms + LOST_LOOK_MS), id)
+  elseif due_ms and due_ms > now.ms then
+    on('ZADD', UNFINISHED, 'NX', text(RETRY_BAND + due_ms), id)
+  else
+    on('ZADD', UNFINISHED, 'NX', waits_since, id)
+    if urgent == '1' then
+      on('LPUSH', WAITING, id)
+    elseif not on('LPOS', WAITING, id, 'MAXLEN', LOOKED_THROUGH) then
+      on('RPUSH', WAITING, id)
+    end
   end
+end
+
+function job.join(id, deadline_ms, urgent)
+  local s, key = job.read(id), JOB_PREFIX .. id
+  if not s or job.is_recalled(s) then return false end
+  if s.done then
+    if not job.is_requeued(id, s) then return false end
+    job.start_run(id, s)
+    s = job.read(id)
+  end
+  job.ask(key, s, deadline_ms)
+  redis.call('PERSIST', key) -- RQ may have ended an earlier run of it late
+  if urgent == '1' then redis.call('HSET', key, 'c_urgent', '1') end
+  if not fresh[id] then job.see_to_its_place(id, s, urgent) elseif urgent == '1' then on('LPUSH', WAITING, id) end
   return true
 end
 
-local behind = {} -- new ids for the end of the queue, written with one call
-local function create(id, order, i)
-  local job, deadline_ms, urgent = JOB_PREFIX .. id, ARGV[i + 4], ARGV[i + 5]
-  local asked, at = 'c_asked_at_ms', text(now_ms)
-  if deadline_ms ~= '' then asked, at = 'c_deadline_at_ms', text(now_ms + tonumber(deadline_ms)) end
-  redis.call('HSET', job, 'data', ARGV[i + 2], 'description', ARGV[i + 3], 'c_order', order, 'c_run', '1',
-    'c_enqueued_at_ms', text(now_ms), asked, at, 'created_at', stamp, 'enqueued_at', stamp, unpack(FIELDS))
-  if urgent == '1' then redis.call('HSET', job, 'c_urgent', '1') end
-  if urgent == '1' then redis.call('LPUSH', waiting, id) else behind[#behind + 1] = id end
-  redis.call('SET', ORDER_PREFIX .. order, id, 'EX', POINTER_LIFE_S)
+function job.create(id, order, i)
+  local deadline_ms, stamp = ARGV[i + 4], ARGV[1]
+  local asked, at = 'c_asked_at_ms', now.text
+  if deadline_ms ~= '' then asked, at = 'c_deadline_at_ms', text(now.ms + tonumber(deadline_ms)) end
+  local named, value = 'c_order', order
+  if order == '' then named, value = 'c_run', '1' end -- not noted at all
+  redis.call('HSET', JOB_PREFIX .. id, 'data', ARGV[i + 2], 'description', ARGV[i + 3], named, value, 'c_run', '1',
+    'c_enqueued_at_ms', now.text, asked, at, 'created_at', stamp, 'enqueued_at', stamp, 'last_heartbeat', stamp,
+    unpack(JOB_FIELDS))
+  fresh[id] = true
+  indexed[#indexed + 1] = waits_since
+  indexed[#indexed + 1] = id
+  if ARGV[i + 5] == '1' then
+    redis.call('HSET', JOB_PREFIX .. id, 'c_urgent', '1')
+    on('LPUSH', WAITING, id)
+  else
+    behind[#behind + 1] = id
+  end
+  if job.is_shared(order) then pointers[#pointers + 1] = {order, id} end
 end
 
 local answer = {}
-redis.call('SADD', KEYS[2], waiting)
-local last_order, last_id
+on('SADD', QUEUES, WAITING)
+local last_asked, last_id
 for i = 2, #ARGV, 6 do
-  local id, order = ARGV[i], ARGV[i + 1]
-  local duplicate = 0
-  if redis.call('EXISTS', JOB_PREFIX .. id, OUTCOME_PREFIX .. id) == 0 then
-    local other = redis.call('GET', ORDER_PREFIX .. order)
-    if other and join(other, ARGV[i + 4], ARGV[i + 5]) then
+  local asked, order = ARGV[i], ARGV[i + 1]
+  local id, duplicate = asked, 0
+  if asked == last_asked then
+    -- Also where the job has ended meanwhile: this is a repeat then, and requests of one call share a ticket.
+    id, duplicate = last_id, 1
+    job.join(id, ARGV[i + 4], ARGV[i + 5])
+  elseif redis.call('EXISTS', JOB_PREFIX .. id, OUTCOME_PREFIX .. id) == 0 then
+    local other = job.is_shared(order) and job.pointed_to(order)
+    if other and job.join(other, ARGV[i + 4], ARGV[i + 5]) then
       id, duplicate = other, 1
-    elseif order == last_order then
-      -- The job of the row before has its outcome already: this is a repeat, and requests of one call share a ticket.
-      id, duplicate = last_id, 1
     else
-      create(id, order, i)
+      job.create(id, order, i)
     end
   end
-  last_order, last_id = order, id
+  last_asked, last_id = asked, id
   answer[#answer + 1] = id
   answer[#answer + 1] = duplicate
 end
-if #behind > 0 then redis.call('RPUSH', waiting, unpack(behind)) end
+if #behind > 0 then on('RPUSH', WAITING, unpack(behind)) end
+if #indexed > 0 then on('ZADD', UNFINISHED, unpack(indexed)) end
+for _, pointer in ipairs(pointers) do
+  redis.call('SET', ORDER_PREFIX .. pointer[1], pointer[2], 'EX', POINTER_LIFE_S)
+end
 return answer

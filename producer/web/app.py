@@ -1,4 +1,4 @@
-"""The pages as a WSGI application: :func:`create_app`. What is read stands in :mod:`producer.web.reading`."""
+"""The pages as a WSGI application: :func:`create_app`. What is read stands in :mod:`producer.web.queries`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 from producer.client import CancelClient
 from producer.message import OutcomeKind, clean_text
 from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
-from producer.web import reading
+from producer.web import queries
 from producer.web.access import (
     MIN_TOKEN_CHARS,
     Access,
@@ -39,8 +39,8 @@ from producer.web.access import (
     named_locally,
     own_path,
 )
-from producer.web.reading import PAGE, UNREADABLE, USABLE_ID, Seen, Wanted
-from producer.web.showing import FILTERS, fit
+from producer.web.formatting import FILTERS, fit
+from producer.web.queries import PAGE, UNREADABLE, USABLE_ID, Seen, Wanted
 
 #: Between two looks of a page that refreshes itself, s.
 REFRESH_S = 5
@@ -302,8 +302,8 @@ class _Pages:
             raise
         except _UNREADABLE as error:
             seen, fault = None, f"Something in Redis keeps these figures from being read ({type(error).__name__})."
-        rows = self._ask(reading.newest(self._keys, _NEWEST))
-        now_ms = seen.at_ms if seen is not None else self._ask(reading.clock())
+        rows = self._ask(queries.newest(self._keys, _NEWEST))
+        now_ms = seen.at_ms if seen is not None else self._ask(queries.clock())
         refresh = _refresh()
         return render_template("status.html", s=seen, fault=fault, rows=rows, now_ms=now_ms, refresh=refresh)
 
@@ -311,7 +311,7 @@ class _Pages:
         """The failed requests, newest first."""
         wanted = _wanted()
         page = _number("page", 1)
-        found = self._ask(reading.failed(self._keys, wanted, (page - 1) * PAGE), heavy=not wanted.all)
+        found = self._ask(queries.failed(self._keys, wanted, (page - 1) * PAGE), heavy=not wanted.all)
         pages = max(1, -(-found.matching // PAGE))
         return render_template(
             "failed.html",
@@ -322,18 +322,18 @@ class _Pages:
             kinds=[*(kind.value for kind in OutcomeKind if kind.failed), UNREADABLE],
             most=CHUNK,
             note=self._access.noted(request.args.get("note")),
-            depth=reading.DEPTH,
+            depth=queries.DEPTH,
         )
 
     def one(self, job_id: str) -> Answer:
         """One request in full."""
         if not USABLE_ID.fullmatch(job_id):
             raise NotFound("No request can have this id.")
-        now_ms = self._ask(reading.clock())
-        (seen,) = self._ask(reading.requests_of(self._keys, [job_id]))
+        now_ms = self._ask(queries.clock())
+        (seen,) = self._ask(queries.requests_of(self._keys, [job_id]))
         earlier: list[Seen] = []
         if seen.outcome is None and seen.status is None and not seen.faults:
-            earlier = self._ask(reading.history(self._keys, job_id), heavy=True)
+            earlier = self._ask(queries.history(self._keys, job_id), heavy=True)
             if not earlier:
                 raise NotFound("Nobody knows this request any more: neither a job, nor an outcome, nor the ledger.")
             seen = earlier[0]
@@ -349,7 +349,7 @@ class _Pages:
         if len(words) > _MAX_QUERY:
             fault = f"An id has {_MAX_QUERY} characters at most."
         elif words:
-            found = self._ask(reading.search(self._keys, words, account), heavy=True)
+            found = self._ask(queries.search(self._keys, words, account), heavy=True)
         return render_template("search.html", words=words, account=account, found=found, fault=fault)
 
     # --- retrying ---
@@ -358,14 +358,14 @@ class _Pages:
         """What a retry would start, to be confirmed."""
         if not self._access.enabled:
             raise Forbidden(_READ_ONLY)
-        now_ms = self._ask(reading.clock())
+        now_ms = self._ask(queries.clock())
         ids = [job_id for job_id in request.args.getlist("id") if USABLE_ID.fullmatch(job_id)]
         wanted = _wanted()
         if ids:
-            rows = self._ask(reading.requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
+            rows = self._ask(queries.requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
             matching = len(rows)
         else:
-            found = self._ask(reading.failed(self._keys, wanted, 0, CHUNK), heavy=not wanted.all)
+            found = self._ask(queries.failed(self._keys, wanted, 0, CHUNK), heavy=not wanted.all)
             rows, matching = list(found.rows), found.matching
         chosen = [seen for seen in rows if seen.retryable]
         return render_template(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import redis
 from rq import Queue
@@ -185,7 +186,7 @@ def running(
     producer = system.producer(url, system.queue)
     try:
         # RQ's command line has a name of its own for the address.
-        options = {"WORKER_CONCURRENCY": str(in_flight), "RQ_REDIS_URL": url, **(environment or {})}
+        options: dict[str, Any] = {"WORKER_CONCURRENCY": str(in_flight), "RQ_REDIS_URL": url, **(environment or {})}
         worker = fleet.start(command=system.command, wait=False, **options)
         yield Running(system, worker, in_flight, producer)
     finally:

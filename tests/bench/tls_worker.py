@@ -12,12 +12,12 @@ from functools import partial
 import worker.runner
 import worker.wiring
 from worker.__main__ import start
-from worker.exchange import Exchange
+from worker.transport import Route
 
 
 def main() -> None:
     """Start the worker with both in place."""
-    vars(worker.wiring)["Exchange"] = partial(Exchange, ca_file=os.environ["BENCH_CA_FILE"])
+    vars(worker.wiring)["Route"] = partial(Route, ca_file=os.environ["BENCH_CA_FILE"])
     if warm_s := os.environ.get("BENCH_WARM_S"):
         if "_WARM_S" not in vars(worker.runner):
             raise RuntimeError("worker.runner has no _WARM_S any more: the scaled measurement would measure nothing")

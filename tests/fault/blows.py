@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from worker.sandbox.faults import Fault, FaultTiming
 
-WORKERS = 3
+
+class Make(StrEnum):
+    """Kinds of workers."""
+
+    OURS = "ours"
+    UNREAD = "unread"  # ours, with a stdout that is a full pipe which nobody reads
+    FORKING = "forking"  # RQ's default: a process for each job
+    SIMPLE = "simple"  # RQ's SimpleWorker: one process
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether it is RQ's own."""
+        return self in (Make.FORKING, Make.SIMPLE)
+
+
+#: The workers of a run, for the whole run.
+MAKES = (Make.OURS, Make.OURS, Make.UNREAD, Make.FORKING, Make.SIMPLE)
+UNREAD = MAKES.index(Make.UNREAD)
 
 
 class Kind(StrEnum):
     """Kinds of blows; they fall one after the other, while producers and the exchange's own faults go on."""
 
     KILL = "kill"  # SIGKILL of a worker that holds jobs; it is started again
-    TERM = "term"  # SIGTERM, twice, to a worker's whole group; it is started again
-    PAUSE = "pause"  # SIGSTOP of a worker for longer than a lease, then SIGCONT
+    KILL_HORSE = "kill_horse"  # SIGKILL of the process that RQ's worker forked for a job, in the middle of it
+    KILL_FAMILY = "kill_family"  # ... and of its parent with it
+    TERM = "term"  # SIGTERM: to one of ours twice, and to its whole group; to RQ's once; it is started again
+    PAUSE = "pause"  # SIGSTOP of a worker that holds jobs for longer than a lease, then SIGCONT
     VALKEY_KILL = "valkey_kill"  # kill -9 of the server, which comes back with its append-only file
     VALKEY_PAUSE = "valkey_pause"  # SIGSTOP of the server, then SIGCONT
     RESET = "reset"  # all connections to the server are reset, several times
     RAIN = "rain"  # requests and replies to and from the server are lost at random
     HOLE = "hole"  # nothing passes between the server and anybody
+    INFO = "info"  # `rq info`, for whose clean-up whatever has begun was abandoned long ago
+    REQUEUE = "requeue"  # `rq requeue --all`
+    SUSPEND = "suspend"  # `rq suspend`, and then `rq resume`
+    CLOCK = "clock"  # the exchange's clock is set; once in a run
 
 
-#: One round: every kind at least once.
-ROUND = (*Kind, Kind.KILL)
+#: Blows that take the server away from everybody.
+ON_REDIS = (Kind.VALKEY_KILL, Kind.VALKEY_PAUSE, Kind.RESET, Kind.RAIN, Kind.HOLE)
+#: Which workers a blow may fall on.
+_ALL = tuple(range(len(MAKES)))
+_FORKING = (MAKES.index(Make.FORKING),)
+TARGETS: Mapping[Kind, Sequence[int]] = {
+    Kind.KILL: [number for number, make in enumerate(MAKES) if make is not Make.FORKING],
+    Kind.KILL_HORSE: _FORKING,
+    Kind.KILL_FAMILY: _FORKING,
+    Kind.TERM: _ALL,
+    Kind.PAUSE: [number for number in _ALL for _ in range(1 if MAKES[number].is_stock else 3)],  # ours hold many jobs
+}
+_SLOW = (*TARGETS, Kind.INFO, Kind.REQUEUE, Kind.SUSPEND)
+#: One round: every kind, what shows most twice. The clock is set in the first one alone.
+ROUND: Sequence[Kind] = (*(kind for kind in Kind if kind is not Kind.CLOCK), Kind.KILL, Kind.PAUSE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +73,19 @@ class Blow:
     kind: Kind
     worker: int
     length_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """How far the exchange's clock is ahead of the host's, ms: at first, and once it was set."""
+
+    first_ms: int
+    then_ms: int
+
+    @property
+    def goes_forward(self) -> bool:
+        """Whether it is set to a later time."""
+        return self.then_ms > self.first_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +100,15 @@ class Scale:
     latency_ms: float
     weight_limit: int
     orders_per_s: float
-    lengths_s: Mapping[Kind, tuple[float, float]]  # least and most
+    lengths_s: Mapping[Kind, tuple[float, float]]  # least and most; none where it is over at once
     rests_s: Mapping[Kind, float]  # until the next blow
+    strike_s: float  # what a blow takes until it falls: a worker to be caught, a command to start
+    patience_s: float  # for a worker to be caught with a job in its hands
     restart_s: float  # between a worker's death and its successor's start
     drain_s: float  # patience at the end
 
+
+_AT_ONCE = dict.fromkeys(Kind, (0.0, 0.0))
 
 QUICK = Scale(
     name="quick",
@@ -84,21 +137,25 @@ QUICK = Scale(
     max_incidents=3,
     latency_ms=60,
     weight_limit=1_000_000,  # the budget has tests of its own
-    orders_per_s=28,
-    lengths_s={
-        Kind.KILL: (0, 0),
-        Kind.TERM: (0, 0),
+    orders_per_s=20,
+    lengths_s=_AT_ONCE
+    | {
         Kind.PAUSE: (1.3, 2.0),
         Kind.VALKEY_KILL: (0.4, 1.2),
         Kind.VALKEY_PAUSE: (0.5, 1.5),
         Kind.RESET: (0.2, 0.4),
         Kind.RAIN: (1.0, 2.0),
         Kind.HOLE: (0.5, 1.5),
+        Kind.SUSPEND: (0.3, 1.0),
     },
     # A claim whose reply was lost leaves leases in nobody's hand: they must have run out before the next blow.
-    rests_s=dict.fromkeys(Kind, 1.2) | {Kind.KILL: 2.6, Kind.TERM: 1.8},
+    rests_s=dict.fromkeys(Kind, 1.2)
+    | {Kind.KILL: 2.6, Kind.KILL_HORSE: 2.6, Kind.KILL_FAMILY: 2.6, Kind.TERM: 1.8}
+    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK), 0.5),
+    strike_s=1.0,
+    patience_s=4.0,
     restart_s=0.3,
-    drain_s=25,
+    drain_s=40,
 )
 
 #: The workers' defaults. Fault kinds that pause everybody for minutes would leave the run with nothing but them.
@@ -111,17 +168,21 @@ FULL = Scale(
     latency_ms=80,
     weight_limit=6_000,
     orders_per_s=14,
-    lengths_s={
-        Kind.KILL: (0, 0),
-        Kind.TERM: (0, 0),
+    lengths_s=_AT_ONCE
+    | {
         Kind.PAUSE: (9, 16),
         Kind.VALKEY_KILL: (2, 10),
         Kind.VALKEY_PAUSE: (2, 12),
         Kind.RESET: (1, 3),
         Kind.RAIN: (5, 10),
         Kind.HOLE: (2, 10),
+        Kind.SUSPEND: (1, 5),
     },
-    rests_s=dict.fromkeys(Kind, 9.0) | {Kind.KILL: 14.0, Kind.TERM: 7.0},
+    rests_s=dict.fromkeys(Kind, 9.0)
+    | {Kind.KILL: 14.0, Kind.KILL_HORSE: 14.0, Kind.KILL_FAMILY: 14.0, Kind.TERM: 7.0}
+    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK), 2.0),
+    strike_s=3.0,
+    patience_s=15.0,
     restart_s=2.0,
     drain_s=180,
 )
@@ -137,11 +198,28 @@ def schedule(seed: int, scale: Scale, duration_s: float) -> list[Blow]:
     blows: list[Blow] = []
     at_s = scale.rests_s[Kind.RESET]
     while True:
-        kinds = list(ROUND)
-        dice.shuffle(kinds)
-        for kind in kinds:
+        for kind in _round(dice, is_first=not blows):
             length_s = round(dice.uniform(*scale.lengths_s[kind]), 3)
-            if len(blows) >= len(ROUND) and at_s + length_s > duration_s:
+            if len(blows) > len(ROUND) and at_s + length_s > duration_s:
                 return blows
-            blows.append(Blow(round(at_s, 3), kind, dice.randrange(WORKERS), length_s))
-            at_s += length_s + scale.rests_s[kind]
+            blows.append(Blow(round(at_s, 3), kind, dice.choice(TARGETS.get(kind, _ALL)), length_s))
+            at_s += length_s + scale.rests_s[kind] + (scale.strike_s if kind in _SLOW else 0)
+
+
+def _round(dice: random.Random, *, is_first: bool) -> list[Kind]:
+    kinds: list[Kind] = list(ROUND)
+    dice.shuffle(kinds)
+    if is_first:  # in its second half, so that there was work before
+        kinds.insert(dice.randrange(len(kinds) // 2, len(kinds)), Kind.CLOCK)
+    return kinds
+
+
+def clock(seed: int) -> Clock:
+    """The exchange's clock in a run.
+
+    It is never set by less than a timestamp may be ahead of it, with a second to spare: by so little a client cannot
+    notice it, and a time that the exchange tells would be mistaken by as much.
+    """
+    dice = random.Random(f"clock {seed}")
+    first_ms = dice.choice((-1, 1)) * dice.randint(2_000, 6_000)
+    return Clock(first_ms, first_ms + dice.choice((-1, 1)) * dice.randint(2_500, 6_000))

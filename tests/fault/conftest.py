@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -27,6 +27,9 @@ from tests.conftest import API_KEY, API_SECRET
 from tests.fault.proxy import Proxy
 from tests.servers import Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
+from worker.settings import Settings
+from worker.store import Request, Store
+from worker.wiring import open_store
 
 T = TypeVar("T")
 
@@ -51,10 +54,17 @@ DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 class Fleet(Workers):
     """Starts workers that are waited for two at a time, whichever scene they belong to."""
 
-    def start(self, *arguments: str, command: tuple[str, ...] = (), wait: bool = True, **environment: str) -> Worker:
+    def start(
+        self,
+        *arguments: str,
+        command: tuple[str, ...] = (),
+        wait: bool = True,
+        stdout: int | None = None,
+        **environment: str,
+    ) -> Worker:
         """Start a worker and, unless told not to, wait until it works."""
         with _STARTING if wait else contextlib.nullcontext():
-            return super().start(*arguments, command=command, wait=wait, **environment)
+            return super().start(*arguments, command=command, wait=wait, stdout=stdout, **environment)
 
 
 class Stage:
@@ -161,6 +171,17 @@ def environment(redis_url: str, exchange_url: str) -> dict[str, str]:
     """The settings of a worker on these two."""
     keys = {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET}
     return {**FAST, **keys, "REDIS_URL": redis_url, "BINANCE_BASE_URL": exchange_url}
+
+
+def store_like(settings: Mapping[str, str]) -> Store:
+    """A store that calls the same scripts as the workers with these settings: settings are put into the scripts."""
+    return open_store(Settings.from_env(settings), "a-test", "cancels")
+
+
+def mark_of(request: Request[Any]) -> bytes:
+    """What a request is known by on its way."""
+    assert request.script is not None
+    return request.script.sha.encode()
 
 
 def wait_for_line(worker: Worker, text: str, timeout_s: float = 20.0) -> None:

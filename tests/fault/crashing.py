@@ -1,12 +1,13 @@
 """A worker that dies by SIGKILL at a named step: `python -m tests.fault.crashing POINT[@N] -- worker's arguments`.
 
-Between popping a job and settling it a worker passes the steps below, in this order. None of them knows of its crash
+Between popping a job and completing it a worker passes the steps below, in this order. None of them knows of its crash
 point: this launcher wraps the real classes' methods in its own process, and kills that process when the step is passed
 for the N-th time (the first, if N is left out).
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -16,11 +17,11 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any, cast
 
-from producer.message import Call
-from worker.exchange import Exchange, Pending
-from worker.line import Line
-from worker.store import Claimed, Request, Settlement, Store
-from worker.verdict import Failure, Reply
+from worker.redis_link import AsyncLink
+from worker.store import Claimed, Done, Release, Request, Retry, Row, Store
+from worker.transport import Failed, Raw
+from worker.transport import Request as Call
+from worker.transport_asyncio import AsyncioTransport
 
 Method = Callable[..., Any]
 
@@ -29,16 +30,16 @@ _IN_THE_WAIT = 0.5
 
 
 class Point(StrEnum):
-    """Steps from the pop to the settlement."""
+    """Steps from the pop to the completion."""
 
     MOVED = "moved"  # the BLMOVE ran, the claim did not: the id stands in the claiming list alone
     CLAIMED = "claimed"  # the claim ran, its reply is lost: a lease that nobody renews
-    BEFORE_SEND = "before_send"  # in a sender's hands, not a byte is out
+    BEFORE_SEND = "before_send"  # it has a connection, not a byte is out
     SENT = "sent"  # the DELETE is out, its answer is not here
     ANSWERED = "answered"  # the exchange has answered, nothing of it is recorded
     BEFORE_QUERY = "before_query"  # a DELETE was unclear, the query that is to settle it is not out
     QUERIED = "queried"  # the query is answered, nothing of it is recorded
-    SETTLED = "settled"  # the outcome is recorded, the reply that says so is lost
+    COMPLETED = "completed"  # the outcome is recorded, the reply that says so is lost
     SCHEDULED = "scheduled"  # a retry is scheduled, the reply that says so is lost
     IN_RETRY_WAIT = "in_retry_wait"  # the retry's due time is known to this process alone, and is not here yet
     RETRY_CLAIMED = "retry_claimed"  # the retry was claimed when due, its reply is lost
@@ -67,23 +68,6 @@ def _wrap(owner: type, name: str, make: Callable[[Method], Method]) -> None:
 # ---- requests to Redis ----------------------------------------------------------------------------------------------
 
 
-def _asked(name: str, die: Crash, when: Callable[[Any], bool]) -> None:
-    """Die when the store is asked for a request of this kind, of which nothing is sent yet.
-
-    ``when`` is told what it is for.
-    """
-
-    def make(method: Method) -> Method:
-        def wrapped(store: Store, what: Any, **options: Any) -> Request[Any]:
-            if when(what):
-                die()
-            return cast("Request[Any]", method(store, what, **options))
-
-        return wrapped
-
-    _wrap(Store, name, make)
-
-
 def _heard(name: str, die: Crash, when: Callable[[Any, Any], bool]) -> None:
     """Die when the answer to a request of this kind has been read, before anybody makes use of it.
 
@@ -94,13 +78,13 @@ def _heard(name: str, die: Crash, when: Callable[[Any, Any], bool]) -> None:
         def wrapped(store: Store, what: Any, **options: Any) -> Request[Any]:
             request = method(store, what, **options)
 
-            def read(answers: list[Any]) -> Any:
-                result = request.read(answers)
+            def read(answers: list[Any], stamps: Any) -> Any:
+                result = request.read(answers, stamps)
                 if when(what, result):
                     die()
                 return result
 
-            return replace(request, read=read)
+            return cast("Request[Any]", replace(request, read=read))
 
         return wrapped
 
@@ -111,117 +95,107 @@ def _moved(die: Crash) -> None:
     """Send the two halves of the claim's pipeline one after the other, and die between them."""
 
     def make(method: Method) -> Method:
-        def wrapped(line: Line, request: Request[Any], on_answer: Method, on_error: Method) -> None:
+        async def wrapped(link: AsyncLink, make_request: Callable[[], Request[Any]]) -> Any:
+            request = make_request()
             if request.commands[0][0] != "BLMOVE":
-                method(line, request, on_answer, on_error)
-                return
-
-            def popped(answers: list[Any]) -> None:
-                if isinstance(answers[0], bytes):
-                    die()
-                rest = replace(request, commands=request.commands[1:], read=lambda more: request.read(answers + more))
-                method(line, rest, on_answer, on_error)
-
-            method(line, replace(request, commands=request.commands[:1], read=list), popped, on_error)
+                return await method(link, lambda: request)
+            (moved,) = await method(link, lambda: Request(request.commands[:1], None, lambda answers, _: answers))
+            if isinstance(moved, bytes):
+                die()
+            rest = replace(
+                request,
+                commands=request.commands[1:],
+                read=lambda answers, stamps: request.read([moved, *answers], stamps),
+            )
+            return await method(link, lambda: rest)
 
         return wrapped
 
-    _wrap(Line, "ask", make)
+    _wrap(AsyncLink, "ask", make)
 
 
-def _given(_: int, claimed: Claimed) -> bool:
-    return bool(claimed.grants)
+def _claimed(_: int, claimed: Claimed) -> bool:
+    return bool(claimed.leases)
 
 
-def _given_again(_: int, claimed: Claimed) -> bool:
-    return any(grant.attempts for grant in claimed.grants)
+def _claimed_again(_: int, claimed: Claimed) -> bool:
+    return any(lease.attempts for lease in claimed.leases)
 
 
-def _settled(die: Crash, what: Callable[[Settlement], bool]) -> None:
-    _heard("settle_request", die, lambda group, _: any(map(what, group)))
+def _completed(die: Crash, kind: type[Row]) -> None:
+    _heard("complete", die, lambda rows, _: any(isinstance(row, kind) for row in rows))
 
 
-def _is_outcome(settlement: Settlement) -> bool:
-    return settlement.outcome is not None
+def _before_handing_back(die: Crash) -> None:
+    """Die when it is to be sent, of which nothing is sent yet."""
 
+    def make(method: Method) -> Method:
+        def wrapped(store: Store, rows: Sequence[Row]) -> Request[Any]:
+            if any(isinstance(row, Release) for row in rows):
+                die()
+            return cast("Request[Any]", method(store, rows))
 
-def _is_retry(settlement: Settlement) -> bool:
-    return settlement.outcome is None and settlement.delay_ms is not None
+        return wrapped
 
-
-def _is_handing_back(settlement: Settlement) -> bool:
-    return settlement.outcome is None and settlement.delay_ms is None
+    _wrap(Store, "complete", make)
 
 
 def _in_retry_wait(die: Crash) -> None:
-    def later(group: Sequence[Settlement], _: Any) -> bool:
-        waits = [settlement.delay_ms for settlement in group if _is_retry(settlement)]
+    def later(rows: Sequence[Row], _: Any) -> bool:
+        waits = [row.delay_ms for row in rows if isinstance(row, Retry)]
         if waits:
-            threading.Timer((waits[0] or 0) / 1000 * _IN_THE_WAIT, die).start()
+            threading.Timer(waits[0] / 1000 * _IN_THE_WAIT, die).start()
         return False
 
-    _heard("settle_request", die, later)
+    _heard("complete", die, later)
 
 
 # ---- calls to the exchange ------------------------------------------------------------------------------------------
 
 
-class _Watched(Pending):
-    """A call that says how far it has got."""
-
-    __slots__ = ("_passed",)
-
-    def __init__(self, pending: Pending, passed: Callable[[str], None]) -> None:
-        super().__init__(pending._exchange, pending._attempt)
-        self._passed = passed
-
-    def begin(self) -> Failure | None:
-        self._passed("before")
-        failure = super().begin()
-        if self.sent:
-            self._passed("sent")
-        return failure
-
-    def receive(self) -> Reply | Failure | None:
-        answer = super().receive()
-        if isinstance(answer, Reply):
-            self._passed("answered")
-        return answer
-
-
-def _call(die: Crash, watched: Call, step: str) -> None:
-    """Die at a step of such a call: ``before`` it is written, when it is ``sent``, when it is ``answered``."""
-
-    def passed(reached: str) -> None:
-        if reached == step:
-            die()
+def _call(die: Crash, http_method: str, step: str) -> None:
+    """Die at a step of such a signed call: ``before`` its first byte, when it is ``sent``, when it is ``answered``."""
 
     def make(method: Method) -> Method:
-        def wrapped(exchange: Exchange, call: Call, credential: Any, ref: Any) -> Pending:
-            pending: Pending = method(exchange, call, credential, ref)
-            return _Watched(pending, passed) if call is watched else pending
+        async def wrapped(
+            transport: AsyncioTransport, make_call: Callable[[], Call | None], patience_s: float
+        ) -> Raw | Failed | None:
+            made: list[Call] = []
+
+            def noted() -> Call | None:
+                call = make_call()
+                if call is not None and call.fields and call.method == http_method:
+                    made.append(call)
+                    if step == "before":
+                        die()
+                    elif step == "sent":  # it is written before anything else has its turn
+                        asyncio.get_running_loop().call_soon(die)
+                return call
+
+            came = cast("Raw | Failed | None", await method(transport, noted, patience_s))
+            if made and step == "answered" and isinstance(came, Raw):
+                die()
+            return came
 
         return wrapped
 
-    _wrap(Exchange, "prepare", make)
+    _wrap(AsyncioTransport, "send", make)
 
 
 INSTALL: dict[Point, Callable[[Crash], None]] = {
     Point.MOVED: _moved,
-    Point.CLAIMED: lambda die: _heard("claim_request", die, _given),
-    Point.BEFORE_SEND: lambda die: _call(die, Call.CANCEL, "before"),
-    Point.SENT: lambda die: _call(die, Call.CANCEL, "sent"),
-    Point.ANSWERED: lambda die: _call(die, Call.CANCEL, "answered"),
-    Point.BEFORE_QUERY: lambda die: _call(die, Call.QUERY, "before"),
-    Point.QUERIED: lambda die: _call(die, Call.QUERY, "answered"),
-    Point.SETTLED: lambda die: _settled(die, _is_outcome),
-    Point.SCHEDULED: lambda die: _settled(die, _is_retry),
+    Point.CLAIMED: lambda die: _heard("claim", die, _claimed),
+    Point.BEFORE_SEND: lambda die: _call(die, "DELETE", "before"),
+    Point.SENT: lambda die: _call(die, "DELETE", "sent"),
+    Point.ANSWERED: lambda die: _call(die, "DELETE", "answered"),
+    Point.BEFORE_QUERY: lambda die: _call(die, "GET", "before"),
+    Point.QUERIED: lambda die: _call(die, "GET", "answered"),
+    Point.COMPLETED: lambda die: _completed(die, Done),
+    Point.SCHEDULED: lambda die: _completed(die, Retry),
     Point.IN_RETRY_WAIT: _in_retry_wait,
-    Point.RETRY_CLAIMED: lambda die: _heard("claim_request", die, _given_again),
-    Point.BEFORE_HANDING_BACK: lambda die: _asked(
-        "settle_request", die, lambda group: any(map(_is_handing_back, group))
-    ),
-    Point.HANDED_BACK: lambda die: _settled(die, _is_handing_back),
+    Point.RETRY_CLAIMED: lambda die: _heard("claim", die, _claimed_again),
+    Point.BEFORE_HANDING_BACK: _before_handing_back,
+    Point.HANDED_BACK: lambda die: _completed(die, Release),
 }
 
 

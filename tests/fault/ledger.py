@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from producer.message import WORKER_LOST, Call, Outcome, OutcomeKind
+from producer.message import WORKER_LOST, Attempt, Call, Outcome, OutcomeKind
 from worker.sandbox.control import BookEntry, Incident
 
 #: Kinds to which a request comes only if faults outlast its bounds.
@@ -23,8 +23,14 @@ _STATUSES = {
     OutcomeKind.EXPIRED: ("EXPIRED",),
     OutcomeKind.REJECTED: ("REJECTED",),
 }
-#: From then on no request may leave during a ban, ms after its first answer (the issue's bound).
+#: From then on no request may come during a ban, ms after its first answer.
 BAN_HEARD_MS = 1000
+#: A server that was away is back for everybody so much later, ms: between two tries of a worker lies a second at most.
+BACK_FOR_ALL_MS = 1000
+#: The end of what is said of an order that bears the right client id and is not proven to be the one that was meant.
+LEFT_ALONE = ": left alone"
+#: ... because it is the newer one, or as good as that. (That nothing was measured is no reason.)
+_NEWER = ("created after the request", "the clocks are known to")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +81,12 @@ class ExchangeSide:
     harmful: tuple[str, ...]  # orders that nobody asked to cancel and that were touched
     differences: tuple[str, ...]
     kinds: Mapping[str, int] = field(default_factory=dict)
+    left_alone: Mapping[str, int] = field(default_factory=dict)  # requests whose order's id was taken again, by reason
 
     @property
     def undecided(self) -> int:
         """Outcomes of the kinds that faults which end before the deadline must not bring about."""
-        return sum(self.kinds.get(kind.value, 0) for kind in UNDECIDED)
+        return sum(self.kinds.get(kind.value, 0) for kind in UNDECIDED) - sum(self.left_alone.values())
 
 
 def queue_side(asks: Sequence[Ask], records: Sequence[Outcome], order_of: Mapping[str, int]) -> QueueSide:
@@ -102,9 +109,17 @@ def queue_side(asks: Sequence[Ask], records: Sequence[Outcome], order_of: Mappin
 
 
 def exchange_side(
-    asks: Sequence[Ask], records: Sequence[Outcome], book: Mapping[int, BookEntry], order_of: Mapping[str, int]
+    asks: Sequence[Ask],
+    records: Sequence[Outcome],
+    book: Mapping[int, BookEntry],
+    order_of: Mapping[str, int],
+    reopened: Collection[int] = (),
 ) -> ExchangeSide:
-    """Judge the ledger's ``records`` against the exchange's own ``book``."""
+    """Judge the ledger's ``records`` against the exchange's own ``book``.
+
+    ``order_of`` a client id is the order that was asked for by it; those in ``reopened`` have lost theirs to an order
+    that was opened when they were CANCELED.
+    """
     asked = {ask.algo_id for ask in asks}
     by_order: dict[int | None, list[Outcome]] = defaultdict(list)
     for record in records:
@@ -125,7 +140,41 @@ def exchange_side(
         harmful=tuple(f"{entry.algo_id} {entry.status} {entry.deletes} DELETEs" for entry in touched),
         differences=tuple(differences),
         kinds=dict(Counter(record.kind.value for record in records)),
+        left_alone=left_alone(records, book, order_of, reopened),
     )
+
+
+def left_alone(
+    records: Iterable[Outcome], book: Mapping[int, BookEntry], order_of: Mapping[str, int], reopened: Collection[int]
+) -> dict[str, int]:
+    """Outcomes that are ``unknown`` for a good reason, counted by what they say.
+
+    The order was cancelled, nobody told the worker so, and its client id, all that the request knows of it, is another
+    order's by now. Only where the cancel's answer was unclear, or where somebody else, such as another request for the
+    same order, was first. A later run of the same request comes to the same end.
+    """
+    records = sorted(records, key=lambda each: each.run)
+    jobs: dict[int | None, set[str]] = defaultdict(set)
+    for record in records:
+        jobs[order_named(record, order_of)].add(record.id)
+    excused: set[str] = set()
+    reasons: Counter[str] = Counter()
+    for record in records:
+        error, order = record.error or "", order_named(record, order_of)
+        is_said = record.kind is OutcomeKind.UNKNOWN and error.endswith(LEFT_ALONE) and any(n in error for n in _NEWER)
+        if not is_said or record.algo_id is not None or order is None or order not in reopened:
+            continue
+        if book[order].status == "CANCELED" and _is_untold(record, book[order], is_alone=len(jobs[order]) == 1):
+            excused.add(record.id)
+        reasons[re.sub(r"\d+", "N", error.removesuffix(LEFT_ALONE))] += record.id in excused
+    return dict(+reasons)
+
+
+def _is_untold(record: Outcome, entry: BookEntry, *, is_alone: bool) -> bool:
+    """Whether nobody told the worker that the order is gone. ``is_alone``: no other request was about it."""
+    cancels = [attempt.verdict for attempt in record.attempts if attempt.call is Call.CANCEL]
+    was_late = cancels[-1:] == ["no_such_order"] and not entry.deletes_effective
+    return not is_alone or was_late or "unclear" in cancels
 
 
 def order_named(record: Outcome, order_of: Mapping[str, int]) -> int | None:
@@ -162,25 +211,42 @@ def recoveries_ms(kills: Iterable[Kill], records: Iterable[Outcome]) -> list[int
 
     Jobs that needed none, because their outcome had been recorded, are left out.
     """
-    attempts = {record.id: record.attempts for record in records}
+    attempts: dict[str, list[Attempt]] = defaultdict(list)
+    for record in records:  # of every run
+        attempts[record.id] += record.attempts
     found = []
     for kill in kills:
         for job_id in kill.held:
-            later = [a.at_ms for a in attempts.get(job_id, ()) if a.msg != WORKER_LOST and a.at_ms >= kill.at_ms]
+            later = [a.at_ms for a in attempts[job_id] if a.msg != WORKER_LOST and a.at_ms >= kill.at_ms]
             if later:
                 found.append(min(later) - kill.at_ms)
     return sorted(found)
 
 
-def requests_during_bans(incidents: Iterable[Incident]) -> int:
-    """Requests that came when everybody could have heard of the ban."""
-    return sum(since_ms > BAN_HEARD_MS for incident in incidents for since_ms in incident.requests_ms)
+def requests_during_bans(incidents: Iterable[Incident], away: Sequence[tuple[float, float]] = ()) -> int:
+    """Requests that came when everybody could have heard of the ban.
+
+    ``away``: when Redis, by which one worker tells the others, was away, ms by this machine's clock.
+    """
+    found = 0
+    for incident in incidents:
+        heard_ms = _heard_ms(incident.started_ms, away)
+        found += sum(incident.started_ms + since_ms > heard_ms for since_ms in incident.requests_ms)
+    return found
+
+
+def _heard_ms(started_ms: float, away: Sequence[tuple[float, float]]) -> float:
+    told_ms = started_ms
+    for from_ms, to_ms in sorted(away):
+        if from_ms <= told_ms + BAN_HEARD_MS:  # else everybody had heard of it by then
+            told_ms = max(told_ms, to_ms + BACK_FOR_ALL_MS)
+    return told_ms + BAN_HEARD_MS
 
 
 _PARTS = (
     (re.compile(r"^(rq:worker:)[^:]+"), r"\1*"),  # a worker's name
     (re.compile(r"^([^:]+:order:).+"), r"\1*"),  # an order
-    (re.compile(r"[0-9a-f]{32}(:[0-9a-f]{12}-[0-9]+)?"), "*"),  # a job's id, and its execution's
+    (re.compile(r"[0-9a-f]{32}(:[0-9a-f]{32})?"), "*"),  # a job's id, and its execution's
 )
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.fault.blows import FULL, QUICK, ROUND, WORKERS, Kind, Scale, schedule
+from tests.fault.blows import FULL, MAKES, QUICK, ROUND, TARGETS, Kind, Scale, clock, schedule
 from tests.fault.chaos import EXIT_FAILED, EXIT_OK
 from tests.fault.ledger import ExchangeSide, KeyKind, QueueSide
 from tests.fault.verdict import Reckoning, table
@@ -30,10 +30,15 @@ CLEAN = Reckoning(
     exchange=ExchangeSide(9, 11, 2, (), (), {"cancelled": 9}),
     incidents=2,
     requests_during_bans=0,
+    leases_lost=4,
+    sent_without_lease=(),
+    reopened=1,
+    unread=3,
     recoveries_ms=(900, 1100, 1900),
     exits_s=(0.4, 1.2),
     consumed_by_restarts=0,
     walked_out=(),
+    stock_ends=("w3g1 exit code 1",),
     keys=(KeyKind("rq:job:*", 9, 9), KeyKind("rq:queues", 1, 0)),
 )
 
@@ -49,6 +54,10 @@ def test_a_short_run_with_every_fault() -> None:
     assert run["queue"]["ok"] >= 400
     assert run["recoveries_ms"], "no killed worker held a job"
     assert run["exchange_faults"] > 100
+    assert run["leases_lost"], "nobody lost a lease: that nothing was sent for one says nothing"
+    assert run["reopened"] > 20
+    assert sum(run["exchange"]["left_alone"].values()), "no client id was taken again behind an unclear answer"
+    assert run["unread"] > 20
     assert all(kind["with_ttl"] == kind["count"] for kind in run["keys"] if kind["count"] > 1), run["keys"]
 
 
@@ -63,12 +72,25 @@ def test_the_schedule_is_a_function_of_the_seed(scale: Scale) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_kind_of_blow_falls(seed: int) -> None:
-    """However short the run, one round falls, of each kind, one blow after the other, on workers that there are."""
+    """However short the run, one round falls, of each kind, one blow after the other, on workers it is meant for."""
     blows = schedule(seed, QUICK, 0)
-    assert sorted(blow.kind for blow in blows) == sorted(ROUND)
+    assert sorted(blow.kind for blow in blows) == sorted([*ROUND, Kind.CLOCK])
     for blow, following in pairwise(blows):
         assert following.at_s >= blow.at_s + blow.length_s
-    assert {blow.worker for blow in blows} <= set(range(WORKERS))
+        assert blow.worker in TARGETS.get(blow.kind, range(len(MAKES)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_exchanges_clock_is_set_once_and_by_seconds(seed: int) -> None:
+    """It is apart from the start, and moves by more than a timestamp may be ahead: else nobody could notice it."""
+    times = clock(seed)
+    assert 2_000 <= abs(times.first_ms) <= 6_000
+    assert 2_500 <= abs(times.then_ms - times.first_ms) <= 6_000
+    assert times == clock(seed)
+    blows = schedule(seed, QUICK, 300)
+    at = [number for number, blow in enumerate(blows) if blow.kind is Kind.CLOCK]
+    assert len(at) == 1
+    assert len(ROUND) // 2 <= at[0] <= len(ROUND)
 
 
 def test_a_clean_run_has_no_problem() -> None:
@@ -87,6 +109,9 @@ def test_a_clean_run_has_no_problem() -> None:
         (replace(CLEAN, exchange=replace(CLEAN.exchange, differences=("x",))), "1 differences"),
         (replace(CLEAN, exchange=replace(CLEAN.exchange, harmful=("x",))), "1 orders touched"),
         (replace(CLEAN, exchange=replace(CLEAN.exchange, kinds={"gave_up": 1, "overdue": 2})), "3 unknown, gave_up"),
+        (replace(CLEAN, requests_during_bans=1), "1 requests during bans"),
+        (replace(CLEAN, sent_without_lease=("x",)), "1 requests sent for a lost lease"),
+        (replace(CLEAN, queue=replace(CLEAN.queue, ok=500), unread=0), "1 worker that stood still"),
         (replace(CLEAN, consumed_by_restarts=2), "2 attempts consumed by restarts"),
         (replace(CLEAN, walked_out=("w0g1 exit code 1",)), "1 workers that ended unasked"),
     ],
@@ -95,6 +120,17 @@ def test_whatever_is_wrong_fails_the_run(wrong: Reckoning, said: str) -> None:
     """Each promise that is broken is named, and its items are shown."""
     assert wrong.problems()[0].startswith(said)
     assert f"FAILED: {said}" in table(wrong)
+
+
+def test_what_was_left_alone_is_counted_apart() -> None:
+    """Requests whose client id was another order's by then are told with their reason, and are no failure."""
+    exchange = replace(CLEAN.exchange, kinds={"cancelled": 7, "unknown": 2}, left_alone={"a newer order": 2})
+    run = replace(CLEAN, exchange=exchange)
+    assert run.problems() == []
+    assert "      2 a newer order\n" in table(run)
+    assert replace(run, exchange=replace(exchange, kinds={"unknown": 3})).problems() == [
+        "1 unknown, gave_up or overdue"
+    ]
 
 
 def test_a_long_list_is_cut() -> None:
@@ -112,3 +148,11 @@ def test_bad_usage() -> None:
     assert ended.returncode == 2
     assert "--jobs" in ended.stderr
     assert EXIT_FAILED not in (EXIT_OK, 2)
+
+
+def test_help_shows_how_to_use_it() -> None:
+    """Nobody has to read the code to repeat a run."""
+    command = [sys.executable, "-m", "tests.fault.chaos", "--help"]
+    said = subprocess.run(command, cwd=ROOT, env=scrubbed(), check=True, capture_output=True, text=True).stdout
+    for words in ("examples:", "--jobs 2000 --scale full", "--seed 7 --keep-logs", "exit code 0"):
+        assert words in said

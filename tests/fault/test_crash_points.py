@@ -1,4 +1,4 @@
-"""kill -9 at every named step between popping a job and settling it: a healthy peer takes over, and nothing is doubled.
+"""kill -9 at every named step between popping a job and completing it: a healthy peer takes over, nothing is doubled.
 
 All points run at the same time, each on a queue of its own with one worker that will die and one that will not; then
 each test looks at what its point left.
@@ -46,7 +46,7 @@ HISTORY = {
     Point.ANSWERED: [LOST, GONE],
     Point.BEFORE_QUERY: [LOST, OPEN, SURE],
     Point.QUERIED: [LOST, OPEN, SURE],
-    Point.SETTLED: [SURE],
+    Point.COMPLETED: [SURE],
     Point.SCHEDULED: [BUSY, SURE],
     Point.IN_RETRY_WAIT: [BUSY, SURE],
     Point.RETRY_CLAIMED: [BUSY, LOST, OPEN, SURE],
@@ -126,7 +126,7 @@ class Scene:
             return False
         # There its own outcome is recorded a moment before its death; elsewhere it means that the point was not
         # reached, as each worker took some of the steps.
-        return self.point is not Point.SETTLED or not outcome.worker.startswith(f"dying-{self.point}")
+        return self.point is not Point.COMPLETED or not outcome.worker.startswith(f"dying-{self.point}")
 
     def _is_dead(self) -> bool:
         if self.dying.process.poll() is None:
@@ -225,7 +225,7 @@ def said(attempt: Attempt) -> str:
 
 @pytest.mark.parametrize("point", list(Point))
 class TestCrashPoint:
-    """What every step between the pop and the settlement must bear."""
+    """What every step between the pop and the completion must bear."""
 
     def test_one_outcome_each(self, stage: Stage, point: Point) -> None:
         """Whatever step its worker died at, each request has exactly one outcome."""
@@ -252,7 +252,7 @@ class TestCrashPoint:
         """An idle peer goes on with the job within the lease and 1.5 s."""
         scene = stage.scene(point)
         outcome = scene.outcome(scene.crashed)
-        if point is Point.SETTLED:  # nothing was left to take over
+        if point is Point.COMPLETED:  # nothing was left to take over
             assert outcome.worker.startswith(f"dying-{point}")
             return
         assert outcome.worker.startswith(f"peer-{point}")

@@ -107,7 +107,7 @@ def wake_beside_the_peer(stage: Stage, *faults: Fault) -> tuple[Pair, int]:
     peer = pair.start_peer()
     eventually(lambda: pair.requests(algo_id)[1] == 1, what="the peer asks")
     pair.wake()
-    eventually(lambda: "event=fenced" in pair.paused.output(), 1, "the late settlement is refused")
+    eventually(lambda: "event=fenced" in pair.paused.output(), 1, "the late completion is refused")
     assert pair.peek.ledger() == []
     assert pair.peek.job(ticket.id)["worker_name"] == name_of(peer)
     assert ticket.wait(10).worker == name_of(peer)

@@ -11,6 +11,7 @@ from tests.fault.ledger import (
     difference,
     exchange_side,
     key_kinds,
+    left_alone,
     pattern_of,
     queue_side,
     recoveries_ms,
@@ -24,7 +25,7 @@ A, B, C = ("a" * 32, "b" * 32, "c" * 32)
 def record(job_id: str, algo_id: int | None = 1, kind: str = "cancelled", **traits: object) -> Outcome:
     """An outcome."""
     known: dict[str, object] = {"may_be_live": not OutcomeKind(kind).off_the_book, "run": 1}
-    return Outcome(id=job_id, algo_id=algo_id, kind=OutcomeKind(kind), **(known | traits))  # type: ignore[arg-type]
+    return Outcome(**({"id": job_id, "algo_id": algo_id, "kind": OutcomeKind(kind)} | known | traits))  # type: ignore[arg-type]
 
 
 def entry(algo_id: int = 1, status: str = "CANCELED", **traits: object) -> BookEntry:
@@ -140,9 +141,9 @@ def test_undecided_kinds_are_counted() -> None:
 
 
 def test_recovery_runs_from_the_kill_to_the_next_request() -> None:
-    """The noted but unfinished attempt is not the next request; a job that needed none is left out."""
+    """Not to the noted but unfinished attempt, nor to a later run; a job that needed none is left out."""
     history = (attempt(100, "worker lost", "unclear"), attempt(2600), attempt(2700))
-    records = [record(A, attempts=history), record(B, attempts=(attempt(100),))]
+    records = [record(A, attempts=history), record(B, attempts=(attempt(100),)), record(A, attempts=(attempt(9000),))]
     assert recoveries_ms([Kill(1000, (A, B, C))], records) == [1600]
 
 
@@ -151,11 +152,75 @@ def test_requests_during_bans_leave_the_first_second_out() -> None:
     assert requests_during_bans([Incident("banned_418", "127.0.0.1", 0, 2000, [10, 999, 1001, 1500])]) == 2
 
 
+def test_a_ban_is_not_heard_of_while_redis_is_away() -> None:
+    """Workers tell each other through Redis: while it is away, and a moment after, only who was told can know."""
+    ban = [Incident("banned_418", "127.0.0.1", 10_000, 9_000, [500, 3_500, 4_900, 5_100])]
+    assert requests_during_bans(ban, [(9_000, 13_000)]) == 1
+    assert requests_during_bans(ban, [(11_500, 12_000)]) == 3, "all had heard of it by then"
+    assert requests_during_bans(ban, [(0, 8_000), (40_000, 50_000)]) == 3
+
+
+# ---- left alone -----------------------------------------------------------------------------------------------------
+
+NEWER = "the client id belongs to an order created after the request: left alone"
+UNMEASURED = "it cannot be told whether the client id's order was created before the request"
+ORDER_OF = {"auto-1": 1}
+
+
+def left(*verdicts: str, error: str = NEWER, algo_id: int | None = None, **traits: object) -> Outcome:
+    """A request by client id alone that ended so, after cancels with these verdicts."""
+    attempts = tuple(attempt(n, verdict=verdict) for n, verdict in enumerate(verdicts))
+    known: dict[str, object] = {"client_algo_id": "auto-1", "error": error, "attempts": attempts}
+    return record(A, algo_id, "unknown", **(known | traits))
+
+
+def excused(*records: Outcome, book: BookEntry | None = None, reopened: tuple[int, ...] = (1,)) -> int:
+    """How many of these are excused."""
+    side = exchange_side([Ask(1, A)], records, {1: book or entry()}, ORDER_OF, reopened)
+    assert side.undecided == len(records) - sum(side.left_alone.values())
+    return sum(side.left_alone.values())
+
+
+def test_an_unclear_cancel_whose_client_id_was_taken_again_is_excused() -> None:
+    """Nobody could know what became of that order; that it was the newer one, or perhaps it, is a good reason."""
+    assert excused(left("unclear")) == 1
+    assert excused(left("unclear", error=f"{UNMEASURED}: the clocks are known to 64 ms: left alone")) == 1
+    assert excused(left("no_such_order"), book=entry(deletes_effective=0)) == 1
+
+
+def test_whoever_was_second_is_excused() -> None:
+    """Two requests for one order: whose cancel came too late, or who had to look first, found the id taken again."""
+    first = record(B, 1)
+    for second in (left("no_such_order"), left(), left("clock")):
+        assert left_alone([first, second], {1: entry()}, ORDER_OF, (1,)) == {NEWER.removesuffix(": left alone"): 1}
+    assert left_alone([first, left()], {1: entry()}, ORDER_OF, ()) == {}
+
+
+def test_a_later_run_of_an_excused_request_is_excused() -> None:
+    """Who asks once more is told the same; but only where the first run had its reason."""
+    assert excused(left("unclear"), left(run=2)) == 2
+    assert excused(left(run=2)) == 0
+
+
+def test_no_other_reason_is_one() -> None:
+    """The id was not taken again, the clocks were not looked at, the cancel was clear, or another order was named."""
+    assert excused(left("unclear"), reopened=()) == 0
+    assert excused(left("unclear"), book=entry(status="NEW")) == 0
+    assert excused(left("unclear", error=f"{UNMEASURED}: the clocks are not measured: left alone")) == 0
+    assert excused(left("unclear", error="the deadline passed")) == 0
+    assert excused(left("busy")) == 0
+    assert excused(left("no_such_order")) == 0, "it was a cancel of ours that worked"
+    assert excused(left("unclear", algo_id=1)) == 0
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("key", "pattern"),
     [
         (f"rq:job:{A}", "rq:job:*"),
-        (f"rq:execution:{A}:0123456789ab-17", "rq:execution:*"),
+        (f"rq:execution:{A}:{B}", "rq:execution:*"),
         ("rq:worker:worker.1.0123456789ab", "rq:worker:*"),
         ("rq:worker:host.12.0123456789ab:executions", "rq:worker:*:executions"),
         ("cancels:order:default:a:17", "cancels:order:*"),

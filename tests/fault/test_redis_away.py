@@ -17,10 +17,9 @@ from rq.command import send_shutdown_command
 from producer import CancelClient, CancelRequest, QueueUnavailable, Ticket
 from producer.message import OutcomeKind
 from producer.protocol import Wire
-from tests.fault.conftest import DURABLE, Scenes, Stage, cpu_s, is_running, name_of, wait_for_line
+from tests.fault.conftest import DURABLE, Scenes, Stage, cpu_s, is_running, mark_of, name_of, store_like, wait_for_line
 from tests.fault.proxy import Proxy
 from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port
-from worker import store
 from worker.sandbox.control import RunningExchange
 
 SCENES = Scenes()
@@ -44,6 +43,7 @@ class Scenery:
         self.connection = stage.direct(self.valkey)
         self.peek = Peek(self.connection)
         self.fleet: Workers = stage.fleet(self.proxy.redis_url, self.exchange, **settings)
+        self.store = store_like(self.fleet.environment)
         self.worker: Worker = self.fleet.start()
         assert self.ask(1)[0].wait(5).kind is OutcomeKind.CANCELLED  # scripts are loaded, connections open
 
@@ -236,20 +236,20 @@ def connections_reset_under_load(stage: Stage) -> None:
 
 
 @SCENES.add
-def the_reply_to_a_settlement_is_lost(stage: Stage) -> None:
-    """A settlement ran and nobody knows: it is repeated, changes nothing, and the outcome stands once."""
+def the_reply_to_a_completion_is_lost(stage: Stage) -> None:
+    """A completion ran and nobody knows: it is repeated, changes nothing, and the outcome stands once."""
     scenery = Scenery(stage)
-    trap = scenery.proxy.limit_data(store._SETTLE.sha.encode())
+    trap = scenery.proxy.limit_data(mark_of(scenery.store.complete([])))
     tickets = scenery.ask(1)
     eventually(lambda: trap.sprung, 5, "a reply is lost")
     scenery.goes_on(*tickets)
 
 
-@SCENES.after(the_reply_to_a_settlement_is_lost)
+@SCENES.after(the_reply_to_a_completion_is_lost)
 def the_reply_to_a_claim_is_lost(stage: Stage) -> None:
     """A claim ran and nobody knows: its job comes back when the lease ends, and counts as perhaps sent."""
     scenery: Scenery = stage.scenery
-    trap = scenery.proxy.limit_data(store._CLAIM.sha.encode(), b"$32")
+    trap = scenery.proxy.limit_data(mark_of(scenery.store.claim(1, wait=False)), b"$32")
     ticket = scenery.ask(1)[0]
     eventually(lambda: trap.sprung, 5, "a reply is lost")
     outcome = ticket.wait(5)
@@ -258,7 +258,7 @@ def the_reply_to_a_claim_is_lost(stage: Stage) -> None:
     assert scenery.deletes(ticket) == 1
 
 
-@SCENES.after(the_reply_to_a_settlement_is_lost)
+@SCENES.after(the_reply_to_a_completion_is_lost)
 def the_reply_to_an_enqueue_is_lost(stage: Stage) -> None:
     """A producer's call whose reply is lost is repeated by the client under the same ids: one job, not a duplicate."""
     scenery: Scenery = stage.scenery
@@ -271,7 +271,7 @@ def the_reply_to_an_enqueue_is_lost(stage: Stage) -> None:
     assert scenery.deletes(ticket) == 1
 
 
-@SCENES.after(the_reply_to_a_settlement_is_lost)
+@SCENES.after(the_reply_to_a_completion_is_lost)
 def producers_learn_it_in_time(stage: Stage) -> None:
     """A producer gets a clear error within its time-out, in a black hole too; repeating is harmless."""
     scenery: Scenery = stage.scenery
@@ -294,7 +294,7 @@ def producers_learn_it_in_time(stage: Stage) -> None:
 
 @SCENES.add
 def peers_leave_leases_alone_at_first(stage: Stage) -> None:
-    """When Redis returns, holders settle before anybody takes leases that ran out meanwhile: no attempt is lost."""
+    """When Redis returns, holders complete before anybody takes leases that ran out meanwhile: no attempt is lost."""
     scenery = Scenery(stage)
     peers = [scenery.fleet.start() for _ in range(2)]
     tickets = scenery.in_flight(6, 1000)
@@ -310,7 +310,7 @@ def the_reply_to_a_renewal_is_lost(stage: Stage) -> None:
     """A renewal that is not answered is made again before the lease ends: the job stays with its worker."""
     scenery: Scenery = stage.scenery
     tickets = scenery.in_flight(1, 2500)
-    trap = scenery.proxy.limit_data(store._RENEW.sha.encode(), times=3)
+    trap = scenery.proxy.limit_data(mark_of(scenery.store.beat([], None, 1)), times=3)
     eventually(lambda: trap.sprung >= 2, 5, "replies are lost")
     assert [attempt.verdict for attempt in tickets[0].wait(5).attempts] == ["confirmed"]
 

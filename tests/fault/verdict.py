@@ -11,6 +11,8 @@ from tests.fault.ledger import ExchangeSide, KeyKind, QueueSide
 
 #: Items of a list that the table shows.
 _SHOWN = 10
+#: Of so many requests each worker has had some.
+_ENOUGH_FOR_ALL = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,15 @@ class Reckoning:
     exchange: ExchangeSide
     incidents: int
     requests_during_bans: int
+    leases_lost: int
+    sent_without_lease: tuple[str, ...]
+    reopened: int  # client ids that were taken again when their order was off the book
+    unread: int  # outcomes recorded by the worker whose output nobody reads
     recoveries_ms: tuple[int, ...]  # shortest first
     exits_s: tuple[float, ...]
     consumed_by_restarts: int
     walked_out: tuple[str, ...]
+    stock_ends: tuple[str, ...]  # of RQ's own workers, which may end when Redis is lost
     keys: tuple[KeyKind, ...]
 
     def problems(self) -> list[str]:
@@ -45,10 +52,16 @@ class Reckoning:
             ("orders touched that nobody asked about", len(exchange.harmful)),
             ("differences from the exchange's book", len(exchange.differences)),
             ("unknown, gave_up or overdue", exchange.undecided),
+            ("requests during bans", self.requests_during_bans),
+            ("requests sent for a lost lease", len(self.sent_without_lease)),
             ("attempts consumed by restarts", self.consumed_by_restarts),
             ("workers that ended unasked", len(self.walked_out)),
+            ("worker that stood still because nobody reads its output", int(self._stood_still())),
         ]
         return [f"{count} {name}" for name, count in found if count]
+
+    def _stood_still(self) -> bool:
+        return not self.unread and self.queue.ok >= _ENOUGH_FOR_ALL
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -92,7 +105,7 @@ def _queue(side: QueueSide) -> list[str]:
 
 
 def _exchange(run: Reckoning) -> list[str]:
-    side = run.exchange
+    side, reasons = run.exchange, run.exchange.left_alone
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(side.kinds.items()))
     return [
         "",
@@ -103,7 +116,10 @@ def _exchange(run: Reckoning) -> list[str]:
         *_listed("orders touched unasked", side.harmful),
         *_listed("differences from the book", side.differences),
         _row("undecided", side.undecided, "unknown, gave_up, overdue"),
+        _row("left alone", sum(reasons.values()), f"their client ids are others' now; {run.reopened} were taken again"),
+        *[f"      {count} {reason}" for reason, count in sorted(reasons.items())],
         _row("requests during bans", run.requests_during_bans, f"{run.incidents} bans"),
+        *_listed("sent for a lost lease", run.sent_without_lease, f"{run.leases_lost} leases were lost"),
         f"  outcomes: {kinds}",
     ]
 
@@ -118,6 +134,8 @@ def _stops(run: Reckoning) -> list[str]:
         _row("SIGTERM to exit", len(run.exits_s), f"max {max(run.exits_s, default=0):.2f} s"),
         _row("attempts consumed by restarts", run.consumed_by_restarts),
         *_listed("workers that ended unasked", run.walked_out),
+        *_listed("RQ's workers that ended", run.stock_ends, "as they may"),
+        _row("outcomes by the unread worker", run.unread),
     ]
 
 
@@ -125,6 +143,6 @@ def _row(name: str, count: int, remark: str = "") -> str:
     return f"  {name:<30}{count:>8}  {remark}".rstrip()
 
 
-def _listed(name: str, items: Sequence[str]) -> list[str]:
+def _listed(name: str, items: Sequence[str], remark: str = "") -> list[str]:
     more = [f"      and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
-    return [_row(name, len(items)), *(f"      {item}" for item in items[:_SHOWN]), *more]
+    return [_row(name, len(items), remark), *(f"      {item}" for item in items[:_SHOWN]), *more]

@@ -25,25 +25,22 @@ from producer.message import (
     encode_call,
     encode_request,
 )
-from worker.http1 import FRAMING_LIMIT, MalformedResponse, ResponseReader
-from worker.verdict import (
-    GATED,
+from worker.classify import GATED, Failure, Means, OrderRef, Reply, Verdict, classify
+from worker.decide import (
     LAST_TRY_MS,
     Again,
     Case,
-    Failure,
-    Means,
-    OrderRef,
     Policy,
-    Reply,
+    Span,
     Stop,
-    Verdict,
-    as_known,
-    classify,
     first_step,
     in_doubt,
+    next_number,
     next_step,
+    pause_ms,
+    read_history,
 )
+from worker.http1 import FRAMING_LIMIT, MalformedResponse, ResponseReader
 
 #: Longest text of an error: it goes into the record of a refused job and into a log line.
 LONGEST_ERROR = 300
@@ -104,9 +101,11 @@ def _attempts_or_error(data: bytes) -> None:
     # A worker decides by this history and records it: strategies must be able to read that record.
     record = Outcome("i", 1, OutcomeKind.GAVE_UP, attempts=attempts).encode()
     assert decode_outcome(record.encode()).attempts == attempts
-    known, policy = as_known(attempts), Policy()
+    kept, policy = read_history(data, T0), Policy()
+    assert read_history(encode_attempts(kept), T0) == kept
+    assert next_number(kept) > max((attempt.n for attempt in kept), default=0)
     for by_client_id in (False, True):
-        step = first_step(Case(by_client_id, T0, T0 + 60_000), known, policy, T0 + 10)
+        step = first_step(Case(by_client_id, T0, T0 + 60_000), kept, policy, T0 + 10)
         assert isinstance(step, Stop | Again)
 
 
@@ -217,7 +216,9 @@ def verdict(data: bytes) -> None:
     source = _Source(data)
     policy = Policy(1 + source.number() % 30, 1 + source.number(16), 1 + source.number(16), source.number(16))
     deadline_ms = T0 + 1 + source.number(16) * 4
-    case = Case(bool(source.number() & 1), T0 - source.number(16), deadline_ms)
+    chance = source.number()
+    ahead = Span(-(chance >> 2), chance) if chance & 2 else None
+    case = Case(bool(chance & 1), T0 - source.number(16), deadline_ms, ahead)
     history: list[Attempt] = []
     now_ms = T0
     for _ in range(1 + source.number() % 6):
@@ -285,7 +286,9 @@ def _decide(case: Case, history: list[Attempt], told: Verdict, policy: Policy, n
     assert step.resync is (told.means is Means.CLOCK)
     assert told.means not in (Means.CONFIRMED, Means.DENIED, Means.KEY_REFUSED)
     if told.means in GATED:
-        assert step.delay_ms >= min(told.pause_ms(now_ms, policy), case.deadline_at_ms - now_ms - LAST_TRY_MS)
+        assert step.delay_ms >= min(
+            pause_ms(told, policy, now_ms, case.ahead), case.deadline_at_ms - now_ms - LAST_TRY_MS
+        )
     # Chance makes a wait longer or shorter, never another decision in the same moment.
     longest = next_step(case, history, told, policy, now_ms, 0.999)
     if isinstance(longest, Again):

@@ -1,14 +1,46 @@
-"""Fixtures of the tests that drive the exchange client against little servers."""
+"""Fixtures of the tests that drive scripts, worker processes, or the exchange client against little servers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
+from flask.testing import FlaskClient
 
+from producer import CancelClient
+from producer.web import access
+from producer.web.app import create_app
+from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
+from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import API_KEY, SECRET, WAYS, Bench
+from tests.webpages import TOKEN
 from worker.signing import Credential
+
+
+@pytest.fixture
+def peek(connection: redis.Redis) -> Peek:
+    """A look at the queue's keys."""
+    return Peek(connection)
+
+
+@pytest.fixture
+def open_holder(valkey: Valkey) -> Iterator[OpenHolder]:
+    """Makes holders of jobs."""
+    holders: list[Holder] = []
+
+    def make(name: str = "w", *, lease_ms: int = 60_000, **options: Any) -> Holder:
+        port = options.pop("port", valkey.port)
+        holders.append(Holder(port, name, lease_ms=lease_ms, **options))
+        return holders[-1]
+
+    yield make
+    for holder in holders:
+        holder.close()
 
 
 @pytest.fixture(params=WAYS)
@@ -43,3 +75,76 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """Another one."""
     return Authority(tmp_path_factory.mktemp("ca"), "stranger")
+
+
+# ---- worker processes ------------------------------------------------------------------------------------------------
+
+
+NewFleet = Callable[..., Workers]
+
+
+@pytest.fixture
+def new_fleet(workers: Workers, tmp_path: Path) -> Iterator[NewFleet]:
+    """Makes fleets of workers whose environment differs from the usual one."""
+    made: list[Workers] = []
+
+    def make(**environment: str) -> Workers:
+        directory = tmp_path / f"fleet-{len(made)}"
+        directory.mkdir()
+        made.append(Workers(directory, workers.environment | environment))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.stop()
+
+
+@pytest.fixture
+def durable() -> Iterator[Valkey]:
+    """A server that loses nothing when it is killed."""
+    with running_valkey("--appendonly", "yes", "--appendfsync", "always") as server:
+        yield server
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_logins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever shows a wrong token waits for no more than a moment."""
+    monkeypatch.setattr(access, "PENALTY_S", 0.01)
+
+
+@pytest.fixture
+def reader(client: CancelClient) -> Iterator[FlaskClient]:
+    """The pages without a token."""
+    with create_app(client).test_client() as pages:
+        yield pages
+
+
+@pytest.fixture
+def operator(client: CancelClient) -> Iterator[FlaskClient]:
+    """The pages with a token, logged in."""
+    with create_app(client, TOKEN).test_client() as pages:
+        assert pages.post("/login", data={"token": TOKEN}).status_code == 303
+        yield pages
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+
+Logged = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What a test opens in the midst of it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Logged:
+    """The fields of what this process' engines have logged under a name."""
+    caplog.set_level("INFO", "cancel")
+    return lambda name: [vars(record)["fields"] for record in list(caplog.records) if record.msg == name]

@@ -25,8 +25,8 @@ from producer import (
     WaitTimeout,
 )
 from producer.keys import Keys
-from tests.integration.test_client import CONNECTIONS, Proxy, stopped
-from tests.servers import Valkey, Workers, confirms_durability, running_valkey
+from tests.servers import Proxy, Valkey, Workers, confirms_durability, running_valkey, stopped
+from tests.strategies import CONNECTIONS
 from worker.sandbox.control import RunningExchange
 
 KEYS = Keys()
@@ -77,7 +77,7 @@ def test_it_enqueues_what_the_other_client_enqueues(valkey: Valkey, client: Canc
     }
     jobs = [client.job(job_id).to_dict() for job_id in (ticket.id, other.id)]
     for job in jobs:
-        for name in ("created_at", "enqueued_at", "data", "description"):
+        for name in ("created_at", "enqueued_at", "last_heartbeat", "data", "description"):
             assert job.pop(name)
     assert jobs[0] == jobs[1]
 

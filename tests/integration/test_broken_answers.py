@@ -33,9 +33,9 @@ from tests.loopback import (
     query_of,
 )
 from tests.ways import API_KEY, REF, SECRET, TOTAL_S, Bench, bounded, failed, replied
+from worker.classify import Failure, Means, Reply, classify
 from worker.signing import Credential
 from worker.transport import BODY_LIMIT
-from worker.verdict import Failure, Means, Reply, classify
 
 # ---- broken off: perhaps seen ---------------------------------------------------------------------------------------
 

@@ -1,13 +1,12 @@
 """Secrets that are looked for everywhere after everything that can go wrong has: Redis, output, processes, pages.
 
-The search is tried first on a secret that was left in each of those places on purpose.
+That the search finds what is there is shown in `test_canary_search.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import re
 import socket
 import subprocess
@@ -15,12 +14,11 @@ import sys
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import redis
@@ -29,9 +27,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 
 from producer import CancelClient, CancelRequest
-from producer.keys import Keys
+from tests.canary import Search, add_page, http_get, process_line, redis_places
 from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
-from tests.webpages import WebProcess, outcome, settle
+from tests.webpages import WebProcess
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Call, Fault, FaultTiming
 
@@ -43,107 +41,6 @@ REDIS = "canary4redis96ab2"
 WRONG_LOGIN = "canary5login3e7d1"
 TOKEN = "canary6token40f8c"
 BAD_SETTING = "canary7setting9d2e"
-
-
-# ---- the search ------------------------------------------------------------------------------------------------------
-
-
-#: What every secret and signature has at least, characters.
-_PREFIX = 12
-
-
-@dataclass
-class Needles:
-    """What must not be found, in the forms in which it could be written."""
-
-    secrets: set[str]
-    signatures: set[str] = field(default_factory=set)
-
-    def found_in(self, place: bytes) -> list[str]:
-        """The secrets that stand in ``place`` as they are, percent-encoded, or base64-encoded at any offset."""
-        found = ["signature="] * (b"signature=" in place.lower())
-        # Thousands of signatures: each place of the text is looked up in a table instead.
-        for at in range(len(place) - _PREFIX + 1):
-            for form in self._table.get(place[at : at + _PREFIX], ()):
-                if place.startswith(form, at):
-                    found.append(form.decode())
-        return found
-
-    @cached_property
-    def _table(self) -> dict[bytes, set[bytes]]:
-        table: dict[bytes, set[bytes]] = {}
-        for form in self._forms():
-            assert len(form) >= _PREFIX, "too short to be told from chance"
-            table.setdefault(form[:_PREFIX].encode(), set()).add(form.encode())
-        return table
-
-    def _forms(self) -> Iterator[str]:
-        for text in self.secrets | self.signatures:
-            yield from {text, quote(text, safe=""), unquote(text)}
-        for text in self.secrets:
-            for lead in range(3):
-                # What three bytes become does not hang on those before and after them.
-                inner = base64.b64encode(b"\0" * lead + text.encode()).decode()[4 if lead else 0 :]
-                yield inner[: len(inner) // 4 * 4 - 4]
-
-
-def redis_places(connection: redis.Redis) -> Iterator[tuple[str, bytes]]:
-    """Every key with everything in it, and what can be unpacked of it (RQ packs payloads and failures' texts)."""
-    for key in connection.scan_iter():
-        for part in (key, *_parts(connection, key)):
-            yield f"Redis {key!r}", part
-            with contextlib.suppress(zlib.error):
-                yield f"Redis {key!r}, unpacked", zlib.decompress(part)
-            with contextlib.suppress(ValueError, zlib.error):
-                yield f"Redis {key!r}, decoded and unpacked", zlib.decompress(base64.b64decode(part, validate=True))
-
-
-def _parts(connection: redis.Redis, key: bytes) -> list[bytes]:
-    # By command and with answers of RESP2: plain lists of bytes, however they are nested.
-    kind = bytes(connection.execute_command("TYPE", key))
-    whole = {
-        b"string": ("GET", key),
-        b"hash": ("HGETALL", key),
-        b"list": ("LRANGE", key, 0, -1),
-        b"set": ("SMEMBERS", key),
-        b"zset": ("ZRANGE", key, 0, -1),
-        b"stream": ("XRANGE", key, "-", "+"),
-    }[kind]
-    return list(_flat(connection.execute_command(*whole)))
-
-
-def _flat(answer: Any) -> Iterator[bytes]:
-    if isinstance(answer, bytes):
-        yield answer
-    elif isinstance(answer, dict):
-        for pair in answer.items():
-            yield from _flat(pair)
-    elif isinstance(answer, list | tuple | set):
-        for part in answer:
-            yield from _flat(part)
-
-
-def process_line(pid: int) -> bytes:
-    """What `ps` shows of a process to every user of its host."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
-
-
-class Search:
-    """Collects places and what was found in them."""
-
-    def __init__(self, *secrets: str) -> None:
-        self.needles = Needles(set(secrets))
-        self.places: list[tuple[str, bytes]] = []
-
-    def add(self, name: str, place: bytes | str) -> None:
-        """One more place to look at."""
-        self.places.append((name, place.encode("utf-8", "surrogateescape") if isinstance(place, str) else place))
-
-    def findings(self) -> list[tuple[str, str]]:
-        """Place and secret for each that was found."""
-        if not self.needles.found_in(b"\n".join(place for _, place in self.places)):
-            return []
-        return [(name, needle) for name, place in self.places for needle in self.needles.found_in(place)]
 
 
 # ---- a proxy between worker and exchange, which sees the signatures --------------------------------------------------
@@ -353,26 +250,30 @@ def hostile(scene: Scene, connection: redis.Redis) -> list[str]:
     return list(payloads)
 
 
-#: Runs the worker with a defect below the signing of each third cancel, and prints it as no worker would: with every
-#: variable of every frame, as collectors of errors do.
+#: Runs the worker with a defect behind the answer to each third signed call, and prints it as no worker would: with
+#: every variable of every frame, as collectors of errors do.
 DEFECT = """
-import sys, threading, traceback
-import worker.crew, worker.exchange, worker.__main__
-calls, replied, lock = [0], worker.exchange.Exchange._replied, threading.Lock()
-def broken(self, attempt):
-    with lock:
-        calls[0] += "_signed" in attempt._request.__qualname__
-        is_hit = "_signed" in attempt._request.__qualname__ and calls[0] % 3 == 0
-    if is_hit:
+import contextvars, sys, traceback
+import worker.__main__, worker.log, worker.transport_asyncio as module
+send, decoded, error = module.AsyncioTransport.send, module.decoded, worker.log.error
+is_signed, calls = contextvars.ContextVar("is_signed", default=False), [0]
+async def noting(self, make, patience_s):
+    def noted():
+        request = make()
+        is_signed.set(request is not None and bool(request.fields))
+        return request
+    return await send(self, noted, patience_s)
+def breaking(*given):
+    calls[0] += is_signed.get()
+    if is_signed.get() and calls[0] % 3 == 0:
         raise RuntimeError("made by the test")
-    return replied(self, attempt)
-worker.exchange.Exchange._replied = broken
-told = worker.crew.log.error
-def error(name, **fields):
-    print("".join(traceback.TracebackException(*sys.exc_info(), capture_locals=True).format()), flush=True)
-    told(name, **fields)
-worker.crew.log.error = error
-worker.__main__.main()
+    return decoded(*given)
+def telling(name, **fields):
+    if sys.exc_info()[0] is not None:
+        print("".join(traceback.TracebackException(*sys.exc_info(), capture_locals=True).format()), flush=True)
+    error(name, **fields)
+module.AsyncioTransport.send, module.decoded, worker.log.error = noting, breaking, telling
+worker.__main__.start()
 """
 
 
@@ -506,12 +407,6 @@ def test_pages_and_metrics_show_no_secret(scene: Scene) -> None:
     assert scene.search.findings() == []
 
 
-def add_page(search: Search, name: str, web: WebProcess, path: str, headers: dict[str, Any]) -> None:
-    """One page, its headers included."""
-    reply = web(path, **headers)
-    search.add(f"page {name}", f"{reply.headers}\n{reply.text}")
-
-
 @contextlib.contextmanager
 def metrics_of(scene: Scene) -> Iterator[tuple[int, str]]:
     """`python -m producer metrics`: its process id and its address."""
@@ -531,110 +426,3 @@ def metrics_of(scene: Scene) -> Iterator[tuple[int, str]]:
             process.kill()
         scene.search.add("output of metrics", line + process.stdout.read())
         scene.search.add("stderr of metrics", _read(complained))
-
-
-@contextlib.contextmanager
-def http_get(url: str) -> Iterator[str]:
-    """The body of one page."""
-    address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), 20) as connection:
-        connection.sendall(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
-        with connection.makefile("rb") as answer:
-            yield answer.read().decode()
-
-
-# ---- the search is tried itself --------------------------------------------------------------------------------------
-
-PLANTED = "canary0planted5ee"
-
-
-@pytest.mark.parametrize("place", ["key", "string", "hash", "list", "set", "zset", "stream", "packed", "failure"])
-def test_the_search_finds_what_was_left_in_redis(place: str, connection: redis.Redis) -> None:
-    """A secret is found in a key of each type, in its name, and where RQ packs it."""
-    text = f"x{PLANTED}y"
-    if place == "key":
-        connection.set(text, "x")
-    elif place == "string":
-        connection.set("k", text)
-    elif place == "hash":
-        connection.hset("k", text, "x")
-    elif place == "list":
-        connection.rpush("k", text)
-    elif place == "set":
-        connection.sadd("k", text)
-    elif place == "zset":
-        connection.zadd("k", {text: 1})
-    elif place == "stream":
-        connection.xadd("k", {"f": text})
-    elif place == "packed":
-        connection.hset("k", "data", zlib.compress(text.encode()))
-    else:
-        connection.xadd("k", {"exc_string": base64.b64encode(zlib.compress(text.encode()))})
-
-    assert _found(redis_places(connection))
-
-
-@pytest.mark.parametrize("how", ["plain", "quoted", "base64", "base64-behind-another", "signed-url", "signature"])
-def test_the_search_finds_each_form(how: str) -> None:
-    """A secret or a signature is found as it is, percent-encoded, base64-encoded, and as a part of a URL."""
-    secret = "canary+/=0-of-some-length"
-    said = {
-        "plain": secret,
-        "quoted": quote(secret, safe=""),
-        "base64": base64.b64encode(f"{secret}-and-more".encode()).decode(),
-        "base64-behind-another": base64.b64encode(f"fixie:{secret}".encode()).decode(),
-        "signed-url": "DELETE /fapi/v1/algoOrder?algoId=1&Signature=ab",
-        "signature": "sig: 9f%2Bx0123456789",
-    }[how]
-    needles = Needles({secret}, {"9f%2Bx0123456789"})
-
-    assert needles.found_in(said.encode())
-    assert not needles.found_in(b"nothing of that")
-
-
-def test_the_search_finds_what_a_process_shows(tmp_path: Path) -> None:
-    """A secret is found in a process' line and in its output, a traceback's too."""
-    code = "import sys; print('ready', flush=True); sys.stdin.read(); raise ValueError(sys.argv[1])"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, PLANTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert _found([("ps", process_line(process.pid))])
-        printed, _ = process.communicate(b"")
-    assert _found([("output", printed)])
-
-
-def test_the_search_finds_what_pages_and_metrics_show(connection: redis.Redis, valkey: Valkey) -> None:
-    """A secret is found on a page of the operators' and among the metrics."""
-    settle(connection, outcome("planted", tag=PLANTED, account=PLANTED))
-    search = Search(PLANTED)
-    with WebProcess(valkey.url) as web:
-        add_page(search, "planted", web, "/requests/planted", {})
-    assert search.findings()
-    connection.sadd(Keys().suspects, PLANTED)
-    connection.hset(
-        Keys().breaker(PLANTED), mapping={"failures": 9, "since_ms": 1, "probe_at_ms": 1, "reason": PLANTED}
-    )
-    command = [sys.executable, "-m", "producer", "metrics", "--port", "0"]
-    environment = scrubbed() | {"REDIS_URL": valkey.url}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            with http_get(process.stdout.readline().split()[-1]) as text:
-                assert _found([("metrics", text.encode())])
-        finally:
-            process.kill()
-
-
-def _found(places: Iterable[tuple[str, bytes]]) -> bool:
-    search = Search(PLANTED)
-    search.places += places
-    return any(needle == PLANTED for _, needle in search.findings())
-
-
-def test_the_search_finds_nothing_where_nothing_is(client: CancelClient, connection: redis.Redis) -> None:
-    """An ordinary request leaves nothing that the search takes for a secret."""
-    client.cancel(algo_id=7)
-    assert json.dumps([name for name, _ in redis_places(connection)])
-    assert not _found(redis_places(connection))

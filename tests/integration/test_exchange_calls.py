@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from producer.message import Call
 from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, free_port, http_answer, query_of, until
 from tests.ways import API_KEY, REF, SECRET, Bench, replied
+from worker.classify import Means, OrderRef, Reply, classify
 from worker.clock import BEHIND_MS, ServerClock
 from worker.exchange import MAX_RETRY_AFTER_MS
 from worker.signing import Credential
-from worker.verdict import Means, OrderRef, Reply, classify
 
 # ---- on the wire ----------------------------------------------------------------------------------------------------
 

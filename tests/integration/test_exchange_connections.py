@@ -25,9 +25,9 @@ from tests.loopback import (
     until,
 )
 from tests.ways import REF, Bench, Client, bounded, failed, passed, replied, several
+from worker.classify import Means, OrderRef, Reply, classify
 from worker.exchange import Answer
 from worker.signing import Credential
-from worker.verdict import Means, OrderRef, Reply, classify
 
 # ---- used again, or not ---------------------------------------------------------------------------------------------
 

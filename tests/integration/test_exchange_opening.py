@@ -17,8 +17,8 @@ from producer.message import Call
 from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, http_answer, relaying, until
 from tests.servers import ROOT
 from tests.ways import REF, Bench, bounded, failed, passed, replied, several
+from worker.classify import Reply
 from worker.signing import Credential
-from worker.verdict import Reply
 
 
 def named(monkeypatch: pytest.MonkeyPatch, addresses: Callable[[], list[Any]]) -> None:

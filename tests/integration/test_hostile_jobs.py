@@ -1,6 +1,6 @@
 """Jobs that somebody with access to Redis damaged or made up: refused, and the next good request is served in time.
 
-`test_worker.py` has the foreign payloads; here it is what stands around a payload, and what is no job at all.
+`test_worker_strangers.py` has the foreign payloads; here it is what stands around a payload, and what is no job at all.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ DAMAGED: dict[str, dict[str, str | bytes]] = {
     "attempts-wrong-types": {"c_attempts": attempt(http={"a": []}, code="x", ms=None)},
     "attempts-surrogate": {"c_attempts": attempt(msg="?").replace("?", SURROGATE)},
     "attempts-deep": {"c_attempts": "[" * 10_000},
-    "attempts-large": {"c_attempts": attempt(msg="x" * 2_000_000)},
     "pin-no-json": {"c_pin": "garbage"},
     "pin-no-object": {"c_pin": "[7]"},
     "pin-not-utf8": {"c_pin": b"\xff"},
@@ -159,9 +158,30 @@ def test_damaged_job_is_refused_alone(
     assert Counter(entry.id for entry in peek.ledger()) == dict.fromkeys(
         ["damaged", *(ticket.id for ticket in (*before, *after))], 1
     )
-    assert peek("ZCARD", peek.keys.leases) == 0
+    assert peek("ZCARD", peek.keys.unfinished) == 0
     assert exchange.stats().requests["DELETE /fapi/v1/algoOrder"] == {"200": 4}
     assert Job.fetch("damaged", connection=connection, serializer=JSONSerializer).get_status() == "failed"
+    is_well(worker)
+
+
+def test_a_history_too_large_to_be_read_is_a_doubt(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """Where a history is larger than any, what was sent before is not known: the order is looked at, then cancelled."""
+    algo_id = order(exchange)
+    put(connection, "large", encode_call(Request(algo_id=algo_id)), {"c_attempts": attempt(msg="x" * 2_000_000)})
+    worker = workers.start(LEASE_S="2")
+
+    outcome = client.wait("large", IN_TIME_S)
+
+    assert outcome.kind is OutcomeKind.CANCELLED
+    assert [(a.call, a.verdict) for a in outcome.attempts] == [
+        ("cancel", "unclear"),
+        ("query", "open"),
+        ("cancel", "confirmed"),
+    ]
+    assert (exchange.book()[algo_id].gets, exchange.book()[algo_id].deletes) == (1, 1)
+    is_served(client, exchange)
     is_well(worker)
 
 

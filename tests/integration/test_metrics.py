@@ -10,105 +10,23 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import redis
-from prometheus_client.parser import text_string_to_metric_families
 
 from producer import CancelClient
-from producer.keys import Keys
-from producer.message import VERSION, OutcomeKind
+from producer.keys import Band, Keys
+from producer.message import OutcomeKind
 from producer.metrics import Labels, LedgerClient, LedgerEnd, LedgerReader, Tally
+from tests.exporting import GONE, Exporter, append, exporting, outcomes, ran, record
 from tests.servers import ROOT, Valkey, Workers, eventually, free_port, running_valkey, scrubbed
 from worker.sandbox.control import RunningExchange
 
 KEYS = Keys()
 CLOCK = "cancel_clock_offset_seconds"
-GONE = """
-import sys
-sys.modules["prometheus_client"] = None
-from producer.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
-Scrape = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-@dataclass
-class Exporter:
-    """A running exporter and where it listens."""
-
-    process: subprocess.Popen[str]
-    url: str
-
-    def text(self) -> str:
-        """One scrape as it came; an answer other than 200 raises."""
-        with urllib.request.urlopen(self.url, timeout=20) as answer:
-            assert answer.status == 200
-            return str(answer.read().decode())
-
-    def scrape(self) -> Scrape:
-        """One scrape: value by name and labels, of which `queue` stands on all and is left out."""
-        found: Scrape = {}
-        for family in text_string_to_metric_families(self.text()):
-            assert family.documentation
-            for sample in family.samples:
-                labels = dict(sample.labels)
-                assert labels.pop("queue") == "cancels"
-                name = (sample.name, tuple(sorted(labels.items())))
-                assert name not in found
-                found[name] = sample.value
-        return found
-
-    def value(self, name: str, **labels: str) -> float | None:
-        """One figure of a new scrape, None where it has none."""
-        return self.scrape().get((name, tuple(sorted(labels.items()))))
-
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """Signal it; gives exit code and what it had to complain about."""
-        self.process.send_signal(how)
-        _, errors = self.process.communicate(timeout=10)
-        return self.process.returncode, errors
-
-
-def command(*arguments: str) -> list[str]:
-    """The words of a call; a warning in it is an error."""
-    return [sys.executable, "-W", "error", "-m", "producer", "metrics", *arguments]
-
-
-def ran(*arguments: str, script: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """A call that ends by itself."""
-    words = [sys.executable, "-W", "error", "-c", script, "metrics", *arguments] if script else command(*arguments)
-    return subprocess.run(
-        words, cwd=ROOT, env=scrubbed() | environment, capture_output=True, text=True, timeout=30, check=False
-    )
-
-
-@contextlib.contextmanager
-def exporting(url: str, *arguments: str, **environment: str) -> Iterator[Exporter]:
-    """An exporter on a port of its own, which complains of nothing as long as the block runs."""
-    with subprocess.Popen(
-        command("--port", "0", *arguments),
-        cwd=ROOT,
-        env=scrubbed() | {"REDIS_URL": url, "PORT": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith("metrics of queue cancels on http://")
-            exporter = Exporter(process, line.split()[-1])
-            yield exporter
-            if process.poll() is None:
-                assert exporter.stop() == (0, "")
-        finally:
-            process.kill()
 
 
 @pytest.fixture
@@ -116,37 +34,6 @@ def exporter(valkey: Valkey) -> Iterator[Exporter]:
     """One on the server of the tests."""
     with exporting(valkey.url) as running:
         yield running
-
-
-def record(number: int = 1, **fields: object) -> str:
-    """An outcome record as a worker writes it."""
-    attempt = {
-        "n": 1,
-        "at_ms": 1_010,
-        "call": "cancel",
-        "http": 200,
-        "code": 200,
-        "msg": "",
-        "verdict": "confirmed",
-        "ms": 5,
-    }
-    base: dict[str, object] = {"v": VERSION, "id": f"{number:032x}", "run": 1, "account": "default", "algo_id": number}
-    base |= dict.fromkeys(("client_algo_id", "symbol", "tag", "order_status", "actual_order_id", "error"))
-    base |= {"kind": "cancelled", "may_be_live": False, "attempts": [attempt], "enqueued_at_ms": 1_000}
-    return json.dumps(base | {"finished_at_ms": 1_040, "worker": "w.1"} | fields)
-
-
-def append(connection: redis.Redis, *records: str, **options: Any) -> None:
-    """Entries of the ledger."""
-    with connection.pipeline(transaction=False) as pipeline:
-        for each in records:
-            pipeline.xadd(KEYS.outcomes, {"outcome": each}, **options)
-        pipeline.execute()
-
-
-def outcomes(scrape: Scrape) -> float:
-    """How many outcomes are counted in all."""
-    return sum(value for (name, _), value in scrape.items() if name == "cancel_outcomes_total")
 
 
 # --- counters -----------------------------------------------------------------------------------------------------
@@ -374,22 +261,25 @@ def test_labels_are_bounded_and_well_formed(exporter: Exporter, connection: redi
     odd = [attempt | {"code": code, "http": http} for code, http in ((None, None), (10**12, 0), (0, 99_999), (-1, 200))]
     append(connection, record(attempts=odd), record(attempts=[attempt | {"verdict": 'v"\\'}]))
     append(connection, record(attempts=[attempt | {"code": number, "verdict": f"v{number}"} for number in range(1000)]))
+    calls = [*hostile[1:], *(f"call{number}" for number in range(20))]
+    append(connection, record(attempts=[attempt | {"call": call} for call in calls]))
 
     text, seen = exporter.text(), exporter.scrape()
 
     accounts = {dict(labels)["account"] for (name, labels) in seen if name == "cancel_outcomes_total"}
     assert len(accounts) == 64 + 2
-    # `default`, which has its place from the start, is one of the 64, and the account of three records.
-    assert seen["cancel_outcomes_total", (("account", "default"), ("kind", "cancelled"))] == 3
+    # `default`, which has its place from the start, is one of the 64, and the account of four records.
+    assert seen["cancel_outcomes_total", (("account", "default"), ("kind", "cancelled"))] == 4
     assert seen["cancel_outcomes_total", (("account", "other"), ("kind", "cancelled"))] == 37 + 6
     assert seen["cancel_outcomes_total", (("account", "none"), ("kind", "cancelled"))] == 1
     replies = {labels: value for (name, labels), value in seen.items() if name == "cancel_exchange_replies_total"}
-    assert len(replies) <= 257
+    assert len(replies) <= 256 + 9
     assert replies[("call", "cancel"), ("code", "none"), ("http", "none")] == 1
     assert replies[("call", "cancel"), ("code", "other"), ("http", "other")] > 700
-    assert sum(replies.values()) == 107 + 4 + 1 + 1000
-    verdicts = [labels for (name, labels) in seen if name == "cancel_attempts_total"]
-    assert len(verdicts) <= 33
+    assert sum(replies.values()) == 107 + 4 + 1 + 1000 + 25
+    labels = [dict(labels) for (name, labels) in seen if name == "cancel_attempts_total"]
+    assert len({each["verdict"] for each in labels}) == 32 + 1
+    assert len({each["call"] for each in labels}) == 8 + 1
     assert f"{7:032x}" not in text
     assert "\nup 0" not in text
 
@@ -413,8 +303,9 @@ def test_gauges_are_the_status(exporter: Exporter, client: CancelClient, connect
     }
 
     tickets = [client.cancel(algo_id=number) for number in (1, 2)]
-    connection.hset(KEYS.job_prefix + tickets[0].id, "c_enqueued_at_ms", now_ms - 9_000)
-    connection.zadd(KEYS.leases, {"x": now_ms + 60_000, "lost": 1, "lost too": now_ms - 1})
+    connection.zadd(KEYS.unfinished, {tickets[0].id: Band.WAITING + now_ms - 9_000})
+    connection.zadd(KEYS.unfinished, {"x": now_ms + 60_000, "lost": 1, "lost too": now_ms - 1})
+    connection.zadd(KEYS.unfinished, {"y": Band.RETRY + now_ms, "z": Band.RETRY + now_ms + 60_000})
     connection.zadd(KEYS.scheduled, {"y": 4e9, "z": 4e9})
     connection.zadd(KEYS.failed, {"f": 4e9})
     connection.set(KEYS.suspended, 1)

@@ -22,9 +22,9 @@ import redis
 from producer import CancelClient, CancelRequest
 from producer.keys import Keys
 from producer.message import decode_outcome
-from tests.integration.test_client import PASSWORD, Proxy, blocked, calls, fail
 from tests.integration.test_sandbox_server import certificate
-from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.servers import ROOT, Proxy, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.strategies import PASSWORD, blocked, calls, fail
 from worker.sandbox.control import RunningExchange
 
 KEYS = Keys()
@@ -381,6 +381,7 @@ def test_status_is_one_object_or_a_page(shell: Shell, client: CancelClient, work
     """--json gives every figure on one line; without it each has its labelled line, workers a row each."""
     workers.start()
     fail(client, workers)
+    eventually(lambda: client.status().workers[0].failed == 1, 5, "the worker has told of its jobs")
     done = shell("status", "--json")
 
     assert (done.returncode, done.stderr) == (0, "")

@@ -31,8 +31,8 @@ from tests.loopback import (
     relaying,
 )
 from tests.ways import API_KEY, REF, SECRET, TOTAL_S, Bench, bounded, failed, replied
+from worker.classify import Failure, OrderRef, Reply
 from worker.signing import Credential
-from worker.verdict import Failure, OrderRef, Reply
 
 # ---- TLS ------------------------------------------------------------------------------------------------------------
 

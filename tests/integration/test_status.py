@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import redis
+from rq import Queue
+from rq.serializers import JSONSerializer
 from rq.utils import utcformat, utcparse
 
-from producer import CancelClient
-from producer.keys import Keys
+from producer import CancelClient, CancelRequest
+from producer.keys import Band, Keys
 from producer.status import FRESH_S, LIVE_S
-from tests.servers import TurnCounter, Valkey, Workers, eventually
+from tests.holders import OpenHolder, age, later, orders
+from tests.servers import Peek, TurnCounter, Valkey, Workers, eventually
+from tests.strategies import CONNECTIONS, now_ms
+from worker.sandbox.control import RunningExchange
 
 KEYS = Keys()
 
@@ -127,7 +133,7 @@ def test_expired_leases_are_no_work_in_flight(client: CancelClient, connection: 
     """What no living worker holds any more is to be taken over, from the very end of its lease on."""
     seconds, micros = connection.time()
     now_ms = seconds * 1000 + micros // 1000
-    connection.zadd(KEYS.leases, {"held": now_ms + 60_000, "held too": now_ms + 60_000, "lost": now_ms, "old": 1})
+    connection.zadd(KEYS.unfinished, {"held": now_ms + 60_000, "held too": now_ms + 60_000, "lost": now_ms, "old": 1})
 
     seen = client.status()
 
@@ -202,3 +208,155 @@ def test_damaged_figures_do_not_end_the_look(client: CancelClient, connection: r
     assert (row.name, row.host, row.in_flight, row.heartbeat_age_s) == ("bad [2J", "\ufffd", None, None)
     assert (seen.gates[0].reason, seen.gates[0].by, seen.oldest_queued_s) == ("\ufffd [2J", "x y", None)
     assert all(line.isprintable() for line in seen.lines())
+
+
+class Counting(redis.Connection):
+    """A connection that counts what goes out."""
+
+    sent = 0
+
+    def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+        """One write to the socket."""
+        Counting.sent += 1
+        super().send_packed_command(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def test_a_status_costs_three_round_trips(valkey: Valkey, workers: Workers, connection: redis.Redis) -> None:
+    """However much there is to tell, with workers and their gates and thousands of outcomes."""
+    for _ in range(2):
+        workers.start()
+    pool = redis.ConnectionPool(connection_class=Counting, host="127.0.0.1", port=valkey.port)
+    with redis.Redis(connection_pool=pool) as counted, CancelClient(counted) as client:
+        client.cancel_many(CancelRequest(algo_id=number, account="nobody") for number in range(1, 300))
+        record = next(client.outcomes(follow=True))[1]
+        pipeline = connection.pipeline()
+        for _ in range(5200):
+            pipeline.xadd(KEYS.outcomes, {"outcome": record.encode()})
+        pipeline.execute()
+        Counting.sent = 0
+
+        seen = client.status()
+
+        assert Counting.sent <= 3
+    assert len(seen.workers) == 2
+    assert seen.outcomes_partial
+    assert sum(seen.outcomes.values()) == 5000
+    pool.disconnect()
+
+
+def test_a_status_tells_how_the_queue_stands(client: CancelClient, connection: redis.Redis) -> None:
+    """Each unfinished job counts by where the index has it, and the oldest is the one that really waits longest."""
+    now = int(now_ms(connection))
+    tickets = client.cancel_many(CancelRequest(algo_id=number) for number in range(1, 6))
+    first, second, gone, unlisted, deleted = tickets
+    connection.lrem(KEYS.waiting, 1, unlisted.id)  # a crash or RQ took it off the list: it waits still
+    for ticket, waits_ms in ((gone, 90_000), (deleted, 80_000), (second, 7_000), (first, 10)):
+        connection.zadd(KEYS.unfinished, {ticket.id: Band.WAITING + now - waits_ms})
+    connection.delete(KEYS.job_prefix + gone.id, KEYS.job_prefix + deleted.id)
+    connection.delete(KEYS.waiting)
+    connection.zadd(KEYS.unfinished, {"x": now + 60_000, "lost": 1})
+    connection.zadd(KEYS.unfinished, {"y": Band.RETRY + now + 60_000, "z": Band.RETRY + 1})
+    connection.zadd(KEYS.failed, {"f": 4e9})
+    connection.set(KEYS.suspended, 1)
+    until_ms = now + 30_000
+    gate = {"until_ms": until_ms, "reason": "429", "by": "worker.1"}
+    connection.hset(Keys.gate("all"), mapping=gate)  # type: ignore[arg-type]
+    before = sorted(connection.scan_iter())
+
+    seen = client.status()
+
+    assert (seen.queued, seen.in_flight, seen.scheduled, seen.failed, seen.suspended) == (3, 1, 2, 1, True)
+    assert seen.to_be_taken_over == 1
+    assert seen.oldest_queued_s == pytest.approx(7, abs=1)
+    assert [(g.scope, g.open, g.until_ms, g.reason, g.by) for g in seen.gates] == [
+        ("all", False, until_ms, "429", "worker.1")
+    ]
+    assert seen.gates[0].closed_for_s == pytest.approx(30, abs=1)
+    assert seen.outcomes == {}
+    assert (seen.enqueue_to_outcome.p50, seen.enqueue_to_outcome.p99) == (None, None)
+    assert sorted(connection.scan_iter()) == before
+    shown = "\n".join(seen.lines())
+    assert "SUSPENDED" in shown
+    assert "CLOSED for" in shown
+    assert first.id not in shown
+
+
+def test_the_age_of_the_oldest_is_how_long_it_waits_for_a_worker(
+    client: CancelClient, open_holder: OpenHolder, peek: Peek
+) -> None:
+    """A retry that falls due counts from then on, not from its enqueueing: age means that workers are missing."""
+    orders(client, 1)
+    age(peek, 50_000)
+    assert client.status().oldest_queued_s == pytest.approx(50, abs=1)
+    holder = open_holder()
+    holder.complete(later(holder.claim()[0], 1))
+    assert client.status().oldest_queued_s is None
+    time.sleep(0.01)
+
+    assert holder.claimed(0).leases == []  # it has fallen due, and there is no slot for it
+
+    assert client.status().queued == 1
+    assert client.status().oldest_queued_s == pytest.approx(0, abs=1)
+
+
+@pytest.mark.parametrize("options", CONNECTIONS)
+def test_a_status_is_the_same_on_every_kind_of_connection(
+    options: dict[str, Any], valkey: Valkey, client: CancelClient, peek: Peek
+) -> None:
+    """RESP2 and RESP3, with decoded answers or without."""
+    orders(client, 3)
+    age(peek, 20_000)
+    with CancelClient(redis.Redis(port=valkey.port, socket_timeout=2, **options)) as mine:
+        assert mine.status().queued == 3
+        assert mine.status().oldest_queued_s == pytest.approx(20, abs=1)
+
+
+def test_what_only_rqs_lists_know_is_counted_too(
+    client: CancelClient, connection: redis.Redis, open_holder: OpenHolder
+) -> None:
+    """What another program enqueued waits as well, on its way to a worker too; its age is told once a worker saw it."""
+    queue = Queue(KEYS.queue, connection=connection, serializer=JSONSerializer)
+    for _ in range(2):
+        queue.enqueue("os.getcwd")
+    queue.enqueue_in(timedelta(hours=1), "os.getcwd")
+    connection.lmove(KEYS.waiting, KEYS.claiming, "LEFT", "RIGHT")
+
+    seen = client.status()
+    assert (seen.queued, seen.scheduled, seen.oldest_queued_s, seen.unattended) == (2, 1, None, True)
+
+    connection.lmove(KEYS.claiming, KEYS.waiting, "LEFT", "RIGHT")
+    holder = open_holder()
+    holder.ask(holder.store.tidy(0, 0))
+    seen = client.status()
+    assert (seen.queued, seen.scheduled) == (2, 1)
+    assert seen.oldest_queued_s == pytest.approx(0, abs=1)
+
+
+def test_a_status_measures_the_last_minute(
+    client: CancelClient, workers: Workers, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """Outcomes by kind, the time to the first attempt and to the outcome, and each live worker with its counts."""
+    orders = [order.algo_id for order in exchange.add_orders(4)]
+    exchange.trigger(orders[3])
+    worker = workers.start()
+    exchange.set_latency_ms(50)
+    for ticket in client.cancel_many(CancelRequest(algo_id=algo_id) for algo_id in orders):
+        ticket.wait(10)
+    connection.xadd(KEYS.outcomes, {"something": "else"})
+    connection.hset(Keys.gate("elsewhere"), "until_ms", 4_000_000_000_000)
+    host = client.status().workers[0].host
+    connection.hset(Keys.gate(host), "until_ms", 4_000_000_000_000)
+    eventually(lambda: client.status().workers[0].ok == 4, 5, "the worker has told of its jobs")
+
+    seen = client.status()
+
+    assert seen.outcomes == {"cancelled": 3, "triggered": 1, "unreadable": 1}
+    assert 50 <= (seen.enqueue_to_outcome.p50 or 0) <= (seen.enqueue_to_outcome.p99 or 0) < 5000
+    assert 0 <= (seen.enqueue_to_first_attempt.p50 or 0) < (seen.enqueue_to_outcome.p50 or 0)
+    assert [(gate.scope, gate.open) for gate in seen.gates] == [("all", True), (host, False)]
+    (row,) = seen.workers
+    assert (row.pid, row.ok, row.failed) == (worker.process.pid, 4, 0)
+    assert row.heartbeat_age_s is not None
+    assert row.name in "\n".join(seen.lines())
+    worker.stop()
+    assert client.status().workers == ()

@@ -200,6 +200,25 @@ def test_closed_gate_is_respected(
     assert exchange.stats().requests_during_incidents == 0
 
 
+def test_gate_closed_meanwhile_is_respected(
+    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A stock worker that waits for an answer hears that the gate was closed meanwhile: its next question waits."""
+    start_stock(workers, valkey)
+    exchange.set_latency_ms(1500)
+    order = exchange.add_orders(1)[0]
+    exchange.script_faults(order.algo_id, [Fault.UNKNOWN_503])
+    ticket = client.cancel(algo_id=order.algo_id)
+    eventually(lambda: exchange.book()[order.algo_id].deletes == 1, 15, "the request is under way")
+    opens_ms = peek.now_ms() + 4000
+    peek("HSET", peek.keys.gate("all"), "until_ms", opens_ms)
+
+    outcome = ticket.wait(25)
+
+    assert [attempt.verdict for attempt in outcome.attempts] == ["unclear", "open", "confirmed"]
+    assert min(each.at_ns / 1e6 for each in exchange.arrivals() if each.method == "GET") >= opens_ms
+
+
 def test_gate_is_closed_for_others(
     workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:

@@ -276,6 +276,17 @@ def test_requests_for_one_order_share_a_job(talk: Talk) -> None:
     assert not again.duplicate
 
 
+def test_requests_by_client_id_alone_share_no_job(talk: Talk) -> None:
+    """A client id may mean another order by the next call, which joins no earlier job; inside one call they share."""
+    first = talk.cancel(client_algo_id="stop-1")
+    second, other, again = talk.cancel_many(CancelRequest(None, name) for name in ("stop-1", "stop-2", "stop-1"))
+    with_algo_id = talk.cancel(client_algo_id="stop-1", algo_id=talk.world.order().algo_id)
+
+    assert [ticket.duplicate for ticket in (first, second, other, again, with_algo_id)] == [False] * 3 + [True, False]
+    assert again.id == second.id
+    assert len({ticket.id for ticket in (first, second, other, with_algo_id)}) == 4
+
+
 def test_one_call_shares_too(talk: Talk) -> None:
     """Requests for one order inside one call share a ticket, and tickets come in the order of the requests."""
     talk.world.work()

@@ -19,9 +19,8 @@ import pytest
 
 from producer import AsyncCancelClient, CancelClient, OutcomeKind, QueueUnavailable
 from tests.conftest import API_KEY, API_SECRET
-from tests.integration.test_client import Proxy
 from tests.integration.test_sandbox_server import certificate
-from tests.servers import ROOT, Valkey, Worker, Workers, eventually, scrubbed
+from tests.servers import ROOT, Proxy, Valkey, Worker, Workers, eventually, scrubbed
 from worker.sandbox.control import RunningExchange
 
 PASSWORD = "not-to-be-seen"

@@ -17,8 +17,8 @@ from selenium.webdriver.common.keys import Keys as Press
 
 from producer import CancelClient
 from producer.message import OutcomeKind
-from tests.integration.test_client import fail
 from tests.servers import Valkey, Workers, eventually
+from tests.strategies import fail
 from tests.webpages import HOSTILE, KEYS, LARGEST, TOKEN, WebProcess, attempt, outcome, settle
 from worker.sandbox.control import RunningExchange
 

@@ -17,9 +17,9 @@ import pytest
 import redis
 
 from producer import CancelClient
-from tests.integration.test_client import PASSWORD, Proxy, fail
 from tests.integration.test_producer_cli import Shell, one_line
-from tests.servers import ROOT, Valkey, Workers, eventually, free_port, running_valkey, scrubbed
+from tests.servers import ROOT, Proxy, Valkey, Workers, eventually, free_port, running_valkey, scrubbed
+from tests.strategies import PASSWORD, fail
 from tests.webpages import LARGEST, TOKEN, WebProcess, form_token
 from worker.sandbox.control import RunningExchange
 

@@ -19,10 +19,10 @@ from rq.timeouts import JobTimeoutException
 
 from tests.loopback import Server, answering, drop_after_reading, http_answer
 from tests.ways import Bench, Client, failed
+from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock
 from worker.signing import Credential
 from worker.transport import Request, Route
-from worker.verdict import Failure, OrderRef, Reply
 
 CANARY = "signature=c4n4ry"
 URL = f"http://127.0.0.1/fapi/v1/algoOrder?{CANARY}"
@@ -171,7 +171,8 @@ def test_raised_before_the_first_byte(
     cls: type[Exception], loop_bench: Bench, monkeypatch: pytest.MonkeyPatch, credential: Credential
 ) -> None:
     """Raised while connecting or while signing, it is a failure that nobody can have seen, and the client goes on."""
-    server, client = loop_bench.to(answering(http_answer()))
+    server = loop_bench.server(answering(http_answer()))
+    client = loop_bench.client(f"http://localhost:{server.port}")
     with monkeypatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", _raiser(_made(cls)))
         _is_unsent(server, client, client.cancel(credential), "could not connect")

@@ -36,6 +36,12 @@ def configured() -> Iterator[Callable[..., None]]:
         logging.getLogger(name).setLevel(level)
 
 
+def printed(capfd: Captured) -> tuple[str, str]:
+    """What stands on stdout and stderr once every line is written."""
+    assert log.flush(10)
+    return capfd.readouterr()
+
+
 def parsed(line: str) -> dict[str, str]:
     """A logfmt line's fields, quotes taken off; fails if it is not one."""
     fields: dict[str, str] = {}
@@ -57,13 +63,13 @@ def record_of(event: str, fields: dict[str, object]) -> logging.LogRecord:
     return record
 
 
-def test_line_of_an_event(configured: Callable[..., None], capsys: Captured) -> None:
+def test_line_of_an_event(configured: Callable[..., None], capfd: Captured) -> None:
     """An event is one line on stdout: when, how grave, which event, then its fields in the order given."""
     configured()
 
     log.info("outcome", id="ab12", kind=OutcomeKind.CANCELLED, attempts=2, **{"measure#cancel.first_ms": 7})
 
-    out, err = capsys.readouterr()
+    out, err = printed(capfd)
     assert err == ""
     at, rest = out.split(" ", 1)
     assert rest == "level=info event=outcome id=ab12 kind=cancelled attempts=2 measure#cancel.first_ms=7\n"
@@ -125,19 +131,19 @@ def test_long_values_are_cut(formatter: logging.Formatter) -> None:
     assert len(formatter.format(record_of("e", {"msg": "x" * 100_000}))) < 1000
 
 
-def test_json_line_has_the_same_fields(configured: Callable[..., None], capsys: Captured) -> None:
+def test_json_line_has_the_same_fields(configured: Callable[..., None], capfd: Captured) -> None:
     """With LOG_FORMAT=json the same fields come as one object, numbers exact."""
     configured(style="json")
 
     log.warning("again", id="x", algo_id=MAX_ALGO_ID, ok=True, missing=None)
 
-    fields = json.loads(capsys.readouterr().out)
+    fields = json.loads(printed(capfd)[0])
     del fields["at"]
     assert fields == {"level": "warning", "event": "again", "id": "x", "algo_id": MAX_ALGO_ID, "ok": True}
 
 
 @pytest.mark.parametrize("style", ["logfmt", "json"])
-def test_exception_shows_its_kind_alone(style: str, configured: Callable[..., None], capsys: Captured) -> None:
+def test_exception_shows_its_kind_alone(style: str, configured: Callable[..., None], capfd: Captured) -> None:
     """A library's traceback and its text, which may hold a signed URL, are never printed."""
     configured(style=style)
     try:
@@ -145,7 +151,7 @@ def test_exception_shows_its_kind_alone(style: str, configured: Callable[..., No
     except ValueError:
         logging.getLogger("some.library").exception("it failed")
 
-    out, err = capsys.readouterr()
+    out, err = printed(capfd)
     assert err == ""
     assert len(out.splitlines()) == 1
     assert "ValueError" in out
@@ -155,7 +161,7 @@ def test_exception_shows_its_kind_alone(style: str, configured: Callable[..., No
         assert hidden not in out
 
 
-def test_levels(configured: Callable[..., None], capsys: Captured) -> None:
+def test_levels(configured: Callable[..., None], capfd: Captured) -> None:
     """Less grave events than LOG_LEVEL are left out, and libraries speak from warnings on, RQ's too."""
     configured("WARNING")
     for speak in (log.debug, log.info, log.warning, log.error):
@@ -164,20 +170,78 @@ def test_levels(configured: Callable[..., None], capsys: Captured) -> None:
         logging.getLogger(name).info("chatter")
         logging.getLogger(name).warning("trouble with %s", "x")
 
-    lines = [parsed(line) for line in capsys.readouterr().out.splitlines()]
+    lines = [parsed(line) for line in printed(capfd)[0].splitlines()]
 
     assert [line["level"] for line in lines if line["event"] == "said"] == ["warning", "error"]
     assert [line["msg"] for line in lines if line["event"] == "library"] == ["trouble with x"] * 3
 
 
-def test_setting_up_twice_prints_once(configured: Callable[..., None], capsys: Captured) -> None:
+def test_setting_up_twice_prints_once(configured: Callable[..., None], capfd: Captured) -> None:
     """Each event is one line however often logging was set up."""
     configured()
     configured()
 
     log.info("once")
 
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(printed(capfd)[0].splitlines()) == 1
+
+
+class Unspeakable:
+    """Cannot be shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("a secret")
+
+
+@pytest.mark.parametrize("style", ["logfmt", "json"])
+def test_line_that_cannot_be_made_is_one_line(style: str, configured: Callable[..., None], capfd: Captured) -> None:
+    """A library's wrong call or a value that cannot be shown costs its line alone, and names the logger."""
+    configured(style=style)
+
+    logging.getLogger("some.library").warning("%d of %d", "one")
+    log.info("outcome", id=Unspeakable())
+
+    out, err = printed(capfd)
+    assert err == ""
+    lines = [json.loads(line) if style == "json" else parsed(line) for line in out.splitlines()]
+    shown = [(line["event"], line["where"], line["logger"], line["error"]) for line in lines]
+    assert shown == [("defect", "log", "some.library", "TypeError"), ("defect", "log", "cancel", "RuntimeError")]
+
+
+def test_value_is_shown_as_it_was(configured: Callable[..., None], capfd: Captured) -> None:
+    """A line tells what was true when it was logged, whatever changes until it is written."""
+    configured()
+    steps = ["claim"]
+
+    log.info("steps", seen=steps)
+    steps.append("cancel")
+
+    assert parsed(printed(capfd)[0].strip())["seen"] == "['claim']"
+
+
+def test_library_handlers_are_replaced(configured: Callable[..., None], capfd: Captured) -> None:
+    """A handler that RQ's command line gave its loggers, and that waits for stdout, is used no more."""
+    waiting = logging.StreamHandler(sys.stderr)
+    logging.getLogger("rq.worker").addHandler(waiting)
+    logging.getLogger("rq.worker").propagate = False
+
+    configured()
+    logging.getLogger("rq.worker").warning("trouble")
+
+    out, err = printed(capfd)
+    assert err == ""
+    assert [parsed(line)["msg"] for line in out.splitlines()] == ["trouble"]
+
+
+def test_last_words_stand_on_stderr(configured: Callable[..., None], capfd: Captured) -> None:
+    """What a process says before it ends itself is one line of the same form, on stderr."""
+    configured(style="json")
+
+    log.last_words("defect", where="loop")
+
+    out, err = printed(capfd)
+    assert out == ""
+    assert json.loads(err).items() >= {"level": "error", "event": "defect", "where": "loop"}.items()
 
 
 def test_unconfigured_process_is_quiet() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-import time
 
 import pytest
 import redis
@@ -11,12 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.message import Call
+from worker.classify import Means, Verdict
+from worker.clock import local_ns
+from worker.decide import BAN_PAUSE_MS, LIMIT_PAUSE_MS, Policy, Span
 from worker.rate_gate import CLOSE_AT, DEFAULT_WEIGHT_LIMIT, NO_QUERIES_AT, RAMP_MS, Gate, ms_to_next_minute
-from worker.verdict import BAN_PAUSE_MS, LIMIT_PAUSE_MS, Means, Policy, Verdict
 
 NOW_MS = 1_700_000_000_000
 LIMITED = Verdict(Means.LIMITED, 429, -1003, "Too many requests.", retry_after_ms=3000)
 BLOCKED = Verdict(Means.BLOCKED, 403, None, "Forbidden")
+#: Redis' clock and the exchange's are one and the same.
+SAME = Span(0, 0)
 
 
 class Board:
@@ -27,8 +31,8 @@ class Board:
         self.until_ms = 0
         self.is_away = False
 
-    def publish(self, pause_ms: int, reason: str, doubling: bool) -> int:
-        """As :meth:`worker.store.Store.close_gate`."""
+    async def publish(self, pause_ms: int, reason: str, doubling: bool) -> int:
+        """As :data:`worker.rate_gate.Publish` says."""
         if self.is_away:
             raise redis.ConnectionError("away")
         self.told.append((pause_ms, reason, doubling))
@@ -47,16 +51,21 @@ def gate(board: Board) -> Gate:
     return Gate(board.publish)
 
 
+def share(gate: Gate, now_ms: int) -> None:
+    """Tell Redis what it has not heard of."""
+    asyncio.run(gate.share(now_ms))
+
+
 def close(gate: Gate, verdict: Verdict, now_ms: int) -> None:
     """Close it, and tell Redis as soon as it asks for that."""
-    if gate.close_for(verdict, Policy(), now_ms):
-        gate.share(now_ms)
+    if gate.close_for(verdict, Policy(), now_ms, SAME):
+        share(gate, now_ms)
 
 
 def spend(gate: Gate, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> None:
     """Spend weight, and tell Redis as soon as the gate asks for that."""
     if gate.spend(used, in_flight, server_now_ms, now_ms):
-        gate.share(now_ms)
+        share(gate, now_ms)
 
 
 def test_open_at_the_start(gate: Gate) -> None:
@@ -128,13 +137,13 @@ def test_closing_holds_while_redis_is_away(gate: Gate, board: Board) -> None:
     """A closing that Redis did not hear holds here, and is told later with what is left of it."""
     board.is_away = True
     close(gate, LIMITED, NOW_MS)
-    gate.share(NOW_MS + 500)
+    share(gate, NOW_MS + 500)
     assert gate.closed(NOW_MS + 2999)
     assert board.told == []
 
     board.is_away = False
-    gate.share(NOW_MS + 1000)
-    gate.share(NOW_MS + 1500)
+    share(gate, NOW_MS + 1000)
+    share(gate, NOW_MS + 1500)
 
     assert board.told == [(2000, "429 Too many requests.", False)]
 
@@ -147,7 +156,7 @@ def test_only_the_latest_unheard_closing_is_told(gate: Gate, board: Board) -> No
     close(gate, LIMITED, NOW_MS + 1)
     board.is_away = False
 
-    gate.share(NOW_MS + 1)
+    share(gate, NOW_MS + 1)
 
     assert [(reason, doubling) for _, reason, doubling in board.told] == [("403 Forbidden", True)]
 
@@ -156,15 +165,14 @@ def test_closing_during_a_publication_is_not_lost(board: Board) -> None:
     """A later closing that comes while an earlier one is being told is told afterwards."""
     gates: list[Gate] = []
 
-    def publish(pause_ms: int, reason: str, doubling: bool) -> int:
-        if not board.told:
-            board.told.append((pause_ms, reason, doubling))
-            close(gates[0], BLOCKED, NOW_MS)
-            return NOW_MS + pause_ms
-        return board.publish(pause_ms, reason, doubling)
+    async def publish(pause_ms: int, reason: str, doubling: bool) -> int:
+        if not board.told:  # while this is on its way, another answer comes
+            gates[0].close_for(BLOCKED, Policy(), NOW_MS, SAME)
+        return await board.publish(pause_ms, reason, doubling)
 
     gates.append(Gate(publish))
     close(gates[0], LIMITED, NOW_MS)
+    share(gates[0], NOW_MS)
 
     assert [reason for _, reason, _ in board.told] == ["429 Too many requests.", "403 Forbidden"]
 
@@ -231,7 +239,7 @@ def test_wave_of_refusals_is_told_once_and_then_at_the_next_look(gate: Gate, boa
     assert len(board.told) == 1
     assert gate.until_ms == NOW_MS + 63 + 3000
 
-    gate.share(NOW_MS + 500)
+    share(gate, NOW_MS + 500)
 
     assert board.told[1:] == [(2563, board.told[0][1], False)]
 
@@ -248,7 +256,7 @@ def test_a_person_can_open_it(gate: Gate) -> None:
     """An earlier end that somebody wrote into its record holds here too, and the requests ramp up from there."""
     gate.observe(NOW_MS + 60_000)
 
-    gate.told(0, NOW_MS, time.monotonic())
+    gate.told(0, NOW_MS, local_ns())
 
     assert not gate.closed(NOW_MS)
     assert gate.ceiling(64, NOW_MS) == 1
@@ -259,29 +267,29 @@ def test_record_that_is_gone_or_old_opens_nothing(until_ms: int | None, gate: Ga
     """A Redis that lost its data, or its last second, does not end a ban."""
     gate.observe(NOW_MS + 60_000)
 
-    gate.told(until_ms, NOW_MS, time.monotonic())
+    gate.told(until_ms, NOW_MS, local_ns())
 
     assert gate.closed(NOW_MS + 59_999)
 
 
 def test_record_read_before_a_closing_opens_nothing(gate: Gate, board: Board) -> None:
     """What Redis answered before it heard of our closing is old news, and one that it has not heard of holds."""
-    asked_at_s = time.monotonic()
+    asked_at_ns = local_ns()
     close(gate, LIMITED, NOW_MS)
-    gate.told(0, NOW_MS, asked_at_s)
+    gate.told(0, NOW_MS, asked_at_ns)
     assert gate.closed(NOW_MS)
 
     board.is_away = True
     close(gate, Verdict(Means.LIMITED, 418), NOW_MS)
-    gate.told(0, NOW_MS, time.monotonic())
+    gate.told(0, NOW_MS, local_ns())
     assert gate.closed(NOW_MS + BAN_PAUSE_MS - 1)
 
 
 def test_record_read_before_a_claim_told_of_a_closing_opens_nothing(gate: Gate) -> None:
     """An answer that waited for its reader is older than what a claim has brought meanwhile."""
-    asked_at_s = time.monotonic()
+    asked_at_ns = local_ns()
     gate.observe(NOW_MS + 60_000)
 
-    gate.told(0, NOW_MS, asked_at_s)
+    gate.told(0, NOW_MS, asked_at_ns)
 
     assert gate.closed(NOW_MS)

@@ -255,6 +255,7 @@ def test_a_seeded_plan_spares_requests_by_client_id_the_reuse() -> None:
     """A reused client id has no definite outcome for a request that knows no other id: only a script sends it."""
     plan = FaultPlan(FaultSet((Fault.CLIENT_ID_REUSED,)), rate=1.0)
     assert plan.meet(IDS[0], Call.CANCEL, NOW_MS, by_client_id=True) is None
+    assert plan.meet(IDS[0], Call.CANCEL, NOW_MS) is None  # another request by client id may be on its way
     assert plan.meet(IDS[1], Call.CANCEL, NOW_MS) is Fault.CLIENT_ID_REUSED
     plan.script(IDS[2], Call.CANCEL, [Fault.CLIENT_ID_REUSED])
     assert plan.meet(IDS[2], Call.CANCEL, NOW_MS, by_client_id=True) is Fault.CLIENT_ID_REUSED

@@ -29,7 +29,7 @@ from producer import (
 from producer.message import decode_outcome, may_be_live
 from producer.testing import AsyncFakeCancelClient, FakeCancelClient
 from tests.servers import eventually
-from worker.verdict import Means
+from worker.classify import Means
 
 PAIRS = [(FakeCancelClient, CancelClient), (AsyncFakeCancelClient, AsyncCancelClient)]
 
@@ -451,6 +451,20 @@ def test_outages(fake: FakeCancelClient) -> None:
             fake.status()
     fake.available()
     assert fake.status().queued == 1
+
+
+def test_outage_of_a_call_by_client_id(fake: FakeCancelClient) -> None:
+    """A repeat by client id alone, of a request or beside a retried one, is a request of its own."""
+    fake.hold()
+    fake.unavailable(1, carried_out=True)
+    with pytest.raises(QueueUnavailable):
+        fake.cancel(client_algo_id="stop-1")
+    again = fake.cancel(client_algo_id="stop-1")
+    assert (again.duplicate, fake.status().queued) == (False, 2)
+    fake.settle(again, OutcomeKind.GAVE_UP)
+    assert fake.retry([again.id]) == [again.id]
+
+    assert not fake.cancel(client_algo_id="stop-1").duplicate
 
 
 def test_retry_whose_answer_was_lost(fake: FakeCancelClient) -> None:

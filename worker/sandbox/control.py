@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
+from worker.sandbox.arrivals import Arrival
 from worker.sandbox.book import Order, OrderTerms
 from worker.sandbox.faults import FAULT_SETS, Answer, Call, Fault, FaultTiming
 
@@ -164,8 +165,12 @@ def _add_orders(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
     return [[order.algo_id, order.client_algo_id] for order in opened]
 
 
-def _book(exchange: ExchangeServer, _: dict[str, Any]) -> object:
-    return [_entry(exchange, order) for order in exchange.book.orders(exchange.local_ms())]
+def _book(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    now_ms, wanted = exchange.local_ms(), asked.get("algo_ids")
+    if wanted is None:
+        return [_entry(exchange, order) for order in exchange.book.orders(now_ms)]
+    found = [exchange.book.order(algo_id, now_ms) for algo_id in wanted]
+    return [_entry(exchange, order) for order in found if order is not None]
 
 
 def _entry(exchange: ExchangeServer, order: Order) -> dict[str, object]:
@@ -250,6 +255,7 @@ def _reset(exchange: ExchangeServer, _: dict[str, Any]) -> object:
 _HANDLERS: dict[tuple[str, str], Callable[[ExchangeServer, dict[str, Any]], object]] = {
     ("POST", "orders"): _add_orders,
     ("GET", "book"): _book,
+    ("GET", "arrivals"): lambda exchange, _: [asdict(arrival) for arrival in exchange.arrivals],
     ("GET", "stats"): lambda exchange, _: exchange.statistics(),
     ("POST", "script"): _script,
     ("POST", "move"): _move,
@@ -380,9 +386,14 @@ class RunningExchange:
         orders = [{"symbol": symbol, "client_algo_id": client_algo_id} for client_algo_id in ids]
         return [PlacedOrder(*pair) for pair in self._call("POST", "orders", account=account, orders=orders)]
 
-    def book(self) -> dict[int, BookEntry]:
-        """Every order that was ever opened, by algo id, oldest first."""
-        return {entry["algo_id"]: BookEntry(**entry) for entry in self._call("GET", "book")}
+    def book(self, algo_ids: Iterable[int] | None = None) -> dict[int, BookEntry]:
+        """Every order that was ever opened, by algo id, oldest first; or those named, as far as there are such."""
+        asked = {} if algo_ids is None else {"algo_ids": list(algo_ids)}
+        return {entry["algo_id"]: BookEntry(**entry) for entry in self._call("GET", "book", **asked)}
+
+    def arrivals(self) -> list[Arrival]:
+        """Requests about orders in the order in which they came; the newest, if there were very many."""
+        return [Arrival(**arrival) for arrival in self._call("GET", "arrivals")]
 
     def stats(self) -> ExchangeStats:
         """What the exchange saw so far."""

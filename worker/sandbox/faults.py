@@ -565,6 +565,7 @@ class FaultPlan:
     _met: dict[int, list[Fault]] = field(default_factory=dict)
     _scripts: dict[tuple[int, Call], _Script] = field(default_factory=dict)
     _turns: Counter[tuple[int, Call]] = field(default_factory=Counter)
+    _by_client_id: set[int] = field(default_factory=set)  # orders that a request has named by client id alone
     _admitted: int = 0
     _struck: list[tuple[int, int]] = field(default_factory=list)  # a heap of the lowest hashes, negated, with ids
 
@@ -597,16 +598,19 @@ class FaultPlan:
         """The fault that this call meets, noted as injected; each call of an order must be shown here once.
 
         `by_client_id`: the request named the order by client id alone, so that a reused client id would leave even a
-        correct client without a definite outcome; a seeded plan spares it that.
+        correct client without a definite outcome; a seeded plan spares it that, and all further calls for the order,
+        as another request by client id may be on its way.
         """
         self._turns[algo_id, call] += 1
+        if by_client_id:
+            self._by_client_id.add(algo_id)
         if self.until_ms is not None and now_ms >= self.until_ms:
             return None
         script = self._scripts.get((algo_id, call))
         if script is not None and script.faults:
             fault = script.take()
         else:
-            fault = self._allowed(self.seeded(algo_id, call, self._turns[algo_id, call]), by_client_id)
+            fault = self._allowed(self.seeded(algo_id, call, self._turns[algo_id, call]), algo_id)
         if fault is not None:
             self.injected[fault] += 1
             self._met.setdefault(algo_id, []).append(fault)
@@ -635,8 +639,8 @@ class FaultPlan:
             choices = self.fault_set.incidents
         return choices[choice % len(choices)] if choices else None
 
-    def _allowed(self, fault: Fault | None, by_client_id: bool) -> Fault | None:
-        if fault is None or (by_client_id and fault is Fault.CLIENT_ID_REUSED):
+    def _allowed(self, fault: Fault | None, algo_id: int) -> Fault | None:
+        if fault is None or (fault is Fault.CLIENT_ID_REUSED and algo_id in self._by_client_id):
             return None
         if fault.spec.pauses:
             self._incidents += 1

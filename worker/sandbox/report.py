@@ -12,10 +12,10 @@ from enum import StrEnum
 from functools import cached_property
 
 from producer.message import Call, Outcome, OutcomeKind
+from worker.classify import Means
 from worker.sandbox.book import AlgoStatus
 from worker.sandbox.control import BookEntry, ExchangeStats
 from worker.sandbox.faults import Fault
-from worker.verdict import Means
 
 #: Every worker knows of a pause this long after it began, ms: the gate is cached for a second at most.
 PAUSE_KNOWN_MS = 1_000

@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -30,6 +31,7 @@ from typing import cast
 from urllib.parse import unquote
 
 from worker.sandbox import control
+from worker.sandbox.arrivals import Arrivals
 from worker.sandbox.book import DuplicateClientId, Order, OrderBook, OrderTerms
 from worker.sandbox.control import ConfigError, ExchangeConfig
 from worker.sandbox.faults import (
@@ -102,6 +104,7 @@ class Request:
     body: bytes
     arrival_ns: int
     peer: str
+    port: int
     on_fresh_connection: bool
 
     @property
@@ -156,12 +159,13 @@ class Connection(asyncio.Protocol):
         self._keep_alive = True
         self._requests = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._peer, self._port = "?", 0
         self.last_active_s = self._loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
         self._transport = cast(asyncio.Transport, transport)
-        self._peer = str((transport.get_extra_info("peername") or ("?",))[0])
+        self._peer, self._port = (transport.get_extra_info("peername") or ("?", 0))[:2]
         self._exchange.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -243,6 +247,7 @@ class Connection(asyncio.Protocol):
             body,
             time.time_ns(),
             self._peer,
+            self._port,
             on_fresh_connection=self._requests == 0,
         )
 
@@ -581,6 +586,7 @@ class ExchangeServer:
         self.book = OrderBook(first_algo_id=self.book.next_algo_id, clock_skew_ms=config.clock_skew_ms)
         self.edge = Edge(config.weight_limit_per_minute, config.timing)
         self.tally = _Tally()
+        self.arrivals: Arrivals = Arrivals()
         fault_set = FAULT_SETS[config.faults]
         if config.incidents is not None:
             fault_set = FaultSet(fault_set.faults, tuple(Fault(name) for name in config.incidents))
@@ -633,9 +639,17 @@ class ExchangeServer:
         tally = self.tally
         tally.connections_opened += request.on_fresh_connection
         tally.peak_in_flight = max(tally.peak_in_flight, self.in_flight)
+        self._note(request)
         reply = self._reply(request)
         tally.count(request.label, reply)
         return self._stamped(request, reply)
+
+    def _note(self, request: Request) -> None:
+        if request.path == ALGO_ORDER and request.method in ("DELETE", "GET"):
+            with suppress(Refusal, ValueError):
+                said = _parameters(request)
+                skew_ms = self.book.clock_skew_ms
+                self.arrivals.note(request.arrival_ns, request.method, request.port, said, skew_ms)
 
     def request_ended(self, request: Request) -> None:
         """A request that `handle` was given is over."""

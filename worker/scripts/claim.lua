@@ -1,205 +1,300 @@
--- Give jobs to a worker: bring back what is due or lost, then hand out as many as it has free slots, each with a lease.
+-- Lease jobs to a holder: a worker of ours, as many as it has free slots; or a stock RQ worker, the one that it popped.
 -- Runs when the BLMOVE before it in the same pipeline returns, so that waiting and claiming are one round trip.
--- KEYS  1 waiting list, 2 claiming list, 3 leases, 4 scheduled, 5 started, 6 suspended, 7 gate, 8 worker's executions
--- ARGV  1 job prefix, 2 execution prefix, 3 executions prefix, 4 order prefix, 5 outcome prefix, 6 worker prefix,
---       7 worker's name, 8 free slots, 9 lease in ms, 10 default deadline in ms, 11 execution id's prefix,
---       12 first execution number, 13 largest payload in bytes, 14 take lost leases (1 or 0), 15 pointer's life in s,
---       16 when the asker stops waiting for the answer, in ms (0: not known)
--- Gives: now in ms, the gate's end in ms (0: open), suspended (1 or 0), then one row for each job given.
-local waiting, claiming, leases, scheduled, started = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local job_prefix, execution_prefix, executions_prefix = ARGV[1], ARGV[2], ARGV[3]
-local worker, slots, lease_ms, default_deadline_ms = ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
+-- ARGV  1 holder's name, 2 free slots, 3 prefix of its lease tokens, 4 number of the first one,
+--       5 bring back what is due (1 or 0), 6 take lost leases (1 or 0), 7 look for what stands in no list (1 or 0),
+--       8 when the asker stops waiting for the answer, in ms (0: not known), 9 id of the one job (absent: a worker asks)
+-- Gives: now in ms, the gate's end in ms (0: open), suspended (1 or 0), names of keys that were set aside or entries
+-- that were dropped, why the one job was not leased (empty: it was, or nobody asked for one; `settled`, `held`, `gone`,
+-- `scheduled` and when it is due, `closed` and its deadline), then a row for each job:
+-- id, lease, data, enqueued, deadline, run, attempts, pin, fault, when the order was first meant.
 local STEP = 100 -- entries of one kind brought back in one call: the server must not stand still
-local SWEEP = 500 -- waiting entries looked at in one call during a pause
-local TAKEN = '\0taken' -- stands where an entry was until the list is cleared of it; no id begins so
-local GRACE_S = 3600 -- RQ's maintenance may take a job for abandoned only this long after its deadline
+local SWEEP = 500 -- waiting jobs looked at in one call during a pause
+local OVERLOOKED_MS = 5000 -- a job that waits so long while the queue is empty stands in no list
+local OLD_STEP_MS = 60000 -- the time-out that the version before gave its jobs
+local RQ_GRACE_S = 3600 -- RQ's clean-up may take a job for abandoned only this long after its deadline
+local slots, only = tonumber(ARGV[2]), ARGV[9]
+local out = {number = tonumber(ARGV[4]), lease_ends = text(now.ms + LEASE_MS), dropped = 0, rows = {}, leases = {},
+  started = {}, unscheduled = {}}
 
--- An id that a claim moved here and could not take (its connection broke) goes back to the front.
-local function empty_claiming()
-  local ids = redis.call('LRANGE', claiming, 0, -1)
-  for i = #ids, 1, -1 do redis.call('LPUSH', waiting, ids[i]) end
-  if #ids > 0 then redis.call('DEL', claiming) end
+function job.drop(what)
+  if out.dropped < 20 then set_aside[#set_aside + 1] = string.sub(what, 1, MAX_ID_BYTES) end
+  out.dropped = out.dropped + 1
 end
 
-local function bring_back_due()
-  local ids = redis.call('ZRANGEBYSCORE', scheduled, '-inf', string.format('%.6f', now_s), 'LIMIT', 0, STEP)
-  for i = #ids, 1, -1 do
-    redis.call('ZREM', scheduled, ids[i])
-    local job = job_prefix .. ids[i]
-    if redis.pcall('HGET', job, 'status') == 'scheduled' then -- an error where the key is no hash
-      redis.call('HSET', job, 'status', 'queued')
-      redis.call('LPUSH', waiting, ids[i])
-    end
-  end
+function job.is_id(id)
+  if #id > MAX_ID_BYTES then job.drop(id) end
+  return #id <= MAX_ID_BYTES
+end
+
+-- Back to where any claim finds it, before all others.
+function job.to_front(id)
+  on('ZADD', UNFINISHED, text(WAITING_BAND + now.ms), id)
+  on('LPUSH', WAITING, id)
+end
+
+function job.note_lost_attempt(id, began_ms)
+  local key = JOB_PREFIX .. id
+  local length = redis.call('HSTRLEN', key, 'c_attempts')
+  if length > MAX_ATTEMPTS_BYTES then return end -- its reader takes it for a doubt as it is
+  local before = length > 0 and redis.call('HGET', key, 'c_attempts') .. ',' or ''
+  -- From the beginning: else a text without a number would be gone through again from each of its letters.
+  local n = tonumber(string.match(before, '^.*"n":(%d+)') or '0') + 1
+  redis.call('HSET', key, 'c_attempts', before .. string.format('{"n":%d,"at_ms":%s,"call":"cancel","http":null,' ..
+    '"code":null,"msg":"worker lost","verdict":"unclear","ms":%s}', n, text(began_ms),
+    text(math.max(now.ms - began_ms, 0))))
 end
 
 -- The holder of an expired lease is dead, paused or cut off. What it had begun may have been sent.
-local function take_lost()
-  local ids = redis.call('ZRANGEBYSCORE', leases, '-inf', text(now_ms), 'LIMIT', 0, STEP)
+function job.lose(id, s)
+  redis.call('HDEL', JOB_PREFIX .. id, 'c_lease', 'c_open_at_ms')
+  on('ZREM', STARTED, id .. ':' .. s.lease)
+  if not s.done then job.note_lost_attempt(id, tonumber(s.open_at) or now.ms) end
+  s.lease, s.open_at = nil, nil
+end
+
+function job.bring_back_lost()
+  local ids = on('ZRANGEBYSCORE', UNFINISHED, '-inf', now.text, 'LIMIT', '0', STEP)
+  if #ids > 0 then job.first_write() end
   for i = #ids, 1, -1 do
-    local id, job = ids[i], job_prefix .. ids[i]
-    redis.call('ZREM', leases, id)
-    local held = redis.pcall('HMGET', job, 'c_lease', 'c_open_at_ms', 'c_attempts', 'worker_name', 'status', 'c_done')
-    if not held.err then redis.call('HDEL', job, 'c_lease', 'c_open_at_ms') end
-    local status = held[5] -- a stock worker may have written it beside the holder
-    if status == 'scheduled' and not redis.call('ZSCORE', scheduled, id) then status = 'queued' end
-    local goes_on = status == 'started' or status == 'queued' or status == 'scheduled'
-    if held[1] and not held[6] and goes_on then
-      local entry = id .. ':' .. held[1]
-      redis.call('ZREM', started, entry)
-      redis.call('DEL', execution_prefix .. entry, executions_prefix .. id)
-      if held[4] then redis.call('SREM', ARGV[6] .. held[4] .. ':executions', entry) end
-      redis.call('HSET', job, 'c_attempts', with_lost_attempt(held[3], whole(held[2]) or now_ms))
-      if status ~= 'scheduled' then
-        redis.call('HSET', job, 'status', 'queued')
-        redis.call('LPUSH', waiting, id)
-      end
+    local id = ids[i]
+    local s = job.is_id(id) and job.read(id)
+    if s and s.lease then job.lose(id, s) end
+    if s and not s.done then
+      redis.call('HSET', JOB_PREFIX .. id, 'status', job.is_recalled(s) and s.status or 'queued')
+      job.to_front(id)
+    else
+      on('ZREM', UNFINISHED, id)
     end
   end
 end
 
--- An entry of the waiting list is a hint: whether its job may be given is told by the job alone.
-local function read(job)
-  local f = redis.pcall('HMGET', job, 'status', 'ended_at', 'c_done', 'c_lease', 'c_order', 'c_enqueued_at_ms',
-    'c_open_at_ms', 'c_attempts', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_pin', 'c_meant_at_ms')
-  if f.err then return nil end -- the key is no hash
-  return {status = f[1], ended_at = f[2], done = f[3], lease = f[4], order = f[5], enqueued_at = f[6], open_at = f[7],
-    attempts = f[8], asked_at = f[9], deadline_at = f[10], run = f[11], pin = f[12],
-    meant_at = f[13]}
+function job.bring_back_due()
+  local ids = on('ZRANGEBYSCORE', UNFINISHED, text(RETRY_BAND), text(RETRY_BAND + now.ms), 'LIMIT', '0', STEP)
+  for i = #ids, 1, -1 do
+    local id = ids[i]
+    local s = job.is_id(id) and job.read(id)
+    on('ZREM', SCHEDULED, id)
+    if s and s.lease and not s.done then
+      on('ZADD', UNFINISHED, out.lease_ends, id)
+    elseif s and not s.done then
+      redis.call('HDEL', JOB_PREFIX .. id, 'c_due_at_ms')
+      if not job.is_recalled(s) then redis.call('HSET', JOB_PREFIX .. id, 'status', 'queued') end
+      job.to_front(id)
+    else
+      on('ZREM', UNFINISHED, id)
+    end
+  end
 end
 
-local function is_sound(state)
-  return (whole(state.enqueued_at) or not state.enqueued_at) and (whole(state.asked_at) or not state.asked_at) and
-    (whole(state.deadline_at) or not state.deadline_at) and (whole(state.run) or not state.run) and
-    (whole(state.open_at) or not state.open_at) and (whole(state.meant_at) or not state.meant_at)
+-- Whether somebody has the job in hand. The end of a lease stands in the index; one that is missing there begins anew.
+function job.is_held(id, s)
+  if not s.lease then return false end
+  local ends_ms = tonumber(on('ZSCORE', UNFINISHED, id) or '')
+  if ends_ms and ends_ms < WAITING_BAND then return ends_ms > now.ms end
+  on('ZADD', UNFINISHED, out.lease_ends, id)
+  return true
 end
 
-local function state_if_free(id)
-  local job = job_prefix .. id
-  local state, damaged = read(job), nil
-  if not state or state.lease then return nil end
-  if not is_sound(state) then
-    damaged = mend(job)
-    state = read(job)
+-- Whether a job may be leased now, and its state; else why not. An entry of a list is a hint: the job alone tells.
+function job.free_state(id)
+  local s = job.read(id)
+  if not s or (s.done and not job.is_requeued(id, s)) then
+    on('ZREM', UNFINISHED, id)
+    if s then job.put_right(id, s) end
+    return nil, s and 'settled' or 'gone'
   end
-  local status, changed = state.status, false
-  if not status and redis.call('EXISTS', job) == 0 then return nil end
-  if state.done then
-    if status ~= 'queued' or (state.ended_at and state.ended_at ~= '') then return nil end
-    start_run(id, job, state.order and ARGV[4] .. state.order, tonumber(ARGV[15]), ARGV[5] .. id)
-    changed = true
-  elseif status == 'started' then
-    -- Not ours: a stock worker runs it, unless its execution has run out.
-    local running = redis.pcall('ZCOUNT', executions_prefix .. id, text(now_s), '+inf')
-    if type(running) == 'number' and running > 0 then return nil end
-  elseif status and status ~= 'queued' then
-    return nil -- a hash without a status is somebody's mistake, which gets an outcome too
+  if s.done then
+    job.start_run(id, s)
+    local damaged = s.damaged
+    s = job.read(id)
+    s.was_damaged = damaged -- it is written anew, and yet nobody knows what stood there
   end
-  if state.open_at then
-    -- Nobody holds it, yet an attempt is open: a stock worker began one and never came back.
-    redis.call('HSET', job, 'c_attempts', with_lost_attempt(state.attempts, whole(state.open_at)))
-    redis.call('HDEL', job, 'c_open_at_ms')
-    changed = true
+  if job.is_held(id, s) then return nil, 'held' end
+  if s.lease then
+    if ARGV[6] ~= '1' then return nil, 'held' end
+    job.lose(id, s)
+    on('ZADD', UNFINISHED, text(WAITING_BAND + now.ms), id) -- during a pause nobody may take it at once
+  elseif s.open_at then
+    -- A stock worker of the version before began it; it took no lease, and is at it for as long as RQ lets it.
+    local ends_ms = tonumber(s.open_at) + OLD_STEP_MS
+    if s.status == 'started' and ends_ms > now.ms then
+      on('ZADD', UNFINISHED, text(ends_ms), id)
+      return nil, 'held'
+    end
+    job.note_lost_attempt(id, tonumber(s.open_at))
   end
-  if not state.enqueued_at then
-    redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms))
-    changed = true
+  local due_ms = (s.due_at or s.status == 'scheduled') and job.due_at(id, s)
+  if due_ms and due_ms > now.ms and not job.is_recalled(s) then
+    on('ZADD', UNFINISHED, text(RETRY_BAND + due_ms), id)
+    return nil, 'scheduled ' .. text(due_ms)
   end
-  if changed then state = read(job) end
-  state.damaged = damaged
-  return state
+  return s
 end
 
-local number = tonumber(ARGV[12])
-local stamp, now_text = nil, string.format('%.6f', now_s)
-local new_leases, new_started, new_entries = {}, {}, {} -- written at the end, with one call each
-local function give(id, state, deadline_ms)
-  local job, execution = job_prefix .. id, ARGV[11] .. text(number)
-  local entry = id .. ':' .. execution
-  local end_s = math.ceil(math.max(deadline_ms, now_ms) / 1000) + GRACE_S
-  local life_s = end_s - math.floor(now_s)
-  number, stamp = number + 1, stamp or rq_time()
+-- What may be too large is measured before it is read.
+function job.bounded(key, field, most)
+  local length = redis.call('HSTRLEN', key, field)
+  if length > most then return nil end
+  return length > 0 and redis.call('HGET', key, field) or ''
+end
+
+function job.fault_of(s, data, attempts, pin)
+  if job.is_recalled(s) then return 'recalled ' .. s.status end
+  local damaged = s.damaged or s.was_damaged
+  if damaged then return 'number ' .. damaged[1] end
+  if not data then return 'size data' end
+  if not attempts then return 'size c_attempts' end
+  return pin and '' or 'size c_pin'
+end
+
+-- What the request lacks, or has too much of, before it is leased.
+function job.put_in_order(key, id, s)
+  if s.damaged then redis.call('HDEL', key, unpack(s.damaged)) end
+  if job.is_recalled(s) then on('ZREM', CANCELED, id) end
+  if s.due_at then redis.call('HDEL', key, 'c_due_at_ms') end
+  if s.due_at or s.status == 'scheduled' then out.unscheduled[#out.unscheduled + 1] = id end
+  if not s.enqueued_at then
+    s.enqueued_at = now.text
+    redis.call('HSET', key, 'c_enqueued_at_ms', now.text)
+    if not s.asked_at and not s.deadline_at then redis.call('HSET', key, 'c_asked_at_ms', now.text) end
+  end
+end
+
+function job.lease(id, s, deadline_ms)
+  local key, token = JOB_PREFIX .. id, ARGV[3] .. text(out.number)
+  local run = text(s.run or '1') -- as its holder will write it: somebody may have put zeros before it
+  out.number, out.stamp = out.number + 1, out.stamp or now.stamp()
+  redis.call('PERSIST', key)
+  job.put_in_order(key, id, s)
   -- The attempt is noted before it is sent: should nobody come back with its answer, it counts as perhaps done.
-  redis.call('HSET', job, 'status', 'started', 'started_at', stamp, 'last_heartbeat', stamp, 'worker_name', worker,
-    'c_lease', execution, 'c_open_at_ms', text(now_ms))
-  redis.call('HSET', execution_prefix .. entry, 'id', execution, 'job_id', id, 'created_at', now_text,
-    'last_heartbeat', now_text, 'worker_name', worker)
-  redis.call('EXPIRE', execution_prefix .. entry, life_s)
-  if type(redis.pcall('ZADD', executions_prefix .. id, end_s, execution)) ~= 'number' then -- a key of another type
-    redis.call('DEL', executions_prefix .. id)
-    redis.call('ZADD', executions_prefix .. id, end_s, execution)
+  local status = job.is_recalled(s) and s.status or 'started'
+  redis.call('HSET', key, 'status', status, 'started_at', out.stamp, 'last_heartbeat', out.stamp,
+    'worker_name', ARGV[1], 'c_lease', token, 'c_open_at_ms', now.text, 'c_run', run)
+  local n = #out.leases
+  out.leases[n + 1], out.leases[n + 2] = out.lease_ends, id
+  if not only then -- RQ has made its own entry for a stock worker
+    out.started[n + 1] = text(math.ceil(math.max(deadline_ms, now.ms) / 1000) + RQ_GRACE_S)
+    out.started[n + 2] = id .. ':' .. token
   end
-  redis.call('EXPIRE', executions_prefix .. id, life_s)
-  local n = #new_entries
-  new_leases[2 * n + 1], new_leases[2 * n + 2] = now_ms + lease_ms, id
-  new_started[2 * n + 1], new_started[2 * n + 2] = end_s, entry
-  new_entries[n + 1] = entry
-  local data = false
-  if redis.call('HSTRLEN', job, 'data') <= tonumber(ARGV[13]) then data = redis.call('HGET', job, 'data') end
-  return {id, execution, data, state.enqueued_at, text(deadline_ms), state.run or '1', state.attempts or '',
-    state.pin or '', state.damaged or '', state.meant_at or state.enqueued_at}
+  local data, attempts = job.bounded(key, 'data', MAX_DATA_BYTES), job.bounded(key, 'c_attempts', MAX_ATTEMPTS_BYTES)
+  local pin = job.bounded(key, 'c_pin', MAX_DATA_BYTES)
+  return {id, token, data or '', s.enqueued_at, text(deadline_ms), run, attempts or '', pin or '',
+    job.fault_of(s, data, attempts, pin), s.meant_at or s.enqueued_at}
 end
 
-local given = {}
-local function try_sound(id, only_overdue)
-  local state = state_if_free(id)
-  if not state then return 'drop' end
-  local deadline_ms = deadline_at(state.asked_at, state.deadline_at, state.enqueued_at, default_deadline_ms)
-  if only_overdue and now_ms < deadline_ms then return 'keep' end
-  given[#given + 1] = give(id, state, deadline_ms)
-  return 'given'
+function job.try(id, only_overdue)
+  local s, why = job.free_state(id)
+  if not s then return why end
+  local deadline_ms = job.deadline_of(s)
+  if only_overdue and now.ms < deadline_ms and not job.is_recalled(s) then return 'closed ' .. text(deadline_ms) end
+  out.rows[#out.rows + 1] = job.lease(id, s, deadline_ms)
+  return ''
 end
 
 -- What is wrong with one job must not cost those that were taken off the list with it.
-local function try(id, only_overdue)
-  local is_sound_job, answer = pcall(try_sound, id, only_overdue)
-  if is_sound_job then return answer end
-  redis.pcall('HDEL', job_prefix .. id, 'c_lease', 'c_open_at_ms')
-  return only_overdue and 'keep' or 'drop'
+function job.try_safely(id, only_overdue)
+  if not job.is_id(id) then
+    on('ZREM', UNFINISHED, id)
+    return 'gone'
+  end
+  local is_fine, why = pcall(job.try, id, only_overdue)
+  if is_fine then return why end
+  redis.pcall('HDEL', JOB_PREFIX .. id, 'c_lease', 'c_open_at_ms')
+  job.drop(id)
+  return 'gone'
 end
 
--- Nothing may be sent; a request whose deadline has passed needs nothing sent. Each second another stretch of the queue
--- is looked through, so that a long one is, too, before long.
-local function give_overdue()
-  local stretches = math.ceil(redis.call('LLEN', waiting) / SWEEP)
+-- Nothing may be sent; a request whose deadline has passed needs nothing sent. Each second another stretch of the
+-- waiting jobs is looked through, so that a long queue is, too, before long.
+function job.give_overdue()
+  local first, last = text(WAITING_BAND), '(' .. text(RETRY_BAND)
+  local stretches = math.ceil(on('ZCOUNT', UNFINISHED, first, last) / SWEEP)
   if stretches == 0 then return end
-  local first = math.floor(now_s) % stretches * SWEEP
-  local taken = false
-  redis.call('ZREM', leases, TAKEN) -- the first write: a full or read-only server refuses the script, not one job
-  for i, id in ipairs(redis.call('LRANGE', waiting, first, first + SWEEP - 1)) do
-    if #given >= slots then break end
-    if try(id, true) ~= 'keep' then
-      redis.call('LSET', waiting, first + i - 1, TAKEN)
-      taken = true
+  job.first_write()
+  local ids = on('ZRANGEBYSCORE', UNFINISHED, first, last, 'LIMIT', now.s % stretches * SWEEP, SWEEP)
+  for _, id in ipairs(ids) do
+    if #out.rows >= slots then return end
+    -- Its entry goes with it, unless the queue is too long to look for one.
+    if job.try_safely(id, true) == '' and on('LLEN', WAITING) <= 10 * SWEEP then on('LREM', WAITING, '1', id) end
+  end
+end
+
+-- An id that a claim moved here before its own script ran (also one whose connection broke in between) is the first.
+function job.moved()
+  local ids = on('LRANGE', CLAIMING, '0', '-1')
+  if #ids > 0 then redis.call('DEL', CLAIMING) end
+  return ids
+end
+
+function job.give(moved)
+  local looked = 0
+  while true do
+    for i, id in ipairs(moved) do
+      if #out.rows >= slots then
+        for n = #moved, i, -1 do on('LPUSH', WAITING, moved[n]) end
+        return
+      end
+      job.try_safely(id, false)
+    end
+    looked = looked + #moved
+    if #out.rows >= slots or looked >= slots + STEP then return end
+    moved = on('LPOP', WAITING, slots - #out.rows)
+    if not moved then return end
+  end
+end
+
+-- Jobs that a crash or RQ took off every list: since when they wait is known.
+function job.give_overlooked(share, waited_ms)
+  local ids = on('ZRANGEBYSCORE', UNFINISHED, text(WAITING_BAND), text(WAITING_BAND + now.ms - waited_ms),
+    'LIMIT', '0', share)
+  if #ids > 0 then job.first_write() end
+  for _, id in ipairs(ids) do job.try_safely(id, false) end
+end
+
+-- RQ's popping says `started` of a job that waits for its next try.
+function job.put_back_in_schedule(id)
+  redis.call('HSET', JOB_PREFIX .. id, 'status', 'scheduled')
+  on('ZADD', SCHEDULED, 'NX', now.seconds(job.due_at(id, job.read(id))), id)
+end
+
+local closed_until_ms, suspended, why = job.closed_until(), redis.call('EXISTS', SUSPENDED), ''
+if only then
+  job.first_write()
+  why = job.try_safely(only, closed_until_ms > 0)
+  if string.find(why, '^scheduled') then
+    job.put_back_in_schedule(only)
+  elseif string.find(why, '^closed') then -- popped, it stands in no list: it comes back when the pause ends
+    local until_ms = math.min(closed_until_ms, tonumber(string.match(why, '%d+')))
+    on('ZADD', UNFINISHED, text(RETRY_BAND + until_ms), only)
+  end
+else
+  local moved, gives_up_at_ms = job.moved(), tonumber(ARGV[8])
+  if gives_up_at_ms > 0 and now.ms >= gives_up_at_ms then
+    -- After a pause of the server or the network this runs long after it was sent: what it gave, nobody would take.
+    for i = #moved, 1, -1 do on('LPUSH', WAITING, moved[i]) end
+  else
+    local is_closed = closed_until_ms > 0 or suspended == 1
+    if is_closed or ARGV[5] == '1' then
+      for i = #moved, 1, -1 do on('LPUSH', WAITING, moved[i]) end -- what is brought back goes before it
+      moved = {}
+      job.bring_back_due()
+      if ARGV[6] == '1' then job.bring_back_lost() end
+    end
+    if is_closed then
+      job.give_overdue()
+    else
+      -- While the queue is never empty they get a part of the slots; else what is left.
+      if ARGV[7] == '1' then job.give_overlooked(math.ceil(slots / 8), 6 * OVERLOOKED_MS) end
+      job.give(moved)
+      if ARGV[5] == '1' and #out.rows < slots then job.give_overlooked(slots - #out.rows, OVERLOOKED_MS) end
     end
   end
-  if taken then redis.call('LREM', waiting, 0, TAKEN) end
 end
-
-empty_claiming()
--- After a pause of the server or the network this may run long after it was sent: what it gave, nobody would take.
-local gives_up_at_ms = tonumber(ARGV[16])
-if gives_up_at_ms > 0 and now_ms >= gives_up_at_ms then return {text(now_ms), '0', redis.call('EXISTS', KEYS[6])} end
-bring_back_due()
-if ARGV[14] == '1' then take_lost() end
-local closed_until_ms = closed_until(KEYS[7])
-local suspended = redis.call('EXISTS', KEYS[6])
-
-if closed_until_ms > 0 or suspended == 1 then
-  give_overdue()
-else
-  local looked = 0
-  while #given < slots and looked < slots + STEP do
-    local ids = redis.call('LPOP', waiting, slots - #given)
-    if not ids then break end
-    for _, id in ipairs(ids) do try(id, false) end
-    looked = looked + #ids
-  end
+write('ZADD', UNFINISHED, out.leases)
+write('ZADD', STARTED, out.started)
+write('ZREM', SCHEDULED, out.unscheduled)
+if only then -- where all workers are stock ones, nobody else does it
+  job.bring_back_due()
+  job.bring_back_lost()
 end
-if #given > 0 then
-  redis.call('ZADD', leases, unpack(new_leases))
-  redis.call('ZADD', started, unpack(new_started))
-  redis.call('SADD', KEYS[8], unpack(new_entries))
-  redis.call('EXPIRE', KEYS[8], 86400)
-end
-return {text(now_ms), text(closed_until_ms), suspended, unpack(given)}
+return {now.text, text(closed_until_ms), suspended, set_aside, why, unpack(out.rows)}

@@ -1,16 +1,9 @@
--- Prepended to every script: Redis' own time, RQ's spelling of it, and what two scripts say of a job alike.
-local time = redis.call('TIME')
-local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
-local now_s = time[1] + time[2] / 1000000
+-- What the workers' scripts say alike, after what every script knows of a job.
 
--- Numbers beyond 2^53 never pass through here; those below must not come out as 1.7e+12.
-local function text(number) return string.format('%.0f', number) end
-
--- YYYY-MM-DDThh:mm:ss.ffffffZ as rq.utils.utcformat writes it (days to civil date: Howard Hinnant's algorithm), of now
--- unless told.
-local function rq_time(seconds, micros)
-  local s = seconds or tonumber(time[1])
-  local z = math.floor(s / 86400) + 719468
+-- This moment as rq.utils.utcformat writes it, YYYY-MM-DDThh:mm:ss.ffffffZ (days to civil date: Howard Hinnant's
+-- algorithm).
+function now.stamp()
+  local z = math.floor(now.s / 86400) + 719468
   local era = math.floor(z / 146097)
   local doe = z - era * 146097
   local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
@@ -19,61 +12,47 @@ local function rq_time(seconds, micros)
   local day = doy - math.floor((153 * mp + 2) / 5) + 1
   local month = mp < 10 and mp + 3 or mp - 9
   local year = yoe + era * 400 + (month <= 2 and 1 or 0)
-  local rest = s % 86400
+  local rest = now.s % 86400
   return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day, math.floor(rest / 3600),
-    math.floor(rest % 3600 / 60), rest % 60, micros or tonumber(time[2]))
+    math.floor(rest % 3600 / 60), rest % 60, now.micros)
 end
 
--- A whole number of a job hash, or nil. Somebody else may have written there.
-local function whole(value)
-  return value and #value <= 16 and string.match(value, '^%-?%d+$') and tonumber(value) or nil
-end
+-- Milliseconds as RQ's seconds.
+function now.seconds(ms) return string.format('%d.%03d', math.floor(ms / 1000), ms % 1000) end
 
--- When the gate opens, in ms; 0: it is open.
-local function closed_until(gate)
-  local until_ms = whole(redis.call('HGET', gate, 'until_ms')) or 0
-  return until_ms > now_ms and until_ms or 0
-end
-
--- Take away those of our fields that should hold a whole number and do not; gives the name of one of them.
-local NUMBERS = {'c_enqueued_at_ms', 'c_asked_at_ms', 'c_deadline_at_ms', 'c_run', 'c_open_at_ms',
-  'c_meant_at_ms'}
-local function mend(job)
-  local damaged
-  for i, value in ipairs(redis.call('HMGET', job, unpack(NUMBERS))) do
-    if value and not whole(value) then
-      damaged = NUMBERS[i]
-      redis.call('HDEL', job, damaged)
-    end
-  end
-  return damaged
+-- When the gate opens, in ms; 0: it is open, or what stands there is no record of it.
+function job.closed_until()
+  local said = redis.pcall('HGET', GATE, 'until_ms')
+  local until_ms = type(said) == 'string' and job.whole(said) or 0
+  return until_ms > now.ms and until_ms or 0
 end
 
 -- A deadline given by a request holds; one left to the worker counts from the moment of asking; the later one wins.
-local function deadline_at(asked_at, deadline_at_ms, enqueued_at, default_ms)
-  if not asked_at and not deadline_at_ms then asked_at = enqueued_at end
-  local by_default = asked_at and tonumber(asked_at) + default_ms or 0
-  return math.max(by_default, tonumber(deadline_at_ms or '0'))
+function job.deadline_of(s)
+  local asked_at = s.asked_at
+  if not asked_at and not s.deadline_at then asked_at = s.enqueued_at or now.text end
+  local by_default = asked_at and tonumber(asked_at) + DEADLINE_MS or 0
+  return math.max(by_default, tonumber(s.deadline_at or '0'))
 end
 
--- RQ's requeue puts a settled job back with its end cleared. That starts a new run, with a new deadline.
-local function start_run(id, job, order_pointer, pointer_life_s, outcome)
-  -- A job that RQ itself enqueued has no run, and a damaged one is not mended while a worker of ours holds the job.
-  if not whole(redis.call('HGET', job, 'c_run')) then redis.call('HSET', job, 'c_run', '1') end
-  -- By a client id the order is meant that had it when the request was first made.
-  redis.call('HSETNX', job, 'c_meant_at_ms', redis.call('HGET', job, 'c_enqueued_at_ms') or text(now_ms))
-  redis.call('HINCRBY', job, 'c_run', 1)
-  redis.call('HDEL', job, 'c_done', 'c_attempts', 'c_deadline_at_ms')
-  redis.call('HSET', job, 'c_enqueued_at_ms', text(now_ms), 'c_asked_at_ms', text(now_ms))
-  redis.call('PERSIST', job)
-  redis.call('DEL', outcome)
-  if order_pointer then redis.call('SET', order_pointer, id, 'NX', 'EX', pointer_life_s) end
+-- A server that is full takes all writes of a script whose first one needs no room; a read-only one refuses that one,
+-- and with it all.
+function job.first_write() on('ZREM', UNFINISHED, '\0') end
+
+-- Written with one call each at the end of a script, or a few: Lua's stack takes no more than some thousand words.
+local function write(command, key, list)
+  for i = 1, #list, 5000 do on(command, key, unpack(list, i, math.min(i + 4999, #list))) end
 end
 
--- Attempts with one more: begun by somebody who never came back with its answer, hence perhaps done.
-local function with_lost_attempt(attempts, began_ms)
-  local before = (attempts and attempts ~= '') and attempts .. ',' or ''
-  local _, n = string.gsub(before, '"at_ms"', '')
-  return before .. string.format('{"n":%d,"at_ms":%s,"call":"cancel","http":null,"code":null,"msg":"worker lost",' ..
-    '"verdict":"unclear","ms":%s}', n + 1, text(began_ms), text(math.max(now_ms - began_ms, 0)))
+-- RQ's popping says of a job that has ended that it has begun and never ends; a clean-up of RQ's, that it waits.
+function job.put_right(id, s)
+  local key = JOB_PREFIX .. id
+  local is_failed = FAILED_KINDS[job.kind_of(id, s)]
+  local status = is_failed and 'failed' or 'finished'
+  if s.status == status and redis.call('TTL', key) >= 0 then return end
+  local life_s = is_failed and FAILURE_TTL_S or RESULT_TTL_S
+  redis.call('EXPIRE', key, life_s)
+  redis.call('HSET', key, 'status', status)
+  on('ZREM', is_failed and FINISHED or FAILED, id)
+  on('ZADD', is_failed and FAILED or FINISHED, 'NX', text(now.s + life_s), id)
 end

@@ -1,39 +1,47 @@
 -- The breaker of one API key: after failures in a row its jobs wait, and one probe goes out now and then.
--- KEYS  1 breaker, 2 held jobs, 3 scheduled, 4 accounts under suspicion
--- ARGV  1 what (failed, answered, ask), 2 failures that open it, 3 ms between probes, 4 reason (failed) or job id (ask),
---       5 account
+-- ARGV  1 what (failed, answered, ask), 2 breaker's key, 3 key of the set of its held jobs, 4 account,
+--       5 failures that open it, 6 ms between probes, 7 reason (failed) or job id (ask)
 -- Gives the time of the next probe in ms while it is open and the caller has to wait, else 0.
-local breaker, held, what = KEYS[1], KEYS[2], ARGV[1]
-local open = redis.call('HGET', breaker, 'probe_at_ms')
+local what, breaker, held, account = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local LIFE_S, RELEASED = 8 * 86400, 1000
+job.first_write()
+local open = job.whole(on('HGET', breaker, 'probe_at_ms'))
 
 if what == 'failed' then
-  local failures = redis.call('HINCRBY', breaker, 'failures', 1)
-  redis.call('HSET', breaker, 'reason', ARGV[4])
-  redis.call('EXPIRE', breaker, 8 * 86400)
-  redis.call('SADD', KEYS[4], ARGV[5])
-  redis.call('EXPIRE', KEYS[4], 8 * 86400)
-  if not open and failures >= tonumber(ARGV[2]) then
-    open = text(now_ms + tonumber(ARGV[3]))
-    redis.call('HSET', breaker, 'since_ms', text(now_ms), 'probe_at_ms', open)
+  local failures = (job.whole(redis.call('HGET', breaker, 'failures')) or 0) + 1
+  redis.call('HSET', breaker, 'failures', text(failures), 'reason', ARGV[7])
+  redis.call('EXPIRE', breaker, LIFE_S)
+  on('SADD', SUSPECTS, account)
+  redis.call('EXPIRE', SUSPECTS, LIFE_S)
+  if not open and failures >= tonumber(ARGV[5]) then
+    open = now.ms + tonumber(ARGV[6])
+    redis.call('HSET', breaker, 'since_ms', now.text, 'probe_at_ms', text(open))
   end
-  return open or '0'
+  return text(open or 0)
+end
+
+-- Its jobs wait no longer for their next try.
+local function release(id)
+  local s = job.read(id)
+  if s and s.due_at and not s.done and not s.lease then
+    redis.call('HSET', JOB_PREFIX .. id, 'c_due_at_ms', now.text)
+    on('ZADD', UNFINISHED, text(RETRY_BAND + now.ms), id)
+    on('ZADD', SCHEDULED, 'XX', now.seconds(now.ms), id)
+  end
 end
 
 if what == 'answered' then
   redis.call('DEL', breaker)
-  redis.call('SREM', KEYS[4], ARGV[5])
-  local ids = redis.call('SPOP', held, 1000)
-  for _, id in ipairs(ids) do
-    if redis.call('ZSCORE', KEYS[3], id) then redis.call('ZADD', KEYS[3], string.format('%.6f', now_s), id) end
-  end
+  on('SREM', SUSPECTS, account)
+  for _, id in ipairs(on('SPOP', held, RELEASED)) do release(id) end
   return '0'
 end
 
 if not open then return '0' end
-if now_ms >= tonumber(open) then
-  redis.call('HSET', breaker, 'probe_at_ms', text(now_ms + tonumber(ARGV[3])))
+if now.ms >= open then
+  redis.call('HSET', breaker, 'probe_at_ms', text(now.ms + tonumber(ARGV[6])))
   return '0'
 end
-redis.call('SADD', held, ARGV[4])
-redis.call('EXPIRE', held, 8 * 86400)
-return open
+on('SADD', held, ARGV[7])
+redis.call('EXPIRE', held, LIFE_S)
+return text(open)

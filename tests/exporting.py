@@ -1,0 +1,134 @@
+"""A real exporter process and what it says, and records that a worker might have written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from prometheus_client.parser import text_string_to_metric_families
+
+from producer.keys import Keys
+from producer.message import VERSION
+from tests.servers import ROOT, scrubbed
+
+KEYS = Keys()
+#: The command line where prometheus-client is not installed.
+GONE = """
+import sys
+sys.modules["prometheus_client"] = None
+from producer.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+Scrape = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@dataclass
+class Exporter:
+    """A running exporter and where it listens."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    def text(self) -> str:
+        """One scrape as it came; an answer other than 200 raises."""
+        with urllib.request.urlopen(self.url, timeout=20) as answer:
+            assert answer.status == 200
+            return str(answer.read().decode())
+
+    def scrape(self) -> Scrape:
+        """One scrape: value by name and labels, of which `queue` stands on all and is left out."""
+        found: Scrape = {}
+        for family in text_string_to_metric_families(self.text()):
+            assert family.documentation
+            for sample in family.samples:
+                labels = dict(sample.labels)
+                assert labels.pop("queue") == "cancels"
+                name = (sample.name, tuple(sorted(labels.items())))
+                assert name not in found
+                found[name] = sample.value
+        return found
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """One figure of a new scrape, None where it has none."""
+        return self.scrape().get((name, tuple(sorted(labels.items()))))
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Signal it; gives exit code and what it had to complain about."""
+        self.process.send_signal(how)
+        _, errors = self.process.communicate(timeout=10)
+        return self.process.returncode, errors
+
+
+def command(*arguments: str) -> list[str]:
+    """The words of a call; a warning in it is an error."""
+    return [sys.executable, "-W", "error", "-m", "producer", "metrics", *arguments]
+
+
+def ran(*arguments: str, script: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A call that ends by itself."""
+    words = [sys.executable, "-W", "error", "-c", script, "metrics", *arguments] if script else command(*arguments)
+    return subprocess.run(
+        words, cwd=ROOT, env=scrubbed() | environment, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+@contextlib.contextmanager
+def exporting(url: str, *arguments: str, **environment: str) -> Iterator[Exporter]:
+    """An exporter on a port of its own, which complains of nothing as long as the block runs."""
+    with subprocess.Popen(
+        command("--port", "0", *arguments),
+        cwd=ROOT,
+        env=scrubbed() | {"REDIS_URL": url, "PORT": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("metrics of queue cancels on http://")
+            exporter = Exporter(process, line.split()[-1])
+            yield exporter
+            if process.poll() is None:
+                assert exporter.stop() == (0, "")
+        finally:
+            process.kill()
+
+
+def record(number: int = 1, **fields: object) -> str:
+    """An outcome record as a worker writes it."""
+    attempt = {
+        "n": 1,
+        "at_ms": 1_010,
+        "call": "cancel",
+        "http": 200,
+        "code": 200,
+        "msg": "",
+        "verdict": "confirmed",
+        "ms": 5,
+    }
+    base: dict[str, object] = {"v": VERSION, "id": f"{number:032x}", "run": 1, "account": "default", "algo_id": number}
+    base |= dict.fromkeys(("client_algo_id", "symbol", "tag", "order_status", "actual_order_id", "error"))
+    base |= {"kind": "cancelled", "may_be_live": False, "attempts": [attempt], "enqueued_at_ms": 1_000}
+    return json.dumps(base | {"finished_at_ms": 1_040, "worker": "w.1"} | fields)
+
+
+def append(connection: redis.Redis, *records: str, **options: Any) -> None:
+    """Entries of the ledger."""
+    with connection.pipeline(transaction=False) as pipeline:
+        for each in records:
+            pipeline.xadd(KEYS.outcomes, {"outcome": each}, **options)
+        pipeline.execute()
+
+
+def outcomes(scrape: Scrape) -> float:
+    """How many outcomes are counted in all."""
+    return sum(value for (name, _), value in scrape.items() if name == "cancel_outcomes_total")

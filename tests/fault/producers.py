@@ -1,0 +1,182 @@
+"""Who asks for cancels in a chaos run: producers that know nothing of each other, and one that takes ids again."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from producer import CancelClient, CancelRequest, QueueUnavailable
+from producer.protocol import NotDurable, TicketFields
+from tests.fault.ledger import Ask
+from worker.sandbox.control import PlacedOrder, RunningExchange
+from worker.sandbox.faults import Fault
+
+PRODUCERS = 4
+#: The part of all orders whose client ids are taken again.
+REOPENED_PART = 0.12
+#: What half of their cancels meet at first: the order is off the book, and the worker is not told so.
+_UNTOLD = (
+    Fault.DROP_AFTER,
+    Fault.RESET_AFTER,
+    Fault.ANSWER_LATE,
+    Fault.EXECUTE_LATE,
+    Fault.UNKNOWN_503_EXECUTED,
+    Fault.TIMEOUT_1007_EXECUTED,
+    Fault.CANCELLED_BEFORE,
+)
+#: A part of them are asked for twice. What the second request means is the order that has the id then, as far as Redis
+#: can know; for so long after it, s, it may be sent without a look at that order, and so the id is not taken again.
+_TWICE_PART, _BLIND_S = 0.3, 0.4
+#: How often a strategy looks what became of the orders whose ids it wants, s: before an answer can be back.
+_LOOK_S = 0.015
+#: Where a client id can be taken again, or cannot any more.
+_FREE, _GONE = "CANCELED", ("FINISHED", "TRIGGERED", "EXPIRED", "REJECTED")
+
+
+class Producer(threading.Thread):
+    """Asks for cancels in batches, at a steady rate on average, and repeats every call that is not acknowledged."""
+
+    def __init__(
+        self, number: int, seed: int, url: str, requests: Sequence[CancelRequest], ids: Mapping[str, int], per_s: float
+    ) -> None:
+        super().__init__(name=f"producer-{number}", daemon=True)
+        self._dice = random.Random(f"producer {seed} {number}")
+        self._client = CancelClient.from_url(url, timeout_s=1.0)
+        self._requests = requests
+        self._ids = ids
+        self._per_s = per_s
+        self.asks: list[Ask] = []
+        self.stopped = threading.Event()
+
+    @property
+    def has_asked(self) -> bool:
+        """Whether all its requests are acknowledged."""
+        return not self.is_alive()
+
+    def run(self) -> None:
+        """Work off the requests."""
+        began, sent = time.monotonic(), 0
+        with self._client:
+            while sent < len(self._requests) and not self.stopped.is_set():
+                batch = self._requests[sent : sent + self._dice.randint(1, 20)]
+                self._ask(batch, durable=self._dice.random() < 0.1)
+                sent += len(batch)
+                self.stopped.wait(max(began + sent / self._per_s - time.monotonic(), 0))
+
+    def _ask(self, batch: Sequence[CancelRequest], *, durable: bool) -> None:
+        while not self.stopped.is_set():
+            try:
+                tickets: Sequence[TicketFields] = self._client.cancel_many(batch, durable=durable)
+            except NotDurable as error:
+                tickets = error.tickets
+            except QueueUnavailable:
+                self.asks += [Ask(self._order(request), None) for request in batch]
+                self.stopped.wait(self._dice.uniform(0.05, 0.3))
+                continue
+            self.asks += [Ask(self._order(ticket.request), ticket.id) for ticket in tickets]
+            return
+
+    def _order(self, request: CancelRequest) -> int:
+        return request.algo_id or self._ids[request.client_algo_id or ""]
+
+
+class Reopener(threading.Thread):
+    """A strategy that asks by client id alone and, when the book shows that order CANCELED, opens another under the id.
+
+    It keeps the new order. That is its right once the call has returned; a call that failed may be carried out at any
+    later time, and would then mean whatever order has the id by that time: such an id is not taken again.
+    """
+
+    def __init__(
+        self, seed: int, url: str, exchange: RunningExchange, orders: Sequence[PlacedOrder], per_s: float
+    ) -> None:
+        super().__init__(name="reopener", daemon=True)
+        self._dice = random.Random(f"reopener {seed}")
+        self._client = CancelClient.from_url(url, timeout_s=1.0)
+        self._exchange = exchange
+        self._to_ask = list(reversed(orders))
+        self._per_s = per_s
+        self._turn = threading.Lock()
+        self._is_resting = False
+        self._in_doubt: set[int] = set()  # orders of calls that failed
+        self._watched: dict[int, tuple[PlacedOrder, float]] = {}  # with the moment from which its id may be taken
+        self.asks: list[Ask] = []
+        self.reopened: dict[int, int] = {}  # an order, and the one that bears its client id now
+        self.stopped = threading.Event()
+
+    @property
+    def has_asked(self) -> bool:
+        """Whether all its requests are acknowledged."""
+        return not self._to_ask
+
+    def rest(self) -> list[str]:
+        """Ask for nothing until told to go on; gives the ids of all requests so far."""
+        with self._turn:
+            self._is_resting = True
+            return [ask.id for ask in self.asks if ask.id is not None]
+
+    def go_on(self) -> None:
+        """Ask again."""
+        self._is_resting = False
+
+    def run(self) -> None:
+        """Ask for one order after the other, and look after those that were asked for."""
+        ask_at_s = time.monotonic()
+        with self._client:
+            while not self.stopped.is_set():
+                if self._to_ask and time.monotonic() >= ask_at_s:
+                    with self._turn:
+                        if not self._is_resting:
+                            self._ask(self._to_ask[-1])
+                            ask_at_s = time.monotonic() + self._dice.uniform(0.5, 1.5) / self._per_s
+                self._look()
+                self.stopped.wait(_LOOK_S)
+
+    def _ask(self, order: PlacedOrder) -> None:
+        is_twice = self._dice.random() < _TWICE_PART
+        try:
+            tickets = [self._client.cancel(client_algo_id=order.client_algo_id) for _ in range(1 + is_twice)]
+        except QueueUnavailable:
+            self.asks.append(Ask(order.algo_id, None))
+            self._in_doubt.add(order.algo_id)
+            return
+        self._to_ask.pop()
+        self.asks += [Ask(order.algo_id, ticket.id) for ticket in tickets]
+        if order.algo_id not in self._in_doubt:
+            self._watched[order.algo_id] = order, time.monotonic() + is_twice * _BLIND_S
+
+    def _look(self) -> None:
+        if not self._watched:
+            return
+        for entry in self._exchange.book(self._watched).values():
+            order, from_s = self._watched[entry.algo_id]
+            if entry.status == _FREE and time.monotonic() >= from_s:
+                del self._watched[entry.algo_id]
+                (new,) = self._exchange.add_orders(client_algo_ids=[order.client_algo_id])
+                self.reopened[entry.algo_id] = new.algo_id
+            elif entry.status in _GONE:
+                del self._watched[entry.algo_id]
+
+
+def spoil_answers(orders: Sequence[PlacedOrder], exchange: RunningExchange, seed: int) -> None:
+    """See to it that some of these orders are taken off the book without the worker hearing of it."""
+    dice = random.Random(f"answers {seed}")
+    for order in orders:
+        if dice.random() < 0.5:
+            exchange.script_faults(order.algo_id, [dice.choice(_UNTOLD)])
+
+
+def requests_for(orders: Sequence[PlacedOrder], seed: int) -> list[list[CancelRequest]]:
+    """Each producer's requests: most by algo id, some by client id, some for an order that another asks about too."""
+    dice = random.Random(f"requests {seed}")
+    shares: list[list[CancelRequest]] = [[] for _ in range(PRODUCERS)]
+    for number, order in enumerate(orders):
+        request = CancelRequest(algo_id=order.algo_id, urgent=dice.random() < 0.1)
+        if dice.random() < 0.1:
+            request = CancelRequest(client_algo_id=order.client_algo_id)
+        shares[number % PRODUCERS].append(request)
+        if dice.random() < 0.05:
+            shares[(number + 1) % PRODUCERS].append(request)
+    return shares

@@ -1,0 +1,369 @@
+"""The engine in a loop of its own: what is claimed when, what is completed together, what a stop or a sleep leaves.
+
+Against a real Redis and the local exchange, or one that answers when the test says so.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+import pytest
+import redis
+
+from producer import CancelClient, CancelRequest, OutcomeKind
+from tests.engines import HELD_S, Answerer, Asked, Parts, RunningEngine, Said, enqueued, well
+from tests.fault.conftest import mark_of
+from tests.fault.proxy import Proxy
+from tests.integration.conftest import Logged
+from tests.orders import at_first_try, cancel_all, opened, outcomes, steps
+from tests.servers import Peek, Valkey, eventually
+from worker.cancel import Hold
+from worker.clock import SleepWatch
+from worker.sandbox.control import RunningExchange
+from worker.store import Beat, Completed, Lease, Release, Request, Retry, Row
+
+# ---- claims ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_at_a_time(valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
+    """With one slot the orders are sent one after the other, and none is taken that another worker could send."""
+    exchange.set_latency_ms(700)
+    algo_ids = opened(exchange, 4)
+    tickets = cancel_all(client, algo_ids)
+    with RunningEngine(valkey.url, exchange.url, 1):
+        for n, ticket in enumerate(tickets):
+            eventually(lambda n=n: exchange.book()[algo_ids[n]].deletes == 1, what="it is sent")  # type: ignore[misc]
+            ends_at = time.monotonic() + 0.15
+            while time.monotonic() < ends_at:  # well before its answer
+                assert (peek.held(), peek.waiting()) == ([ticket.id], [later.id for later in tickets[n + 1 :]])
+                time.sleep(0.005)
+
+        assert at_first_try(outcomes(client, tickets))
+    assert exchange.stats().peak_in_flight == 1
+
+
+def test_what_was_claimed_ahead_goes_back_when_the_exchange_stalls(
+    valkey: Valkey, client: CancelClient, exchange: RunningExchange, stack: ExitStack
+) -> None:
+    """Jobs that were claimed for slots that do not fall free are soon handed back, unsent, and another sends them."""
+    goes_on = threading.Event()
+    stalling: list[RunningEngine] = []
+
+    def behave(asked: Asked) -> Said:
+        if len(stalling) > 1 or stalling[0].engine.working_on > 16:  # it has claimed ahead
+            stalling.append(stalling[0])
+            goes_on.wait(HELD_S)
+        time.sleep(0.03)
+        return well(asked)
+
+    server = stack.enter_context(Answerer(behave))
+    stack.callback(goes_on.set)
+    tickets = cancel_all(client, opened(exchange, 1500))
+    stalling.append(RunningEngine(valkey.url, server.url, 16, "stalled", BINANCE_RECV_WINDOW_MS="60000"))
+    stalled = stack.enter_context(stalling[0]).engine
+    eventually(lambda: len(stalling) > 16, what="it has claimed ahead, and all slots are taken")
+
+    eventually(lambda: stalled.in_hand == stalled.working_on == 16, 1, "what was not sent is handed back")
+    stack.enter_context(RunningEngine(valkey.url, exchange.url, 64, "other"))
+    eventually(lambda: len(client.outcomes_of(t.id for t in tickets)) == 1500 - 16, 25, "the other has sent the rest")
+    goes_on.set()
+    found = outcomes(client, tickets)
+    assert at_first_try(found)
+    sent_by_other = {outcome.algo_id for outcome in found if outcome.worker == "other"}
+    assert {algo_id for algo_id, entry in exchange.book().items() if entry.deletes} == sent_by_other
+    assert sent_by_other.isdisjoint(asked.algo_id for asked in server.asked)
+
+
+def test_many_that_end_at_once(
+    valkey: Valkey, client: CancelClient, connection: redis.Redis, exchange: RunningExchange, logged: Logged
+) -> None:
+    """Hundreds of jobs of one claim that need no request end one after another, and the engine goes on."""
+    tickets = client.cancel_many(CancelRequest(algo_id=n + 1, account="nobody") for n in range(512))
+    with RunningEngine(valkey.url, exchange.url, 512):
+        found = outcomes(client, tickets)
+
+        assert {outcome.kind for outcome in found} == {OutcomeKind.REFUSED}
+        assert len({connection.hget(f"rq:job:{ticket.id}", "started_at") for ticket in tickets}) == 1  # in one claim
+        assert at_first_try(outcomes(client, cancel_all(client, opened(exchange, 3))))
+    assert logged("defect") == []
+
+
+# ---- completions ----------------------------------------------------------------------------------------------------
+
+
+def test_what_comes_up_together_is_completed_together(
+    valkey: Valkey, client: CancelClient, connection: redis.Redis, stack: ExitStack
+) -> None:
+    """Outcomes of one moment cost a few calls of Redis in all, not one each."""
+    goes_on = threading.Event()
+
+    def behave(asked: Asked) -> Said:
+        goes_on.wait(HELD_S)
+        return well(asked)
+
+    server = stack.enter_context(Answerer(behave))
+    stack.callback(goes_on.set)
+    tickets = enqueued(client, 64)
+    engine = stack.enter_context(RunningEngine(valkey.url, server.url, 64)).engine
+    eventually(lambda: len(server.asked) == 64, what="all are sent")
+    connection.config_resetstat()
+    goes_on.set()
+
+    assert at_first_try(outcomes(client, tickets))
+    eventually(lambda: engine.in_hand == 0, what="each is told of")
+    assert connection.info("commandstats")["cmdstat_evalsha"]["calls"] < 32
+
+
+def stumbling(at: int, row_of: Callable[[Lease], Row]) -> Callable[[Parts], None]:
+    """Has the cancel of one order end in a row of the test's own, or raise."""
+
+    def change(parts: Parts) -> None:
+        carry = parts.canceller.carry
+
+        async def carried(lease: Lease, hold: Hold) -> Row:
+            row = await carry(lease, hold)
+            return row_of(lease) if f'"algo_id":{at}'.encode() in lease.data else row
+
+        vars(parts.canceller)["carry"] = carried
+
+    return change
+
+
+@pytest.mark.parametrize("delay", [None, "soon"], ids=["that cannot be sent", "that the script stumbles over"])
+def test_one_bad_row_costs_its_own_job_alone(
+    valkey: Valkey, client: CancelClient, stack: ExitStack, logged: Logged, delay: Any
+) -> None:
+    """What cannot be recorded of one job is told of, and comes back with its lease; the rest of its group is
+    recorded."""
+    goes_on = threading.Event()
+
+    def behave(asked: Asked) -> Said:
+        goes_on.wait(HELD_S)
+        return well(asked)
+
+    server = stack.enter_context(Answerer(behave))
+    stack.callback(goes_on.set)
+    tickets = enqueued(client, 9)
+    bad = tickets[4]
+    change = stumbling(5, lambda lease: Retry(lease, (), delay))
+    stack.enter_context(RunningEngine(valkey.url, server.url, 16, change=change, LEASE_S="1"))
+    eventually(lambda: len(server.asked) == 9, what="all are sent")
+    goes_on.set()
+
+    assert at_first_try(outcomes(client, [ticket for ticket in tickets if ticket is not bad], 2))
+    eventually(lambda: len(logged("defect")) > 1, what="it has come back, and is told of again")
+    assert {(event["id"], event["where"]) for event in logged("defect")} == {(bad.id, "complete")}
+    assert client.outcome(bad.id) is None
+
+
+def test_a_defect_in_one_job_leaves_the_others(
+    valkey: Valkey, client: CancelClient, stack: ExitStack, logged: Logged, peek: Peek
+) -> None:
+    """A job that its worker stumbles over is told of without a word of the error's, comes back as perhaps sent, and
+    keeps nobody from anything."""
+
+    def stumble(lease: Lease) -> Row:
+        raise ZeroDivisionError("signature=c4n4ry")
+
+    server = stack.enter_context(Answerer())
+    tickets = enqueued(client, 9)
+    running = stack.enter_context(RunningEngine(valkey.url, server.url, 4, change=stumbling(5, stumble), LEASE_S="1"))
+
+    assert at_first_try(outcomes(client, [ticket for ticket in tickets if ticket is not tickets[4]], 2))
+    eventually(lambda: len(logged("defect")) > 1, what="it has come back, and is told of again")
+    assert {(event["id"], event["error"]) for event in logged("defect")} == {(tickets[4].id, "ZeroDivisionError")}
+    assert "c4n4ry" not in str(logged("defect"))
+    assert peek.job(tickets[4].id)["c_attempts"].count("worker lost") >= 1
+    running.stop()
+    eventually(lambda: running.engine.in_hand == 0, what="it does not keep the engine from its end")
+
+
+# ---- leaving --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_stop_hands_back_keeps_its_order(
+    valkey: Valkey, client: CancelClient, peek: Peek, stack: ExitStack
+) -> None:
+    """Jobs that were claimed and not sent stand in their order again after a stop, those of a claim on its way too."""
+    proxy = stack.enter_context(Proxy(valkey.port))
+    running: list[RunningEngine] = []
+
+    def behave(asked: Asked) -> Said:
+        if running[-1].engine.working_on == 17:  # it has claimed one ahead, and most likely asks for more
+            running[-1].stop()
+        time.sleep(0.05)
+        return well(asked)
+
+    server = stack.enter_context(Answerer(behave))
+    tickets = enqueued(client, 4000)
+    for _ in range(6):
+        running.append(RunningEngine(proxy.redis_url, server.url, 16))
+        proxy.latency(4, mark_of(running[-1].store.claim(1, wait=False)))
+        with running[-1] as one:
+            eventually(one.has_ended, 30, "it has claimed ahead, and was stopped")
+        ended = {outcome.id for outcome in peek.ledger()}
+        assert peek.waiting() == [ticket.id for ticket in tickets if ticket.id not in ended]
+    assert {len(outcome.attempts) for outcome in peek.ledger()} == {1}
+
+
+# ---- a host whose sleep no clock counts -----------------------------------------------------------------------------
+
+IN_DOUBT = Said(HTTPStatus.SERVICE_UNAVAILABLE, {"code": -1000, "msg": "Unknown error, please check your request."})
+
+
+class Host:
+    """A host whose own clock stands still while it sleeps, though its wall clock does not, and a worker on it.
+
+    The first DELETE of each order is answered late, and leaves it open what became of the order.
+    """
+
+    def __init__(self) -> None:
+        self._slept_ns = 0
+        self.watch = SleepWatch(counts_sleep=False, wall_ns=lambda: time.time_ns() + self._slept_ns)
+        self.before_answers: Callable[[], None] = lambda: None
+        self.answers_s = 0.0
+        self.asked: list[Asked] = []
+        self.ended: list[Row] = []  # how each hold ended
+        self.holds: list[Hold] = []
+        self._doubted: set[int | None] = set()
+        self._interrupts = ""
+
+    def sleep(self) -> None:
+        """Sleep for a minute."""
+        self._slept_ns += 60 * 10**9
+
+    def behave(self, asked: Asked) -> Said:
+        """The exchange."""
+        self.asked.append(asked)
+        if asked.algo_id in self._doubted:
+            return well(asked)
+        self._doubted.add(asked.algo_id)
+        time.sleep(self.answers_s)
+        self.before_answers()
+        return IN_DOUBT
+
+    def change(self, parts: Parts) -> None:
+        """See what becomes of each hold, and be able to sleep before an answer of Redis is read."""
+        carry, complete = parts.canceller.carry, parts.store.complete
+
+        async def carried(lease: Lease, hold: Hold) -> Row:
+            self.holds.append(hold)
+            return await carry(lease, hold)
+
+        def completed(rows: Sequence[Row]) -> Request[Completed]:
+            self.ended += rows
+            return complete(rows)
+
+        vars(parts.canceller)["carry"] = carried
+        vars(parts.store)["complete"] = completed
+        for asked in ("claim", "beat"):
+            vars(parts.store)[asked] = partial(self._interrupted, asked, getattr(parts.store, asked))
+
+    def handed_back(self) -> tuple[str, int]:
+        """Of the first hold that ended: its job, and how many calls were made for it; it must be one handed back."""
+        first = self.ended[0]
+        assert isinstance(first, Release)
+        return first.lease.id, len(first.attempts or ())
+
+    def sleep_before_reading(self, asked: str) -> None:
+        """Sleep before the next answer to such a request is read, and have the first job's turn come before it."""
+        self._interrupts = asked
+
+    def _interrupted(self, asked: str, request_of: Any, *given: Any, **options: Any) -> Request[Any]:
+        request: Request[Any] = request_of(*given, **options)
+
+        def read(answers: list[Any], stamps: Any) -> Any:
+            result = request.read(answers, stamps)
+            if self._interrupts == asked and (isinstance(result, Beat) or result.leases):
+                self._interrupts = ""
+                self.sleep()
+                assert not self.holds[0].is_valid()
+            return result
+
+        return replace(request, read=read)
+
+
+@pytest.fixture
+def host() -> Host:
+    """It has not slept yet."""
+    return Host()
+
+
+def test_after_a_sleep_leases_are_renewed_before_anything_is_sent(
+    valkey: Valkey, client: CancelClient, host: Host, stack: ExitStack
+) -> None:
+    """A worker that wakes in the middle of a cancel asks Redis for the job anew before its next call, and goes on."""
+    server = stack.enter_context(Answerer(host.behave))
+    host.before_answers = host.sleep
+    stack.enter_context(RunningEngine(valkey.url, server.url, 4, sleep=host.watch, change=host.change, LEASE_S="30"))
+    (ticket,) = enqueued(client, 1)
+
+    assert steps(ticket.wait(10)) == ["unclear", "open", "confirmed"]
+    assert host.handed_back() == (ticket.id, 1)
+
+
+def test_after_a_sleep_nothing_is_sent_for_a_job_that_somebody_else_took(
+    valkey: Valkey, client: CancelClient, connection: redis.Redis, peek: Peek, host: Host, stack: ExitStack
+) -> None:
+    """A worker that slept past its leases, by a clock that did not count it, sends nothing more for its jobs."""
+    server = stack.enter_context(Answerer(host.behave))
+    other_exchange = stack.enter_context(Answerer())
+
+    def be_taken_over() -> None:
+        sleeper.beats.clear()
+        host.sleep()
+        sleeper.stop()
+        connection.zadd(peek.keys.unfinished, {ticket.id: 1})  # by Redis' clock the lease has ended
+        with RunningEngine(valkey.url, other_exchange.url, 4, "other"):
+            assert ticket.wait(5).worker == "other"
+
+    host.before_answers = be_taken_over
+    sleeper = RunningEngine(valkey.url, server.url, 4, "sleeper", sleep=host.watch, change=host.change, LEASE_S="30")
+    stack.enter_context(sleeper)
+    (ticket,) = enqueued(client, 1)
+    eventually(sleeper.has_ended, what="the sleeper has its answer, and leaves")
+
+    assert [asked.method for asked in host.asked] == ["DELETE"]
+    assert [outcome.worker for outcome in peek.ledger()] == ["other"]
+
+
+def test_a_claim_from_before_a_sleep_gives_no_lease(
+    valkey: Valkey, client: CancelClient, host: Host, stack: ExitStack
+) -> None:
+    """A job whose claim was answered before a sleep and is read after it is asked for anew before it is sent."""
+    server = stack.enter_context(Answerer(host.behave))
+    host.answers_s = 1.0
+    stack.enter_context(RunningEngine(valkey.url, server.url, 4, sleep=host.watch, change=host.change, LEASE_S="30"))
+    (first,) = enqueued(client, 1)
+    eventually(lambda: len(host.asked) == 1, what="the first one is under way")
+    host.sleep_before_reading("claim")
+    (second,) = enqueued(client, 1, first=2)
+    eventually(lambda: host.ended, what="its hold has ended")
+
+    assert host.handed_back() == (second.id, 0)
+    assert [steps(each.wait(10)) for each in (first, second)] == [["unclear", "open", "confirmed"]] * 2
+
+
+def test_a_renewal_from_before_a_sleep_prolongs_nothing(
+    valkey: Valkey, client: CancelClient, host: Host, stack: ExitStack
+) -> None:
+    """A lease whose renewal was answered before a sleep and is read after it is asked for anew before the next call."""
+    server = stack.enter_context(Answerer(host.behave))
+    host.answers_s = 2.0
+    running = RunningEngine(valkey.url, server.url, 4, sleep=host.watch, change=host.change, LEASE_S="4")
+    stack.enter_context(running)
+    (ticket,) = enqueued(client, 1)
+    eventually(lambda: len(host.asked) == 1, what="the cancel is under way")
+    host.sleep_before_reading("beat")
+    eventually(lambda: not host.holds[0].is_valid(), what="the renewal was read")
+    running.beats.clear()
+
+    assert steps(ticket.wait(10)) == ["unclear", "open", "confirmed"]
+    assert host.handed_back() == (ticket.id, 1)

@@ -1,0 +1,493 @@
+"""RQ's own workers beside ours on one queue: forked horses, SimpleWorker, several queues, with and without a scheduler;
+their kills, their warm shutdowns, and what they pop that is not theirs to work on."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import redis
+from rq.registry import FailedJobRegistry
+from rq.serializers import JSONSerializer
+
+from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
+from producer.keys import FAILURE_TTL_S, RESULT_TTL_S
+from producer.message import WORKER_LOST
+from tests.servers import ROOT, Peek, Valkey, Worker, Workers, eventually, members, scrubbed
+from worker.sandbox.control import RunningExchange
+from worker.sandbox.faults import Fault
+
+RQ = str(Path(sys.executable).with_name("rq"))
+LEASE_S = 2.0
+#: How long it takes at most until a look of a worker of ours puts right what RQ has overwritten, s.
+TIDIED_S = 15.0
+#: The ways in which people start RQ's own workers.
+FORKED: tuple[str, ...] = ("cancels",)
+SCHEDULING = ("cancels", "--with-scheduler")
+SIMPLE = ("cancels", "-w", "rq.SimpleWorker")
+SEVERAL = ("cancels", "others")
+
+
+@pytest.fixture
+def peek(connection: redis.Redis) -> Peek:
+    """A look at the queue's keys."""
+    return Peek(connection)
+
+
+class Fleet:
+    """Starts our workers and RQ's own."""
+
+    def __init__(self, workers: Workers, valkey: Valkey, peek: Peek) -> None:
+        self._workers, self._valkey, self._peek = workers, valkey, peek
+        workers.environment |= {"LEASE_S": "2", "CANCEL_DEADLINE_S": "60", "NOT_FOUND_HORIZON_S": "2"}
+
+    def ours(self, *, concurrency: int = 64, backoff_ms: int = 100) -> Worker:
+        """Start a worker of ours; ``backoff_ms`` is the bound of each delay."""
+        backoff = str(backoff_ms)
+        return self._workers.start(WORKER_CONCURRENCY=str(concurrency), BACKOFF_BASE_MS=backoff, BACKOFF_CAP_MS=backoff)
+
+    def stock(self, *options: str, backoff_ms: int = 100) -> Worker:
+        """Start one of RQ's, and wait until RQ knows it."""
+        backoff = str(backoff_ms)
+        common = ("--serializer", "json", "--url", self._valkey.url)
+        worker = self._workers.start(
+            *options, *common, command=(RQ, "worker"), wait=False, BACKOFF_BASE_MS=backoff, BACKOFF_CAP_MS=backoff
+        )
+        pid = str(worker.process.pid)
+
+        def is_known() -> bool:
+            known = self._peek("SMEMBERS", self._peek.keys.workers)
+            return any(self._peek("HGET", key, "pid") == pid for key in known) or worker.process.poll() is not None
+
+        eventually(is_known, 20, "the stock worker starts")
+        return worker
+
+    @staticmethod
+    def horses(worker: Worker) -> list[int]:
+        """The processes that have the jobs of a stock worker: unlike its scheduler they lead a group of their own."""
+        leader = worker.process.pid
+        return [pid for pid in members(leader) if pid != leader and os.getpgid(pid) == pid]
+
+    def kill_horse(self, worker: Worker) -> None:
+        """SIGKILL to the process that has the job, and none to its parent."""
+        (horse,) = self.horses(worker)
+        os.kill(horse, signal.SIGKILL)
+
+    @staticmethod
+    def kill_all(worker: Worker) -> None:
+        """SIGKILL to a worker and all that it has forked."""
+        for pid in members(worker.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        worker.process.wait()
+
+
+@pytest.fixture
+def fleet(workers: Workers, valkey: Valkey, peek: Peek) -> Fleet:
+    """Workers of all sorts."""
+    return Fleet(workers, valkey, peek)
+
+
+def under_way(client: CancelClient, exchange: RunningExchange, latency_ms: int = 4000) -> Ticket:
+    """A request that the exchange has received, and answers late."""
+    exchange.set_latency_ms(latency_ms)
+    algo_id = exchange.add_orders(1)[0].algo_id
+    ticket = client.cancel(algo_id=algo_id)
+    eventually(lambda: exchange.book()[algo_id].deletes == 1, 15, "the request is under way")
+    exchange.set_latency_ms(0)
+    return ticket
+
+
+def entered_twice(client: CancelClient, exchange: RunningExchange, *faults: Fault) -> Ticket:
+    """A request with a second entry in the queue, as an urgent one for the same order makes it."""
+    algo_id = exchange.add_orders(1)[0].algo_id
+    if faults:
+        exchange.script_faults(algo_id, faults)
+    ticket = client.cancel(algo_id=algo_id)
+    assert client.cancel(algo_id=algo_id, urgent=True).id == ticket.id
+    return ticket
+
+
+def verdicts(outcome: Outcome) -> list[str]:
+    """What each attempt came to."""
+    return [attempt.verdict for attempt in outcome.attempts]
+
+
+def deletes(exchange: RunningExchange) -> list[int]:
+    """DELETEs that the exchange has received, for each order."""
+    return [entry.deletes for entry in exchange.book().values()]
+
+
+def is_filed(peek: Peek, job_id: str, status: str) -> bool:
+    """Whether RQ's record of a job that has ended is right: its status, a life, and the one registry that has it."""
+    keys, is_failed = peek.keys, status == "failed"
+    life_s = FAILURE_TTL_S if is_failed else RESULT_TTL_S
+    right, wrong = (keys.failed, keys.finished) if is_failed else (keys.finished, keys.failed)
+    return (
+        peek.job(job_id)["status"] == status
+        and 0 < peek("TTL", keys.job_prefix + job_id) <= life_s
+        and peek("ZSCORE", right, job_id) is not None
+        and peek("ZSCORE", wrong, job_id) is None
+        and peek("ZSCORE", keys.scheduled, job_id) is None
+        and peek("ZSCORE", keys.unfinished, job_id) is None
+    )
+
+
+# ---- what a stock worker pops that is not its own --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [FORKED, SIMPLE], ids=["forked", "simple"])
+def test_job_in_our_hands_is_left_alone(
+    options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A stock worker that pops a job of ours leaves it alone: one call, one outcome, and RQ's record is right after."""
+    ticket = entered_twice(client, exchange)
+    exchange.set_latency_ms(3000)
+    fleet.ours(concurrency=1)
+    eventually(lambda: deletes(exchange) == [1], 10, "the request is under way")
+    assert peek.waiting() == [ticket.id]
+    fleet.stock(*options)
+    eventually(lambda: peek.job(ticket.id)["status"] == "scheduled", 10, "it was popped and put away by RQ")
+
+    outcome = ticket.wait(10)
+
+    assert (outcome.kind, verdicts(outcome), deletes(exchange)) == (OutcomeKind.CANCELLED, ["confirmed"], [1])
+    assert [entry.gets for entry in exchange.book().values()] == [0]
+    eventually(lambda: is_filed(peek, ticket.id, "finished"), TIDIED_S, "RQ's record is right")
+    time.sleep(1)
+    assert is_filed(peek, ticket.id, "finished")
+    assert len(peek.ledger()) == 1
+
+
+@pytest.mark.parametrize("options", [FORKED, SCHEDULING, SIMPLE], ids=["forked", "scheduling", "simple"])
+def test_backoff_is_kept(
+    options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A job in backoff that a stock worker pops by a second entry is not tried before its time, and then is."""
+    ticket = entered_twice(client, exchange, Fault.UNAVAILABLE_503)
+    keys = peek.keys
+    peek("LREM", keys.waiting, 1, ticket.id)
+    ours = fleet.ours(backoff_ms=12_000)
+    eventually(lambda: "c_due_at_ms" in peek.job(ticket.id), 10, "it waits for its next try")
+    ours.stop(signal.SIGKILL)
+    due_ms = peek.now_ms() + 4000
+    peek("HSET", keys.job_prefix + ticket.id, "c_due_at_ms", due_ms)  # the time is drawn by lot
+    peek("ZADD", keys.unfinished, 2 * 10**13 + due_ms, ticket.id)
+    peek("ZADD", keys.scheduled, due_ms / 1000, ticket.id)
+    peek("LPUSH", keys.waiting, ticket.id)
+    fleet.stock(*options)
+    eventually(lambda: not peek("EXISTS", keys.waiting, keys.intermediate, keys.started), 15, "it was popped")
+
+    job = peek.job(ticket.id)
+    assert (job["status"], int(job["c_due_at_ms"]), deletes(exchange)) == ("scheduled", due_ms, [1])
+    assert float(peek("ZSCORE", keys.scheduled, ticket.id)) >= due_ms // 1000  # RQ knows whole seconds only
+    if "--with-scheduler" not in options:
+        fleet.ours()
+    outcome = ticket.wait(15)
+    assert (outcome.kind, verdicts(outcome)) == (OutcomeKind.CANCELLED, ["busy", "confirmed"])
+    assert outcome.attempts[1].at_ms >= due_ms
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+@pytest.mark.parametrize("options", [FORKED, SIMPLE, SEVERAL], ids=["forked", "simple", "several"])
+def test_settled_job_stays_settled(
+    options: tuple[str, ...], status: str, fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A job that has ended and is popped through a second entry keeps its life, its status and its registry."""
+    ticket = entered_twice(client, exchange, *([Fault.DISABLED_2011] if status == "failed" else []))
+    fleet.stock(*options)
+
+    kind = ticket.wait(15).kind
+
+    assert kind.failed is (status == "failed")
+    eventually(lambda: not peek.waiting() and peek("ZCARD", peek.keys.started) == 0, 10, "both entries are popped")
+    assert is_filed(peek, ticket.id, status)
+    assert (len(peek.ledger()), deletes(exchange)) == (1, [1])
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+@pytest.mark.parametrize("killed", ["HorseIsKilled", "AllAreKilled"])
+def test_settled_job_of_a_killed_horse(
+    killed: str, status: str, fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """The same where the horse, or all of the stock worker, is killed right after popping: a look of ours rights it."""
+    ticket = entered_twice(client, exchange, *([Fault.DISABLED_2011] if status == "failed" else []))
+    peek("LREM", peek.keys.waiting, 1, ticket.id)
+    ours = fleet.ours()
+    ticket.wait(10)
+    ours.stop()
+    peek("LPUSH", peek.keys.waiting, ticket.id)
+    stock = fleet.stock("cancels", "-w", f"tests.horses.{killed}", "--max-jobs", "1")
+    stock.process.wait(15)
+    eventually(lambda: not fleet.horses(stock), what="its horse is gone")
+    assert not is_filed(peek, ticket.id, status)
+    fleet.ours()
+
+    eventually(lambda: is_filed(peek, ticket.id, status), TIDIED_S, "RQ's record is right")
+
+    time.sleep(1)
+    assert is_filed(peek, ticket.id, status)
+    assert (len(peek.ledger()), deletes(exchange)) == (1, [1])
+
+
+# ---- kills -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [FORKED, SEVERAL], ids=["forked", "several"])
+@pytest.mark.parametrize("whole", [False, True], ids=["horse", "all"])
+def test_killed_in_a_call(
+    options: tuple[str, ...], whole: bool, fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A job of a killed horse, with or without its parent, goes on within LEASE_S + 1.5 s as perhaps sent, once."""
+    stock = fleet.stock(*options)
+    ticket = under_way(client, exchange)
+    fleet.ours()
+    (fleet.kill_all if whole else fleet.kill_horse)(stock)
+    killed_ms = peek.now_ms()
+
+    outcome = ticket.wait(15)
+
+    assert outcome.kind is OutcomeKind.CANCELLED
+    assert [attempt.msg == WORKER_LOST for attempt in outcome.attempts] == [True, False]
+    assert outcome.attempts[1].at_ms - killed_ms <= (LEASE_S + 1.5) * 1000
+    eventually(lambda: is_filed(peek, ticket.id, "finished"), TIDIED_S, "RQ's record is right")
+    assert (len(peek.ledger()), deletes(exchange)) == (1, [1])
+
+
+def test_stock_workers_alone_recover(fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
+    """Where all workers are stock ones, one with a scheduler, the job of a killed horse goes on with the next."""
+    stock = fleet.stock(*SCHEDULING)
+    ticket = under_way(client, exchange)
+    fleet.kill_horse(stock)
+
+    outcome = ticket.wait(20)
+
+    assert (outcome.kind, verdicts(outcome)) == (OutcomeKind.CANCELLED, ["unclear", "canceled"])
+    assert (len(peek.ledger()), deletes(exchange)) == (1, [1])
+
+
+def test_next_job_brings_back_a_lost_one(
+    fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """Where all workers are stock ones, the next job that one of them works on brings back what a killed one held."""
+    doomed = fleet.stock(*FORKED)
+    ticket = under_way(client, exchange)
+    fleet.kill_all(doomed)
+    fleet.stock(*FORKED)
+    time.sleep(LEASE_S)
+
+    other = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
+
+    assert other.wait(10).kind is OutcomeKind.CANCELLED
+    assert verdicts(ticket.wait(10)) == ["unclear", "canceled"]
+    assert deletes(exchange) == [1, 1]
+
+
+def test_requeued_and_killed(
+    fleet: Fleet, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A failed job that `rq requeue` gives to a stock worker whose horse is then killed ends in its second outcome."""
+    stock = fleet.stock(*FORKED)
+    order = exchange.add_orders(1)[0]
+    exchange.script_faults(order.algo_id, [Fault.DISABLED_2011])
+    ticket = client.cancel(algo_id=order.algo_id)
+    assert ticket.wait(15).kind is OutcomeKind.REFUSED
+    eventually(lambda: peek.job(ticket.id)["retries_left"] == "0", what="RQ has filed it")
+    exchange.set_latency_ms(4000)
+    command = [RQ, "requeue", "--url", valkey.url, "--queue", "cancels", "--serializer", "json", ticket.id]
+    subprocess.run(command, cwd=ROOT, env=scrubbed(), check=True, capture_output=True, timeout=30)
+    eventually(lambda: deletes(exchange) == [2], 15, "the request is under way again")
+    exchange.set_latency_ms(0)
+    job = peek.job(ticket.id)
+    assert (int(job["retries_left"]) > 1000, job["c_run"]) == (True, "2")
+    fleet.kill_horse(stock)
+    fleet.ours()
+
+    eventually(lambda: len(peek.ledger()) == 2, 15, "the second run has its outcome")
+
+    outcome = ticket.wait(1)
+    assert (outcome.run, outcome.kind, verdicts(outcome)) == (2, OutcomeKind.CANCELLED, ["unclear", "canceled"])
+    eventually(lambda: is_filed(peek, ticket.id, "finished"), TIDIED_S, "RQ's record is right")
+
+
+# ---- warm shutdown ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [FORKED, SCHEDULING, SIMPLE], ids=["forked", "scheduling", "simple"])
+@pytest.mark.parametrize("backoff_ms", [2900, 60_000], ids=["short", "long"])
+def test_leaves_while_a_job_is_in_backoff(
+    backoff_ms: int,
+    options: tuple[str, ...],
+    fleet: Fleet,
+    client: CancelClient,
+    exchange: RunningExchange,
+    peek: Peek,
+) -> None:
+    """Told to leave while a job waits for its next try, a stock worker does, and the job goes on with another."""
+    stock = fleet.stock(*options, backoff_ms=backoff_ms)
+    orders = exchange.add_orders(6)
+    for order in orders:
+        exchange.script_faults(order.algo_id, [Fault.UNAVAILABLE_503] * 3)
+    tickets = client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in orders])
+    eventually(lambda: max(deletes(exchange)) > 0, 15, "one waits for its next try")
+
+    stock.process.send_signal(signal.SIGTERM)
+
+    assert stock.process.wait(8) == 0
+    asked = sum(deletes(exchange))
+    time.sleep(1)
+    assert sum(deletes(exchange)) == asked
+    exchange.end_faults()
+    for ticket in tickets:  # their times are drawn by lot
+        if "c_due_at_ms" in peek.job(ticket.id):
+            peek("HSET", peek.keys.job_prefix + ticket.id, "c_due_at_ms", peek.now_ms())
+            peek("ZADD", peek.keys.unfinished, 2 * 10**13 + peek.now_ms(), ticket.id)
+    fleet.ours()
+    assert {ticket.wait(15).kind for ticket in tickets} == {OutcomeKind.CANCELLED}
+    assert len(peek.ledger()) == len(tickets)
+
+
+@pytest.mark.parametrize("options", [FORKED, SIMPLE, SEVERAL], ids=["forked", "simple", "several"])
+def test_leaves_after_the_answer(
+    options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """Told to leave while a call is in flight, a stock worker takes its answer, records it, and goes."""
+    stock = fleet.stock(*options)
+    ticket = under_way(client, exchange, 2000)
+
+    stock.process.send_signal(signal.SIGTERM)
+
+    assert stock.process.wait(8) == 0
+    outcome = client.outcome(ticket.id)
+    assert outcome is not None
+    assert (outcome.kind, verdicts(outcome)) == (OutcomeKind.CANCELLED, ["confirmed"])
+    assert is_filed(peek, ticket.id, "finished")
+
+
+@pytest.mark.parametrize("options", [FORKED, SIMPLE], ids=["forked", "simple"])
+def test_leaves_although_no_answer_comes(
+    options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """Told to leave while an answer stays away, a stock worker asks nothing more and goes; another looks it up."""
+    stock = fleet.stock(*options)
+    order = exchange.add_orders(1)[0]
+    exchange.script_faults(order.algo_id, [Fault.ANSWER_LATE])
+    ticket = client.cancel(algo_id=order.algo_id)
+    eventually(lambda: deletes(exchange) == [1], 15, "the request is under way")
+
+    stock.process.send_signal(signal.SIGTERM)
+
+    assert stock.process.wait(8) == 0
+    (entry,) = exchange.book().values()
+    assert (entry.deletes, entry.gets, client.outcome(ticket.id)) == (1, 0, None)
+    fleet.ours()
+    outcome = ticket.wait(10)
+    assert (outcome.kind, verdicts(outcome)) == (OutcomeKind.CANCELLED, ["unclear", "canceled"])
+    assert outcome.attempts[0].msg != WORKER_LOST
+    assert deletes(exchange) == [1]
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [SCHEDULING, SIMPLE], ids=["scheduling", "simple"])
+def test_backoff_blocks_nobody(
+    options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange
+) -> None:
+    """While one order is answered 503 again and again, the same stock worker cancels the others."""
+    stubborn = exchange.add_orders(1)[0]
+    exchange.script_faults(stubborn.algo_id, [Fault.UNAVAILABLE_503], repeat_last=True)
+    ticket = client.cancel(algo_id=stubborn.algo_id)
+    fleet.stock(*options, backoff_ms=60_000)
+    eventually(lambda: exchange.book()[stubborn.algo_id].deletes == 1, 15, "it is being tried")
+
+    others = client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in exchange.add_orders(5)])
+
+    assert {other.wait(15).kind for other in others} == {OutcomeKind.CANCELLED}
+    assert client.outcome(ticket.id) is None
+
+
+@pytest.mark.parametrize("options", [FORKED, SIMPLE], ids=["forked", "simple"])
+def test_rqs_alarm_breaks_off_no_call(
+    options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A call that takes longer than the time-out that RQ has for the job is not broken off in the middle."""
+    exchange.set_latency_ms(2500)
+    ticket = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
+    peek("HSET", peek.keys.job_prefix + ticket.id, "timeout", 1)
+    fleet.stock(*options)
+
+    outcome = ticket.wait(15)
+
+    assert (outcome.kind, verdicts(outcome), deletes(exchange)) == (OutcomeKind.CANCELLED, ["confirmed"], [1])
+
+
+# ---- all of them at once ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [FORKED, SIMPLE], ids=["forked", "simple"])
+def test_each_outcome_is_told(
+    options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange
+) -> None:
+    """What becomes of a request stands in a stock worker's output, one whole line each, as in ours."""
+    tickets = client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in exchange.add_orders(4)])
+    stock = fleet.stock(*options)
+    for ticket in tickets:
+        ticket.wait(15)
+    pattern = re.compile(r"^at=\S+ level=info event=outcome id=(\S+) kind=cancelled .*$", re.MULTILINE)
+
+    eventually(lambda: len(pattern.findall(stock.output())) >= len(tickets), 5, "all are told")
+
+    time.sleep(0.5)
+    assert Counter(pattern.findall(stock.output())) == Counter(ticket.id for ticket in tickets)
+
+
+def test_fleet_of_all_sorts(
+    fleet: Fleet, valkey: Valkey, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, peek: Peek
+) -> None:
+    """Under kills, shutdowns and RQ's own clean-up each request ends once, and nobody works on another's job."""
+    exchange.set_latency_ms(50)
+    dice = random.Random("all sorts")
+    fleet.ours(concurrency=2)
+    places = {way: fleet.stock(*way) for way in (FORKED, SCHEDULING, SIMPLE, SEVERAL)}
+    tickets: list[Ticket] = []
+    for turn in range(12):
+        orders = exchange.add_orders(15)
+        for order in dice.sample(orders, 3):
+            exchange.script_faults(order.algo_id, [Fault.UNAVAILABLE_503])
+        tickets += client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in orders])
+        for order in dice.sample(orders, 5):
+            client.cancel(algo_id=order.algo_id, urgent=True)
+        way = (FORKED, SIMPLE, SCHEDULING, SEVERAL)[turn % 4]
+        if turn % 3 == 0 and (horses := fleet.horses(places[way])):
+            os.kill(dice.choice(horses), signal.SIGKILL)
+        elif turn % 3 == 1:
+            fleet.kill_all(places[way])
+            places[way] = fleet.stock(*way)
+        else:
+            places[way].process.send_signal(signal.SIGTERM)
+            assert places[way].process.wait(10) == 0
+            places[way] = fleet.stock(*way)
+        command = [RQ, "info", "--url", valkey.url, "--raw"]
+        subprocess.run(command, cwd=ROOT, env=scrubbed(), check=True, capture_output=True, timeout=30)
+
+    eventually(lambda: peek("EXISTS", peek.keys.unfinished, peek.keys.waiting) == 0, 40, "all is done")
+
+    records = peek.ledger()
+    assert Counter(record.id for record in records) == Counter(ticket.id for ticket in tickets)
+    assert {record.kind for record in records} == {OutcomeKind.CANCELLED}
+    book = exchange.book()
+    for record in records:
+        calls = [attempt for attempt in record.attempts if attempt.call == "cancel"]
+        entry = book[record.algo_id or 0]
+        assert (entry.status, entry.deletes_effective) == ("CANCELED", 1)
+        assert entry.deletes <= len(calls)
+    eventually(lambda: all(is_filed(peek, ticket.id, "finished") for ticket in tickets), 2 * TIDIED_S, "RQ's records")
+    assert FailedJobRegistry("cancels", connection, serializer=JSONSerializer).get_job_ids() == []

@@ -1,0 +1,434 @@
+"""The operators' pages over a real server: who may act, and what they say on bad days."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import redis
+from flask.testing import FlaskClient
+from werkzeug.exceptions import ServiceUnavailable
+
+from producer import CancelClient, CancelRequest
+from producer.message import Outcome, OutcomeKind, encode_call
+from producer.web import access, queries
+from producer.web import app as web
+from producer.web.app import create_app
+from tests.servers import Valkey, Workers, eventually, running_valkey, stopped
+from tests.strategies import PASSWORD, fail
+from tests.webpages import KEYS, TOKEN, cells, form_token, found, outcome, page, settle
+
+pytestmark = pytest.mark.usefixtures("quick_logins")
+
+
+# --- who may act --------------------------------------------------------------------------------------------------
+
+
+def test_without_a_token_nothing_can_be_changed(
+    reader: FlaskClient, client: CancelClient, connection: redis.Redis
+) -> None:
+    """No login, no button; whatever is posted is answered with 403 and the ways out."""
+    settle(connection, outcome("r1"))
+
+    shown = page(reader, "/failed")
+    assert "Retry" not in shown
+    assert "read-only" in shown
+    for path in ("/retry/start", "/login", "/logout", "/", "/nothing"):
+        answer = reader.post(path, data={"id": "r1", "token": ""})
+        assert answer.status_code == 403
+        assert "python -m producer retry ID" in answer.text
+        assert "WEB_TOKEN" in answer.text
+    assert reader.get("/retry?id=r1").status_code == 403
+    assert reader.get("/login").status_code == 403
+    assert client.failed_ids() == ["r1"]
+
+
+def test_with_a_token_every_page_asks_for_it(client: CancelClient) -> None:
+    """Reading too; only the sign of life, the style sheet and the login itself are open."""
+    pages = create_app(client, TOKEN).test_client()
+
+    for path in ("/", "/failed", "/requests/x", "/search?q=1", "/retry", "/nothing", "//evil.example/x"):
+        answer = pages.get(path)
+        assert answer.status_code == 401, path
+        assert "Log in" in answer.text
+        assert "//evil.example" not in answer.text
+    assert pages.post("/retry/start", data={"id": "x"}).status_code == 401
+    assert (pages.get("/healthz").status_code, pages.get("/healthz").text) == (200, "ok\n")
+    assert pages.get("/style.css").mimetype == "text/css"
+
+
+def test_a_login_is_a_cookie_that_scripts_and_other_sites_cannot_use(client: CancelClient) -> None:
+    """HttpOnly, SameSite=Strict, twelve hours, Secure behind TLS; a wrong token gets none, and logging out ends it."""
+    pages = create_app(client, TOKEN).test_client()
+
+    wrong = pages.post("/login", data={"token": TOKEN + "x"})
+    assert (wrong.status_code, wrong.headers.get("Set-Cookie")) == (401, None)
+    assert "That is not the token." in wrong.text
+    plain = pages.post("/login", data={"token": TOKEN, "next": "/failed?kind=refused"})
+    assert (plain.status_code, plain.headers["Location"]) == (303, "/failed?kind=refused")
+    cookie = plain.headers["Set-Cookie"]
+    assert all(word in cookie for word in ("HttpOnly", "SameSite=Strict", "Max-Age=43200", "Path=/"))
+    assert "Secure" not in cookie
+    assert TOKEN not in cookie
+    behind = pages.post("/login", data={"token": TOKEN}, headers={"X-Forwarded-Proto": "https"})
+    assert "Secure" in behind.headers["Set-Cookie"]
+    token = form_token(page(pages, "/"))
+    assert pages.post("/logout").status_code == 403
+    assert pages.post("/logout", data={"form_token": token}).status_code == 303
+    assert pages.get("/").status_code == 401
+
+
+def test_a_login_ends_with_time_and_with_its_token(client: CancelClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cookie is void after twelve hours, under another token, and when a letter of it is changed."""
+    pages = create_app(client, TOKEN).test_client()
+    pages.post("/login", data={"token": TOKEN})
+    cookie = pages.get_cookie(access.COOKIE)
+    assert cookie is not None
+    value = cookie.value
+
+    def code(with_cookie: str, token: str = TOKEN) -> int:
+        other = create_app(client, token).test_client()
+        other.set_cookie(access.COOKIE, with_cookie)
+        return other.get("/").status_code
+
+    assert code(value) == 200  # another process of the same token
+    assert code(value, "another-token-of-tests") == 401
+    assert code(value[:-2] + ("AA" if value[-2:] != "AA" else "BB")) == 401
+    monkeypatch.setattr(access, "LOGIN_S", -1)
+    assert code(value) == 401
+
+
+@pytest.mark.parametrize("page_asked", ["//evil.example", "https://evil.example", "/\\evil.example", "evil"])
+def test_a_login_redirects_to_our_own_pages_alone(client: CancelClient, page_asked: str) -> None:
+    """Neither the form nor the Host header can send anybody elsewhere."""
+    pages = create_app(client, TOKEN).test_client()
+
+    data = {"token": TOKEN, "next": page_asked}
+    answer = pages.post("/login", data=data, headers={"Host": "evil.example", "X-Forwarded-Host": "evil.example"})
+
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/")
+    shown = pages.get("/login", query_string={"next": page_asked}, headers={"Host": "evil.example"})
+    assert "evil" not in shown.text
+    assert pages.get("/failed/", headers={"Host": "evil.example"}).headers.get("Location") is None
+
+
+def test_a_script_shows_the_token_in_a_header(client: CancelClient, connection: redis.Redis) -> None:
+    """Authorization: Bearer reads and retries without a cookie; a wrong one is refused."""
+    settle(connection, outcome("r1"))
+    pages = create_app(client, TOKEN).test_client()
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+
+    assert pages.get("/failed", headers=headers).status_code == 200
+    assert pages.get("/failed", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert pages.get("/failed", headers={"Authorization": f"Basic {TOKEN}"}).status_code == 401
+    answer = pages.post("/retry/start", data={"id": "r1"}, headers=headers)
+    assert (answer.status_code, client.failed_ids()) == (303, [])
+
+
+def test_one_request_is_retried_after_a_confirmation(
+    operator: FlaskClient, client: CancelClient, workers: Workers
+) -> None:
+    """The page names it, the form starts a new run of it, and a second time there is nothing to retry."""
+    first, second = fail(client, workers, 2)
+    workers.all[0].stop(signal.SIGKILL)
+    assert f"/retry?id={first}" in page(operator, "/failed")
+    shown = page(operator, f"/retry?id={first}")
+    assert "Retry 1 request?" in shown
+    assert second not in shown
+    data = {"form_token": form_token(shown), "id": first}
+
+    answer = operator.post("/retry/start", data=data)
+
+    assert answer.status_code == 303
+    after = page(operator, answer.headers["Location"])
+    assert "Retried 1 of 1." in after
+    assert "queued Waits for a worker." in cells(after)
+    assert (client.failed_ids(), client.statuses([first, second])) == ([second], ["queued", "failed"])
+    again = operator.post("/retry/start", data=data)
+    assert again.status_code == 409
+    assert "is not among the failed requests of queue cancels; nothing was retried" in cells(again.text)
+
+
+def test_all_that_match_are_retried_and_no_other(
+    operator: FlaskClient, client: CancelClient, connection: redis.Redis
+) -> None:
+    """Those that were confirmed are started, though more match by then; one that somebody else took is told."""
+    for number in range(5):
+        settle(connection, outcome(f"r{number}", kind=OutcomeKind.REFUSED, account="desk2"))
+    settle(connection, outcome("other", kind=OutcomeKind.GAVE_UP, account="desk2"))
+    shown = page(operator, "/retry?kind=refused&account=desk2")
+    assert "Retry 5 requests?" in shown
+    assert "kind refused account desk2" in cells(shown)
+    settle(connection, outcome("late", kind=OutcomeKind.REFUSED, account="desk2"))
+    client.retry(["r3"])
+    ids = re.findall(r'name="id" value="([^"]+)"', shown)
+    data = {"form_token": form_token(shown), "id": ids, "kind": "refused", "account": "desk2"}
+
+    answer = operator.post("/retry/start", data=data)
+
+    assert answer.headers["Location"].startswith("/failed?kind=refused&account=desk2&note=")
+    assert "Retried 4 of 5. The others were no longer among the failed ones." in page(
+        operator, answer.headers["Location"]
+    )
+    assert sorted(client.failed_ids()) == ["late", "other"]
+
+
+def test_a_retry_by_a_client_id_alone_says_what_that_means(operator: FlaskClient, connection: redis.Redis) -> None:
+    """A client id can be used again, so the confirmation says which order is meant; an algo id needs no such words."""
+    words = "the client algo id may name a newer order by now; such an order is left alone"
+    settle(connection, outcome("r1", algo_id=5, client_algo_id="sl-1"))
+    settle(connection, outcome("r2", algo_id=None, client_algo_id="sl-2"), encode_call(CancelRequest(None, "sl-2")))
+
+    assert words not in page(operator, "/retry?id=r1")
+    assert words in page(operator, "/retry?id=r2")
+    assert words in page(operator, "/retry")
+
+
+def test_a_retry_of_many_says_how_many_it_leaves(operator: FlaskClient, connection: redis.Redis) -> None:
+    """A thousand is what is started together; the page says so, and that many fit into its form."""
+    pipeline = connection.pipeline(transaction=False)
+    for number in range(1003):
+        settle(pipeline, outcome(f"{number:032x}"))
+    pipeline.execute()
+    assert "Retry the newest 1,000…" in page(operator, "/failed")
+
+    shown = page(operator, "/retry")
+
+    assert "Retry 1,000 requests?" in shown
+    assert "1,003 match;" in shown
+    ids = re.findall(r'name="id" value="([^"]+)"', shown)
+    answer = operator.post("/retry/start", data={"form_token": form_token(shown), "id": ids})
+    assert "Retried 1,000 of 1,000." in page(operator, answer.headers["Location"])
+    assert connection.zcard(KEYS.failed) == 3
+
+
+def test_a_form_of_another_login_or_site_does_nothing(
+    operator: FlaskClient, client: CancelClient, connection: redis.Redis
+) -> None:
+    """Without the login's own token, or when a browser names another site, a POST is refused."""
+    settle(connection, outcome("r1"))
+    stranger = create_app(client, TOKEN).test_client()
+    stranger.post("/login", data={"token": TOKEN})
+    token = form_token(page(operator, "/retry?id=r1"))
+
+    for data in ({}, {"form_token": ""}, {"form_token": "x"}, {"form_token": form_token(page(stranger, "/"))}):
+        assert operator.post("/retry/start", data={"id": "r1"} | data).status_code == 403
+    crossed = operator.post(
+        "/retry/start", data={"id": "r1", "form_token": token}, headers={"Sec-Fetch-Site": "cross-site"}
+    )
+    assert crossed.status_code == 403
+    assert operator.get("/retry/start?id=r1").status_code == 405
+    for ids in ([], ["<script>"], [f"r{number}" for number in range(1001)]):
+        assert operator.post("/retry/start", data={"id": ids, "form_token": token}).status_code == 400
+    assert client.failed_ids() == ["r1"]
+
+
+def test_a_strangers_name_for_this_machine_is_turned_away(client: CancelClient) -> None:
+    """On loopback without a login, a site whose name leads here reads nothing."""
+    pages = create_app(client, local_names_only=True).test_client()
+
+    assert pages.get("/", headers={"Host": "evil.example"}).status_code == 421
+    assert pages.get("/", headers={"Host": "localhost:8080"}).status_code == 200
+    assert pages.get("/healthz", headers={"Host": "10.1.2.3"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded", "X-Real-IP", "Via"]
+)
+def test_what_a_proxy_forwards_to_loopback_is_turned_away(client: CancelClient, name: str) -> None:
+    """A proxy on this machine does not open the pages to whoever reaches it, whatever Host it sends."""
+    pages = create_app(client, local_names_only=True).test_client()
+
+    answer = pages.get("/", headers={"Host": "localhost:8080", name: "127.0.0.1"})
+
+    assert answer.status_code == 421
+    assert "What a proxy has forwarded is refused too" in answer.text
+    assert create_app(client).test_client().get("/", headers={name: "127.0.0.1"}).status_code == 200
+
+
+def test_in_clear_through_a_proxy_nothing_is_shown_and_no_token_taken(client: CancelClient) -> None:
+    """Behind a proxy that took the request without TLS all is 403 but the sign of life; with TLS it stays TLS."""
+    pages = create_app(client, TOKEN).test_client()
+    plain, safe = {"X-Forwarded-Proto": "http"}, {"X-Forwarded-Proto": "https"}
+
+    for path in ("/", "/login", "/style.css", "/nothing"):
+        answer = pages.get(path, headers=plain)
+        assert (answer.status_code, answer.headers.get("Location")) == (403, None)
+        assert "Open this page with https" in answer.text
+        assert answer.headers.get("Strict-Transport-Security") is None
+    answer = pages.post("/login", data={"token": TOKEN}, headers=plain)
+    assert (answer.status_code, answer.headers.get("Set-Cookie")) == (403, None)
+    assert pages.get("/", headers=plain | {"Authorization": f"Bearer {TOKEN}"}).status_code == 403
+    assert pages.get("/healthz", headers=plain).status_code == 200
+    answer = pages.get("/login", headers=safe)
+    assert (answer.status_code, answer.headers["Strict-Transport-Security"]) == (200, "max-age=31536000")
+    assert "Strict-Transport-Security" not in pages.get("/login").headers
+    assert create_app(client).test_client().get("/", headers=plain).status_code == 200
+
+
+def test_only_a_post_logs_in(client: CancelClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HEAD of the login page is neither an attempt, which would wait, nor a login, whatever it carries."""
+    monkeypatch.setattr(access, "PENALTY_S", 60)
+    pages = create_app(client, TOKEN).test_client()
+
+    for token in ("wrong", TOKEN):
+        answer = pages.head("/login", data={"token": token})
+        assert (answer.status_code, answer.headers.get("Set-Cookie")) == (200, None)
+
+
+def test_wrong_tokens_beyond_the_limit_are_told_when_to_come_again(
+    client: CancelClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While some wait, a further wrong one gets 429 with Retry-After, by form or header; the right one is let in."""
+    monkeypatch.setattr(access, "PENALTY_S", 60)
+    monkeypatch.setattr(access, "_WAITING", 0)
+    pages = create_app(client, TOKEN).test_client()
+
+    by_form = pages.post("/login", data={"token": "wrong"})
+    by_header = pages.get("/", headers={"Authorization": "Bearer wrong"})
+    for answer in (by_form, by_header):
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "2")
+    assert pages.post("/login", data={"token": TOKEN}).status_code == 303
+
+
+def test_the_queues_name_is_for_those_who_may_read(client: CancelClient) -> None:
+    """Neither the login, nor a page before it, nor a request that is turned away tells which queue this is."""
+    name = client.keys.queue
+    guarded, local = (create_app(client, TOKEN).test_client(), create_app(client, local_names_only=True).test_client())
+
+    shown = [guarded.get(path) for path in ("/", "/login", "/failed?kind=x", "/nothing")]
+    shown.append(guarded.post("/login", data={"token": "wrong"}))
+    shown.append(guarded.get("/", headers={"Authorization": "Bearer wrong"}))
+    shown.append(guarded.get("/", headers={"X-Forwarded-Proto": "http"}))
+    shown.append(local.get("/", headers={"Host": "evil.example"}))
+    assert [answer.status_code for answer in shown] == [401, 200, 401, 401, 401, 401, 403, 421]
+    assert not [answer.text for answer in shown if name in answer.text]
+    guarded.post("/login", data={"token": TOKEN})
+    assert f"<title>Status · {name}</title>" in page(guarded, "/")
+    assert f"<bdi>{name}</bdi>" in page(guarded, "/nothing", 404)
+    assert f"<title>Status · {name}</title>" in page(local, "/")
+
+
+def test_an_error_keeps_its_headers(operator: FlaskClient) -> None:
+    """A method that an address does not know is answered with those that it knows."""
+    answer = operator.get("/retry/start")
+
+    assert (answer.status_code, set(answer.headers["Allow"].split(", "))) == (405, {"POST", "OPTIONS"})
+    assert answer.mimetype == "text/html"
+
+
+def test_pages_wait_for_their_turn_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While two calls of Redis hang, a third page is told so in time and changes nothing; afterwards all is well."""
+    monkeypatch.setattr(web, "_TURN_S", 0.2)
+    with running_valkey() as server, CancelClient.from_url(server.url, timeout_s=10) as client:
+        app = create_app(client, TOKEN)
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        with redis.Redis(port=server.port) as connection:
+            settle(connection, outcome("r1"))
+        with ThreadPoolExecutor(2) as pool, stopped(server):
+            hanging = [pool.submit(app.test_client().get, path, headers=headers) for path in ("/search?q=1", "/")]
+            pages = app.test_client()
+            eventually(lambda: pages.get("/", headers=headers).status_code == 503, 5, "no turn is free")
+            began = time.monotonic()
+            for answer in (
+                pages.get("/search?q=1", headers=headers),
+                pages.post("/retry/start", data={"id": "r1"}, headers=headers),
+            ):
+                assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
+                assert "Nothing was done; try again." in answer.text
+            assert time.monotonic() - began < 3
+            assert pages.get("/healthz").status_code == 200
+            assert server.process is not None
+            server.process.send_signal(signal.SIGCONT)
+            assert [done.result(20).status_code for done in hanging] == [200, 200]
+        assert client.failed_ids() == ["r1"]
+        assert pages.get("/failed?kind=refused", headers=headers).status_code == 200
+
+
+def test_a_heavy_reading_leaves_a_turn_for_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second search waits for the first one, while a light page does not."""
+    monkeypatch.setattr(web, "_TURN_S", 0.1)
+    turns = web._Turns()
+
+    with turns.taken(heavy=True):
+        with pytest.raises(ServiceUnavailable), turns.taken(heavy=True):
+            pytest.fail("two at a time")
+        with turns.taken(heavy=False), pytest.raises(ServiceUnavailable), turns.taken(heavy=False):
+            pytest.fail("three at a time")
+    with turns.taken(heavy=True), turns.taken(heavy=False):
+        pass
+
+
+# --- bad days -----------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_away_is_told_in_time_and_without_secrets() -> None:
+    """503 within the client's time-out, with what happened and no address; the sign of life stays."""
+    with running_valkey() as server:
+        url = f"redis://:{PASSWORD}@127.0.0.1:{server.port}/0"
+        with redis.Redis(port=server.port) as connection:
+            connection.config_set("requirepass", PASSWORD)
+        with CancelClient.from_url(url, timeout_s=0.3) as client:
+            pages = create_app(client, TOKEN).test_client()
+            pages.post("/login", data={"token": TOKEN})
+            token = form_token(page(pages, "/"))
+            with stopped(server):
+                for path in ("/", "/failed", "/requests/x", "/search?q=1", "/retry"):
+                    answer = pages.get(path)
+                    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+                    assert "Redis did not answer" in answer.text
+                    assert "looks again every 5 s" in answer.text
+                    assert PASSWORD not in answer.text
+                posted = pages.post("/retry/start", data={"form_token": token, "id": "r1"})
+                assert posted.status_code == 503
+                assert "may or may not have been started" in posted.text
+                assert pages.get("/healthz").status_code == 200
+            page(pages, "/")
+
+
+def test_a_fault_of_ours_shows_nothing_of_itself(
+    client: CancelClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """500 without a traceback; stderr names the place and not the words."""
+
+    def broken(*_: object) -> Outcome:
+        raise RuntimeError(f"with a {PASSWORD} in it")
+
+    monkeypatch.setattr(queries, "newest", broken)
+    monkeypatch.setenv("FLASK_DEBUG", "1")
+    answer = create_app(client).test_client().get("/")
+
+    assert answer.status_code == 500
+    assert "This page is broken" in answer.text
+    assert "RuntimeError" not in answer.text
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"web: status: RuntimeError at test_web_rights\.py:\d+\n", said)
+    assert PASSWORD not in answer.text + said
+
+
+def test_figures_that_cannot_be_read_leave_the_rest_of_the_page(
+    reader: FlaskClient, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest outcomes are shown though the status cannot be made sense of."""
+    settle(connection, outcome("r1"))
+
+    def odd(_: object) -> None:
+        raise ValueError("invalid literal")
+
+    monkeypatch.setattr(CancelClient, "status", odd)
+    words = cells(page(reader, "/"))
+
+    assert "Something in Redis keeps these figures from being read (ValueError)." in words
+    assert "not_found" in words
+
+
+def test_a_queue_named_oddly_has_pages_too(valkey: Valkey) -> None:
+    """Every page is of the client's queue alone."""
+    with CancelClient.from_url(valkey.url, "other.queue-1") as client:
+        ticket = client.cancel_many([CancelRequest(algo_id=3)])[0]
+        pages = create_app(client).test_client()
+        assert "other.queue-1" in page(pages, "/")
+        assert found(pages, "3") == [ticket.id]

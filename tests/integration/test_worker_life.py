@@ -1,0 +1,244 @@
+"""Worker processes from start to end: bad starts, stops, kills, pauses, --burst, Ctrl-C."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+
+import pytest
+import redis
+
+from producer import CancelClient, OutcomeKind
+from tests.integration.conftest import NewFleet
+from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
+from tests.servers import Peek, Workers, eventually, running_valkey
+from worker.sandbox.control import RunningExchange
+from worker.sandbox.faults import Fault
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("WORKER_CONCURRENCY", "0"),
+        ("LEASE_S", "soon"),
+        ("CANCEL_QUEUE", "a,b"),
+        ("BINANCE_BASE_URL", "http://example.com"),
+        ("BINANCE_DESK_A_API_KEY", "key-without-its-secret"),
+    ],
+)
+def test_bad_setting_stops_the_start(variable: str, value: str, new_fleet: NewFleet) -> None:
+    """A bad setting ends the start with 78 and a line that names the variable, and no traceback."""
+    worker = new_fleet(**{variable: value}).start(wait=False)
+
+    assert worker.process.wait(10) == 78
+    assert variable in worker.output()
+    assert "Traceback" not in worker.output()
+
+
+def test_refused_login(new_fleet: NewFleet) -> None:
+    """A login that Redis refuses ends the worker with 69, at the start and in the middle of its work."""
+    with running_valkey("--requirepass", "right") as server:
+        wrong = new_fleet(REDIS_URL=f"redis://:wrong-password@127.0.0.1:{server.port}/0").start(wait=False)
+        none = new_fleet(REDIS_URL=server.url).start(wait=False)
+        working = new_fleet(REDIS_URL=f"redis://:right@127.0.0.1:{server.port}/0")
+        worker = working.start(wait=False)
+        with redis.Redis(port=server.port, password="right") as connection:
+            eventually(lambda: connection.scard("rq:workers"), 20, "the good one works")
+            connection.config_set("requirepass", "other")
+            for kind in ("normal", "pubsub"):
+                connection.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+            assert worker.process.wait(15) == 69
+        assert (wrong.process.wait(15), none.process.wait(15)) == (69, 69)
+        for each in (wrong, none, worker):
+            assert "Traceback" not in each.output()
+            assert not {"wrong-password", "right@", ":right"} & set(re.split(r"[\s\"]", each.output()))
+            assert "wrong-password" not in each.output()
+
+
+def test_sigterm_under_load(workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
+    """A worker that is told to stop, even twice, leaves in time; another goes on, and nobody pays an attempt for it."""
+    first = workers.start(WORKER_CONCURRENCY="16", SHUTDOWN_GRACE_S="10")
+    exchange.set_latency_ms(100)
+    ids = opened(exchange, 300)
+    tickets = cancel_all(client, ids)
+    eventually(lambda: len(peek.ledger()) > 20, what="it is at work")
+
+    began = time.monotonic()
+    first.process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    assert first.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - began < 5
+    assert 20 < len(peek.ledger()) < 300
+    assert peek.held() == []
+    workers.start()
+
+    found = outcomes(client, tickets)
+    assert {(outcome.kind, *steps(outcome)) for outcome in found} == {(OutcomeKind.CANCELLED, "confirmed")}
+    assert once_each(peek, tickets)
+    assert {entry.deletes for entry in exchange.book().values()} == {1}
+    assert len({outcome.worker for outcome in found}) == 2
+
+
+def test_request_in_flight_is_finished_before_leaving(
+    workers: Workers, client: CancelClient, exchange: RunningExchange
+) -> None:
+    """A stop waits for the answers that are under way and records them."""
+    worker = workers.start()
+    exchange.set_latency_ms(700)
+    (algo_id,) = opened(exchange, 1)
+    ticket = client.cancel(algo_id=algo_id)
+    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
+
+    assert worker.stop() == 0
+
+    outcome = client.outcome(ticket.id)
+    assert outcome is not None
+    assert (outcome.kind, steps(outcome)) == (OutcomeKind.CANCELLED, ["confirmed"])
+
+
+def test_sigkill_under_load(workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
+    """The jobs of a killed worker are taken over within a lease and 1.5 s; each still ends in one outcome."""
+    victim = workers.start(LEASE_S="1", WORKER_CONCURRENCY="16")
+    survivor = workers.start(LEASE_S="1", WORKER_CONCURRENCY="16")
+    exchange.set_latency_ms(250)
+    tickets = cancel_all(client, opened(exchange, 200))
+    eventually(lambda: len(peek.ledger()) > 40, what="both are at work")
+
+    killed_ms = peek.now_ms()
+    victim.stop(signal.SIGKILL)
+    (name,) = (event["worker"] for event in events(victim, "started"))
+    orphans = [job_id for job_id in peek.held() if peek.job(job_id)["worker_name"] == name]
+    assert orphans
+
+    found = {outcome.id: outcome for outcome in outcomes(client, tickets, 30)}
+    assert once_each(peek, tickets)
+    assert {outcome.kind for outcome in found.values()} == {OutcomeKind.CANCELLED}
+    for orphan in orphans:
+        lost, *after = found[orphan].attempts
+        assert (lost.verdict, lost.msg) == ("unclear", "worker lost")
+        assert after[0].at_ms - killed_ms <= 1000 + 1500
+    assert {event["id"] for event in events(survivor, "recovered")} >= set(orphans)
+    assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
+
+
+def test_sigkill_of_the_only_worker(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A worker that is killed and started again, twice in the middle of its work, loses nothing and doubles nothing."""
+    exchange.set_latency_ms(50)
+    tickets = cancel_all(client, opened(exchange, 200))
+    for done in (30, 90):
+        worker = workers.start(LEASE_S="1", WORKER_CONCURRENCY="8")
+        eventually(lambda done=done: len(peek.ledger()) > done, what="it is at work")  # type: ignore[misc]
+        worker.stop(signal.SIGKILL)
+    workers.start(LEASE_S="1")
+
+    assert {outcome.kind for outcome in outcomes(client, tickets, 30)} == {OutcomeKind.CANCELLED}
+    assert once_each(peek, tickets)
+    assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
+
+
+def test_paused_worker_is_fenced(workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
+    """A worker that slept past its lease cannot record the outcome that another has recorded meanwhile."""
+    sleeper = workers.start(LEASE_S="1")
+    exchange.set_latency_ms(500)
+    ids = opened(exchange, 8)
+    tickets = cancel_all(client, ids)
+    eventually(lambda: sum(entry.deletes for entry in exchange.book().values()) == 8, what="all are under way")
+    sleeper.process.send_signal(signal.SIGSTOP)
+    exchange.set_latency_ms(0)
+    other = workers.start(LEASE_S="1")
+    (name,) = (event["worker"] for event in events(other, "started"))
+
+    found = outcomes(client, tickets)
+    before = peek.ledger()
+    sleeper.process.send_signal(signal.SIGCONT)
+
+    lost = {ticket.id for ticket in tickets}
+    eventually(lambda: {event["id"] for event in events(sleeper, "fenced")} == lost, what="its outcomes are refused")
+
+    assert {(outcome.kind, outcome.worker) for outcome in found} == {(OutcomeKind.CANCELLED, name)}
+    assert peek.ledger() == before
+    assert once_each(peek, tickets)
+    (algo_id,) = opened(exchange, 1)
+    other.stop()
+    assert client.cancel(algo_id=algo_id).wait(10).kind is OutcomeKind.CANCELLED  # the sleeper works again
+
+
+def test_woken_worker_sends_nothing_for_a_lost_job(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """A worker that slept past its lease in the middle of a pursuit does not go on with it."""
+    sleeper = workers.start(LEASE_S="1")
+    (algo_id,) = opened(exchange, 1)
+    exchange.script_faults(algo_id, [Fault.UNKNOWN_503_EXECUTED])
+    exchange.set_latency_ms(500)
+    ticket = client.cancel(algo_id=algo_id)
+    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the cancel is under way")
+    sleeper.process.send_signal(signal.SIGSTOP)
+    exchange.set_latency_ms(0)
+    workers.start(LEASE_S="1")
+    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
+    seen = exchange.book()[algo_id]
+
+    sleeper.process.send_signal(signal.SIGCONT)
+    time.sleep(1)
+
+    assert exchange.book()[algo_id] == seen
+    assert once_each(peek, [ticket])
+
+
+def test_burst_leaves_when_all_is_done(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """With --burst a worker works off queue and retries, then leaves with 0."""
+    ids = opened(exchange, 30)
+    for algo_id in ids[:5]:
+        exchange.script_faults(algo_id, [Fault.UNAVAILABLE_503] * 3)
+    tickets = cancel_all(client, ids)
+
+    worker = workers.start("--burst", wait=False)
+
+    assert worker.process.wait(20) == 0
+    assert once_each(peek, tickets)
+    assert peek.kinds() == {"cancelled": 30}
+
+
+def test_burst_waits_for_the_leases_of_the_dead(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """With --burst a worker stays until a dead one's jobs have come back and are done."""
+    victim = workers.start(LEASE_S="1")
+    exchange.set_latency_ms(1000)
+    (algo_id,) = opened(exchange, 1)
+    ticket = client.cancel(algo_id=algo_id)
+    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
+    victim.stop(signal.SIGKILL)
+    exchange.set_latency_ms(0)
+
+    worker = workers.start("--burst", wait=False)
+
+    assert worker.process.wait(20) == 0
+    assert once_each(peek, [ticket])
+
+
+def test_ctrl_c(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
+    """One Ctrl-C stops in order with 0; a second one leaves at once with 130 and says what it left behind."""
+    calm, hasty = workers.start(LEASE_S="1"), workers.start(LEASE_S="1")
+    assert calm.stop(signal.SIGINT) == 0
+    exchange.set_latency_ms(3000)
+    (algo_id,) = opened(exchange, 1)
+    ticket = client.cancel(algo_id=algo_id)
+    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
+
+    hasty.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    began = time.monotonic()
+    assert hasty.stop(signal.SIGINT) == 130
+    assert time.monotonic() - began < 1
+    assert "event=left_at_once in_flight=1 " in hasty.output()
+    assert "Traceback" not in hasty.output()
+    exchange.set_latency_ms(0)
+    workers.start(LEASE_S="1")
+    assert ticket.wait(10).kind is OutcomeKind.CANCELLED

@@ -1,0 +1,125 @@
+"""Requests, attempts and outcomes for tests of the contract: one of each, and any."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from producer.message import (
+    DEFAULT_ACCOUNT,
+    MAX_ALGO_ID,
+    MAX_DEADLINE_S,
+    MAX_MSG_CHARS,
+    TASK,
+    VERSION,
+    Attempt,
+    Call,
+    CancelRequest,
+    Outcome,
+    OutcomeKind,
+    clean_text,
+)
+
+PROFILE = settings(derandomize=True, deadline=None, max_examples=25)
+
+#: One of each kind that JSON, UTF-8 or a log could stumble over; drawing from all of Unicode costs seconds at first.
+PRINTABLE = "aZ09 _-.:/,'\"\\{}[]%\u00a0é币\u202e\ufeff\ufffd🙂\U0010ffff"
+UNPRINTABLE = "\x00\t\n\r\x1b\x7f\x85\x9f\u2028\u2029\ud800\udfff"
+ALGO_IDS = st.integers(1, MAX_ALGO_ID)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+def texts(most: int = 8, least: int = 1, chars: str = PRINTABLE) -> st.SearchStrategy[str]:
+    """Texts of these letters, so many at the least and the most."""
+    return st.lists(st.sampled_from(chars), min_size=least, max_size=most).map("".join)
+
+
+CLIENT_IDS = texts(chars=".:/_-ABCXYZabcxyz0189")
+
+REQUESTS = st.builds(
+    lambda ids, **rest: CancelRequest(algo_id=ids[0], client_algo_id=ids[1], **rest),
+    ids=st.one_of(
+        st.tuples(ALGO_IDS, st.none()),
+        st.tuples(st.none(), CLIENT_IDS),
+        st.tuples(ALGO_IDS, CLIENT_IDS),
+    ),
+    account=st.sampled_from((DEFAULT_ACCOUNT, "0", "a" * 32, "hedge-2_b")),
+    deadline_s=st.none()
+    | st.integers(1, MAX_DEADLINE_S)
+    | st.floats(0, MAX_DEADLINE_S, exclude_min=True, allow_subnormal=False),
+    urgent=st.booleans(),
+    symbol=st.none() | texts(),
+    tag=st.none() | texts(),
+)
+ATTEMPTS = st.builds(
+    Attempt,
+    n=INT64,
+    at_ms=INT64,
+    call=st.sampled_from((*Call, "cancel_all", "")),
+    http=st.none() | st.integers(100, 599),
+    code=st.none() | INT64,
+    msg=texts(least=0),
+    verdict=texts(least=0),
+    ms=INT64,
+    counted_before=st.none() | INT64,
+)
+OUTCOMES = st.builds(
+    Outcome,
+    id=texts(),
+    run=INT64,
+    kind=st.sampled_from(OutcomeKind),
+    account=st.none() | texts(),
+    algo_id=st.none() | ALGO_IDS,
+    client_algo_id=st.none() | CLIENT_IDS,
+    symbol=st.none() | texts(),
+    tag=st.none() | texts(),
+    may_be_live=st.none() | st.booleans(),
+    order_status=st.none() | texts(),
+    actual_order_id=st.none() | texts(),
+    attempts=st.lists(ATTEMPTS, max_size=3).map(tuple),
+    enqueued_at_ms=st.none() | INT64,
+    finished_at_ms=INT64,
+    worker=texts(least=0),
+    error=st.none() | texts(least=0),
+)
+#: Any JSON, a little of the contract mixed in so that the search gets past the first checks.
+NAMES = st.sampled_from(
+    (
+        "v",
+        "algo_id",
+        "client_algo_id",
+        "account",
+        "deadline_s",
+        "tag",
+        "id",
+        "run",
+        "kind",
+        "attempts",
+        "finished_at_ms",
+    )
+)
+LEAVES = st.none() | st.booleans() | INT64 | st.floats() | st.sampled_from((TASK, VERSION, 10**30, "", "cancelled"))
+ANY_JSON = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=8
+)
+
+REQUEST = CancelRequest(
+    algo_id=2146760,
+    client_algo_id="6B2I9XVcJpCjqPAJ4YoFX7",
+    account="hedge-2",
+    deadline_s=2.5,
+    urgent=True,
+    symbol="币安USDT",
+    tag="grid 7",
+)
+ATTEMPT = Attempt(
+    n=1, at_ms=1750485492076, call=Call.CANCEL, http=400, code=-2011, msg="Unknown", verdict="no_such_order", ms=12
+)
+OUTCOME = Outcome(id="j1", run=1, kind=OutcomeKind.NOT_FOUND, attempts=(ATTEMPT,), finished_at_ms=1750485502076)
+
+
+def assert_fit_for_a_log(text: str) -> None:
+    """One line that any log can hold."""
+    assert len(text) <= 2 * MAX_MSG_CHARS
+    assert clean_text(text, len(text)) == text
+    text.encode()  # no lone surrogate

@@ -1,0 +1,51 @@
+"""Orders that tests have cancelled, and what became of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
+from tests.servers import Peek, Worker, eventually
+from worker.sandbox.control import RunningExchange
+
+
+def cancel_all(client: CancelClient, algo_ids: Iterable[int], **options: Any) -> list[Ticket]:
+    """Enqueue a cancel of each order."""
+    return client.cancel_many([CancelRequest(algo_id=algo_id, **options) for algo_id in algo_ids])
+
+
+def opened(exchange: RunningExchange, count: int) -> list[int]:
+    """Open orders; gives their algo ids."""
+    return [order.algo_id for order in exchange.add_orders(count)]
+
+
+def outcomes(client: CancelClient, tickets: Iterable[Ticket], timeout_s: float = 20) -> list[Outcome]:
+    """Their outcomes, once all of them are there, in the tickets' order."""
+    ids = [ticket.id for ticket in tickets]
+    eventually(lambda: len(client.outcomes_of(ids)) == len(set(ids)), timeout_s, "all outcomes are there")
+    found = client.outcomes_of(ids)
+    return [found[job_id] for job_id in ids]
+
+
+def steps(outcome: Outcome) -> list[str]:
+    """The verdicts of its attempts."""
+    return [attempt.verdict for attempt in outcome.attempts]
+
+
+def at_first_try(found: Iterable[Outcome]) -> bool:
+    """Whether each was cancelled by its only attempt."""
+    return {(outcome.kind, *steps(outcome)) for outcome in found} == {(OutcomeKind.CANCELLED, "confirmed")}
+
+
+def events(worker: Worker, name: str) -> list[dict[str, str]]:
+    """The worker's log lines of one event."""
+    lines = (line for line in worker.output().splitlines() if f"event={name} " in f"{line} ")
+    return [dict(re.findall(r'([\w#.]+)=("[^"]*"|\S+)', line)) for line in lines]
+
+
+def once_each(peek: Peek, tickets: Iterable[Ticket]) -> bool:
+    """Whether the ledger holds exactly one outcome of each of these and nothing else."""
+    return Counter(outcome.id for outcome in peek.ledger()) == dict.fromkeys((ticket.id for ticket in tickets), 1)

@@ -1,0 +1,416 @@
+"""What holds for any history: requests played through with random answers, times and chances on a fake clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from producer.message import Attempt, Call, OutcomeKind, decode_attempts, encode_attempts
+from worker.classify import GATED, Failure, Means, OrderRef, Reply, Verdict, classify
+from worker.decide import (
+    BLIND_CANCEL_MS,
+    MAX_RESYNCS,
+    Again,
+    Case,
+    Policy,
+    Span,
+    Stop,
+    counted,
+    first_step,
+    next_step,
+    pause_ms,
+)
+
+PROFILE = settings(derandomize=True, deadline=None, max_examples=30)
+_T = TypeVar("_T")
+
+T0 = 1750485492076
+ALGO_ID = 2146760
+CLIENT_ID = "6B2I9XVcJpCjqPAJ4YoFX7"
+#: How long after its timestamp a cancel can still be accepted, and how far ahead that may have been, ms.
+STRIKE_MS = 5_000 + 1_000
+#: Against a loop that never ends; bounds of attempts and time end every run long before.
+MAX_CALLS = 3_000
+
+
+def _refusal(http: int, code: int, msg: str = "", retry_after_ms: int | None = None) -> Reply:
+    return Reply(http, json.dumps({"code": code, "msg": msg}).encode(), retry_after_ms)
+
+
+def _state(status: str, created_ms: int = T0 - 60_000) -> Reply:
+    order = {"algoId": ALGO_ID, "clientAlgoId": CLIENT_ID, "algoStatus": status, "createTime": created_ms}
+    return Reply(200, json.dumps(order).encode())
+
+
+_CONFIRMED = Reply(200, json.dumps({"algoId": ALGO_ID, "clientAlgoId": CLIENT_ID, "code": "200"}).encode())
+#: What either call may be answered with; those that end nothing stand first, because shrinking prefers them.
+_EITHER: tuple[Reply | Failure, ...] = (
+    _refusal(503, -1008),
+    Failure(False, "ConnectionRefusedError"),
+    Failure(True, "ReadTimeout"),
+    _refusal(400, -1021),
+    _refusal(400, -5028),
+    _refusal(429, -1003, retry_after_ms=1_000),
+    _refusal(418, -1003, f"banned until {T0 + 20_000}", retry_after_ms=500),
+    Reply(502, b"<html>"),
+    _refusal(401, -2015),
+    _refusal(400, -1102),
+)
+_TO_A_CANCEL = (_refusal(400, -2011, "Unknown order sent."), _refusal(400, -4117), *_EITHER, _CONFIRMED)
+_TO_A_QUERY = (
+    _refusal(400, -2013),
+    _state("NEW"),
+    _state("TRIGGERING"),
+    _state("PENDING_CANCEL"),
+    *_EITHER,
+    Reply(403, b"<html>"),
+    _state("CANCELED"),
+    _state("TRIGGERED"),
+    _state("FINISHED"),
+    _state("EXPIRED"),
+    _state("REJECTED"),
+    _state("NEW", created_ms=T0 + 60_000),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """What the world does about one call, and when the next one starts."""
+
+    to_a_cancel: Reply | Failure
+    to_a_query: Reply | Failure
+    took_ms: int
+    roll: float
+    late_ms: int  # how much later than planned somebody comes back to the request; 0: the same worker, at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One call, its verdict, and what was decided then."""
+
+    case: Case
+    call: Call
+    sent_ms: int
+    history: tuple[Attempt, ...]  # up to and with this call
+    verdict: Verdict
+    now_ms: int
+    roll: float
+    step: Stop | Again
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One request from its first step to its outcome."""
+
+    case: Case
+    policy: Policy
+    turns: tuple[Turn, ...]
+    stop: Stop
+    ended_ms: int
+
+    @property
+    def history(self) -> tuple[Attempt, ...]:
+        """Every attempt made."""
+        return self.turns[-1].history if self.turns else ()
+
+    @property
+    def unclear_cancels(self) -> list[Attempt]:
+        """Cancels that may have worked."""
+        return [a for a in self.history if a.call is Call.CANCEL and a.verdict == "unclear"]
+
+
+def _play(case: Case, policy: Policy, moments: list[Moment], start_ms: int) -> Run:
+    first, now_ms, turns, history = case, start_ms, list[Turn](), list[Attempt]()
+    step = first_step(case, (), policy, now_ms)
+    while isinstance(step, Again):
+        assert len(turns) < MAX_CALLS, "it does not end"
+        moment, call, sent_ms = moments[len(turns) % len(moments)], step.call, now_ms
+        ref = OrderRef(None, CLIENT_ID) if case.by_client_id else OrderRef(ALGO_ID)
+        verdict = classify(call, ref, moment.to_a_cancel if call is Call.CANCEL else moment.to_a_query)
+        means, n = verdict.means.value, len(history) + 1
+        history.append(Attempt(n, sent_ms, call, verdict.http, verdict.code, verdict.msg, means, moment.took_ms))
+        now_ms += moment.took_ms
+        step = next_step(case, history, verdict, policy, now_ms, moment.roll)
+        turns.append(Turn(case, call, sent_ms, tuple(history), verdict, now_ms, moment.roll, step))
+        if isinstance(step, Again):
+            now_ms += step.delay_ms + moment.late_ms
+            if verdict.order is not None:
+                case = dataclasses.replace(case, by_client_id=False)
+            if moment.late_ms:
+                step = first_step(case, history, policy, now_ms)
+    return Run(first, policy, tuple(turns), step, now_ms)
+
+
+def _case(chance: bytes) -> Case:
+    ahead = _one_of((Span(0, 0), Span(-3, 40), Span(-70_000, 70_000), None), chance[0] >> 1)
+    return Case(bool(chance[0] % 2), T0, T0 + _one_of((30_000, 1, 900, 5_000, 120_000), chance[1]), ahead)
+
+
+def _policy(chance: bytes) -> Policy:
+    return Policy(
+        max_attempts=1 + chance[0] % 12,
+        backoff_base_ms=_one_of((100, 1, 4_000), chance[1]),
+        backoff_cap_ms=_one_of((15_000, 1_000), chance[2]),
+        not_found_horizon_ms=_one_of((2_000, 0, 10_000), chance[3]),
+        waf_pause_ms=9_000,
+    )
+
+
+def _moment(chance: bytes) -> Moment:
+    return Moment(
+        to_a_cancel=_one_of(_TO_A_CANCEL, chance[0]),
+        to_a_query=_one_of(_TO_A_QUERY, chance[1]),
+        took_ms=_one_of((50, 5, 700, 4_000), chance[2] >> 4),
+        roll=_one_of((0.5, 0.0, 0.999), chance[2] & 15),
+        late_ms=_one_of((0, 0, 20, 1_500, 40_000), chance[3]),
+    )
+
+
+def _run(chance: bytes) -> Run:
+    """A run by chance. It is read from one string of bytes, because drawing every choice takes ten times as long."""
+    moments = [_moment(chance[at : at + 4]) for at in range(8, len(chance) - 3, 4)]
+    return _play(_case(chance[:2]), _policy(chance[2:6]), moments, _one_of((T0, T0 + 1_500, T0 + 99), chance[6]))
+
+
+def _one_of(options: Sequence[_T], chance: int) -> _T:
+    return options[chance % len(options)]
+
+
+RUNS = st.binary(min_size=20, max_size=40).map(_run)
+
+
+def any_run(test: Callable[[Run], None]) -> Callable[[], None]:
+    """Let a rule be tried on runs by chance, the same ones each time."""
+    return PROFILE(given(RUNS)(test))
+
+
+def _planned(run: Run) -> Iterator[tuple[Turn, Again]]:
+    """Every decision to go on, with the turn that led to it."""
+    return ((turn, turn.step) for turn in run.turns if isinstance(turn.step, Again))
+
+
+# ---- the runs below are worth something: they reach every end -------------------------------------------------------
+
+
+def test_the_runs_reach_every_kind() -> None:
+    """No rule here holds only because its case never comes up."""
+    chance = random.Random(7)
+    assert {_run(chance.randbytes(40)).stop.kind for _ in range(600)} == set(OutcomeKind)
+
+
+# ---- bounds ---------------------------------------------------------------------------------------------------------
+
+
+@any_run
+def test_it_ends_within_its_bounds(run: Run) -> None:
+    """Counted attempts stay within their bound, and nothing is sent at or after the deadline."""
+    assert counted(run.history) <= run.policy.max_attempts
+    assert all(turn.sent_ms < run.case.deadline_at_ms for turn in run.turns)
+
+
+@any_run
+def test_no_delay_reaches_the_deadline(run: Run) -> None:
+    """A call that is planned can still be made: its time lies before the deadline, and never in the past."""
+    for turn, again in _planned(run):
+        assert again.delay_ms >= 0
+        assert turn.now_ms + again.delay_ms < run.case.deadline_at_ms
+
+
+@any_run
+def test_no_delay_exceeds_what_asked_for_it(run: Run) -> None:
+    """A delay is at most the backoff's cap, or the pause that the exchange asked for."""
+    for turn, again in _planned(run):
+        if turn.verdict.means in GATED:
+            assert again.delay_ms == pause_ms(turn.verdict, run.policy, turn.now_ms, run.case.ahead)
+        else:
+            assert again.delay_ms <= run.policy.backoff_cap_ms
+
+
+@any_run
+def test_a_closed_gate_costs_no_attempt(run: Run) -> None:
+    """An answer that closes the gate counts nothing, whatever came before."""
+    for turn in run.turns:
+        if turn.verdict.means in GATED:
+            assert counted(turn.history) == counted(turn.history[:-1])
+
+
+@any_run
+def test_a_clock_refusal_costs_no_attempt_while_it_is_answered_at_once(run: Run) -> None:
+    """Resyncs are free, but never more than three in a row: the next one waits and counts."""
+    in_a_row = 0
+    for turn in run.turns:
+        in_a_row = in_a_row + 1 if turn.verdict.means is Means.CLOCK else 0
+        if in_a_row:
+            assert counted(turn.history) - counted(turn.history[:-1]) == (in_a_row > MAX_RESYNCS)
+        if 0 < in_a_row <= MAX_RESYNCS and isinstance(turn.step, Again):
+            assert turn.step.delay_ms == 0
+
+
+@any_run
+def test_never_more_than_three_resyncs_at_once_in_a_row(run: Run) -> None:
+    """A clock that cannot be set right is not measured in a tight loop: the fourth refusal is backed off."""
+    in_a_row = 0
+    for turn, again in _planned(run):
+        assert again.resync is (turn.verdict.means is Means.CLOCK)
+        in_a_row = in_a_row + 1 if again.resync else 0
+        if in_a_row > MAX_RESYNCS and turn.roll and run.policy.backoff_base_ms > 1:
+            assert again.delay_ms > 0
+
+
+@any_run
+def test_the_last_attempt_is_kept_for_a_query(run: Run) -> None:
+    """The attempt that exhausts the bound is never a second cancel: somebody has to tell what the cancels did."""
+    for turn in run.turns:
+        if turn.call is Call.CANCEL and counted(turn.history[:-1]) > 0:
+            assert counted(turn.history[:-1]) + 1 < run.policy.max_attempts
+
+
+# ---- what an outcome may claim --------------------------------------------------------------------------------------
+
+
+@any_run
+def test_cancelled_is_proven(run: Run) -> None:
+    """`cancelled` comes from a confirmed 200, or from a query that says CANCELED after an unclear cancel."""
+    if run.stop.kind is OutcomeKind.CANCELLED:
+        last = run.turns[-1]
+        assert last.verdict.http == 200
+        assert last.verdict.means is Means.CONFIRMED or (last.verdict.means is Means.CANCELED and run.unclear_cancels)
+
+
+@any_run
+def test_already_cancelled_is_not_ours(run: Run) -> None:
+    """`already_cancelled` comes from a query, and no cancel of ours may have done it."""
+    if run.stop.kind is OutcomeKind.ALREADY_CANCELLED:
+        assert run.turns[-1].verdict.means is Means.CANCELED
+        assert not run.unclear_cancels
+
+
+@any_run
+def test_an_unsettled_cancel_is_never_called_a_failure(run: Run) -> None:
+    """While a cancel may have worked, the outcome claims neither that it was refused nor that nothing was done."""
+    seen_open_ms = [a.at_ms for a in run.history if a.verdict == "open"]
+    last_open_ms = max(seen_open_ms, default=0)
+    unsettled = [a for a in run.unclear_cancels if last_open_ms < a.at_ms + a.ms + STRIKE_MS]
+    if unsettled:
+        assert run.stop.kind not in ("refused", "not_found", "gave_up", "overdue", "already_cancelled")
+
+
+@any_run
+def test_unknown_has_a_reason(run: Run) -> None:
+    """`unknown` is no way out: a cancel was unclear, or the client id had become a newer order's."""
+    if run.stop.kind is OutcomeKind.UNKNOWN:
+        assert run.unclear_cancels or "left alone" in (run.stop.error or "")
+
+
+@any_run
+def test_overdue_means_that_nothing_was_sent(run: Run) -> None:
+    """`overdue` is the outcome of a request for which no call was made, and of no other."""
+    assert (run.stop.kind is OutcomeKind.OVERDUE) is (not run.turns)
+
+
+@any_run
+def test_a_failure_says_why(run: Run) -> None:
+    """Every kind that wants somebody to look explains itself."""
+    assert bool(run.stop.error) is run.stop.kind.failed
+
+
+_ENDS = {
+    Means.CONFIRMED: {OutcomeKind.CANCELLED},
+    Means.CANCELED: {OutcomeKind.CANCELLED, OutcomeKind.ALREADY_CANCELLED},
+    Means.TRIGGERED: {OutcomeKind.TRIGGERED},
+    Means.FINISHED: {OutcomeKind.TRIGGERED},
+    Means.EXPIRED: {OutcomeKind.EXPIRED},
+    Means.REJECTED: {OutcomeKind.REJECTED},
+    Means.DENIED: {OutcomeKind.REFUSED, OutcomeKind.UNKNOWN},
+    Means.KEY_REFUSED: {OutcomeKind.REFUSED, OutcomeKind.UNKNOWN},
+}
+
+
+@any_run
+def test_what_is_final_ends_the_request(run: Run) -> None:
+    """After a final state or a permanent refusal no call follows, so the same refusal is never met twice."""
+    for turn in run.turns:
+        if turn.verdict.means in _ENDS:
+            assert turn is run.turns[-1]
+            assert run.stop.kind in _ENDS[turn.verdict.means] or "left alone" in (run.stop.error or "")
+
+
+# ---- which call -----------------------------------------------------------------------------------------------------
+
+
+@any_run
+def test_a_bare_client_id_is_cancelled_only_at_once(run: Run) -> None:
+    """A client id may be reused: a cancel by it is the very first call, a tenth of a second after the request."""
+    for turn in run.turns:
+        if turn.case.by_client_id and turn.call is Call.CANCEL:
+            assert turn is run.turns[0]
+            assert turn.sent_ms - T0 <= BLIND_CANCEL_MS
+
+
+@any_run
+def test_an_order_by_client_id_is_ours_only_if_it_is_proven(run: Run) -> None:
+    """What a query by client id shows is used only if the order is older than the request by both clocks' bounds."""
+    for turn in run.turns:
+        order, ahead = turn.verdict.order, turn.case.ahead
+        if turn.case.by_client_id and order is not None and turn.verdict.means is not Means.CONFIRMED:
+            created_ms = order.create_time_ms
+            proven = ahead is not None and created_ms is not None and created_ms + ahead.hi <= T0
+            assert proven is not ("left alone" in (run.stop.error or ""))
+
+
+@any_run
+def test_after_an_unclear_cancel_the_state_is_read_first(run: Run) -> None:
+    """Between an unclear cancel and the next cancel stands a query that was answered with NEW."""
+    for turn in run.turns:
+        if turn.call is Call.CANCEL:
+            before = [a for a in turn.history[:-1] if a.verdict in ("unclear", "no_such_order", "trigger_race", "open")]
+            assert not before or before[-1].verdict == "open"
+
+
+# ---- replay ---------------------------------------------------------------------------------------------------------
+
+
+@any_run
+def test_recorded_attempts_lead_to_the_same_decisions(run: Run) -> None:
+    """Every decision follows from the recorded attempts and the answer alone, and again in the same way."""
+    for turn in run.turns:
+        recorded = decode_attempts(encode_attempts(turn.history))
+        assert recorded == turn.history
+        assert next_step(turn.case, recorded, turn.verdict, run.policy, turn.now_ms, turn.roll) == turn.step
+
+
+@any_run
+def test_an_outcome_can_be_explained_from_its_attempts(run: Run) -> None:
+    """The record alone, without the order that the answer described, leads to the recorded kind and calls."""
+    for turn in run.turns:
+        last = turn.history[-1]
+        verdict = Verdict(Means(last.verdict), last.http, last.code, last.msg)
+        again = next_step(turn.case, turn.history, verdict, run.policy, turn.now_ms, turn.roll)
+        if isinstance(turn.step, Stop) and isinstance(again, Stop) and "left alone" not in (turn.step.error or ""):
+            assert again.kind is turn.step.kind
+            assert again.error == turn.step.error
+
+
+@PROFILE
+@given(
+    st.lists(st.tuples(st.sampled_from(Call), st.sampled_from(Means), st.integers(0, 9_000)), max_size=8),
+    st.binary(min_size=6, max_size=6),
+)
+def test_any_recorded_history_leads_to_a_first_step(rows: list[tuple[Call, Means, int]], chance: bytes) -> None:
+    """Whatever attempts a job hash holds, coming back to it leads to a call within the bounds or to an outcome."""
+    case, policy = _case(chance[:2]), _policy(chance[2:])
+    history = [Attempt(n, T0 + ms, call, None, None, "", means.value, 5) for n, (call, means, ms) in enumerate(rows, 1)]
+    step = first_step(case, history, policy, T0 + 9_000)
+    if isinstance(step, Again):
+        assert case.deadline_at_ms > T0 + 9_000
+        assert counted(history) < policy.max_attempts
+        assert step.delay_ms == 0
+        assert not (case.by_client_id and step.call is Call.CANCEL)
+    else:
+        assert step.kind in ("gave_up", "unknown") or (step.kind == "overdue" and not history)

@@ -1,0 +1,364 @@
+"""A stranger's bytes where a message should be: read, or refused by one error; and what a stranger's words become."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import pickle
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rq.serializers import JSONSerializer
+
+from producer.message import (
+    MAX_DEPTH,
+    MAX_MSG_CHARS,
+    MAX_PAYLOAD_BYTES,
+    TASK,
+    CancelRequest,
+    MalformedMessage,
+    MessageError,
+    Outcome,
+    clean_text,
+    decode_attempts,
+    decode_call,
+    decode_outcome,
+    encode_attempts,
+    encode_call,
+    loads,
+)
+from tests.messages import (
+    ANY_JSON,
+    ATTEMPT,
+    OUTCOME,
+    PRINTABLE,
+    PROFILE,
+    REQUEST,
+    UNPRINTABLE,
+    assert_fit_for_a_log,
+    texts,
+)
+
+# ---- decoding a stranger's bytes ------------------------------------------------------------------------------------
+
+
+def _message_or_error(decode: Callable[[Any], object], data: Any) -> object:
+    """The decoded message, or the one kind of exception that a decoder may raise."""
+    try:
+        return decode(data)
+    except MessageError as error:
+        assert_fit_for_a_log(str(error))
+        return error
+
+
+def _damage(data: bytes, at: int, instead: bytes) -> bytes:
+    at %= len(data)
+    return data[:at] + instead + data[at + max(len(instead), 1) :]
+
+
+BYTES = st.binary(max_size=64) | ANY_JSON.map(lambda value: json.dumps(value).encode())
+DAMAGED = st.builds(
+    _damage,
+    st.sampled_from((encode_call(REQUEST), zlib.compress(encode_call(REQUEST)), OUTCOME.encode().encode())),
+    st.integers(0, 2000),
+    st.binary(max_size=3) | st.sampled_from((b"1e999", b"NaN", b"null", b"[", b"{}", b'"')),
+)
+
+
+@PROFILE
+@given(BYTES | DAMAGED | ANY_JSON.map(lambda value: json.dumps([TASK, None, [value], {}]).encode()))
+def test_any_bytes_are_a_request_or_one_error(data: bytes) -> None:
+    """No payload on the queue can stop a worker: it is a request, or a MessageError says why not."""
+    assert isinstance(_message_or_error(decode_call, data), CancelRequest | MessageError)
+
+
+@PROFILE
+@given(BYTES | DAMAGED)
+def test_any_bytes_are_an_outcome_or_one_error(data: bytes) -> None:
+    """A damaged record reaches the waiter as one kind of error."""
+    assert isinstance(_message_or_error(decode_outcome, data), Outcome | MessageError)
+
+
+@PROFILE
+@given(BYTES | DAMAGED)
+def test_any_bytes_are_attempts_or_one_error(data: bytes) -> None:
+    """A damaged history reaches the worker as one kind of error."""
+    assert isinstance(_message_or_error(decode_attempts, data), tuple | MessageError)
+
+
+def _call(request_json: str, *, function: str = TASK, kwargs: str = "{}") -> bytes:
+    return f'["{function}",null,[{request_json}],{kwargs}]'.encode()
+
+
+def _foreign() -> None:
+    """What a strategy's own job would name."""
+
+
+_BOMB = zlib.compress(b"[" * 10_000_000, 1)
+NASTY_JOBS: dict[str, bytes] = {
+    "a pickled job": pickle.dumps((_foreign, None, (1,), {})),
+    "a pickled job, compressed": zlib.compress(pickle.dumps(("os.system", None, ("true",), {}))),
+    "another function": _call('{"v":1,"algo_id":1}', function="os.system"),
+    "a function that is no text": b'[7,null,[{"v":1,"algo_id":1}],{}]',
+    "an instance": f'["{TASK}",{{}},[{{"v":1,"algo_id":1}}],{{}}]'.encode(),
+    "args by name": f'["{TASK}",null,[],{{"request":{{"v":1,"algo_id":1}}}}]'.encode(),
+    "an argument by name too": _call('{"v":1,"algo_id":1}', kwargs='{"x":1}'),
+    "two arguments": _call('{"v":1,"algo_id":1},{"v":1,"algo_id":2}'),
+    "args as an object": f'["{TASK}",null,{{"0":{{"v":1,"algo_id":1}}}},{{}}]'.encode(),
+    "kwargs as a list": _call('{"v":1,"algo_id":1}', kwargs="[]"),
+    "three parts": f'["{TASK}",null,[]]'.encode(),
+    "an object instead of a call": b'{"v":1,"algo_id":1}',
+    "ten megabytes": b"x" * 10_000_000,
+    "ten megabytes of JSON": _call('{"v":1,"algo_id":1,"tag":"' + "t" * 10_000_000 + '"}'),
+    "one byte too many": b" " * (MAX_PAYLOAD_BYTES + 1),
+    "a zip bomb": _BOMB,
+    "a bomb in a bomb": zlib.compress(_BOMB),
+    "compressed twice": zlib.compress(zlib.compress(_call('{"v":1,"algo_id":1}'))),
+    "cut off while compressed": zlib.compress(_call('{"v":1,"algo_id":1}'))[:-2],
+    "depth 10,000": b"[" * 10_000 + b"]" * 10_000,
+    "depth 10,000 of objects": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+    "NaN": _call('{"v":1,"algo_id":1,"deadline_s":NaN}'),
+    "Infinity": _call('{"v":1,"algo_id":1,"deadline_s":Infinity}'),
+    "-Infinity": _call('{"v":1,"algo_id":1,"deadline_s":-Infinity}'),
+    "a float beyond floats": _call('{"v":1,"algo_id":1,"deadline_s":1e999}'),
+    "2**63": _call('{"v":1,"algo_id":9223372036854775808}'),
+    "-2**63-1": _call('{"v":1,"algo_id":-9223372036854775809}'),
+    "a number of 5,000 digits": _call('{"v":1,"algo_id":' + "9" * 5000 + "}"),
+    "control characters": _call('{"v":1,"algo_id":1,"tag":"\\u0000\\u001b"}'),
+    "raw control characters": _call('{"v":1,"algo_id":1,"tag":"\x00"}'),
+    "a lone surrogate": _call('{"v":1,"algo_id":1,"symbol":"\\ud800"}'),
+    "a lone surrogate as a field": _call('{"v":1,"algo_id":1,"\\udfff":1}'),
+    "version 2": _call('{"v":2,"algo_id":1}'),
+    "version as text": _call('{"v":"1","algo_id":1}'),
+    "true as version": _call('{"v":true,"algo_id":1}'),
+    "no version": _call('{"algo_id":1}'),
+    "an unknown field": _call('{"v":1,"algo_id":1,"symbols":[]}'),
+    "no id": _call('{"v":1}'),
+    "null as account": _call('{"v":1,"algo_id":1,"account":null}'),
+    "a list as request": _call("[1]"),
+    "null as request": _call("null"),
+    "empty": b"",
+    "empty, compressed": zlib.compress(b""),
+    "not UTF-8": b'["\xff\xfe"]',
+    "a byte order mark": b"\xef\xbb\xbf" + _call('{"v":1,"algo_id":1}'),
+    "two values": _call('{"v":1,"algo_id":1}') * 2,
+}
+
+
+@pytest.mark.parametrize("data", NASTY_JOBS.values(), ids=NASTY_JOBS.keys())
+def test_a_nasty_job_is_refused_by_one_readable_error(data: bytes) -> None:
+    """Nothing but the contract's own call is accepted, and the refusal fits into one log line."""
+    with pytest.raises(MessageError) as caught:
+        decode_call(data)
+    assert_fit_for_a_log(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("another function", "'os.system' is not allowed here"),
+        ("args by name", "not 0 arguments and 1 by name"),
+        ("ten megabytes", "10000000 bytes are too many; 65536 is the most"),
+        ("a zip bomb", "inflates beyond 65536 bytes"),
+        ("depth 10,000", "nested too deeply"),
+        ("NaN", "NaN is not a number of JSON"),
+        ("2**63", "'9223372036854775808' does not fit in 64 bits"),
+        ("-2**63-1", "'-9223372036854775809' does not fit in 64 bits"),
+        ("a number of 5,000 digits", "does not fit in 64 bits"),
+        ("control characters", "tag="),
+        ("version 2", "v=2: this side speaks version 1"),
+        ("true as version", "v=True: this side speaks version 1"),
+        ("an unknown field", "unknown field 'symbols'"),
+        ("a list as request", "a cancel request is a JSON object, not [1]"),
+        ("empty", "not JSON"),
+        ("not UTF-8", "not JSON"),
+        ("a pickled job", "not JSON"),
+    ],
+)
+def test_the_refusal_of_a_job_says_what_was_wrong(name: str, words: str) -> None:
+    """Whoever reads the refused outcome can tell a foreign job from a damaged one."""
+    with pytest.raises(MessageError) as caught:
+        decode_call(NASTY_JOBS[name])
+    assert words in str(caught.value)
+
+
+def test_a_payload_of_the_largest_size_is_read() -> None:
+    """64 KiB are allowed, compressed or not; the next byte is not."""
+    largest = _call('{"v":1,"algo_id":1}').ljust(MAX_PAYLOAD_BYTES)
+    assert MAX_PAYLOAD_BYTES == 65_536
+    for data in (largest, zlib.compress(largest)):
+        assert decode_call(data) == CancelRequest(algo_id=1)
+    for data in (largest + b" ", zlib.compress(largest + b" ")):
+        with pytest.raises(MalformedMessage):
+            decode_call(data)
+
+
+def test_a_zip_bomb_is_never_inflated() -> None:
+    """Ten megabytes behind ten kilobytes cost no more memory than the largest payload allowed."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedMessage):
+            decode_call(NASTY_JOBS["a zip bomb"])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * MAX_PAYLOAD_BYTES
+
+
+DEEP: dict[str, tuple[Callable[[bytes], object], bytes]] = {
+    "as tag": (decode_call, _call('{"v":1,"algo_id":1,"tag":%s}')),
+    "as algo id": (decode_call, _call('{"v":1,"algo_id":%s}')),
+    "as version": (decode_call, _call('{"v":%s,"algo_id":1}')),
+    "as request": (decode_call, _call("%s")),
+    "as function": (decode_call, b"[%s,null,[1],{}]"),
+    "as a record's kind": (decode_outcome, json.dumps(OUTCOME.as_dict() | {"kind": "?"}).replace('"?"', "%s").encode()),
+}
+
+
+@pytest.mark.parametrize(("decode", "shape"), DEEP.values(), ids=DEEP.keys())
+def test_no_depth_escapes_the_one_error(decode: Callable[[bytes], object], shape: bytes) -> None:
+    """Nesting that the parser just survives must not break what reports it: any depth is a MessageError."""
+
+    def decoded(depth: int) -> str:
+        return str(_message_or_error(decode, shape % (b"[" * depth + b"]" * depth)))
+
+    deepest = bisect.bisect_left(range(20_000), True, key=lambda depth: decoded(depth) == "nested too deeply")
+    for depth in range(deepest - 20, deepest + 2):
+        assert decoded(depth)
+
+
+@pytest.mark.parametrize(("opened", "closed"), ["[]", ('{"a":', "}"), ('[1,{"a":"]","b":', "}]")], ids=str)
+def test_nesting_is_bounded_before_it_is_parsed(opened: str, closed: str) -> None:
+    """The same depth is the deepest on every Python, whatever it is made of."""
+    each = opened.count("[") + opened.count("{")
+    deepest = MAX_DEPTH // each
+    assert loads(opened * deepest + "0" + closed * deepest)
+    inner = opened * (deepest - 1) + "0" + closed * (deepest - 1)
+    assert loads(f"[{inner},{inner}]") == [loads(inner)] * 2
+    for depth in (deepest + 1, 1_000, 12_000 // each):
+        with pytest.raises(MalformedMessage, match=r"^nested too deeply$"):
+            loads(opened * depth + "0" + closed * depth, limit=1_000_000)
+
+
+def test_brackets_of_a_text_nest_nothing() -> None:
+    """Words of the exchange may be full of brackets and quotes, and a long record of shallow values is no deep one."""
+    words = '[{"\\' * 60 + '"[[['
+    attempts = (dataclasses.replace(ATTEMPT, msg=words),) * 50
+    assert decode_attempts(encode_attempts(attempts)) == attempts
+
+
+@pytest.mark.parametrize("decode", [decode_outcome, decode_attempts, loads], ids=lambda decode: decode.__name__)
+@pytest.mark.parametrize("damage", ['"' + '\\"' * 500_000, '"\\' * 300_000, '"' * 900_001])
+def test_a_text_without_an_end_is_gone_through_once(decode: Callable[[str], object], damage: str) -> None:
+    """A megabyte of quotes behind many brackets is refused as quickly as it is read, and does not stop a worker."""
+    with pytest.raises(MalformedMessage):
+        decode("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "[[" + damage)
+
+
+@pytest.mark.parametrize("inner", ["[" * 9_000 + "]" * 9_000, '{"a":' * 9_000 + "1" + "}" * 9_000])
+def test_a_deep_field_of_the_future_is_malformed(inner: str) -> None:
+    """A field that nobody here reads can break the reading of a record no more than one that is read."""
+    attempt = json.dumps(ATTEMPT.as_dict() | {"x": "?"}).replace('"?"', inner)
+    for decode, text in (
+        (decode_outcome, _record(x="?").replace('"?"', inner)),
+        (decode_outcome, _record(attempts=["?"]).replace('"?"', attempt)),
+        (decode_attempts, attempt),
+    ):
+        with pytest.raises(MalformedMessage, match=r"^nested too deeply$"):
+            decode(text)
+
+
+def test_the_whole_64_bits_are_read_exactly() -> None:
+    """An id is never rounded: the least and the greatest 64-bit number and 2**53+1 come back digit by digit."""
+    for number in (2**53 + 1, 2**63 - 1, -(2**63), 0):
+        assert loads(str(number)) == number
+
+
+def test_the_last_of_duplicate_keys_holds_as_it_does_for_rq() -> None:
+    """A worker and RQ's own serializer never read two different orders out of the same job."""
+    data = _call('{"v":1,"algo_id":1,"algo_id":2}')
+    assert decode_call(data).algo_id == 2
+    assert JSONSerializer.loads(data)[2][0]["algo_id"] == 2
+
+
+def _record(**changes: Any) -> str:
+    return json.dumps(OUTCOME.as_dict() | changes)
+
+
+BAD_RECORDS: dict[str, str | bytes] = {
+    "not JSON": "cancelled",
+    "a list": "[]",
+    "version 2": _record(v=2),
+    "true as version": _record(v=True),
+    "no version": "{}",
+    "nothing but the version": '{"v":1}',
+    "a kind of the future": _record(kind="postponed"),
+    "a list as kind": _record(kind=[]),
+    "a run that is no number": _record(run="first"),
+    "null as run": _record(run=None),
+    "an infinite time": _record().replace("1750485502076", "1e999"),
+    "attempts as an object": _record(attempts={}),
+    "an attempt that is no object": _record(attempts=[1]),
+    "an attempt without its call": _record(attempts=[{"n": 1, "at_ms": 1}]),
+    "an attempt by no call": _record(attempts=[ATTEMPT.as_dict() | {"call": None}]),
+    "an attempt by a list": _record(attempts=[ATTEMPT.as_dict() | {"call": ["cancel"]}]),
+    "an attempt by an unprintable call": _record(attempts=[ATTEMPT.as_dict() | {"call": "\x1b[31m"}]),
+    "an attempt after half a one": _record(attempts=[ATTEMPT.as_dict() | {"counted_before": 0.5}]),
+    "an attempt at an infinite time": _record().replace("1750485492076", "1e999"),
+    "two megabytes": _record(error="x" * 2_000_000),
+    "not UTF-8": b'{"v":1,"id":"\xff"}',
+}
+
+
+@pytest.mark.parametrize("record", BAD_RECORDS.values(), ids=BAD_RECORDS.keys())
+def test_what_is_no_record_is_malformed(record: str | bytes) -> None:
+    """A foreign or damaged value under an outcome's key is told apart from an outcome."""
+    with pytest.raises(MalformedMessage):
+        decode_outcome(record)
+
+
+BAD_HISTORIES: dict[str, str] = {
+    "cut off": "{",
+    "a number": "1",
+    "an empty object": "{}",
+    "a text": '"x"',
+    "a list": "[]",
+    "fields missing": '{"n":1}',
+    "a number that is none": json.dumps(ATTEMPT.as_dict() | {"n": "one"}),
+    "an infinite duration": json.dumps(ATTEMPT.as_dict()).replace('"ms": 12', '"ms": 1e999'),
+    "a list's end": "]",
+    "two lists": "],[",
+    "a megabyte and more": "x" * 1_100_000,
+}
+
+
+@pytest.mark.parametrize("text", BAD_HISTORIES.values(), ids=BAD_HISTORIES.keys())
+def test_what_is_no_history_is_malformed(text: str) -> None:
+    """A damaged history is reported, never read as a shorter one: attempts lost are doubts lost."""
+    with pytest.raises(MalformedMessage):
+        decode_attempts(text)
+
+
+# ---- what a stranger's words become ---------------------------------------------------------------------------------
+
+
+@PROFILE
+@given(texts(80, 0, PRINTABLE + UNPRINTABLE), st.integers(1, 40))
+def test_clean_text_is_short_printable_and_stable(text: str, limit: int) -> None:
+    """Any words of the exchange can stand in a log line, and cleaning them twice changes nothing."""
+    cleaned = clean_text(text, limit)
+    assert len(cleaned) <= limit
+    assert not set(cleaned) & set(UNPRINTABLE)
+    assert clean_text(cleaned, limit) == cleaned
+
+
+def test_text_that_is_cut_says_so() -> None:
+    """A message that was shortened ends in an ellipsis and is exactly as long as allowed."""
+    assert clean_text("x" * 500) == "x" * (MAX_MSG_CHARS - 1) + "…"
+    assert clean_text("  a\tb\n") == "a b"

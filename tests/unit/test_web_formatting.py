@@ -1,0 +1,83 @@
+"""How the operators' page shows values: times, lengths of time, and what strangers wrote."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markupsafe import Markup
+
+from producer.message import OutcomeKind
+from producer.web import formatting
+
+AT_MS = 1_763_807_442_123  # 2025-11-22 10:30:42.123 UTC
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0 ms"),
+        (0.0154, "15 ms"),
+        (0.9999, "1.0 s"),
+        (2.04, "2.0 s"),
+        (110, "110 s"),
+        (180, "3.0 min"),
+        (7200, "2.0 h"),
+        (200_000, "2.3 days"),
+        (None, "-"),
+        (float("inf"), "-"),
+        ("x", "-"),
+    ],
+)
+def test_a_length_of_time_has_the_unit_that_fits(seconds: object, shown: str) -> None:
+    """Two digits that matter, in the unit in which a person would say it."""
+    assert formatting.span(seconds) == shown
+
+
+def test_ages_are_told_in_seconds() -> None:
+    """An age does not flicker in milliseconds, and a moment to come is told as such."""
+    assert formatting.ago(AT_MS, AT_MS + 3400) == "3 s ago"
+    assert formatting.ago(AT_MS + 60_000, AT_MS) == "in 60.0 s"
+    assert formatting.ago(None, AT_MS) == "-"
+    assert formatting.between(AT_MS, AT_MS + 20) == "20 ms"
+    assert formatting.between(None, AT_MS) == "-"
+
+
+def test_a_moment_is_shown_in_utc_and_readable_for_machines() -> None:
+    """Both forms are given; only a moment of another day needs its date in the short one."""
+    assert formatting.when(AT_MS) == (
+        '<time datetime="2025-11-22T10:30:42.123Z">2025-11-22 10:30:42.123</time>'
+    )  # fmt: skip
+    assert ">10:30:42</time>" in formatting.clock(AT_MS, AT_MS + 1000)
+    assert ">11-22 10:30</time>" in formatting.clock(AT_MS, AT_MS + 90_000_000)
+
+
+@given(st.one_of(st.none(), st.integers(), st.floats(), st.text(), st.lists(st.integers())))
+def test_no_value_of_a_foreign_record_breaks_a_page(value: object) -> None:
+    """Whatever stands where a time, a number or a kind is expected, something is shown."""
+    for shown in (
+        formatting.when(value),
+        formatting.clock(value, AT_MS),
+        formatting.span(value),
+        formatting.ago(value, AT_MS),
+        formatting.between(value, AT_MS),
+        formatting.count(value),
+        formatting.tone(value if isinstance(value, str) else str(value)),
+    ):
+        assert isinstance(shown, str)
+        assert shown
+
+
+def test_what_cannot_be_sent_is_replaced_and_markup_is_left_alone() -> None:
+    """Half a surrogate pair and control characters become a sign that something was there."""
+    assert formatting.fit("a\ud800b\x1b[31m\x00") == "a�b�[31m�"
+    assert formatting.fit(Markup("<b>")) == Markup("<b>")
+    assert formatting.fit(7) == 7
+
+
+def test_every_kind_says_what_it_means() -> None:
+    """An operator reads on the page itself what a kind says of the order, and failed kinds are coloured as such."""
+    for kind in OutcomeKind:
+        assert formatting.meaning(kind).endswith(".")
+        assert formatting.tone(kind.value) == ("good" if kind.off_the_book else "bad" if kind.failed else "late")
+    assert formatting.tone("unreadable") == "plain"

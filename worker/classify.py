@@ -1,0 +1,288 @@
+"""What an answer of the exchange means: pure, total, by literal tables of its statuses, codes and texts.
+
+:func:`classify` turns a reply or a failure into a :class:`Verdict`. The question behind every row is whether the
+exchange can have *seen* and executed the call: an answer that leaves it open is UNCLEAR, whatever else it says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from producer.message import Call, clean_text
+
+
+class Means(StrEnum):
+    """What one answer, or the lack of one, means. The value stands in the record as the attempt's verdict."""
+
+    # a cancel's answer
+    CONFIRMED = "confirmed"  # the exchange says that it cancelled this very order
+    TRIGGER_RACE = "trigger_race"  # not done: the order is being triggered right now
+    # a query's answer: the order's state
+    OPEN = "open"  # NEW
+    CANCELED = "canceled"
+    TRIGGERING = "triggering"
+    TRIGGERED = "triggered"
+    FINISHED = "finished"
+    EXPIRED = "expired"
+    REJECTED = "rejected"
+    ODD_STATUS = "odd_status"  # a state that the exchange did not have when this was written
+    # either's
+    NO_SUCH_ORDER = "no_such_order"  # not done, and no proof of anything: it must be asked again
+    UNCLEAR = "unclear"  # a cancel may have been executed; a query told nothing
+    NOT_SENT = "not_sent"  # no byte of it left
+    BUSY = "busy"  # not done: overload, maintenance
+    CLOCK = "clock"  # not done: our timestamp was outside the window
+    LIMITED = "limited"  # not done: too many requests from this address
+    BLOCKED = "blocked"  # not done: the firewall in front of the exchange
+    DENIED = "denied"  # not done, and the same request will never be
+    KEY_REFUSED = "key_refused"  # the same, for a reason that lies with the key
+
+
+#: A query's answer by the state that it shows, in the exchange's spelling.
+STATUS_MEANS: dict[str, Means] = {
+    "NEW": Means.OPEN,
+    "CANCELED": Means.CANCELED,
+    "TRIGGERING": Means.TRIGGERING,
+    "TRIGGERED": Means.TRIGGERED,
+    "FINISHED": Means.FINISHED,
+    "EXPIRED": Means.EXPIRED,
+    "REJECTED": Means.REJECTED,
+}
+#: Verdicts that bring a pause for everybody on the address and count as no attempt.
+GATED = frozenset({Means.LIMITED, Means.BLOCKED})
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRef:
+    """Which order a call asks about; with both ids, ``algo_id`` is the one that is sent."""
+
+    algo_id: int | None
+    client_algo_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer of the exchange, as far as a decision needs it."""
+
+    http: int
+    body: bytes
+    retry_after_ms: int | None = None
+    challenge: bool = False  # the firewall's challenge header was there
+    truncated: bool = False  # the body was longer than we read
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """No usable answer. ``seen``: whether a byte of the request may have reached the exchange."""
+
+    seen: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderView:
+    """What an answer told about the order itself."""
+
+    algo_id: int
+    client_algo_id: str | None
+    status: str
+    symbol: str | None
+    actual_order_id: str | None
+    create_time_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The meaning of one reply or failure."""
+
+    means: Means
+    http: int | None = None
+    code: int | None = None
+    msg: str = ""
+    order: OrderView | None = None
+    retry_after_ms: int | None = None
+    banned_until_ms: int | None = None  # the exchange's clock, ms since the epoch
+
+
+#: Codes whose meaning does not hang on the text (exchange.md 4.2). What is not listed is UNCLEAR.
+CODE_MEANS: dict[int, Means] = {
+    -1000: Means.UNCLEAR,  # unknown
+    -1002: Means.DENIED,  # unauthorized
+    -1003: Means.LIMITED,  # too many requests; a ban's text holds its end
+    -1004: Means.DENIED,  # this address is not on the key's list
+    -1005: Means.DENIED,  # the same, older code
+    -1006: Means.UNCLEAR,  # unexpected response, execution status unknown
+    -1007: Means.UNCLEAR,  # timeout behind the gateway, execution status unknown
+    -1008: Means.BUSY,  # throttled by system protection
+    -1010: Means.UNCLEAR,  # error received, unexplained
+    -1011: Means.DENIED,  # this address may not use the route
+    -1013: Means.DENIED,  # invalid message
+    -1014: Means.DENIED,  # unknown order composition
+    -1015: Means.BUSY,  # too many orders
+    -1016: Means.BUSY,  # service shutting down
+    -1020: Means.DENIED,  # unsupported operation
+    -1021: Means.CLOCK,  # timestamp outside the window, or ahead
+    -1022: Means.KEY_REFUSED,  # invalid signature
+    -1023: Means.DENIED,  # start after end
+    -1099: Means.DENIED,  # not found, unauthenticated or unauthorized
+    **dict.fromkeys(range(-1106, -1099), Means.DENIED),  # parameters: illegal, too many, missing, unread, empty
+    **dict.fromkeys(range(-1127, -1107), Means.DENIED),  # parameters of other calls: asset, symbol, listen key
+    -1128: Means.DENIED,  # combination of parameters
+    -1130: Means.DENIED,  # value of a parameter
+    -2013: Means.NO_SUCH_ORDER,
+    -2014: Means.KEY_REFUSED,  # key's format
+    -2015: Means.KEY_REFUSED,  # key, address or permission
+    -2017: Means.KEY_REFUSED,  # keys locked
+    -4015: Means.DENIED,  # client id
+    -4056: Means.DENIED,  # key type
+    -4057: Means.DENIED,  # RSA public key
+    -4084: Means.DENIED,  # method not allowed yet
+    -4088: Means.DENIED,  # account cannot place
+    -4109: Means.DENIED,  # account inactive
+    -4117: Means.TRIGGER_RACE,
+    -4120: Means.DENIED,  # wrong endpoint
+    -4192: Means.DENIED,  # cooling-off period
+    -5028: Means.CLOCK,  # the matching engine's own window check
+    -20124: Means.NO_SUCH_ORDER,  # algo id invalid or completed
+}
+#: Statuses that decide whatever the body says (exchange.md 4.1).
+HTTP_MEANS: dict[int, Means] = {
+    403: Means.BLOCKED,
+    408: Means.UNCLEAR,
+    418: Means.LIMITED,
+    429: Means.LIMITED,
+    451: Means.DENIED,
+}
+#: Statuses that decide where the body holds no listed code.
+HTTP_FALLBACK: dict[int, Means] = {401: Means.KEY_REFUSED, 404: Means.DENIED, 405: Means.DENIED}
+#: Codes that are believed in a 5xx answer; any other refusal from a failing server proves nothing.
+_TRUSTED_IN_5XX = frozenset({-1003, -1008, -1016})
+#: The whole texts, folded, by which a 503 or -1001 says that nothing was done.
+NOT_DONE_TEXTS = frozenset({"service unavailable", "internal error; unable to process your request. please try again"})
+#: Parts of the texts of -2011 that name the account or a permission, folded; any other text asks for a query.
+_PERMANENT_2011 = (
+    "action is disabled",
+    "account may not",
+    "symbol is not permitted",
+    "symbol is restricted",
+    "cancel restrictions",
+)
+_BAN_EPOCH = re.compile(r"banned until (\d{13})(?!\d)")
+
+
+def classify(call: Call, ref: OrderRef, answer: Reply | Failure) -> Verdict:
+    """What ``answer`` to ``call`` about ``ref`` means. Total: any answer gets a verdict (exchange.md 4.1, 4.2)."""
+    if isinstance(answer, Failure):
+        return Verdict(Means.UNCLEAR if answer.seen else Means.NOT_SENT, msg=clean_text(answer.reason))
+    body = _json_object(answer)
+    code, msg = _code_and_msg(answer, body)
+    if answer.challenge:
+        return Verdict(Means.BLOCKED, answer.http, code, msg or "challenge by the firewall")
+    if 200 <= answer.http < 300:
+        return _classify_success(call, ref, answer, body, code, msg)
+    ban = _BAN_EPOCH.search(msg)
+    return Verdict(
+        means=_refusal(answer.http, code, msg),
+        http=answer.http,
+        code=code,
+        msg=msg,
+        retry_after_ms=answer.retry_after_ms,
+        banned_until_ms=int(ban[1]) if ban else None,
+    )
+
+
+def _refusal(http: int, code: int | None, msg: str) -> Means:
+    if http in HTTP_MEANS:
+        return HTTP_MEANS[http]
+    if http >= 500:
+        return _server_error(http, code, msg)
+    if code == -2011:
+        text = msg.casefold()
+        return Means.DENIED if any(part in text for part in _PERMANENT_2011) else Means.NO_SUCH_ORDER
+    if code == -1001:
+        return Means.BUSY if _folded(msg) in NOT_DONE_TEXTS else Means.UNCLEAR
+    if code in CODE_MEANS:
+        return CODE_MEANS[code]
+    return HTTP_FALLBACK.get(http, Means.UNCLEAR)
+
+
+def _server_error(http: int, code: int | None, msg: str) -> Means:
+    if code in _TRUSTED_IN_5XX:
+        return CODE_MEANS[code]
+    # Only a 503 is documented to say with these texts that nothing was done; HTML of a gateway is never equal to them.
+    return Means.BUSY if http == 503 and _folded(msg) in NOT_DONE_TEXTS else Means.UNCLEAR
+
+
+def _classify_success(
+    call: Call, ref: OrderRef, answer: Reply, body: dict[str, Any] | None, code: int | None, msg: str
+) -> Verdict:
+    unclear = Verdict(Means.UNCLEAR, answer.http, code, msg)
+    view = _order_view(body) if answer.http == 200 and body is not None else None
+    if view is None or not _same_order(ref, view):
+        return unclear
+    if call is Call.CANCEL:
+        return Verdict(Means.CONFIRMED, 200, code, msg, order=view) if code == 200 else unclear
+    if not view.status:
+        return unclear
+    means = STATUS_MEANS.get(view.status, Means.ODD_STATUS)
+    return Verdict(means, 200, code, clean_text(view.status), order=view)
+
+
+def _same_order(ref: OrderRef, view: OrderView) -> bool:
+    if ref.algo_id is not None:
+        return view.algo_id == ref.algo_id
+    return view.client_algo_id == ref.client_algo_id
+
+
+def _json_object(answer: Reply) -> dict[str, Any] | None:
+    if answer.truncated or not answer.body:
+        return None
+    try:
+        value = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _code_and_msg(answer: Reply, body: dict[str, Any] | None) -> tuple[int | None, str]:
+    if body is None:
+        if answer.truncated:  # half a text may be equal to a whole one that says something else
+            return None, ""
+        return None, clean_text(answer.body[:1000].decode("utf-8", "replace"))
+    msg = body.get("msg")
+    return _whole(body.get("code")), clean_text(msg) if isinstance(msg, str) else ""
+
+
+def _order_view(body: dict[str, Any]) -> OrderView | None:
+    algo_id = _whole(body.get("algoId"))
+    if algo_id is None:
+        return None
+    actual = body.get("actualOrderId")
+    is_id = isinstance(actual, str | int) and not isinstance(actual, bool)
+    return OrderView(
+        algo_id=algo_id,
+        client_algo_id=_text(body.get("clientAlgoId")),
+        status=_text(body.get("algoStatus")) or "",
+        symbol=_text(body.get("symbol")),
+        actual_order_id=clean_text(str(actual), 40) or None if is_id and actual not in (0, "0") else None,
+        create_time_ms=_whole(body.get("createTime")),
+    )
+
+
+def _text(value: object) -> str | None:
+    return clean_text(value, 64) or None if isinstance(value, str) else None
+
+
+def _whole(value: object) -> int | None:
+    """A whole number that may stand as a JSON string: `code` is "200" on one endpoint and 200 on another."""
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value):
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
+
+
+def _folded(msg: str) -> str:
+    return msg.strip().rstrip(".").casefold()

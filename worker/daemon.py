@@ -1,0 +1,74 @@
+"""Threads for what cannot be waited for in an event loop: daemons, so that none of them holds the process at its end.
+
+An executor's threads would: a name look-up or a login that hangs is waited for when the interpreter ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+__all__ = ["WorkerLoop", "in_daemon_thread"]
+
+T = TypeVar("T")
+
+
+async def in_daemon_thread(work: Callable[[], T], name: str) -> T:
+    """Have ``work`` done in a thread of its own; gives what it gives, and raises what it raises.
+
+    Raises:
+        RuntimeError: no thread can be started.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if result.done():  # nobody waits any more
+            return
+        if error is None:
+            result.set_result(value)  # type: ignore[arg-type]
+        else:
+            result.set_exception(error)
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as raised:  # noqa: BLE001 - it is the asker's to handle
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await result
+
+
+class WorkerLoop(asyncio.SelectorEventLoop):
+    """An event loop that looks names up in daemon threads.
+
+    A look-up that outlasts its callers goes on alone, and later callers join it in place of starting another.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lookups: dict[tuple[Any, ...], asyncio.Task[Any]] = {}
+
+    async def getaddrinfo(self, host: Any, port: Any, **hints: Any) -> Any:
+        """See :func:`socket.getaddrinfo`."""
+        key = (host, port, *sorted(hints.items()))
+        running = self._lookups.get(key)
+        if running is None:
+            work = in_daemon_thread(partial(socket.getaddrinfo, host, port, **hints), "resolver")
+            running = self._lookups[key] = self.create_task(work)
+            running.add_done_callback(partial(self._looked_up, key))
+        return await asyncio.shield(running)
+
+    def _looked_up(self, key: tuple[Any, ...], task: asyncio.Task[Any]) -> None:
+        del self._lookups[key]
+        if not task.cancelled():
+            task.exception()  # whoever asked may have gone: asyncio would tell of an error that nobody heard of

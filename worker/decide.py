@@ -1,0 +1,422 @@
+"""What to do next about one order: pure decisions from the history of its attempts.
+
+:func:`first_step` and :func:`next_step` give :class:`Stop` (with the outcome's kind) or :class:`Again` (with a delay
+and the call to make). Nothing here reads a clock, draws a random number, or talks to anybody: time and chance are
+arguments, so that every decision can be replayed from the attempts that an outcome records.
+
+The rule above all others: whether the exchange can have *seen* a cancel is asked before whether to try again. An
+attempt that may have worked stays in doubt until a query settles it; no later refusal does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from producer.message import (
+    MAX_MSG_CHARS,
+    Attempt,
+    Call,
+    MalformedMessage,
+    OutcomeKind,
+    clean_text,
+    decode_attempts,
+)
+from worker.classify import GATED, STATUS_MEANS, Means, OrderView, Verdict
+
+#: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody
+#: has learned that the order is gone, and opened another one under its id.
+BLIND_CANCEL_MS = 100
+#: Clock refusals in a row that are answered at once, by a fresh clock and signature.
+MAX_RESYNCS = 3
+#: First wait before an order that is just being triggered is looked at again, ms: a trigger takes about ten.
+TRIGGER_POLL_MS = 10
+#: The last try starts at least this long before the deadline, ms, so that there is time for its answer.
+LAST_TRY_MS = 1000
+#: How far ahead of the exchange's clock a timestamp may be, ms (exchange.md 2).
+AHEAD_MS = 1000
+#: Pauses where the exchange names none, ms: after 429, and after 418 (its shortest ban is two minutes).
+LIMIT_PAUSE_MS = 10_000
+BAN_PAUSE_MS = 120_000
+#: No pause is shorter, ms: one of nothing would ask a closed exchange again and again, and count no attempt.
+LEAST_PAUSE_MS = 1_000
+#: Attempts that a history keeps at the most (:func:`bounded`); with the longest texts a third of what can be read back.
+MAX_HISTORY = 200
+#: So many of the newest are kept without a gap: more than any delay, or the count of clock refusals, looks back.
+_TAIL = 40
+_MAX_NAME_CHARS = 64
+#: What the one attempt says that stands for a history that cannot be read.
+UNREADABLE = "the recorded attempts cannot be read"
+
+_MEANS_STATUS = {means.value: status for status, means in STATUS_MEANS.items()}
+_REFUSED = frozenset({Means.DENIED, Means.KEY_REFUSED})
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The bounds of a request, from the worker's settings."""
+
+    max_attempts: int = 25
+    backoff_base_ms: int = 100
+    backoff_cap_ms: int = 15_000
+    not_found_horizon_ms: int = 10_000
+    recv_window_ms: int = 5_000
+    waf_pause_ms: int = 300_000
+
+
+class Span(NamedTuple):
+    """Least and greatest value of something that is not known exactly, both possible."""
+
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a decision needs to know of the request; times by Redis' clock, ms since the epoch."""
+
+    by_client_id: bool  # only a client id is known: nothing pinned it to an algo id yet
+    meant_at_ms: int  # when the request was first made: an order created later is not the one that was meant
+    deadline_at_ms: int
+    ahead: Span | None = None  # Redis' clock minus the exchange's, ms; None: not known
+    retried: bool = False  # an earlier run of the request has ended: what it sent is not in the history
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The request is over."""
+
+    kind: OutcomeKind
+    order_status: str | None = None
+    actual_order_id: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Make ``call`` in ``delay_ms``; ``resync``: with the exchange's clock measured anew before."""
+
+    call: Call
+    delay_ms: int = 0
+    resync: bool = False
+
+
+def first_step(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: int) -> Stop | Again:
+    """What a worker does with a request that it was just given: nothing was sent yet, or a retry is due.
+
+    Also what it does with a step that had to wait: it is decided anew. ``now_ms`` is the latest that Redis' clock can
+    show, here and in :func:`next_step`: a request by client id must never be taken for a younger one than it is.
+    """
+    if now_ms >= case.deadline_at_ms:
+        if not history:
+            return Stop(OutcomeKind.OVERDUE, error="the deadline passed before anything was sent")
+        return _bound(history, policy, "the deadline passed")
+    call = call_for(case, history, now_ms)
+    return _attempts_left(history, policy, call) or Again(call)
+
+
+def next_step(
+    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float
+) -> Stop | Again:
+    """What follows the attempt that ends ``history`` and got ``verdict``.
+
+    ``roll`` is a random number in [0, 1): the jitter of a delay. The delay never ends at or past the deadline.
+    """
+    stop = _final(case, history, verdict, policy, now_ms)
+    if stop is not None:
+        return stop
+    if verdict.order is not None:
+        case = replace(case, by_client_id=False)  # the answer told the algo id, and the caller pins it
+    if now_ms >= case.deadline_at_ms:
+        return _bound(history, policy, "the deadline passed")
+    delay_ms = _delay(case, history, verdict, policy, now_ms, roll)
+    if (stop := _attempts_left(history, policy, call_for(case, history, now_ms + delay_ms))) is not None:
+        return stop
+    left_ms = case.deadline_at_ms - now_ms
+    if delay_ms >= left_ms:
+        if verdict.means in GATED or left_ms <= LAST_TRY_MS:
+            return _bound(history, policy, "the deadline comes before the next try")
+        delay_ms = left_ms - LAST_TRY_MS
+    call = call_for(case, history, now_ms + delay_ms)
+    return Again(call, delay_ms, resync=verdict.means is Means.CLOCK)
+
+
+def call_for(case: Case, history: Sequence[Attempt], at_ms: int) -> Call:
+    """Which call comes next at ``at_ms``: a query wherever a cancel would be a guess."""
+    if history and _asks(history[-1]):
+        return Call.QUERY
+    # Whatever was sent before, even what was refused, took time in which the id can have changed hands. A clock that
+    # shows a time before the request was set back, and tells nothing.
+    is_fresh = not history and not case.retried and 0 <= at_ms - case.meant_at_ms <= BLIND_CANCEL_MS
+    return Call.CANCEL if is_fresh or not case.by_client_id else Call.QUERY
+
+
+def _asks(last: Attempt) -> bool:
+    """Whether the last attempt was a question that got no answer for good, or left one to ask."""
+    if last.call is Call.CANCEL:
+        return last.verdict in _ASK_AFTER
+    return not (last.call is Call.QUERY and last.verdict == Means.OPEN)
+
+
+#: After these answers to a cancel the order's state must be read before anything else is tried.
+_ASK_AFTER = frozenset({Means.UNCLEAR, Means.NO_SUCH_ORDER, Means.TRIGGER_RACE})
+
+
+def in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
+    """Whether a cancel of ours may have worked, or may still work, without a query having settled it.
+
+    A query that shows the order open settles only those cancels whose time window had closed when it was asked: no
+    request is newly accepted once its timestamp is older than recvWindow (exchange.md 4.4).
+    """
+    open_at_ms = max((a.at_ms for a in history if _shows_state(a) and a.verdict == Means.OPEN), default=None)
+    window_ms = policy.recv_window_ms + AHEAD_MS
+    return any(
+        _may_have_worked(attempt) and (open_at_ms is None or attempt.at_ms + attempt.ms + window_ms > open_at_ms)
+        for attempt in history
+    )
+
+
+def _may_have_worked(attempt: Attempt) -> bool:
+    return attempt.call is Call.CANCEL and attempt.verdict == Means.UNCLEAR
+
+
+def _shows_state(attempt: Attempt) -> bool:
+    """Whether it told the order's state; a call that this version does not know may have been about another order."""
+    return attempt.call is Call.QUERY and (attempt.verdict in _MEANS_STATUS or attempt.verdict == Means.ODD_STATUS)
+
+
+def _misses_order(attempt: Attempt) -> bool:
+    return attempt.verdict == Means.NO_SUCH_ORDER and isinstance(attempt.call, Call)
+
+
+def counted(history: Sequence[Attempt]) -> int:
+    """How many attempts count against the bound.
+
+    Not counted: what brought a pause for everybody (LIMITED, BLOCKED); clock refusals as far as they are answered at
+    once; and a repeated "no such order", whose own bound is the horizon.
+    """
+    return _counts(history)[-1]
+
+
+def _counts(history: Sequence[Attempt]) -> list[int]:
+    """How many count before each attempt, and in all."""
+    counts, total, clocks = list[int](), 0, 0
+    for attempt in history:
+        means = attempt.verdict
+        total = total if attempt.counted_before is None else attempt.counted_before
+        counts.append(total)
+        clocks = clocks + 1 if means == Means.CLOCK else 0
+        free = means in GATED or 0 < clocks <= MAX_RESYNCS
+        free = free or (means == Means.NO_SUCH_ORDER and attempt.call is Call.QUERY)
+        total += not free
+    return [*counts, total]
+
+
+def last_status(history: Sequence[Attempt]) -> str | None:
+    """The order's state as last seen by a query, in the exchange's spelling."""
+    for attempt in reversed(history):
+        if _shows_state(attempt):
+            return _MEANS_STATUS.get(attempt.verdict, attempt.msg)
+    return None
+
+
+def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int) -> Stop | None:
+    means, order = verdict.means, verdict.order
+    if means is Means.CONFIRMED:
+        return Stop(OutcomeKind.CANCELLED, "CANCELED")
+    if order is not None and case.by_client_id and (doubt := _why_not_meant(case, order)):
+        return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone")
+    if means is Means.CANCELED:
+        ours = any(_may_have_worked(attempt) for attempt in history)
+        return Stop(OutcomeKind.CANCELLED if ours else OutcomeKind.ALREADY_CANCELLED, "CANCELED")
+    if means in (Means.TRIGGERED, Means.FINISHED):
+        return Stop(OutcomeKind.TRIGGERED, verdict.msg, order.actual_order_id if order else None)
+    if means is Means.EXPIRED:
+        return Stop(OutcomeKind.EXPIRED, verdict.msg)
+    if means is Means.REJECTED:
+        return Stop(OutcomeKind.REJECTED, verdict.msg)
+    if means in _REFUSED:
+        kind = OutcomeKind.UNKNOWN if in_doubt(history, policy) else OutcomeKind.REFUSED
+        return Stop(kind, last_status(history), error=f"refused: {_quoted(verdict)}")
+    if means is Means.NO_SUCH_ORDER and now_ms >= _horizon_ends(history, policy, now_ms):
+        kind = OutcomeKind.UNKNOWN if in_doubt(history, policy) else OutcomeKind.NOT_FOUND
+        return Stop(kind, last_status(history), error=f"unknown to the exchange: {_quoted(verdict)}")
+    return None
+
+
+def _why_not_meant(case: Case, order: OrderView) -> str:
+    """Why an order that bears the client id may not be the one that was meant; empty: it was there at the request."""
+    created_ms, ahead = order.create_time_ms, case.ahead
+    untold = "it cannot be told whether the client id's order was created before the request"
+    if created_ms is None:
+        return f"{untold}: it has no time of creation"
+    if ahead is None:
+        return f"{untold}: the clocks are not measured"
+    if created_ms + ahead.hi <= case.meant_at_ms:
+        return ""
+    if created_ms + ahead.lo > case.meant_at_ms:
+        return "the client id belongs to an order created after the request"
+    return f"{untold}: the clocks are known to {ahead.hi - ahead.lo} ms"
+
+
+def _horizon_ends(history: Sequence[Attempt], policy: Policy, now_ms: int) -> int:
+    """When "no such order" is believed: a horizon after its first time, but never on a cancel's word alone."""
+    if history[-1].call is Call.CANCEL:
+        return now_ms + 1
+    first = _first_missed(history)
+    return history[-1 if first is None else first].at_ms + policy.not_found_horizon_ms
+
+
+def _first_missed(history: Sequence[Attempt]) -> int | None:
+    """Where the first "no such order" stands since the order's state was last seen."""
+    first = None
+    for at in reversed(range(len(history))):
+        if _shows_state(history[at]):
+            break
+        if _misses_order(history[at]):
+            first = at
+    return first
+
+
+def _attempts_left(history: Sequence[Attempt], policy: Policy, call: Call) -> Stop | None:
+    """The bound on attempts; the last one is kept for the query that tells what the cancels before it did."""
+    used = counted(history)
+    spare = 1 if call is Call.CANCEL and used > 0 else 0
+    return _bound(history, policy, f"{used} attempts were made") if used + spare >= policy.max_attempts else None
+
+
+def _bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
+    kind = OutcomeKind.UNKNOWN if in_doubt(history, policy) else OutcomeKind.GAVE_UP
+    said = f"; last: {history[-1].verdict} {history[-1].msg}".rstrip() if history else ""
+    return Stop(kind, last_status(history), error=f"{why}{said}")
+
+
+def _delay(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float) -> int:
+    means, call = verdict.means, history[-1].call
+    if means in GATED:
+        return pause_ms(verdict, policy, now_ms, case.ahead)
+    if means is Means.CLOCK and _trailing(history, Means.CLOCK) <= MAX_RESYNCS:
+        return 0
+    if call is Call.CANCEL and means in (Means.UNCLEAR, Means.NO_SUCH_ORDER):
+        return 0
+    if means is Means.OPEN and not any(a.call is Call.CANCEL for a in history):
+        return 0
+    if means in (Means.TRIGGER_RACE, Means.TRIGGERING):
+        doublings = min(_trailing(history, Means.TRIGGERING), 32)
+        return int(min(TRIGGER_POLL_MS << doublings, policy.backoff_cap_ms) * (0.5 + roll / 2))
+    delay_ms = backoff_ms(len(history), policy, roll)
+    if means is Means.NO_SUCH_ORDER:  # one more look just when it would be believed
+        return min(delay_ms, _horizon_ends(history, policy, now_ms) - now_ms)
+    return delay_ms
+
+
+def pause_ms(verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None) -> int:
+    """How long nobody on this address may send, ms from ``now_ms``, after a gated verdict.
+
+    ``now_ms`` and ``ahead`` as in :class:`Case`. While ``ahead`` is not known, a ban's end, which the exchange tells by
+    its own clock, can make a pause longer than it is without, and never shorter.
+    """
+    if verdict.means is Means.BLOCKED:
+        return policy.waf_pause_ms
+    asked_ms, until_ms = verdict.retry_after_ms, verdict.banned_until_ms
+    if asked_ms is None and (until_ms is None or ahead is None):
+        asked_ms = BAN_PAUSE_MS if verdict.http == 418 else LIMIT_PAUSE_MS
+    if until_ms is not None:
+        asked_ms = max(asked_ms or 0, until_ms + (0 if ahead is None else ahead.hi) - now_ms)
+    return max(asked_ms or 0, LEAST_PAUSE_MS)
+
+
+def backoff_ms(attempts: int, policy: Policy, roll: float) -> int:
+    """Exponential backoff with full jitter after ``attempts`` (1 or more), ms: uniform from 0 to the doubled base."""
+    ceiling = min(policy.backoff_base_ms << min(attempts - 1, 32), policy.backoff_cap_ms)
+    return int(ceiling * roll)
+
+
+def _trailing(history: Sequence[Attempt], means: Means) -> int:
+    count = 0
+    for attempt in reversed(history):
+        if attempt.verdict != means:
+            break
+        count += 1
+    return count
+
+
+def _quoted(verdict: Verdict) -> str:
+    return " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))
+
+
+# ---- the history as it is kept --------------------------------------------------------------------------------------
+
+
+def read_history(text: str | bytes | None, now_ms: int) -> list[Attempt]:
+    """The history out of a job hash, whatever stands there.
+
+    One that cannot be read (damaged, or larger than any that is written) may have held a cancel that worked: it is read
+    as one such attempt, at ``now_ms``, the latest that Redis' clock can show.
+    """
+    try:
+        return bounded(as_known(decode_attempts(text)))
+    except MalformedMessage:
+        return [Attempt(1, now_ms, Call.CANCEL, None, None, UNREADABLE, Means.UNCLEAR.value, 0)]
+
+
+def as_known(history: Sequence[Attempt]) -> list[Attempt]:
+    """A history out of Redis; a verdict that this version does not know (a newer worker's) is read as unclear."""
+    return [a if a.verdict in _KNOWN else replace(a, verdict=Means.UNCLEAR.value) for a in history]
+
+
+_KNOWN = frozenset(means.value for means in Means)
+
+
+def next_number(history: Sequence[Attempt]) -> int:
+    """The number of the attempt that follows; in a bounded history there are fewer attempts than numbers."""
+    return max((attempt.n for attempt in history), default=0) + 1
+
+
+def bounded(history: Sequence[Attempt]) -> list[Attempt]:
+    """The history as it is kept: at most :data:`MAX_HISTORY` attempts, and no text longer than a record's.
+
+    Every decision is the same by it as by the whole, now and after further attempts. The first, the newest and the
+    unclear attempts stay (of too many unclear ones the oldest go); what is left out leaves a gap in the numbers.
+    """
+    whole = [_fitted(attempt) for attempt in history]
+    if len(whole) <= MAX_HISTORY:
+        return whole
+    kept = _needed(whole)
+    rest = [at for at in reversed(range(len(whole))) if at not in kept]
+    rest.sort(key=lambda at: whole[at].verdict != Means.UNCLEAR)  # stable: the newest first among each
+    kept.update(rest[: MAX_HISTORY - len(kept)])
+    # Where the count is told, the attempts that a clock refusal's counting looks back to stand right before.
+    told_at = len(whole) - _TAIL + MAX_RESYNCS
+    before = {told_at: _counts(whole)[told_at]}
+    return [
+        replace(attempt, counted_before=before.get(at)) if at <= told_at else attempt
+        for at, attempt in enumerate(whole)
+        if at in kept
+    ]
+
+
+def _needed(history: Sequence[Attempt]) -> set[int]:
+    """Where the attempts stand without which a decision could be another one."""
+    places = range(len(history))
+    unclear = [at for at in places if _may_have_worked(history[at])]
+    opened = [at for at in places if history[at].call is Call.QUERY and history[at].verdict == Means.OPEN]
+    found = (
+        0,
+        next((at for at in places if history[at].call is Call.CANCEL), None),
+        next((at for at in reversed(places) if _shows_state(history[at])), None),
+        _first_missed(history),
+        max(unclear, key=lambda at: history[at].at_ms + history[at].ms, default=None),  # the last to lose its doubt
+        max(opened, key=lambda at: history[at].at_ms, default=None),  # what takes it
+    )
+    return {at for at in found if at is not None} | set(places[-_TAIL:])
+
+
+def _fitted(attempt: Attempt) -> Attempt:
+    if len(attempt.msg) <= MAX_MSG_CHARS and max(len(attempt.verdict), len(attempt.call)) <= _MAX_NAME_CHARS:
+        return attempt
+    call = attempt.call if isinstance(attempt.call, Call) else clean_text(attempt.call, _MAX_NAME_CHARS)
+    return replace(
+        attempt, call=call, msg=clean_text(attempt.msg), verdict=clean_text(attempt.verdict, _MAX_NAME_CHARS)
+    )

@@ -1,0 +1,225 @@
+"""The way to Redis: one request at a time on one connection, opened anew after it broke, no lost answer ever repeated.
+
+The one place that knows how a worker connects and what its errors say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import redis
+import redis.asyncio as aio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from producer.message import clean_text
+from worker.clock import local_ns
+from worker.store import ANSWER_WITHIN_S, Request, Stamps, Words
+
+__all__ = ["AsyncLink", "BlockingLink", "Link", "connect", "connect_like", "is_about_rows", "open_link", "trouble"]
+
+T = TypeVar("T")
+
+#: Of the blocking client: RQ's registration, and RQ's commands (pub/sub).
+MAX_CONNECTIONS = 2
+
+_ASYNC_KINDS: tuple[tuple[type[Any], type[Any]], ...] = (
+    (redis.SSLConnection, aio.SSLConnection),
+    (redis.UnixDomainSocketConnection, aio.UnixDomainSocketConnection),
+    (redis.Connection, aio.Connection),
+)
+#: Options of a blocking pool that mean nothing for one connection, or are our own to set.
+_NOT_LENT = ("retry", "socket_timeout", "maint_notifications_config", "maint_notifications_pool_handler")
+#: An error of the script is about its rows, unless a server says this of itself; Redis 6.2 wraps that in one.
+_ROWS = re.compile(r"script|WRONGTYPE", re.IGNORECASE)
+_SERVER = re.compile(r"\b(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN|UNKILLABLE)\b")
+
+
+class Link(Protocol):
+    """A way to have requests answered."""
+
+    async def ask(self, make: Callable[[], Request[T]]) -> T:
+        """Make the request when its turn has come, and its round trip.
+
+        Raises:
+            redis.RedisError: no answer (what ran is not known then), or one that is an error.
+        """
+
+
+def connect(url: str, **options: Any) -> redis.Redis:
+    """A blocking client: few connections, and never a repeat of a command whose reply was lost."""
+    return redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(url, **_pool_options(), **options))
+
+
+def connect_like(connection: redis.Redis) -> redis.Redis:
+    """The same for the address and credentials of another client (the one that RQ's command line made)."""
+    pool = connection.connection_pool
+    options = {**pool.connection_kwargs, **_pool_options()}
+    for name in ("maint_notifications_config", "maint_notifications_pool_handler"):
+        options.pop(name, None)  # bound to the other pool
+    return redis.Redis(connection_pool=redis.BlockingConnectionPool(connection_class=pool.connection_class, **options))
+
+
+def _pool_options() -> dict[str, Any]:
+    return {
+        "max_connections": MAX_CONNECTIONS,
+        "timeout": ANSWER_WITHIN_S,
+        "socket_timeout": ANSWER_WITHIN_S,
+        "socket_connect_timeout": ANSWER_WITHIN_S,
+        "socket_keepalive": True,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
+
+
+def open_link(like: redis.Redis) -> AsyncLink:
+    """A link of an event loop to where ``like`` connects to; it connects at its first request."""
+    pool = like.connection_pool
+    options = {name: value for name, value in pool.connection_kwargs.items() if name not in _NOT_LENT}
+    kind = next(ours for theirs, ours in _ASYNC_KINDS if issubclass(pool.connection_class, theirs))
+    return AsyncLink(kind(**options, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None))
+
+
+class AsyncLink:
+    """The link of an event loop."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._turn = asyncio.Lock()
+
+    async def ask(self, make: Callable[[], Request[T]]) -> T:
+        """See :meth:`Link.ask`."""
+        async with self._turn:
+            request, answers, stamps = await self._round_trips(make)
+            try:
+                return request.read(answers, stamps)
+            except redis.RedisError:
+                raise
+            except Exception:
+                # An answer that makes no sense may be another question's: the next one must not get this one's.
+                await self._connection.disconnect(nowait=True)
+                raise
+
+    async def _round_trips(self, make: Callable[[], Request[T]]) -> tuple[Request[T], list[Any], Stamps]:
+        try:
+            if not self._connection.is_connected:
+                async with _patience(ANSWER_WITHIN_S):
+                    await self._connection.connect()
+            async with _patience(ANSWER_WITHIN_S):  # a request may tell the server how long it is waited for
+                request = make()
+                answers, stamps = await self._round_trip(request.commands)
+                if isinstance(answers[-1], redis.exceptions.NoScriptError):
+                    again, stamps = await self._round_trip(request.anew())
+                    answers[-1] = again[-1]
+        except BaseException as error:
+            await self._connection.disconnect(nowait=True)
+            if isinstance(error, TimeoutError):
+                raise redis.TimeoutError("no answer in time") from None
+            if isinstance(error, OSError):
+                raise redis.ConnectionError(type(error).__name__) from error
+            raise
+        return request, answers, stamps
+
+    async def _round_trip(self, commands: Sequence[Words]) -> tuple[list[Any], Stamps]:
+        connection, answers = self._connection, []
+        asked_ns = local_ns()
+        await connection.send_packed_command(connection.pack_commands(commands))
+        for _ in commands:
+            try:
+                answers.append(await connection.read_response())
+            except redis.ResponseError as error:
+                answers.append(error)
+        return answers, Stamps(asked_ns, local_ns())
+
+    async def drop_if_idle(self) -> None:
+        """Another connection to the same server has broken: do not trust this one either."""
+        if not self._turn.locked():
+            async with self._turn:
+                await self._connection.disconnect(nowait=True)
+
+    async def close(self) -> None:
+        """Part with the server."""
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self._connection.disconnect(nowait=True)
+
+
+@contextlib.asynccontextmanager
+async def _patience(seconds: float) -> AsyncIterator[None]:
+    """Bound what is waited for, as :func:`asyncio.timeout` does.
+
+    But a loop that stood still hears of its alarms first, with the answer unread. So when this one comes, whatever has
+    arrived is read before anything ends.
+    """
+    loop = asyncio.get_running_loop()
+    # The wait itself is ended: closing the connection alone would not wake it before all that was written has left, or
+    # TLS has taken its leave.
+    async with asyncio.timeout(None) as bound:
+        alarm: asyncio.Handle
+
+        def look(passes: int) -> None:
+            nonlocal alarm
+            if passes:
+                alarm = loop.call_later(0, look, passes - 1)
+            else:
+                bound.reschedule(loop.time())
+
+        alarm = loop.call_later(seconds, look, 3)
+        try:
+            yield
+        finally:
+            alarm.cancel()
+
+
+class BlockingLink:
+    """The link of whoever makes one request at a time and has nothing else to do meanwhile."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        self._connection = connection
+
+    async def ask(self, make: Callable[[], Request[T]]) -> T:
+        """See :meth:`Link.ask`."""
+        return self.ask_now(make())
+
+    def ask_now(self, request: Request[T]) -> T:
+        """The same without a loop."""
+        asked_ns = local_ns()
+        answers = self._round_trip(request.commands)
+        if isinstance(answers[-1], redis.exceptions.NoScriptError):
+            asked_ns = local_ns()
+            answers[-1] = self._round_trip(request.anew())[-1]
+        return request.read(answers, Stamps(asked_ns, local_ns()))
+
+    def _round_trip(self, commands: Sequence[Words]) -> list[Any]:
+        with self._connection.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            return list(pipeline.execute(raise_on_error=False))
+
+
+def is_about_rows(error: BaseException) -> bool:
+    """Whether a script failed for what it was given, or that cannot be sent at all, and not for the state of its
+    server."""
+    said = str(error)
+    is_script = type(error) is redis.ResponseError and _ROWS.search(said) and not _SERVER.search(said)
+    return bool(is_script) or isinstance(error, redis.DataError)
+
+
+def trouble(error: BaseException) -> str:
+    """Why Redis does not answer, in words for people: the kind of an error and, where a certificate was refused, the
+    way out.
+
+    Nothing else of its text: that can hold the address with its password.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            said = clean_text(cause.verify_message)
+            return f"{type(error).__name__}: certificate refused: {said}; see REDIS_TLS_CA and REDIS_TLS_VERIFY"
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__
