@@ -53,7 +53,7 @@ class Client:
         route_options = {name: options.pop(name) for name in ("ca_file", "egress_proxy_url") if name in options}
         self.route = route = Route(url, **route_options)
         pool = {name: options.pop(name) for name in ("idle_bound_s", "pool_size") if name in options}
-        transport = AsyncioTransport(route, **pool) if way == "asyncio" else RequestsTransport(route)
+        transport = AsyncioTransport(route, **pool) if way == "asyncio" else RequestsTransport(route, **pool)
         self.exchange = Exchange(transport, clock=clock, **options)
         self._runner = asyncio.Runner(loop_factory=WorkerLoop)
         self._troubles: list[dict[str, Any]] = []

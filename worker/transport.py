@@ -1,8 +1,8 @@
 """What every way to the exchange shares: requests, answers, failures, and the rules for URLs, proxies and TLS.
 
 A transport sends one request on one connection and never sends it again. It follows no redirect, keeps no cookie, and
-looks at neither environment nor netrc. A signed request exists from the moment it is written and nowhere but on the
-connection: no repr, no exception and no log of a transport has any part of it.
+looks at neither environment nor netrc. A request is signed when it is about to be written, and nothing that a
+transport shows, no repr, no exception and no log, has any part of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import certifi
 __all__ = [
     "BODY_LIMIT",
     "FIELDS",
+    "IDLE_BOUND_S",
     "Failed",
     "Place",
     "Raw",
@@ -34,6 +35,10 @@ __all__ = [
 #: Most bytes of a body that are read. Answers to orders have a few hundred; the exchange's list of symbols has more,
 #: but what is wanted of it stands at its beginning.
 BODY_LIMIT = 64 * 1024
+#: How long a connection may be unused and still be trusted, s: a little more than the time between two calls that keep
+#: connections warm. Firewalls and load balancers forget a flow that is still in silence, and what is sent then is
+#: never answered.
+IDLE_BOUND_S = 30.0
 #: What every request says of its sender.
 FIELDS = {"User-Agent": "algo-cancel-queue", "Accept": "application/json", "Accept-Encoding": "identity"}
 

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import select
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from worker.clock import local_ns
 from worker.http1 import MalformedResponse, ResponseReader
-from worker.transport import BODY_LIMIT, Failed, Raw, Request, Route, decoded, named
+from worker.transport import BODY_LIMIT, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
 from worker.transport_connect import Opening, TunnelRefused
 
-__all__ = ["IDLE_BOUND_S", "OPENERS", "AsyncioTransport"]
+__all__ = ["OPENERS", "AsyncioTransport"]
 
 #: Connections opened at once at the most: a burst finds few open, and no exchange likes 64 handshakes in one moment.
 OPENERS = 8
-#: How long a connection may be unused and still be trusted, s: a little more than the time between two calls that keep
-#: connections warm. Firewalls and load balancers forget a flow that is still in silence, and what is sent then is
-#: never answered.
-IDLE_BOUND_S = 30.0
 #: Most bytes that one answer may take with its framing, more than any has: a flood must not keep the event loop.
 ANSWER_LIMIT = 1024 * 1024
 #: Most bytes of one read. All connections of a loop read into one buffer, as each read is dealt with at once.
@@ -37,12 +32,6 @@ _LAST_LOOKS = 3
 #: Why a request was not written: its new connection had ended, or something else than an answer had come.
 _NOT_SENT = "not sent: ConnectionResetError"
 _CLOSED = "could not connect: ConnectionAbortedError"
-#: The host's clock for idle times, s: one that goes on while the host sleeps, where there is one.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def _now_s() -> float:
-    return time.clock_gettime(_CLOCK)
 
 
 class _Connection(asyncio.BufferedProtocol):
@@ -58,7 +47,7 @@ class _Connection(asyncio.BufferedProtocol):
         "_taken",
         "_transport",
         "error",
-        "idle_since_s",
+        "idle_since_ns",
         "reader",
         "received_ns",
         "sent_ns",
@@ -76,8 +65,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._is_dropped = False
         self.reader = ResponseReader(BODY_LIMIT)
         self.error: BaseException | None = None
-        self.idle_since_s = 0.0
-        self.sent_ns = self.received_ns = 0
+        self.idle_since_ns = self.sent_ns = self.received_ns = 0
 
     def attach(self, transport: asyncio.Transport) -> None:
         """From now on the bytes go through ``transport``."""
@@ -193,7 +181,7 @@ class _Pool:
 
     def __init__(self, route: Route, size: int, idle_bound_s: float) -> None:
         self._size = size
-        self._idle_bound_s = idle_bound_s
+        self._idle_bound_ns = round(idle_bound_s * 1e9)
         self._idle: deque[_Connection] = deque()  # the one used last at the right end
         self._waiting: deque[_Waiter] = deque()
         self._openings: dict[asyncio.Task[None], Opening] = {}
@@ -251,7 +239,7 @@ class _Pool:
         if len(self._idle) >= self._size:
             connection.abort()
             return
-        connection.idle_since_s = _now_s()
+        connection.idle_since_ns = local_ns()
         self._idle.append(connection)
 
     def close(self) -> None:
@@ -272,8 +260,8 @@ class _Pool:
         return False
 
     def _close_aged(self) -> None:
-        since_s = _now_s() - self._idle_bound_s
-        while self._idle and self._idle[0].idle_since_s < since_s:
+        since_ns = local_ns() - self._idle_bound_ns
+        while self._idle and self._idle[0].idle_since_ns < since_ns:
             self._idle.popleft().abort()
 
     def _expire(self, waiter: _Waiter) -> None:

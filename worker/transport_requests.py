@@ -21,7 +21,7 @@ from urllib3 import Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
 from worker.clock import local_ns
-from worker.transport import BODY_LIMIT, FIELDS, Failed, Raw, Request, Route, decoded, named
+from worker.transport import BODY_LIMIT, FIELDS, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
 
 __all__ = ["RequestsTransport"]
 
@@ -77,16 +77,20 @@ class _Session(requests.Session):
 class RequestsTransport:
     """Requests one after the other; see :class:`worker.transport.Transport`. The coroutine of a call waits in it.
 
+    ``idle_bound_s`` is how long its connection is kept when nobody uses it, seconds.
+
     The time that a name look-up takes is not bounded, nor how long a head may go on that comes byte by byte.
     """
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, route: Route, *, idle_bound_s: float = IDLE_BOUND_S) -> None:
         for name in _TALKATIVE:
             logging.getLogger(f"urllib3.{name}").addFilter(_no_signed_url)
         self.requests_sent = 0
         self._base_url = route.base_url
         # urllib3's TLS within TLS reads ahead, where nobody sees what came behind an answer.
         self._keeps = not (route.tunnels and route.proxy is not None and route.proxy.secure)
+        self._idle_bound_ns = round(idle_bound_s * 1e9)
+        self._used_ns = local_ns()
         self._is_closed = False
         self._adapter = _Adapter(route)
         self._session = _session(route, self._adapter)
@@ -103,6 +107,8 @@ class RequestsTransport:
             return Failed(False, named("not sent", error))
         if prepared is None:
             return None
+        if local_ns() - self._used_ns > self._idle_bound_ns:
+            self._adapter.close()
         self.requests_sent += 1
         try:
             return self._exchanged(prepared, patience_s)
@@ -114,6 +120,8 @@ class RequestsTransport:
             # What the libraries were handling when it came may say the signed URL.
             error.__context__ = None
             raise
+        finally:
+            self._used_ns = local_ns()
 
     def close(self) -> None:
         """See :meth:`worker.transport.Transport.close`."""

@@ -203,9 +203,9 @@ def test_connection_that_gets_an_unasked_answer_is_closed_at_once(loop_bench: Be
     assert server.used == [1, 2]
 
 
-def test_connection_that_was_idle_too_long_is_not_trusted(loop_bench: Bench, credential: Credential) -> None:
+def test_connection_that_was_idle_too_long_is_not_trusted(bench: Bench, credential: Credential) -> None:
     """A flow that was still for longer than the bound may be forgotten on its way: it is closed, not used."""
-    server, client = loop_bench.to(answering(http_answer()), idle_bound_s=0.2)
+    server, client = bench.to(answering(http_answer()), idle_bound_s=0.2)
     for _ in range(2):
         client.cancel(credential)
     assert server.used == [1, 1]
