@@ -11,6 +11,9 @@ from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
 from tests.servers import Peek, Worker, eventually
 from worker.sandbox.control import RunningExchange
 
+#: After so long an order is proven to be from before a request, on a busy machine too.
+PROVEN_S = 0.03
+
 
 def cancel_all(client: CancelClient, algo_ids: Iterable[int], **options: Any) -> list[Ticket]:
     """Enqueue a cancel of each order."""

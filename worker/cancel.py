@@ -49,13 +49,11 @@ from worker.key_breaker import KeyBreaker
 from worker.rate_gate import Gate, ms_to_next_minute
 from worker.settings import Settings
 from worker.signing import Credential
-from worker.store import Done, Lease, Release, Retry, Row
+from worker.store import TOO_LARGE, Done, Lease, Release, Retry, Row
 
 _NS_PER_MS = 1_000_000
 #: When to look again whether the exchange tells its time, ms.
 _UNMEASURED_MS = 1_000
-#: Stands for a history that was too large to be read.
-_TOO_LARGE = b"?"
 _NOT_MEASURED = "the clocks are not measured, so the order's age is not known"
 
 
@@ -64,6 +62,9 @@ class Hold(Protocol):
 
     def is_valid(self) -> bool:
         """Whether the job is still ours: else nothing more may be sent for it."""
+
+    def doubt(self) -> None:
+        """Trust no lease that was given so far: this host may have stood still without noticing."""
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -196,6 +197,7 @@ class Canceller:
         while isinstance(step, Again) and step.delay_ms == 0:
             if self._may_send(job):
                 if step.resync:
+                    job.hold.doubt()  # where the exchange calls our time wrong, Redis tells whose job it is by now
                     await self.resync(job.began_ns)
                 if (held_ms := await self._held_back_ms(job, step)) > 0:
                     return self._retry(job, held_ms)
@@ -221,15 +223,17 @@ class Canceller:
         credential = self._credential_for(request.account)
         if credential is None:
             return None
-        if field == "c_attempts":
-            history = read_history(_TOO_LARGE, self._latest_ms())
-            log.warning("damaged", id=lease.id, field=field, reason="larger than any history: taken for a doubt")
-        else:
-            history = bounded(as_known(decode_attempts(lease.attempts)))
+        history = self._history(lease)
         pin = decode_pin(lease.pin)
         algo_id = pin.algo_id if pin and request.algo_id is None else request.algo_id
         symbol = pin.symbol if pin and request.symbol is None else request.symbol
         return _Job(lease, hold, request, credential, history, algo_id, symbol, pin is not None)
+
+    def _history(self, lease: Lease) -> list[Attempt]:
+        if lease.attempts != TOO_LARGE:
+            return bounded(as_known(decode_attempts(lease.attempts)))
+        log.warning("damaged", id=lease.id, field="c_attempts", reason="larger than any history: taken for a doubt")
+        return read_history(lease.attempts, self._latest_ms())
 
     @staticmethod
     def _retry(job: _Job, delay_ms: int) -> Retry:
@@ -378,7 +382,7 @@ class Canceller:
         known: dict[str, Any] = {}
         if request is not None:
             with contextlib.suppress(MessageError):
-                attempts = decode_attempts(lease.attempts)
+                attempts = self._history(lease)
             known = {"account": request.account, "algo_id": request.algo_id, "may_be_live": True}
             known |= {"client_algo_id": request.client_algo_id, "symbol": request.symbol, "tag": request.tag}
         outcome = Outcome(

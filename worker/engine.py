@@ -57,6 +57,7 @@ class Held:
     until_ns: int
     claimed_ns: int
     watch: Callable[[], object]  # looks whether this host has slept, which ends our trust in leases
+    doubt: Callable[[], None]  # has the next look say so
     is_lost: bool = False
     is_ending: bool = False
 
@@ -311,7 +312,7 @@ class Engine:
         self._gate.observe(claimed.gate_until_ms)
         claimed_ns = local_ns()
         for lease in claimed.leases:
-            held = Held(lease, lease.until_ns if is_fresh else 0, claimed_ns, self._watch_sleep)
+            held = Held(lease, lease.until_ns if is_fresh else 0, claimed_ns, self._watch_sleep, self._sleep.doubt)
             self._held[lease.token] = held
             self._ready.append(held)
         self._start_ready()

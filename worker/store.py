@@ -29,6 +29,8 @@ CLAIM_WAIT_S = 1
 ANSWER_WITHIN_S = 3.0
 #: Longest history of attempts that is read, bytes; what a worker keeps is far smaller.
 MAX_ATTEMPTS_BYTES = 512 * 1024
+#: Comes in place of a longer one.
+TOO_LARGE = b"?"
 #: Our own idea of a lease's end stays so far before Redis', ms: what is sent until then has left by the end.
 LEASE_MARGIN_MS = 250
 

@@ -92,6 +92,10 @@ class _Held:
             self.until_ns = 0
         return not self.is_lost and not self.is_leaving and local_ns() < self.until_ns
 
+    def doubt(self) -> None:
+        """See :class:`worker.cancel.Hold`."""
+        self.sleep.doubt()
+
 
 class _StockRun:
     """One run of the job function."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 import redis
@@ -13,7 +14,10 @@ from rq.serializers import JSONSerializer
 
 from producer import AsyncCancelClient, CancelClient, CancelRequest, OutcomeKind, QueueUnavailable
 from producer.keys import JobField
+from tests.engines import Parts, RunningEngine
+from tests.orders import PROVEN_S
 from tests.servers import Peek, Proxy, Valkey, Workers, eventually, stopped
+from worker.exchange import Answer
 from worker.sandbox.control import PlacedOrder, RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -30,7 +34,7 @@ def pointers(peek: Peek) -> list[str]:
 def opened(exchange: RunningExchange) -> PlacedOrder:
     """Open an order under the client id, long enough before any request that it is proven to be meant by it."""
     (order,) = exchange.add_orders(client_algo_ids=[X])
-    time.sleep(0.03)
+    time.sleep(PROVEN_S)
     return order
 
 
@@ -110,6 +114,59 @@ def test_a_clock_that_is_being_measured_is_waited_for(
     tickets.append(client.cancel(algo_id=refused[0].algo_id))
 
     assert {ticket.wait(20).kind for ticket in tickets} == {OutcomeKind.CANCELLED}
+
+
+@pytest.mark.parametrize("skew_ms", [-5000, 5000])
+def test_the_exchanges_clock_may_be_any(
+    skew_ms: int, workers: Workers, client: CancelClient, exchange: RunningExchange
+) -> None:
+    """Whatever the exchange's clock shows, an order from before the request is cancelled, and none from after it."""
+    exchange.set_clock_skew_ms(skew_ms)
+    meant = opened(exchange)
+    ticket = client.cancel(client_algo_id=X)
+    time.sleep(0.15)  # from now on it is looked for
+    workers.start()
+    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
+    workers.stop()
+
+    ticket = client.cancel(client_algo_id=X)
+    time.sleep(0.15)
+    newer = opened(exchange)
+    workers.start()
+
+    assert ticket.wait(10).kind is OutcomeKind.UNKNOWN
+    book = exchange.book()
+    assert [(book[order.algo_id].status, book[order.algo_id].deletes) for order in (meant, newer)] == [
+        ("CANCELED", 1),
+        ("NEW", 0),
+    ]
+
+
+def test_a_call_that_had_to_wait_is_decided_anew(
+    client: CancelClient, exchange: RunningExchange, valkey: Valkey
+) -> None:
+    """A cancel by client id that waits for a connection until it is old looks first whom the id means by then."""
+    older = opened(exchange)
+    newer: list[PlacedOrder] = []
+
+    def change(parts: Parts) -> None:
+        call = parts.exchange.call
+
+        async def waits(*given: Any) -> Answer | None:
+            if not newer:
+                exchange.cancel(older.algo_id)
+                newer.append(opened(exchange))
+                await asyncio.sleep(0.15)
+            return await call(*given)
+
+        vars(parts.exchange)["call"] = waits
+
+    with RunningEngine(valkey.url, exchange.url, 4, change=change):
+        time.sleep(0.2)
+        outcome = client.cancel(client_algo_id=X).wait(10)
+
+    entry = exchange.book()[newer[0].algo_id]
+    assert (outcome.kind, entry.status, entry.deletes) == (OutcomeKind.UNKNOWN, "NEW", 0)
 
 
 # ---- nothing points to them -----------------------------------------------------------------------------------------

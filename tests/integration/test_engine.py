@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from producer import CancelClient, CancelRequest, OutcomeKind
-from tests.engines import HELD_S, OVERLOADED, Answerer, Asked, Parts, RunningEngine, Said, enqueued, well
+from tests.engines import CLOCK_ERROR, HELD_S, OVERLOADED, Answerer, Asked, Parts, RunningEngine, Said, enqueued, well
 from tests.fault.conftest import mark_of
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import Logged
@@ -418,6 +418,35 @@ def test_after_a_sleep_nothing_is_sent_for_a_job_that_somebody_else_took(
     eventually(sleeper.has_ended, what="the sleeper has its answer, and leaves")
 
     assert [asked.method for asked in host.asked] == ["DELETE"]
+    assert [outcome.worker for outcome in peek.ledger()] == ["other"]
+
+
+def test_after_a_clock_refusal_nothing_is_sent_for_a_job_that_somebody_else_took(
+    valkey: Valkey, client: CancelClient, connection: redis.Redis, peek: Peek, stack: ExitStack
+) -> None:
+    """Where the exchange calls the time wrong, no clock of this host is believed: Redis is asked whose job it is."""
+    other_exchange, asked_for = stack.enter_context(Answerer()), list[Asked]()
+
+    def behave(asked: Asked) -> Said:
+        if asked.algo_id is None:
+            return well(asked)
+        asked_for.append(asked)
+        if len(asked_for) > 1:
+            return well(asked)
+        sleeper.beats.clear()
+        sleeper.stop()
+        connection.zadd(peek.keys.unfinished, {ticket.id: 1})  # by Redis' clock the lease has ended
+        with RunningEngine(valkey.url, other_exchange.url, 4, "other"):
+            assert ticket.wait(5).worker == "other"
+        return CLOCK_ERROR
+
+    server = stack.enter_context(Answerer(behave))
+    sleeper = RunningEngine(valkey.url, server.url, 4, "sleeper", LEASE_S="30")
+    stack.enter_context(sleeper)
+    (ticket,) = enqueued(client, 1)
+    eventually(sleeper.has_ended, what="the sleeper has its answer, and leaves")
+
+    assert [asked.method for asked in asked_for] == ["DELETE"]
     assert [outcome.worker for outcome in peek.ledger()] == ["other"]
 
 

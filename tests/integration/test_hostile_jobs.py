@@ -185,6 +185,22 @@ def test_a_history_too_large_to_be_read_is_a_doubt(
     is_well(worker)
 
 
+@pytest.mark.parametrize(
+    ("account", "fields"),
+    [("nobody", {}), ("default", {"c_run": "abc"}), ("default", {"status": "canceled"})],
+    ids=["unknown account", "damaged number", "taken back"],
+)
+def test_a_doubt_stays_one_whatever_else_is_wrong(
+    account: str, fields: dict[str, str | bytes], workers: Workers, client: CancelClient, connection: redis.Redis
+) -> None:
+    """What a history that is too large may have held is not known, also where the job is refused or taken back."""
+    history = {"c_attempts": attempt(msg="x" * 2_000_000)}
+    put(connection, "large", encode_call(Request(algo_id=7, account=account)), {**history, **fields})
+    workers.start(LEASE_S="2")
+
+    assert client.wait("large", IN_TIME_S).kind is OutcomeKind.UNKNOWN
+
+
 def test_damage_beside_an_unknown_account(
     workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
 ) -> None:

@@ -13,7 +13,7 @@ import redis
 from producer import CancelClient, OutcomeKind
 from tests.conftest import API_KEY, API_SECRET
 from tests.integration.conftest import NewFleet
-from tests.orders import cancel_all, once_each, opened, outcomes, steps
+from tests.orders import PROVEN_S, cancel_all, once_each, opened, outcomes, steps
 from tests.servers import Peek, Valkey, Worker, Workers, eventually
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
@@ -176,8 +176,9 @@ def test_fresh_client_id_is_cancelled_directly(
 def test_old_client_id_is_resolved_before_its_cancel(
     workers: Workers, client: CancelClient, exchange: RunningExchange
 ) -> None:
-    """A request by client id that waited for more than a second is first resolved to the order's algo id."""
+    """A request by client id that waited for more than a tenth of a second is first resolved to the order's algo id."""
     (order,) = exchange.add_orders(client_algo_ids=["stop-1"])
+    time.sleep(PROVEN_S)
     ticket = client.cancel(client_algo_id="stop-1")
     time.sleep(1.1)
     workers.start()
@@ -194,6 +195,7 @@ def test_old_client_id_is_resolved_before_its_cancel(
 def test_retry_goes_by_algo_id(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
     """Once a client id is pinned to its order, a retry never touches another order that bears the same id by then."""
     (order,) = exchange.add_orders(client_algo_ids=["stop-1"])
+    time.sleep(PROVEN_S)
     exchange.script_faults(order.algo_id, [Fault.UNAVAILABLE_503], repeat_last=True)
     ticket = client.cancel(client_algo_id="stop-1")
     time.sleep(1.1)
@@ -235,6 +237,7 @@ def test_retry_by_client_id_leaves_a_newer_order_alone(
 ) -> None:
     """A retried request means the order that had the client id when it was first made, not one that has it now."""
     (order,) = exchange.add_orders(client_algo_ids=["stop-1"])
+    time.sleep(PROVEN_S)
     ticket = client.cancel(client_algo_id="stop-1", deadline_s=0.01)
     workers.start(NOT_FOUND_HORIZON_S="0.2")
     assert ticket.wait(10).kind is OutcomeKind.OVERDUE

@@ -138,12 +138,13 @@ function job.bounded(key, field, most)
   return length > 0 and redis.call('HGET', key, field) or ''
 end
 
-function job.fault_of(s, data, attempts, pin)
+local TOO_LARGE = '?' -- stands for a history that is not read: a doubt, whatever else is wrong with the job
+
+function job.fault_of(s, data, pin)
   if job.is_recalled(s) then return 'recalled ' .. s.status end
   local damaged = s.damaged or s.was_damaged
   if damaged then return 'number ' .. damaged[1] end
   if not data then return 'size data' end
-  if not attempts then return 'size c_attempts' end
   return pin and '' or 'size c_pin'
 end
 
@@ -178,8 +179,8 @@ function job.lease(id, s, deadline_ms)
   end
   local data, attempts = job.bounded(key, 'data', MAX_DATA_BYTES), job.bounded(key, 'c_attempts', MAX_ATTEMPTS_BYTES)
   local pin = job.bounded(key, 'c_pin', MAX_DATA_BYTES)
-  return {id, token, data or '', s.enqueued_at, text(deadline_ms), run, attempts or '', pin or '',
-    job.fault_of(s, data, attempts, pin), s.meant_at or s.enqueued_at}
+  return {id, token, data or '', s.enqueued_at, text(deadline_ms), run, attempts or TOO_LARGE, pin or '',
+    job.fault_of(s, data, pin), s.meant_at or s.enqueued_at}
 end
 
 function job.try(id, only_overdue)
