@@ -402,7 +402,11 @@ class Model:
         if seen.lease:
             right = band is Band.HELD
         elif seen.due_ms:
-            right = seen.score == Band.RETRY + seen.due_ms
+            # What a stock worker popped when it was due, but the gate closed, comes back when the gate opens.
+            is_late = seen.due_ms <= now_ms and Band.RETRY + seen.due_ms < seen.score
+            right = seen.score == Band.RETRY + seen.due_ms or (
+                is_late and seen.score < Band.RETRY + now_ms + RQ_WAIT_MS
+            )
         else:
             # RQ's own retries stand there as RQ scheduled them.
             right = band is Band.WAITING or Band.RETRY <= seen.score < Band.RETRY + now_ms + RQ_WAIT_MS
