@@ -109,7 +109,7 @@ def test_rq_info(
 ) -> None:
     """`rq info` shows queue, jobs and worker, and its clean-up harms neither a job under way nor its outcome."""
     workers.start("--concurrency", "1")
-    ticket, _ = under_way(client, exchange, 7000)
+    ticket, _ = under_way(client, exchange, 4500)
     waiting = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
 
     (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
