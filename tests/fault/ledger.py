@@ -173,10 +173,8 @@ def left_alone(
 def _is_untold(record: Outcome, entry: BookEntry, *, is_alone: bool) -> bool:
     """Whether nobody told the worker that the order is gone. ``is_alone``: no other request was about it."""
     cancels = [attempt.verdict for attempt in record.attempts if attempt.call is Call.CANCEL]
-    if not cancels:
-        return not is_alone
-    was_first = cancels[-1] == "no_such_order" and not (is_alone and entry.deletes_effective)
-    return was_first or "unclear" in cancels
+    was_late = cancels[-1:] == ["no_such_order"] and not entry.deletes_effective
+    return not is_alone or was_late or "unclear" in cancels
 
 
 def order_named(record: Outcome, order_of: Mapping[str, int]) -> int | None:
