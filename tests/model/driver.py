@@ -26,6 +26,8 @@ _CHECK_EVERY, _FORGET_EVERY = 3, 50
 _MOST_JOBS = 100
 #: How often stock worker processes come, beside other steps: some fifteen times in 10,000.
 PROCESSES = 0.15
+#: RQ's entries of started jobs live no longer, s; our holders' outlast their deadline by an hour.
+_STOCK_LIFE_S = 3000
 #: Rounds in which a queue must be drained.
 _DRAIN_ROUNDS = 300
 #: Keys that may last: RQ's sets, lists and registries, our ledger.
@@ -42,6 +44,7 @@ class Driver:
         self._steps = (*OURS, *RQ, *STOCK, self.fleet.step(processes))
         self._nested = tuple(step for step in self._steps if step.may_nest)
         self._trouble: BaseException | None = None
+        self._rq_cleans = chance.random() < 0.5  # at the end
 
     @property
     def count(self) -> Counter[str]:
@@ -142,8 +145,8 @@ class Driver:
     def _let_time_pass(self) -> None:
         world, index = self.world, self.world.keys.unfinished
         grow_old(world)
-        clean_late(world)
         now_ms = world.now_ms()
+        self._takes_for_abandoned(now_ms)
         for job_id, score in world.scores(index):
             if score >= Band.RETRY:
                 self._falls_due(job_id, now_ms)
@@ -153,6 +156,16 @@ class Driver:
         left = [*world.scores(keys.unfinished), *world.scores(keys.scheduled)]
         job_id = next(iter(world.open_jobs()), left[0][0] if left else "-")
         return world.model.finding(1, job_id, "keeps the queue from being drained", left)
+
+    def _takes_for_abandoned(self, now_ms: int) -> None:
+        """What dead stock workers left in RQ's registry has run out. We must not need RQ to clean up."""
+        if self._rq_cleans:
+            clean_late(self.world)
+            return
+        started = self.world.keys.started
+        for entry, score in self.world.scores(started):
+            if score < now_ms / 1000 + _STOCK_LIFE_S:
+                self.world.plain.zadd(started, {entry: now_ms / 1000}, xx=True)
 
     def _falls_due(self, job_id: str, now_ms: int) -> None:
         world, keys = self.world, self.world.keys

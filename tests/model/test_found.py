@@ -85,10 +85,11 @@ def test_what_ended_well_is_not_retried_whatever_rq_calls_it(world: World) -> No
     world.check()
 
 
+@pytest.mark.parametrize("how", ["an entry", "a look"])
 @pytest.mark.parametrize("kind", [OutcomeKind.CANCELLED, OutcomeKind.GAVE_UP])
-def test_an_entry_of_an_ended_job_gives_it_its_end_again(world: World, kind: OutcomeKind) -> None:
-    """A stock worker pops an ended job and dies: at the latest when a worker of ours meets an entry of it, the job runs
-    out in its time again."""
+def test_what_a_stock_worker_died_with_after_its_end_runs_out_again(world: World, kind: OutcomeKind, how: str) -> None:
+    """A stock worker pops an ended job and dies: when a worker of ours meets an entry of it, or looks after the queue,
+    the job shows its end and runs out in its time again."""
     hand = take(world)
     end(world, hand, kind)
     job = fetch(world)
@@ -96,12 +97,13 @@ def test_an_entry_of_an_ended_job_gives_it_its_end_again(world: World, kind: Out
         job.prepare_for_execution("stock", pipeline=pipeline)
         pipeline.persist(job.key)
         pipeline.execute()
-    world.left_behind.add(job.id)
-    world.plain.lpush(world.keys.waiting, job.id)
+    if how == "an entry":
+        world.plain.lpush(world.keys.waiting, job.id)
+        assert claim_by(world, world.stores[-1], 1) == 0
+    else:
+        world.plain.zadd(world.keys.started, {f"{job.id}:execution": world.now_ms() / 1000 + 60})
+        tidy(world)
 
-    assert claim_by(world, world.stores[-1], 1) == 0
-
-    world.left_behind.clear()
     world.check()
     assert job.get_status(refresh=True).value == ("failed" if kind.failed else "finished")
 
