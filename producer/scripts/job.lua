@@ -113,10 +113,15 @@ end
 -- A failed job runs once more, with a new deadline. By a client id the order is meant that had it at first.
 function job.start_run(id, s)
   local key = JOB_PREFIX .. id
+  local run, meant_at = text((s.run or 1) + 1), s.meant_at or s.enqueued_at or now.text
+  for _, field in ipairs(s.damaged or {}) do -- nobody knows what stood there: it is left to the claim to refuse
+    if field == 'c_run' then run = '?' end
+    if field == 'c_meant_at_ms' or (field == 'c_enqueued_at_ms' and not s.meant_at) then meant_at = '?' end
+  end
   redis.call('HDEL', key, 'c_done', 'c_ended', 'c_attempts', 'c_deadline_at_ms', 'c_due_at_ms', 'c_lease',
     'c_open_at_ms')
-  redis.call('HSET', key, 'status', 'queued', 'retries_left', ENDLESS_RETRIES, 'c_run', text((s.run or 1) + 1),
-    'c_enqueued_at_ms', now.text, 'c_asked_at_ms', now.text, 'c_meant_at_ms', s.meant_at or s.enqueued_at or now.text)
+  redis.call('HSET', key, 'status', 'queued', 'retries_left', ENDLESS_RETRIES, 'c_run', run,
+    'c_enqueued_at_ms', now.text, 'c_asked_at_ms', now.text, 'c_meant_at_ms', meant_at)
   redis.call('PERSIST', key)
   redis.call('DEL', OUTCOME_PREFIX .. id)
   on('ZADD', UNFINISHED, text(WAITING_BAND + now.ms), id)

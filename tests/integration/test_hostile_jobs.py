@@ -85,6 +85,8 @@ DAMAGED: dict[str, dict[str, str | bytes]] = {
     "run-beyond-64-bits": {"c_run": "9223372036854775808"},
     "run-no-number-of-a-new-run": {"c_run": "abc", "c_done": "1"},
     "run-last-of-a-new-run": {"c_run": "9223372036854775807", "c_done": "1"},
+    "meant-no-number-of-a-new-run": {"c_meant_at_ms": "abc", "c_done": "refused"},
+    "enqueued-no-number-of-a-new-run": {"c_enqueued_at_ms": "abc", "c_done": "refused"},
     "open-no-number": {"c_open_at_ms": "abc"},
     "open-infinite": {"c_open_at_ms": "inf"},
     "open-nan": {"c_open_at_ms": "nan"},

@@ -105,9 +105,7 @@ function job.free_state(id)
   end
   if s.done then
     job.start_run(id, s)
-    local damaged = s.damaged
     s = job.read(id)
-    s.was_damaged = damaged -- it is written anew, and yet nobody knows what stood there
   end
   if job.is_held(id, s) then return nil, 'held' end
   if s.lease then
@@ -142,8 +140,7 @@ local TOO_LARGE = '?' -- stands for a history that is not read: a doubt, whateve
 
 function job.fault_of(s, data, pin)
   if job.is_recalled(s) then return 'recalled ' .. s.status end
-  local damaged = s.damaged or s.was_damaged
-  if damaged then return 'number ' .. damaged[1] end
+  if s.damaged then return 'number ' .. s.damaged[1] end
   if not data then return 'size data' end
   return pin and '' or 'size c_pin'
 end
