@@ -165,12 +165,10 @@ def test_job_in_our_hands_is_left_alone(
     options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
     """A stock worker that pops a job of ours leaves it alone: one call, one outcome, and RQ's record is right after."""
-    ticket = entered_twice(client, exchange)
     fleet.environment["BINANCE_RECV_WINDOW_MS"] = "20000"  # a worker waits no longer for an answer than this allows
-    exchange.set_latency_ms(8000)
     fleet.ours(concurrency=1)
-    eventually(lambda: deletes(exchange) == [1], 10, "the request is under way")
-    assert peek.waiting() == [ticket.id]
+    ticket = under_way(client, exchange, 8000)
+    peek("LPUSH", peek.keys.waiting, ticket.id)  # as an urgent request does while it waits
     fleet.stock(*options)
     eventually(lambda: peek.job(ticket.id)["status"] == "scheduled", 10, "it was popped and put away by RQ")
 
