@@ -30,7 +30,7 @@ from redis.retry import Retry
 
 from producer.message import Outcome
 from tests.fault.blows import MAKES, ON_REDIS, SCALES, TARGETS, UNREAD, Blow, Clock, Kind, Scale, clock, schedule
-from tests.fault.fence import lost_holds, sent_without_lease
+from tests.fault.fence import Away, lost_holds, sent_without_lease
 from tests.fault.fleet import PATIENCE_S, RQ, Place, Team
 from tests.fault.ledger import Ask, Kill, exchange_side, key_kinds, queue_side, recoveries_ms, requests_during_bans
 from tests.fault.producers import REOPENED_PART, Producer, Reopener, requests_for, spoil_answers
@@ -392,7 +392,15 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
     keys = [(key, peek("TTL", key) != -1) for key in peek("KEYS", "*")]
     reopened = {order for each in world.reopeners for order in each.reopened}
     if logs is not None:
-        _keep(logs, records, kills=team.kills, arrivals=arrivals, book=list(book.values()), incidents=stats.incidents)
+        _keep(
+            logs,
+            records,
+            world.away_ms,
+            kills=team.kills,
+            arrivals=arrivals,
+            book=list(book.values()),
+            incidents=stats.incidents,
+        )
     return Reckoning(
         scale=world.scale.name,
         seed=world.seed,
@@ -407,7 +415,7 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
         incidents=len(stats.incidents),
         requests_during_bans=requests_during_bans(stats.incidents, world.away_ms),
         leases_lost=lost_holds(records),
-        sent_without_lease=tuple(sent_without_lease(records, arrivals, order_of)),
+        sent_without_lease=tuple(sent_without_lease(records, arrivals, order_of, world.away_ms)),
         reopened=len(reopened),
         unread=sum((record.worker or "").startswith(f"w{UNREAD}g") for record in records),
         recoveries_ms=tuple(recoveries_ms(team.kills, records)),
@@ -419,7 +427,10 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
     )
 
 
-def _keep(logs: Path, records: Sequence[Outcome], **lists: Sequence[Kill | Arrival | BookEntry | Incident]) -> None:
+def _keep(
+    logs: Path, records: Sequence[Outcome], away_ms: Away, **lists: Sequence[Kill | Arrival | BookEntry | Incident]
+) -> None:
+    (logs / "away.json").write_text(json.dumps(away_ms), "utf-8")
     (logs / "ledger.jsonl").write_text("".join(record.encode() + "\n" for record in records), "utf-8")
     for name, items in lists.items():
         (logs / f"{name}.json").write_text(json.dumps([asdict(item) for item in items], indent=0), "utf-8")

@@ -6,6 +6,8 @@ Pure. What can be known exactly:
 - An attempt is told by the outcome's record with its begin (Redis' clock) and its length. It was recorded under the
   lease that was good at the time: a holder that had lost the job could not record it. One attempt is one request at the
   most, so it accounts for one of its kind that arrived while it lasted; one whose request never left, for none.
+  A worker notes what Redis' clock shows at least. One that has just started knows it by a single answer: where that
+  was held up, by a server that was stopped or a network that let nothing pass, the begin is noted as much too early.
 - A lost hold is told there too: ``worker lost`` begins with the claim and ends with the moment, inside a script, in
   which somebody else took the lease away. What the old holder sent until then is its right, and in flight for another
   0.2 s at the most.
@@ -28,9 +30,14 @@ from worker.sandbox.arrivals import Arrival
 
 #: How long after a lease was taken away a request of its holder may still arrive, ms: it was on its way.
 IN_FLIGHT_MS = 200
-#: How much too early or too late an attempt may have been noted, ms: a worker knows Redis' clock by its answers, within
-#: some ms, and its times are cut to whole ones.
-CLOCK_MS = 50
+#: How much earlier than noted a request may have come, ms: by what is cut off of times, and no more.
+EARLY_MS = 10
+#: ... and how much later than the noted end: by how late a worker has read an answer of Redis on a busy machine.
+LATE_MS = 250
+#: So much later than Redis was away a worker may still know its clock by an answer from that time alone, ms.
+_UNTIL_HEARD_MS = 2_000
+
+Away = Sequence[tuple[float, float]]
 
 _METHODS = {Call.CANCEL: "DELETE", Call.QUERY: "GET"}
 #: The verdict of an attempt whose request has not left, not even in part.
@@ -52,17 +59,18 @@ class _Span:
 
 
 def sent_without_lease(
-    records: Iterable[Outcome], arrivals: Iterable[Arrival], order_of: Mapping[str, int]
+    records: Iterable[Outcome], arrivals: Iterable[Arrival], order_of: Mapping[str, int], away_ms: Away = ()
 ) -> list[str]:
     """Requests that no attempt in ``records`` and no lost hold accounts for, each in words.
 
-    ``order_of`` a client id is the algo id of the order that was asked for by it.
+    ``order_of`` a client id is the algo id of the order that was asked for by it; ``away_ms``: from when to when Redis'
+    answers were held up, by its clock.
     """
     attempts: dict[int | None, list[_Span]] = defaultdict(list)
     holds: dict[int | None, list[_Span]] = defaultdict(list)
     for record in records:
         order = record.algo_id or order_of.get(record.client_algo_id or "")
-        attempts[order] += [_of(attempt) for attempt in record.attempts if _was_sent(attempt)]
+        attempts[order] += [_of(attempt, away_ms) for attempt in record.attempts if _was_sent(attempt)]
         holds[order] += [_lost(attempt) for attempt in record.attempts if attempt.msg == WORKER_LOST]
     found = []
     for arrival in sorted(arrivals, key=lambda each: each.at_ns):
@@ -84,13 +92,14 @@ def _was_sent(attempt: Attempt) -> bool:
     return attempt.msg != WORKER_LOST and attempt.verdict != _NOT_SENT and isinstance(attempt.call, Call)
 
 
-def _of(attempt: Attempt) -> _Span:
-    method = _METHODS[Call(attempt.call)]
-    return _Span(attempt.at_ms - CLOCK_MS, attempt.at_ms + attempt.ms + CLOCK_MS, method)
+def _of(attempt: Attempt, away_ms: Away) -> _Span:
+    held_up_ms = [to - since for since, to in away_ms if since - EARLY_MS <= attempt.at_ms <= to + _UNTIL_HEARD_MS]
+    to_ms = attempt.at_ms + attempt.ms + max(held_up_ms, default=0) + LATE_MS
+    return _Span(attempt.at_ms - EARLY_MS, to_ms, _METHODS[Call(attempt.call)])
 
 
 def _lost(attempt: Attempt) -> _Span:
-    return _Span(attempt.at_ms - CLOCK_MS, attempt.at_ms + attempt.ms + IN_FLIGHT_MS)
+    return _Span(attempt.at_ms - EARLY_MS, attempt.at_ms + attempt.ms + IN_FLIGHT_MS)
 
 
 def _told(arrival: Arrival, order: int | None, holds: Sequence[_Span]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from producer.message import WORKER_LOST, Attempt, Call, Outcome, OutcomeKind
-from tests.fault.fence import CLOCK_MS, IN_FLIGHT_MS, lost_holds, sent_without_lease
+from tests.fault.fence import IN_FLIGHT_MS, LATE_MS, lost_holds, sent_without_lease
 from worker.sandbox.arrivals import Arrival
 
 ORDER, NAME = 7, "auto-7"
@@ -78,7 +78,16 @@ def test_a_request_of_which_nobody_tells_is_seen() -> None:
     (said,) = found([attempt(1000)], arrival(500))
     assert "no lease was lost before" in said
     assert len(sent_without_lease([], [arrival(1000)], {})) == 1
-    assert len(found([attempt(1000)], arrival(1060 + CLOCK_MS + 1))) == 1
+    assert len(found([attempt(1000)], arrival(1060 + LATE_MS + 1))) == 1
+
+
+def test_an_attempt_is_noted_too_early_where_redis_was_held_up() -> None:
+    """A worker that has had one answer, late, takes Redis' clock for as much behind: that is no crime."""
+    records, late = [record(attempt(1000))], [arrival(3100)]
+    assert len(sent_without_lease(records, late, {})) == 1
+    assert sent_without_lease(records, late, {}, [(900, 3000)]) == []
+    assert len(sent_without_lease(records, late, {}, [(1100, 3000)])) == 1
+    assert len(sent_without_lease(records, [arrival(3100 + 700)], {}, [(900, 3000)])) == 1
 
 
 def test_the_requests_of_all_runs_and_jobs_count_together() -> None:
