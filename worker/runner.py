@@ -193,7 +193,8 @@ class CancelWorker(BaseWorker):
 
     async def _work(self, burst: bool) -> None:
         engine = asyncio.create_task(self._engine.run())
-        upkeep = [asyncio.create_task(self._for_ever(step)) for step in (self._look, self._warm, self._tidy)]
+        steps = (self._look, self._be_known, self._warm, self._tidy)
+        upkeep = [asyncio.create_task(self._for_ever(step)) for step in steps]
         try:
             await self._until_stop(engine, burst)
         finally:
@@ -253,9 +254,14 @@ class CancelWorker(BaseWorker):
 
     async def _look(self) -> float:
         """Renew leases, tell RQ that we live, learn of the gate and of suspension."""
-        if await self._engine.beat(self._figures()):
-            await in_daemon_thread(self._register_anew, "register")
+        self._is_unknown = await self._engine.beat(self._figures())
         return min(self._settings.lease_s / 4, _LOOK_S)
+
+    async def _be_known(self) -> float:
+        """Register again where RQ has forgotten us; apart from the renewals, which must not wait for it."""
+        if self._is_unknown:
+            await in_daemon_thread(self._register_anew, "register")
+        return _LOOK_S
 
     def _register_anew(self) -> None:
         """Redis came back without its data, or is another server by now."""
@@ -313,6 +319,7 @@ class CancelWorker(BaseWorker):
             log.error("damaged", key=key, reason="of another type than it should have: set aside")
         return _LOOK_S if cursor or position else _TIDY_S
 
+    _is_unknown = False  # to RQ
     _knows_limit = False
     _tidied = (0, 0)
 

@@ -14,6 +14,7 @@ from rq.command import send_shutdown_command
 from producer import CancelClient, OutcomeKind
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
+from tests.integration.test_redis_link import Relay
 from tests.orders import at_first_try, cancel_all, events, once_each, opened, outcomes, steps
 from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port, running_valkey
 from worker.sandbox.control import RunningExchange
@@ -144,6 +145,23 @@ def test_stop_with_unstarted_jobs_while_redis_is_away(
         exchange.set_latency_ms(0)
         fleet.start()
         assert {outcome.kind for outcome in outcomes(client, tickets)} == {OutcomeKind.CANCELLED}
+
+
+def test_leases_are_renewed_while_a_registration_hangs(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, valkey: Valkey
+) -> None:
+    """A worker that RQ has forgotten keeps the jobs in its hands, however long it takes to make itself known again."""
+    with Relay(valkey.port) as relay:
+        workers.start(REDIS_URL=relay.url, LEASE_S="1")
+        exchange.set_latency_ms(3000)
+        (ticket,) = cancel_all(client, opened(exchange, 1))
+        eventually(lambda: exchange.stats().in_flight == 1, what="it is under way")
+        relay.late_s = 8.0  # for new connections
+        connection.delete(*connection.smembers("rq:workers"))
+
+        assert steps(ticket.wait(10)) == ["confirmed"]
+        relay.late_s = 0.0
+        eventually(lambda: connection.exists(*connection.smembers("rq:workers")), 20, "RQ knows it again")
 
 
 # ---- a server that is full, or not the primary any more -------------------------------------------------------------
