@@ -384,7 +384,7 @@ class OneConnection:
         self.surplus = b""  # follows each answer
         self.server = bench.server(self._behave)
         url = f"https://127.0.0.1:{self.server.port}"
-        self.client = bench.client(url, ca_file=authority.ca_file, patience_s=1)
+        self.client = bench.client(url, ca_file=authority.ca_file, patience_s=3)
 
     def _behave(self, peer: Peer) -> None:
         if peer.number > 1:
@@ -452,7 +452,7 @@ def test_call_whose_time_is_over_is_not_sent(one_connection: OneConnection) -> N
     async def calls() -> None:
         waiting = asyncio.create_task(one.second())
         await one.first()
-        time.sleep(1.1)  # the first call's connection is its by now, and the loop stands still
+        time.sleep(3.1)  # the first call's connection is its by now, and the loop stands still
         failed(await waiting, seen=False, reason="not sent: TimeoutError")
 
     one.client.run(calls())
