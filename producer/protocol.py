@@ -445,6 +445,11 @@ def good(answers: list[Any]) -> list[Any]:
     return answers
 
 
+def is_wrong_type(answer: Any) -> bool:
+    """Whether it says that a key holds another type of value: the fault of that key alone, not of the server."""
+    return isinstance(answer, redis.exceptions.ResponseError) and str(answer).startswith("WRONGTYPE")
+
+
 def text(value: Any) -> str:
     """A word from Redis, whether the caller's connection decodes answers or not."""
     return value.decode() if isinstance(value, bytes) else str(value)
