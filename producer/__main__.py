@@ -23,12 +23,13 @@ from rq.job import JobStatus
 from producer import console
 from producer.client import CancelClient, Ticket
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, InvalidRequest, MalformedMessage, Outcome
-from producer.protocol import QueueUnavailable, UnknownRequest, check_position
+from producer.protocol import QueueUnavailable, UnknownRequest, check_position, read_outcomes
 from producer.status import Status, aligned
 
 #: RQ's status of a job whose outcome is still to come.
 _OPEN = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.STARTED})
 _UNKNOWN = "unknown id"
+_UNREADABLE = "its record cannot be read"
 #: Between two looks of --watch, s.
 _WATCH_S = 1.0
 
@@ -239,9 +240,10 @@ def _requests_of_file(name: str, defaults: Mapping[str, Any]) -> list[CancelRequ
 def _wait(client: CancelClient, tickets: Sequence[Ticket], timeout_s: float, as_json: bool) -> ExitCode:
     job_ids = [ticket.id for ticket in tickets]
     found: dict[str, Outcome] = {}
+    unreadable: Mapping[str, MalformedMessage] = {}
     try:
         with console.progress(len(set(job_ids))) as shown:
-            console.collect(client, job_ids, timeout_s, found, shown)
+            unreadable = console.collect(client, job_ids, timeout_s, found, shown)
     except KeyboardInterrupt:
         _say("interrupted; the requests go on")
         return ExitCode.INTERRUPTED
@@ -250,12 +252,17 @@ def _wait(client: CancelClient, tickets: Sequence[Ticket], timeout_s: float, as_
         if as_json:
             _print_lines(_outcome_json(ticket.id, found) for ticket in tickets)
         else:
-            _print_lines(aligned([_cells(ticket.id, found, ticket.request, "no outcome yet") for ticket in tickets]))
-    return _judged(job_ids, found)
+            words = {ticket.id: _UNREADABLE if ticket.id in unreadable else "no outcome yet" for ticket in tickets}
+            _print_lines(aligned([_cells(ticket.id, found, ticket.request, words[ticket.id]) for ticket in tickets]))
+    return _judged(job_ids, found, unreadable)
 
 
-def _judged(job_ids: Sequence[str], found: Mapping[str, Outcome]) -> ExitCode:
-    if any(not outcome.off_the_book for outcome in found.values()):
+def _judged(
+    job_ids: Sequence[str], found: Mapping[str, Outcome], unreadable: Mapping[str, MalformedMessage]
+) -> ExitCode:
+    for error in unreadable.values():
+        _say(str(error))
+    if unreadable or any(not outcome.off_the_book for outcome in found.values()):
         return ExitCode.NOT_OFF_THE_BOOK
     return ExitCode.DONE if all(job_id in found for job_id in job_ids) else ExitCode.TIMED_OUT
 
@@ -298,14 +305,16 @@ def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> 
     with _client(redis_url, queue) as client:
         # In this order: a request that ends in between is found.
         statuses = dict(zip(ids, client.statuses(ids), strict=True))
-        found = client.outcomes_of(ids)
+        found, unreadable = client.converse(read_outcomes(client.keys, ids))
     if as_json:
         _print_lines(_outcome_json(job_id, found, status=statuses.get(job_id)) for job_id in ids)
     else:
-        _print_lines(aligned([_cells(job_id, found, None, _words(statuses[job_id])) for job_id in ids]))
+        words = {job_id: _words(status) for job_id, status in statuses.items()} | dict.fromkeys(unreadable, _UNREADABLE)
+        _print_lines(aligned([_cells(job_id, found, None, words[job_id]) for job_id in ids]))
+    judged = _judged(ids, found, unreadable)
     if any(job_id not in found and status not in _OPEN for job_id, status in statuses.items()):
         return ExitCode.NOT_OFF_THE_BOOK
-    return _judged(ids, found)
+    return judged
 
 
 @cli.command(
@@ -327,7 +336,8 @@ def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> 
 def outcomes(redis_url: str, queue: str, as_json: bool, after: str, follow: bool) -> ExitCode:
     """List the ledger: one line for each outcome, oldest first.
 
-    --json prints the outcome's record with its stream id as "entry", to go on --after it. Exits with 0.
+    --json prints the outcome's record with its stream id as "entry", to go on --after it. An entry
+    that cannot be read is passed over and named on stderr. Exits with 0.
     """
     try:
         check_position(after)

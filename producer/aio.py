@@ -23,8 +23,8 @@ from producer.protocol import (
     Wire,
     availability,
     check_position,
-    entry_outcome,
     patience,
+    readable_entries,
     timeout_of,
 )
 from producer.status import Status, read_status
@@ -127,8 +127,9 @@ class AsyncCancelClient:
         if position == "$":
             position = await self.converse(self._wire.newest())
         while (page := await self.converse(self._wire.page(position, follow))) or follow:
-            for position, fields in page:
-                yield position, entry_outcome(position, fields)
+            for position, outcome in readable_entries(page):
+                if outcome is not None:
+                    yield position, outcome
 
     async def wait(self, job_id: str, timeout_s: float | None = None) -> Outcome:
         """Wait until ``job_id`` has an outcome; see :meth:`AsyncTicket.wait`."""

@@ -29,8 +29,8 @@ from producer.protocol import (
     Wire,
     availability,
     check_position,
-    entry_outcome,
     patience,
+    readable_entries,
     timeout_of,
 )
 from producer.status import Status, read_status
@@ -47,6 +47,7 @@ class Ticket(TicketFields):
 
         Raises:
             WaitTimeout: no outcome within that time; the request goes on.
+            MalformedMessage: its record is not an outcome of this version; the text names the id.
             QueueUnavailable: Redis did not answer.
         """
         return self._client.wait(self.id, timeout_s)
@@ -185,18 +186,21 @@ class CancelClient:
         return self.converse(self._wire.outcome(job_id))
 
     def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000, two where some failed."""
+        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000, two where some failed.
+
+        A record that is no outcome of this version is left out and logged with its id.
+        """
         return self.converse(self._wire.outcomes_of(job_ids))
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> Iterator[tuple[str, Outcome]]:
         """The ledger after a stream id: pairs of stream id and outcome, oldest first; ``follow`` waits for new ones.
 
-        ``$`` stands for the newest entry. The ledger keeps about LEDGER_MAXLEN entries. An error ends the iteration:
-        go on with a new one after the last stream id that came.
+        ``$`` stands for the newest entry. The ledger keeps about LEDGER_MAXLEN entries. An entry that is no outcome of
+        this version is passed over and logged with its stream id. An error ends the iteration: go on with a new one
+        after the last stream id that came.
 
         Raises:
             InvalidRequest: ``after`` is no stream id.
-            MalformedMessage: an entry is not an outcome of this version; the text names it.
             QueueUnavailable: Redis did not answer.
         """
         position = check_position(after)
@@ -206,8 +210,9 @@ class CancelClient:
         if position == "$":
             position = self.converse(self._wire.newest())
         while (page := self.converse(self._wire.page(position, follow))) or follow:
-            for position, fields in page:
-                yield position, entry_outcome(position, fields)
+            for position, outcome in readable_entries(page):
+                if outcome is not None:
+                    yield position, outcome
 
     def wait(self, job_id: str, timeout_s: float | None = None) -> Outcome:
         """Block until ``job_id`` has an outcome; see :meth:`Ticket.wait`."""

@@ -29,7 +29,7 @@ from prometheus_client.registry import Collector
 
 from producer.client import CancelClient
 from producer.message import DEFAULT_ACCOUNT, Attempt, MalformedMessage, Outcome, OutcomeKind
-from producer.protocol import Conversation, QueueUnavailable, entry_outcome, good, pages, text
+from producer.protocol import Conversation, QueueUnavailable, entry_outcome, good, is_wrong_type, pages, text
 from producer.status import Gate, Status
 
 #: Distinct accounts, verdicts, and answers of the exchange that get series of their own; further ones are `other`.
@@ -187,7 +187,7 @@ class LedgerClient(CancelClient):
     """A client that can also read the ledger for those who count it."""
 
     def ledger_end(self) -> LedgerEnd | None:
-        """The ledger's end, None where there is no ledger."""
+        """The ledger's end, None where there is no ledger, or a key of another type in its place."""
         return self.converse(_ledger_end(self.keys.outcomes))
 
     def ledger_page(self, after: str) -> list[tuple[str, Any]]:
@@ -201,7 +201,7 @@ class LedgerClient(CancelClient):
 
 def _ledger_end(ledger: str) -> Conversation[LedgerEnd | None]:
     there, told = yield [("EXISTS", ledger), ("XINFO", "STREAM", ledger)]
-    if not good([there])[0]:
+    if not good([there])[0] or is_wrong_type(told):
         return None
     (told,) = good([told])
     pairs = told.items() if isinstance(told, Mapping) else zip(told[::2], told[1::2], strict=True)
@@ -313,6 +313,8 @@ def gauges(status: Status, account: Labels) -> Iterator[Metric]:
     yield _gauge("expired_leases", words, queue, status.to_be_taken_over)
     yield _gauge("scheduled", "Requests that wait for their next attempt.", queue, status.scheduled)
     yield _gauge("failed", "Requests that ended in a failed kind and are kept for a retry.", queue, status.failed)
+    words = "Keys of the wrong type: what they should tell counts as nothing in the other gauges."
+    yield _gauge("damaged_keys", words, queue, len(status.damaged))
     yield _gauge("suspended", "1 while `rq suspend` holds.", queue, status.suspended)
     closed: Series = {(gate.scope,): gate.closed_for_s or 0.0 for gate in sorted(status.gates, key=_closed_for_s)}
     yield _gauge("gate_seconds", "How long the gate stays closed; 0: it is open.", queue, closed, "scope")

@@ -8,6 +8,7 @@ and returns what the caller wanted to know.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -63,6 +64,8 @@ _STEP_TIMEOUT_S = 60
 
 #: RQ's status of a job that goes on only if somebody puts it back.
 _ENDED = frozenset({JobStatus.FINISHED, JobStatus.FAILED, JobStatus.CANCELED, JobStatus.STOPPED})
+
+_log = logging.getLogger("producer")
 
 _STREAM_ID = re.compile(r"\$|[0-9]{1,20}(-[0-9]{1,20})?")
 _ERROR_CODE = re.compile(r"[A-Z]{3,}\b")
@@ -263,31 +266,16 @@ class Wire:
     def outcome(self, job_id: str) -> Conversation[Outcome | None]:
         """One outcome, or None while there is none."""
         (record,) = good((yield Calls(("GET",), [lambda: (self.keys.outcome_prefix + job_id,)])))
-        found = {} if record is None else {job_id: decode_outcome(record)}
-        yield from self._without_requeued(found)
+        found = {} if record is None else {job_id: _outcome_of(job_id, record)}
+        yield from _without_requeued(self.keys, found)
         return found.get(job_id)
 
     def outcomes_of(self, job_ids: Iterable[str]) -> Conversation[dict[str, Outcome]]:
-        """Those outcomes that are there: one round trip for each :data:`CHUNK` ids, two where some have failed."""
-        found: dict[str, Outcome] = {}
-        for page in pages(list(job_ids)):
-            (records,) = good((yield [("MGET", *(self.keys.outcome_prefix + job_id for job_id in page))]))
-            ended = zip(page, records, strict=True)
-            read = {job_id: decode_outcome(record) for job_id, record in ended if record is not None}
-            yield from self._without_requeued(read)
-            found |= read
+        """As :func:`read_outcomes`; an unreadable one is left out and logged, the others are of use without it."""
+        found, unreadable = yield from read_outcomes(self.keys, job_ids)
+        for error in unreadable.values():
+            _log.warning("%s", error)
         return found
-
-    def _without_requeued(self, found: dict[str, Outcome]) -> Conversation[None]:
-        """Take out what has no outcome yet: a failed request that RQ has put back belongs to its next run, though the
-        earlier one's record stands until a worker or another request comes by."""
-        failed = [job_id for job_id, outcome in found.items() if outcome.kind.failed]
-        if not failed:
-            return
-        answers = yield [command for job_id in failed for command in requeue_commands(self.keys, job_id)]
-        for job_id, state, score in zip(failed, answers[::2], answers[1::2], strict=True):
-            if is_requeued(state, score):
-                del found[job_id]
 
     def newest(self) -> Conversation[str]:
         """The ledger's newest entry."""
@@ -350,6 +338,48 @@ class Wire:
         return max(1, min(most_ms, int(self._timeout_s * 1000) - _LATENESS_MS))
 
 
+def read_outcomes(
+    keys: Keys, job_ids: Iterable[str]
+) -> Conversation[tuple[dict[str, Outcome], dict[str, MalformedMessage]]]:
+    """Those outcomes that are there, and the error for each record that cannot be read.
+
+    One round trip for each :data:`CHUNK` ids, two where some have failed.
+    """
+    found: dict[str, Outcome] = {}
+    unreadable: dict[str, MalformedMessage] = {}
+    for page in pages(list(job_ids)):
+        (records,) = good((yield [("MGET", *(keys.outcome_prefix + job_id for job_id in page))]))
+        read: dict[str, Outcome] = {}
+        for job_id, record in zip(page, records, strict=True):
+            try:
+                read |= {} if record is None else {job_id: _outcome_of(job_id, record)}
+            except MalformedMessage as error:
+                unreadable[job_id] = error
+        yield from _without_requeued(keys, read)
+        found |= read
+    return found, unreadable
+
+
+def _outcome_of(job_id: str, record: Any) -> Outcome:
+    """What the record of a request says; the error names the request, since many are read at once."""
+    try:
+        return decode_outcome(record)
+    except MalformedMessage as error:
+        raise MalformedMessage(f"outcome of {clean_text(job_id)}: {error}") from None
+
+
+def _without_requeued(keys: Keys, found: dict[str, Outcome]) -> Conversation[None]:
+    """Take out what has no outcome yet: a failed request that RQ has put back belongs to its next run, though the
+    earlier one's record stands until a worker or another request comes by."""
+    failed = [job_id for job_id, outcome in found.items() if outcome.kind.failed]
+    if not failed:
+        return
+    answers = yield [command for job_id in failed for command in requeue_commands(keys, job_id)]
+    for job_id, state, score in zip(failed, answers[::2], answers[1::2], strict=True):
+        if is_requeued(state, score):
+            del found[job_id]
+
+
 def _stamp() -> str:
     """Now as rq.utils.utcformat writes it, which takes three times as long."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
@@ -406,12 +436,22 @@ def entry_outcome(entry_id: str, fields: Mapping[Any, Any]) -> Outcome:
     """The outcome that a ledger entry holds.
 
     Raises:
-        MalformedMessage: it holds none of this version; the text names the entry, so that a reader can go on after it.
+        MalformedMessage: it holds none of this version; the text names the entry.
     """
     try:
         return decode_outcome(fields.get(b"outcome") or fields.get("outcome") or b"")
     except MalformedMessage as error:
-        raise MalformedMessage(f"ledger entry {entry_id}: {error}") from None
+        raise MalformedMessage(f"ledger entry {clean_text(entry_id)}: {error}") from None
+
+
+def readable_entries(page: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Outcome | None]]:
+    """Stream id and outcome of each entry, None for one that cannot be read: it is logged, and the reading goes on."""
+    for entry_id, fields in page:
+        try:
+            yield entry_id, entry_outcome(entry_id, fields)
+        except MalformedMessage as error:
+            _log.warning("%s", error)
+            yield entry_id, None
 
 
 def pages(job_ids: Sequence[str]) -> Iterator[list[str]]:
@@ -443,6 +483,11 @@ def good(answers: list[Any]) -> list[Any]:
         if isinstance(answer, Exception):
             raise answer
     return answers
+
+
+def is_wrong_type(answer: Any) -> bool:
+    """Whether it says that a key holds another type of value: the fault of that key alone, not of the server."""
+    return isinstance(answer, redis.exceptions.ResponseError) and str(answer).startswith("WRONGTYPE")
 
 
 def text(value: Any) -> str:

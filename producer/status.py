@@ -17,7 +17,7 @@ from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from producer.keys import Band, BreakerField, Keys, WorkerField
 from producer.message import MAX_MSG_CHARS, MalformedMessage, Outcome, OutcomeKind, clean_text
-from producer.protocol import Command, Conversation, entry_outcome, good
+from producer.protocol import Command, Conversation, entry_outcome, good, is_wrong_type
 
 #: The window of the figures about outcomes, s.
 WINDOW_S = 60
@@ -52,6 +52,14 @@ _WORKER_FIELDS = (
     WorkerField.USED_WEIGHT,
     WorkerField.WEIGHT_LIMIT,
 )
+#: Longest name shown of a key, characters.
+_MAX_KEY_CHARS = 200
+#: What stands for the answer about a key of the wrong type, by the command.
+_NOTHING: Mapping[str, Any] = {
+    **dict.fromkeys(("LLEN", "ZCARD", "ZCOUNT", "SCARD"), 0),
+    **dict.fromkeys(("ZRANGEBYSCORE", "SRANDMEMBER", "XREVRANGE"), ()),
+    "HGETALL": {},
+}
 #: Scores of those that wait for a worker.
 _WAITING = (int(Band.WAITING), f"({int(Band.RETRY)}")
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
@@ -178,6 +186,7 @@ class Status:
     enqueue_to_first_attempt: Percentiles
     workers: tuple[WorkerRow, ...]
     to_be_taken_over: int = 0  # whose lease has run out: the next claim of any worker takes them over
+    damaged: tuple[str, ...] = ()  # keys of the wrong type: what they should tell counts as nothing above
 
     @property
     def live_workers(self) -> int:
@@ -213,6 +222,7 @@ class Status:
                 "enqueue_to_first_attempt": asdict(self.enqueue_to_first_attempt),
             },
             "workers": [asdict(worker) | {"live": worker.live} for worker in self.workers],
+            "damaged": list(self.damaged),
         }
 
     def lines(self) -> list[str]:
@@ -222,6 +232,7 @@ class Status:
         newest = f" (of the newest {MAX_ENTRIES:,})" if self.outcomes_partial else ""
         rows = [
             ("queue", self.queue + (", SUSPENDED (rq resume lifts it)" if self.suspended else "")),
+            *(("DAMAGED", f"{key} is of the wrong type, what it tells is missing here") for key in self.damaged),
             ("queued", f"{self.queued:,}{oldest}"),
             ("in flight", f"{self.in_flight:,}"),
             *([("to take over", f"{self.to_be_taken_over:,}, their leases ran out")] if self.to_be_taken_over else []),
@@ -296,12 +307,15 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 def read_status(keys: Keys) -> Conversation[Status]:
     """Look at a queue in three round trips, however long the queue and its ledger are."""
-    first = _First.of((yield _First.commands(keys)))
-    details = _Details.of(first, good((yield _Details.commands(keys, first))))
+    damaged: dict[str, None] = {}
+    first = _First.of((yield from _readable(_First.commands(keys), damaged)))
+    details = _Details.of(first, (yield from _readable(_Details.commands(keys, first), damaged)))
     hosts = sorted({host for fields in details.workers if (host := _raw_host(fields))})
     crowds = [(account, held) for account, _, held in details.keys if _is_compared(held, first.scheduled)]
-    answers = (yield _third(keys, hosts, [account for account, _ in crowds])) if hosts or crowds else []
-    gates = [("all", details.gate), *zip(hosts, good(answers[: len(hosts)]), strict=True)]
+    third = _third(keys, hosts, [account for account, _ in crowds])
+    answers = (yield third) if third else []
+    gate_fields = _without_damaged(third[: len(hosts)], answers[: len(hosts)], damaged)
+    gates = [("all", details.gate), *zip(hosts, gate_fields, strict=True)]
     waiting = {account: answer for (account, _), answer in zip(crowds, answers[len(hosts) :], strict=True)}
     rows = tuple(_worker_rows(keys, first, details))
     fresh = [row for row in rows if row.fresh]
@@ -329,7 +343,27 @@ def read_status(keys: Keys) -> Conversation[Status]:
         ),
         workers=rows,
         to_be_taken_over=details.expired,
+        damaged=tuple(damaged),
     )
+
+
+def _readable(commands: list[Command], damaged: dict[str, None]) -> Conversation[list[Any]]:
+    """One round trip whose keys of the wrong type count as empty."""
+    return _without_damaged(commands, (yield commands), damaged)
+
+
+def _without_damaged(commands: Sequence[Command], answers: Sequence[Any], damaged: dict[str, None]) -> list[Any]:
+    """The answers, nothing in the place of those about keys of the wrong type, which are added to ``damaged``.
+
+    An operator looks because something is wrong: one such key may not hide all the rest. Any other error is raised.
+    """
+    told = []
+    for (name, *words), answer in zip(commands, answers, strict=True):
+        if is_wrong_type(answer):
+            damaged[shown(words[0], _MAX_KEY_CHARS)] = None
+            answer = [None] * (len(words) - 1) if name == "HMGET" else _NOTHING[name]
+        told.append(answer)
+    return good(told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +395,7 @@ class _First:
 
     @classmethod
     def of(cls, answers: list[Any]) -> _First:
-        (seconds, micros), waiting, claiming, scheduled, failed, suspended, head, workers, accounts = good(answers)
+        (seconds, micros), waiting, claiming, scheduled, failed, suspended, head, workers, accounts = answers
         return cls(
             now_ms=int(seconds) * 1000 + int(micros) // 1000,
             queued=waiting + claiming,

@@ -82,6 +82,9 @@ def _alarms(status: Status, room: int) -> list[Text]:
         latency.append(_line("suspended", ("nothing is claimed until `rq resume`", _ALARM)))
     if status.unattended:
         latency.append(_line("workers", ("No live worker, and work is waiting", _ALARM)))
+    latency += [_line("damaged", (f"{key} is of the wrong type", _ALARM)) for key in status.damaged[:1]]
+    if len(status.damaged) > 1:
+        latency[-1].append(f", and {len(status.damaged) - 1:,} more")
     room -= len(latency)
     for_keys = max(1, room - len(gates), room // 2)
     for_gates = max(1, room - min(for_keys, len(keys)))

@@ -305,7 +305,8 @@ class _Pages:
         rows = self._ask(queries.newest(self._keys, _NEWEST))
         now_ms = seen.at_ms if seen is not None else self._ask(queries.clock())
         refresh = _refresh()
-        return render_template("status.html", s=seen, fault=fault, rows=rows, now_ms=now_ms, refresh=refresh)
+        about = {"now_ms": now_ms, "refresh": refresh, "ledger": self._keys.outcomes}
+        return render_template("status.html", s=seen, fault=fault, rows=rows, **about)
 
     def failed(self) -> Answer:
         """The failed requests, newest first."""

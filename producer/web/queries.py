@@ -35,7 +35,7 @@ from producer.message import (
     decode_call,
     decode_outcome,
 )
-from producer.protocol import Command, Conversation, good, is_requeued, pages
+from producer.protocol import Command, Conversation, good, is_requeued, is_wrong_type, pages
 
 #: Rows of one page.
 PAGE = 50
@@ -337,8 +337,11 @@ def _with_result(seen: Seen, told: str | None) -> Seen:
 
 
 def newest(keys: Keys, count: int) -> Conversation[list[Seen]]:
-    """The newest outcomes, newest first."""
-    (entries,) = good((yield [("XREVRANGE", keys.outcomes, "+", "-", "COUNT", count)]))
+    """The newest outcomes, newest first; none of a ledger of the wrong type, which the status names."""
+    (entries,) = yield [("XREVRANGE", keys.outcomes, "+", "-", "COUNT", count)]
+    if is_wrong_type(entries):
+        return []
+    good([entries])
     return [_of_entry(entry_id, fields) for entry_id, fields in entries]
 
 

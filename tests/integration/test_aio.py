@@ -25,6 +25,8 @@ from producer import (
     WaitTimeout,
 )
 from producer.keys import Keys
+from producer.message import MalformedMessage
+from tests.exporting import append, record
 from tests.servers import Proxy, Valkey, Workers, confirms_durability, running_valkey, stopped
 from tests.strategies import CONNECTIONS
 from worker.sandbox.control import RunningExchange
@@ -156,6 +158,29 @@ def test_the_ledger_can_be_followed_and_left(valkey: Valkey, workers: Workers, e
             assert in_use(client) == 0
 
     run(main())
+
+
+def test_what_cannot_be_read_costs_itself_alone(
+    valkey: Valkey, connection: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A strange entry or record is passed over with a warning that names it; asked for alone it is an error."""
+    good = f"{1:032x}"
+    connection.set(KEYS.outcome_prefix + good, record(1))
+    connection.set(KEYS.outcome_prefix + "bad", "[]")
+    strange: Any = connection.xadd(KEYS.outcomes, {"outcome": "{"})
+    append(connection, record(1))
+
+    async def main() -> None:
+        async with AsyncCancelClient.from_url(valkey.url) as client:
+            assert [outcome.id async for _, outcome in client.outcomes()] == [good]
+            assert list(await client.outcomes_of(["bad", good])) == [good]
+            with pytest.raises(MalformedMessage, match="outcome of bad"):
+                await client.wait("bad")
+
+    run(main())
+    entry, outcome = (each.getMessage() for each in caplog.records if each.name == "producer")
+    assert strange.decode() in entry
+    assert "outcome of bad" in outcome
 
 
 def test_the_wait_ends_in_time_or_with_the_outcome(valkey: Valkey, workers: Workers, exchange: RunningExchange) -> None:

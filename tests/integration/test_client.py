@@ -26,6 +26,7 @@ from producer import (
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys
 from producer.message import TASK, MalformedMessage, encode_request
 from producer.protocol import Wire, text
+from tests.exporting import append, record
 from tests.servers import Proxy, Valkey, Workers, confirms_durability, eventually, running_valkey, stopped
 from tests.strategies import CONNECTIONS, PASSWORD, blocked, calls, rqs_fields
 from worker.sandbox.control import RunningExchange
@@ -372,10 +373,39 @@ def test_a_place_that_cannot_be_in_the_ledger_is_refused(client: CancelClient, a
         client.outcomes(after)
 
 
-def test_a_strange_entry_is_named_so_that_one_can_go_on_after_it(client: CancelClient, connection: redis.Redis) -> None:
-    """An entry of another version or of somebody else ends the reading by an error that tells where."""
+def test_a_strange_entry_is_passed_over_and_named(
+    client: CancelClient, connection: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An entry of another version or of somebody else costs itself alone, and one warning tells where it stands."""
+    append(connection, record(1))
     strange = text(connection.xadd(KEYS.outcomes, {"something": "else"}))
+    append(connection, record(2))
+    last = text(connection.xadd(KEYS.outcomes, {"outcome": b"\xff\x1b[2J"}))
 
-    with pytest.raises(MalformedMessage, match=strange):
-        list(client.outcomes())
-    assert list(client.outcomes(strange)) == []
+    assert [outcome.algo_id for _, outcome in client.outcomes()] == [1, 2]
+    assert [(each.name, each.levelname) for each in caplog.records] == [("producer", "WARNING")] * 2
+    assert strange in caplog.messages[0]
+    assert last in caplog.messages[1]
+    assert all(message.isprintable() for message in caplog.messages)
+    assert list(client.outcomes(last)) == []
+    following = client.outcomes(strange, follow=True)
+    assert next(following)[1].algo_id == 2
+    append(connection, record(3))
+    assert next(following)[1].algo_id == 3
+
+
+def test_a_strange_record_fails_its_own_id_alone(
+    client: CancelClient, connection: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of many outcomes the others are read; a warning names the id, and so does the error of whoever asks for it."""
+    for number in (1, 3):
+        connection.set(KEYS.outcome_prefix + f"{number:032x}", record(number))
+    connection.set(KEYS.outcome_prefix + "bad", '{"v":2}')
+
+    found = client.outcomes_of([f"{1:032x}", "bad", f"{3:032x}", "nobody"])
+
+    assert [outcome.algo_id for outcome in found.values()] == [1, 3]
+    assert ["outcome of bad" in message for message in caplog.messages] == [True]
+    for ask in (client.outcome, client.wait):
+        with pytest.raises(MalformedMessage, match="outcome of bad"):
+            ask("bad")

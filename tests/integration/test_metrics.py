@@ -249,6 +249,24 @@ def test_unreadable_entries_are_counted_and_passed(exporter: Exporter, connectio
     assert (outcomes(seen), seen["cancel_ledger_unreadable_total", ()]) == (1, 5)
 
 
+def test_keys_of_the_wrong_type_are_counted(exporter: Exporter, connection: redis.Redis) -> None:
+    """They cost their own figures, and neither the scrape nor what is counted of the ledger once it is one again."""
+    append(connection, record())
+    assert outcomes(exporter.scrape()) == 1
+    connection.delete(KEYS.outcomes)
+    connection.set(KEYS.outcomes, "no stream")
+    connection.set(KEYS.claiming, "no list")
+    connection.rpush(KEYS.waiting, "waits")
+
+    seen = exporter.scrape()
+
+    assert (seen["cancel_up", ()], seen["cancel_damaged_keys", ()], seen["cancel_queue_depth", ()]) == (1, 2, 1)
+    connection.delete(KEYS.outcomes, KEYS.claiming)
+    append(connection, record())
+    seen = exporter.scrape()
+    assert (outcomes(seen), seen["cancel_damaged_keys", ()]) == (2, 0)
+
+
 # --- labels -------------------------------------------------------------------------------------------------------
 
 

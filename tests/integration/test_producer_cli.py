@@ -22,6 +22,7 @@ import redis
 from producer import CancelClient, CancelRequest
 from producer.keys import Keys
 from producer.message import decode_outcome
+from tests.exporting import append, record
 from tests.integration.test_sandbox_server import certificate
 from tests.servers import ROOT, Proxy, Valkey, Workers, eventually, running_valkey, scrubbed
 from tests.strategies import PASSWORD, blocked, calls, fail
@@ -365,13 +366,47 @@ def test_a_reader_that_leaves_is_no_error_to_speak_of(shell: Shell, connection: 
 
 
 def test_an_entry_that_cannot_be_read_is_named(shell: Shell, connection: redis.Redis) -> None:
-    """One line says which, so that --after goes on behind it."""
+    """One line on stderr says which; the others are listed."""
+    append(connection, record(1))
     entry: Any = connection.xadd(KEYS.outcomes, {"outcome": '{"v":2}'})
+    append(connection, record(2))
 
-    done = shell("outcomes")
+    done = shell("outcomes", "--json")
 
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, [each["algo_id"] for each in objects(done.stdout)]) == (0, [1, 2])
     assert entry.decode() in one_line(done.stderr)
+
+
+def test_a_record_that_cannot_be_read_is_named(shell: Shell, connection: redis.Redis) -> None:
+    """It hides no other outcome, of those asked for or waited for; nobody can say that its order is off the book."""
+    connection.set(KEYS.outcome_prefix + f"{1:032x}", record(1))
+    connection.set(KEYS.outcome_prefix + "bad", '{"v":2}')
+
+    done = shell("outcome", "bad", f"{1:032x}")
+
+    assert done.returncode == 1
+    bad, good = done.stdout.splitlines()
+    assert bad.endswith("MAY BE LIVE  its record cannot be read")
+    assert "cancelled" in good
+    assert "outcome of bad" in one_line(done.stderr)
+
+
+def test_waiting_ends_with_a_record_that_cannot_be_read(
+    shell: Shell, client: CancelClient, connection: redis.Redis
+) -> None:
+    """Nothing better can come, so nobody waits until the time is up, and the other tickets get their outcomes."""
+    tickets = [client.cancel(algo_id=number) for number in (1, 2)]
+    connection.set(KEYS.outcome_prefix + tickets[0].id, '{"v":2}')
+    connection.set(KEYS.outcome_prefix + tickets[1].id, record(2, id=tickets[1].id))
+    began = time.monotonic()
+
+    done = shell("cancel", "--algo-id", "1", "--algo-id", "2", "--wait", "20")
+
+    assert time.monotonic() - began < 15
+    assert done.returncode == 1
+    assert "its record cannot be read" in done.stdout.splitlines()[0]
+    assert "cancelled" in done.stdout.splitlines()[1]
+    assert f"outcome of {tickets[0].id}" in done.stderr
 
 
 # --- status -------------------------------------------------------------------------------------------------------

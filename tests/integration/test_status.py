@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import time
@@ -14,9 +15,10 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat, utcparse
 
-from producer import CancelClient, CancelRequest
+from producer import AsyncCancelClient, CancelClient, CancelRequest, QueueUnavailable
 from producer.keys import Band, Keys
-from producer.status import FRESH_S, LIVE_S
+from producer.status import FRESH_S, LIVE_S, Status
+from tests.exporting import append, record
 from tests.holders import OpenHolder, age, later, orders
 from tests.servers import Peek, TurnCounter, Valkey, Workers, eventually
 from tests.strategies import CONNECTIONS, now_ms
@@ -360,3 +362,109 @@ def test_a_status_measures_the_last_minute(
     assert row.name in "\n".join(seen.lines())
     worker.stop()
     assert client.status().workers == ()
+
+
+# --- keys of the wrong type ---------------------------------------------------------------------------------------
+
+_HOST = "egress1"
+_WORKERS = [KEYS.worker_prefix + name for name in ("one", "two")]
+
+
+def figures(status: Status) -> dict[str, Any]:
+    """Those of a status that do not change from one look to the next."""
+    return {
+        "queued": status.queued,
+        "in_flight": status.in_flight,
+        "scheduled": status.scheduled,
+        "failed": status.failed,
+        "closed": [gate.scope for gate in status.gates if not gate.open],
+        "keys": [(key.account, key.held) for key in status.keys],
+        "outcomes": dict(status.outcomes),
+        "workers": [row.name for row in status.workers],
+    }
+
+
+def fill(connection: redis.Redis) -> None:
+    """Something to tell for each figure."""
+    now_ms = int(connection.time()[0]) * 1000
+    connection.rpush(KEYS.waiting, "waits")
+    connection.rpush(KEYS.claiming, "is claimed")
+    connection.zadd(KEYS.unfinished, {"held": now_ms + 60_000})
+    connection.zadd(KEYS.scheduled, {"later": 4e9})
+    connection.zadd(KEYS.failed, {"failed": 4e9})
+    append(connection, record(id="ended", finished_at_ms=now_ms))
+    for scope in ("all", _HOST):
+        connection.hset(KEYS.gate(scope), "until_ms", 4_000_000_000_000)
+    connection.sadd(KEYS.suspects, "default")
+    connection.hset(KEYS.breaker("default"), mapping={"failures": 5, "since_ms": 1, "probe_at_ms": 2})
+    connection.sadd(KEYS.held("default"), "later")
+    connection.sadd(KEYS.queue_workers, *_WORKERS)
+    for key in _WORKERS:
+        connection.hset(key, mapping={"hostname": _HOST, "last_heartbeat": utcformat(utcparse("2026-01-01T00:00:00Z"))})
+
+
+@pytest.mark.parametrize(
+    ("key", "cost"),
+    [
+        (KEYS.waiting, {"queued": 1}),
+        (KEYS.claiming, {"queued": 1}),
+        (KEYS.unfinished, {"in_flight": 0}),
+        (KEYS.scheduled, {"scheduled": 0, "keys": [("default", 0)]}),
+        (KEYS.failed, {"failed": 0}),
+        (KEYS.outcomes, {"outcomes": {}}),
+        (KEYS.gate("all"), {"closed": [_HOST]}),
+        (KEYS.gate(_HOST), {"closed": ["all"]}),
+        (KEYS.suspects, {"keys": []}),
+        (KEYS.breaker("default"), {"keys": []}),
+        (KEYS.held("default"), {"keys": [("default", 0)]}),
+        (KEYS.queue_workers, {"workers": [], "closed": ["all"]}),
+        (_WORKERS[0], {"workers": ["two"]}),
+    ],
+)
+def test_a_key_of_the_wrong_type_costs_its_own_figure_alone(
+    client: CancelClient, connection: redis.Redis, valkey: Valkey, key: str, cost: dict[str, Any]
+) -> None:
+    """It counts as empty and is named, to both clients and to people; every other figure is told as before."""
+    fill(connection)
+    whole = client.status()
+    assert whole.damaged == ()
+    assert all(figures(whole).values())
+    connection.delete(key)
+    connection.set(key, "of the wrong type")
+
+    async def look() -> Status:
+        async with AsyncCancelClient.from_url(valkey.url) as other:
+            return await other.status()
+
+    for seen in (client.status(), asyncio.run(look())):
+        assert figures(seen) == figures(whole) | cost
+        assert seen.damaged == (key,)
+        assert seen.as_dict()["damaged"] == [key]
+        assert any(line.startswith("DAMAGED") and key in line for line in seen.lines())
+
+
+def test_all_keys_may_be_of_the_wrong_type(client: CancelClient, connection: redis.Redis) -> None:
+    """Nothing can be told then, and each key is named once."""
+    keys = [KEYS.waiting, KEYS.claiming, KEYS.scheduled, KEYS.failed, KEYS.unfinished, KEYS.queue_workers]
+    keys += [KEYS.suspects, KEYS.outcomes, KEYS.gate("all")]
+    for key in keys:
+        connection.set(key, "of the wrong type")
+
+    seen = client.status()
+
+    assert not any(figures(seen).values())
+    assert seen.damaged == tuple(keys)
+
+
+def test_any_other_refusal_is_raised(connection: redis.Redis, valkey: Valkey) -> None:
+    """What is not about a key's type, a missing right here, is no figure of nothing, also beside a damaged key."""
+    connection.set(KEYS.claiming, "of the wrong type")
+    connection.execute_command("ACL", "SETUSER", "half", "on", ">secret", "~*", "&*", "+@all", "-zcard")
+    try:
+        with (
+            CancelClient.from_url(valkey.url.replace("://", "://half:secret@")) as client,
+            pytest.raises(QueueUnavailable, match="NoPermission"),
+        ):
+            client.status()
+    finally:
+        connection.execute_command("ACL", "DELUSER", "half")

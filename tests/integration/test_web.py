@@ -336,12 +336,20 @@ def test_foreign_things_are_shown_as_such(reader: FlaskClient, connection: redis
 
 
 def test_wrong_kinds_of_keys_break_no_page(reader: FlaskClient, connection: redis.Redis) -> None:
-    """A ledger that is no stream is Redis' refusal, told with 503; a worker's hash of rubbish is none of our faults."""
+    """A ledger that is no stream is named on the status page, which shows the rest; so is a worker that is no hash."""
     connection.sadd("rq:workers:cancels", "rq:worker:odd")
     connection.hset("rq:worker:odd", mapping={"last_heartbeat": "x", "pid": "y", "hostname": b"\xff"})
-    page(reader, "/")
+    assert "Damaged key" not in page(reader, "/")
     connection.set(KEYS.outcomes, "no stream")
-    assert "Redis refused (WRONGTYPE)" in page(reader, "/", 503)
+    connection.sadd("rq:workers:cancels", "rq:worker:<b>")
+    connection.set("rq:worker:<b>", "no hash")
+    connection.rpush(KEYS.waiting, "waits")
+    shown = page(reader, "/")
+    assert shown.count("Damaged key") == 2
+    assert "<bdi>cancels:outcomes</bdi>" in shown
+    assert "<bdi>rq:worker:&lt;b&gt;</bdi>" in shown
+    assert "The ledger cannot be read." in shown
+    assert "<dt>queued</dt><dd>1<" in shown
 
 
 @pytest.mark.parametrize("bad", HOSTILE)
