@@ -433,6 +433,7 @@ def test_status_is_one_object_or_a_page(shell: Shell, client: CancelClient, work
             "outcomes_partial",
             "latency_ms",
             "workers",
+            "damaged",
         ),
     ]
     assert (seen["queue"], seen["queued"], seen["failed"]) == ("cancels", 0, 1)
