@@ -46,7 +46,7 @@ CLEAN = Reckoning(
 def test_a_short_run_with_every_fault() -> None:
     """Under every kind of blow and of exchange fault nothing is lost, doubled, unasked or different from the book."""
     command = [sys.executable, "-m", "tests.fault.chaos", "--jobs", "400", "--seed", "1", "--json"]
-    ended = subprocess.run(command, cwd=ROOT, env=scrubbed(), check=False, capture_output=True, text=True, timeout=110)
+    ended = subprocess.run(command, cwd=ROOT, env=scrubbed(), check=False, capture_output=True, text=True, timeout=170)
     assert ended.stdout, ended.stderr
     run = json.loads(ended.stdout)
     assert ended.returncode == EXIT_OK, run["problems"]
