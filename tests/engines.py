@@ -36,7 +36,7 @@ from worker.wiring import lease_of, open_canceller, open_redis, open_store
 
 KEYS = {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET}
 #: How long an answer of an exchange is held back at the most, s: no test hangs for good.
-HELD_S = 8.0
+HELD_S = 30.0
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,11 @@ def cancel_algo_order(request: object) -> object:
         )
     _disarm_rqs_alarm()
     # RQ's connection waits for minutes, repeats what got no answer, and is used in RQ's signal handlers.
-    with connect_like(job.connection) as connection:
+    connection = connect_like(job.connection)
+    try:
         return asyncio.run(_StockRun(job, request, connection).run())
+    finally:
+        connection.connection_pool.disconnect()
 
 
 def _disarm_rqs_alarm() -> None:

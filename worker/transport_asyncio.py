@@ -54,7 +54,6 @@ class _Connection(asyncio.BufferedProtocol):
         "_expiry",
         "_is_dropped",
         "_loop",
-        "_on_end",
         "_poll",
         "_taken",
         "_transport",
@@ -67,12 +66,9 @@ class _Connection(asyncio.BufferedProtocol):
 
     _poll: select.poll
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, buffer: memoryview, on_end: Callable[[_Connection], None]
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, buffer: memoryview) -> None:
         self._loop = loop
         self._buffer = buffer
-        self._on_end = on_end
         self._done: asyncio.Future[None] | None = None  # of the request under way
         self._expiry: asyncio.Handle | None = None
         self._taken = 0
@@ -133,18 +129,18 @@ class _Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._done is None:
-            self._drop()  # nobody asked
+            self.abort()  # nobody asked
         else:
             self._take(bytes(self._buffer[:nbytes]))
 
     def eof_received(self) -> None:
         if self._done is not None:
             self._take(b"")
-        self._drop()
+        self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(exc)
-        self._drop()
+        self.abort()
 
     # -- one answer
 
@@ -177,10 +173,6 @@ class _Connection(asyncio.BufferedProtocol):
             self._expiry = self._loop.call_soon(self._expire, looks - 1)
         else:
             self._end(TimeoutError())
-
-    def _drop(self) -> None:
-        self.abort()
-        self._on_end(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -262,11 +254,6 @@ class _Pool:
         connection.idle_since_s = _now_s()
         self._idle.append(connection)
 
-    def forget(self, connection: _Connection) -> None:
-        """It is of no use any more."""
-        if connection in self._idle:
-            self._idle.remove(connection)
-
     def close(self) -> None:
         self._closed = True
         for task in self._openings:
@@ -311,7 +298,7 @@ class _Pool:
             self._open_more()
 
     async def _open(self, opening: Opening, ends_at_s: float) -> None:
-        connection = _Connection(asyncio.get_running_loop(), self._buffer, self.forget)
+        connection = _Connection(asyncio.get_running_loop(), self._buffer)
         try:
             async with asyncio.timeout_at(ends_at_s) as bound:
                 await opening.connect(connection, connection.attach)

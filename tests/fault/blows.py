@@ -58,10 +58,11 @@ TARGETS: Mapping[Kind, Sequence[int]] = {
     Kind.KILL_HORSE: _FORKING,
     Kind.KILL_FAMILY: _FORKING,
     Kind.TERM: _ALL,
-    Kind.PAUSE: _ALL,
+    Kind.PAUSE: [number for number in _ALL for _ in range(1 if MAKES[number].is_stock else 3)],  # ours hold many jobs
 }
-#: One round: every kind at least once. The clock is set in the first one alone.
-ROUND: Sequence[Kind] = (*(kind for kind in Kind if kind is not Kind.CLOCK), Kind.KILL)
+_SLOW = (*TARGETS, Kind.INFO, Kind.REQUEUE, Kind.SUSPEND)
+#: One round: every kind, what shows most twice. The clock is set in the first one alone.
+ROUND: Sequence[Kind] = (*(kind for kind in Kind if kind is not Kind.CLOCK), Kind.KILL, Kind.PAUSE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class Scale:
     orders_per_s: float
     lengths_s: Mapping[Kind, tuple[float, float]]  # least and most; none where it is over at once
     rests_s: Mapping[Kind, float]  # until the next blow
+    strike_s: float  # what a blow takes until it falls: a worker to be caught, a command to start
     patience_s: float  # for a worker to be caught with a job in its hands
     restart_s: float  # between a worker's death and its successor's start
     drain_s: float  # patience at the end
@@ -150,6 +152,7 @@ QUICK = Scale(
     rests_s=dict.fromkeys(Kind, 1.2)
     | {Kind.KILL: 2.6, Kind.KILL_HORSE: 2.6, Kind.KILL_FAMILY: 2.6, Kind.TERM: 1.8}
     | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK), 0.5),
+    strike_s=1.0,
     patience_s=4.0,
     restart_s=0.3,
     drain_s=40,
@@ -178,6 +181,7 @@ FULL = Scale(
     rests_s=dict.fromkeys(Kind, 9.0)
     | {Kind.KILL: 14.0, Kind.KILL_HORSE: 14.0, Kind.KILL_FAMILY: 14.0, Kind.TERM: 7.0}
     | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK), 2.0),
+    strike_s=3.0,
     patience_s=15.0,
     restart_s=2.0,
     drain_s=180,
@@ -199,7 +203,7 @@ def schedule(seed: int, scale: Scale, duration_s: float) -> list[Blow]:
             if len(blows) > len(ROUND) and at_s + length_s > duration_s:
                 return blows
             blows.append(Blow(round(at_s, 3), kind, dice.choice(TARGETS.get(kind, _ALL)), length_s))
-            at_s += length_s + scale.rests_s[kind]
+            at_s += length_s + scale.rests_s[kind] + (scale.strike_s if kind in _SLOW else 0)
 
 
 def _round(dice: random.Random, *, is_first: bool) -> list[Kind]:

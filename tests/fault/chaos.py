@@ -47,6 +47,8 @@ API_KEY, API_SECRET = "chaos-key", "chaos-secret"
 BYSTANDERS = 20
 #: So much older than the run are its orders, ms: a clock that is set must not make them look younger than a request.
 _AGE_MS = 60_000
+#: So many jobs at a time are waited for before one of our workers is hurt.
+_MANY = 5
 #: How often the run looks around, s, and says how it stands.
 _LOOK_S, _SAY_S = 0.02, 1.0
 
@@ -149,19 +151,28 @@ class World:
 # ---- blows -----------------------------------------------------------------------------------------------------------
 
 
+def _catch(world: World, place: Place, *, horse: bool = False) -> bool:
+    """Stop a worker in the middle of jobs, as many as it has at a time: one that holds none would show nothing.
+
+    It may have to start first, or to wait for a ban to end. Whether it was caught.
+    """
+    team, jobs = world.team, 1 if place.make.is_stock else _MANY
+    is_caught = world.until(lambda: team.catch(place, jobs, horse=horse), world.scale.patience_s)
+    return is_caught or team.catch(place, horse=horse)
+
+
 def _kill(world: World, place: Place, blow: Blow) -> None:
-    # One that holds nothing would show nothing. It may have to start first, or to wait for a ban to end.
-    world.until(lambda: world.team.catch(place, horse=blow.kind is Kind.KILL_FAMILY), world.scale.patience_s)
+    _catch(world, place, horse=blow.kind is Kind.KILL_FAMILY)
     world.team.kill(place)
 
 
 def _kill_horse(world: World, place: Place, blow: Blow) -> None:
-    world.until(lambda: world.team.catch(place, horse=True), world.scale.patience_s)
+    _catch(world, place, horse=True)
     world.team.kill_horse(place)
 
 
 def _pause(world: World, place: Place, blow: Blow) -> None:
-    if not world.until(lambda: world.team.catch(place), world.scale.patience_s):
+    if not _catch(world, place):
         world.team.signal(place, signal.SIGSTOP)
     world.rest(blow.length_s)
     world.team.signal(place, signal.SIGCONT)

@@ -93,12 +93,15 @@ class Team:
         ids = self._peek("ZRANGEBYSCORE", keys.unfinished, self._peek.now_ms(), f"({int(Band.WAITING)}")
         return [i for i in ids if str(self._peek("HGET", keys.job_prefix + i, "worker_name")).startswith(prefix)]
 
-    def catch(self, place: Place, *, horse: bool = False) -> bool:
-        """Stop all processes of a place in the middle of a job, its horse among them if so wanted; False: not now."""
-        if not self.held_by(place) or (horse and not _horses(place)):
+    def catch(self, place: Place, jobs: int = 1, *, horse: bool = False) -> bool:
+        """Stop all processes of a place in the middle of so many jobs, its horse among them if so wanted.
+
+        False: not now; they go on.
+        """
+        if len(self.held_by(place)) < jobs or (horse and not _horses(place)):
             return False
         self.signal(place, signal.SIGSTOP)
-        if self.held_by(place) and (_horses(place) or not horse):
+        if len(self.held_by(place)) >= jobs and (_horses(place) or not horse):
             return True
         self.signal(place, signal.SIGCONT)
         return False

@@ -150,24 +150,31 @@ def left_alone(
     """Outcomes that are ``unknown`` for a good reason, counted by what they say.
 
     The order was cancelled, nobody told the worker so, and its client id, all that the request knows of it, is another
-    order's by now. Only where the cancel's answer was unclear, or said that there is no such order because somebody
-    else was first. A later run of the same request comes to the same end.
+    order's by now. Only where the cancel's answer was unclear, or where somebody else, such as another request for the
+    same order, was first. A later run of the same request comes to the same end.
     """
+    records = sorted(records, key=lambda each: each.run)
+    jobs: dict[int | None, set[str]] = defaultdict(set)
+    for record in records:
+        jobs[order_named(record, order_of)].add(record.id)
     excused: set[str] = set()
     reasons: Counter[str] = Counter()
-    for record in sorted(records, key=lambda each: each.run):
+    for record in records:
         error, order = record.error or "", order_named(record, order_of)
         is_said = record.kind is OutcomeKind.UNKNOWN and error.endswith(LEFT_ALONE) and any(n in error for n in _NEWER)
         if not is_said or record.algo_id is not None or order is None or order not in reopened:
             continue
-        if book[order].status != "CANCELED":
-            continue
-        cancels = [attempt.verdict for attempt in record.attempts if attempt.call is Call.CANCEL]
-        was_first = cancels[-1:] == ["no_such_order"] and not book[order].deletes_effective
-        if was_first or "unclear" in cancels:
+        if book[order].status == "CANCELED" and _is_untold(record, book[order], is_alone=len(jobs[order]) == 1):
             excused.add(record.id)
         reasons[re.sub(r"\d+", "N", error.removesuffix(LEFT_ALONE))] += record.id in excused
     return dict(+reasons)
+
+
+def _is_untold(record: Outcome, entry: BookEntry, *, is_alone: bool) -> bool:
+    """Whether nobody told the worker that the order is gone. ``is_alone``: no other request was about it."""
+    cancels = [attempt.verdict for attempt in record.attempts if attempt.call is Call.CANCEL]
+    was_late = cancels[-1:] == ["no_such_order"] and not entry.deletes_effective
+    return not is_alone or was_late or "unclear" in cancels
 
 
 def order_named(record: Outcome, order_of: Mapping[str, int]) -> int | None:

@@ -26,6 +26,9 @@ _UNTOLD = (
     Fault.TIMEOUT_1007_EXECUTED,
     Fault.CANCELLED_BEFORE,
 )
+#: A part of them are asked for twice. What the second request means is the order that has the id then, as far as Redis
+#: can know; for so long after it, s, it may be sent without a look at that order, and so the id is not taken again.
+_TWICE_PART, _BLIND_S = 0.3, 0.4
 #: How often a strategy looks what became of the orders whose ids it wants, s: before an answer can be back.
 _LOOK_S = 0.015
 #: Where a client id can be taken again, or cannot any more.
@@ -98,7 +101,7 @@ class Reopener(threading.Thread):
         self._turn = threading.Lock()
         self._is_resting = False
         self._in_doubt: set[int] = set()  # orders of calls that failed
-        self._watched: dict[int, PlacedOrder] = {}
+        self._watched: dict[int, tuple[PlacedOrder, float]] = {}  # with the moment from which its id may be taken
         self.asks: list[Ask] = []
         self.reopened: dict[int, int] = {}  # an order, and the one that bears its client id now
         self.stopped = threading.Event()
@@ -132,23 +135,25 @@ class Reopener(threading.Thread):
                 self.stopped.wait(_LOOK_S)
 
     def _ask(self, order: PlacedOrder) -> None:
+        is_twice = self._dice.random() < _TWICE_PART
         try:
-            ticket = self._client.cancel(client_algo_id=order.client_algo_id)
+            tickets = [self._client.cancel(client_algo_id=order.client_algo_id) for _ in range(1 + is_twice)]
         except QueueUnavailable:
             self.asks.append(Ask(order.algo_id, None))
             self._in_doubt.add(order.algo_id)
             return
         self._to_ask.pop()
-        self.asks.append(Ask(order.algo_id, ticket.id))
+        self.asks += [Ask(order.algo_id, ticket.id) for ticket in tickets]
         if order.algo_id not in self._in_doubt:
-            self._watched[order.algo_id] = order
+            self._watched[order.algo_id] = order, time.monotonic() + is_twice * _BLIND_S
 
     def _look(self) -> None:
         if not self._watched:
             return
         for entry in self._exchange.book(self._watched).values():
-            if entry.status == _FREE:
-                order = self._watched.pop(entry.algo_id)
+            order, from_s = self._watched[entry.algo_id]
+            if entry.status == _FREE and time.monotonic() >= from_s:
+                del self._watched[entry.algo_id]
                 (new,) = self._exchange.add_orders(client_algo_ids=[order.client_algo_id])
                 self.reopened[entry.algo_id] = new.algo_id
             elif entry.status in _GONE:

@@ -11,6 +11,7 @@ from tests.fault.ledger import (
     difference,
     exchange_side,
     key_kinds,
+    left_alone,
     pattern_of,
     queue_side,
     recoveries_ms,
@@ -185,6 +186,14 @@ def test_an_unclear_cancel_whose_client_id_was_taken_again_is_excused() -> None:
     assert excused(left("unclear")) == 1
     assert excused(left("unclear", error=f"{UNMEASURED}: the clocks are known to 64 ms: left alone")) == 1
     assert excused(left("no_such_order"), book=entry(deletes_effective=0)) == 1
+
+
+def test_whoever_was_second_is_excused() -> None:
+    """Two requests for one order: whose cancel came too late, or who had to look first, found the id taken again."""
+    first = record(B, 1)
+    for second in (left("no_such_order"), left(), left("clock")):
+        assert left_alone([first, second], {1: entry()}, ORDER_OF, (1,)) == {NEWER.removesuffix(": left alone"): 1}
+    assert left_alone([first, left()], {1: entry()}, ORDER_OF, ()) == {}
 
 
 def test_a_later_run_of_an_excused_request_is_excused() -> None:

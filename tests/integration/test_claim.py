@@ -301,8 +301,8 @@ def test_an_id_of_sixty_megabytes_costs_itself_alone(
 ) -> None:
     """What is too long for an id is dropped unread wherever it stands, with its first letters as its name."""
     key, (command, *score) = getattr(peek.keys, place), put
-    peek(command, key, *score, b"h" * 60_000_000)
     (ticket,) = orders(client, 1)
+    peek(command, key, *score, b"h" * 60_000_000)
     holder = open_holder()
 
     claimed = holder.claimed()

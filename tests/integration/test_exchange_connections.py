@@ -24,7 +24,7 @@ from tests.loopback import (
     relaying,
     until,
 )
-from tests.ways import REF, Bench, Client, failed, passed, replied, several
+from tests.ways import REF, Bench, Client, bounded, failed, passed, replied, several
 from worker.classify import Means, OrderRef, Reply, classify
 from worker.exchange import Answer
 from worker.signing import Credential
@@ -242,36 +242,6 @@ def test_no_more_connections_are_kept_than_allowed(loop_bench: Bench, credential
     until(lambda: len(ended) == server.connections - 2)
 
 
-def test_closed_connections_take_no_place_in_the_pool(loop_bench: Bench, credential: Credential) -> None:
-    """Idle connections that the exchange closed do not keep others from being kept."""
-    close_first = threading.Event()
-    closed_first = threading.Event()
-
-    def behave(peer: Peer) -> None:
-        while head := peer.read_head():
-            if b"algoId=1&" in head:  # it becomes idle first
-                peer.send(http_answer())
-                assert close_first.wait(5)
-                peer.sock.close()
-                closed_first.set()
-                return
-            time.sleep(0.1)
-            peer.send(http_answer())
-
-    server, client = loop_bench.to(behave, pool_size=2)
-
-    async def calls() -> None:
-        await several(client, credential, 2)
-        close_first.set()
-        await passed(closed_first.is_set)
-        await asyncio.sleep(0.05)
-        for _ in range(2):
-            await several(client, credential, 2, 10)
-
-    client.run(calls())
-    assert server.connections == 3
-
-
 def test_closed_client_sends_nothing(bench: Bench, credential: Credential) -> None:
     """After close() calls fail as not sent."""
     server, client = bench.to(answering(http_answer()))
@@ -309,6 +279,22 @@ def test_close_frees_whoever_waits_for_a_connection(loop_bench: Bench, credentia
         await passed(lambda: 1 in ended)
 
     client.run(calls())
+
+
+def test_close_ends_what_is_being_opened(loop_bench: Bench, credential: Credential, authority: Authority) -> None:
+    """Nothing of a client goes on in the loop after close(), a handshake that hangs included."""
+    server = loop_bench.server(Peer.wait_until_closed)
+    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file)
+
+    async def calls() -> None:
+        waiting = asyncio.create_task(client.exchange.call(Call.CANCEL, credential, REF))
+        await passed(lambda: server.connections)
+        client.exchange.close()
+        failed(await waiting, seen=False, reason="could not connect: ConnectionAbortedError")
+        await passed(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+
+    with bounded(0):
+        client.run(calls())
 
 
 # ---- many calls at once ---------------------------------------------------------------------------------------------

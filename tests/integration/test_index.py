@@ -266,6 +266,18 @@ def test_what_rq_enqueued_gets_into_the_index(
     assert sorted(ids(holder.claim(1000))) == sorted([*listed, between.id])
 
 
+def test_an_unfinished_job_does_not_run_out(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+    """RQ may give a job an end late, for a run before this one: a look, or a later request, takes it back."""
+    one, other = orders(client, 2)
+    for ticket in (one, other):
+        peek("EXPIRE", peek.keys.job_prefix + ticket.id, 600)
+
+    client.cancel(algo_id=2)
+    assert [peek("TTL", peek.keys.job_prefix + ticket.id) for ticket in (one, other)] == [600, -1]
+    tidied(open_holder())
+    assert peek("TTL", peek.keys.job_prefix + one.id) == -1
+
+
 def test_jobs_that_ended_are_not_adopted(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
     """An entry of an ended, a deleted or an endless id brings nothing into the index, and leaves RQ's schedule."""
     (ticket,) = orders(client, 1)

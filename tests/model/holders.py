@@ -114,6 +114,8 @@ class WatchedStore(Store):
 
     def _beaten_by(self, held: Sequence[Lease], asked_ms: int, beat: Beat) -> None:
         model = self._witness.model
+        if held and beat.renewed_until_ns > local_ns() + self.lease_ms * 1_000_000:
+            raise model.finding(4, held[0].id, "is believed to be renewed for longer than it is")
         if threading.current_thread() is not threading.main_thread():
             held = [lease for lease in held if lease.token not in beat.lost]  # losing is found by whoever takes it
         for lease in held:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from rq import Queue
 from rq.job import Job as RqJob
+from rq.job import JobStatus
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
@@ -22,7 +23,7 @@ from tests.model.holders import QUEUE, Hand, WatchedStore
 from tests.model.rules import FAILED, Job
 from tests.model.steps import attempts, done, resume
 from tests.model.world import World
-from worker.store import Release, Retry, Row
+from worker.store import Lease, Release, Retry, Row
 
 #: A lease that is over when the next claim comes, and one that outlasts the test, ms.
 DEAD_MS, LIVE_MS = 1, 60_000
@@ -51,7 +52,7 @@ class QueueMachine(RuleBasedStateMachine):
         self._stores: dict[tuple[str, int], WatchedStore] = {}
         self.is_paused = False
         self.removed: set[str] = set()  # taken off the list by a person
-        self.calls = 0
+        self.late: set[str] = set()  # given a time to live by RQ, and not leased since
 
     def teardown(self) -> None:
         """Part with the server."""
@@ -75,11 +76,18 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4), twice=st.booleans())
     def enqueue(self, requests: list[CancelRequest], twice: bool) -> None:
         """Requests are enqueued, maybe twice in the same words."""
-        call = self.world.call(requests)
-        self.world.send(call, is_heard=True)
-        if twice:
-            self.world.send(call, is_heard=True, is_repeat=True)
+        call, before = self.world.call(requests), set(self.model.jobs)
+        for is_repeat in (False, True)[: 1 + twice]:
+            carrying = self.world.send(call, is_heard=True, is_repeat=is_repeat)
+            if not is_repeat:
+                self._are_at_hand(before.intersection(carrying))
         self.removed &= {job.id for job in self._jobs() if job.id not in self._listed()}
+
+    def _are_at_hand(self, joined: set[str]) -> None:
+        """What a request joins stands in the list, if nobody has it and it waits for nothing."""
+        now_ms, listed = self.world.now_ms(), self._listed()
+        for job in (self.model.jobs[job_id] for job_id in joined):
+            assert job.hold is not None or job.due_ms > now_ms or job.id in listed, job
 
     @rule()
     def retry_all(self) -> None:
@@ -115,8 +123,12 @@ class QueueMachine(RuleBasedStateMachine):
         assert len(ids) == slots or at_hand <= set(ids), (ids, at_hand)
         assert ids or not free, free  # where nothing else is at hand, what was overlooked comes
         assert (claimed.gate_until_ms > 0 or claimed.suspended) == self.is_paused
-        self.world.hands += [Hand(store, lease) for lease in claimed.leases]
+        self._given(store, claimed.leases)
         self.removed.difference_update(ids)
+
+    def _given(self, store: WatchedStore, leases: list[Lease]) -> None:
+        self.world.hands += [Hand(store, lease) for lease in leases]
+        self.late.difference_update(lease.id for lease in leases)
 
     def _free(self, *, bring_back: bool, take_lost: bool) -> set[str]:
         """What a claim gives as far as it has slots, beside what was overlooked."""
@@ -160,7 +172,7 @@ class QueueMachine(RuleBasedStateMachine):
         claimed = self.world.link.ask_now(store.claim_one(job.id))
         assert claimed.why_not == expected
         assert [lease.id for lease in claimed.leases] == ([] if expected else [job.id])
-        self.world.hands += [Hand(store, lease) for lease in claimed.leases]
+        self._given(store, claimed.leases)
 
     def _why_not(self, job: Job, now_ms: int) -> str:
         is_held = job.hold is not None and job.hold.ends_ms > now_ms
@@ -248,13 +260,31 @@ class QueueMachine(RuleBasedStateMachine):
         FailedJobRegistry(QUEUE, connection=self.world.raw, serializer=JSONSerializer).requeue(job.id)
         job.left_failed = True
 
-    @rule(number=NUMBERS)
-    def cancel(self, number: int) -> None:
-        """A person cancels an unfinished job through RQ."""
+    @rule(number=NUMBERS, is_stopped=st.booleans())
+    def cancel(self, number: int, is_stopped: bool) -> None:
+        """A person cancels an unfinished job through RQ, or has a stock worker stop it."""
         job = self._pick(number)
         if job is not None and not job.done and not job.is_recalled:
-            RqJob.fetch(job.id, connection=self.world.raw, serializer=JSONSerializer).cancel()
+            rq_job = RqJob.fetch(job.id, connection=self.world.raw, serializer=JSONSerializer)
+            if is_stopped:
+                rq_job.set_status(JobStatus.STOPPED)
+            else:
+                rq_job.cancel()
             job.is_recalled = job.is_surely_recalled = True
+
+    @rule(number=NUMBERS)
+    def rq_is_late(self, number: int) -> None:
+        """RQ finishes with an earlier run of a waiting job, and gives it a time to live."""
+        job = self._pick(number)
+        if job is not None and not job.done and job.hold is None:
+            self.world.plain.expire(self.world.keys.job_prefix + job.id, RESULT_TTL_S)
+            self.late.add(job.id)
+
+    @rule()
+    def left_in_claiming(self) -> None:
+        """The connection of a holder breaks between the blocking move and the claim."""
+        keys = self.world.keys
+        self.world.plain.lmove(keys.waiting, keys.claiming, "LEFT", "RIGHT")
 
     @rule(number=NUMBERS)
     def delete(self, number: int) -> None:
@@ -332,12 +362,13 @@ class QueueMachine(RuleBasedStateMachine):
                 assert (job.id in failed, job.id in finished) == (job.done in FAILED, job.done not in FAILED)
                 assert not any(entry.startswith(job.id) for entry in started)
                 continue
-            assert ttl_s == -1
+            assert ttl_s == -1 or job.id in self.late
             assert job.id not in failed | finished
-            assert not job.is_recalled or status == "canceled"
+            assert not job.is_recalled or status in ("canceled", "stopped")
+            shown = {entry for entry in started if entry.startswith(job.id)}
             if job.hold is not None:
-                is_ours = f"{job.id}:{job.hold.token}" in started
-                assert is_ours == self._is_of_ours(job.hold.token)
+                is_ours = self._is_of_ours(job.hold.token)
+                assert shown == ({f"{job.id}:{job.hold.token}"} if is_ours else set())
             elif not job.is_recalled and job.due_ms == 0:
                 assert job.id in listed | self.removed or status == "started", job
         self._only_retries_are_scheduled()

@@ -34,6 +34,8 @@ _RQ = "import worker.task; from rq.cli import main; main()"
 _KEY, _SECRET = "key-of-the-model", "secret-of-the-model"
 #: How long a worker may take to start, and to leave after SIGTERM: it waits for its horse, s.
 _START_S, _LEAVE_S = 30.0, 60.0
+#: RQ's kinds of workers, the usual one more often.
+_CLASSES = ("rq.Worker", "rq.Worker", "rq.SimpleWorker", "rq.worker.SpawnWorker", "rq.worker.HerokuWorker")
 _LATENCIES_MS = (5, 50, 150)
 #: Not what moves the index by two commands: a process may be in between.
 _LEFT_OUT = ("wait", "claim", "grow old", "outlast")
@@ -112,6 +114,7 @@ class Fleet:
         world.plain.delete(world.keys.suspended)  # it would not even start
         name = f"process{world.step}-{world.chance.randrange(10**6)}"
         options = ["--name", name, "--serializer", "json", "--url", world.url, "--quiet"]
+        options += ["--worker-class", world.chance.choice(_CLASSES)]
         if world.chance.random() < 0.5:
             options.append("--with-scheduler")
         with tempfile.TemporaryFile() as log:

@@ -179,6 +179,16 @@ def save_stale(world: World) -> None:
         world.note(job_id, f"a copy of it is saved: {job.get_status(refresh=False)}")
 
 
+def linger(world: World) -> None:
+    """What dead stock workers left is there for long: ids between the list and themselves, and RQ's lock."""
+    queue = Queue(QUEUE, connection=world.raw)
+    intermediate = queue.intermediate_queue
+    queue.release_maintenance_lock()
+    for job_id in intermediate.get_job_ids():
+        world.plain.set(intermediate.get_first_seen_key(job_id), time.time() - _ABANDONED_S, ex=86_400)
+        world.count["ids that linger"] += 1
+
+
 def push_again(world: World) -> None:
     """An id comes into the list once more, as after a crash of RQ."""
     ended = [job.id for job in world.model.jobs.values() if job.done and not job.is_expired and not job.is_deleted]
@@ -199,6 +209,7 @@ RQ = (
     Step("clean late", 0.4, clean_late),
     Step("schedule", 1.5, schedule),
     Step("save stale", 0.5, save_stale),
+    Step("linger", 1, linger),
     Step("push again", 3, push_again),
     Step("empty", 0.08, empty, may_nest=False),
 )

@@ -122,6 +122,7 @@ class Model:
     def __init__(self, deadline_ms: int) -> None:
         self.jobs: dict[str, Job] = {}
         self.pointers: dict[str, str] = {}
+        self._doubtful: set[str] = set()  # orders whose pointer hangs on what RQ calls a job
         self.ledger: set[tuple[str, int]] = set()
         self.forgotten: set[str] = set()  # ended, expired, and of no interest any more
         self.leaving = Counter[str]()  # RQ is about to take them off the FailedJobRegistry
@@ -161,6 +162,8 @@ class Model:
     def _joined(self, job: Job, asked: Asked, now_ms: int) -> None:
         if not asked.joins:
             raise self.finding(8, job.id, "of an earlier call is joined by client id alone", asked.order)
+        if job.is_surely_recalled:
+            raise self.finding(13, job.id, "is joined, though a person cancelled it")
         if job.done and not job.is_deleted and not (self.is_blind and not job.left_failed):
             if not job.left_failed:
                 raise self.finding(8, job.id, "is joined though it has ended", job.done)
@@ -300,6 +303,8 @@ class Model:
         other = self.jobs.get(self.pointers.get(job.order, ""))
         if ":a:" in job.order and (other is None or not other.is_open):
             self.pointers[job.order] = job.id
+            if other is not None and (other.left_failed or other.is_recalled or other.is_deleted):
+                self._doubtful.add(job.order)
 
     def _known(self, job_id: str) -> Job:
         job = self.jobs.get(job_id)
@@ -351,7 +356,9 @@ class Model:
         known = self.pointers.get(order, "")
         if job_id == known:
             return
-        if any(one in self.jobs and self.jobs[one].is_deleted for one in (job_id, known)):
+        is_deleted = any(one in self.jobs and self.jobs[one].is_deleted for one in (job_id, known))
+        if is_deleted or order in self._doubtful:
+            self._doubtful.discard(order)
             self.pointers.pop(order, None)
             if job_id:
                 self.pointers[order] = job_id

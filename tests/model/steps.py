@@ -315,12 +315,19 @@ def expire_hold(world: World, job_id: str) -> None:
 
 
 def expire_keys(world: World) -> None:
-    """Keys of ended jobs run out: the hash and RQ's result first, the record later."""
+    """Keys of ended jobs run out: the record, or the hash with RQ's result."""
     busy = {hand.lease.id for hand in world.hands}
+    asked = {own_id for call in world.unheard for own_id, _ in call.rows}
     for job in list(world.model.jobs.values()):
         if not job.done or job.left_failed or job.is_deleted or job.id in busy or world.chance.random() > 0.1:
             continue
         if world.in_rqs_hands[job.id] or job.id in world.left_behind:
+            continue
+        if world.chance.random() < 0.3:
+            if job.id not in asked:
+                job.record_is_expired = True
+                world.plain.delete(world.keys.outcome_prefix + job.id)
+                world.note(job.id, "its record has run out")
             continue
         job.is_expired = True
         world.plain.delete(world.keys.job_prefix + job.id, world.keys.result_prefix + job.id)

@@ -21,6 +21,7 @@ import rq
 from rq import Queue, SimpleWorker
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.utils import now, utcformat
 from rq.worker import BaseWorker
 
 import worker.task as task
@@ -36,6 +37,8 @@ from worker.wiring import lease_of
 
 #: Share of the horses and of the parents that are killed, and the round trips after which that happens at the latest.
 _KILLED, _TRIPS = 0.35, 30
+#: Share of those that are told to leave before they begin.
+_LEAVING = 0.1
 _SIGKILL = 9
 OTHER_QUEUE = "others"
 
@@ -187,6 +190,8 @@ class Visit:
         popped = it.dequeue_job_and_maintain_ttl(None)
         if popped is not None:
             self._pops(popped[0].id)
+            if self._world.chance.random() < _LEAVING:
+                self._world.plain.hset(it.key, "shutdown_requested_date", utcformat(now()))
             it.execute_job(*popped)
             it.heartbeat()
         it.register_death()

@@ -133,8 +133,8 @@ class World:
     def _asked(self, number: int, request: CancelRequest, deadline: Any) -> Asked:
         return Asked(number, request.order_key, request.joins, int(deadline) if deadline != "" else None)
 
-    def send(self, call: Call, *, is_heard: bool, is_repeat: bool = False) -> None:
-        """Send the words of a call, and tell the model what came of them."""
+    def send(self, call: Call, *, is_heard: bool, is_repeat: bool = False) -> list[str]:
+        """Send the words of a call, and tell the model what came of them; gives the ids of the carrying jobs."""
         now_ms = self.now_ms()
         answer = self._sent(call)
         self.catch_up()
@@ -146,6 +146,7 @@ class World:
             self.note(job_id, f"call {call.number} asks for {asked.order} in {asked.deadline_ms} ms: {how}")
         if is_repeat:
             self.check()  # a second row for its order may have begun a run that RQ was told to make
+        return answer[::2]
 
     def _sent(self, call: Call) -> list[str]:
         try:

@@ -118,6 +118,7 @@ function job.complete(what, id, i)
     return string.sub(last, 1, #lease + 1) == lease .. ' ' and string.sub(last, #lease + 2) or '0'
   end
   local s = {lease = lease, order = f[4], open_at = f[5], status = f[6]}
+  if s.status == 'scheduled' then on('ZREM', SCHEDULED, id) end -- by RQ: a stock worker popped a second entry
   if what == 'done' then return job.done(id, key, s, i) end
   if what == 'retry' then return job.retry(id, key, s, i) end
   job.end_hold(key, s, '1', ARGV[i + 4], ARGV[i + 5], 'queued')
