@@ -108,7 +108,11 @@ class _Job:
 
 
 class Canceller:
-    """Carries jobs for one holder, all of them in one event loop."""
+    """Carries jobs for one holder, all of them in one event loop.
+
+    ``sends_late``: a call may have to wait for its connection after the last look whether it may go. Then no order is
+    cancelled by its client id before it was looked up, however young the request is.
+    """
 
     def __init__(
         self,
@@ -121,7 +125,9 @@ class Canceller:
         policy: Policy,
         credential_for: Callable[[str], Credential | None],
         holder: str,
+        sends_late: bool = False,
     ) -> None:
+        self._sends_late = sends_late
         self._exchange = exchange
         self._server_clock = server_clock
         self._redis_clock = redis_clock
@@ -187,7 +193,7 @@ class Canceller:
         """The request as a decision sees it; the clocks are compared where something that the exchange dates counts."""
         lease, by_client_id = job.lease, job.algo_id is None
         ahead = self._ahead() if by_client_id or means in GATED else None
-        return Case(by_client_id, lease.meant_at_ms, lease.deadline_at_ms, ahead, lease.run > 1)
+        return Case(by_client_id, lease.meant_at_ms, lease.deadline_at_ms, ahead, lease.run > 1 or self._sends_late)
 
     def _first_step(self, job: _Job) -> Stop | Again:
         return first_step(self._case(job), job.history, self._policy, self._latest_ms())

@@ -80,7 +80,7 @@ class Case:
     meant_at_ms: int  # when the request was first made: an order created later is not the one that was meant
     deadline_at_ms: int
     ahead: Span | None = None  # Redis' clock minus the exchange's, ms; None: not known
-    retried: bool = False  # an earlier run of the request has ended: what it sent is not in the history
+    retried: bool = False  # an earlier run has ended, whose calls the history lacks; or calls may leave late
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,11 +265,15 @@ class CancelWorker(BaseWorker):
 
     def _register_anew(self) -> None:
         """Redis came back without its data, or is another server by now."""
-        with connect_like(self.connection) as connection, connection.pipeline() as pipeline:
-            pipeline.hset(self.key, mapping={**self.serialize(), "state": self._state_now()})
-            pipeline.expire(self.key, self.worker_ttl + 60)
-            worker_registration.register(self, pipeline)
-            pipeline.execute()
+        connection = connect_like(self.connection)
+        try:
+            with connection.pipeline() as pipeline:
+                pipeline.hset(self.key, mapping={**self.serialize(), "state": self._state_now()})
+                pipeline.expire(self.key, self.worker_ttl + 60)
+                worker_registration.register(self, pipeline)
+                pipeline.execute()
+        finally:
+            connection.connection_pool.disconnect()
 
     def _state_now(self) -> WorkerStatus:
         if self._engine.is_suspended:

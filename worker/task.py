@@ -111,7 +111,9 @@ class _StockRun:
         self._link = BlockingLink(connection)
         self._canceller: Canceller
         self._gate: Gate
-        parts = open_canceller(settings, exchange, self._server_clock, self._store, self._link, self._holder)
+        parts = open_canceller(
+            settings, exchange, self._server_clock, self._store, self._link, self._holder, sends_late=True
+        )
         self._canceller, self._gate = parts
 
     async def run(self) -> object:

@@ -64,9 +64,16 @@ def open_store(settings: Settings, holder: str, queue: str) -> Store:
 
 
 def open_canceller(
-    settings: Settings, exchange: Exchange, server_clock: ServerClock, store: Store, link: Link, holder: str
+    settings: Settings,
+    exchange: Exchange,
+    server_clock: ServerClock,
+    store: Store,
+    link: Link,
+    holder: str,
+    *,
+    sends_late: bool = False,
 ) -> tuple[Canceller, Gate]:
-    """What carries a job out, and the gate that it looks at."""
+    """What carries a job out, and the gate that it looks at; ``sends_late`` as in :class:`Canceller`."""
 
     async def publish(pause_ms: int, reason: str, doubling: bool) -> int:
         return await link.ask(partial(store.close_gate, pause_ms, reason, doubling))
@@ -84,5 +91,6 @@ def open_canceller(
         policy=policy_of(settings),
         credential_for=settings.credential_for,
         holder=holder,
+        sends_late=sends_late,
     )
     return canceller, gate

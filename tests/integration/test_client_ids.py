@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +67,25 @@ def test_a_reopened_order_is_not_told_the_end_of_the_one_before(
     assert [(outcome.kind, outcome.client_algo_id) for outcome in outcomes] == [(OutcomeKind.CANCELLED, X)] * 2
     book = exchange.book()
     assert [(book[order.algo_id].status, book[order.algo_id].deletes) for order in (a, b)] == [("CANCELED", 1)] * 2
+
+
+def test_rqs_simple_worker_looks_before_it_cancels(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, valkey: Valkey
+) -> None:
+    """However soon it has the job in hand: its connection may take long to open, and the id change hands meanwhile."""
+    rq = str(Path(sys.executable).with_name("rq"))
+    workers.start(
+        "--serializer", "json", "-w", "rq.SimpleWorker", "--url", valkey.url, command=(rq, "worker", "cancels")
+    )
+    opened(exchange)
+    first = client.cancel(client_algo_id=X).wait(10)
+    opened(exchange)
+
+    outcomes = [first, client.cancel(client_algo_id=X).wait(10)]
+
+    assert [[(attempt.call, attempt.verdict) for attempt in outcome.attempts] for outcome in outcomes] == [
+        [("query", "open"), ("cancel", "confirmed")]
+    ] * 2
 
 
 def test_a_second_request_for_one_order_learns_that_it_is_gone(
