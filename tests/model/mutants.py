@@ -44,7 +44,7 @@ _AT_ONCE = 2
 #: A mutant that makes a test stand still is noticed, too, s.
 _LONGEST_S = 900
 _COPIED = ("producer", "worker", "tests", "pyproject.toml")
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 _EXAMPLES = """examples:
   python -m tests.model.mutants                  all of them
   python -m tests.model.mutants --only complete  those of files or breaks that have this in their name

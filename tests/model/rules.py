@@ -401,14 +401,9 @@ class Model:
         band = next(band for band in (Band.RETRY, Band.WAITING, Band.HELD) if seen.score >= band)
         if seen.lease:
             right = band is Band.HELD
-        elif seen.due_ms:
-            # What a stock worker popped when it was due, but the gate closed, comes back when the gate opens.
-            is_late = seen.due_ms <= now_ms and Band.RETRY + seen.due_ms < seen.score
-            right = seen.score == Band.RETRY + seen.due_ms or (
-                is_late and seen.score < Band.RETRY + now_ms + RQ_WAIT_MS
-            )
-        else:
-            # RQ's own retries stand there as RQ scheduled them.
+        elif seen.due_ms:  # a stock worker that pops it during a pause puts it off to the end of that
+            right = seen.score >= Band.RETRY + seen.due_ms
+        else:  # RQ's own retries stand there as RQ scheduled them
             right = band is Band.WAITING or Band.RETRY <= seen.score < Band.RETRY + now_ms + RQ_WAIT_MS
         if not right:
             raise self.finding(10, job.id, f"stands in the index as {band.name} at {seen.score:.0f}", seen)
