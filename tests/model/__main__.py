@@ -46,7 +46,7 @@ def drive(seed: int, steps: int) -> bool:
                 if step % 1000 == 0:
                     print(f"seed {seed}: step {step} after {time.monotonic() - began:.0f} s", flush=True)  # noqa: T201
         except Finding as finding:
-            print(f"seed {seed}, step {driver.world.step}: {finding}", *driver.world.trace(finding.job_id), sep="\n  ")  # noqa: T201
+            print(f"seed {seed}, step {driver.world.step}: {driver.world.trace(finding)}")  # noqa: T201
             return False
         finally:
             driver.close()

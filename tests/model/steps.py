@@ -110,7 +110,8 @@ def claim(world: World) -> None:
 def claim_by(world: World, store: WatchedStore, slots: int, *, is_heard: bool = True, **how: bool) -> int:
     """Claim for a holder, ``how`` as :meth:`Store.claim` has it; gives how many leases came."""
     world.catch_up()
-    claimed = world.link.ask_now(store.claim(slots, wait=False, **how))
+    may_wait = not world.model.is_blind and world.plain.llen(world.keys.waiting) > 0  # then it will not have to
+    claimed = world.link.ask_now(store.claim(slots, wait=may_wait and world.chance.random() < 0.3, **how))
     if claimed.damaged:
         raise world.model.finding(1, claimed.damaged[0], "is said to be damaged", claimed.damaged)
     world.count["leases"] += len(claimed.leases)

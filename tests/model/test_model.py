@@ -43,7 +43,7 @@ def test_no_rule_breaks_whatever_happens(valkey: Valkey, seed: int) -> None:
     try:
         taken = sum(1 for _ in driver.run(600))
     except Finding as finding:
-        pytest.fail("\n  ".join([str(finding), *driver.world.trace(finding.job_id)]))
+        pytest.fail(driver.world.trace(finding))
     finally:
         driver.close()
 
@@ -59,7 +59,7 @@ def test_no_rule_breaks_beside_rq_worker_processes(valkey: Valkey) -> None:
             if step in (10, 20):
                 driver.fleet.work()
     except Finding as finding:
-        pytest.fail("\n  ".join([str(finding), *driver.world.trace(finding.job_id)]))
+        pytest.fail(driver.world.trace(finding))
     finally:
         driver.close()
 

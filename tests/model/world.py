@@ -14,7 +14,7 @@ from producer import CancelClient, CancelRequest
 from producer.message import decode_call, decode_outcome
 from producer.protocol import Wire
 from tests.model.holders import DEADLINE_MS, QUEUE, Hand, WatchedStore
-from tests.model.rules import Asked, Model, Seen
+from tests.model.rules import Asked, Finding, Model, Seen
 from worker.redis_link import BlockingLink, connect
 
 #: Leases of our holders, ms: some run out while others work, the last holder's never.
@@ -104,9 +104,13 @@ class World:
         trace = self._traces.setdefault(job_id, deque(maxlen=_TRACE))
         trace.append(f"{'  ' * self.depth}step {self.step}: {text}")
 
-    def trace(self, job_id: str) -> list[str]:
-        """What happened to a job, in order."""
-        return list(self._traces.get(job_id, ()))
+    def trace(self, finding: Finding) -> str:
+        """The finding, and what happened to the jobs that it names, in order."""
+        lines = [str(finding)]
+        for job_id, trace in self._traces.items():
+            if job_id == finding.job_id or job_id in str(finding):
+                lines += [job_id[:8], *(f"  {line}" for line in trace)]
+        return "\n  ".join(lines)
 
     def open_jobs(self) -> list[str]:
         """Ids of jobs that are to end yet."""
