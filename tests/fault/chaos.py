@@ -460,6 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.jobs < 1:
         parser.error("--jobs must be at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # all that was started ends with it
     reckoning = run(SCALES[chosen.scale], chosen.seed, chosen.jobs, chosen.keep_logs)
     sys.stdout.write(json.dumps(reckoning.as_dict()) + "\n" if chosen.json else table(reckoning))
     return EXIT_FAILED if reckoning.problems() else EXIT_OK

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -14,7 +18,7 @@ from tests.fault.blows import FULL, MAKES, QUICK, ROUND, TARGETS, Kind, Scale, c
 from tests.fault.chaos import EXIT_FAILED, EXIT_OK
 from tests.fault.ledger import ExchangeSide, KeyKind, QueueSide
 from tests.fault.verdict import Reckoning, table
-from tests.servers import ROOT, scrubbed
+from tests.servers import ROOT, eventually, scrubbed
 
 #: A run without anything wrong.
 CLEAN = Reckoning(
@@ -59,6 +63,32 @@ def test_a_short_run_with_every_fault() -> None:
     assert sum(run["exchange"]["left_alone"].values()), "no client id was taken again behind an unclear answer"
     assert run["unread"] > 20
     assert all(kind["with_ttl"] == kind["count"] for kind in run["keys"] if kind["count"] > 1), run["keys"]
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that have this in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def test_nothing_outlives_a_run_that_is_told_to_leave(tmp_path: Path) -> None:
+    """On SIGTERM, as `timeout` sends it, servers, exchange and every worker end with the run."""
+    mark = f"OF_THIS_RUN={uuid4().hex}"
+    environment = scrubbed() | dict([mark.split("=")])
+    command = [sys.executable, "-m", "tests.fault.chaos", "--keep-logs", str(tmp_path)]
+    with (tmp_path / "said").open("wb") as said:
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, start_new_session=True)
+    try:
+        eventually(lambda: "| calm" in (tmp_path / "said").read_text() or run.poll() is not None, 60, "blows fall")
+        assert len(marked(mark)) >= 7, "the run, the exchange, five workers; Valkey hides its environment"
+    finally:
+        run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 128 + signal.SIGTERM
+    eventually(lambda: not marked(mark), 5, "all have ended")
 
 
 @pytest.mark.parametrize("scale", [QUICK, FULL], ids=lambda scale: scale.name)
