@@ -82,6 +82,7 @@ class Job:
     is_acknowledged: bool = True
     left_failed: bool = False  # RQ was told to take it off the FailedJobRegistry
     is_recalled: bool = False  # a person cancelled it through RQ
+    was_recalled: bool = False  # at some time RQ called it canceled or stopped
     is_surely_recalled: bool = False  # and RQ has not said otherwise since
     is_deleted: bool = False  # a person deleted it
     is_expired: bool = False  # its hash has run out, as it does after the end
@@ -341,6 +342,7 @@ class Model:
             return
         if not seen.exists:
             raise self.finding(1, job.id, "is gone", job.done)
+        job.was_recalled = job.was_recalled or job.is_recalled or seen.status in ("canceled", "stopped")
         self._run_is(job, seen.run, 0)
         if self.is_blind:
             self._adopt(job, seen, now_ms)
@@ -358,9 +360,9 @@ class Model:
             return
         two = [self.jobs[one] for one in (job_id, known) if one in self.jobs]
         # Which of two open jobs it is hangs on what RQ called them when one of them began anew.
-        may_be_either = len(two) == 2 and all(job.is_open and job.order == order for job in two)
+        may_be_either = any(job.was_recalled for job in two) and any(job.run > 1 for job in two)
         is_deleted = any(job.is_deleted for job in two)
-        if not is_deleted and order not in self._doubtful and not (may_be_either and any(job.run > 1 for job in two)):
+        if not is_deleted and order not in self._doubtful and not may_be_either:
             raise self.finding(8, job_id or known, "is not the job that its order leads to", order, job_id, known)
         self._doubtful.discard(order)
         self.pointers.pop(order, None)
