@@ -72,27 +72,29 @@ class Link(Protocol):
 
 def connect(url: str, **options: Any) -> redis.Redis:
     """A blocking client: few connections, and never a repeat of a command whose reply was lost."""
-    return redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(url, **_pool_options(), **options))
+    ours = _pool_options(is_tcp=not url.startswith("unix:"))
+    return redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(url, **ours, **options))
 
 
 def connect_like(connection: redis.Redis) -> redis.Redis:
     """The same for the address and credentials of another client (the one that RQ's command line made)."""
     pool = connection.connection_pool
-    options = {**pool.connection_kwargs, **_pool_options()}
+    is_tcp = not issubclass(pool.connection_class, redis.UnixDomainSocketConnection)
+    options = {**pool.connection_kwargs, **_pool_options(is_tcp=is_tcp)}
     for name in ("maint_notifications_config", "maint_notifications_pool_handler"):
         options.pop(name, None)  # bound to the other pool
     return redis.Redis(connection_pool=redis.BlockingConnectionPool(connection_class=pool.connection_class, **options))
 
 
-def _pool_options() -> dict[str, Any]:
+def _pool_options(*, is_tcp: bool) -> dict[str, Any]:
     return {
         "max_connections": MAX_CONNECTIONS,
         "timeout": ANSWER_WITHIN_S,
         "socket_timeout": ANSWER_WITHIN_S,
         "socket_connect_timeout": ANSWER_WITHIN_S,
-        "socket_keepalive": True,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
+        **({"socket_keepalive": True} if is_tcp else {}),
     }
 
 

@@ -164,6 +164,18 @@ def test_leases_are_renewed_while_a_registration_hangs(
         eventually(lambda: connection.exists(*connection.smembers("rq:workers")), 20, "RQ knows it again")
 
 
+def test_redis_at_a_socket_of_this_host(new_fleet: NewFleet, exchange: RunningExchange, tmp_path: Path) -> None:
+    """`unix:///path` leads a worker to Redis as well as an address does."""
+    path = tmp_path / "redis.sock"
+    with running_valkey("--unixsocket", str(path)) as server, CancelClient.from_url(server.url) as client:
+        worker = new_fleet(REDIS_URL=f"unix://{path}").start()
+        (ticket,) = cancel_all(client, opened(exchange, 1))
+
+        assert ticket.wait(10).kind is OutcomeKind.CANCELLED
+        assert worker.stop() == 0
+        assert "Traceback" not in worker.output()
+
+
 # ---- a server that is full, or not the primary any more -------------------------------------------------------------
 
 
