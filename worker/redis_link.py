@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import redis
@@ -127,23 +127,26 @@ class AsyncLink:
                 raise
 
     async def _round_trips(self, make: Callable[[], Request[T]]) -> tuple[Request[T], list[Any], Stamps]:
+        patience = _Patience()
         try:
             if not self._connection.is_connected:
-                async with _patience(ANSWER_WITHIN_S):
-                    await self._connection.connect()
-            async with _patience(ANSWER_WITHIN_S):  # a request may tell the server how long it is waited for
-                request = make()
-                answers, stamps = await self._round_trip(request.commands)
-                if isinstance(answers[-1], redis.exceptions.NoScriptError):
-                    again, stamps = await self._round_trip(request.anew())
-                    answers[-1] = again[-1]
+                await self._connection.connect()
+                patience.begin_anew()  # a request may tell the server how long it is waited for
+            request = make()
+            answers, stamps = await self._round_trip(request.commands)
+            if isinstance(answers[-1], redis.exceptions.NoScriptError):
+                again, stamps = await self._round_trip(request.anew())
+                answers[-1] = again[-1]
         except BaseException as error:
+            patience.end()
             await self._connection.disconnect(nowait=True)
-            if isinstance(error, TimeoutError):
+            if patience.has_ended(error):
                 raise redis.TimeoutError("no answer in time") from None
             if isinstance(error, OSError):
                 raise redis.ConnectionError(type(error).__name__) from error
             raise
+        finally:
+            patience.end()
         return request, answers, stamps
 
     async def _round_trip(self, commands: Sequence[Words]) -> tuple[list[Any], Stamps]:
@@ -169,31 +172,43 @@ class AsyncLink:
             await self._connection.disconnect(nowait=True)
 
 
-@contextlib.asynccontextmanager
-async def _patience(seconds: float) -> AsyncIterator[None]:
-    """Bound what is waited for, as :func:`asyncio.timeout` does.
+class _Patience:
+    """Ends a wait that takes too long, as :func:`asyncio.timeout` does.
 
     But a loop that stood still hears of its alarms first, with the answer unread. So when this one comes, whatever has
-    arrived is read before anything ends.
+    arrived is read before anything ends. And it is the waiting task that is ended: a connection that is closed wakes it
+    no sooner than all that was written has left, or TLS has taken its leave.
     """
-    loop = asyncio.get_running_loop()
-    # The wait itself is ended: closing the connection alone would not wake it before all that was written has left, or
-    # TLS has taken its leave.
-    async with asyncio.timeout(None) as bound:
-        alarm: asyncio.Handle
 
-        def look(passes: int) -> None:
-            nonlocal alarm
-            if passes:
-                alarm = loop.call_later(0, look, passes - 1)
-            else:
-                bound.reschedule(loop.time())
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._loop, self._task, self._cancelling = asyncio.get_running_loop(), task, task.cancelling()
+        self._passes, self._is_over = 3, False
+        self._alarm: asyncio.Handle = self._loop.call_later(ANSWER_WITHIN_S, self._look)
 
-        alarm = loop.call_later(seconds, look, 3)
-        try:
-            yield
-        finally:
-            alarm.cancel()
+    def _look(self) -> None:
+        if self._passes:
+            self._passes -= 1
+            self._alarm = self._loop.call_later(0, self._look)
+        else:
+            self._is_over = True
+            self._task.cancel()
+
+    def begin_anew(self) -> None:
+        """What was waited for has come, and something else is."""
+        self.end()
+        self._passes = 3
+        self._alarm = self._loop.call_later(ANSWER_WITHIN_S, self._look)
+
+    def has_ended(self, error: BaseException) -> bool:
+        """Whether this ended the wait, and nobody else the task: to be asked once, with what the wait raised."""
+        is_ours = self._is_over and self._task.uncancel() <= self._cancelling
+        return is_ours and isinstance(error, asyncio.CancelledError)
+
+    def end(self) -> None:
+        """Nothing is waited for any more."""
+        self._alarm.cancel()
 
 
 class BlockingLink:

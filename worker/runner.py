@@ -157,18 +157,21 @@ class CancelWorker(BaseWorker):
         return False
 
     def _register(self) -> None:
-        """RQ's own registration; it waits for Redis."""
+        """RQ's own registration; it waits for Redis, but work does not hang on it: `_be_known` tries again."""
         with contextlib.suppress(redis.ResponseError):  # a user may lack the right
             self.connection.client_setname(self.name)
             self.ip_address = str(self.connection.client_info()["addr"])
-        if self.pubsub_thread is None:
-            self.subscribe()
-        with contextlib.suppress(redis.exceptions.OutOfMemoryError):  # it is done by `_look` when there is room
+        try:
+            if self.pubsub_thread is None:
+                self.subscribe()
             if self.birth_date is None:
                 self.register_birth()  # type: ignore[no-untyped-call]
                 self.set_state(WorkerStatus.IDLE)
+                self._is_registered = True
             else:  # it was done, perhaps unheard: RQ would take our own hash for another's
                 self._register_anew()
+        except redis.ResponseError as error:
+            log.warning("unregistered", worker=self.name, error=type(error).__name__)
 
     async def _meet_exchange(self) -> None:
         """Measure its clock and learn its limit, unless nothing may be sent now."""
@@ -259,7 +262,7 @@ class CancelWorker(BaseWorker):
 
     async def _be_known(self) -> float:
         """Register again where RQ has forgotten us; apart from the renewals, which must not wait for it."""
-        if self._is_unknown:
+        if self._is_unknown or not self._is_registered:
             await in_daemon_thread(self._register_anew, "register")
         return _LOOK_S
 
@@ -272,6 +275,7 @@ class CancelWorker(BaseWorker):
                 pipeline.expire(self.key, self.worker_ttl + 60)
                 worker_registration.register(self, pipeline)
                 pipeline.execute()
+            self._is_registered = True
         finally:
             connection.connection_pool.disconnect()
 
@@ -323,7 +327,8 @@ class CancelWorker(BaseWorker):
             log.error("damaged", key=key, reason="of another type than it should have: set aside")
         return _LOOK_S if cursor or position else _TIDY_S
 
-    _is_unknown = False  # to RQ
+    _is_registered = False  # with RQ, by what we have heard of it
+    _is_unknown = False  # to RQ, as of the last look
     _knows_limit = False
     _tidied = (0, 0)
 

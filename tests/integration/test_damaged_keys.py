@@ -298,6 +298,23 @@ def test_the_breaker_of_a_key_works_whatever_stands_there(
     assert peek("EXISTS", keys.breaker("default")) == 0
 
 
+@STRANGE
+@pytest.mark.parametrize("name", ["workers", "queue_workers"])
+def test_a_worker_starts_whatever_stands_there(
+    name: str, spoil: Spoil, workers: Workers, client: CancelClient, connection: redis.Redis, peek: Peek
+) -> None:
+    """What RQ's registration stumbles over keeps nobody from work, and RQ knows the worker when it is set aside."""
+    key = getattr(peek.keys, name)
+    put(spoil, connection, key)
+
+    worker = workers.start()
+
+    assert client.cancel(algo_id=1, account="nobody").wait(5).kind is OutcomeKind.REFUSED
+    eventually(lambda: is_set_aside(connection, key, spoil) and peek("TYPE", key) == "set", 10, "RQ knows it")
+    eventually(lambda: f"event=damaged key={key} " in worker.output(), 5, "it is told")
+    assert "event=unregistered " in worker.output()
+
+
 @pytest.mark.parametrize("name", ["waiting", "unfinished", "failed", "outcomes"])
 def test_a_real_worker_tells_of_it_and_goes_on(
     name: str,
