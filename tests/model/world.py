@@ -210,7 +210,8 @@ class World:
         in_hands = self.model.is_blind or seen.id in self.left_behind or self.in_rqs_hands[seen.id] > 0
         if seen.ttl >= 0:
             self.left_behind.discard(seen.id)
-        (self.fading.add if seen.ttl >= 0 and not seen.done else self.fading.discard)(seen.id)
+        is_fading = seen.ttl >= 0 and not seen.done and not job.is_deleted
+        (self.fading.add if is_fading else self.fading.discard)(seen.id)
         self.model.seen(seen, now_ms, is_in_rqs_hands=in_hands)
 
     def forget(self, job_ids: list[str]) -> None:
