@@ -63,8 +63,8 @@ class Hold(Protocol):
     def is_valid(self) -> bool:
         """Whether the job is still ours: else nothing more may be sent for it."""
 
-    def doubt(self) -> None:
-        """Trust no lease that was given so far: this host may have stood still without noticing."""
+    async def renew(self) -> None:
+        """Trust no lease that was given so far, as this host may have stood still, and ask Redis whose the job is."""
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -159,11 +159,16 @@ class Canceller:
             log.warning("recovered", id=lease.id, n=lost.n, began_at_ms=lost.at_ms, **{"count#cancel.recovered": 1})
         return await self._pursue(job)
 
-    async def resync(self, since_ns: int) -> None:
-        """Measure the exchange's clock, once for all requests that were refused by the same old one."""
+    async def resync(self, since_ns: int, hold: Hold | None = None) -> None:
+        """Measure the exchange's clock, once for all requests that were refused by the same old one.
+
+        Where the exchange calls our time wrong, Redis tells by ``hold`` whose the jobs are by now.
+        """
         async with self._resyncing:
             if self._resynced_ns <= since_ns:
                 self._server_clock.doubt()
+                if hold is not None:
+                    await hold.renew()
                 await self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
                 self._resynced_ns = local_ns()
                 await self.heed_refusal()
@@ -201,10 +206,11 @@ class Canceller:
     async def _pursue(self, job: _Job) -> Row:
         step = self._first_step(job)
         while isinstance(step, Again) and step.delay_ms == 0:
+            if not job.hold.is_valid():
+                await job.hold.renew()
             if self._may_send(job):
                 if step.resync:
-                    job.hold.doubt()  # where the exchange calls our time wrong, Redis tells whose job it is by now
-                    await self.resync(job.began_ns)
+                    await self.resync(job.began_ns, job.hold)
                 if (held_ms := await self._held_back_ms(job, step)) > 0:
                     return self._retry(job, held_ms)
             # Nothing may be sent: the job goes back as it is. If somebody else has it by now, its lease sees to it.

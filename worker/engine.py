@@ -57,7 +57,7 @@ class Held:
     until_ns: int
     claimed_ns: int
     watch: Callable[[], object]  # looks whether this host has slept, which ends our trust in leases
-    doubt: Callable[[], None]  # has the next look say so
+    ask: Callable[[], Coroutine[Any, Any, None]]  # has Redis tell whose all jobs are
     is_lost: bool = False
     is_ending: bool = False
 
@@ -65,6 +65,11 @@ class Held:
         """Whether the job is still ours: a process that was paused may wake up long after somebody else took it."""
         self.watch()
         return not self.is_lost and local_ns() < self.until_ns
+
+    async def renew(self) -> None:
+        """See :class:`worker.cancel.Hold`."""
+        if not self.is_lost:
+            await self.ask()
 
 
 class Engine:
@@ -95,7 +100,7 @@ class Engine:
         self._claims_out = 0
         self._retries = 0  # that are due later
         self._brought_back_ns = self._looked_closely_ns = 0
-        self._renewed_ns = 0
+        self._renewed_ns, self._renewing = 0, asyncio.Lock()
         self._outbox: deque[Row] = deque()
         self._room_changed, self._due, self._to_complete = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._let_go, self._stopping = asyncio.Event(), asyncio.Event()
@@ -181,6 +186,15 @@ class Engine:
         self._is_suspended = beat.suspended
         await self._gate.share(now_ms)
         return beat.is_unknown
+
+    async def _renew(self) -> None:
+        """Renew all leases now, none of which is trusted before; once for all who ask at the same time."""
+        asked_ns = local_ns()
+        async with self._renewing:
+            if self._renewed_ns < asked_ns:
+                self._sleep.doubt()
+                with contextlib.suppress(redis.RedisError):
+                    await self.beat(None)
 
     def _watch_sleep(self) -> int:
         """Where the clock of leases does not count sleep: after one they are renewed before anything is sent.
@@ -312,7 +326,7 @@ class Engine:
         self._gate.observe(claimed.gate_until_ms)
         claimed_ns = local_ns()
         for lease in claimed.leases:
-            held = Held(lease, lease.until_ns if is_fresh else 0, claimed_ns, self._watch_sleep, self._sleep.doubt)
+            held = Held(lease, lease.until_ns if is_fresh else 0, claimed_ns, self._watch_sleep, self._renew)
             self._held[lease.token] = held
             self._ready.append(held)
         self._start_ready()
