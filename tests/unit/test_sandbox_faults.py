@@ -8,17 +8,16 @@ from collections import Counter
 
 import pytest
 
+from worker.sandbox.fault_plan import LAST_SEEDED_TURN, FaultPlan
 from worker.sandbox.faults import (
     BOTH,
     CANCELS,
     FAULT_SETS,
-    LAST_SEEDED_TURN,
     SPECS,
     Call,
     Delivery,
     Effect,
     Fault,
-    FaultPlan,
     FaultSet,
     FaultTiming,
     Reach,
