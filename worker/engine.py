@@ -429,7 +429,8 @@ class Engine:
     def _tell(self, row: Row, answer: int) -> None:
         kind = row.outcome.kind if isinstance(row, Done) else None
         if answer < 0:
-            log.error("defect", id=row.lease.id, where="complete", error="its keys in Redis are damaged, or may not be written by this user")
+            reason = "its keys in Redis are damaged, or may not be written by this user"
+            log.error("defect", id=row.lease.id, where="complete", error=reason)
         elif answer == 0:
             log.warning("fenced", id=row.lease.id, kind=kind)
         elif isinstance(row, Retry):
