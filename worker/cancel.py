@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ from worker.key_breaker import KeyBreaker
 from worker.rate_gate import Gate, ms_to_next_minute
 from worker.settings import Settings
 from worker.signing import Credential
-from worker.store import TOO_LARGE, Done, Lease, Release, Retry, Row
+from worker.store import TOO_LARGE, Done, Lease, Release, Retry, Row, Suspect
 
 _NS_PER_MS = 1_000_000
 #: When to look again whether the exchange tells its time, ms.
@@ -174,12 +174,16 @@ class Canceller:
                 await self.heed_refusal()
 
     async def heed_refusal(self) -> None:
-        """A 429, 418 or 403 to one of our unsigned calls closes the gate as any other does."""
+        """A 429, 418, 403 or 451 to one of our unsigned calls closes the gate as any other does."""
         refusal, now_ms = self._exchange.take_refusal(), self._now_ms()
         if refusal is None:
             return
         if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms, self._ahead()):
             await self._gate.share(now_ms)
+
+    def know_suspects(self, suspects: Iterable[Suspect]) -> None:
+        """Take note of the keys of the exchange that are refused."""
+        self._keys.know(suspects)
 
     # -- one job --
 
@@ -256,13 +260,11 @@ class Canceller:
 
         It is no attempt.
         """
-        now_ms, account = self._now_ms(), job.request.account
-        wait_ms = 0
+        now_ms, wait_ms = self._now_ms(), 0
         if not self._gate.allows(step.call, self._exchange.last_used_weight()):
             wait_ms = ms_to_next_minute(self._server_clock.now_ms())
-        elif self._keys.reason(account) is not None:
-            until_ms = await self._keys.wait_until_ms(account, job.lease.key)
-            wait_ms = max(until_ms - now_ms, 1) if until_ms > 0 else 0
+        elif (until_ms := await self._keys.wait_until_ms(job.credential, job.lease.key)) > 0:
+            wait_ms = max(until_ms - now_ms, 1)
         if wait_ms == 0 and step.call is Call.QUERY and job.algo_id is None and not await self._knows_the_time():
             wait_ms = _UNMEASURED_MS
         # At its deadline at the latest it is looked at again, to be ended.
@@ -276,7 +278,7 @@ class Canceller:
 
     def _with_key_reason(self, job: _Job, stop: Stop) -> Stop:
         """A request that its key kept waiting until the deadline was refused, for that reason."""
-        reason = self._keys.reason(job.request.account)
+        reason = self._keys.reason(job.credential)
         if reason is None or stop.kind not in (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP):
             return stop
         return replace(
@@ -306,7 +308,7 @@ class Canceller:
         took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
         verdict = await self._comparable(job, classify(step.call, job.ref(), answer))
         self._note_attempt(job, step.call, at_ms, took_ms, verdict)
-        await self._note_pauses(job.request.account, verdict)
+        await self._note_pauses(job.credential, verdict)
         case = self._case(job, verdict.means)
         decision = next_step(case, job.history, verdict, self._policy, self._latest_ms(), random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
@@ -344,7 +346,7 @@ class Canceller:
                 ms=took_ms,
             )
 
-    async def _note_pauses(self, account: str, verdict: Verdict) -> None:
+    async def _note_pauses(self, credential: Credential, verdict: Verdict) -> None:
         """What an answer says about the address and the key, beside the order."""
         now_ms = self._now_ms()
         if verdict.means in GATED:
@@ -354,8 +356,8 @@ class Canceller:
             is_news = self._gate.spend(used, self._calling, self._server_clock.now_ms(), now_ms)
         if is_news:
             await self._gate.share(now_ms)
-        if self._keys.concerns(account, verdict):
-            await self._keys.tell(account, verdict)
+        if self._keys.concerns(credential, verdict):
+            await self._keys.tell(credential, verdict)
 
     # -- outcomes --
 

@@ -184,6 +184,7 @@ class Engine:
         now_ms = self._store.clock.now_ms()
         self._gate.told(beat.gate_until_ms, now_ms, asked_ns)
         self._is_suspended = beat.suspended
+        self._canceller.know_suspects(beat.suspects)
         await self._gate.share(now_ms)
         return beat.is_unknown
 

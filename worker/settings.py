@@ -359,7 +359,14 @@ _EGRESS_PROXY_URL = Setting(
 _SCOPES: tuple[RateLimitScope, ...] = ("all", "dyno")
 _RATE_LIMIT_SCOPE = _choice("RATE_LIMIT_SCOPE", _SCOPES, "all", "all: workers share one gate; dyno: each has its own")
 _WORKER_CONCURRENCY = _whole("WORKER_CONCURRENCY", 64, 1, 512, "requests", "requests in flight in this process")
-_CANCEL_MAX_ATTEMPTS = _whole("CANCEL_MAX_ATTEMPTS", 25, 1, 1000, "attempts", "most attempts at one cancel")
+_CANCEL_MAX_ATTEMPTS = _whole(
+    "CANCEL_MAX_ATTEMPTS",
+    200,
+    1,
+    1000,
+    "attempts",
+    "most attempts that were answered about the order or may have been carried out; the deadline alone bounds the rest",
+)
 _CANCEL_DEADLINE_S = _decimal("CANCEL_DEADLINE_S", 300, 1, 86_400, "seconds", "longest try, if the request names none")
 _BACKOFF_BASE_MS = _whole("BACKOFF_BASE_MS", 100, 1, 60_000, "milliseconds", "bound of the first delay before a retry")
 _BACKOFF_CAP_MS = _whole("BACKOFF_CAP_MS", 15_000, 1, 3_600_000, "milliseconds", "bound of any delay before a retry")

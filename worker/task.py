@@ -129,6 +129,7 @@ class _StockRun:
             claimed = await self._link.ask(lambda: self._store.claim_one(self._job.id))
             tell_damaged(claimed.damaged)
             self._gate.observe(claimed.gate_until_ms)
+            self._canceller.know_suspects(claimed.suspects)
             if not claimed.leases:
                 return await self._instead(claimed)
             row = await self._carry(claimed.leases[0])

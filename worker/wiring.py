@@ -14,7 +14,7 @@ from worker.key_breaker import FAILURES, PROBE_EVERY_MS, KeyBreaker
 from worker.rate_gate import Gate
 from worker.redis_link import Link, connect
 from worker.settings import Settings
-from worker.store import Store
+from worker.store import Store, Suspect
 from worker.transport import Route, Transport
 
 
@@ -78,8 +78,8 @@ def open_canceller(
     async def publish(pause_ms: int, reason: str, doubling: bool) -> int:
         return await link.ask(partial(store.close_gate, pause_ms, reason, doubling))
 
-    async def ask_breaker(account: str, what: str, word: str | bytes) -> int:
-        return await link.ask(partial(store.key, account, what, word, FAILURES, PROBE_EVERY_MS))
+    async def ask_breaker(key: Suspect, what: str, word: str | bytes) -> tuple[int, str]:
+        return await link.ask(partial(store.key, key, what, word, FAILURES, PROBE_EVERY_MS))
 
     gate = Gate(publish)
     canceller = Canceller(
@@ -87,7 +87,7 @@ def open_canceller(
         server_clock=server_clock,
         redis_clock=store.clock,
         gate=gate,
-        keys=KeyBreaker(ask_breaker),
+        keys=KeyBreaker(ask_breaker, tries=not sends_late),  # a stock worker begins a process for each job
         policy=policy_of(settings),
         credential_for=settings.credential_for,
         holder=holder,

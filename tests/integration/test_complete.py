@@ -388,8 +388,7 @@ def test_a_user_without_the_ledger_ends_nothing_by_half(
 ) -> None:
     """Who may not write the ledger is told that the row failed; with the right again it is written once, and whole."""
     orders(client, 1)
-    user = {"enabled": True, "nopass": True, "keys": ["*"], "channels": ["*"]}
-    connection.acl_setuser("half", **user, commands=["+@all", "-xadd"])
+    connection.acl_setuser("half", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all", "-xadd"])
     holder = open_holder(connection={"username": "half", "password": "x"})
     (lease,) = holder.claim()
 

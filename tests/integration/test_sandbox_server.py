@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
+import gzip
 import hmac
 import http.client
 import ipaddress
@@ -436,6 +437,7 @@ ON_CANCEL = {
     **dict.fromkeys(["answer_late", "execute_late", "close_after_answer", "drip"], "200 code 200"),
     **dict.fromkeys(["body_cut", "body_cut_executed"], "cut"),
     "huge_body": "200 huge",
+    "gzip": "200 gzip code 200",
     "not_http": "not http",
     **dict.fromkeys(["empty_200", "empty_200_executed"], "200 empty"),
     **dict.fromkeys(["html_200", "html_200_executed"], "200 html"),
@@ -456,6 +458,9 @@ ON_CANCEL = {
     **dict.fromkeys(["unknown_503", "unknown_503_executed", "execute_after_503", "trigger_503"], "503 code -1000"),
     **dict.fromkeys(["unavailable_503", "internal_503"], "503 code -1001"),
     "throttled_503": "503 code -1008",
+    "retry_after_503": "503 code -1001",
+    "maintenance_2011": "400 code -2011",
+    "key_id_2008": "401 code -2008",
     **dict.fromkeys(["unknown_1000", "unknown_1000_executed"], "400 code -1000"),
     "disconnected_1001": "400 code -1001",
     **dict.fromkeys(["disconnected_1001_unknown", "disconnected_1001_unknown_executed"], "400 code -1001"),
@@ -469,7 +474,7 @@ ON_CANCEL = {
     "window_5028": "400 code -5028",
     "algo_20124": "400 code -20124",
     **dict.fromkeys(["unlisted_code", "unlisted_code_executed"], "400 code -7999"),
-    **dict.fromkeys(["false_2011", "other_text_2011", "forgotten", "trigger_2011"], "400 code -2011"),
+    **dict.fromkeys(["false_2011", "other_text_2011", "forgotten", "late_book", "trigger_2011"], "400 code -2011"),
     **dict.fromkeys(["trigger_rejected", "trigger_stuck", "triggered_before"], "400 code -2011"),
     **dict.fromkeys(["cancelled_before", "expired_before", "rejected_before"], "400 code -2011"),
     "not_found_2013": "400 code -2013",
@@ -498,6 +503,7 @@ ON_CANCEL = {
 #: Where a query sees something else than a cancel.
 ON_QUERY = {
     **dict.fromkeys(["answer_late", "close_after_answer", "drip"], "200 status NEW"),
+    "gzip": "200 gzip status NEW",
     "unknown_status_200": "200 status PAUSED",
 }
 #: Where the order ends up when it is neither untouched nor cancelled by the request.
@@ -529,6 +535,8 @@ def described(body: bytes, algo_id: int) -> str:
         return "empty"
     if body.startswith(b"<html"):
         return "html"
+    if body.startswith(b"\x1f\x8b"):
+        return f"gzip {described(gzip.decompress(body), algo_id)}"
     try:
         answer = json.loads(body)
     except RecursionError:
@@ -619,6 +627,17 @@ def test_a_forgotten_order_comes_back(market: RunningExchange, caller: Caller) -
     assert caller.call("GET", OPEN_ORDERS, symbol="BTCUSDT").json == []
     eventually(lambda: caller.call("GET", algoId=order.algo_id).status == 200, 2, "visible again")
     assert caller.cancel(order.algo_id).json["code"] == "200"
+
+
+def test_a_late_book_has_the_order_for_a_second_delete(market: RunningExchange, caller: Caller) -> None:
+    """No query sees the order until a DELETE comes again, and that one works."""
+    order = market.add_orders()[0]
+    market.script_faults(order.algo_id, [Fault.LATE_BOOK])
+    assert caller.cancel(order.algo_id).error[1] == -2011
+    for _ in range(2):
+        assert caller.call("GET", algoId=order.algo_id).error[1] == -2013
+    assert caller.cancel(order.algo_id).json["code"] == "200"
+    assert caller.status(order.algo_id) == "CANCELED"
 
 
 def test_a_reused_client_id_names_a_newer_order(market: RunningExchange, caller: Caller) -> None:

@@ -71,7 +71,7 @@ DEFAULTS: dict[str, object] = {
     "egress_proxy_url": None,
     "rate_limit_scope": "all",
     "concurrency": 64,
-    "max_attempts": 25,
+    "max_attempts": 200,
     "deadline_s": 300.0,
     "backoff_base_ms": 100,
     "backoff_cap_ms": 15000,

@@ -29,6 +29,7 @@ class Effect(Enum):
     EXPIRE = auto()
     REJECT = auto()
     FORGET = auto()
+    HIDE = auto()  # from queries, until the next DELETE
     TRIGGER = auto()
     TRIGGER_AT_ONCE = auto()
     TRIGGER_STUCK = auto()
@@ -49,6 +50,7 @@ class Delivery(Enum):
     HELD = auto()  # the request itself lies FaultTiming.late_execution_ms before anything is done
     CUT_SHORT = auto()  # half of the body that Content-Length announces, then closed
     DRIPPED = auto()  # byte by byte
+    COMPRESSED = auto()  # with gzip, which nobody asked for
     HUGE = auto()  # padded beyond what a client should read
     WRONG_ID = auto()  # about another order
     UNDECIDED = auto()  # without the field that decides: code, or algoStatus
@@ -148,6 +150,7 @@ class Fault(StrEnum):
     BODY_CUT_EXECUTED = "body_cut_executed"
     DRIP = "drip"
     HUGE_BODY = "huge_body"
+    GZIP = "gzip"
     NOT_HTTP = "not_http"
     CLOSE_AFTER_ANSWER = "close_after_answer"
 
@@ -182,6 +185,7 @@ class Fault(StrEnum):
     UNAVAILABLE_503 = "unavailable_503"
     INTERNAL_503 = "internal_503"
     THROTTLED_503 = "throttled_503"
+    RETRY_AFTER_503 = "retry_after_503"
     GATEWAY_TIMEOUT_504 = "gateway_timeout_504"
     GATEWAY_TIMEOUT_504_EXECUTED = "gateway_timeout_504_executed"
 
@@ -209,7 +213,9 @@ class Fault(StrEnum):
     FALSE_2011 = "false_2011"
     OTHER_TEXT_2011 = "other_text_2011"
     NOT_FOUND_2013 = "not_found_2013"
+    MAINTENANCE_2011 = "maintenance_2011"
     FORGOTTEN = "forgotten"
+    LATE_BOOK = "late_book"
     FALSE_4117 = "false_4117"
     TRIGGER_4117 = "trigger_4117"
     TRIGGER_2011 = "trigger_2011"
@@ -237,6 +243,7 @@ class Fault(StrEnum):
     ACCOUNT_2011 = "account_2011"
     SYMBOL_2011 = "symbol_2011"
     RESTRICTED_2011 = "restricted_2011"
+    KEY_ID_2008 = "key_id_2008"
     KEY_FORMAT_2014 = "key_format_2014"
     KEY_2015 = "key_2015"
     KEY_LOCKED_2017 = "key_locked_2017"
@@ -292,6 +299,7 @@ _CONNECTION = {
     Fault.BODY_CUT: FaultSpec("half of a good answer, nothing done", delivery=Delivery.CUT_SHORT),
     Fault.DRIP: FaultSpec("done, answered byte by byte", effect=Effect.CANCEL, delivery=Delivery.DRIPPED),
     Fault.HUGE_BODY: FaultSpec("done, answer beyond 64 KiB", effect=Effect.CANCEL, delivery=Delivery.HUGE),
+    Fault.GZIP: FaultSpec("done, answer compressed", effect=Effect.CANCEL, delivery=Delivery.COMPRESSED),
     Fault.NOT_HTTP: FaultSpec("bytes that are no HTTP, nothing done", delivery=Delivery.NOT_HTTP),
     Fault.CLOSE_AFTER_ANSWER: FaultSpec(
         "done and answered, then closed without notice",
@@ -346,6 +354,10 @@ _SERVER_SIDE = {
     Fault.UNAVAILABLE_503: _code(-1001, _TEXT_UNAVAILABLE, "service unavailable, a failure", Reach.COMMON, 503),
     Fault.INTERNAL_503: _code(-1001, _TEXT_INTERNAL, "internal error, a failure", Reach.COMMON, 503),
     Fault.THROTTLED_503: _code(-1008, _TEXT_THROTTLED, "overload protection", status=503),
+    Fault.RETRY_AFTER_503: FaultSpec(
+        "503 with Retry-After, a failure",
+        replace(Answer.error(503, -1001, _TEXT_UNAVAILABLE), headers=(("Retry-After", "1"),)),
+    ),
     Fault.GATEWAY_TIMEOUT_504: FaultSpec(
         "504 HTML, nothing done", _page(504, "504 Gateway Time-out"), reach=Reach.COMMON
     ),
@@ -374,6 +386,10 @@ _ORDER_STATES = {
         "-2011 with a new text, nothing done", Effect.NONE, Answer.error(400, -2011, "Cancel is not possible now.")
     ),
     Fault.NOT_FOUND_2013: FaultSpec("-2013 about an order that exists, nothing done", NO_SUCH_ORDER),
+    Fault.MAINTENANCE_2011: _code(-2011, "Rest API trading is not enabled.", "maintenance"),
+    Fault.LATE_BOOK: _on_cancel(
+        "-2011, and unknown to queries until the next DELETE", Effect.HIDE, reach=Reach.SCRIPTED
+    ),
     Fault.FORGOTTEN: _on_cancel("the order is unknown to every call for a while", Effect.FORGET),
     Fault.FALSE_4117: _on_cancel(
         "-4117 about an order that stays NEW", Effect.NONE, Answer.error(400, -4117, "Stop order is triggering.")
@@ -400,11 +416,18 @@ _ORDER_STATES = {
     ),
 }
 
+_EDGE = {
+    Fault.PATH_404: FaultSpec("404 HTML: the edge does not know the path", _page(404, "404 Not Found")),
+    Fault.METHOD_405: FaultSpec("405 HTML: the edge does not know the method", _page(405, "405 Not Allowed")),
+    Fault.REGION_451: FaultSpec(
+        "451: the edge refuses the region",
+        Answer.error(451, 0, "Service unavailable from a restricted location."),
+        pauses=True,
+    ),
+}
+
 _FINAL = Reach.SCRIPTED
 _PERMANENT = {
-    Fault.PATH_404: FaultSpec("404: no such path", _page(404, "404 Not Found"), reach=_FINAL),
-    Fault.METHOD_405: FaultSpec("405: no such method here", _page(405, "405 Not Allowed"), reach=_FINAL),
-    Fault.REGION_451: _code(0, "Service unavailable from a restricted location.", "region refused", _FINAL, 451),
     Fault.UNAUTHORIZED_1002: _code(-1002, "You are not authorized to execute this request.", "key", _FINAL, 401),
     Fault.IP_1004: _code(-1004, "This IP is not on the whitelist.", "address", _FINAL),
     Fault.INVALID_1013: _code(-1013, "Invalid message.", "request", _FINAL),
@@ -417,6 +440,7 @@ _PERMANENT = {
     Fault.ACCOUNT_2011: _code(-2011, "This account may not place or cancel orders.", "account barred", _FINAL),
     Fault.SYMBOL_2011: _code(-2011, "This symbol is not permitted for this account.", "symbol barred", _FINAL),
     Fault.RESTRICTED_2011: _code(-2011, "Order was not canceled due to cancel restrictions.", "restricted", _FINAL),
+    Fault.KEY_ID_2008: _code(-2008, "Invalid Api-Key ID.", "key", _FINAL, 401),
     Fault.KEY_FORMAT_2014: FaultSpec("-2014: malformed key", KEY_FORMAT, reach=_FINAL),
     Fault.KEY_2015: FaultSpec("-2015: key, address or permission refused", KEY_REFUSED, reach=_FINAL),
     Fault.KEY_LOCKED_2017: _code(-2017, "API Keys are locked on this account.", "key", _FINAL, 401),
@@ -438,7 +462,16 @@ def _executed_twins(specs: dict[Fault, FaultSpec]) -> dict[Fault, FaultSpec]:
     return twins
 
 
-_WRITTEN = {**_CONNECTION, **_SUCCESS_STATUS, **_PAUSES, **_SERVER_SIDE, **_CODES, **_ORDER_STATES, **_PERMANENT}
+_WRITTEN = {
+    **_CONNECTION,
+    **_SUCCESS_STATUS,
+    **_PAUSES,
+    **_SERVER_SIDE,
+    **_CODES,
+    **_ORDER_STATES,
+    **_EDGE,
+    **_PERMANENT,
+}
 SPECS: dict[Fault, FaultSpec] = {**_WRITTEN, **_executed_twins(_WRITTEN)}
 
 

@@ -8,6 +8,7 @@ texts: exchange.md 1.2 to 1.4, 2, 3 and 4; where those leave a choice, a comment
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import signal
 import ssl
@@ -17,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
 from os import read
@@ -248,9 +249,10 @@ class ExchangeServer:
         order = self.book.find(account.name, now_ms, algo_id=algo_id, client_algo_id=client_algo_id)
         if order is not None and call is Call.CANCEL:
             order.note_delete(request.arrival_ns)
+            order.unseen = False
         elif order is not None:
             order.gets += 1
-        if order is None or order.is_hidden(now_ms):
+        if order is None or order.unseen or order.is_hidden(now_ms):
             return Reply(UNKNOWN_ORDER if call is Call.CANCEL else NO_SUCH_ORDER)
         fault = self.plan.meet(order.algo_id, call, now_ms, by_client_id=algo_id is None)
         if fault is None:
@@ -268,6 +270,8 @@ class ExchangeServer:
             return held
         own = self._own_answer(call, order, spec.effect, now_ms)
         answer = spec.answer or _twisted(own, spec.delivery, timing.huge_body_bytes)
+        if spec.delivery is Delivery.COMPRESSED:
+            answer = replace(answer, body=gzip.compress(answer.body), headers=(("Content-Encoding", "gzip"),))
         return Reply(answer, spec.delivery, timing.late_answer_ms if spec.delivery is Delivery.LATE else 0.0)
 
     def _held(self, call: Call, order: Order, held: Reply) -> Reply:
@@ -306,6 +310,8 @@ class ExchangeServer:
                 book.expire(order, now_ms)
             case Effect.REJECT:
                 book.reject(order, now_ms)
+            case Effect.HIDE:
+                order.unseen = True
             case Effect.FORGET:
                 book.forget(order, now_ms + timing.forgotten_ms)
             case _:
