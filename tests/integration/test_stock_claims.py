@@ -10,14 +10,8 @@ import redis
 from producer import CancelClient, OutcomeKind
 from producer.keys import Band
 from producer.message import decode_attempts, decode_call
-from tests.holders import Holder, OpenHolder, back, band, ended, later, orders, tried
+from tests.holders import NUMBERS, Holder, OpenHolder, back, band, ended, later, orders, tried
 from tests.servers import Peek, eventually
-
-#: Fields of ours that hold a whole number.
-NUMBERS = (
-    *("c_enqueued_at_ms", "c_asked_at_ms", "c_deadline_at_ms", "c_run", "c_open_at_ms", "c_meant_at_ms"),
-    "c_due_at_ms",
-)
 
 
 @pytest.fixture
