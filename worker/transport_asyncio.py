@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from worker.clock import local_ns
 from worker.http1 import MalformedResponse, ResponseReader
 from worker.transport import BODY_LIMIT, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
-from worker.transport_connect import Opening, TunnelRefused
+from worker.transport_connect import Addresses, Opening, TunnelRefused
 
 __all__ = ["OPENERS", "AsyncioTransport"]
 
@@ -186,6 +186,7 @@ class _Pool:
         self._waiting: deque[_Waiter] = deque()
         self._openings: dict[asyncio.Task[None], Opening] = {}
         self._route = route
+        self._addresses = Addresses()
         self._closed = False
         self._buffer = memoryview(bytearray(_READ_SIZE))
 
@@ -275,7 +276,7 @@ class _Pool:
     def _open_more(self) -> None:
         loop = asyncio.get_running_loop()
         while len(self._openings) < min(OPENERS, len(self._waiting)):
-            opening = Opening(self._route, loop)
+            opening = Opening(self._route, self._addresses, loop)
             task = loop.create_task(self._open(opening, self._waiting[-1].ends_at_s))
             self._openings[task] = opening
             task.add_done_callback(self._opened)
