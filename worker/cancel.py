@@ -246,7 +246,10 @@ class Canceller:
 
     async def _pursue(self, job: _Job) -> Row:
         step = self._first_step(job)
-        while isinstance(step, Again):
+        while isinstance(step, Again) or await self._may_be_cleared_up(job, step):
+            if isinstance(step, Stop):
+                step = await self._settled(job) or (step if step.is_left_alone else self._first_step(job))
+                continue
             delay_ms = step.delay_ms
             if delay_ms == 0 and self._may_send(job):
                 if step.resync:
@@ -264,6 +267,12 @@ class Canceller:
                 return Release(job.lease, tuple(job.history), job.pin())
             step = await self._attempt(job, step)
         return Done(job.lease, self._outcome(job, self._with_key_reason(job, step)), job.pin())
+
+    async def _may_be_cleared_up(self, job: _Job, stop: Stop) -> bool:
+        """Whether a late answer has come that may tell what else would be ``unknown`` for good; it is waited for."""
+        if stop.kind is OutcomeKind.UNKNOWN and job.silent:
+            await self._lingered(job, self._policy.recv_window_ms)
+        return bool(job.late)
 
     async def _lingered(self, job: _Job, delay_ms: int) -> int:
         """Wait while an answer may still come, or a cancel strike; gives what is left, ms: that is waited in the queue.

@@ -102,6 +102,7 @@ class Stop:
     order_status: str | None = None
     actual_order_id: str | None = None
     error: str | None = None
+    is_left_alone: bool = False  # the order that the client id means now is not the one that was meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +256,7 @@ def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Pol
     means, order = verdict.means, verdict.order
     is_found = case.by_client_id and means is not Means.CONFIRMED
     if order is not None and is_found and (doubt := _why_not_meant(case, order)):
-        return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone")
+        return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone", is_left_alone=True)
     if means in _FREES_CLIENT_ID:
         return None if now_ms < case.strikes_until_ms else _off_the_book(history, verdict)
     if means in _REFUSED or means is Means.NO_SUCH_ORDER:

@@ -19,7 +19,7 @@ from producer.message import Call
 from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock, local_ns
 from worker.decide import AHEAD_MS
-from worker.patience import FIRST_S, Patience
+from worker.patience import FIRST_S, FLOOR_S, Patience
 from worker.signing import Credential, check_api_key, signed_query
 from worker.transport import Failed, Raw, Request, Transport
 
@@ -78,17 +78,24 @@ class Exchange:
     breaks off is a reply that is marked as truncated: its status and its Retry-After count all the same.
 
     ``patience_s`` bounds a whole attempt and is 0.8 x ``recv_window_ms`` unless given; connecting may take half of it.
-    How long the answer to a signed call is waited for follows what answers take (:mod:`worker.patience`).
+    How long the answer to a signed call is waited for follows what answers take (:mod:`worker.patience`), but is not
+    less than ``least_patience_s``.
     """
 
     def __init__(
-        self, transport: Transport, *, recv_window_ms: int, clock: ServerClock, patience_s: float | None = None
+        self,
+        transport: Transport,
+        *,
+        recv_window_ms: int,
+        clock: ServerClock,
+        patience_s: float | None = None,
+        least_patience_s: float = FLOOR_S,
     ) -> None:
         self._transport = transport
         self._recv_window_ms = recv_window_ms
         self._clock = clock
         self._patience_s = _PART_OF_RECV_WINDOW * recv_window_ms / 1000 if patience_s is None else patience_s
-        self._patience = Patience(self._patience_s)
+        self._patience = Patience(self._patience_s, least_patience_s)
         self._refusal: Reply | None = None
         self.used_weight: UsedWeight | None = None
 
