@@ -23,7 +23,7 @@ from producer.message import (
     clean_text,
     decode_attempts,
 )
-from worker.classify import GATED, NO_ANSWER, STATUS_MEANS, Means, OrderView, Verdict
+from worker.classify import GATED, SILENCE, STATUS_MEANS, Means, OrderView, Verdict
 
 #: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody
 #: has learned that the order is gone, and opened another one under its id.
@@ -199,8 +199,8 @@ def accepted_until_ms(attempt: Attempt, policy: Policy) -> int:
 
 
 def is_silence(attempt: Attempt) -> bool:
-    """Whether the request left, or may have left, and nothing at all came back."""
-    return attempt.verdict == Means.UNCLEAR and attempt.http is None and attempt.msg.startswith(NO_ANSWER)
+    """Whether the request left, or may have left, and nothing at all came back for as long as was waited."""
+    return attempt.verdict == Means.UNCLEAR and attempt.http is None and attempt.msg == SILENCE
 
 
 def looks_up_a_silence(history: Sequence[Attempt]) -> bool:

@@ -198,7 +198,7 @@ def test_a_stop_waits_for_no_silence(valkey: Valkey, client: CancelClient, opene
         eventually(running.has_ended, 20, "it has ended")
     assert client.outcome(ticket.id) is None
     history = decode_attempts(peek("HGET", peek.keys.job_prefix + ticket.id, JobField.ATTEMPTS))
-    assert [(attempt.call, attempt.verdict) for attempt in history][0] == ("cancel", "unclear")
+    assert (history[0].call, history[0].verdict) == ("cancel", "unclear")
 
 
 # ---- by client id ---------------------------------------------------------------------------------------------------
