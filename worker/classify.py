@@ -108,6 +108,8 @@ class Verdict:
     banned_until_ms: int | None = None  # the exchange's clock, ms since the epoch
 
 
+#: How the reason of a failure begins where a request left, or may have left, and nothing at all came back.
+NO_ANSWER = "no answer"
 #: Codes whose meaning does not hang on the text (exchange.md 4.2). What is not listed is UNCLEAR.
 CODE_MEANS: dict[int, Means] = {
     -1000: Means.UNCLEAR,  # unknown

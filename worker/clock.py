@@ -19,8 +19,8 @@ from worker.decide import Span
 
 #: How fast two clocks may drift apart, millionths: two ordinary quartz clocks, 100 each.
 DRIFT_PPM = 200
-#: How far timestamps stay behind the estimate of the exchange's clock, ms: what drift makes of the 25 s between two
-#: measurements. An uneven path needs no allowance: a slow way out, which makes the estimate run ahead, delays the
+#: How far timestamps stay behind the estimate of the exchange's clock, ms: what drift makes of 25 s, and measured it is
+#: more often. An uneven path needs no allowance: a slow way out, which makes the estimate run ahead, delays the
 #: request by at least as much.
 BEHIND_MS = 5
 #: A wall clock that moved by more than this against a clock that does not count sleep tells of a sleep, ns.
@@ -164,6 +164,11 @@ class _RemoteClock:
         """Whether there is a sample."""
         return self._bounds.newest_ns is not None
 
+    def local_at_latest(self, remote_ms: int) -> int | None:
+        """The local moment, ns, after which the clock does not read ``remote_ms`` any more; None: not measured."""
+        moments = self._bounds.moments(remote_ms)
+        return None if moments is None else moments[1]
+
 
 class ServerClock(_RemoteClock):
     """The exchange's clock, for timestamps.
@@ -249,11 +254,6 @@ class RedisClock(_RemoteClock):
         """
         moments = self._bounds.moments(remote_ms)
         return None if moments is None else moments[0]
-
-    def local_at_latest(self, remote_ms: int) -> int | None:
-        """The local moment, ns, after which Redis' clock does not read ``remote_ms`` any more; None: not measured."""
-        moments = self._bounds.moments(remote_ms)
-        return None if moments is None else moments[1]
 
 
 def minus(redis: RedisClock, exchange: ServerClock) -> Span | None:

@@ -140,6 +140,7 @@ class Engine:
         """Claim nothing more; hand back at once what has not been started."""
         self._stopping.set()
         self._room_changed.set()
+        self._canceller.leave()
         self._hand_back_ready()
 
     async def run(self) -> None:

@@ -35,8 +35,9 @@ EX_INTERRUPTED = 130
 
 #: How often Redis is asked for the gate and for suspension at the latest, s.
 _LOOK_S = 1.0
-#: How often the exchange's clock is measured and connections are kept warm, s: two calls each, five a minute.
-_WARM_S = 25.0
+#: How often the exchange's clock is measured and connections are kept warm, s: two calls each, eight a minute. Shorter
+#: than any firewall in use forgets a flow that is still.
+_WARM_S = 15.0
 #: How often registries and RQ's lists are tidied, s; sooner while a round through a long queue is not over.
 _TIDY_S = 10.0
 #: How long RQ's thread for commands listens at a time, s.

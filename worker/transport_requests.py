@@ -20,6 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
+from worker.classify import NO_ANSWER
 from worker.clock import local_ns
 from worker.transport import BODY_LIMIT, FIELDS, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
 
@@ -96,7 +97,8 @@ class RequestsTransport:
         self._session = _session(route, self._adapter)
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
-        """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened."""
+        """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened, and what is
+        waited for no more is closed."""
         if self._is_closed:
             return Failed(False, "could not connect: ConnectionAbortedError")
         outer = sys.exception()
@@ -105,13 +107,13 @@ class RequestsTransport:
             prepared = None if request is None else self._prepared(request)
         except (ValueError, TypeError, OSError) as error:  # its text may hold what it was to sign
             return Failed(False, named("not sent", error))
-        if prepared is None:
+        if request is None or prepared is None:
             return None
         if local_ns() - self._used_ns > self._idle_bound_ns:
             self._adapter.close()
         self.requests_sent += 1
         try:
-            return self._exchanged(prepared, patience_s)
+            return self._exchanged(prepared, patience_s, request.patience_s)
         except (requests.RequestException, HTTPError, OSError) as error:
             failed = _failed(error, outer)
             self.requests_sent -= not failed.seen
@@ -134,11 +136,11 @@ class RequestsTransport:
         prepared.headers.pop("Content-Length", None)  # requests tells the length of a body that is not there
         return prepared
 
-    def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float) -> Raw:
+    def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float, read_s: float | None) -> Raw:
         ends_at_s = time.monotonic() + patience_s
         sent_ns = local_ns()
         # What is sent shall have time to be answered: a request that never left can be tried again without doubt.
-        bound = Timeout(total=patience_s, connect=patience_s / 2)
+        bound = Timeout(total=patience_s, connect=patience_s / 2, read=patience_s if read_s is None else read_s)
         with self._session.send(prepared, stream=True, timeout=bound, allow_redirects=False) as response:  # type: ignore[arg-type]
             received_ns = local_ns()
             headers = {name.lower(): value.strip() for name, value in response.headers.items()}
@@ -196,4 +198,4 @@ def _failed(error: Exception, outer: BaseException | None) -> Failed:
         # How http.client says that a proxy refused the tunnel; the system's own errors have a number.
         if type(layer) is OSError and layer.errno is None:
             return Failed(False, named("no tunnel through the proxy", root))
-    return Failed(True, named("no answer", root))
+    return Failed(True, named(NO_ANSWER, root))
