@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NoReturn, TypeVar
-from urllib.parse import parse_qsl, urlsplit
 
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, check_queue_name
+from producer.redis_url import FORMS, OPTIONS, Address, BadRedisUrl
 from worker.signing import Credential, CredentialError, check_api_key
 
 __all__ = ["SETTINGS", "LogFormat", "LogLevel", "RateLimitScope", "Setting", "Settings", "SettingsError", "TlsVerify"]
@@ -38,10 +38,7 @@ ChoiceT = TypeVar("ChoiceT", bound=str)
 EXCHANGE_DOMAINS = ("binance.com", "binancefuture.com")
 #: A PEM key has at most a few kilobytes; a path to anything larger is a mistake.
 _MAX_KEY_FILE_BYTES = 64 * 1024
-#: Options that REDIS_URL may carry. Others would silently override the time-outs and retries that the worker sets.
-_REDIS_URL_OPTIONS = frozenset({"db", "username", "password", "ssl_cert_reqs", "ssl_ca_certs", "ssl_check_hostname"})
 _TLS_OPTIONS: tuple[TlsVerify, ...] = ("required", "none")
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = rf"\[[0-9A-Fa-f:.]+\]|{_LABEL}(?:\.{_LABEL})*"
@@ -95,7 +92,7 @@ def _shown_url(text: str) -> str:
 def _without_secrets(url: str) -> str:
     """``url`` without user, password, query and fragment, and without the rest too if it cannot be told from them."""
     scheme, _, rest = url.partition("://")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,9}", scheme):
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,15}", scheme):
         return "***"
     before_query, question_mark, query = rest.partition("?")
     _, at, place = before_query.rpartition("@")
@@ -210,45 +207,15 @@ class _RedisUrl:
 
 
 def _redis_url(text: str) -> _RedisUrl:
-    if _BLANK_OR_CONTROL.search(text):
-        raise _RefusedError("it holds white space or control characters")
-    if not text.startswith(("redis://", "rediss://", "unix://")):
-        raise _RefusedError
     try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        raise _RefusedError("host and port cannot be told; percent-encode what is special in the password") from None
-    if "#" in text:
-        raise _RefusedError("a # has no place in it; write %23 if it belongs to the password")
-    if parts.scheme == "unix":
-        if parts.hostname or parts.path in ("", "/"):
-            raise _RefusedError("a socket needs its absolute path after three slashes, as in unix:///run/redis.sock")
-    elif not parts.hostname or port == 0 or not re.fullmatch(r"/?|/[0-9]{1,6}", parts.path):
-        raise _RefusedError
-    return _with_options(text, dict(reversed(parse_qsl(parts.query, keep_blank_values=True))))
-
-
-def _with_options(text: str, options: dict[str, str]) -> _RedisUrl:
-    if not options.keys() <= _REDIS_URL_OPTIONS:
-        raise _RefusedError(f"after the question mark only {', '.join(sorted(_REDIS_URL_OPTIONS))} may be set")
-    if options.get("ssl_ca_certs") == "":
-        raise _RefusedError("ssl_ca_certs names no file")
-    if not re.fullmatch(r"[0-9]{1,6}", options.get("db", "0")):
-        raise _RefusedError("the option db must be a number")
-    tls = text.startswith("rediss://")
-    if not tls and any(name.startswith("ssl_") for name in options):
-        raise _RefusedError("options for TLS need rediss://")
-    cert_reqs: TlsVerify | None = None
-    check_hostname = None
-    try:
-        if "ssl_cert_reqs" in options:
-            cert_reqs = _one_of(options["ssl_cert_reqs"], _TLS_OPTIONS)
-        if "ssl_check_hostname" in options:
-            check_hostname = _TRUTH[options["ssl_check_hostname"].lower()]
-    except (_RefusedError, KeyError):
-        raise _RefusedError("ssl_cert_reqs is required or none, ssl_check_hostname true or false") from None
-    return _RedisUrl(text, tls, cert_reqs, options.get("ssl_ca_certs"), check_hostname)
+        address = Address.parse(text)
+    except BadRedisUrl as error:
+        raise _RefusedError(str(error)) from None
+    if address.others:
+        raise _RefusedError(f"after the question mark only {', '.join(sorted(OPTIONS))} may be set")
+    options = address.options
+    cert_reqs, check_hostname = options.get("ssl_cert_reqs"), options.get("ssl_check_hostname")
+    return _RedisUrl(text, address.is_tls, cert_reqs, options.get("ssl_ca_certs"), check_hostname)
 
 
 # --- The table ---------------------------------------------------------------------------------------------------
@@ -300,7 +267,7 @@ def _secret(variable: str, accepts: str, meaning: str) -> Setting[str]:
 _REDIS_URL = Setting(
     "REDIS_URL",
     "redis://localhost:6379/0",
-    "redis://[user:password@]host[:port][/database], the same with rediss:// for TLS, or unix:///path",
+    FORMS,
     "the Redis that holds queue and outcomes",
     _redis_url,
     _shown_url,
@@ -726,7 +693,7 @@ class Settings:
     @property
     def display_redis_url(self) -> str:
         """The Redis URL fit for logs: without user, password and options."""
-        return _without_secrets(self.redis_url)
+        return Address.parse(self.redis_url).shown
 
     def __repr__(self) -> str:
         shown = {field.name: repr(getattr(self, field.name)) for field in dataclasses.fields(self)}
