@@ -24,6 +24,7 @@ from worker import log
 from worker.daemon import WorkerLoop, in_daemon_thread
 from worker.engine import Engine, where
 from worker.redis_link import Outage, connect_like, open_channel, open_link
+from worker.secrecy import keep_memory_private
 from worker.settings import Settings
 from worker.store import ANSWER_WITHIN_S
 from worker.watchdog import Watchdog
@@ -88,6 +89,7 @@ class CancelWorker(BaseWorker):
         RQ's other options (scheduler, idle time, job count) mean nothing here: retries need no scheduler.
         """
         log.configure_unless_done(self._settings.log_level, self._settings.log_format)
+        keep_memory_private()
         self._heed_signals()
         with asyncio.Runner(loop_factory=WorkerLoop) as runner:
             outcomes = runner.run(self._live(burst))
@@ -199,6 +201,8 @@ class CancelWorker(BaseWorker):
 
     def _tell_start(self) -> None:
         clock = self._server_clock
+        for warning in self._settings.warnings:
+            log.warning("setting", problem=warning)
         log.info(
             "started",
             worker=self.name,
@@ -207,6 +211,7 @@ class CancelWorker(BaseWorker):
             redis=self._settings.display_redis_url,
             exchange=self._settings.base_url,
             accounts=",".join(sorted(self._settings.credentials)),
+            accounts_left_out=",".join(self._settings.accounts_left_out) or None,
             concurrency=self._settings.concurrency,
             clock_offset_ms=clock.offset_ms if clock.measured else None,
         )
