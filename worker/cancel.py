@@ -61,6 +61,8 @@ _UNMEASURED_MS = 1_000
 _NOT_MEASURED = "the clocks are not measured, so the order's age is not known"
 #: How often who waits for a turn looks at deadline and gate, s.
 _TURN_S = 1.0
+#: What is waited for here even by who leaves, ns.
+_SHORT_NS = 100 * _NS_PER_MS
 #: Late answers after which nothing more needs to be known of the order.
 _ENDS = frozenset({Means.CONFIRMED, *STATUS_MEANS.values()}) - {Means.OPEN, Means.TRIGGERING}
 
@@ -255,7 +257,10 @@ class Canceller:
 
     async def _pursue(self, job: _Job) -> Row:
         step = self._first_step(job)
-        while isinstance(step, Again):
+        while isinstance(step, Again) or await self._may_be_cleared_up(job, step):
+            if isinstance(step, Stop):
+                step = await self._settled(job) or (step if step.is_left_alone else self._first_step(job))
+                continue
             delay_ms = step.delay_ms
             if delay_ms == 0 and not job.hold.is_valid():
                 await job.hold.renew()
@@ -269,11 +274,18 @@ class Canceller:
             if delay_ms > 0 or job.late:
                 step = await self._settled(job) or self._first_step(job)
                 continue
-            # Nothing may be sent: the job goes back as it is. If somebody else has it by now, its lease sees to it.
-            if not self._may_send(job) or (self._is_leaving and looks_up_a_silence(job.history)):
+            following = await self._made(job, step)
+            if following is None:
+                # The job goes back as it is. If somebody else has it by now, its lease sees to it.
                 return Release(job.lease, tuple(job.history), job.pin())
-            step = await self._attempt(job, step)
+            step = following
         return Done(job.lease, self._outcome(job, self._with_key_reason(job, step)), job.pin())
+
+    async def _may_be_cleared_up(self, job: _Job, stop: Stop) -> bool:
+        """Whether a late answer has come that may tell what else would be ``unknown`` for good; it is waited for."""
+        if stop.kind is OutcomeKind.UNKNOWN and job.silent:
+            await self._lingered(job, self._policy.recv_window_ms)
+        return bool(job.late)
 
     async def _lingered(self, job: _Job, delay_ms: int) -> int:
         """Wait while an answer may still come, or a cancel strike; gives what is left, ms: that is waited in the queue.
@@ -286,7 +298,7 @@ class Canceller:
         ends_ns = local_ns() + left_ns
         self._lingering += 1
         try:
-            while left_ns > 0 and job.is_open() and not (job.late or self._is_leaving):
+            while left_ns > 0 and job.is_open() and not (job.late or (self._is_leaving and left_ns > _SHORT_NS)):
                 await _news(job, left_ns / 1e9)
                 left_ns = ends_ns - local_ns()
         finally:
@@ -360,11 +372,32 @@ class Canceller:
         now = self._first_step(job)
         return isinstance(now, Again) and now.call == step.call
 
+    async def _made(self, job: _Job, step: Again) -> Stop | Again | None:
+        """Make the call of a step; None: nothing may be sent now.
+
+        What only a silence asks for waits for its turn. Where most are silent, the exchange is slow for everybody:
+        their answers are waited for, and few ask.
+        """
+        if not self._may_send(job):
+            return None
+        if not (step.call is Call.QUERY and looks_up_a_silence(job.history)):
+            return await self._attempt(job, step)
+        while not self._look_ups.begin(sum(bool(each.silent) for each in self._in_hand), len(self._in_hand)):
+            if self._is_leaving:
+                return None
+            self._look_ups.waiting.append(job.news)
+            await _news(job, _TURN_S)
+            self._look_ups.waiting.remove(job.news)
+            if job.late or not self._may_send(job) or self._latest_ms() >= job.lease.deadline_at_ms:
+                return self._first_step(job)
+        try:
+            self._gate.looked_up += 1
+            return await self._attempt(job, step)
+        finally:
+            self._look_ups.end()
+
     async def _attempt(self, job: _Job, step: Again) -> Stop | Again:
         """Make one signed call, note it, and decide what follows."""
-        is_look_up = step.call is Call.QUERY and looks_up_a_silence(job.history)
-        if is_look_up and not await self._turn(job):
-            return self._first_step(job)
         n, ref = next_number(job.history), job.ref()
         sent = Sent(late=partial(self._came_late, job, n, step.call, ref))
         at_ms, job.began_ns = self._now_ms(), local_ns()
@@ -373,8 +406,6 @@ class Canceller:
             answer = await self._exchange.call(step.call, job.credential, ref, lambda: self._may_go(job, step), sent)
         finally:
             self._calling -= 1
-            if is_look_up:
-                self._look_ups.end()
         if answer is None:
             return self._first_step(job)
         if sent.is_open:
@@ -395,23 +426,6 @@ class Canceller:
             job.learn(verdict)  # an order that is left alone is not the one that was meant
         job.history[:] = bounded(job.history)
         return decision
-
-    async def _turn(self, job: _Job) -> bool:
-        """Wait until the order may be looked up after a silence; False: something else happened meanwhile.
-
-        Where most are silent, the exchange is slow for everybody: their answers are waited for, and few ask.
-        """
-        while not self._look_ups.begin(sum(bool(each.silent) for each in self._in_hand), len(self._in_hand)):
-            self._look_ups.waiting.append(job.news)
-            try:
-                await _news(job, _TURN_S)
-            finally:
-                self._look_ups.waiting.remove(job.news)
-            is_over = self._latest_ms() >= job.lease.deadline_at_ms
-            if job.late or is_over or self._is_leaving or not self._may_send(job):
-                return False
-        self._gate.looked_up += 1
-        return True
 
     # -- answers that nobody waits for any more --
 

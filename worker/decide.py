@@ -23,7 +23,7 @@ from producer.message import (
     clean_text,
     decode_attempts,
 )
-from worker.classify import GATED, NO_ANSWER, STATUS_MEANS, Means, OrderView, Verdict
+from worker.classify import GATED, SILENCE, STATUS_MEANS, Means, OrderView, Verdict
 
 #: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody
 #: has learned that the order is gone, and opened another one under its id.
@@ -103,6 +103,7 @@ class Stop:
     order_status: str | None = None
     actual_order_id: str | None = None
     error: str | None = None
+    is_left_alone: bool = False  # the order that the client id means now is not the one that was meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +218,8 @@ def accepted_until_ms(attempt: Attempt, policy: Policy) -> int:
 
 
 def is_silence(attempt: Attempt) -> bool:
-    """Whether the request left, or may have left, and nothing at all came back."""
-    return attempt.verdict == Means.UNCLEAR and attempt.http is None and attempt.msg.startswith(NO_ANSWER)
+    """Whether the request left, or may have left, and nothing at all came back for as long as was waited."""
+    return attempt.verdict == Means.UNCLEAR and attempt.http is None and attempt.msg == SILENCE
 
 
 def looks_up_a_silence(history: Sequence[Attempt]) -> bool:
@@ -275,7 +276,7 @@ def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Pol
     means, order = verdict.means, verdict.order
     is_found = case.by_client_id and means is not Means.CONFIRMED
     if order is not None and is_found and (doubt := _why_not_meant(case, order)):
-        return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone")
+        return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone", is_left_alone=True)
     if means in _FREES_CLIENT_ID:
         return None if now_ms < case.strikes_until_ms else _off_the_book(history, verdict)
     if means in _REFUSED or means is Means.NO_SUCH_ORDER:

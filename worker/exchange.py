@@ -19,7 +19,7 @@ from producer.message import Call
 from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock, local_ns
 from worker.decide import AHEAD_MS
-from worker.patience import FIRST_S, Patience
+from worker.patience import FIRST_S, FLOOR_S, Patience
 from worker.signing import Credential, check_api_key, signed_query
 from worker.transport import Failed, Raw, Request, Transport
 
@@ -78,17 +78,24 @@ class Exchange:
     breaks off is a reply that is marked as truncated: its status and its Retry-After count all the same.
 
     ``patience_s`` bounds a whole attempt and is 0.8 x ``recv_window_ms`` unless given; connecting may take half of it.
-    How long the answer to a signed call is waited for follows what answers take (:mod:`worker.patience`).
+    How long the answer to a signed call is waited for follows what answers take (:mod:`worker.patience`), but is not
+    less than ``least_patience_s``.
     """
 
     def __init__(
-        self, transport: Transport, *, recv_window_ms: int, clock: ServerClock, patience_s: float | None = None
+        self,
+        transport: Transport,
+        *,
+        recv_window_ms: int,
+        clock: ServerClock,
+        patience_s: float | None = None,
+        least_patience_s: float = FLOOR_S,
     ) -> None:
         self._transport = transport
         self._recv_window_ms = recv_window_ms
         self._clock = clock
         self._patience_s = _PART_OF_RECV_WINDOW * recv_window_ms / 1000 if patience_s is None else patience_s
-        self._patience = Patience(self._patience_s)
+        self._patience = Patience(self._patience_s, least_patience_s)
         self._refusal: Reply | None = None
         self.used_weight: UsedWeight | None = None
 
@@ -146,9 +153,9 @@ class Exchange:
         proven_ns = self._clock.local_at_latest(timestamp_ms + window_ms) if self._clock.measured else None
         return proven_ns or local_ns() + (window_ms + AHEAD_MS) * 1_000_000
 
-    async def ask_time(self, may_go: Callable[[], bool] = _always) -> Answer | None:
+    async def ask_time(self, may_go: Callable[[], bool] = _always, patience_s: float | None = None) -> Answer | None:
         """``GET /fapi/v1/time``, from which the clock learns (weight 1); None if ``may_go`` said no."""
-        came = await self._unsigned(_TIME_PATH, may_go)
+        came = await self._unsigned(_TIME_PATH, may_go, patience_s)
         server_time_ms = _server_time_ms(came.body) if isinstance(came, Raw) and came.status == 200 else None
         if isinstance(came, Raw) and server_time_ms is not None:
             self._clock.add_sample(came.sent_ns, came.received_ns, server_time_ms)
@@ -175,7 +182,7 @@ class Exchange:
         """
 
         async def warmed() -> bool:
-            answer = await self.ask_time()
+            answer = await self.ask_time(patience_s=max(self._patience.of(Call.QUERY), FIRST_S))
             if isinstance(answer, Failure) and answer.seen:
                 answer = await self.ask_time()
             return _tells_time(answer)
@@ -209,10 +216,11 @@ class Exchange:
 
     # -- one request and its answer
 
-    async def _unsigned(self, path: str, may_go: Callable[[], bool] = _always) -> Raw | Failed | None:
-        wait_s = max(self._patience.of(Call.QUERY), min(FIRST_S, self._patience_s))
+    async def _unsigned(
+        self, path: str, may_go: Callable[[], bool] = _always, patience_s: float | None = None
+    ) -> Raw | Failed | None:
         came = await self._transport.send(
-            lambda: Request("GET", path, patience_s=wait_s) if may_go() else None, self._patience_s
+            lambda: Request("GET", path, patience_s=patience_s) if may_go() else None, self._patience_s
         )
         if isinstance(came, Raw) and (came.status in _GATE_STATUSES or _is_challenge(came)):
             self._refusal = self._reply(came)

@@ -37,10 +37,10 @@ class _Estimate:
 
 
 class Patience:
-    """What is waited for answers; ``most_s`` at the most. Times are :func:`worker.clock.local_ns`."""
+    """What is waited for answers, at least and at most, s. Times are :func:`worker.clock.local_ns`."""
 
-    def __init__(self, most_s: float) -> None:
-        self._most_s = most_s
+    def __init__(self, most_s: float, least_s: float = FLOOR_S) -> None:
+        self._most_s, self._least_s = most_s, least_s
         self._estimates: dict[Call, _Estimate] = {}
         self._doublings = 0
         self._heard_ns = self._doubled_ns = 0
@@ -53,7 +53,7 @@ class Patience:
         own = self._estimates.get(call)
         known = self._estimates.values() if own is None else (own,)
         bound_s = max((each.bound_s for each in known), default=FIRST_S)
-        return min(max(bound_s, FLOOR_S) * (1 << self._doublings), self._most_s)
+        return min(max(bound_s, self._least_s) * (1 << self._doublings), self._most_s)
 
     def answered(self, call: Call, sent_ns: int, received_ns: int) -> None:
         """Take in an answer: what was silent is heard again."""
@@ -68,6 +68,6 @@ class Patience:
 
     def silent(self, sent_ns: int, now_ns: int) -> None:
         """Take in that a call sent at ``sent_ns`` got no answer in the time that was waited for it."""
-        if sent_ns > max(self._heard_ns, self._doubled_ns) and (1 << self._doublings) * FLOOR_S < self._most_s:
+        if sent_ns > max(self._heard_ns, self._doubled_ns) and (1 << self._doublings) * self._least_s < self._most_s:
             self._doublings += 1
             self._doubled_ns = now_ns

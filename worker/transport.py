@@ -61,7 +61,8 @@ class Request:
     Both are sent as they are: whoever makes a request has seen to it that they hold visible ASCII alone.
 
     ``patience_s`` is how long its answer is waited for, counted from when it is written; None: until the attempt's
-    end. Then the call fails, and ``late`` is given what comes of it until the attempt's end.
+    end. Then the call fails, and ``late`` is given what comes of it until the attempt's end; so it is where the
+    transport can wait beside other calls.
     """
 
     method: str
@@ -111,7 +112,7 @@ class Transport(Protocol):
         """Send one request and read its answer, within ``patience_s`` in all and half of it until it is written.
 
         An answer that the request has no patience for may still come: the connection stays open for it until
-        ``patience_s`` are over, where the transport can wait beside other calls.
+        ``patience_s`` are over.
 
         ``make`` is called when there is a connection to write to, right before the first byte: it looks whether the
         request may still go, and signs. It returns None if it may not: then nothing was sent, and None is returned.

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from worker.classify import NO_ANSWER
+from worker.classify import NO_ANSWER, SILENCE
 from worker.clock import local_ns
 from worker.http1 import MalformedResponse, ResponseReader
 from worker.transport import BODY_LIMIT, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
@@ -390,7 +390,7 @@ class AsyncioTransport:
         self._silent.add(connection)
         connection.late.add_done_callback(ended)
         self._pool.distrust(connection)
-        return Failed(True, named(NO_ANSWER, TimeoutError()), is_open=late is not None)
+        return Failed(True, SILENCE, is_open=late is not None)
 
     def _ask(
         self, connection: _Connection, make: Callable[[], Request | None], ends_at_s: float

@@ -97,8 +97,8 @@ class RequestsTransport:
         self._session = _session(route, self._adapter)
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
-        """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened, and what is
-        waited for no more is closed."""
+        """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened. Any answer is
+        waited for until the attempt's end: nothing else can be done meanwhile."""
         if self._is_closed:
             return Failed(False, "could not connect: ConnectionAbortedError")
         outer = sys.exception()
@@ -107,13 +107,13 @@ class RequestsTransport:
             prepared = None if request is None else self._prepared(request)
         except (ValueError, TypeError, OSError) as error:  # its text may hold what it was to sign
             return Failed(False, named("not sent", error))
-        if request is None or prepared is None:
+        if prepared is None:
             return None
         if local_ns() - self._used_ns > self._idle_bound_ns:
             self._adapter.close()
         self.requests_sent += 1
         try:
-            return self._exchanged(prepared, patience_s, request.patience_s)
+            return self._exchanged(prepared, patience_s)
         except (requests.RequestException, HTTPError, OSError) as error:
             failed = _failed(error, outer)
             self.requests_sent -= not failed.seen
@@ -136,11 +136,11 @@ class RequestsTransport:
         prepared.headers.pop("Content-Length", None)  # requests tells the length of a body that is not there
         return prepared
 
-    def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float, read_s: float | None) -> Raw:
+    def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float) -> Raw:
         ends_at_s = time.monotonic() + patience_s
         sent_ns = local_ns()
         # What is sent shall have time to be answered: a request that never left can be tried again without doubt.
-        bound = Timeout(total=patience_s, connect=patience_s / 2, read=patience_s if read_s is None else read_s)
+        bound = Timeout(total=patience_s, connect=patience_s / 2)
         with self._session.send(prepared, stream=True, timeout=bound, allow_redirects=False) as response:  # type: ignore[arg-type]
             received_ns = local_ns()
             headers = {name.lower(): value.strip() for name, value in response.headers.items()}

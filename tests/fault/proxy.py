@@ -168,7 +168,7 @@ class Proxy:
         self._do(lambda: setattr(self, "weather", Weather(self.seed, **toxics)))
 
     def forget(self, after_s: float) -> None:
-        """As a firewall: what comes on a flow that was still for so long is swallowed from then on; nobody is told."""
+        """As a firewall: a flow that was still for so long is forgotten, and nobody is told: it swallows what comes."""
         self._do(lambda: setattr(self, "forgets_after_s", after_s))
 
     def forget_flows(self) -> None:
