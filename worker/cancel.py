@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -53,7 +53,7 @@ from worker.key_breaker import KeyBreaker
 from worker.rate_gate import Gate, LookUps, ms_to_next_minute
 from worker.settings import Settings
 from worker.signing import Credential
-from worker.store import TOO_LARGE, Done, Lease, Release, Retry, Row
+from worker.store import TOO_LARGE, Done, Lease, Release, Retry, Row, Suspect
 
 _NS_PER_MS = 1_000_000
 #: When to look again whether the exchange tells its time, ms.
@@ -73,8 +73,8 @@ class Hold(Protocol):
     def is_valid(self) -> bool:
         """Whether the job is still ours: else nothing more may be sent for it."""
 
-    def doubt(self) -> None:
-        """Trust no lease that was given so far: this host may have stood still without noticing."""
+    async def renew(self) -> None:
+        """Trust no lease that was given so far, as this host may have stood still, and ask Redis whose the job is."""
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -196,22 +196,31 @@ class Canceller:
         for job in self._in_hand:
             job.news.set()
 
-    async def resync(self, since_ns: int) -> None:
-        """Measure the exchange's clock, once for all requests that were refused by the same old one."""
+    async def resync(self, since_ns: int, hold: Hold | None = None) -> None:
+        """Measure the exchange's clock, once for all requests that were refused by the same old one.
+
+        Where the exchange calls our time wrong, Redis tells by ``hold`` whose the jobs are by now.
+        """
         async with self._resyncing:
             if self._resynced_ns <= since_ns:
                 self._server_clock.doubt()
+                if hold is not None:
+                    await hold.renew()
                 await self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
                 self._resynced_ns = local_ns()
                 await self.heed_refusal()
 
     async def heed_refusal(self) -> None:
-        """A 429, 418 or 403 to one of our unsigned calls closes the gate as any other does."""
+        """A 429, 418, 403 or 451 to one of our unsigned calls closes the gate as any other does."""
         refusal, now_ms = self._exchange.take_refusal(), self._now_ms()
         if refusal is None:
             return
         if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms, self._ahead()):
             await self._gate.share(now_ms)
+
+    def know_suspects(self, suspects: Iterable[Suspect]) -> None:
+        """Take note of the keys of the exchange that are refused."""
+        self._keys.know(suspects)
 
     # -- one job --
 
@@ -253,10 +262,11 @@ class Canceller:
                 step = await self._settled(job) or (step if step.is_left_alone else self._first_step(job))
                 continue
             delay_ms = step.delay_ms
+            if delay_ms == 0 and not job.hold.is_valid():
+                await job.hold.renew()
             if delay_ms == 0 and self._may_send(job):
                 if step.resync:
-                    job.hold.doubt()  # where the exchange calls our time wrong, Redis tells whose job it is by now
-                    await self.resync(job.began_ns)
+                    await self.resync(job.began_ns, job.hold)
                 delay_ms = await self._held_back_ms(job, step)
             if delay_ms > 0 and (left_ms := await self._lingered(job, delay_ms)) > 0:
                 log.info("again", id=job.lease.id, call=step.call, delay_ms=left_ms, attempts=len(job.history))
@@ -325,14 +335,12 @@ class Canceller:
 
         It is no attempt.
         """
-        now_ms, account = self._now_ms(), job.request.account
-        wait_ms = 0
+        now_ms, wait_ms = self._now_ms(), 0
         is_look_up = step.call is Call.QUERY and looks_up_a_silence(job.history)
         if not self._gate.allows(step.call, self._exchange.last_used_weight(), is_look_up):
             wait_ms = ms_to_next_minute(self._server_clock.now_ms())
-        elif self._keys.reason(account) is not None:
-            until_ms = await self._keys.wait_until_ms(account, job.lease.key)
-            wait_ms = max(until_ms - now_ms, 1) if until_ms > 0 else 0
+        elif (until_ms := await self._keys.wait_until_ms(job.credential, job.lease.key)) > 0:
+            wait_ms = max(until_ms - now_ms, 1)
         if wait_ms == 0 and job.algo_id is None and not await self._knows_the_time():
             wait_ms = _UNMEASURED_MS
         # At its deadline at the latest it is looked at again, to be ended.
@@ -347,7 +355,7 @@ class Canceller:
 
     def _with_key_reason(self, job: _Job, stop: Stop) -> Stop:
         """A request that its key kept waiting until the deadline was refused, for that reason."""
-        reason = self._keys.reason(job.request.account)
+        reason = self._keys.reason(job.credential)
         if reason is None or stop.kind not in (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP):
             return stop
         return replace(
@@ -407,7 +415,7 @@ class Canceller:
         took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
         verdict = await self._comparable(job, classify(step.call, ref, answer))
         self._note_attempt(job, n, step.call, at_ms, took_ms, verdict)
-        await self._note_pauses(job.request.account, verdict)
+        await self._note_pauses(job.credential, verdict)
         late = await self._settled(job)
         return late if isinstance(late, Stop) else self._decided(job, verdict)
 
@@ -469,7 +477,7 @@ class Canceller:
         if verdict.means is not Means.CONFIRMED:
             _tell_attempt("attempt", job.lease.id, attempt)
 
-    async def _note_pauses(self, account: str, verdict: Verdict) -> None:
+    async def _note_pauses(self, credential: Credential, verdict: Verdict) -> None:
         """What an answer says about the address and the key, beside the order."""
         now_ms = self._now_ms()
         if verdict.means in GATED:
@@ -479,8 +487,8 @@ class Canceller:
             is_news = self._gate.spend(used, self._calling, self._server_clock.now_ms(), now_ms)
         if is_news:
             await self._gate.share(now_ms)
-        if self._keys.concerns(account, verdict):
-            await self._keys.tell(account, verdict)
+        if self._keys.concerns(credential, verdict):
+            await self._keys.tell(credential, verdict)
 
     # -- outcomes --
 

@@ -14,10 +14,10 @@ from enum import StrEnum
 import redis
 
 from producer.message import MAX_ALGO_ID, Call
+from producer.redis_url import why
 from worker.classify import Means, OrderRef, classify
 from worker.clock import ServerClock
 from worker.exchange import Exchange
-from worker.redis_link import trouble
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.store import ANSWER_WITHIN_S
@@ -72,7 +72,7 @@ def _redis(settings: Settings) -> Finding:
     except (redis.ConnectionError, redis.TimeoutError) as error:
         return Finding(
             "redis",
-            f"{shown} does not answer within {ANSWER_WITHIN_S:g} s ({trouble(error)})",
+            f"{shown} does not answer within {ANSWER_WITHIN_S:g} s ({why(error)})",
             Fault.UNREACHABLE,
         )
     finally:

@@ -45,11 +45,12 @@ AHEAD_MS = 1000
 #: Pauses where the exchange names none, ms: after 429, and after 418 (its shortest ban is two minutes).
 LIMIT_PAUSE_MS = 10_000
 BAN_PAUSE_MS = 120_000
-#: No pause is shorter, ms: one of nothing would ask a closed exchange again and again, and count no attempt.
+#: No pause is shorter, ms: one of nothing would ask a closed exchange again and again. After a 451 it is the pause: it
+#: names no end, lasts for ever or for moments, and is worth one look a second.
 LEAST_PAUSE_MS = 1_000
 #: Attempts that a history keeps at the most (:func:`bounded`); with the longest texts a third of what can be read back.
 MAX_HISTORY = 200
-#: So many of the newest are kept without a gap: more than any delay, or the count of clock refusals, looks back.
+#: So many of the newest are kept without a gap: more than any delay looks back.
 _TAIL = 40
 _MAX_NAME_CHARS = 64
 #: What the one attempt says that stands for a history that cannot be read.
@@ -67,7 +68,7 @@ _REFUSED = frozenset({Means.DENIED, Means.KEY_REFUSED})
 class Policy:
     """The bounds of a request, from the worker's settings."""
 
-    max_attempts: int = 25
+    max_attempts: int = 200  # more than the default deadline has time for
     backoff_base_ms: int = 100
     backoff_cap_ms: int = 15_000
     not_found_horizon_ms: int = 10_000
@@ -124,7 +125,7 @@ def first_step(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: i
         if not history:
             return Stop(OutcomeKind.OVERDUE, error="the deadline passed before anything was sent")
         return _bound(history, policy, "the deadline passed")
-    call = call_for(case, history, now_ms)
+    call = call_for(case, history, policy, now_ms)
     return _attempts_left(history, policy, call) or Again(call)
 
 
@@ -143,21 +144,21 @@ def next_step(
     if now_ms >= case.deadline_at_ms:
         return _bound(history, policy, "the deadline passed")
     delay_ms = _delay(case, history, verdict, policy, now_ms, roll)
-    if (stop := _attempts_left(history, policy, call_for(case, history, now_ms + delay_ms))) is not None:
+    if (stop := _attempts_left(history, policy, call_for(case, history, policy, now_ms + delay_ms))) is not None:
         return stop
     left_ms = case.deadline_at_ms - now_ms
     if delay_ms >= left_ms:
         if verdict.means in GATED or left_ms <= LAST_TRY_MS:
             return _bound(history, policy, "the deadline comes before the next try")
         delay_ms = left_ms - LAST_TRY_MS
-    call = call_for(case, history, now_ms + delay_ms)
+    call = call_for(case, history, policy, now_ms + delay_ms)
     return Again(call, delay_ms, resync=verdict.means is Means.CLOCK)
 
 
-def call_for(case: Case, history: Sequence[Attempt], at_ms: int) -> Call:
+def call_for(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int) -> Call:
     """Which call comes next at ``at_ms``: a query wherever a cancel would be a guess."""
     if history and _asks(history[-1]):
-        return Call.QUERY
+        return Call.CANCEL if _wants_last_word(case, history, policy, at_ms) else Call.QUERY
     # Whatever was sent before, even what was refused, took time in which the id can have changed hands. A clock that
     # shows a time before the request was set back, and tells nothing.
     is_fresh = not history and not case.retried and 0 <= at_ms - case.meant_at_ms <= BLIND_CANCEL_MS
@@ -169,6 +170,24 @@ def _asks(last: Attempt) -> bool:
     if last.call is Call.CANCEL:
         return last.verdict in _ASK_AFTER
     return not (last.call is Call.QUERY and last.verdict == Means.OPEN)
+
+
+def _wants_last_word(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int) -> bool:
+    """Whether "no such order" would be believed now, but for one more cancel.
+
+    Where the book is late, an order that cancels and queries have missed can be cancelled all the same. It is asked
+    once, and by algo id alone: that never means another order, and cancels of what does not exist lead to a ban.
+    """
+    first = _first_missed(history)
+    if first is None or case.by_client_id or not _misses_order(history[-1]) or at_ms >= case.deadline_at_ms:
+        return False
+    is_due = at_ms >= _horizon_ends(history, policy, at_ms)
+    return is_due and _last_cancel(history) <= first and _attempts_left(history, policy, Call.CANCEL) is None
+
+
+def _last_cancel(history: Sequence[Attempt]) -> int:
+    """Where the last cancel stands; -1: nowhere."""
+    return max((at for at in range(len(history)) if history[at].call is Call.CANCEL), default=-1)
 
 
 #: After these answers to a cancel the order's state must be read before anything else is tried.
@@ -222,25 +241,26 @@ def _misses_order(attempt: Attempt) -> bool:
 
 
 def counted(history: Sequence[Attempt]) -> int:
-    """How many attempts count against the bound.
+    """How many attempts count against the bound: those that were answered about the order or may have been carried out.
 
-    Not counted: what brought a pause for everybody (LIMITED, BLOCKED); clock refusals as far as they are answered at
-    once; and a repeated "no such order", whose own bound is the horizon.
+    What was cleanly not done does no harm, and the deadline alone bounds it. A repeated "no such order" has a bound of
+    its own, the horizon.
     """
     return _counts(history)[-1]
 
 
+#: Cleanly not done, whatever the call.
+_NOT_DONE = GATED | {Means.BUSY, Means.CLOCK, Means.NOT_SENT}
+
+
 def _counts(history: Sequence[Attempt]) -> list[int]:
     """How many count before each attempt, and in all."""
-    counts, total, clocks = list[int](), 0, 0
+    counts, total = list[int](), 0
     for attempt in history:
-        means = attempt.verdict
         total = total if attempt.counted_before is None else attempt.counted_before
         counts.append(total)
-        clocks = clocks + 1 if means == Means.CLOCK else 0
-        free = means in GATED or 0 < clocks <= MAX_RESYNCS
-        free = free or (means == Means.NO_SUCH_ORDER and attempt.call is Call.QUERY)
-        total += not free
+        is_repeat = attempt.verdict == Means.NO_SUCH_ORDER and attempt.call is Call.QUERY
+        total += attempt.verdict not in _NOT_DONE and not is_repeat
     return [*counts, total]
 
 
@@ -260,7 +280,7 @@ def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Pol
     if means in _FREES_CLIENT_ID:
         return None if now_ms < case.strikes_until_ms else _off_the_book(history, verdict)
     if means in _REFUSED or means is Means.NO_SUCH_ORDER:
-        return _unless_in_doubt(history, verdict, policy, now_ms)
+        return _unless_in_doubt(case, history, verdict, policy, now_ms)
     return None
 
 
@@ -276,7 +296,9 @@ def _off_the_book(history: Sequence[Attempt], verdict: Verdict) -> Stop:
     return Stop(OutcomeKind.EXPIRED if means is Means.EXPIRED else OutcomeKind.REJECTED, verdict.msg)
 
 
-def _unless_in_doubt(history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int) -> Stop | None:
+def _unless_in_doubt(
+    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int
+) -> Stop | None:
     """The end by a refusal, or by "no such order" that is believed. One silence must not make it ``unknown`` for good.
 
     A silence is settled by its late answer, or by what is said when it cannot strike any more: the exchange would show
@@ -284,6 +306,8 @@ def _unless_in_doubt(history: Sequence[Attempt], verdict: Verdict, policy: Polic
     """
     is_refusal = verdict.means in _REFUSED
     if not is_refusal and now_ms < _horizon_ends(history, policy, now_ms):
+        return None
+    if not is_refusal and _wants_last_word(case, history, policy, now_ms):
         return None
     if _silent_until_ms(history, policy) > history[-1].at_ms:
         return None
@@ -339,7 +363,8 @@ def _attempts_left(history: Sequence[Attempt], policy: Policy, call: Call) -> St
     """The bound on attempts; the last one is kept for the query that tells what the cancels before it did."""
     used = counted(history)
     spare = 1 if call is Call.CANCEL and used > 0 else 0
-    return _bound(history, policy, f"{used} attempts were made") if used + spare >= policy.max_attempts else None
+    is_over = used + spare >= policy.max_attempts
+    return _bound(history, policy, f"{used} counted attempts were made") if is_over else None
 
 
 def _bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
@@ -349,9 +374,15 @@ def _bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
 
 
 def _delay(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float) -> int:
-    means, call = verdict.means, history[-1].call
-    if means in GATED:
+    if verdict.means in GATED:
         return pause_ms(verdict, policy, now_ms, case.ahead)
+    return max(_own_delay(case, history, verdict, policy, now_ms, roll), verdict.retry_after_ms or 0)
+
+
+def _own_delay(
+    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float
+) -> int:
+    means, call = verdict.means, history[-1].call
     if means is Means.CLOCK and _trailing(history, Means.CLOCK) <= MAX_RESYNCS:
         return 0
     if means in _FREES_CLIENT_ID:
@@ -384,7 +415,7 @@ def pause_ms(verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None) 
     its own clock, can make a pause longer than it is without, and never shorter.
     """
     if verdict.means is Means.BLOCKED:
-        return policy.waf_pause_ms
+        return max(verdict.retry_after_ms or 0, LEAST_PAUSE_MS) if verdict.http == 451 else policy.waf_pause_ms
     asked_ms, until_ms = verdict.retry_after_ms, verdict.banned_until_ms
     if asked_ms is None and (until_ms is None or ahead is None):
         asked_ms = BAN_PAUSE_MS if verdict.http == 418 else LIMIT_PAUSE_MS
@@ -453,8 +484,7 @@ def bounded(history: Sequence[Attempt]) -> list[Attempt]:
     rest = [at for at in reversed(range(len(whole))) if at not in kept]
     rest.sort(key=lambda at: whole[at].verdict != Means.UNCLEAR)  # stable: the newest first among each
     kept.update(rest[: MAX_HISTORY - len(kept)])
-    # Where the count is told, the attempts that a clock refusal's counting looks back to stand right before.
-    told_at = len(whole) - _TAIL + MAX_RESYNCS
+    told_at = len(whole) - _TAIL
     before = {told_at: _counts(whole)[told_at]}
     return [
         replace(attempt, counted_before=before.get(at)) if at <= told_at else attempt
@@ -472,6 +502,7 @@ def _needed(history: Sequence[Attempt]) -> set[int]:
     found = (
         0,
         next((at for at in places if history[at].call is Call.CANCEL), None),
+        next((at for at in reversed(places) if history[at].call is Call.CANCEL), None),
         next((at for at in reversed(places) if _shows_state(history[at])), None),
         _first_missed(history),
         # the last to lose their doubt, of all and of those that are no silence,

@@ -201,7 +201,7 @@ class Exchange:
         return used.weight if used is not None and used.minute == self._clock.now_ms() // 60_000 else 0
 
     def take_refusal(self) -> Reply | None:
-        """The latest 403, 418, 429 or challenge that one of the unsigned calls got, once: it closes the gate too."""
+        """The latest 403, 418, 429, 451 or challenge that an unsigned call got, once: it closes the gate too."""
         refusal, self._refusal = self._refusal, None
         return refusal
 

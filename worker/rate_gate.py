@@ -21,8 +21,13 @@ from worker.decide import Policy, Span, pause_ms
 
 #: After a pause the requests in flight grow from one to all within this time, ms.
 RAMP_MS = 2_000
-#: Shares of the weight limit: the pause until the next minute, and the end of queries, so that the rest is for cancels.
-CLOSE_AT, NO_QUERIES_AT = 0.9, 0.75
+#: The share of the weight limit at which queries end, so that the rest is for cancels.
+NO_QUERIES_AT = 0.75
+#: What of the limit is left unused, as a share, and in weight at the least where that is no larger share: for the time
+#: calls of all workers, and for what others on the address send meanwhile.
+RESERVE_PART, RESERVE_LEAST, RESERVE_MOST_PART = 0.01, 10, 0.1
+#: The part of the weight that is left which one worker may have in flight: what the others have is not known.
+_PART_IN_FLIGHT = 4
 #: The part of the weight that is left, and of the flight, that may go into looking orders up after a silence.
 LOOK_UPS_PART = 4
 #: ... of the flight where most of it is silent.
@@ -48,6 +53,7 @@ class Gate:
         self._unshared: tuple[int, str, bool] | None = None
         self._shared_at_ns = -math.inf  # when Redis last heard of a closing of ours
         self._raised_at_ns = -math.inf  # when we last heard of one
+        self._left = (0, 0)  # until when it was told, and the weight that was left then
         self.until_ms = 0
         self.weight_limit = DEFAULT_WEIGHT_LIMIT
         self.looked_up = 0  # how often an order was looked up after a silence, in this minute
@@ -58,11 +64,11 @@ class Gate:
         return now_ms < self.until_ms
 
     def ceiling(self, size: int, now_ms: int) -> int:
-        """Requests in flight at the most: ``size``, but few at first after a pause."""
+        """Requests in flight at the most: ``size``, but few at first after a pause, and near the weight limit."""
         since_ms = now_ms - self.until_ms
-        if since_ms >= RAMP_MS:
-            return size
-        return max(1, size * max(since_ms, 0) // RAMP_MS)
+        ramped = size if since_ms >= RAMP_MS else size * max(since_ms, 0) // RAMP_MS
+        told_until_ms, left = self._left
+        return max(1, ramped if now_ms >= told_until_ms else min(ramped, left // _PART_IN_FLIGHT))
 
     def observe(self, until_ms: int) -> None:
         """Note what Redis says; an end that is later here has not reached Redis yet, and holds."""
@@ -85,17 +91,20 @@ class Gate:
     def close_for(self, verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None) -> bool:
         """Close it as long as a gated ``verdict`` asks for; whether Redis should hear of it now (:meth:`share`)."""
         reason = f"{verdict.http} {verdict.msg}".strip()
-        return self._close(
-            pause_ms(verdict, policy, now_ms, ahead), reason, now_ms, doubling=verdict.means is Means.BLOCKED
-        )
+        is_firewall = verdict.means is Means.BLOCKED and verdict.http != 451
+        return self._close(pause_ms(verdict, policy, now_ms, ahead), reason, now_ms, doubling=is_firewall)
 
     def spend(self, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> bool:
-        """Close it until the exchange's next minute if the weight used, with what is under way, nears the limit;
-        whether Redis should hear of it now."""
-        if used + in_flight < CLOSE_AT * self.weight_limit or self.closed(now_ms):
+        """Close it until the exchange's next minute if the weight used, with what is under way, leaves the reserve
+        alone; whether Redis should hear of it now."""
+        minute_ms = ms_to_next_minute(server_now_ms)
+        reserve = min(max(RESERVE_PART * self.weight_limit, RESERVE_LEAST), RESERVE_MOST_PART * self.weight_limit)
+        left = math.floor(self.weight_limit - reserve) - used
+        self._left = (now_ms + minute_ms, left)
+        if in_flight < left or self.closed(now_ms):
             return False
         reason = f"weight {used} used and {in_flight} under way of {self.weight_limit} a minute"
-        return self._close(ms_to_next_minute(server_now_ms), reason, now_ms, doubling=False)
+        return self._close(minute_ms, reason, now_ms, doubling=False)
 
     def allows(self, call: Call, used: int, is_look_up: bool = False) -> bool:
         """Whether the budget has room for ``call``: cancels have the last quarter to themselves, and look-ups after a

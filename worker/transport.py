@@ -68,8 +68,8 @@ class Request:
     method: str
     target: str = field(repr=False)
     fields: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    patience_s: float | None = None
-    late: Callable[[Raw | Failed], None] | None = None
+    patience_s: float | None = field(default=None, repr=False)
+    late: Callable[[Raw | Failed], None] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

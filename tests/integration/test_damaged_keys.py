@@ -12,7 +12,7 @@ from producer import CancelClient, OutcomeKind
 from tests.holders import OVERLOOKED_MS, SPOILED, OpenHolder, age, back, ended, ids, later, orders
 from tests.servers import Peek, Workers, eventually
 from worker.sandbox.control import RunningExchange
-from worker.store import Row
+from worker.store import Row, Suspect
 
 Spoil = Callable[[redis.Redis, str], object]
 #: Types that none of these keys has.
@@ -282,20 +282,21 @@ def test_the_breaker_of_a_key_works_whatever_stands_there(
 ) -> None:
     """It opens, keeps jobs waiting and closes again."""
     keys, holder = peek.keys, open_holder()
-    key = keys.suspects if which == "suspects" else getattr(keys, which)("default")
+    suspect = Suspect("default", "0123456789abcdef")
+    key = keys.suspects if which == "suspects" else getattr(keys, which)(suspect.fingerprint)
 
     def tell(what: str, word: str) -> int:
         if (which, what) in (("breaker", "failed"), ("held", "ask"), ("suspects", "failed"), ("suspects", "answered")):
             put(spoil, connection, key)
-        return holder.ask(holder.store.key("default", what, word, 1, 60_000))
+        return holder.ask(holder.store.key(suspect, what, word, 1, 60_000))[0]
 
     until_ms = tell("failed", "401")
     assert until_ms > peek.now_ms()
     assert tell("ask", "job") == until_ms
     assert is_set_aside(connection, key, spoil)
-    assert peek("SMEMBERS", keys.held("default")) == ["job"]
+    assert peek("SMEMBERS", keys.held(suspect.fingerprint)) == ["job"]
     assert tell("answered", "") == 0
-    assert peek("EXISTS", keys.breaker("default")) == 0
+    assert peek("EXISTS", keys.breaker(suspect.fingerprint)) == 0
 
 
 @STRANGE

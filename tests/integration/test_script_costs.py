@@ -16,6 +16,7 @@ from producer import CancelClient, OutcomeKind
 from producer.keys import Keys, Script
 from tests.holders import Holder, OpenHolder, back, ended, ids, later, orders
 from tests.servers import Peek, TurnCounter, Valkey
+from worker.store import Suspect
 
 
 def test_scripts_survive_a_flush(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
@@ -33,7 +34,7 @@ def test_scripts_survive_a_flush(client: CancelClient, open_holder: OpenHolder, 
     assert forgotten().complete(*map(ended, leases)) == [1, 1]
     assert ids(forgotten().claim_one(tickets[2]).leases) == tickets[2:]
     assert forgotten().ask(holder.store.tidy(0, 0)) == (0, 0, ())
-    assert forgotten().ask(holder.store.key("default", "ask", "x", 5, 5)) == 0
+    assert forgotten().ask(holder.store.key(Suspect("default", "0" * 16), "ask", "x", 5, 5)) == (0, "")
     assert forgotten().close_gate(5) > 0
     assert len(peek.ledger()) == 2
 
