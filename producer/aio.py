@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
@@ -178,22 +178,30 @@ class AsyncCancelClient:
     async def _entries(self, position: str, follow: bool) -> AsyncIterator[tuple[str, Outcome]]:
         if position == "$":
             position = await self.converse(self._wire.newest())
-        lines, news = self._mine(), asyncio.Event()
-        with lines.waiters.waiting((), news.set):
+        with self._news() as goes_on_after:
             while True:
-                if follow:
-                    news.clear()
-                    await lines.listener()
                 page = await self.converse(self._wire.page(position))
                 for position, outcome in readable_entries(page):
                     if outcome is not None:
                         yield position, outcome
-                if not page:
-                    if not follow:
-                        return
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(LOOK_S):
-                            await news.wait()
+                if not page and not (follow and await goes_on_after(position)):
+                    return
+
+    @contextlib.contextmanager
+    def _news(self) -> Iterator[Callable[[str], Awaitable[bool]]]:
+        """A function that waits for news of the ledger, and says whether it goes on after an entry or may do so."""
+        lines, news = self._mine(), asyncio.Event()
+
+        async def goes_on_after(_: str) -> bool:
+            await lines.listener()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await news.wait()
+            news.clear()
+            return True
+
+        with lines.waiters.waiting((), news.set):
+            yield goes_on_after
 
     async def wait(self, ticket_or_id: AsyncTicket | str, timeout_s: float | timedelta | None = None) -> Outcome:
         """Block until a request has an outcome; see :meth:`AsyncTicket.wait`."""
@@ -212,12 +220,14 @@ class AsyncCancelClient:
 
     async def _ends(self, wanted: dict[str, CancelRequest | None], timeout: object) -> dict[str, End]:
         timeout_s = checked_wait(timeout)
-        ends_at = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        began_at = asyncio.get_running_loop().time()
         ends: dict[str, End] = {}
         try:
             ends = await self.converse(self._wire.look(wanted))
             if ends.keys() != wanted.keys() and timeout_s != 0:
-                ends |= await self._listen_for([job_id for job_id in wanted if job_id not in ends], ends_at)
+                now = asyncio.get_running_loop().time()
+                left_s = None if timeout_s is None else max(0.0, began_at + timeout_s - now)
+                ends |= await self._listen_for([job_id for job_id in wanted if job_id not in ends], left_s)
             if ends.keys() != wanted.keys():
                 ends |= await self._timed_out([job_id for job_id in wanted if job_id not in ends], timeout_s)
         except QueueUnavailable as error:
@@ -227,10 +237,11 @@ class AsyncCancelClient:
     async def _timed_out(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
         served: bool | None = None
         with contextlib.suppress(QueueUnavailable):
-            served = await self.converse(self._mine().waiters.served())
+            served = await self.converse(self._wire.served())
         return {job_id: timed_out(job_id, timeout_s, self.keys.queue, served) for job_id in job_ids}
 
-    async def _listen_for(self, job_ids: list[str], ends_at: float | None) -> dict[str, End]:
+    async def _listen_for(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
+        ends_at = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         lines, came = self._mine(), asyncio.Event()
         with lines.waiters.waiting(job_ids, came.set) as waiter:
             await lines.listener()

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
@@ -192,20 +192,28 @@ class CancelClient:
     def _entries(self, position: str, follow: bool) -> Iterator[tuple[str, Outcome]]:
         if position == "$":
             position = self.converse(self._wire.newest())
-        lines, news = self._mine(), threading.Event()
-        with lines.waiters.waiting((), news.set):
+        with self._news() as goes_on_after:
             while True:
-                if follow:
-                    news.clear()
-                    lines.listener()
                 page = self.converse(self._wire.page(position))
                 for position, outcome in readable_entries(page):
                     if outcome is not None:
                         yield position, outcome
-                if not page:
-                    if not follow:
-                        return
-                    news.wait(LOOK_S)
+                if not page and not (follow and goes_on_after(position)):
+                    return
+
+    @contextlib.contextmanager
+    def _news(self) -> Iterator[Callable[[str], bool]]:
+        """A function that waits for news of the ledger, and says whether it goes on after an entry or may do so."""
+        lines, news = self._mine(), threading.Event()
+
+        def goes_on_after(_: str) -> bool:
+            lines.listener()
+            news.wait(LOOK_S)
+            news.clear()
+            return True
+
+        with lines.waiters.waiting((), news.set):
+            yield goes_on_after
 
     def wait(self, ticket_or_id: Ticket | str, timeout_s: float | timedelta | None = None) -> Outcome:
         """Block until a request has an outcome; see :meth:`Ticket.wait`."""
@@ -222,12 +230,13 @@ class CancelClient:
 
     def _ends(self, wanted: dict[str, CancelRequest | None], timeout: object) -> dict[str, End]:
         timeout_s = checked_wait(timeout)
-        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+        began_at = time.monotonic()
         ends: dict[str, End] = {}
         try:
             ends = self.converse(self._wire.look(wanted))
             if ends.keys() != wanted.keys() and timeout_s != 0:
-                ends |= self._listen_for([job_id for job_id in wanted if job_id not in ends], ends_at)
+                left_s = None if timeout_s is None else max(0.0, began_at + timeout_s - time.monotonic())
+                ends |= self._listen_for([job_id for job_id in wanted if job_id not in ends], left_s)
             if ends.keys() != wanted.keys():
                 ends |= self._timed_out([job_id for job_id in wanted if job_id not in ends], timeout_s)
         except QueueUnavailable as error:
@@ -237,10 +246,11 @@ class CancelClient:
     def _timed_out(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
         served: bool | None = None
         with contextlib.suppress(QueueUnavailable):
-            served = self.converse(self._mine().waiters.served())
+            served = self.converse(self._wire.served())
         return {job_id: timed_out(job_id, timeout_s, self.keys.queue, served) for job_id in job_ids}
 
-    def _listen_for(self, job_ids: list[str], ends_at: float | None) -> dict[str, End]:
+    def _listen_for(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
+        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         lines, came = self._mine(), threading.Event()
         with lines.waiters.waiting(job_ids, came.set) as waiter:
             lines.listener()

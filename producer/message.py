@@ -203,7 +203,9 @@ def seconds(name: str, value: object, most_s: float, *, or_zero: bool = False) -
     Raises:
         InvalidRequest: it is none, or not within its bounds.
     """
-    bounds = "0 or more" if or_zero else f"more than 0 and at most {most_s}"
+    bounds = f"more than 0 and at most {most_s}"
+    if or_zero:
+        bounds = "0 or more" if most_s == math.inf else f"from 0 to {most_s}"
     rule = f"must be {bounds} seconds"
     if isinstance(value, timedelta):
         number = value.total_seconds()

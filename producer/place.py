@@ -67,9 +67,8 @@ class Place:
         is_async = wanted is aio.Redis
         pool: Any = client.connection_pool
         timeout_s = float(pool.connection_kwargs.get("socket_timeout") or TIMEOUT_S)
-        address = shown_address(client)
+        ours = Address.of(client)
         if pool.connection_class in _STANDARD:
-            ours = Address.of(client)
             pool = (ours.async_client(timeout_s) if is_async else ours.client(timeout_s)).connection_pool
         options = {name: value for name, value in pool.connection_kwargs.items() if name not in _THEIRS}
         options |= {"protocol": 2, "decode_responses": False}
@@ -79,7 +78,7 @@ class Place:
             options["socket_connect_timeout"] = timeout_s
         else:
             options["retry"] = Retry(NoBackoff(), 0)
-        place = cls(address, timeout_s, lambda: pool.connection_class(**options))
+        place = cls(ours.shown, timeout_s, lambda: pool.connection_class(**options))
         try:
             place.make()
         except (TypeError, ValueError, redis.RedisError) as error:
@@ -110,20 +109,3 @@ def checked_url(url: object) -> Address:
     except BadRedisUrl as error:
         reason = f"; {error}" if str(error) else ""
         raise InvalidRequest("url", "...", f"must be {FORMS}{reason}") from None
-
-
-def shown_address(client: redis.Redis | aio.Redis) -> str:
-    """Where a connection leads, without user and password."""
-    pool: Any = client.connection_pool
-    options = pool.connection_kwargs
-    if (sentinels := options.get("sentinels")) is not None:
-        places = ",".join(f"{host}:{port}" for host, port in sentinels.places)
-        return f"redis+sentinel://{places}/{sentinels.service}"
-    if (service := getattr(pool, "service_name", None)) is not None:
-        return f"redis+sentinel://.../{service}"
-    if "path" in options:
-        return f"unix://{options['path']}"
-    scheme = "rediss" if issubclass(pool.connection_class, redis.SSLConnection | aio.SSLConnection) else "redis"
-    host = options.get("host") or "localhost"
-    host = f"[{host}]" if ":" in host else host
-    return f"{scheme}://{host}:{options.get('port') or 6379}/{options.get('db') or 0}"

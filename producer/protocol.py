@@ -299,11 +299,11 @@ class Wire:
         self.keys = Keys(check_queue_name(queue), RQ_KEY_PREFIX)
         self.timeout_s = timeout_s
         #: What no call changes stands in the script itself: it is not made, packed, sent and parsed at each call.
-        fields = [word for field in self._job_fields().items() for word in field]
+        fields = [word for field in self.fields_of_job().items() for word in field]
         self.enqueue_script = Script(self.keys.lua() | {"JOB_FIELDS": fields}, "producer/enqueue.lua")
         self._retry_script = Script(self.keys.lua(), "producer/retry.lua")
 
-    def _job_fields(self) -> dict[str, Any]:
+    def fields_of_job(self) -> dict[str, Any]:
         """RQ's own hash of such a job, made by RQ, without what differs from request to request."""
         job = Job.create(
             func=TASK,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rq.defaults import DEFAULT_WORKER_TTL
@@ -65,7 +65,7 @@ _MAX_KEY_CHARS = 200
 #: What stands for the answer about a key of the wrong type, by the command.
 _NOTHING: Mapping[str, Any] = {
     **dict.fromkeys(("LLEN", "ZCARD", "ZCOUNT", "SCARD"), 0),
-    **dict.fromkeys(("ZRANGEBYSCORE", "SRANDMEMBER", "XREVRANGE"), ()),
+    **dict.fromkeys(("LRANGE", "SRANDMEMBER", "XREVRANGE", "ZRANGEBYSCORE", "ZREVRANGE"), ()),
     "HGETALL": (),
 }
 #: Scores of those that wait for a worker.
@@ -178,21 +178,21 @@ class Status:
 
     queue: str
     at_ms: int
-    queued: int
-    oldest_queued_s: float | None  # queue latency; None while nothing waits, or no worker has seen what does
-    in_flight: int  # that a worker holds under a lease which has not run out
-    scheduled: int
-    failed: int
-    suspended: bool
-    gates: tuple[Gate, ...]
-    keys: tuple[RefusedKey, ...]  # none while every key is accepted
-    used_weight: int | None  # the most that a live worker saw in the present minute; None where none tells
-    weight_limit: int | None
-    outcomes: Mapping[str, int]  # kind to count, of the last minute
-    outcomes_partial: bool  # more than MAX_ENTRIES came in the last minute
-    enqueue_to_outcome: Percentiles
-    enqueue_to_first_attempt: Percentiles
-    workers: tuple[WorkerRow, ...]
+    queued: int = 0
+    oldest_queued_s: float | None = None  # queue latency; None while nothing waits, or no worker has seen what does
+    in_flight: int = 0  # that a worker holds under a lease which has not run out
+    scheduled: int = 0
+    failed: int = 0
+    suspended: bool = False
+    gates: tuple[Gate, ...] = ()
+    keys: tuple[RefusedKey, ...] = ()  # none while every key is accepted
+    used_weight: int | None = None  # the most that a live worker saw in the present minute; None where none tells
+    weight_limit: int | None = None
+    outcomes: Mapping[str, int] = field(default_factory=dict)  # kind to count, of the last minute
+    outcomes_partial: bool = False  # more than MAX_ENTRIES came in the last minute
+    enqueue_to_outcome: Percentiles = Percentiles()
+    enqueue_to_first_attempt: Percentiles = Percentiles()
+    workers: tuple[WorkerRow, ...] = ()
     to_be_taken_over: int = 0  # whose lease has run out: the next claim of any worker takes them over
     damaged: tuple[str, ...] = ()  # keys of the wrong type: what they should tell counts as nothing above
     workers_known: bool = True  # the set of the workers can be read
@@ -319,8 +319,8 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 def read_status(keys: Keys) -> Conversation[Status]:
     """Look at a queue in three round trips, however long the queue and its ledger are."""
     damaged: dict[str, None] = {}
-    first = _First.of((yield from _readable(_First.commands(keys), damaged)))
-    details = _Details.of(first, (yield from _readable(_Details.commands(keys, first), damaged)))
+    first = _First.of((yield from readable(_First.commands(keys), damaged)))
+    details = _Details.of(first, (yield from readable(_Details.commands(keys, first), damaged)))
     hosts = sorted({host for fields in details.workers if (host := _raw_host(fields))})
     crowds = [(account, held) for account, _, held in details.keys if _is_compared(held, first.scheduled)]
     third = _third(keys, hosts, [account for account, _ in crowds])
@@ -372,8 +372,8 @@ def is_served(keys: Keys) -> Conversation[bool | None]:
     return any(row.live for row in rows)
 
 
-def _readable(commands: list[Command], damaged: dict[str, None]) -> Conversation[list[Any]]:
-    """One round trip whose keys of the wrong type count as empty."""
+def readable(commands: list[Command], damaged: dict[str, None]) -> Conversation[list[Any]]:
+    """One round trip whose keys of the wrong type count as empty; they are added to ``damaged``."""
     return _without_damaged(commands, (yield commands), damaged)
 
 

@@ -217,9 +217,19 @@ class Waiter:
 class QueueWire(Wire):
     """All conversations of a client about one queue."""
 
+    _served: tuple[float, bool | None] = (-LOOK_S, None)
+
     def look(self, job_ids: Iterable[str], *, for_the_gone: bool = True) -> Conversation[dict[str, End]]:
         """See :func:`look`."""
         return look(self.keys, job_ids, for_the_gone=for_the_gone)
+
+    def served(self) -> Conversation[bool | None]:
+        """Whether a live worker serves the queue, as of the last second; None where nobody can tell."""
+        at_s, told = self._served
+        if time.monotonic() - at_s > LOOK_S:
+            told = yield from is_served(self.keys)
+            self._served = (time.monotonic(), told)
+        return told
 
     def status(self) -> Conversation[Status]:
         """See :func:`producer.status.read_status`."""
@@ -235,7 +245,6 @@ class Waiters:
         self._all: set[Waiter] = set()
         self._by_id: dict[str, list[Waiter]] = {}
         self._left_s = time.monotonic()
-        self._served: tuple[float, bool | None] = (-LOOK_S, None)
 
     @contextlib.contextmanager
     def waiting(self, wanted: Iterable[str], wake: Callable[[], object]) -> Iterator[Waiter]:
@@ -326,11 +335,3 @@ class Waiters:
                 position = entries[-1][0] if entries else position
             if entries or position is None:
                 self._news()
-
-    def served(self) -> Conversation[bool | None]:
-        """Whether a live worker serves the queue, as of the last second."""
-        at_s, told = self._served
-        if time.monotonic() - at_s > LOOK_S:
-            told = yield from is_served(self._wire.keys)
-            self._served = (time.monotonic(), told)
-        return told

@@ -148,6 +148,15 @@ class Proxy:
         """Reset all connections (RST to both ends); gives how many there were."""
         return self._do(self._reset_all)
 
+    def forget(self) -> None:
+        """Do as a NAT that has forgotten its connections: those that are there lead nowhere, and nobody is told."""
+
+        def forget() -> None:
+            for link in self.links:
+                link.hold(True)
+
+        self._do(forget)
+
     def limit_data(self, request: bytes, answer: bytes = b"", *, keep: int = 0, times: int = 1) -> Trap:
         """Have the next answers to such a request break off after ``keep`` bytes, once the command has run."""
         trap = Trap(request, answer, keep, times)
