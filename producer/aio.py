@@ -88,7 +88,7 @@ class AsyncCancelClient:
         return cls(address.async_client(call_s, **options), queue)
 
     async def close(self) -> None:
-        """Give the connections back. A closed client refuses every call."""
+        """Give the connections back, a brought one too. A closed client refuses every call."""
         self._is_closed = True
         loop = asyncio.get_running_loop()
         for lines in [each for each in self._lines if each.pid == os.getpid()]:
@@ -97,6 +97,8 @@ class AsyncCancelClient:
                 await lines.close(closed(self))
             elif lines.loop.is_running():
                 asyncio.run_coroutine_threadsafe(lines.close(closed(self)), lines.loop)
+        with contextlib.suppress(redis.RedisError, RuntimeError):  # it was used in a loop that has been closed
+            await self._redis.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -225,9 +227,7 @@ class AsyncCancelClient:
         try:
             ends = await self.converse(self._wire.look(wanted))
             if ends.keys() != wanted.keys() and timeout_s != 0:
-                now = asyncio.get_running_loop().time()
-                left_s = None if timeout_s is None else max(0.0, began_at + timeout_s - now)
-                ends |= await self._listen_for([job_id for job_id in wanted if job_id not in ends], left_s)
+                ends |= await self._listen_for([job_id for job_id in wanted if job_id not in ends], timeout_s, began_at)
             if ends.keys() != wanted.keys():
                 ends |= await self._timed_out([job_id for job_id in wanted if job_id not in ends], timeout_s)
         except QueueUnavailable as error:
@@ -240,8 +240,8 @@ class AsyncCancelClient:
             served = await self.converse(self._wire.served())
         return {job_id: timed_out(job_id, timeout_s, self.keys.queue, served) for job_id in job_ids}
 
-    async def _listen_for(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
-        ends_at = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+    async def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:
+        ends_at = None if timeout_s is None else began_at + timeout_s
         lines, came = self._mine(), asyncio.Event()
         with lines.waiters.waiting(job_ids, came.set) as waiter:
             await lines.listener()

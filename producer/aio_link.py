@@ -220,14 +220,19 @@ class AsyncLines:
                 raise
 
     async def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
-        ends_at = self._ends_at()
-        if isinstance(commands, Slow):
-            try:
-                return await self._slow.carry(commands, ends_at)
-            except redis.RedisError as error:
-                return [error] * len(commands)
+        line = self._slow if isinstance(commands, Slow) else self._calls
         try:
-            answers = await self._calls.carry(commands, ends_at)
+            return await self._twice(line, commands, repeat)
+        except redis.RedisError as error:
+            if line is self._calls:
+                raise
+            return [error] * len(commands)
+
+    async def _twice(self, line: AsyncLine, commands: Commands, repeat: bool) -> list[Any]:
+        """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
+        ends_at = self._ends_at()
+        try:
+            answers = await line.carry(commands, ends_at)
             # What was refused so wrote nothing, and another connection may lead to another server.
             is_refused = any(isinstance(answer, Exception) and passes(answer) for answer in answers)
             if not is_refused or not (repeat or len(commands) == 1):
@@ -238,7 +243,7 @@ class AsyncLines:
             # Closed by the server, say. The ids are in the words: a repeat finds itself.
             if not repeat or self.loop.time() >= ends_at:
                 raise
-        return await self._calls.carry(commands, ends_at)
+        return await line.carry(commands, ends_at)
 
     async def listener(self) -> None:
         """See to it that somebody listens, and that from now on nothing is missed."""

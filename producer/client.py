@@ -107,10 +107,11 @@ class CancelClient:
         return cls(address.client(call_s, **options), queue)
 
     def close(self) -> None:
-        """Give the connections back. A closed client refuses every call."""
+        """Give the connections back, a brought one too. A closed client refuses every call."""
         self._is_closed = True
         if (lines := self._lines.pop(os.getpid(), None)) is not None:
             lines.close(closed(self))
+        self._redis.close()
 
     def __enter__(self) -> Self:
         return self
@@ -235,8 +236,7 @@ class CancelClient:
         try:
             ends = self.converse(self._wire.look(wanted))
             if ends.keys() != wanted.keys() and timeout_s != 0:
-                left_s = None if timeout_s is None else max(0.0, began_at + timeout_s - time.monotonic())
-                ends |= self._listen_for([job_id for job_id in wanted if job_id not in ends], left_s)
+                ends |= self._listen_for([job_id for job_id in wanted if job_id not in ends], timeout_s, began_at)
             if ends.keys() != wanted.keys():
                 ends |= self._timed_out([job_id for job_id in wanted if job_id not in ends], timeout_s)
         except QueueUnavailable as error:
@@ -249,8 +249,8 @@ class CancelClient:
             served = self.converse(self._wire.served())
         return {job_id: timed_out(job_id, timeout_s, self.keys.queue, served) for job_id in job_ids}
 
-    def _listen_for(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
-        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+    def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:
+        ends_at = None if timeout_s is None else began_at + timeout_s
         lines, came = self._mine(), threading.Event()
         with lines.waiters.waiting(job_ids, came.set) as waiter:
             lines.listener()

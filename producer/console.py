@@ -117,7 +117,7 @@ def request_of(line: str, defaults: Mapping[str, Any]) -> CancelRequest | None:
     if not word or word.startswith("#"):
         return None
     if word.startswith("{"):
-        return decode_request({"v": VERSION, **defaults, **loads(word)})
+        return decode_request({"v": VERSION, **defaults, **loads(word, once=True)})
     if word.isdigit():
         return CancelRequest(algo_id=algo_id_of(word), **defaults)
     return CancelRequest(client_algo_id=word, **defaults)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from producer.message import MAX_ID_BYTES, CancelRequest, InvalidRequest, not_a, seconds
+from producer.message import MAX_ID_BYTES, CancelRequest, InvalidRequest, checked_seconds, not_a
 
 #: Longest time-out of a call, s.
 MAX_TIMEOUT_S = 3600
@@ -85,7 +85,7 @@ def checked_wait(timeout_s: object) -> float | None:
     """
     if timeout_s is None:
         return None
-    patience_s = seconds("timeout_s", timeout_s, math.inf, or_zero=True)
+    patience_s = checked_seconds("timeout_s", timeout_s, math.inf, or_zero=True)
     return None if patience_s == math.inf else float(patience_s)
 
 
@@ -95,4 +95,4 @@ def checked_timeout(timeout_s: object) -> float:
     Raises:
         InvalidRequest: it is no length of time, or none that a call can have.
     """
-    return float(seconds("timeout_s", timeout_s, MAX_TIMEOUT_S))
+    return float(checked_seconds("timeout_s", timeout_s, MAX_TIMEOUT_S))

@@ -244,22 +244,27 @@ class Lines:
             try:
                 commands = next(conversation)
                 while True:
-                    ends_at = time.monotonic() + self._wire.timeout_s
-                    commands = conversation.send(self._answers(commands, ends_at, repeat))
+                    commands = conversation.send(self._answers(commands, repeat))
             except StopIteration as end:
                 return cast(T, end.value)
             except NotOurs:
                 self._calls.distrust()
                 raise
 
-    def _answers(self, commands: Commands, ends_at: float, repeat: bool) -> list[Any]:
-        if isinstance(commands, Slow):
-            try:
-                return self._slow.carry(commands, ends_at)
-            except redis.RedisError as error:
-                return [error] * len(commands)
+    def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
+        line = self._slow if isinstance(commands, Slow) else self._calls
         try:
-            answers = self._calls.carry(commands, ends_at)
+            return self._twice(line, commands, repeat)
+        except redis.RedisError as error:
+            if line is self._calls:
+                raise
+            return [error] * len(commands)
+
+    def _twice(self, line: Line, commands: Commands, repeat: bool) -> list[Any]:
+        """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
+        ends_at = time.monotonic() + self._wire.timeout_s
+        try:
+            answers = line.carry(commands, ends_at)
             # What was refused so wrote nothing, and another connection may lead to another server.
             is_refused = any(isinstance(answer, Exception) and passes(answer) for answer in answers)
             if not is_refused or not (repeat or len(commands) == 1):
@@ -270,7 +275,7 @@ class Lines:
             # Closed by the server, say. The ids are in the words: a repeat finds itself.
             if not repeat or time.monotonic() >= ends_at:
                 raise
-        return self._calls.carry(commands, ends_at)
+        return line.carry(commands, ends_at)
 
     def listener(self) -> None:
         """See to it that somebody listens, and that from now on nothing is missed."""

@@ -14,7 +14,6 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from enum import StrEnum
 from typing import Any, SupportsFloat
 
@@ -146,7 +145,7 @@ class CancelRequest:
         if not isinstance(self.account, str) or not _ACCOUNT.fullmatch(self.account):
             raise InvalidRequest("account", self.account, "must match ^[a-z0-9][a-z0-9_-]{0,31}$")
         if self.deadline_s is not None:
-            object.__setattr__(self, "deadline_s", seconds("deadline_s", self.deadline_s, MAX_DEADLINE_S))
+            object.__setattr__(self, "deadline_s", checked_seconds("deadline_s", self.deadline_s, MAX_DEADLINE_S))
         checked_flag("urgent", self.urgent)
         _check_text("symbol", self.symbol, 32)
         _check_text("tag", self.tag, 64)
@@ -197,7 +196,7 @@ def not_a(value: object, wanted: type, cure: str) -> str:
     return f", not {type(value).__name__}" + (f": {cure}" if cure else "")
 
 
-def seconds(name: str, value: object, most_s: float, *, or_zero: bool = False) -> float:
+def checked_seconds(name: str, value: object, most_s: float, *, or_zero: bool = False) -> float:
     """A length of time, s: of a number of any kind, or of a timedelta.
 
     Raises:
@@ -207,8 +206,8 @@ def seconds(name: str, value: object, most_s: float, *, or_zero: bool = False) -
     if or_zero:
         bounds = "0 or more" if most_s == math.inf else f"from 0 to {most_s}"
     rule = f"must be {bounds} seconds"
-    if isinstance(value, timedelta):
-        number = value.total_seconds()
+    if callable(span := getattr(value, "total_seconds", None)):
+        number = span()
     elif isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
         raise InvalidRequest(name, value, f"{rule}, not {type(value).__name__}: give a number or a timedelta")
     else:
@@ -527,8 +526,10 @@ def decode_pin(text: str | bytes | None) -> Pin | None:
     return Pin(**fields)
 
 
-def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES) -> Any:
+def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES, *, once: bool = False) -> Any:
     """Parse JSON from a stranger: bounded in size and depth, no NaN, no number beyond 64 bits.
+
+    ``once``: no field may stand in an object twice. Else the last one holds, as for RQ.
 
     Raises:
         MalformedMessage: any of that, or not JSON.
@@ -538,7 +539,7 @@ def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES) -> Any:
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         _check_depth(decoded)
-        return _DECODER.decode(decoded)
+        return (_ONCE if once else _DECODER).decode(decoded)
     except MalformedMessage:
         raise
     except ValueError as error:
@@ -569,7 +570,6 @@ def _int64(digits: str) -> int:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which each field stands once: of two that differ nobody knows which was meant."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -578,7 +578,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-_DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_int64, object_pairs_hook=_once)
+_DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_int64)
+_ONCE = json.JSONDecoder(parse_constant=_constant, parse_int=_int64, object_pairs_hook=_once)
 
 
 def _inflate(data: bytes) -> bytes:

@@ -51,11 +51,11 @@ from producer.message import (
     Outcome,
     OutcomeKind,
     checked_flag,
+    checked_seconds,
     clean_text,
     decode_outcome,
     encode_call,
     may_be_live,
-    seconds,
 )
 from producer.place import checked_url
 from producer.protocol import (
@@ -187,7 +187,7 @@ class _Line:
             if not self.kind.failed:
                 raise InvalidRequest("error", self.error, f"{self.kind} is no failure")
             _check_clean("error", self.error, _MAX_ERROR_CHARS)
-        object.__setattr__(self, "after_s", seconds("after_s", self.after_s, _MAX_STEP_S, or_zero=True))
+        object.__setattr__(self, "after_s", checked_seconds("after_s", self.after_s, _MAX_STEP_S, or_zero=True))
 
 
 def _kind(value: object) -> OutcomeKind:
@@ -378,7 +378,7 @@ class _Play(QueueWire):
         with self.news:
             while self._due and not self._after(after):
                 self.move_to(self._due[0][0])
-            return False if self.is_closed else True if self._after(after) else None
+            return True if self.is_closed or self._after(after) else None
 
     def retry(self, job_ids: Iterable[object], missing_ok: bool) -> Conversation[list[str]]:
         asked = list(dict.fromkeys(checked_ids(job_ids)))
@@ -678,13 +678,13 @@ class _Scripted:
         )
         return self._play.settle(job_id, line)
 
-    def advance(self, by_s: float) -> None:
+    def advance(self, seconds: float) -> None:
         """Let time pass: what is due by then gets its outcome.
 
         Raises:
             InvalidRequest: it would have to run backwards, or further than a century.
         """
-        step_s = seconds("seconds", by_s, _MAX_STEP_S, or_zero=True)
+        step_s = checked_seconds("seconds", seconds, _MAX_STEP_S, or_zero=True)
         self._play.move_to(self._play.now_ms + round(step_s * 1000))
 
     def unavailable(self, calls: int | None = None, *, carried_out: bool = False) -> None:
@@ -723,7 +723,7 @@ class FakeCancelClient(_Scripted, CancelClient):
     """A :class:`CancelClient` without Redis; see the module's text. Thread-safe."""
 
     def close(self) -> None:
-        """End the iterations that follow the ledger."""
+        """Those who wait, or follow the ledger, are told that it is closed."""
         self._is_closed = True
         self._play.close()
 
@@ -737,7 +737,7 @@ class FakeCancelClient(_Scripted, CancelClient):
     def _news(self) -> Iterator[Callable[[str], bool]]:
         yield lambda position: self._until(partial(self._play.goes_on_after, position))
 
-    def _listen_for(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
+    def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
         return self._until(partial(self._play.heard, job_ids, timeout_s))
 
     def _until(self, look: Callable[[], T | None]) -> T:
@@ -752,7 +752,7 @@ class AsyncFakeCancelClient(_Scripted, AsyncCancelClient):
     """An :class:`AsyncCancelClient` without Redis; see the module's text. Each call gives way to the loop once."""
 
     async def close(self) -> None:
-        """End the iterations that follow the ledger."""
+        """Those who wait, or follow the ledger, are told that it is closed."""
         self._is_closed = True
         self._play.close()
         await asyncio.sleep(0)
@@ -770,7 +770,7 @@ class AsyncFakeCancelClient(_Scripted, AsyncCancelClient):
     def _news(self) -> Iterator[Callable[[str], Awaitable[bool]]]:
         yield lambda position: self._until(partial(self._play.goes_on_after, position))
 
-    async def _listen_for(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
+    async def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
         return await self._until(partial(self._play.heard, job_ids, timeout_s))
 
     async def _until(self, look: Callable[[], T | None]) -> T:
