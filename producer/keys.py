@@ -257,6 +257,7 @@ class BreakerField:
 class WorkerField:
     """Our own fields of RQ's worker hash, written at each heartbeat."""
 
+    BEAT_AT_MS = "c_beat_at_ms"  # Redis' clock; its event loop moved then
     CONCURRENCY = "c_concurrency"
     IN_FLIGHT = "c_in_flight"
     CLOCK_OFFSET_MS = "c_clock_offset_ms"  # the exchange's clock minus the host's; absent while it is not measured
