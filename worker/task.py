@@ -25,6 +25,7 @@ from worker.engine import tell_damaged, tell_outcome
 from worker.exchange import Exchange
 from worker.rate_gate import Gate
 from worker.redis_link import BlockingLink, connect_like
+from worker.secrecy import keep_memory_private
 from worker.settings import Settings
 from worker.store import Claimed, Done, Lease, Release, Request, Retry, Row, Store
 from worker.wiring import lease_of, open_canceller, open_exchange, open_store
@@ -244,5 +245,6 @@ def _exchange() -> tuple[Settings, Exchange, ServerClock]:
     settings = Settings.from_env()
     # RQ's horses end without the interpreter's farewell.
     log.configure_unless_done(settings.log_level, settings.log_format, wait_for_each=True)
+    keep_memory_private()
     exchange, clock = open_exchange(settings, one_at_a_time=True)
     return settings, exchange, clock

@@ -34,7 +34,7 @@ def open_redis(settings: Settings) -> redis.Redis:
 def open_exchange(settings: Settings, *, one_at_a_time: bool = False) -> tuple[Exchange, ServerClock]:
     """The client of the exchange and its clock, which is not measured yet; ``one_at_a_time``: for who has no loop."""
     clock = ServerClock()
-    route = Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url)
+    route = Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url, ca_file=settings.exchange_tls_ca)
     return Exchange(
         _transport(route, settings, one_at_a_time), recv_window_ms=settings.recv_window_ms, clock=clock
     ), clock
@@ -92,5 +92,6 @@ def open_canceller(
         credential_for=settings.credential_for,
         holder=holder,
         sends_late=sends_late,
+        flight=1 if sends_late else settings.concurrency,
     )
     return canceller, gate

@@ -66,7 +66,7 @@ def test_what_was_claimed_ahead_goes_back_when_the_exchange_stalls(
     server = stack.enter_context(Answerer(behave))
     stack.callback(goes_on.set)
     tickets = cancel_all(client, opened(exchange, 1500))
-    stalling.append(RunningEngine(valkey.url, server.url, 16, "stalled", BINANCE_RECV_WINDOW_MS="60000"))
+    stalling.append(RunningEngine(valkey.url, server.url, 16, "stalled", patience_s=60, BINANCE_RECV_WINDOW_MS="60000"))
     stalled = stack.enter_context(stalling[0]).engine
     eventually(lambda: len(stalling) > 16, what="it has claimed ahead, and all slots are taken")
 
@@ -413,7 +413,9 @@ def test_after_a_sleep_nothing_is_sent_for_a_job_that_somebody_else_took(
             assert ticket.wait(5).worker == "other"
 
     host.before_answers = be_taken_over
-    sleeper = RunningEngine(valkey.url, server.url, 4, "sleeper", sleep=host.watch, change=host.change, LEASE_S="30")
+    sleeper = RunningEngine(
+        valkey.url, server.url, 4, "sleeper", sleep=host.watch, change=host.change, patience_s=60, LEASE_S="30"
+    )
     stack.enter_context(sleeper)
     (ticket,) = enqueued(client, 1)
     eventually(sleeper.has_ended, what="the sleeper has its answer, and leaves")
@@ -442,7 +444,7 @@ def test_after_a_clock_refusal_nothing_is_sent_for_a_job_that_somebody_else_took
         return CLOCK_ERROR
 
     server = stack.enter_context(Answerer(behave))
-    sleeper = RunningEngine(valkey.url, server.url, 4, "sleeper", LEASE_S="30")
+    sleeper = RunningEngine(valkey.url, server.url, 4, "sleeper", patience_s=60, LEASE_S="30")
     stack.enter_context(sleeper)
     (ticket,) = enqueued(client, 1)
     eventually(sleeper.has_ended, what="the sleeper has its answer, and leaves")
