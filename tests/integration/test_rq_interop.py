@@ -137,7 +137,7 @@ def listeners(connection: redis.Redis) -> set[str]:
 def test_shutdown_command(
     workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
 ) -> None:
-    """RQ's shutdown command reaches a worker, also one whose connection for it was cut meanwhile, and stops it in order:
+    """RQ's shutdown command reaches a worker, also after its connection for it was cut, and stops it in order:
     what is under way is recorded, and it is gone from RQ's list."""
     process = workers.start().process
     (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
