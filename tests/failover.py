@@ -80,7 +80,7 @@ class Sentinel:
     """A Sentinel process that watches a primary by itself."""
 
     directory: Path
-    primary: Valkey
+    pair: Pair
     options: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -90,7 +90,7 @@ class Sentinel:
         lines = [
             f"port {self.port}",
             "bind 127.0.0.1",
-            f"sentinel monitor {SERVICE} 127.0.0.1 {self.primary.port} 1",
+            f"sentinel monitor {SERVICE} 127.0.0.1 {self.pair.primary.port} 1",
             f"sentinel down-after-milliseconds {SERVICE} 1000",
             f"sentinel failover-timeout {SERVICE} 3000",
             *self.options,
@@ -127,10 +127,10 @@ class Sentinel:
 
 
 @contextlib.contextmanager
-def running_sentinel(primary: Valkey, *options: str) -> Iterator[Sentinel]:
+def running_sentinel(pair: Pair, *options: str) -> Iterator[Sentinel]:
     """One for the length of a block."""
     with tempfile.TemporaryDirectory() as directory:
-        sentinel = Sentinel(Path(directory), primary, options)
+        sentinel = Sentinel(Path(directory), pair, options)
         try:
             sentinel.start()
             yield sentinel
@@ -175,7 +175,7 @@ def cluster() -> Iterator[str]:
 @contextlib.contextmanager
 def bare_sentinel() -> Iterator[str]:
     """A Sentinel's port taken for Redis'."""
-    with running_pair() as pair, running_sentinel(pair.primary) as sentinel:
+    with running_pair() as pair, running_sentinel(pair) as sentinel:
         yield f"redis://127.0.0.1:{sentinel.port}/0"
 
 
