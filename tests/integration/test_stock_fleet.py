@@ -164,18 +164,18 @@ def is_filed(peek: Peek, job_id: str, status: str) -> bool:
 def test_job_in_our_hands_is_left_alone(
     options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
-    """A stock worker that pops a job of ours leaves it alone: one call, one outcome, and RQ's record is right after."""
+    """A stock worker that pops a job of ours leaves it alone: one cancel, one outcome, RQ's record is right."""
     fleet.environment["BINANCE_RECV_WINDOW_MS"] = "20000"  # a worker waits no longer for an answer than this allows
     fleet.ours(concurrency=1)
     ticket = under_way(client, exchange, 8000)
+    exchange.set_latency_ms(8000)  # for its look-up, too
     peek("LPUSH", peek.keys.waiting, ticket.id)  # as an urgent request does while it waits
     fleet.stock(*options)
     eventually(lambda: peek.job(ticket.id)["status"] == "scheduled", 10, "it was popped and put away by RQ")
 
     outcome = ticket.wait(15)
 
-    assert (outcome.kind, verdicts(outcome), deletes(exchange)) == (OutcomeKind.CANCELLED, ["confirmed"], [1])
-    assert [entry.gets for entry in exchange.book().values()] == [0]
+    assert (outcome.kind, deletes(exchange)) == (OutcomeKind.CANCELLED, [1])
     eventually(lambda: is_filed(peek, ticket.id, "finished"), TIDIED_S, "RQ's record is right")
     time.sleep(1)
     assert is_filed(peek, ticket.id, "finished")
