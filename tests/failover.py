@@ -34,10 +34,16 @@ class Pair:
     def fail_over(self) -> None:
         """As a managed service does: the replica becomes the primary with all that was written, and the old server
         stays up as its replica; nobody's connection is closed."""
-        with direct(self.primary) as client:
-            client.execute_command("FAILOVER", "TO", "127.0.0.1", self.replica.port)
+        eventually(self._is_asked, PATIENCE_S, "the replica will do")
         eventually(lambda: role(self.replica) == "master" and role(self.primary) == "slave", PATIENCE_S, "a failover")
         self.primary, self.replica = self.replica, self.primary
+
+    def _is_asked(self) -> bool:
+        with direct(self.primary) as client:
+            try:
+                return bool(client.execute_command("FAILOVER", "TO", "127.0.0.1", self.replica.port))
+            except redis.ResponseError:  # it is not in step, or a failover is under way
+                return role(self.primary) == "slave"
 
     def in_step(self) -> None:
         """Wait until the replica follows."""
@@ -69,7 +75,9 @@ def running_pair(*options: str) -> Iterator[Pair]:
     quick = ("--repl-diskless-sync-delay", "0", *(options or ("--appendonly", "no")))
     with ExitStack() as stack:
         primary = stack.enter_context(running_valkey(*quick))
-        replica = stack.enter_context(running_valkey("--replicaof", f"127.0.0.1 {primary.port}", *quick))
+        replica = stack.enter_context(running_valkey(*quick))
+        with direct(replica) as client:  # not an option: whichever is started again is the primary
+            client.execute_command("REPLICAOF", "127.0.0.1", primary.port)
         pair = Pair(primary, replica)
         pair.in_step()
         yield pair
