@@ -25,6 +25,7 @@ import redis
 import redis.asyncio as aio
 from redis import exceptions
 from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
 from redis.retry import Retry
@@ -106,24 +107,25 @@ class Address:
         return cls(shown, parts.scheme == "rediss", found, frozenset(options) - OPTIONS)
 
     @classmethod
-    def of(cls, client: redis.Redis) -> Address:
+    def of(cls, client: redis.Redis | aio.Redis) -> Address:
         """Where another client leads: the one that RQ's command line made, or somebody's own."""
-        pool = client.connection_pool
+        pool: Any = client.connection_pool
         given = pool.connection_kwargs
         names = {"host", "port", "path", "db", "username", "password", "credential_provider", "client_name"}
         options = {name: value for name, value in given.items() if name in names or name.startswith("ssl_")}
         sentinels = given.get("sentinels")
-        if isinstance(pool, SentinelConnectionPool):
+        if isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
             places = [each.connection_pool.connection_kwargs for each in pool.sentinel_manager.sentinels]
             login = {name: places[0][name] for name in ("username", "password") if places[0].get(name)}
             sentinels = Sentinels(pool.service_name, [(each["host"], int(each["port"])) for each in places], login)
-        is_tls = issubclass(pool.connection_class, redis.SSLConnection)
-        return cls("the Redis of another client", is_tls, options, sentinels=sentinels)
+        is_tls = issubclass(pool.connection_class, redis.SSLConnection | aio.SSLConnection)
+        return cls(_shown(options, is_tls, sentinels), is_tls, options, sentinels=sentinels)
 
     def client(self, timeout_s: float, **more: Any) -> redis.Redis:
         """A client that waits up to ``timeout_s`` for each answer and never repeats a command.
 
-        ``more`` goes to the pool and its connections, and wins over the URL.
+        ``more`` goes to the pool and its connections, and wins over the URL; with ``takes_any=True`` the server need
+        not be a primary.
         """
         options = self._of_connections(timeout_s) | {"retry": Retry(NoBackoff(), 0)} | more
         kind = SocketConnection if "path" in options else TlsConnection if self.is_tls else Connection
@@ -149,6 +151,16 @@ class Address:
             keepalive = {getattr(socket, name): n for name, n in _KEEPALIVE.items() if hasattr(socket, name)}
             options |= {"socket_keepalive": True, "socket_keepalive_options": keepalive, "sentinels": self.sentinels}
         return options
+
+
+def _shown(options: Mapping[str, Any], is_tls: bool, sentinels: Sentinels | None) -> str:
+    if sentinels is not None:
+        return f"{_SENTINEL}://{','.join(f'{host}:{port}' for host, port in sentinels.places)}/{sentinels.service}"
+    if "path" in options:
+        return f"unix://{options['path']}"
+    host = options.get("host") or "localhost"
+    place = f"[{host}]" if ":" in host else host
+    return f"{'rediss' if is_tls else 'redis'}://{place}:{options.get('port') or 6379}/{options.get('db') or 0}"
 
 
 def _parts(url: str) -> SplitResult:
@@ -269,8 +281,9 @@ _Base: Any = object
 class _Primary(_Base):  # type: ignore[misc]
     """What is added to redis-py's connections: the way to the primary, and a look whether it is one."""
 
-    def __init__(self, *, sentinels: Sentinels | None = None, **options: Any) -> None:
+    def __init__(self, *, sentinels: Sentinels | None = None, takes_any: bool = False, **options: Any) -> None:
         self._sentinels = sentinels
+        self._takes_any = takes_any  # for who wants to find out what a server is
         self._looked_s: float | None = None  # None: not connected
         super().__init__(redis_connect_func=type(self).greet, **options)
 
@@ -309,7 +322,9 @@ class _Primary(_Base):  # type: ignore[misc]
 
     def _hear(self) -> None:
         try:
-            _judge(self.read_response())
+            told = self.read_response()
+            if not self._takes_any:
+                _judge(told)
         except redis.ResponseError as error:
             if passes(error):  # else it knows no HELLO, as a proxy may not; what it is shows later
                 raise
