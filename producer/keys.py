@@ -12,7 +12,7 @@ from enum import IntEnum
 from hashlib import sha1
 from importlib.resources import files
 
-from producer.message import DEFAULT_QUEUE, OutcomeKind
+from producer.message import DEFAULT_QUEUE, MAX_ID_BYTES, OutcomeKind
 
 #: Life of RQ's hash and result, s: short once finished (the outcome record lives on), a week where a person must look.
 RESULT_TTL_S = 600
@@ -21,8 +21,6 @@ FAILURE_TTL_S = 7 * 86_400
 POINTER_LIFE_S = 8 * 86_400
 #: RQ's clean-up requeues a job that has retries left and fails it otherwise; our own bounds decide, never RQ's.
 ENDLESS_RETRIES = 1_000_000
-#: Longest id of a job, bytes: RQ's have 36. What is longer is dropped unread.
-MAX_ID_BYTES = 256
 
 
 class Band(IntEnum):
@@ -172,6 +170,11 @@ class Keys:
         return f"{self.queue}:outcome:"
 
     @property
+    def durable(self) -> str:
+        """Written to wait until what was written before it is in the append-only file; lives for seconds."""
+        return f"{self.queue}:durable"
+
+    @property
     def order_prefix(self) -> str:
         """Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`; by algo id alone."""
         return f"{self.queue}:order:"
@@ -254,6 +257,7 @@ class BreakerField:
 class WorkerField:
     """Our own fields of RQ's worker hash, written at each heartbeat."""
 
+    BEAT_AT_MS = "c_beat_at_ms"  # Redis' clock; its event loop moved then
     CONCURRENCY = "c_concurrency"
     IN_FLIGHT = "c_in_flight"
     CLOCK_OFFSET_MS = "c_clock_offset_ms"  # the exchange's clock minus the host's; absent while it is not measured

@@ -21,7 +21,16 @@ from worker.accounts import read_accounts
 from worker.setting_values import ChoiceT, TlsVerify
 from worker.signing import Credential
 
-__all__ = ["SETTINGS", "LogFormat", "LogLevel", "RateLimitScope", "Setting", "Settings", "SettingsError"]
+__all__ = [
+    "SETTINGS",
+    "LogFormat",
+    "LogLevel",
+    "QueuePlace",
+    "RateLimitScope",
+    "Setting",
+    "Settings",
+    "SettingsError",
+]
 
 RateLimitScope = Literal["all", "dyno"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -457,12 +466,7 @@ class Settings:
 
     def redis_options(self) -> dict[str, object]:
         """What redis-py must be told about TLS beside the URL; empty unless the URL is ``rediss://``."""
-        url = values.redis_url(self.redis_url)
-        if not url.tls:
-            return {}
-        check_hostname = self.redis_tls_verify == "required" and url.check_hostname is not False
-        options: dict[str, object] = {"ssl_cert_reqs": self.redis_tls_verify, "ssl_check_hostname": check_hostname}
-        return options | ({"ssl_ca_certs": self.redis_tls_ca} if self.redis_tls_ca else {})
+        return _redis_options(self.redis_url, self.redis_tls_verify, self.redis_tls_ca)
 
     @property
     def display_redis_url(self) -> str:
@@ -478,6 +482,38 @@ class Settings:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("settings cannot be pickled: they hold secrets")
+
+
+def _redis_options(redis_url: str, verify: TlsVerify, ca_file: str | None) -> dict[str, object]:
+    url = values.redis_url(redis_url)
+    if not url.tls:
+        return {}
+    check_hostname = verify == "required" and url.check_hostname is not False
+    options: dict[str, object] = {"ssl_cert_reqs": verify, "ssl_check_hostname": check_hostname}
+    return options | ({"ssl_ca_certs": ca_file} if ca_file else {})
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class QueuePlace:
+    """Where a queue is, for a command that needs nothing else: no key is looked at. ``url`` may hold a password."""
+
+    url: str
+    options: Mapping[str, object]
+    queue: str
+
+    @classmethod
+    def from_env(cls, queue: str | None = None) -> QueuePlace:
+        """As the process' environment has it; ``queue`` wins over its CANCEL_QUEUE.
+
+        Raises:
+            SettingsError: with everything that is wrong.
+        """
+        reader = _Reader(os.environ if queue is None else {**os.environ, _CANCEL_QUEUE.variable: queue})
+        url, verify, ca_file = _read_redis(reader)
+        name = reader.read(_CANCEL_QUEUE)
+        if reader.problems:
+            raise SettingsError(tuple(reader.problems))
+        return cls(url, _redis_options(url, verify, ca_file), name)
 
 
 def environment_for_readers(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -8,6 +8,7 @@ told by urllib3's errors alone. An error that is none of theirs, such as RQ's ow
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 import sys
 import time
@@ -31,6 +32,8 @@ _TALKATIVE = ("connection", "connectionpool", "poolmanager", "response", "util.r
 #: Raised before a request can be written: no connection to exchange or proxy (a name without an address is one kind
 #: of it), and a certificate that is not accepted. ProxyError is none: urllib3 calls an answer that breaks off so, too.
 _NOT_CONNECTED = (ConnectTimeoutError, NewConnectionError)
+#: What http.client says where the proxy refused the tunnel.
+_TUNNEL_STATUS = re.compile(r"^Tunnel connection failed: ([0-9]{3})\b")
 #: More layers than any library wraps around an error: a cycle of causes must not hold us.
 _LAYERS = 10
 #: Most bytes of one read of a body.
@@ -197,5 +200,6 @@ def _failed(error: Exception, outer: BaseException | None) -> Failed:
             return Failed(False, named("no TLS session", root))
         # How http.client says that a proxy refused the tunnel; the system's own errors have a number.
         if type(layer) is OSError and layer.errno is None:
-            return Failed(False, named("no tunnel through the proxy", root))
+            refused = _TUNNEL_STATUS.search(str(layer))
+            return Failed(False, f"no tunnel through the proxy: {refused[1] if refused else type(root).__name__}")
     return Failed(True, named(NO_ANSWER, root))

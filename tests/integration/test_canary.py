@@ -88,8 +88,8 @@ class SeeingProxy:
                 head += client.recv(1)
             self.logins += self._login in head
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            server = socket.create_connection((self._target.hostname, self._target.port))
-            with self._tls.wrap_socket(client, server_side=True) as inside, server:
+            target = (self._target.hostname, self._target.port)
+            with socket.create_connection(target) as server, self._tls.wrap_socket(client, server_side=True) as inside:
                 self._sockets += (inside, server)
                 self._relay(inside, server)
 
