@@ -25,6 +25,7 @@ from worker.decide import (
     first_step,
     in_doubt,
     last_status,
+    looks_up_a_silence,
     next_step,
 )
 
@@ -596,6 +597,12 @@ def test_the_first_query_does_not_wait(first: Answer) -> None:
 def test_silence_is_followed_by_short_pauses_at_first(roll: float, delays: list[int]) -> None:
     """The look-up is spread by chance, an open order gets a moment; where silence goes on, a backoff is added."""
     assert play([SILENT, NEW, SILENT, NEW, SILENT, NEW, OK], roll=roll).delays == delays
+
+
+def test_a_silence_is_told_from_an_answer_that_leaves_it_open() -> None:
+    """Only what is asked because nothing came back is a look-up that waits its turn."""
+    silent = dataclasses.replace(attempt(Means.UNCLEAR), msg=SILENCE)
+    assert [looks_up_a_silence(history) for history in ([], [attempt(Means.UNCLEAR)], [silent])] == [False, False, True]
 
 
 def test_an_id_is_free_only_when_no_cancel_by_it_may_strike() -> None:
