@@ -234,7 +234,7 @@ def weight(commands: Commands) -> int:
     return 0 if isinstance(commands, Slow) else len(commands) * (_BATCH if is_batch else 1)
 
 
-def packets(connection: Any, trips: Iterable[Commands]) -> Iterator[list[bytes]]:
+def packets(connection: Any, trips: Iterable[Commands]) -> Iterator[bytes]:
     """What is to be sent, as it gets made: the server works on the first meanwhile."""
     packet: list[bytes] = []
     size = 0
@@ -244,10 +244,10 @@ def packets(connection: Any, trips: Iterable[Commands]) -> Iterator[list[bytes]]
             packet += packed
             size += sum(map(len, packed))
             if size > _PACKET_BYTES:
-                yield packet
+                yield b"".join(packet)
                 packet, size = [], 0
     if packet:
-        yield packet
+        yield b"".join(packet)
 
 
 @dataclass(frozen=True, slots=True)
