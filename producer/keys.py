@@ -181,16 +181,16 @@ class Keys:
 
     @property
     def suspects(self) -> str:
-        """Set of the accounts whose key was refused since it was last accepted; each has a :meth:`breaker`."""
+        """Set of the accounts whose key was refused since one of theirs was last accepted, see :func:`suspect_of`."""
         return f"{self.queue}:keys"
 
-    def breaker(self, account: str) -> str:
-        """Hash that says that the key of ``account`` is refused, and since when; there only while it is suspected."""
-        return f"{self.queue}:key:{account}"
+    def breaker(self, fingerprint: str) -> str:
+        """Hash that says that the API key with this fingerprint is refused, and since when."""
+        return f"{self.queue}:key:{fingerprint}"
 
-    def held(self, account: str) -> str:
-        """Set of the jobs that wait for the key of ``account`` to be accepted again."""
-        return f"{self.queue}:held:{account}"
+    def held(self, fingerprint: str) -> str:
+        """Set of the jobs that wait for that key to be accepted again."""
+        return f"{self.queue}:held:{fingerprint}"
 
     def lua(self) -> dict[str, object]:
         """The constants of every script: keys, and how long things live."""
@@ -215,6 +215,15 @@ class Keys:
     def gate(scope: str) -> str:
         """The shared pause of one egress address: ``all``, or the host name of a worker that has its own."""
         return f"gate:{scope}"
+
+
+_SUSPECT = re.compile(rb"(.*) ([0-9a-f]{16})", re.DOTALL)
+
+
+def suspect_of(member: bytes) -> tuple[bytes, bytes]:
+    """Account and fingerprint that a member of :attr:`Keys.suspects` names; for what is none of ours, twice itself."""
+    shape = _SUSPECT.fullmatch(member)
+    return (shape[1], shape[2]) if shape else (member, member)
 
 
 class JobField:
@@ -248,6 +257,7 @@ class BreakerField:
 class WorkerField:
     """Our own fields of RQ's worker hash, written at each heartbeat."""
 
+    BEAT_AT_MS = "c_beat_at_ms"  # Redis' clock; its event loop moved then
     CONCURRENCY = "c_concurrency"
     IN_FLIGHT = "c_in_flight"
     CLOCK_OFFSET_MS = "c_clock_offset_ms"  # the exchange's clock minus the host's; absent while it is not measured

@@ -552,6 +552,8 @@ def why(error: BaseException) -> str:
 def _reason(error: BaseException, code: str) -> str:
     if isinstance(error, NotPrimary | NotSupported):
         return str(error)
+    if isinstance(error, redis.AuthenticationError):
+        return "the login was refused"
     if isinstance(error, redis.InvalidResponse):
         return "what answers there is no Redis"
     cause: BaseException | None = error

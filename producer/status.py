@@ -14,7 +14,7 @@ from typing import Any
 from rq.defaults import DEFAULT_WORKER_TTL
 from rq.utils import utcparse
 
-from producer.keys import Band, BreakerField, Keys, WorkerField
+from producer.keys import Band, BreakerField, Keys, WorkerField, suspect_of
 from producer.message import MAX_MSG_CHARS, MalformedMessage, Outcome, OutcomeKind, clean_text
 from producer.protocol import (
     Command,
@@ -322,12 +322,12 @@ def read_status(keys: Keys) -> Conversation[Status]:
     first = _First.of((yield from readable(_First.commands(keys), damaged)))
     details = _Details.of(first, (yield from readable(_Details.commands(keys, first), damaged)))
     hosts = sorted({host for fields in details.workers if (host := _raw_host(fields))})
-    crowds = [(account, held) for account, _, held in details.keys if _is_compared(held, first.scheduled)]
-    third = _third(keys, hosts, [account for account, _ in crowds])
+    crowds = [suspect for suspect, _, held in details.keys if _is_compared(held, first.scheduled)]
+    third = _third(keys, hosts, crowds)
     answers = (yield third) if third else []
     gate_fields = _without_damaged(third[: len(hosts)], answers[: len(hosts)], damaged)
     gates = [("all", details.gate), *zip(hosts, gate_fields, strict=True)]
-    waiting = {account: answer for (account, _), answer in zip(crowds, answers[len(hosts) :], strict=True)}
+    waiting = dict(zip(crowds, answers[len(hosts) :], strict=True))
     rows = tuple(_worker_rows(keys, first.now_ms, first.worker_keys, details.workers, details.lives_ms))
     fresh = [row for row in rows if row.fresh]
     outcomes, kinds = _outcomes(details.entries)
@@ -402,7 +402,7 @@ class _First:
     suspended: bool
     head: list[tuple[Any, float]]  # ids that the index knows to wait, and since when, ms
     worker_keys: list[Any]
-    accounts: list[Any]  # suspected
+    suspects: list[tuple[bytes, bytes]]  # account and fingerprint of keys that are refused
 
     @staticmethod
     def commands(keys: Keys) -> list[Command]:
@@ -420,7 +420,7 @@ class _First:
 
     @classmethod
     def of(cls, answers: list[Any]) -> _First:
-        (seconds, micros), waiting, claiming, scheduled, failed, suspended, head, workers, accounts = answers
+        (seconds, micros), waiting, claiming, scheduled, failed, suspended, head, workers, suspects = answers
         return cls(
             now_ms=int(seconds) * 1000 + int(micros) // 1000,
             queued=waiting + claiming,
@@ -429,7 +429,7 @@ class _First:
             suspended=bool(suspended),
             head=[(job_id, float(score) - Band.WAITING) for job_id, score in zip(head[::2], head[1::2], strict=True)],
             worker_keys=sorted(workers),
-            accounts=sorted(accounts),
+            suspects=sorted(suspect_of(_bytes(member)) for member in suspects),
         )
 
 
@@ -446,7 +446,8 @@ class _Details:
     there: Sequence[Any]  # whether there is a job, for each of the head
     workers: Sequence[Sequence[Any]]
     lives_ms: Sequence[Any]  # how long the workers' records still live
-    keys: Sequence[tuple[Any, Sequence[Any], int]]  # account, its breaker, size of its set of held jobs
+    # account and fingerprint of a key, its breaker, size of its set of held jobs
+    keys: Sequence[tuple[tuple[bytes, bytes], Sequence[Any], int]]
 
     @staticmethod
     def commands(keys: Keys, first: _First) -> list[Command]:
@@ -463,8 +464,8 @@ class _Details:
         commands += [("EXISTS", _key(keys.job_prefix, job_id)) for job_id, _ in first.head]
         commands += [("HMGET", key, *_WORKER_FIELDS) for key in first.worker_keys]
         commands += [("PTTL", key) for key in first.worker_keys]
-        commands += [("HMGET", _key(keys.breaker(""), account), *_BREAKER_FIELDS) for account in first.accounts]
-        commands += [("SCARD", _key(keys.held(""), account)) for account in first.accounts]
+        commands += [("HMGET", _key(keys.breaker(""), print_), *_BREAKER_FIELDS) for _, print_ in first.suspects]
+        commands += [("SCARD", _key(keys.held(""), print_)) for _, print_ in first.suspects]
         return commands
 
     @classmethod
@@ -473,17 +474,17 @@ class _Details:
         there, rest = rest[: len(first.head)], rest[len(first.head) :]
         lives_at = len(first.worker_keys)
         breakers_at = lives_at + len(first.worker_keys)
-        held_at = breakers_at + len(first.accounts)
-        keys = zip(first.accounts, rest[breakers_at:held_at], rest[held_at:], strict=True)
+        held_at = breakers_at + len(first.suspects)
+        keys = zip(first.suspects, rest[breakers_at:held_at], rest[held_at:], strict=True)
         workers, lives_ms = rest[:lives_at], rest[lives_at:breakers_at]
         waiting -= there.count(0)
         return cls(entries, gate, in_flight, expired, waiting, retries, there, workers, lives_ms, list(keys))
 
 
-def _third(keys: Keys, hosts: Sequence[Any], accounts: Sequence[Any]) -> list[Command]:
+def _third(keys: Keys, hosts: Sequence[Any], suspects: Sequence[tuple[bytes, bytes]]) -> list[Command]:
     """Gates of the workers' hosts, and how many held jobs are still to come."""
     commands: list[Command] = [("HGETALL", _key(keys.gate(""), host)) for host in hosts]
-    return commands + [("ZINTERCARD", 2, _key(keys.held(""), account), keys.scheduled) for account in accounts]
+    return commands + [("ZINTERCARD", 2, _key(keys.held(""), print_), keys.scheduled) for _, print_ in suspects]
 
 
 def _is_compared(held: int, scheduled: int) -> bool:
@@ -491,22 +492,24 @@ def _is_compared(held: int, scheduled: int) -> bool:
 
 
 def _refused_keys(
-    first: _First, found: Sequence[tuple[Any, Sequence[Any], int]], waiting: Mapping[Any, Any]
+    first: _First,
+    found: Sequence[tuple[tuple[bytes, bytes], Sequence[Any], int]],
+    waiting: Mapping[tuple[bytes, bytes], Any],
 ) -> tuple[RefusedKey, ...]:
-    """Those whose breaker is still there, open ones first.
+    """Those whose breaker is still there, open ones first, and one for each account.
 
     A held job that reached its deadline stays in the set until the key is accepted; a server before 7.0 cannot compare
     the set with the schedule, and a large set is not compared.
     """
     refused = []
-    for account, (failures, reason, since, probe_at), held in found:
+    for suspect, (failures, reason, since, probe_at), held in found:
         if failures is None and reason is None and since is None:
             continue
-        counted = waiting.get(account)
+        counted = waiting.get(suspect)
         since_ms, probe_at_ms = _number(since), _number(probe_at)
         refused.append(
             RefusedKey(
-                account=shown(account),
+                account=shown(suspect[0]),
                 failures=_number(failures) or 0,
                 open=since_ms is not None,
                 since_s=None if since_ms is None else max(0, first.now_ms - since_ms) / 1000,
@@ -515,12 +518,18 @@ def _refused_keys(
                 held=counted if isinstance(counted, int) else min(held, first.scheduled),
             )
         )
-    return tuple(sorted(refused, key=lambda key: (not key.open, key.account)))
+    refused.sort(key=lambda key: (not key.open, key.account))
+    first_of = {key.account: key for key in reversed(refused)}
+    return tuple(key for key in refused if first_of[key.account] is key)
 
 
 def _key(prefix: str, name: Any) -> Any:
     """A key made of a name that came from Redis, whatever bytes it is made of."""
     return prefix.encode() + name if isinstance(name, bytes) else prefix + name
+
+
+def _bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
 
 
 def shown(value: Any, limit: int = _MAX_NAME_CHARS) -> str:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # What follows takes a second. Until there is a worker nobody loses anything by its end, and a signal that a process
+    # with the id 1 does not handle would never be heard of again.
+    for _number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(_number, lambda *_: os._exit(0))
+
 import contextlib
 import io
-import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click  # comes with rq
+import click
 
 from worker import log, output
 from worker.settings import (
     SETTINGS,
+    QueuePlace,
     Settings,
     SettingsError,
     environment_for_readers,
@@ -23,6 +32,7 @@ from worker.settings import (
 )
 
 EX_OK = 0
+EX_UNHEALTHY = 1
 EX_UNAVAILABLE = 69  # sysexits.h
 EX_CONFIG = 78
 
@@ -40,14 +50,16 @@ Examples:
   python -m worker                          one worker, settings from the environment
   python -m worker --burst                  work off what is there, then leave
   python -m worker check                    is everything there, and are the keys accepted?
+  python -m worker health                   for probes: 0 while a worker of this host is alive
   python -m worker sandbox --faults all     see it work against a local exchange that misbehaves
   python -m worker sandbox --serve          keep it up for a strategy under development
   python -m worker metrics --port 9464      Prometheus metrics of the queue
   python -m worker web --port 8080          a page about the queue
 
 \b
-Exit codes: 0 stopped as asked; 2 bad usage; 69 Redis refused the login, or (check) something is unreachable;
-70 a defect; 78 bad settings, or (check) a key is refused; 130 left at once after a second Ctrl-C.
+Exit codes: 0 stopped as asked; 1 (health) no worker is alive; 2 bad usage; 69 Redis refused the login, or (check)
+something is unreachable; 70 a defect; 78 bad settings, or (check) a key is refused; 130 left at once after a second
+Ctrl-C.
 
 {_settings_table()}
 """
@@ -84,6 +96,8 @@ def _settings(queue: str | None = None, concurrency: str | None = None) -> Setti
 def main(context: click.Context, /, queue: str | None, concurrency: str | None, burst: bool) -> None:
     """Sign and send the cancels on the queue, and record what became of each order, until told to stop."""
     if context.invoked_subcommand is not None:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # those commands end as others do
+            signal.signal(number, signal.SIG_DFL)
         return
     settings = _settings(queue, concurrency)
     sys.exit(_work(settings, burst))
@@ -108,32 +122,58 @@ def _without(name: str) -> Iterator[None]:
 
 
 def _work(settings: Settings, burst: bool) -> int:
-    import redis  # neither is needed by the other commands
-
     with _without("charset_normalizer"):
         from worker.runner import CancelWorker
 
-    try:
-        worker = CancelWorker([settings.queue], settings=settings)
-        worker.work(burst=burst)
-    except redis.AuthenticationError:
-        log.error("redis", state="refused", redis=settings.display_redis_url, error="the login was refused")
-        return EX_UNAVAILABLE
+    worker = CancelWorker([settings.queue], settings=settings)
+    worker.work(burst=burst)
     return worker.exit_code
 
 
 @main.command("check")
 def check_command() -> None:
-    """Prove the settings, Redis, the exchange's time, and each key by a query for an order that cannot exist."""
+    """Rehearse what a worker needs: of the settings, of Redis, of the exchange, and of each account's key.
+
+    Redis is asked on throwaway keys; a key is proven by a query for and a cancel of an order that cannot exist. No
+    order is touched.
+
+    \b
+    Exit codes: 0 a worker can work (lines with `warn` want a look), 69 something cannot be reached or worked with,
+    78 bad settings, or a key is refused.
+    """
     settings = _settings()
     from worker.check import Fault, check
 
-    exits = {Fault.NONE: EX_OK, Fault.UNREACHABLE: EX_UNAVAILABLE, Fault.SETTINGS: EX_CONFIG}
+    exits = {Fault.UNREACHABLE: EX_UNAVAILABLE, Fault.SETTINGS: EX_CONFIG}
+    marks = {Fault.NONE: "ok    ", Fault.WARNING: "warn  "}
     worst = EX_OK
     for finding in check(settings):
-        _say(f"{'ok    ' if finding.fault is Fault.NONE else 'FAILED'}  {finding.what:<16}  {finding.said}")
-        worst = max(worst, exits[finding.fault])
+        _say(f"{marks.get(finding.fault, 'FAILED')}  {finding.what:<16}  {finding.said}")
+        worst = max(worst, exits.get(finding.fault, EX_OK))
     sys.exit(worst)
+
+
+@main.command("health")
+@click.option("--queue", metavar="Q", help="Queue that the worker serves, instead of CANCEL_QUEUE.")
+def health_command(queue: str | None) -> None:
+    """Tell a probe whether a worker of this host is alive: it has beaten, and its loop moved, within 10 s.
+
+    Needs REDIS_URL and CANCEL_QUEUE as the worker has them, and no key. Says nothing while one is.
+
+    \b
+    Exit codes: 0 one is alive, 1 none is, or Redis does not answer (one line says which), 78 bad settings.
+    """
+    from worker.health import why_unhealthy
+
+    try:
+        place = QueuePlace.from_env(queue)
+    except SettingsError as error:
+        for problem in error.problems:
+            _say(f"error: {problem}", to_stderr=True)
+        sys.exit(EX_CONFIG)
+    if (reason := why_unhealthy(place)) is not None:
+        _say(reason)
+        sys.exit(EX_UNHEALTHY)
 
 
 @main.command("sandbox")

@@ -1,53 +1,80 @@
 """`python -m worker check`: is everything that a worker needs there, and does the exchange accept its keys?
 
-Sends nothing that could change an order: the exchange's time, its limits, and for each account one signed query for an
-order that cannot exist.
+Sends nothing that could change an order: the exchange's time, its limits, and for each account a signed query and a
+signed cancel of an order that cannot exist: that the key may read does not mean that it may trade.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
-
-import redis
 
 from producer.message import MAX_ALGO_ID, Call
-from worker.classify import Means, OrderRef, classify
+from worker.check_redis import Fault, Finding, look_at_redis
+from worker.classify import Failure, Means, OrderRef, Reply, Verdict, classify
 from worker.clock import ServerClock
-from worker.exchange import Exchange
-from worker.redis_link import trouble
+from worker.exchange import Answer, Exchange
+from worker.secrecy import keep_memory_private
 from worker.settings import Settings
 from worker.signing import Credential
-from worker.store import ANSWER_WITHIN_S
 from worker.wiring import open_exchange, open_redis
+
+__all__ = ["Fault", "Finding", "check"]
 
 #: An id that no order has: the largest that the field can hold.
 _NO_ORDER = OrderRef(MAX_ALGO_ID)
-
-
-class Fault(StrEnum):
-    """Who has to act on a failed check."""
-
-    NONE = "ok"
-    UNREACHABLE = "unreachable"
-    SETTINGS = "settings"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
-
-    what: str
-    said: str
-    fault: Fault = Fault.NONE
+#: Why a call never got an answer, by the class of the error or the status of the proxy: what it means, and the way out.
+_FAILURES = {
+    **dict.fromkeys(
+        ("gaierror", "NameResolutionError"),
+        "its name has no address (DNS): check BINANCE_BASE_URL, or EGRESS_PROXY_URL, and the resolver",
+    ),
+    "ConnectionRefusedError": "the connection is refused: nothing listens there, or a firewall forbids it",
+    "SSLCertVerificationError": (
+        "its certificate is not trusted: something on the way answers for it, such as a company's proxy; if that is "
+        "meant, EXCHANGE_TLS_CA names the file of its authority"
+    ),
+    "SSLError": "no TLS is spoken there: check scheme and port of BINANCE_BASE_URL",
+    "407": "the proxy wants a login: EGRESS_PROXY_URL=http://user:password@host:port, percent-encoded",
+    "403": "the proxy forbids it: allow the exchange's host and port 443 there",
+    "TimeoutError": "no answer in time: a firewall drops it, or the way there is too slow",
+    "ConnectTimeoutError": "no connection in time: a firewall drops it, or the address is wrong",
+    "OSError": "the network cannot be reached: see the host's routes",
+}
+#: What an answer means that is not the exchange's time, by its status.
+_STATUSES = {
+    200: "not the exchange's time but something else: a proxy or a login page stands in between",
+    403: "its firewall blocks this address: wait some minutes, and do not repeat this in a loop",
+    404: "no such path there: is BINANCE_BASE_URL the host of USD-M futures?",
+    407: "a proxy wants a login: EGRESS_PROXY_URL=http://user:password@host:port, percent-encoded",
+    418: "this address is banned for having ignored a limit: wait, and do not repeat this in a loop",
+    429: "too many requests from this address: wait",
+    451: "this region is refused: let the worker run elsewhere, or send through EGRESS_PROXY_URL",
+}
+#: What to mend where a key is refused, by the exchange's code.
+_KEY_CODES = {
+    -1022: "the secret (or private key) does not belong to this API key",
+    -2008: "the exchange does not know this API key: is it one of this host's (production and demo have their own)?",
+    -2014: "this is no API key: paste it again",
+    -2015: "see this API key at the exchange: does it exist, is this address allowed, is futures trading enabled?",
+    -2017: "the keys of this account are locked",
+}
 
 
 def check(settings: Settings) -> Iterator[Finding]:
     """Look at one thing after the other; each finding is given as soon as it is known."""
-    yield Finding("settings", f"queue {settings.queue}, {len(settings.credentials)} account(s)")
-    yield _redis(settings)
+    keep_memory_private()
+    names = ", ".join(sorted(settings.credentials))
+    left_out = f"; left out by BINANCE_ACCOUNTS: {', '.join(settings.accounts_left_out)}"
+    out = left_out if settings.accounts_left_out else ""
+    yield Finding("settings", f"queue {settings.queue}, {len(settings.credentials)} account(s): {names}{out}")
+    for warning in settings.warnings:
+        yield Finding("settings", warning, Fault.WARNING)
+    connection = open_redis(settings)
+    try:
+        yield from look_at_redis(connection, settings.display_redis_url, settings.queue)
+    finally:
+        connection.close()
     exchange, clock = open_exchange(settings, one_at_a_time=True)
     try:
         time = _time(settings, exchange, clock)
@@ -62,40 +89,47 @@ def check(settings: Settings) -> Iterator[Finding]:
         exchange.close()
 
 
-def _redis(settings: Settings) -> Finding:
-    shown = settings.display_redis_url
-    connection = open_redis(settings)
-    try:
-        info: dict[str, object] = connection.info("server")
-    except redis.AuthenticationError:
-        return Finding("redis", f"{shown} refused the login", Fault.UNREACHABLE)
-    except (redis.ConnectionError, redis.TimeoutError) as error:
-        return Finding(
-            "redis",
-            f"{shown} does not answer within {ANSWER_WITHIN_S:g} s ({trouble(error)})",
-            Fault.UNREACHABLE,
-        )
-    finally:
-        connection.close()
-    return Finding("redis", f"{shown} answers, {info.get('server_name', 'redis')} {info.get('redis_version')}")
-
-
 def _time(settings: Settings, exchange: Exchange, clock: ServerClock) -> Finding:
-    if asyncio.run(exchange.sync_time()):
-        return Finding(
-            "exchange", f"{settings.base_url} answers; its clock is {clock.offset_ms:+d} ms from this host's"
-        )
-    return Finding("exchange", f"{settings.base_url} does not tell its time", Fault.UNREACHABLE)
+    answer = asyncio.run(exchange.ask_time())
+    if clock.measured:
+        asyncio.run(exchange.sync_time())
+        said = f"{settings.base_url} answers; its clock is {clock.offset_ms:+d} ms from this host's"
+        return Finding("exchange", said)
+    return Finding("exchange", f"{settings.base_url}: {_why_not(answer)}", Fault.UNREACHABLE)
+
+
+def _why_not(answer: Answer | None) -> str:
+    """Why the exchange does not tell its time, in its words or the network's, with the way out."""
+    if isinstance(answer, Reply):
+        verdict = classify(Call.QUERY, _NO_ORDER, answer)
+        meaning = _STATUSES.get(answer.http, "it does not tell its time")
+        return f"{meaning} ({_words(verdict)})"
+    reason = answer.reason if isinstance(answer, Failure) else "not sent"
+    return f"{_FAILURES.get(reason.rpartition(': ')[2], 'it cannot be reached')} ({reason})"
 
 
 def _key(account: str, credential: Credential, exchange: Exchange) -> Finding:
     what = f"key of {account}"
-    answer = asyncio.run(exchange.call(Call.QUERY, credential, _NO_ORDER))
-    assert answer is not None  # nothing kept it from going
-    verdict = classify(Call.QUERY, _NO_ORDER, answer)
-    said = " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))
-    if verdict.means is Means.NO_SUCH_ORDER:
-        return Finding(what, f"accepted ({credential.kind}, …{credential.api_key[-4:]})")
-    if verdict.means in (Means.KEY_REFUSED, Means.DENIED):
-        return Finding(what, f"refused: {said}", Fault.SETTINGS)
-    return Finding(what, f"not answered as expected: {verdict.means} {said}", Fault.UNREACHABLE)
+    may_read = False
+    for call in (Call.QUERY, Call.CANCEL):
+        answer = asyncio.run(exchange.call(call, credential, _NO_ORDER))
+        assert answer is not None  # nothing kept it from going
+        verdict = classify(call, _NO_ORDER, answer)
+        if verdict.means is not Means.NO_SUCH_ORDER:
+            return _bad_key(what, verdict, may_read)
+        may_read = True
+    return Finding(what, f"accepted, may trade ({credential.kind}, …{credential.api_key[-4:]})")
+
+
+def _bad_key(what: str, verdict: Verdict, may_read: bool) -> Finding:
+    said = _words(verdict)
+    if verdict.means not in (Means.KEY_REFUSED, Means.DENIED):
+        return Finding(what, f"not answered as expected: {verdict.means} {said}", Fault.UNREACHABLE)
+    if may_read:
+        return Finding(what, f"may read but not trade: {said}; enable futures for this API key", Fault.SETTINGS)
+    advice = _KEY_CODES.get(verdict.code or 0)
+    return Finding(what, f"refused: {said}" + (f"; {advice}" if advice else ""), Fault.SETTINGS)
+
+
+def _words(verdict: Verdict) -> str:
+    return " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))

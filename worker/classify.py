@@ -34,10 +34,10 @@ class Means(StrEnum):
     NO_SUCH_ORDER = "no_such_order"  # not done, and no proof of anything: it must be asked again
     UNCLEAR = "unclear"  # a cancel may have been executed; a query told nothing
     NOT_SENT = "not_sent"  # no byte of it left
-    BUSY = "busy"  # not done: overload, maintenance
+    BUSY = "busy"  # not done: overload, maintenance, or an edge that does not know the way
     CLOCK = "clock"  # not done: our timestamp was outside the window
     LIMITED = "limited"  # not done: too many requests from this address
-    BLOCKED = "blocked"  # not done: the firewall in front of the exchange
+    BLOCKED = "blocked"  # not done: the firewall or the edge in front of the exchange refuses this address
     DENIED = "denied"  # not done, and the same request will never be
     KEY_REFUSED = "key_refused"  # the same, for a reason that lies with the key
 
@@ -108,6 +108,10 @@ class Verdict:
     banned_until_ms: int | None = None  # the exchange's clock, ms since the epoch
 
 
+#: How the reason of a failure begins where a request left, or may have left, and no answer came.
+NO_ANSWER = "no answer"
+#: ... and the whole of it where nothing at all came back, for as long as was waited.
+SILENCE = f"{NO_ANSWER}: TimeoutError"
 #: Codes whose meaning does not hang on the text (exchange.md 4.2). What is not listed is UNCLEAR.
 CODE_MEANS: dict[int, Means] = {
     -1000: Means.UNCLEAR,  # unknown
@@ -133,6 +137,7 @@ CODE_MEANS: dict[int, Means] = {
     **dict.fromkeys(range(-1127, -1107), Means.DENIED),  # parameters of other calls: asset, symbol, listen key
     -1128: Means.DENIED,  # combination of parameters
     -1130: Means.DENIED,  # value of a parameter
+    -2008: Means.KEY_REFUSED,  # key's id
     -2013: Means.NO_SUCH_ORDER,
     -2014: Means.KEY_REFUSED,  # key's format
     -2015: Means.KEY_REFUSED,  # key, address or permission
@@ -155,10 +160,11 @@ HTTP_MEANS: dict[int, Means] = {
     408: Means.UNCLEAR,
     418: Means.LIMITED,
     429: Means.LIMITED,
-    451: Means.DENIED,
+    451: Means.BLOCKED,  # where a network seems to be changes with an edge, and with a route
 }
-#: Statuses that decide where the body holds no listed code.
-HTTP_FALLBACK: dict[int, Means] = {401: Means.KEY_REFUSED, 404: Means.DENIED, 405: Means.DENIED}
+#: Statuses that decide where the body holds no listed code: whoever knows none of the exchange's codes is not the
+#: exchange, and what an edge says of a path it says of no order.
+HTTP_FALLBACK: dict[int, Means] = {401: Means.KEY_REFUSED, 404: Means.BUSY, 405: Means.BUSY}
 #: Codes that are believed in a 5xx answer; any other refusal from a failing server proves nothing.
 _TRUSTED_IN_5XX = frozenset({-1003, -1008, -1016})
 #: The whole texts, folded, by which a 503 or -1001 says that nothing was done.
@@ -171,6 +177,8 @@ _PERMANENT_2011 = (
     "symbol is restricted",
     "cancel restrictions",
 )
+#: Part of the text of -2010 and -2011 in maintenance, folded.
+_MAINTENANCE = "trading is not enabled"
 _BAN_EPOCH = re.compile(r"banned until (\d{13})(?!\d)")
 
 
@@ -200,6 +208,8 @@ def _refusal(http: int, code: int | None, msg: str) -> Means:
         return HTTP_MEANS[http]
     if http >= 500:
         return _server_error(http, code, msg)
+    if code in (-2010, -2011) and _MAINTENANCE in msg.casefold():
+        return Means.BUSY
     if code == -2011:
         text = msg.casefold()
         return Means.DENIED if any(part in text for part in _PERMANENT_2011) else Means.NO_SUCH_ORDER

@@ -23,7 +23,7 @@ from producer.message import (
     clean_text,
     decode_attempts,
 )
-from worker.classify import GATED, STATUS_MEANS, Means, OrderView, Verdict
+from worker.classify import GATED, SILENCE, STATUS_MEANS, Means, OrderView, Verdict
 
 #: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody
 #: has learned that the order is gone, and opened another one under its id.
@@ -32,6 +32,12 @@ BLIND_CANCEL_MS = 100
 MAX_RESYNCS = 3
 #: First wait before an order that is just being triggered is looked at again, ms: a trigger takes about ten.
 TRIGGER_POLL_MS = 10
+#: How long after a silence the order is looked up, ms, by chance up to this: whoever met the same silence asks, too.
+LOOK_UP_WITHIN_MS = 25
+#: The longest pause before an order that is open after an unclear cancel is cancelled again, ms; at least half of it.
+DOUBT_PAUSE_MS = 50
+#: So many unclear answers are followed by these short pauses; what was waited for answers doubles, and then backs off.
+QUICK_DOUBTS = 2
 #: The last try starts at least this long before the deadline, ms, so that there is time for its answer.
 LAST_TRY_MS = 1000
 #: How far ahead of the exchange's clock a timestamp may be, ms (exchange.md 2).
@@ -39,16 +45,21 @@ AHEAD_MS = 1000
 #: Pauses where the exchange names none, ms: after 429, and after 418 (its shortest ban is two minutes).
 LIMIT_PAUSE_MS = 10_000
 BAN_PAUSE_MS = 120_000
-#: No pause is shorter, ms: one of nothing would ask a closed exchange again and again, and count no attempt.
+#: No pause is shorter, ms: one of nothing would ask a closed exchange again and again. After a 451 it is the pause: it
+#: names no end, lasts for ever or for moments, and is worth one look a second.
 LEAST_PAUSE_MS = 1_000
 #: Attempts that a history keeps at the most (:func:`bounded`); with the longest texts a third of what can be read back.
 MAX_HISTORY = 200
-#: So many of the newest are kept without a gap: more than any delay, or the count of clock refusals, looks back.
+#: So many of the newest are kept without a gap: more than any delay looks back.
 _TAIL = 40
 _MAX_NAME_CHARS = 64
 #: What the one attempt says that stands for a history that cannot be read.
 UNREADABLE = "the recorded attempts cannot be read"
 
+#: Answers by which the order has left its client id to whoever wants it.
+_FREES_CLIENT_ID = frozenset(
+    {Means.CONFIRMED, Means.CANCELED, Means.TRIGGERED, Means.FINISHED, Means.EXPIRED, Means.REJECTED}
+)
 _MEANS_STATUS = {means.value: status for status, means in STATUS_MEANS.items()}
 _REFUSED = frozenset({Means.DENIED, Means.KEY_REFUSED})
 
@@ -57,7 +68,7 @@ _REFUSED = frozenset({Means.DENIED, Means.KEY_REFUSED})
 class Policy:
     """The bounds of a request, from the worker's settings."""
 
-    max_attempts: int = 25
+    max_attempts: int = 200  # more than the default deadline has time for
     backoff_base_ms: int = 100
     backoff_cap_ms: int = 15_000
     not_found_horizon_ms: int = 10_000
@@ -81,6 +92,7 @@ class Case:
     deadline_at_ms: int
     ahead: Span | None = None  # Redis' clock minus the exchange's, ms; None: not known
     retried: bool = False  # an earlier run has ended, whose calls the history lacks; or calls may leave late
+    strikes_until_ms: int = 0  # until then a cancel by client id that got no clear answer may meet the id's next order
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +103,7 @@ class Stop:
     order_status: str | None = None
     actual_order_id: str | None = None
     error: str | None = None
+    is_left_alone: bool = False  # the order that the client id means now is not the one that was meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +125,7 @@ def first_step(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: i
         if not history:
             return Stop(OutcomeKind.OVERDUE, error="the deadline passed before anything was sent")
         return _bound(history, policy, "the deadline passed")
-    call = call_for(case, history, now_ms)
+    call = call_for(case, history, policy, now_ms)
     return _attempts_left(history, policy, call) or Again(call)
 
 
@@ -131,21 +144,21 @@ def next_step(
     if now_ms >= case.deadline_at_ms:
         return _bound(history, policy, "the deadline passed")
     delay_ms = _delay(case, history, verdict, policy, now_ms, roll)
-    if (stop := _attempts_left(history, policy, call_for(case, history, now_ms + delay_ms))) is not None:
+    if (stop := _attempts_left(history, policy, call_for(case, history, policy, now_ms + delay_ms))) is not None:
         return stop
     left_ms = case.deadline_at_ms - now_ms
     if delay_ms >= left_ms:
         if verdict.means in GATED or left_ms <= LAST_TRY_MS:
             return _bound(history, policy, "the deadline comes before the next try")
         delay_ms = left_ms - LAST_TRY_MS
-    call = call_for(case, history, now_ms + delay_ms)
+    call = call_for(case, history, policy, now_ms + delay_ms)
     return Again(call, delay_ms, resync=verdict.means is Means.CLOCK)
 
 
-def call_for(case: Case, history: Sequence[Attempt], at_ms: int) -> Call:
+def call_for(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int) -> Call:
     """Which call comes next at ``at_ms``: a query wherever a cancel would be a guess."""
     if history and _asks(history[-1]):
-        return Call.QUERY
+        return Call.CANCEL if _wants_last_word(case, history, policy, at_ms) else Call.QUERY
     # Whatever was sent before, even what was refused, took time in which the id can have changed hands. A clock that
     # shows a time before the request was set back, and tells nothing.
     is_fresh = not history and not case.retried and 0 <= at_ms - case.meant_at_ms <= BLIND_CANCEL_MS
@@ -159,8 +172,26 @@ def _asks(last: Attempt) -> bool:
     return not (last.call is Call.QUERY and last.verdict == Means.OPEN)
 
 
+def _wants_last_word(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int) -> bool:
+    """Whether "no such order" would be believed now, but for one more cancel.
+
+    Where the book is late, an order that cancels and queries have missed can be cancelled all the same. It is asked
+    once, and by algo id alone: that never means another order, and cancels of what does not exist lead to a ban.
+    """
+    first = _first_missed(history)
+    if first is None or case.by_client_id or not _misses_order(history[-1]) or at_ms >= case.deadline_at_ms:
+        return False
+    is_due = at_ms >= _horizon_ends(history, policy, at_ms)
+    return is_due and _last_cancel(history) <= first and _attempts_left(history, policy, Call.CANCEL) is None
+
+
+def _last_cancel(history: Sequence[Attempt]) -> int:
+    """Where the last cancel stands; -1: nowhere."""
+    return max((at for at in range(len(history)) if history[at].call is Call.CANCEL), default=-1)
+
+
 #: After these answers to a cancel the order's state must be read before anything else is tried.
-_ASK_AFTER = frozenset({Means.UNCLEAR, Means.NO_SUCH_ORDER, Means.TRIGGER_RACE})
+_ASK_AFTER = frozenset({Means.UNCLEAR, Means.NO_SUCH_ORDER, Means.TRIGGER_RACE, Means.CONFIRMED, *_REFUSED})
 
 
 def in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
@@ -169,12 +200,31 @@ def in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
     A query that shows the order open settles only those cancels whose time window had closed when it was asked: no
     request is newly accepted once its timestamp is older than recvWindow (exchange.md 4.4).
     """
+    return bool(_doubts(history, policy))
+
+
+def _doubts(history: Sequence[Attempt], policy: Policy) -> list[Attempt]:
     open_at_ms = max((a.at_ms for a in history if _shows_state(a) and a.verdict == Means.OPEN), default=None)
-    window_ms = policy.recv_window_ms + AHEAD_MS
-    return any(
-        _may_have_worked(attempt) and (open_at_ms is None or attempt.at_ms + attempt.ms + window_ms > open_at_ms)
+    return [
+        attempt
         for attempt in history
-    )
+        if _may_have_worked(attempt) and (open_at_ms is None or accepted_until_ms(attempt, policy) > open_at_ms)
+    ]
+
+
+def accepted_until_ms(attempt: Attempt, policy: Policy) -> int:
+    """From when on, by Redis' clock, the exchange accepts the request no more, as far as the record alone tells."""
+    return attempt.at_ms + attempt.ms + policy.recv_window_ms + AHEAD_MS
+
+
+def is_silence(attempt: Attempt) -> bool:
+    """Whether the request left, or may have left, and nothing at all came back for as long as was waited."""
+    return attempt.verdict == Means.UNCLEAR and attempt.http is None and attempt.msg == SILENCE
+
+
+def looks_up_a_silence(history: Sequence[Attempt]) -> bool:
+    """Whether the query that comes next is asked only because nothing came back."""
+    return bool(history) and is_silence(history[-1])
 
 
 def _may_have_worked(attempt: Attempt) -> bool:
@@ -191,25 +241,26 @@ def _misses_order(attempt: Attempt) -> bool:
 
 
 def counted(history: Sequence[Attempt]) -> int:
-    """How many attempts count against the bound.
+    """How many attempts count against the bound: those that were answered about the order or may have been carried out.
 
-    Not counted: what brought a pause for everybody (LIMITED, BLOCKED); clock refusals as far as they are answered at
-    once; and a repeated "no such order", whose own bound is the horizon.
+    What was cleanly not done does no harm, and the deadline alone bounds it. A repeated "no such order" has a bound of
+    its own, the horizon.
     """
     return _counts(history)[-1]
 
 
+#: Cleanly not done, whatever the call.
+_NOT_DONE = GATED | {Means.BUSY, Means.CLOCK, Means.NOT_SENT}
+
+
 def _counts(history: Sequence[Attempt]) -> list[int]:
     """How many count before each attempt, and in all."""
-    counts, total, clocks = list[int](), 0, 0
+    counts, total = list[int](), 0
     for attempt in history:
-        means = attempt.verdict
         total = total if attempt.counted_before is None else attempt.counted_before
         counts.append(total)
-        clocks = clocks + 1 if means == Means.CLOCK else 0
-        free = means in GATED or 0 < clocks <= MAX_RESYNCS
-        free = free or (means == Means.NO_SUCH_ORDER and attempt.call is Call.QUERY)
-        total += not free
+        is_repeat = attempt.verdict == Means.NO_SUCH_ORDER and attempt.call is Call.QUERY
+        total += attempt.verdict not in _NOT_DONE and not is_repeat
     return [*counts, total]
 
 
@@ -223,26 +274,55 @@ def last_status(history: Sequence[Attempt]) -> str | None:
 
 def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int) -> Stop | None:
     means, order = verdict.means, verdict.order
+    is_found = case.by_client_id and means is not Means.CONFIRMED
+    if order is not None and is_found and (doubt := _why_not_meant(case, order)):
+        return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone", is_left_alone=True)
+    if means in _FREES_CLIENT_ID:
+        return None if now_ms < case.strikes_until_ms else _off_the_book(history, verdict)
+    if means in _REFUSED or means is Means.NO_SUCH_ORDER:
+        return _unless_in_doubt(case, history, verdict, policy, now_ms)
+    return None
+
+
+def _off_the_book(history: Sequence[Attempt], verdict: Verdict) -> Stop:
+    means, order = verdict.means, verdict.order
     if means is Means.CONFIRMED:
         return Stop(OutcomeKind.CANCELLED, "CANCELED")
-    if order is not None and case.by_client_id and (doubt := _why_not_meant(case, order)):
-        return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone")
     if means is Means.CANCELED:
-        ours = any(_may_have_worked(attempt) for attempt in history)
+        ours = any(_may_have_worked(attempt) or attempt.verdict == Means.CONFIRMED for attempt in history)
         return Stop(OutcomeKind.CANCELLED if ours else OutcomeKind.ALREADY_CANCELLED, "CANCELED")
     if means in (Means.TRIGGERED, Means.FINISHED):
         return Stop(OutcomeKind.TRIGGERED, verdict.msg, order.actual_order_id if order else None)
-    if means is Means.EXPIRED:
-        return Stop(OutcomeKind.EXPIRED, verdict.msg)
-    if means is Means.REJECTED:
-        return Stop(OutcomeKind.REJECTED, verdict.msg)
-    if means in _REFUSED:
-        kind = OutcomeKind.UNKNOWN if in_doubt(history, policy) else OutcomeKind.REFUSED
-        return Stop(kind, last_status(history), error=f"refused: {_quoted(verdict)}")
-    if means is Means.NO_SUCH_ORDER and now_ms >= _horizon_ends(history, policy, now_ms):
-        kind = OutcomeKind.UNKNOWN if in_doubt(history, policy) else OutcomeKind.NOT_FOUND
-        return Stop(kind, last_status(history), error=f"unknown to the exchange: {_quoted(verdict)}")
-    return None
+    return Stop(OutcomeKind.EXPIRED if means is Means.EXPIRED else OutcomeKind.REJECTED, verdict.msg)
+
+
+def _unless_in_doubt(
+    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int
+) -> Stop | None:
+    """The end by a refusal, or by "no such order" that is believed. One silence must not make it ``unknown`` for good.
+
+    A silence is settled by its late answer, or by what is said when it cannot strike any more: the exchange would show
+    an order that was cancelled, and refused the silent call as it does this one. An answer that left it open is not.
+    """
+    is_refusal = verdict.means in _REFUSED
+    if not is_refusal and now_ms < _horizon_ends(history, policy, now_ms):
+        return None
+    if not is_refusal and _wants_last_word(case, history, policy, now_ms):
+        return None
+    if _silent_until_ms(history, policy) > history[-1].at_ms:
+        return None
+    certain, said = (
+        (OutcomeKind.REFUSED, "refused") if is_refusal else (OutcomeKind.NOT_FOUND, "unknown to the exchange")
+    )
+    kind = certain if all(map(is_silence, _doubts(history, policy))) else OutcomeKind.UNKNOWN
+    return Stop(kind, last_status(history), error=f"{said}: {_quoted(verdict)}")
+
+
+def _silent_until_ms(history: Sequence[Attempt], policy: Policy) -> int:
+    """Until when a silent cancel may still be accepted; 0 where there is none, or the doubt has other reasons too."""
+    doubts = _doubts(history, policy)
+    is_silent = bool(doubts) and all(map(is_silence, doubts))
+    return max(accepted_until_ms(attempt, policy) for attempt in doubts) if is_silent else 0
 
 
 def _why_not_meant(case: Case, order: OrderView) -> str:
@@ -283,7 +363,8 @@ def _attempts_left(history: Sequence[Attempt], policy: Policy, call: Call) -> St
     """The bound on attempts; the last one is kept for the query that tells what the cancels before it did."""
     used = counted(history)
     spare = 1 if call is Call.CANCEL and used > 0 else 0
-    return _bound(history, policy, f"{used} attempts were made") if used + spare >= policy.max_attempts else None
+    is_over = used + spare >= policy.max_attempts
+    return _bound(history, policy, f"{used} counted attempts were made") if is_over else None
 
 
 def _bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
@@ -293,11 +374,26 @@ def _bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
 
 
 def _delay(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float) -> int:
-    means, call = verdict.means, history[-1].call
-    if means in GATED:
+    if verdict.means in GATED:
         return pause_ms(verdict, policy, now_ms, case.ahead)
+    return max(_own_delay(case, history, verdict, policy, now_ms, roll), verdict.retry_after_ms or 0)
+
+
+def _own_delay(
+    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float
+) -> int:
+    means, call = verdict.means, history[-1].call
     if means is Means.CLOCK and _trailing(history, Means.CLOCK) <= MAX_RESYNCS:
         return 0
+    if means in _FREES_CLIENT_ID:
+        return case.strikes_until_ms - now_ms
+    if means in _REFUSED:
+        return max(_silent_until_ms(history, policy) - now_ms, 0)
+    if sum(attempt.verdict == Means.UNCLEAR for attempt in history[-_TAIL:]) <= QUICK_DOUBTS:
+        if is_silence(history[-1]):  # others may have met it too
+            return min(int(LOOK_UP_WITHIN_MS * roll), policy.backoff_cap_ms)
+        if means is Means.OPEN and len(history) > 1 and history[-2].verdict == Means.UNCLEAR:
+            return min(int(DOUBT_PAUSE_MS * (0.5 + roll / 2)), policy.backoff_cap_ms)
     if call is Call.CANCEL and means in (Means.UNCLEAR, Means.NO_SUCH_ORDER):
         return 0
     if means is Means.OPEN and not any(a.call is Call.CANCEL for a in history):
@@ -307,7 +403,8 @@ def _delay(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Pol
         return int(min(TRIGGER_POLL_MS << doublings, policy.backoff_cap_ms) * (0.5 + roll / 2))
     delay_ms = backoff_ms(len(history), policy, roll)
     if means is Means.NO_SUCH_ORDER:  # one more look just when it would be believed
-        return min(delay_ms, _horizon_ends(history, policy, now_ms) - now_ms)
+        believed_ms = max(_horizon_ends(history, policy, now_ms), _silent_until_ms(history, policy))
+        return min(delay_ms, max(believed_ms - now_ms, 0))
     return delay_ms
 
 
@@ -318,7 +415,7 @@ def pause_ms(verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None) 
     its own clock, can make a pause longer than it is without, and never shorter.
     """
     if verdict.means is Means.BLOCKED:
-        return policy.waf_pause_ms
+        return max(verdict.retry_after_ms or 0, LEAST_PAUSE_MS) if verdict.http == 451 else policy.waf_pause_ms
     asked_ms, until_ms = verdict.retry_after_ms, verdict.banned_until_ms
     if asked_ms is None and (until_ms is None or ahead is None):
         asked_ms = BAN_PAUSE_MS if verdict.http == 418 else LIMIT_PAUSE_MS
@@ -387,8 +484,7 @@ def bounded(history: Sequence[Attempt]) -> list[Attempt]:
     rest = [at for at in reversed(range(len(whole))) if at not in kept]
     rest.sort(key=lambda at: whole[at].verdict != Means.UNCLEAR)  # stable: the newest first among each
     kept.update(rest[: MAX_HISTORY - len(kept)])
-    # Where the count is told, the attempts that a clock refusal's counting looks back to stand right before.
-    told_at = len(whole) - _TAIL + MAX_RESYNCS
+    told_at = len(whole) - _TAIL
     before = {told_at: _counts(whole)[told_at]}
     return [
         replace(attempt, counted_before=before.get(at)) if at <= told_at else attempt
@@ -401,13 +497,16 @@ def _needed(history: Sequence[Attempt]) -> set[int]:
     """Where the attempts stand without which a decision could be another one."""
     places = range(len(history))
     unclear = [at for at in places if _may_have_worked(history[at])]
+    answered = [at for at in unclear if not is_silence(history[at])]
     opened = [at for at in places if history[at].call is Call.QUERY and history[at].verdict == Means.OPEN]
     found = (
         0,
         next((at for at in places if history[at].call is Call.CANCEL), None),
+        next((at for at in reversed(places) if history[at].call is Call.CANCEL), None),
         next((at for at in reversed(places) if _shows_state(history[at])), None),
         _first_missed(history),
-        max(unclear, key=lambda at: history[at].at_ms + history[at].ms, default=None),  # the last to lose its doubt
+        # the last to lose their doubt, of all and of those that are no silence,
+        *(max(some, key=lambda at: history[at].at_ms + history[at].ms, default=None) for some in (unclear, answered)),
         max(opened, key=lambda at: history[at].at_ms, default=None),  # what takes it
     )
     return {at for at in found if at is not None} | set(places[-_TAIL:])

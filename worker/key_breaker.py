@@ -1,17 +1,20 @@
 """A breaker for each API key: a key that the exchange refuses again and again is left in peace.
 
-The healthy path asks nobody. Only a worker that has seen the key refused looks at Redis, where all of them meet; one
-that has not costs the exchange a single request before it knows.
+It belongs to the key, whatever account names it, and is known by the key's fingerprint. All workers meet at Redis,
+which tells each of them with its beats which keys are refused: one that is not costs no call, and whoever first sees a
+key of a refused account accepted says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import redis
 
 from worker import log
 from worker.classify import Means, Verdict
+from worker.signing import Credential
+from worker.store import Suspect
 
 #: Refusals of a key in a row that open its breaker, and the time between probes while it is open, ms.
 FAILURES = 5
@@ -20,45 +23,77 @@ PROBE_EVERY_MS = 60_000
 _SILENT = frozenset({Means.UNCLEAR, Means.NOT_SENT, Means.BUSY, Means.CLOCK, Means.LIMITED, Means.BLOCKED})
 
 
-#: Tells of an answer (`failed`, `answered`) or asks to send (`ask`): account, what, reason or job id; gives when to ask
-#: again, ms, or 0 (:meth:`worker.store.Store.key`).
-Ask = Callable[[str, str, str | bytes], Awaitable[int]]
+#: Tells of an answer (`failed`, `answered`) or asks to send (`ask`, `try`): key, what, reason or job id; gives when to
+#: ask again, ms, or 0, and why (:meth:`worker.store.Store.key`).
+Ask = Callable[[Suspect, str, str | bytes], Awaitable[tuple[int, str]]]
 
 
 class KeyBreaker:
-    """The breakers of one worker's accounts."""
+    """The breakers of one worker's keys.
 
-    def __init__(self, ask: Ask) -> None:
+    ``tries``: the first job of a key that was refused before this process began is sent at once, as a probe: a restart
+    is how most keys are mended.
+    """
+
+    def __init__(self, ask: Ask, *, tries: bool = True) -> None:
         self._ask_redis = ask
-        self._reasons: dict[str, str] = {}  # accounts whose last answer refused the key
+        self._tries = tries
+        self._tried: set[str] = set()
+        self._reasons: dict[str, str] = {}  # by fingerprint, as far as this process has heard of one
+        self._suspects: frozenset[Suspect] = frozenset()
 
-    def reason(self, account: str) -> str | None:
-        """Why the key of ``account`` is suspected, or None."""
-        return self._reasons.get(account)
+    def know(self, suspects: Iterable[Suspect]) -> None:
+        """Take note of the keys that are refused by what Redis says."""
+        before, self._suspects = self._suspects, frozenset(suspects)
+        for ended in {each.fingerprint for each in before} - {each.fingerprint for each in self._suspects}:
+            self._reasons.pop(ended, None)
 
-    async def wait_until_ms(self, account: str, job_id: bytes) -> int:
+    def reason(self, credential: Credential) -> str | None:
+        """Why the key is suspected, or None."""
+        return self._reasons.get(credential.fingerprint)
+
+    async def wait_until_ms(self, credential: Credential, job_id: bytes) -> int:
         """When ``job_id`` may ask again (Redis' clock), or 0 if it may send now."""
-        return 0 if account not in self._reasons else await self._ask(account, "ask", job_id)
+        print_ = credential.fingerprint
+        if print_ not in self._reasons and all(each.fingerprint != print_ for each in self._suspects):
+            return 0
+        is_first = self._tries and print_ not in self._tried and print_ not in self._reasons
+        self._tried.add(print_)
+        until_ms, reason = await self._ask(credential, "try" if is_first else "ask", job_id)
+        if until_ms > 0:
+            self._reasons.setdefault(print_, reason)
+        return until_ms
 
-    def concerns(self, account: str, verdict: Verdict) -> bool:
+    def concerns(self, credential: Credential, verdict: Verdict) -> bool:
         """Whether an answer to a signed call is to be told; most say nothing new."""
-        return verdict.means is Means.KEY_REFUSED or (account in self._reasons and verdict.means not in _SILENT)
+        if verdict.means is Means.KEY_REFUSED:
+            return True
+        return verdict.means not in _SILENT and (
+            credential.fingerprint in self._reasons or any(_is_about(each, credential) for each in self._suspects)
+        )
 
-    async def tell(self, account: str, verdict: Verdict) -> None:
+    async def tell(self, credential: Credential, verdict: Verdict) -> None:
         """Take note of an answer to a signed call."""
+        account = credential.account
         if verdict.means is Means.KEY_REFUSED:
             reason = " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))
-            self._reasons[account] = reason
-            if (probe_at_ms := await self._ask(account, "failed", reason)) > 0:
+            self._reasons[credential.fingerprint] = reason
+            probe_at_ms, _ = await self._ask(credential, "failed", reason)
+            if probe_at_ms > 0:
                 log.error("key", account=account, state="held_back", probe_at_ms=probe_at_ms, reason=reason)
-        elif self.concerns(account, verdict):
-            self._reasons.pop(account, None)
-            await self._ask(account, "answered", "")
+        elif self.concerns(credential, verdict):
+            self._reasons.pop(credential.fingerprint, None)
+            self._suspects = frozenset(each for each in self._suspects if not _is_about(each, credential))
+            await self._ask(credential, "answered", "")
             log.info("key", account=account, state="accepted")
 
-    async def _ask(self, account: str, what: str, word: str | bytes) -> int:
+    async def _ask(self, credential: Credential, what: str, word: str | bytes) -> tuple[int, str]:
         try:
-            return await self._ask_redis(account, what, word)
+            return await self._ask_redis(Suspect(credential.account, credential.fingerprint), what, word)
         except redis.RedisError as error:
-            log.warning("key", account=account, state="not_shared", error=type(error).__name__)
-            return 0
+            log.warning("key", account=credential.account, state="not_shared", error=type(error).__name__)
+            return 0, ""
+
+
+def _is_about(suspect: Suspect, credential: Credential) -> bool:
+    return suspect.account == credential.account or suspect.fingerprint == credential.fingerprint

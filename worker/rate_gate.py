@@ -6,7 +6,9 @@ renewal refreshes each second. The exchange tells the weight that the address ha
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 import redis
@@ -19,8 +21,17 @@ from worker.decide import Policy, Span, pause_ms
 
 #: After a pause the requests in flight grow from one to all within this time, ms.
 RAMP_MS = 2_000
-#: Shares of the weight limit: the pause until the next minute, and the end of queries, so that the rest is for cancels.
-CLOSE_AT, NO_QUERIES_AT = 0.9, 0.75
+#: The share of the weight limit at which queries end, so that the rest is for cancels.
+NO_QUERIES_AT = 0.75
+#: What of the limit is left unused, as a share, and in weight at the least where that is no larger share: for the time
+#: calls of all workers, and for what others on the address send meanwhile.
+RESERVE_PART, RESERVE_LEAST, RESERVE_MOST_PART = 0.01, 10, 0.1
+#: The part of the weight that is left which one worker may have in flight: what the others have is not known.
+_PART_IN_FLIGHT = 4
+#: The part of the weight that is left, and of the flight, that may go into looking orders up after a silence.
+LOOK_UPS_PART = 4
+#: ... of the flight where most of it is silent.
+FEW_LOOK_UPS_PART = 16
 #: The weight that an address may use in a minute where exchangeInfo could not be read (exchange.md 3).
 DEFAULT_WEIGHT_LIMIT = 2_400
 _MINUTE_MS = 60_000
@@ -40,21 +51,25 @@ class Gate:
     def __init__(self, publish: Publish) -> None:
         self._publish = publish
         self._unshared: tuple[int, str, bool] | None = None
+        self._reason = "as another worker told before Redis forgot"
         self._shared_at_ns = -math.inf  # when Redis last heard of a closing of ours
         self._raised_at_ns = -math.inf  # when we last heard of one
+        self._left = (0, 0)  # until when it was told, and the weight that was left then
         self.until_ms = 0
         self.weight_limit = DEFAULT_WEIGHT_LIMIT
+        self.looked_up = 0  # how often an order was looked up after a silence, in this minute
+        self._used = 0  # weight, as of the last look
 
     def closed(self, now_ms: int) -> bool:
         """Whether nothing may be sent now."""
         return now_ms < self.until_ms
 
     def ceiling(self, size: int, now_ms: int) -> int:
-        """Requests in flight at the most: ``size``, but few at first after a pause."""
+        """Requests in flight at the most: ``size``, but few at first after a pause, and near the weight limit."""
         since_ms = now_ms - self.until_ms
-        if since_ms >= RAMP_MS:
-            return size
-        return max(1, size * max(since_ms, 0) // RAMP_MS)
+        ramped = size if since_ms >= RAMP_MS else size * max(since_ms, 0) // RAMP_MS
+        told_until_ms, left = self._left
+        return max(1, ramped if now_ms >= told_until_ms else min(ramped, left // _PART_IN_FLIGHT))
 
     def observe(self, until_ms: int) -> None:
         """Note what Redis says; an end that is later here has not reached Redis yet, and holds."""
@@ -65,32 +80,43 @@ class Gate:
         """Note what Redis' own record said when asked at ``asked_at_ns``; None: it has no record.
 
         A person may open it there (`HSET gate:all until_ms 0`). A record that is gone, or holds an earlier end, says
-        nothing: a Redis that lost its data, or its last second, must not end a ban.
+        nothing: a Redis that lost its data, or its last second, must not end a ban, and is told of it again.
         """
-        opened = until_ms == 0 and now_ms < self.until_ms
-        if not opened:
+        is_fresh = self._unshared is None and asked_at_ns > max(self._shared_at_ns, self._raised_at_ns)
+        if until_ms != 0 or not self.closed(now_ms):
             self.observe(until_ms or 0)
-        elif self._unshared is None and asked_at_ns > max(self._shared_at_ns, self._raised_at_ns):
+            if is_fresh and self.closed(now_ms) and (until_ms or 0) + _SAME_PAUSE_MS < self.until_ms:
+                self._unshared = (self.until_ms, self._reason, False)
+        elif is_fresh:
             self.until_ms = now_ms  # from now on it ramps up
             log.warning("gate", state="opened", reason="by its record in Redis")
 
     def close_for(self, verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None) -> bool:
         """Close it as long as a gated ``verdict`` asks for; whether Redis should hear of it now (:meth:`share`)."""
         reason = f"{verdict.http} {verdict.msg}".strip()
-        return self._close(
-            pause_ms(verdict, policy, now_ms, ahead), reason, now_ms, doubling=verdict.means is Means.BLOCKED
-        )
+        is_firewall = verdict.means is Means.BLOCKED and verdict.http != 451
+        return self._close(pause_ms(verdict, policy, now_ms, ahead), reason, now_ms, doubling=is_firewall)
 
     def spend(self, used: int, in_flight: int, server_now_ms: int, now_ms: int) -> bool:
-        """Close it until the exchange's next minute if the weight used, with what is under way, nears the limit;
-        whether Redis should hear of it now."""
-        if used + in_flight < CLOSE_AT * self.weight_limit or self.closed(now_ms):
+        """Close it until the exchange's next minute if the weight used, with what is under way, leaves the reserve
+        alone; whether Redis should hear of it now."""
+        minute_ms = ms_to_next_minute(server_now_ms)
+        reserve = min(max(RESERVE_PART * self.weight_limit, RESERVE_LEAST), RESERVE_MOST_PART * self.weight_limit)
+        left = math.floor(self.weight_limit - reserve) - used
+        self._left = (now_ms + minute_ms, left)
+        if in_flight < left or self.closed(now_ms):
             return False
         reason = f"weight {used} used and {in_flight} under way of {self.weight_limit} a minute"
-        return self._close(ms_to_next_minute(server_now_ms), reason, now_ms, doubling=False)
+        return self._close(minute_ms, reason, now_ms, doubling=False)
 
-    def allows(self, call: Call, used: int) -> bool:
-        """Whether the budget has room for ``call``: cancels have the last quarter to themselves."""
+    def allows(self, call: Call, used: int, is_look_up: bool = False) -> bool:
+        """Whether the budget has room for ``call``: cancels have the last quarter to themselves, and look-ups after a
+        silence (``is_look_up``) a part of what is left."""
+        if used < self._used:  # a new minute
+            self.looked_up = 0
+        self._used = used
+        if is_look_up and self.looked_up >= (self.weight_limit - used) // LOOK_UPS_PART:
+            return False
         return call is Call.CANCEL or used < NO_QUERIES_AT * self.weight_limit
 
     async def share(self, now_ms: int) -> None:
@@ -112,11 +138,35 @@ class Gate:
         before_ms, self.until_ms = self.until_ms, max(self.until_ms, until_ms)
         if until_ms <= before_ms:
             return False
-        self._unshared = (until_ms, reason, doubling)
+        self._unshared, self._reason = (until_ms, reason, doubling), reason
         is_news = now_ms + _HEARD_WITHIN_MS > before_ms or until_ms > before_ms + _SAME_PAUSE_MS
         if is_news:
             log.warning("gate", state="closed", reason=reason, **{"measure#cancel.gate_ms": pause_ms})
         return is_news
+
+
+class LookUps:
+    """Who of a flight may look an order up because a call about it was silent: a part, and few where most are silent.
+
+    ``waiting`` are the events by which those are told that were refused.
+    """
+
+    def __init__(self, flight: int) -> None:
+        self.part, self._few = max(1, flight // LOOK_UPS_PART), max(2, flight // FEW_LOOK_UPS_PART)
+        self.waiting: deque[asyncio.Event] = deque()
+        self._under_way = 0
+
+    def begin(self, silent: int, flight: int) -> bool:
+        """Whether one more may; it is to :meth:`end`. ``silent`` of ``flight`` have a call that is not answered."""
+        may = self._under_way < (self._few if 2 * silent > flight else self.part)
+        self._under_way += may
+        return may
+
+    def end(self) -> None:
+        """One is done: two others may try, so that there are more and more of them while the exchange answers."""
+        self._under_way -= 1
+        for event in list(self.waiting)[:2]:
+            event.set()
 
 
 def ms_to_next_minute(server_now_ms: int) -> int:

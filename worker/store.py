@@ -9,19 +9,19 @@ from __future__ import annotations
 import zlib
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import uuid4
 
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script
+from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, suspect_of
 from producer.message import MAX_PAYLOAD_BYTES, Attempt, Outcome, encode_attempts
 from worker.clock import RedisClock
 
-__all__ = ["Beat", "Claimed", "Done", "Lease", "Release", "Request", "Retry", "Row", "Store"]
+__all__ = ["Beat", "Claimed", "Done", "Lease", "Release", "Request", "Retry", "Row", "Store", "Suspect"]
 
 #: How long a claim waits for a job inside the server, s.
 CLAIM_WAIT_S = 1
@@ -29,6 +29,8 @@ CLAIM_WAIT_S = 1
 ANSWER_WITHIN_S = 3.0
 #: Longest history of attempts that is read, bytes; what a worker keeps is far smaller.
 MAX_ATTEMPTS_BYTES = 512 * 1024
+#: Most refused keys that are looked at.
+MAX_SUSPECTS = 100
 #: Comes in place of a longer one.
 TOO_LARGE = b"?"
 #: Our own idea of a lease's end stays so far before Redis', ms: what is sent until then has left by the end.
@@ -36,6 +38,13 @@ LEASE_MARGIN_MS = 250
 
 T = TypeVar("T")
 Words = tuple[Any, ...]
+
+
+class Suspect(NamedTuple):
+    """An API key of the exchange and an account that uses it; as one that is refused, in :attr:`Keys.suspects`."""
+
+    account: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,7 @@ class Claimed:
     until_ms: int  # when it is due (scheduled) or its deadline (closed)
     leases: list[Lease]
     refused: redis.ResponseError | None = None  # why the server did not let us wait: it is full
+    suspects: tuple[Suspect, ...] = ()  # of the one job that was asked for: keys of the exchange that are refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +117,7 @@ class Beat:
     damaged: tuple[str, ...]
     lost: frozenset[str]  # tokens of leases that somebody else has taken
     renewed_until_ns: int  # the new end of all others that were named
+    suspects: tuple[Suspect, ...]  # keys of the exchange that are refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +221,8 @@ class Store:
             "OUTCOMES": keys.outcomes,
             "RESULT_PREFIX": keys.result_prefix,
             "SUSPECTS": keys.suspects,
+            "BREAKER_PREFIX": keys.breaker(""),
+            "HELD_PREFIX": keys.held(""),
             "GATE": self._gate,
             "LEASE_MS": lease_ms,
             "DEADLINE_MS": deadline_ms,
@@ -257,7 +270,13 @@ class Store:
     def claim_one(self, job_id: str) -> Request[Claimed]:
         """Take the job that a stock RQ worker has popped, if it is free."""
         number, self._claims = self._claims, self._claims + 1
-        return self._request("claim", (self._holder, 1, self._token, number, 0, 1, 0, 0, job_id), self._claimed)
+        script = self._call("claim", self._holder, 1, self._token, number, 0, 1, 0, 0, job_id)
+        look = ("SRANDMEMBER", self.keys.suspects, MAX_SUSPECTS)
+        return Request((look, script), self._scripts["claim"], self._claimed_one)
+
+    def _claimed_one(self, answers: list[Any], stamps: Stamps) -> Claimed:
+        suspects = () if isinstance(answers[0], redis.RedisError) else _suspects(answers[0])
+        return replace(self._claimed(answers[1:], stamps), suspects=suspects)
 
     def _claimed(self, answers: list[Any], stamps: Stamps) -> Claimed:
         moved, answer = answers[0], answers[-1]
@@ -293,7 +312,7 @@ class Store:
 
     def _beaten(self, answers: list[Any], stamps: Stamps) -> Beat:
         _raise(*answers)
-        now_ms, gate, suspended, is_unknown, damaged, lost = answers[0]
+        now_ms, gate, suspended, is_unknown, damaged, lost, suspects = answers[0]
         return Beat(
             gate_until_ms=int(gate) if gate.isdigit() else None,
             suspended=suspended == 1,
@@ -301,6 +320,7 @@ class Store:
             damaged=_names(damaged),
             lost=frozenset(token.decode() for token in lost),
             renewed_until_ns=self._lease_from(int(now_ms), stamps),
+            suspects=_suspects(suspects),
         )
 
     def tidy(self, cursor: int, position: int) -> Request[tuple[int, int, tuple[str, ...]]]:
@@ -316,12 +336,13 @@ class Store:
         """
         return self._request("gate", (pause_ms, reason, self._holder, int(doubling)), _number)
 
-    def key(self, account: str, what: str, word: str | bytes, failures: int, probe_every_ms: int) -> Request[int]:
-        """The breaker of a key: tell of an answer (`failed`, `answered`) or `ask` to send; gives when to ask again, ms,
-        or 0."""
-        keys = self.keys
-        words = (what, keys.breaker(account), keys.held(account), account, failures, probe_every_ms, word)
-        return self._request("key", words, _number)
+    def key(
+        self, suspect: Suspect, what: str, word: str | bytes, failures: int, probe_every_ms: int
+    ) -> Request[tuple[int, str]]:
+        """The breaker of a key: tell of an answer (`failed`, `answered`) or `ask` to send (`try`: for the first time in
+        this process); gives when to ask again, ms, or 0, and why."""
+        words = (what, suspect.account, suspect.fingerprint, failures, probe_every_ms, word)
+        return self._request("key", words, _probe_at)
 
     def recorded(self, job_id: str) -> Request[bytes | None]:
         """The outcome record of a job, if there is one."""
@@ -355,6 +376,18 @@ def _first(answers: list[Any], _: Stamps) -> Any:
 
 def _number(answers: list[Any], _: Stamps) -> int:
     return int(_good(answers)[0])
+
+
+def _probe_at(answers: list[Any], _: Stamps) -> tuple[int, str]:
+    at_ms, _, reason = _good(answers)[0].partition(b" ")
+    return int(at_ms), reason.decode("utf-8", "replace")
+
+
+def _suspects(members: Sequence[bytes]) -> tuple[Suspect, ...]:
+    named = (suspect_of(member) for member in members)
+    return tuple(
+        Suspect(account.decode("utf-8", "replace"), print_.decode("utf-8", "replace")) for account, print_ in named
+    )
 
 
 def _completed(count: int, answers: list[Any], _: Stamps) -> Completed:

@@ -8,6 +8,7 @@ told by urllib3's errors alone. An error that is none of theirs, such as RQ's ow
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 import sys
 import time
@@ -20,6 +21,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
+from worker.classify import NO_ANSWER
 from worker.clock import local_ns
 from worker.transport import BODY_LIMIT, FIELDS, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
 
@@ -30,6 +32,8 @@ _TALKATIVE = ("connection", "connectionpool", "poolmanager", "response", "util.r
 #: Raised before a request can be written: no connection to exchange or proxy (a name without an address is one kind
 #: of it), and a certificate that is not accepted. ProxyError is none: urllib3 calls an answer that breaks off so, too.
 _NOT_CONNECTED = (ConnectTimeoutError, NewConnectionError)
+#: What http.client says where the proxy refused the tunnel.
+_TUNNEL_STATUS = re.compile(r"^Tunnel connection failed: ([0-9]{3})\b")
 #: More layers than any library wraps around an error: a cycle of causes must not hold us.
 _LAYERS = 10
 #: Most bytes of one read of a body.
@@ -96,7 +100,8 @@ class RequestsTransport:
         self._session = _session(route, self._adapter)
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
-        """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened."""
+        """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened. Any answer is
+        waited for until the attempt's end: nothing else can be done meanwhile."""
         if self._is_closed:
             return Failed(False, "could not connect: ConnectionAbortedError")
         outer = sys.exception()
@@ -195,5 +200,6 @@ def _failed(error: Exception, outer: BaseException | None) -> Failed:
             return Failed(False, named("no TLS session", root))
         # How http.client says that a proxy refused the tunnel; the system's own errors have a number.
         if type(layer) is OSError and layer.errno is None:
-            return Failed(False, named("no tunnel through the proxy", root))
-    return Failed(True, named("no answer", root))
+            refused = _TUNNEL_STATUS.search(str(layer))
+            return Failed(False, f"no tunnel through the proxy: {refused[1] if refused else type(root).__name__}")
+    return Failed(True, named(NO_ANSWER, root))

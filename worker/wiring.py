@@ -14,7 +14,7 @@ from worker.key_breaker import FAILURES, PROBE_EVERY_MS, KeyBreaker
 from worker.rate_gate import Gate
 from worker.redis_link import Link, connect
 from worker.settings import Settings
-from worker.store import Store
+from worker.store import Store, Suspect
 from worker.transport import Route, Transport
 
 
@@ -34,7 +34,7 @@ def open_redis(settings: Settings) -> redis.Redis:
 def open_exchange(settings: Settings, *, one_at_a_time: bool = False) -> tuple[Exchange, ServerClock]:
     """The client of the exchange and its clock, which is not measured yet; ``one_at_a_time``: for who has no loop."""
     clock = ServerClock()
-    route = Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url)
+    route = Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url, ca_file=settings.exchange_tls_ca)
     return Exchange(
         _transport(route, settings, one_at_a_time), recv_window_ms=settings.recv_window_ms, clock=clock
     ), clock
@@ -78,8 +78,8 @@ def open_canceller(
     async def publish(pause_ms: int, reason: str, doubling: bool) -> int:
         return await link.ask(partial(store.close_gate, pause_ms, reason, doubling))
 
-    async def ask_breaker(account: str, what: str, word: str | bytes) -> int:
-        return await link.ask(partial(store.key, account, what, word, FAILURES, PROBE_EVERY_MS))
+    async def ask_breaker(key: Suspect, what: str, word: str | bytes) -> tuple[int, str]:
+        return await link.ask(partial(store.key, key, what, word, FAILURES, PROBE_EVERY_MS))
 
     gate = Gate(publish)
     canceller = Canceller(
@@ -87,10 +87,11 @@ def open_canceller(
         server_clock=server_clock,
         redis_clock=store.clock,
         gate=gate,
-        keys=KeyBreaker(ask_breaker),
+        keys=KeyBreaker(ask_breaker, tries=not sends_late),  # a stock worker begins a process for each job
         policy=policy_of(settings),
         credential_for=settings.credential_for,
         holder=holder,
         sends_late=sends_late,
+        flight=1 if sends_late else settings.concurrency,
     )
     return canceller, gate

@@ -293,6 +293,17 @@ def test_coded_answer_is_decoded(
     assert server.used == [1, 1]
 
 
+def test_coded_answer_in_chunks_is_decoded(bench: Bench, credential: Credential) -> None:
+    """The same where its length is not told before, and a chunk ends within the coded text."""
+    coded = gzip.compress(DONE)
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (coded[:7], coded[7:40], coded[40:], b""))
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+    server, client = bench.to(answering(head + chunks))
+    for _ in range(2):
+        assert client.cancel(credential) == Reply(http=200, body=DONE)
+    assert server.used == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("coding", "body"),
     [

@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
+import select
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generat
 
 from producer import CancelClient, CancelRequest
 from tests.canary import Search, add_page, http_get, process_line, redis_places
-from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.loopback import LOOPBACK, Authority
+from tests.servers import ROOT, Valkey, Workers, end_server, eventually, running_valkey, scrubbed
 from tests.webpages import WebProcess
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Call, Fault, FaultTiming
@@ -47,10 +50,10 @@ BAD_SETTING = "canary7setting9d2e"
 
 
 class SeeingProxy:
-    """An HTTP proxy for whole URLs that wants a password and keeps the signatures that pass."""
+    """An HTTP proxy that wants a password, and ends the TLS that passes it, which keeps the signatures that it sees."""
 
-    def __init__(self, target: str, password: str) -> None:
-        self._target = urlsplit(target)
+    def __init__(self, target: str, password: str, tls: ssl.SSLContext) -> None:
+        self._target, self._tls = urlsplit(target), tls
         self._login = b"Basic " + base64.b64encode(f"fixie:{password}".encode())
         self.signatures: set[str] = set()
         self.logins = 0
@@ -64,12 +67,7 @@ class SeeingProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-        for thread in self._threads:
-            thread.join(10)
+        end_server(self._listener, self._sockets, self._threads)
 
     def _run(self, what: object, *arguments: object) -> None:
         thread = threading.Thread(target=what, args=arguments, daemon=True)  # type: ignore[arg-type]
@@ -80,27 +78,30 @@ class SeeingProxy:
         with contextlib.suppress(OSError):
             while True:
                 client = self._listener.accept()[0]
-                server = socket.create_connection((self._target.hostname, self._target.port))
-                self._sockets += (client, server)
-                self._run(self._requests, client, server)
-                self._run(self._answers, server, client)
+                self._sockets.append(client)
+                self._run(self._serve, client)
 
-    def _requests(self, client: socket.socket, server: socket.socket) -> None:
-        # The worker writes each request in one piece, and the next one only after the answer.
-        with contextlib.suppress(OSError):
-            while data := client.recv(1 << 16):
-                self.logins += self._login in data
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client:
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += client.recv(1)
+            self.logins += self._login in head
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            target = (self._target.hostname, self._target.port)
+            with socket.create_connection(target) as server, self._tls.wrap_socket(client, server_side=True) as inside:
+                self._sockets += (inside, server)
+                self._relay(inside, server)
+
+    def _relay(self, client: ssl.SSLSocket, server: socket.socket) -> None:
+        while True:
+            for source in select.select((client, server), (), ())[0]:
+                data = source.recv(1 << 16)
+                if not data:
+                    return
+                # The worker writes each request in one piece, and the next one only after the answer.
                 self.signatures |= {s.decode() for s in re.findall(rb"[?&]signature=([^ &]+)", data)}
-                server.sendall(data.replace(b" " + self._target.geturl().encode(), b" ", 1))
-        with contextlib.suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)
-
-    def _answers(self, server: socket.socket, client: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := server.recv(1 << 16):
-                client.sendall(data)
-        with contextlib.suppress(OSError):
-            client.shutdown(socket.SHUT_RDWR)
+                (server if source is client else client).sendall(data)
 
 
 # ---- keys and servers ------------------------------------------------------------------------------------------------
@@ -186,18 +187,19 @@ def _read(file: IO[bytes]) -> bytes:
 
 
 @pytest.fixture
-def scene(accounts: Accounts, tmp_path: Path) -> Iterator[Scene]:
+def scene(accounts: Accounts, authority: Authority, tmp_path: Path) -> Iterator[Scene]:
     """Everything started, nothing done yet."""
     timing = FaultTiming(late_answer_ms=700, late_execution_ms=100, forgotten_ms=300, drip_interval_ms=10)
     with (
         running_valkey("--requirepass", REDIS) as valkey,
         start_exchange(ExchangeConfig(accounts=accounts.exchange, timing=timing)) as exchange,
-        SeeingProxy(exchange.url, PROXY) as proxy,
+        SeeingProxy(exchange.url, PROXY, authority.server_context(LOOPBACK)) as proxy,
     ):
         search = Search(*accounts.secrets, PROXY, REDIS, TOKEN, WRONG_LOGIN, BAD_SETTING)
         environment = {
             "REDIS_URL": f"redis://:{REDIS}@127.0.0.1:{valkey.port}/0",
-            "BINANCE_BASE_URL": exchange.url,
+            "BINANCE_BASE_URL": exchange.url.replace("http:", "https:"),
+            "EXCHANGE_TLS_CA": authority.ca_file,
             "EGRESS_PROXY_URL": proxy.url,
             "BINANCE_RECV_WINDOW_MS": "600",
             "CANCEL_DEADLINE_S": "6",

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import redis
 
 from tests.conftest import API_KEY, API_SECRET
-from tests.servers import ROOT, Valkey, free_port, running_valkey, scrubbed
+from tests.loopback import LOOPBACK, Authority, Peer, Server, answering, http_answer, relaying
+from tests.servers import ROOT, Peek, Valkey, eventually, free_port, running_valkey, scrubbed, server_binary
 from worker.__main__ import EX_CONFIG, EX_OK, EX_UNAVAILABLE
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
+
+
+@pytest.fixture(scope="module")
+def _durable_process() -> Iterator[Valkey]:
+    with running_valkey("--appendonly", "yes") as server:
+        yield server
+
+
+@pytest.fixture
+def valkey(_durable_process: Valkey) -> Valkey:
+    """A server that keeps what it is told."""
+    with redis.Redis(port=_durable_process.port) as client:
+        client.flushall()
+    return _durable_process
 
 
 @pytest.fixture
@@ -32,14 +52,24 @@ def check(environment: dict[str, str]) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_everything_is_there(environment: dict[str, str], exchange: RunningExchange) -> None:
-    """With Redis, exchange and key in order each is said to be, the exit code is 0, and no order was touched."""
+def line(said: str, start: str) -> str:
+    """The one line of a report that starts so."""
+    (found,) = [each for each in said.splitlines() if " ".join(each.split()).startswith(start)]
+    return found
+
+
+def test_everything_is_there(environment: dict[str, str], exchange: RunningExchange, peek: Peek) -> None:
+    """With Redis, exchange and key in order each is said to be, the exit code is 0, and nothing was left or touched."""
     order = exchange.add_orders(1)[0]
 
     code, said, complaints = check(environment)
 
     assert (code, complaints) == (EX_OK, "")
-    assert [line.split()[0] for line in said.splitlines()] == ["ok"] * 5
+    assert [each.split()[0] for each in said.splitlines()] == ["ok"] * 6
+    assert re.search(r" answers, (Valkey|Redis) [0-9.]+$", line(said, "ok redis redis:"))
+    assert "VALKEY_SERVER" in os.environ or "Valkey 9." in said
+    assert "may trade" in line(said, "ok key of default")
+    assert peek("DBSIZE") == 0
     assert "2400 weight a minute" in said
     assert API_SECRET not in said
     entry = exchange.book()[order.algo_id]
@@ -93,5 +123,249 @@ def test_an_exchange_that_is_not_there_is_said(environment: dict[str, str]) -> N
     code, said, _ = check(environment | {"BINANCE_BASE_URL": f"http://127.0.0.1:{free_port()}"})
 
     assert code == EX_UNAVAILABLE
-    assert "does not tell its time" in said
+    assert "the connection is refused" in line(said, "FAILED exchange")
     assert "key of" not in said
+
+
+# ---- what Redis is ---------------------------------------------------------------------------------------------------
+
+
+def redis_says(environment: dict[str, str], url: str) -> tuple[int, str]:
+    """Exit code, and what is said of a Redis."""
+    code, said, complaints = check(environment | {"REDIS_URL": url})
+    assert complaints == ""
+    return code, "\n".join(each for each in said.splitlines() if each.split()[1] == "redis")
+
+
+def test_a_replica_is_named_with_its_primary(environment: dict[str, str], valkey: Valkey) -> None:
+    """A server that only copies is no place for a queue, and whose copy it is is said."""
+    with running_valkey("--replicaof", f"127.0.0.1 {valkey.port}") as replica:
+        code, said = redis_says(environment, replica.url)
+    assert code == EX_UNAVAILABLE
+    assert "read-only replica" in said
+    assert f"127.0.0.1:{valkey.port}" in said
+
+
+@pytest.mark.parametrize("may_ask", [True, False], ids=["with INFO", "without"])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--maxmemory", "1"), "it is full (maxmemory)"),
+        (("--min-replicas-to-write", "1"), "it takes no writes while it lacks replicas"),
+        (("--cluster-enabled", "yes"), "Redis Cluster, which is not supported"),
+    ],
+    ids=["full", "lacking replicas", "cluster"],
+)
+def test_a_server_that_takes_no_work_says_why(
+    options: tuple[str, ...], says: str, may_ask: bool, environment: dict[str, str]
+) -> None:
+    """Its state and the way out are named, also to a user who may not ask INFO."""
+    with running_valkey(*options) as server, redis.Redis(port=server.port) as connection:
+        user = ["SETUSER", "worker", "on", "nopass", "~*", "&*", "+@all", *([] if may_ask else ["-@dangerous"])]
+        connection.execute_command("ACL", *user)
+        code, said = redis_says(environment, f"redis://worker:any@127.0.0.1:{server.port}/0")
+    assert code == EX_UNAVAILABLE
+    assert says in said
+
+
+def test_a_sentinel_is_named(environment: dict[str, str], valkey: Valkey, tmp_path: Path) -> None:
+    """Who points REDIS_URL at a Sentinel's port is told how to name one."""
+    port, conf = free_port(), tmp_path / "sentinel.conf"
+    conf.write_text(f"port {port}\ndir {tmp_path}\nsentinel monitor mymaster 127.0.0.1 {valkey.port} 1\n")
+    command = [server_binary(), str(conf), "--sentinel"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        with redis.Redis(port=port) as sentinel:
+            eventually(lambda: _pings(sentinel), 20, "it answers")
+        code, said = redis_says(environment, f"redis://127.0.0.1:{port}/0")
+    finally:
+        process.kill()
+        process.wait(20)
+    assert code == EX_UNAVAILABLE
+    assert "a Sentinel, which holds no data: write redis+sentinel://" in said
+
+
+def _pings(connection: redis.Redis) -> bool:
+    try:
+        return bool(connection.ping())
+    except redis.RedisError:
+        return False
+
+
+def test_a_server_that_is_no_redis_is_one_line(environment: dict[str, str]) -> None:
+    """An HTTP server behind REDIS_URL is said to be something else, without a traceback."""
+    server = Server(lambda peer: peer.send(http_answer(b"", "400 Bad Request")))
+    try:
+        code, said = redis_says(environment, server.url.replace("http:", "redis:"))
+    finally:
+        server.close()
+    assert code == EX_UNAVAILABLE
+    assert "something else listens there" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--appendonly", "yes", "--maxmemory-policy", "allkeys-lru"), "maxmemory-policy allkeys-lru"),
+        (("--appendonly", "no"), "keeps no append-only file"),
+    ],
+)
+def test_a_server_that_may_lose_requests_is_warned_of(
+    options: tuple[str, ...], says: str, environment: dict[str, str]
+) -> None:
+    """A worker can start all the same: the exit code is 0, and the setting is named."""
+    with running_valkey(*options) as server:
+        code, said, _ = check(environment | {"REDIS_URL": server.url})
+    assert code == EX_OK
+    assert says in line(said, "warn redis")
+
+
+@pytest.mark.parametrize(
+    ("rights", "says"),
+    [
+        ("~* &* +@all -@scripting", "command EVALSHA"),
+        ("~* &* +@all -blmove", "command BLMOVE"),
+        ("~* &* +@all -hset -zadd", "command HSET, command ZADD"),
+        ("~* &* +@all -subscribe", "command SUBSCRIBE"),
+        ("~* resetchannels +@all", "channel cancels:outcome:*"),
+        ("~rq:* ~cancels:* &* +@all", "key gate:*"),
+        ("~cancels:* ~gate:* &* +@all", "key rq:job:*"),
+    ],
+)
+def test_missing_rights_are_named(
+    rights: str, says: str, environment: dict[str, str], valkey: Valkey, peek: Peek
+) -> None:
+    """Which command, key or channel a user lacks is said, whatever else is in order."""
+    peek("ACL", "SETUSER", "worker", "reset", "on", "nopass", *rights.split())
+    try:
+        code, said, _ = check(environment | {"REDIS_URL": valkey.url.replace("//", "//worker:any@")})
+    finally:
+        peek("ACL", "DELUSER", "worker")
+    assert code == EX_UNAVAILABLE
+    assert says in line(said, "FAILED redis work")
+
+
+def test_a_user_without_info_can_be_checked(environment: dict[str, str], valkey: Valkey, peek: Peek) -> None:
+    """Rights that a worker does not need are not asked for: what cannot be looked at is a warning."""
+    peek("ACL", "SETUSER", "worker", "reset", "on", "nopass", "~*", "&*", "+@all", "-@dangerous", "-@admin")
+    try:
+        code, said, _ = check(environment | {"REDIS_URL": valkey.url.replace("//", "//worker:any@")})
+    finally:
+        peek("ACL", "DELUSER", "worker")
+    assert code == EX_OK
+    assert "may not ask INFO" in line(said, "warn redis")
+
+
+def test_damaged_keys_are_named(environment: dict[str, str], peek: Peek) -> None:
+    """A key of another type than it should have, and one that was set aside, are said to be there."""
+    peek("SET", peek.keys.unfinished, "x")
+    peek("SET", f"{peek.keys.outcomes}:set-aside", "x")
+    code, said, _ = check(environment)
+    assert code == EX_OK
+    assert "cancels:leases is damaged: a string instead of a zset" in said
+    assert "cancels:outcomes:set-aside was damaged" in said
+
+
+# ---- the way to the exchange, and its keys ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (http_answer(b"<html>", "451 Unavailable For Legal Reasons"), "this region is refused"),
+        (http_answer(b"<html>Sign in</html>"), "a proxy or a login page stands in between (200 <html>Sign in</html>)"),
+        (http_answer(b"<html>", "403 Forbidden"), "its firewall blocks this address"),
+        (http_answer(b"<html>", "404 Not Found"), "is BINANCE_BASE_URL the host of USD-M futures?"),
+        (http_answer(b'{"code":-1016,"msg":"no"}', "503 No"), "it does not tell its time (503 -1016 no)"),
+    ],
+    ids=["451", "HTML", "403", "404", "503"],
+)
+def test_an_answer_that_is_not_the_time_is_quoted(answer: bytes, says: str, environment: dict[str, str]) -> None:
+    """Why the exchange cannot be used is said in its words, with the way out."""
+    server = Server(answering(answer))
+    try:
+        code, said, _ = check(environment | {"BINANCE_BASE_URL": server.url})
+    finally:
+        server.close()
+    assert code == EX_UNAVAILABLE
+    assert says in line(said, "FAILED exchange")
+
+
+def test_a_foreign_certificate_is_named_and_can_be_trusted(
+    environment: dict[str, str], authority: Authority, stranger: Authority
+) -> None:
+    """Who it is that answers with another's certificate is for the operator to know; EXCHANGE_TLS_CA trusts it."""
+    server = Server(answering(http_answer(b"<html>")), authority.server_context(LOOPBACK))
+    url = f"https://127.0.0.1:{server.port}"
+    try:
+        for more, says in (
+            ({}, "its certificate is not trusted"),
+            ({"EXCHANGE_TLS_CA": stranger.ca_file}, "its certificate is not trusted"),
+            ({"EXCHANGE_TLS_CA": authority.ca_file}, "a proxy or a login page stands in between"),
+        ):
+            code, said, _ = check(environment | {"BINANCE_BASE_URL": url} | more)
+            assert code == EX_UNAVAILABLE
+            assert says in line(said, "FAILED exchange")
+            assert says.startswith("a proxy") or "EXCHANGE_TLS_CA" in said
+    finally:
+        server.close()
+
+
+def test_a_proxy_that_wants_a_login_is_named(environment: dict[str, str]) -> None:
+    """The proxy's 407 is told apart from a trouble of the exchange, and its password is not shown."""
+    proxy = Server(relaying("egress:right"))
+    try:
+        more = {"BINANCE_BASE_URL": f"https://127.0.0.1:{free_port()}"}
+        code, said, _ = check(
+            environment | more | {"EGRESS_PROXY_URL": f"http://egress:hunter2@127.0.0.1:{proxy.port}"}
+        )
+    finally:
+        proxy.close()
+    assert code == EX_UNAVAILABLE
+    assert "the proxy wants a login" in line(said, "FAILED exchange")
+    assert "hunter2" not in said
+
+
+def test_a_key_that_may_only_read_is_refused(environment: dict[str, str]) -> None:
+    """A query proves that a key may read; that it may trade is proven by a cancel of an order that cannot exist."""
+    seen: list[str] = []
+    refusal = http_answer(b'{"code":-2015,"msg":"Invalid API-key, IP, or permissions for action."}', "401 No")
+
+    def behave(peer: Peer) -> None:
+        while head := peer.read_head():
+            seen.append(head.split(b"&")[0].decode())
+            if head.startswith(b"DELETE "):
+                peer.send(refusal)
+            elif b"/time" in head:
+                peer.send(http_answer(b'{"serverTime":1750485492076}'))
+            else:
+                peer.send(http_answer(b'{"code":-2013,"msg":"Order does not exist."}', "400 No"))
+
+    server = Server(behave)
+    try:
+        code, said, _ = check(environment | {"BINANCE_BASE_URL": server.url})
+    finally:
+        server.close()
+    assert code == EX_CONFIG
+    assert "may read but not trade: 401 -2015" in line(said, "FAILED key of default")
+    assert seen[-1].startswith(f"DELETE /fapi/v1/algoOrder?algoId={2**63 - 1}")
+
+
+def test_every_account_is_named(environment: dict[str, str], tmp_path: Path) -> None:
+    """Accounts that were found, those that BINANCE_ACCOUNTS leaves out, and key files that others can read are told."""
+    found = {"BINANCE_DESK_API_KEY": "d", "BINANCE_DESK_API_SECRET": "s"}
+    code, said, _ = check(environment | found)
+    assert code == EX_CONFIG
+    assert "2 account(s): default, desk" in line(said, "ok settings")
+    line(said, "FAILED key of desk")
+    code, said, _ = check(environment | found | {"BINANCE_ACCOUNTS": "default"})
+    assert code == EX_OK
+    assert "1 account(s): default; left out by BINANCE_ACCOUNTS: desk" in line(said, "ok settings")
+
+
+def test_quotation_marks_are_named(environment: dict[str, str]) -> None:
+    """A key in the quotation marks of an env file stops the check with 78 before anybody is asked."""
+    code, said, complaints = check(environment | {"BINANCE_API_KEY": f'"{API_KEY}"'})
+    assert (code, said) == (EX_CONFIG, "")
+    assert "BINANCE_API_KEY cannot be used: quotation marks stand around it" in complaints
+    assert API_KEY not in complaints

@@ -12,7 +12,7 @@ from producer import CancelClient, OutcomeKind
 from tests.holders import OVERLOOKED_MS, SPOILED, OpenHolder, age, back, ended, ids, later, orders
 from tests.servers import Peek, Workers, eventually
 from worker.sandbox.control import RunningExchange
-from worker.store import Row
+from worker.store import Row, Suspect
 
 Spoil = Callable[[redis.Redis, str], object]
 #: Types that none of these keys has.
@@ -282,57 +282,50 @@ def test_the_breaker_of_a_key_works_whatever_stands_there(
 ) -> None:
     """It opens, keeps jobs waiting and closes again."""
     keys, holder = peek.keys, open_holder()
-    key = keys.suspects if which == "suspects" else getattr(keys, which)("default")
+    suspect = Suspect("default", "0123456789abcdef")
+    key = keys.suspects if which == "suspects" else getattr(keys, which)(suspect.fingerprint)
 
     def tell(what: str, word: str) -> int:
         if (which, what) in (("breaker", "failed"), ("held", "ask"), ("suspects", "failed"), ("suspects", "answered")):
             put(spoil, connection, key)
-        return holder.ask(holder.store.key("default", what, word, 1, 60_000))
+        return holder.ask(holder.store.key(suspect, what, word, 1, 60_000))[0]
 
     until_ms = tell("failed", "401")
     assert until_ms > peek.now_ms()
     assert tell("ask", "job") == until_ms
     assert is_set_aside(connection, key, spoil)
-    assert peek("SMEMBERS", keys.held("default")) == ["job"]
+    assert peek("SMEMBERS", keys.held(suspect.fingerprint)) == ["job"]
     assert tell("answered", "") == 0
-    assert peek("EXISTS", keys.breaker("default")) == 0
+    assert peek("EXISTS", keys.breaker(suspect.fingerprint)) == 0
 
 
-@STRANGE
-@pytest.mark.parametrize("name", ["workers", "queue_workers"])
-def test_a_worker_starts_whatever_stands_there(
-    name: str, spoil: Spoil, workers: Workers, client: CancelClient, connection: redis.Redis, peek: Peek
-) -> None:
-    """What RQ's registration stumbles over keeps nobody from work, and RQ knows the worker when it is set aside."""
-    key = getattr(peek.keys, name)
-    put(spoil, connection, key)
-
-    worker = workers.start()
-
-    assert client.cancel(algo_id=1, account="nobody").wait(5).kind is OutcomeKind.REFUSED
-    eventually(lambda: is_set_aside(connection, key, spoil) and peek("TYPE", key) == "set", 10, "RQ knows it")
-    eventually(lambda: f"event=damaged key={key} " in worker.output(), 5, "it is told")
-    assert "event=unregistered " in worker.output()
-
-
-@pytest.mark.parametrize("name", ["waiting", "unfinished", "failed", "outcomes"])
 def test_a_real_worker_tells_of_it_and_goes_on(
-    name: str,
     workers: Workers,
     client: CancelClient,
     exchange: RunningExchange,
     connection: redis.Redis,
     peek: Peek,
 ) -> None:
-    """Whoever runs a worker reads in its log which key was set aside; requests go on to be cancelled."""
+    """What RQ's registration stumbles over keeps nobody from work; whoever runs a worker reads in its log which keys
+    were set aside, and requests go on to be cancelled."""
+    keys, spoil = peek.keys, SPOILED["string"]
+    before = (keys.workers, keys.queue_workers)
+    for key in before:
+        put(spoil, connection, key)
     worker = workers.start()
-    one, two = exchange.add_orders(2)
-    client.cancel(algo_id=one.algo_id).wait(10)
-    key = getattr(peek.keys, name)
-    put(SPOILED["string"], connection, key)
-    eventually(lambda: name == "outcomes" or f"key={key} " in worker.output(), 10, "it is told")
+    assert client.cancel(algo_id=1, account="nobody").wait(30).kind is OutcomeKind.REFUSED
+    eventually(lambda: all(is_set_aside(connection, key, spoil) for key in before), what="they are set aside")
+    eventually(lambda: {peek("TYPE", key) for key in before} == {"set"}, what="RQ knows the worker")
+    assert "event=unregistered " in worker.output()
 
-    assert client.cancel(algo_id=two.algo_id).wait(10).kind is OutcomeKind.CANCELLED
+    def is_told(*names: str) -> bool:
+        return all(f"event=damaged key={name} " in worker.output() for name in names)
 
-    eventually(lambda: f"event=damaged key={key} " in worker.output(), 10, "it is told")
+    found = (keys.waiting, keys.unfinished)
+    for key in (*found, keys.outcomes):
+        put(spoil, connection, key)
+    eventually(lambda: is_told(*before, *found), what="they are told")
+    (order,) = exchange.add_orders(1)
+    assert client.cancel(algo_id=order.algo_id).wait(30).kind is OutcomeKind.CANCELLED
+    eventually(lambda: is_told(keys.outcomes), what="it is told with the first outcome")
     assert worker.stop() == 0

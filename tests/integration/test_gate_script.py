@@ -10,6 +10,9 @@ import redis
 from producer import CancelClient, CancelRequest
 from tests.holders import OVERLOOKED_BUSY_MS, OpenHolder, age, ids, orders
 from tests.servers import Peek, eventually
+from worker.store import Suspect
+
+SUSPECT = Suspect("default", "0123456789abcdef")
 
 
 def test_a_closed_gate_gives_nothing(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
@@ -56,9 +59,10 @@ def test_a_full_server_closes_the_gate(open_holder: OpenHolder, connection: redi
     connection.config_set("maxmemory", 1)
     try:
         until_ms = one.close_gate(60_000, "418 banned")
-        probe_at_ms = one.ask(one.store.key("default", "failed", "401", 1, 60_000))
+        probe_at_ms, _ = one.ask(one.store.key(SUSPECT, "failed", "401", 1, 60_000))
         assert other.beat().gate_until_ms == until_ms
-        assert other.ask(other.store.key("default", "ask", "job", 1, 60_000)) == probe_at_ms > 0
+        assert other.beat().suspects == (SUSPECT,)
+        assert other.ask(other.store.key(SUSPECT, "ask", "job", 1, 60_000)) == (probe_at_ms, "401")
     finally:
         connection.config_set("maxmemory", 0)
 

@@ -17,9 +17,11 @@ from tests.conftest import API_KEY, API_SECRET
 from tests.servers import Peek, Valkey, Workers, eventually
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
+from worker.signing import Credential
 
 #: The worker's own command line, with probes of a refused key each second and a half instead of each minute.
 FAST_PROBES = "import worker.key_breaker as k; k.PROBE_EVERY_MS = 1500; from worker.__main__ import start; start()"
+PRINT = Credential.from_secret("default", API_KEY, API_SECRET).fingerprint
 OTHER = ("another-key-of-the-tests", "another-secret-of-the-tests")
 
 
@@ -89,17 +91,82 @@ def test_a_key_that_is_refused_is_left_in_peace(
             tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in held)
             desk = exchange.add_orders(1, account="desk")[0]
             assert client.cancel(algo_id=desk.algo_id, account="desk").wait(10).kind is OutcomeKind.CANCELLED
-            assert connection.hget(Keys().breaker("default"), "reason")
+            assert connection.hget(Keys().breaker(PRINT), "reason")
             assert not client.outcomes_of([ticket.id for ticket in tickets])
 
             outcomes = [ticket.wait(15) for ticket in tickets]
 
             assert {outcome.kind for outcome in outcomes} == {OutcomeKind.CANCELLED}
             assert {len(outcome.attempts) for outcome in outcomes} == {1}
-            assert not connection.exists(Keys().breaker("default"))
-            assert not connection.exists(Keys().held("default"))
+            assert not connection.exists(Keys().breaker(PRINT), Keys().held(PRINT), Keys().suspects)
         finally:
             fleet.stop()
+
+
+@pytest.mark.parametrize("mended", ["at the exchange", "with a new key", "under another name"])
+def test_a_mended_key_is_known_to_be_well_after_a_restart(
+    mended: str, valkey: Valkey, client: CancelClient, connection: redis.Redis, tmp_path: Path
+) -> None:
+    """Whichever way it was mended, the first accepted call of a new worker ends the refusal and sets the jobs free."""
+    fleet, later = Workers(tmp_path, {}), "default"
+    with start_exchange(ExchangeConfig(accounts={"default": (API_KEY, API_SECRET), "desk": OTHER})) as exchange:
+        environment = _environment(valkey, exchange)
+        for name in ("BINANCE_DESK_API_KEY", "BINANCE_DESK_API_SECRET"):
+            del environment[name]
+        first, second = dict(environment), dict(environment)
+        if mended == "with a new key":
+            first |= {"BINANCE_API_KEY": "a-key-that-was-deleted"}
+        if mended == "under another name":
+            later = "renamed"
+            second |= {"BINANCE_RENAMED_API_KEY": API_KEY, "BINANCE_RENAMED_API_SECRET": API_SECRET}
+            del second["BINANCE_API_KEY"], second["BINANCE_API_SECRET"]
+        try:
+            fleet.environment = first
+            old = fleet.start()
+            for order in exchange.add_orders(5):
+                exchange.script_faults(order.algo_id, [Fault.KEY_2015])
+                client.cancel(algo_id=order.algo_id).wait(20)
+            waiting, young = exchange.add_orders(2)
+            held = client.cancel(algo_id=waiting.algo_id)
+            eventually(lambda: [(k.account, k.held) for k in client.status().keys] == [("default", 1)], 20, "it waits")
+            old.stop()
+            assert API_KEY not in dump(connection)
+
+            fleet.environment = second
+            fleet.start()
+
+            outcome = client.cancel(algo_id=young.algo_id, account=later).wait(20)
+            assert outcome.kind is OutcomeKind.CANCELLED
+            eventually(lambda: not client.status().keys, 20, "nobody is told of a refused key any more")
+            assert (held.wait(20).kind is OutcomeKind.CANCELLED) is (later == "default")
+        finally:
+            fleet.stop()
+
+
+def dump(connection: redis.Redis) -> str:
+    """All that stands in Redis, as far as its keys can be dumped."""
+    return repr([(key, connection.dump(key)) for key in connection.scan_iter()])
+
+
+def test_a_refused_key_holds_back_whoever_learns_of_it(
+    valkey: Valkey, client: CancelClient, connection: redis.Redis, workers: Workers, exchange: RunningExchange
+) -> None:
+    """A worker that is started while a key is refused sends one request to see, and no job is lost for it."""
+    peek = Peek(connection)
+    peek("HSET", peek.keys.breaker(PRINT), "failures", 5, "reason", "401 -2015 no", "since_ms", 1)
+    peek("HSET", peek.keys.breaker(PRINT), "probe_at_ms", peek.now_ms() + 600_000)
+    peek("SADD", peek.keys.suspects, f"default {PRINT}")
+    orders = exchange.add_orders(20)
+    for order in orders:
+        exchange.script_faults(order.algo_id, [Fault.KEY_2015])
+    workers.start()
+
+    tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in orders)
+
+    eventually(lambda: client.status().keys and client.status().keys[0].held == 19, 20, "the others wait")
+    (refused,) = client.outcomes_of([ticket.id for ticket in tickets]).values()
+    assert (refused.kind, len(refused.attempts)) == (OutcomeKind.REFUSED, 1)
+    assert sum(entry.deletes for entry in exchange.book().values()) == 1
 
 
 def test_a_key_that_stays_refused_ends_its_jobs_at_their_deadline(

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import redis
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from producer import CancelClient, OutcomeKind
+from tests.conftest import API_KEY, API_SECRET
 from tests.integration.conftest import NewFleet
+from tests.integration.test_sandbox_server import certificate
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import Peek, Workers, eventually, running_valkey
-from worker.sandbox.control import RunningExchange
+from tests.servers import ROOT, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
+from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
 
 
@@ -219,3 +227,109 @@ def test_ctrl_c(workers: Workers, client: CancelClient, exchange: RunningExchang
     exchange.set_latency_ms(0)
     workers.start(LEASE_S="1")
     assert ticket.wait(10).kind is OutcomeKind.CANCELLED
+
+
+# ---- health ----------------------------------------------------------------------------------------------------------
+
+
+def health(workers: Workers, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit code and output of the command for probes, which is given no key."""
+    given = {name: value for name, value in workers.environment.items() if not name.startswith("BINANCE_")}
+    command = [sys.executable, "-m", "worker", "health", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=scrubbed() | given | environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def test_a_probe_follows_a_workers_life(workers: Workers, peek: Peek) -> None:
+    """It says 0 while a worker of this host beats, and 1 with one line before and while its loop stands still."""
+    code, said = health(workers)
+    assert (code, said.count("\n")) == (1, 1)
+    assert "no worker of this host" in said
+
+    worker = workers.start("--queue", "others")
+    eventually(lambda: health(workers, "--queue", "others") == (0, ""), 20, "it beats")
+    assert health(workers)[0] == 1
+    worker.process.send_signal(signal.SIGSTOP)
+    (key,) = peek("SMEMBERS", "rq:workers:others")
+    peek("HSET", key, "c_beat_at_ms", peek.now_ms() - 11_000)
+    code, said = health(workers, CANCEL_QUEUE="others")
+    assert (code, said) == (1, "the last beat of a worker of this host was 11 s ago\n")
+    worker.process.send_signal(signal.SIGCONT)
+    eventually(lambda: health(workers, CANCEL_QUEUE="others") == (0, ""), 20, "it beats again")
+    peek("HSET", key, "hostname", "another")
+    assert health(workers, CANCEL_QUEUE="others")[0] == 1
+
+
+def test_a_probe_needs_redis_and_says_so(workers: Workers) -> None:
+    """While Redis is away nobody knows, and the line holds no password."""
+    code, said = health(workers, REDIS_URL="redis://:hunter2@127.0.0.1:1/0")
+    assert (code, said.count("\n"), "hunter2" in said) == (1, 1, False)
+    assert said.startswith("Redis does not answer (ConnectionError)")
+
+
+# ---- what a start tells and keeps ------------------------------------------------------------------------------------
+
+#: The worker's own command line; asked by a signal it tells whether other processes may look into its memory.
+TELLS_DUMPABLE = (
+    "import ctypes, os, signal; from worker.__main__ import start; "
+    "signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'dumpable=%d\\n' % ctypes.CDLL(None).prctl(3))); start()"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux' own ways")
+def test_a_workers_memory_is_its_own(workers: Workers) -> None:
+    """No core file is written of a process that holds keys, and no other process of its user may look into it."""
+    worker = workers.start(command=(sys.executable, "-c", TELLS_DUMPABLE))
+    worker.process.send_signal(signal.SIGUSR1)
+    eventually(lambda: "dumpable=" in worker.output(), 20, "it tells")
+    assert "dumpable=0" in worker.output()
+    assert resource.prlimit(worker.process.pid, resource.RLIMIT_CORE) == (0, 0)
+
+
+def test_a_start_names_accounts_and_what_is_unsafe(workers: Workers, tmp_path: Path) -> None:
+    """Which accounts are served and which are left out is logged, and that others can read a key's file."""
+    path = tmp_path / "key.pem"
+    key = Ed25519PrivateKey.generate()
+    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, none))
+    path.chmod(0o644)
+    worker = workers.start(
+        BINANCE_ACCOUNTS="default,desk",
+        BINANCE_DESK_API_KEY="d",
+        BINANCE_DESK_PRIVATE_KEY=str(path),
+        BINANCE_TESTNET_API_KEY="t",
+    )
+    (started,) = events(worker, "started")
+    assert (started["accounts"], started["accounts_left_out"]) == ('"default,desk"', "testnet")
+    (warning,) = events(worker, "setting")
+    assert "BINANCE_DESK_PRIVATE_KEY names a file that others may use (mode 0644)" in warning["problem"]
+
+
+def test_an_authority_of_ones_own(valkey: Valkey, client: CancelClient, tmp_path: Path) -> None:
+    """EXCHANGE_TLS_CA lets a worker trust an exchange (or what speaks for it) that only this authority vouches for."""
+    cert_path, key_path = certificate(tmp_path)
+    accounts = {"default": (API_KEY, API_SECRET)}
+    config = ExchangeConfig(accounts=accounts, tls_cert_path=cert_path, tls_key_path=key_path)
+    with start_exchange(config) as exchange:
+        fleet = Workers(
+            tmp_path,
+            {
+                "REDIS_URL": valkey.url,
+                "BINANCE_BASE_URL": exchange.url,
+                "BINANCE_API_KEY": API_KEY,
+                "BINANCE_API_SECRET": API_SECRET,
+            },
+        )
+        try:
+            stranger = fleet.start()
+            (order,) = exchange.add_orders(1)
+            refused = client.cancel(algo_id=order.algo_id, deadline_s=2).wait(20)
+            assert set(steps(refused)) == {"not_sent"}
+            stranger.stop()
+            fleet.start(EXCHANGE_TLS_CA=cert_path)
+            assert client.cancel(algo_id=order.algo_id).wait(20).kind is OutcomeKind.CANCELLED
+        finally:
+            fleet.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -61,6 +62,7 @@ def test_thousand_cancels(workers: Workers, client: CancelClient, exchange: Runn
     assert exchange.stats().bad_signatures == 0
 
 
+EDGE_SAID = ["busy", "busy", "confirmed"]
 #: Name, faults of the cancels, faults of the queries (the last one for ever), kind, verdicts (None: many).
 ROWS: list[tuple[str, list[Fault | None], list[Fault | None], OutcomeKind, list[str] | None]] = [
     ("clean", [], [], OutcomeKind.CANCELLED, ["confirmed"]),
@@ -84,7 +86,13 @@ ROWS: list[tuple[str, list[Fault | None], list[Fault | None], OutcomeKind, list[
     ("refused after a doubt", [Fault.DROP_AFTER], [Fault.INACTIVE_4109], OutcomeKind.UNKNOWN, ["unclear", "denied"]),
     ("never answered", [Fault.DROP_BEFORE], [Fault.DROP_BEFORE], OutcomeKind.UNKNOWN, None),
     ("triggering for ever", [Fault.TRIGGER_STUCK], [], OutcomeKind.GAVE_UP, None),
-    ("overloaded for ever", [Fault.UNAVAILABLE_503] * 50, [], OutcomeKind.GAVE_UP, None),
+    ("overloaded fifty times", [Fault.UNAVAILABLE_503] * 50, [], OutcomeKind.CANCELLED, ["busy"] * 50 + ["confirmed"]),
+    ("404 and 405 of an edge", [Fault.PATH_404, Fault.METHOD_405], [], OutcomeKind.CANCELLED, EDGE_SAID),
+    ("404 to a query", [Fault.DROP_AFTER], [Fault.PATH_404, None], OutcomeKind.CANCELLED, None),
+    ("maintenance", [Fault.MAINTENANCE_2011] * 2, [], OutcomeKind.CANCELLED, EDGE_SAID),
+    ("-2008", [Fault.KEY_ID_2008], [], OutcomeKind.REFUSED, ["key_refused"]),
+    ("compressed", [Fault.GZIP], [], OutcomeKind.CANCELLED, ["confirmed"]),
+    ("a late book", [Fault.LATE_BOOK], [], OutcomeKind.CANCELLED, None),
 ]
 
 
@@ -92,7 +100,7 @@ def test_verification_tells_what_became_of_each_order(
     workers: Workers, client: CancelClient, exchange: RunningExchange
 ) -> None:
     """Whatever the exchange answers, the outcome names what the order's state proves, with every attempt on record."""
-    workers.start(BINANCE_RECV_WINDOW_MS="1000", BACKOFF_CAP_MS="100", CANCEL_MAX_ATTEMPTS="6")
+    workers.start(BINANCE_RECV_WINDOW_MS="1000", BACKOFF_CAP_MS="100", CANCEL_MAX_ATTEMPTS="6", NOT_FOUND_HORIZON_S="1")
     ids = opened(exchange, len(ROWS))
     for algo_id, (_, cancels, queries, _, _) in zip(ids, ROWS, strict=True):
         if cancels:
@@ -117,27 +125,59 @@ def test_verification_tells_what_became_of_each_order(
 
 
 def test_order_that_the_exchange_never_knew(workers: Workers, client: CancelClient) -> None:
-    """An order that is unknown to the cancel is asked for until the horizon, and then not found: it may be live."""
+    """An order that is unknown to two cancels and to every query until the horizon is not found: it may be live."""
     workers.start(NOT_FOUND_HORIZON_S="0.5", BACKOFF_CAP_MS="200")
 
     outcome = client.cancel(algo_id=7).wait(10)
 
     assert (outcome.kind, outcome.may_be_live) == (OutcomeKind.NOT_FOUND, True)
     assert set(steps(outcome)) == {"no_such_order"}
-    first, *_, last = outcome.attempts
-    assert (first.call, last.call) == ("cancel", "query")
-    assert last.at_ms + last.ms + 1 - first.at_ms >= 500
+    first, *_, again, last = outcome.attempts
+    assert (first.call, again.call, last.call) == ("cancel", "cancel", "query")
+    assert again.at_ms + 1 - first.at_ms >= 500
 
 
 def test_exchange_that_cannot_be_reached(new_fleet: NewFleet, client: CancelClient) -> None:
-    """While nothing can be sent no attempt is in doubt: the bound ends it as given up, never as unknown."""
-    fleet = new_fleet(BINANCE_BASE_URL="http://127.0.0.1:9", CANCEL_MAX_ATTEMPTS="3", BACKOFF_CAP_MS="100")
+    """While nothing can be sent no attempt is in doubt, and the deadline ends it, not the bound on attempts."""
+    fleet = new_fleet(BINANCE_BASE_URL="http://127.0.0.1:9", CANCEL_MAX_ATTEMPTS="1", BACKOFF_CAP_MS="100")
     fleet.start()
 
-    outcome = client.cancel(algo_id=7).wait(10)
+    outcome = client.cancel(algo_id=7, deadline_s=3).wait(20)
 
     assert (outcome.kind, steps(outcome)) == (OutcomeKind.GAVE_UP, ["not_sent"] * len(outcome.attempts))
-    assert 1 < len(outcome.attempts) <= 3
+    assert len(outcome.attempts) > 5
+    assert outcome.attempts[-1].at_ms - outcome.attempts[0].at_ms >= 1_900
+
+
+def test_region_that_the_edge_refuses(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
+    """A 451 is the edge's word about the address: everybody waits a second and looks again, until the deadline."""
+    workers.start(CANCEL_MAX_ATTEMPTS="1")
+    passing, lasting = opened(exchange, 2)
+    exchange.script_faults(passing, [Fault.REGION_451] * 2)
+    assert steps(client.cancel(algo_id=passing).wait(20)) == ["blocked", "blocked", "confirmed"]
+
+    exchange.script_faults(lasting, [Fault.REGION_451], repeat_last=True)
+    outcome = client.cancel(algo_id=lasting, deadline_s=4).wait(20)
+
+    assert (outcome.kind, set(steps(outcome))) == (OutcomeKind.GAVE_UP, {"blocked"})
+    assert "restricted location" in (outcome.error or "")
+    times_ms = [attempt.at_ms for attempt in outcome.attempts]
+    assert len(times_ms) > 1
+    assert all(later - earlier >= 1_000 for earlier, later in itertools.pairwise(times_ms))
+
+
+def test_overload_that_names_a_time(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
+    """After a 503 with Retry-After the order is left alone for as long as that says."""
+    workers.start(BACKOFF_BASE_MS="10", BACKOFF_CAP_MS="10")
+    (algo_id,) = opened(exchange, 1)
+    exchange.script_faults(algo_id, [Fault.RETRY_AFTER_503] * 2)
+
+    outcome = client.cancel(algo_id=algo_id).wait(20)
+
+    assert steps(outcome) == EDGE_SAID
+    first, second, third = (attempt.at_ms for attempt in outcome.attempts)
+    assert second - first >= 1_000
+    assert third - second >= 1_000
 
 
 def test_nothing_secret_leaves_the_worker(

@@ -23,11 +23,12 @@ from tests.model.holders import QUEUE, Hand, WatchedStore
 from tests.model.rules import FAILED, Job
 from tests.model.steps import attempts, done, resume
 from tests.model.world import World
-from worker.store import Lease, Release, Retry, Row
+from worker.store import Lease, Release, Retry, Row, Suspect
 
 #: A lease that is over when the next claim comes, and one that outlasts the test, ms.
 DEAD_MS, LIVE_MS = 1, 60_000
 FAR_MS = 60_000
+SUSPECT = Suspect("default", "0123456789abcdef")
 #: What waits for so long while slots are left over stands in no list, ms.
 OVERLOOKED_MS = 5_000
 NUMBERS = st.integers(0, 30)
@@ -314,13 +315,13 @@ class QueueMachine(RuleBasedStateMachine):
     def key_is_accepted_again(self, numbers: list[int]) -> None:
         """What waited for its key, which was refused, is due at once when the key is accepted."""
         store, link, jobs = self._store("A", LIVE_MS), self.world.link, [self._pick(number) for number in numbers]
-        assert link.ask_now(store.key("default", "ask", "", 1, FAR_MS)) == 0
-        assert link.ask_now(store.key("default", "failed", "why", 1, FAR_MS)) > self.world.now_ms()
+        assert link.ask_now(store.key(SUSPECT, "ask", "", 1, FAR_MS)) == (0, "")
+        assert link.ask_now(store.key(SUSPECT, "failed", "why", 1, FAR_MS))[0] > self.world.now_ms()
         for job in jobs:
             if job is not None:
-                assert link.ask_now(store.key("default", "ask", job.id, 1, FAR_MS)) > self.world.now_ms()
+                assert link.ask_now(store.key(SUSPECT, "ask", job.id, 1, FAR_MS))[0] > self.world.now_ms()
         before_ms = self.world.now_ms()
-        assert link.ask_now(store.key("default", "answered", "", 1, FAR_MS)) == 0
+        assert link.ask_now(store.key(SUSPECT, "answered", "", 1, FAR_MS)) == (0, "")
         for job in jobs:
             if job is not None and job.due_ms and job.hold is None:
                 job.due_ms = int(self.world.plain.hget(self.world.keys.job_prefix + job.id, "c_due_at_ms") or 0)

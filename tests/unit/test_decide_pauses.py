@@ -40,6 +40,8 @@ NOW = 1750485492076
         (Reply(403, CLOUDFRONT), 300_000),
         (Reply(403, CLOUDFRONT, retry_after_ms=1), 300_000),
         (Reply(202, b"", challenge=True), 300_000),
+        (Reply(451, CLOUDFRONT), 1_000),
+        (Reply(451, CLOUDFRONT, retry_after_ms=7_000), 7_000),
     ],
     ids=[
         "Retry-After",
@@ -54,6 +56,8 @@ NOW = 1750485492076
         "403",
         "403 with Retry-After",
         "challenge",
+        "451",
+        "451 with Retry-After",
     ],
 )
 def test_how_long_the_address_pauses(answer: Reply, expected_ms: int) -> None:

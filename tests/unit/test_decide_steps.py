@@ -66,6 +66,8 @@ BAD_KEY = refusal(401, -2015, "Invalid API-key, IP, or permissions for action.")
 BAD_PARAM = refusal(400, -1102, "Mandatory parameter was not sent.")
 OVERLOAD = refusal(503, -1008, "Request throttled by system-level protection.")
 UNAVAILABLE = Reply(503, b"Service Unavailable.")
+COME_BACK = Reply(503, b"Service Unavailable.", retry_after_ms=7_000)
+REGION, NO_PATH, NO_METHOD = Reply(451, b"<html>"), Reply(404, b"<html>"), Reply(405, b"")
 UNKNOWN_ERROR = refusal(503, -1000, "Unknown error, please check your request or try again later.")
 GATEWAY = Reply(502, b"<html>502 Bad Gateway</html>")
 LATE_CLOCK = refusal(400, -1021, "Timestamp for this request is outside of the recvWindow.")
@@ -173,6 +175,7 @@ PROCEDURE: list[tuple[str, list[Answer], list[str], str]] = [
     ("-2013 to the cancel, query CANCELED", [NOT_THERE, CANCELED], [C, Q], "already_cancelled"),
     ("-2011, -2013 at first, then CANCELED", [GONE, NOT_THERE, NOT_THERE, CANCELED], [C, Q, Q, Q], "already_cancelled"),
     ("-2011, -2013 at first, then NEW", [GONE, NOT_THERE, NEW, OK], [C, Q, Q, C], "cancelled"),
+    ("maintenance, then confirmed", [refusal(400, -2011, "Rest API trading is not enabled."), OK], [C, C], "cancelled"),
     # the trigger's few milliseconds
     ("-2011, TRIGGERING, TRIGGERED", [GONE, TRIGGERING, TRIGGERING, TRIGGERED], [C, Q, Q, Q], "triggered"),
     ("-4117, TRIGGERED", [RACE, TRIGGERED], [C, Q], "triggered"),
@@ -182,7 +185,9 @@ PROCEDURE: list[tuple[str, list[Answer], list[str], str]] = [
     # refusals that repeating cannot change
     ("bad key", [BAD_KEY], [C], "refused"),
     ("bad parameter", [BAD_PARAM], [C], "refused"),
-    ("451", [Reply(451, b"")], [C], "refused"),
+    ("451, then confirmed", [REGION, REGION, OK], [C, C, C], "cancelled"),
+    ("404 and 405 of an edge, then confirmed", [NO_PATH, NO_METHOD, OK], [C, C, C], "cancelled"),
+    ("timeout, query 404 and 451, CANCELED", [TIMEOUT, NO_PATH, REGION, CANCELED], [C, Q, Q, Q], "cancelled"),
     ("overload, then bad key", [OVERLOAD, BAD_KEY], [C, C], "refused"),
     ("-2011, query refused", [GONE, BAD_KEY], [C, Q], "refused"),
     ("timeout, query refused", [TIMEOUT, BAD_KEY], [C, Q], "unknown"),
@@ -198,26 +203,35 @@ def test_the_procedure(answers: list[Answer], calls: list[str], kind: str) -> No
     assert played.kind == kind
 
 
+#: So many attempts may be answered; one; few; few within a day.
+ANSWERED, ONE, FEW = Policy(max_attempts=25), Policy(max_attempts=1), Policy(max_attempts=2)
+LONG = {"policy": FEW, "deadline_s": 86_400}
 #: words, answers, how it is played, calls made or their number, outcome's kind.
 BOUNDS: list[tuple[str, list[Answer], dict[str, Any], list[str] | int, str]] = [
     ("overdue", [OK], {"age_ms": 300_000}, [], "overdue"),
     ("a moment before the deadline it is still sent", [OK], {"age_ms": 299_999}, [C], "cancelled"),
-    ("stuck TRIGGERING", [RACE, TRIGGERING], {}, 25, "gave_up"),
+    ("stuck TRIGGERING", [RACE, TRIGGERING], {"policy": ANSWERED}, 25, "gave_up"),
     ("stuck TRIGGERING until the deadline", [RACE, TRIGGERING], {"deadline_s": 5, "roll": 0.99}, 10, "gave_up"),
-    ("stuck TRIGGERING after a timeout", [TIMEOUT, TRIGGERING], {}, 25, "unknown"),
-    ("a state of the future for ever", [GONE, ODD], {}, 25, "gave_up"),
-    ("no connection for ever", [NO_CONNECTION], {}, 24, "gave_up"),
+    ("stuck TRIGGERING after a timeout", [TIMEOUT, TRIGGERING], {"policy": ANSWERED}, 25, "unknown"),
+    ("a state of the future for ever", [GONE, ODD], {"policy": ANSWERED}, 25, "gave_up"),
     ("no connection until the deadline", [NO_CONNECTION], {"deadline_s": 2}, 6, "gave_up"),
-    ("overload for ever", [OVERLOAD], {}, 24, "gave_up"),
+    *[
+        (f"{name} for an hour", [answer], {"policy": FEW, "deadline_s": 3_600}, 484, "gave_up")
+        for name, answer in (("no connection", NO_CONNECTION), ("overload", OVERLOAD), ("404", NO_PATH))
+    ],
+    ("clock refusals for an hour", [LATE_CLOCK], {"policy": FEW, "deadline_s": 3_600}, 484, "gave_up"),
+    ("451 until the deadline", [REGION], {"policy": FEW, "deadline_s": 10}, [C] * 10, "gave_up"),
+    ("no connection for hours, then confirmed", [*[NO_CONNECTION] * 900, OK], LONG, 901, "cancelled"),
+    ("overload for hours, then gone", [*[OVERLOAD] * 900, GONE, CANCELED], LONG, 902, "already_cancelled"),
     ("429 until the deadline", [LIMITED], {"deadline_s": 10}, [C] * 4, "gave_up"),
     ("403, longer than the deadline", [FORBIDDEN], {}, [C], "gave_up"),
     ("403 and a challenge, then confirmed", [FORBIDDEN, CHALLENGE, OK], {"deadline_s": 900}, [C, C, C], "cancelled"),
-    ("-2011 and NEW for ever", [GONE, NEW] * 30, {}, 24, "gave_up"),
-    ("timeout and NEW at once for ever", [TIMEOUT, NEW] * 30, {"roll": 0.01}, 24, "unknown"),
-    ("timeouts for ever", [TIMEOUT], {}, 25, "unknown"),
-    ("clock refusals for ever", [LATE_CLOCK], {}, 27, "gave_up"),
-    ("one attempt allowed, overload", [OVERLOAD], {"policy": Policy(max_attempts=1)}, [C], "gave_up"),
-    ("one attempt allowed, timeout", [TIMEOUT], {"policy": Policy(max_attempts=1)}, [C], "unknown"),
+    ("-2011 and NEW for ever", [GONE, NEW] * 30, {"policy": ANSWERED}, 24, "gave_up"),
+    ("timeout and NEW at once for ever", [TIMEOUT, NEW] * 30, {"policy": ANSWERED, "roll": 0.01}, 24, "unknown"),
+    ("timeouts for ever", [TIMEOUT], {"policy": ANSWERED}, 25, "unknown"),
+    ("no answer until the default deadline", [TIMEOUT], {"roll": 0.9}, 30, "unknown"),
+    ("one attempt allowed, overload, confirmed", [OVERLOAD, OVERLOAD, OK], {"policy": ONE}, [C] * 3, "cancelled"),
+    ("one attempt allowed, timeout", [TIMEOUT], {"policy": ONE}, [C], "unknown"),
     (
         "two allowed: the last is a query's",
         [TIMEOUT, CANCELED],
@@ -225,7 +239,7 @@ BOUNDS: list[tuple[str, list[Answer], dict[str, Any], list[str] | int, str]] = [
         [C, Q],
         "cancelled",
     ),
-    ("two allowed: no second cancel", [OVERLOAD, OK], {"policy": Policy(max_attempts=2)}, [C], "gave_up"),
+    ("two allowed: no second cancel", [GONE, NEW, OK], {"policy": Policy(max_attempts=2)}, [C, Q], "gave_up"),
     ("three allowed: none after NEW", [TIMEOUT, NEW, OK], {"policy": Policy(max_attempts=3)}, [C, Q], "unknown"),
 ]
 
@@ -244,12 +258,13 @@ def test_the_bounds(answers: list[Answer], how: dict[str, Any], calls: list[str]
 @pytest.mark.parametrize(("first", "kind"), [(GONE, "not_found"), (TIMEOUT, "unknown"), (NOT_THERE, "not_found")])
 @pytest.mark.parametrize("roll", [0.01, 0.5, 0.99])
 def test_no_such_order_is_believed_at_the_horizon(first: Answer, kind: str, roll: float) -> None:
-    """It is asked again until the horizon, the last time right then; an unclear cancel before makes it unknown."""
+    """It is asked again until the horizon, and then cancelled once more and asked; a doubt before makes it unknown."""
     played = play([first, NOT_THERE], roll=roll)
     assert played.kind == kind
     since_ms = next(a.at_ms for a in played.history if a.verdict == "no_such_order")
-    assert played.history[-1].at_ms <= since_ms + POLICY.not_found_horizon_ms <= played.now_ms
-    assert played.calls == [C] + [Q] * (len(played.calls) - 1)
+    *_, before, last_word, last_look = played.history
+    assert before.at_ms <= since_ms + POLICY.not_found_horizon_ms <= last_word.at_ms <= last_look.at_ms
+    assert played.calls == [C] + [Q] * (len(played.calls) - 3) + [C, Q]
     assert "no such order" not in (played.stop.error or "")
     assert "400 -2013 Order does not exist." in (played.stop.error or "")
 
@@ -264,7 +279,7 @@ def test_asking_for_a_lost_order_costs_no_attempts() -> None:
 def test_seeing_the_order_starts_the_horizon_anew() -> None:
     """An order that showed itself in between was not unknown for the whole horizon."""
     policy = Policy(not_found_horizon_ms=2_000)
-    lost = play([GONE, *[NOT_THERE] * 4, ODD, NOT_THERE], policy=policy, roll=0.9)
+    lost = play([GONE, *[NOT_THERE] * 3, ODD, NOT_THERE], policy=policy, roll=0.5)
     seen_at = [a.at_ms for a in lost.history if a.verdict == "odd_status"]
     assert seen_at
     assert lost.kind == "not_found"
@@ -273,10 +288,43 @@ def test_seeing_the_order_starts_the_horizon_anew() -> None:
 
 
 def test_a_cancels_word_alone_is_never_believed() -> None:
-    """Even with no horizon at all, "unknown order" from a cancel is checked by a query."""
+    """Even with no horizon at all, "unknown order" from a cancel is checked by a query, a cancel, and a query."""
     played = play([GONE, NOT_THERE], policy=Policy(not_found_horizon_ms=0))
-    assert played.calls == [C, Q]
+    assert played.calls == [C, Q, C, Q]
     assert played.kind == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind"),
+    [
+        ([OK], "cancelled"),
+        ([OVERLOAD, REGION, LATE_CLOCK, OK], "cancelled"),
+        ([TIMEOUT, CANCELED], "cancelled"),
+        ([GONE, NEW, OK], "cancelled"),
+        ([GONE, TRIGGERED], "triggered"),
+        ([TIMEOUT, NOT_THERE], "unknown"),
+        ([BAD_KEY], "refused"),
+    ],
+)
+def test_a_late_book_is_asked_once_more_before_it_is_believed(answers: list[Answer], kind: str) -> None:
+    """Where cancel and queries have missed the order until the horizon, a second cancel has the last word."""
+    missed = [GONE, NOT_THERE, NOT_THERE]
+    played = play([*missed, *answers], policy=Policy(not_found_horizon_ms=600), roll=0.9)
+    assert played.calls[:4] == [C, Q, Q, C]
+    assert played.kind == kind
+    assert played.calls[4:] == [Q if answer in (NEW, CANCELED, TRIGGERED, NOT_THERE) else C for answer in answers[1:]]
+
+
+def test_an_unknown_client_id_is_not_cancelled_again() -> None:
+    """A request by client id alone has no last word: by then the id may mean another order."""
+    played = play([NOT_THERE], by_client_id=True, age_ms=5_000)
+    assert (set(played.calls), played.kind) == ({Q}, "not_found")
+
+
+def test_where_no_attempt_is_left_the_order_is_believed_to_be_gone() -> None:
+    """A bound on attempts that leaves no room for the last word makes no failure of what queries have told."""
+    played = play([GONE, NOT_THERE], policy=Policy(max_attempts=2))
+    assert (played.calls.count(C), played.kind) == (1, "not_found")
 
 
 @pytest.mark.parametrize("seen", [Means.OPEN, Means.TRIGGERING, Means.ODD_STATUS])
@@ -291,9 +339,12 @@ def test_the_horizon_is_counted_from_when_the_order_was_last_seen(seen: Means) -
         attempt(Means.NO_SUCH_ORDER, Call.QUERY, lost_ms + 8_000),
     ]
     verdict = classify(Call.QUERY, OrderRef(ALGO_ID), NOT_THERE)
+    assert next_step(CASE, history[:-1], verdict, POLICY, lost_ms + 500, 0.5) == Again(Call.QUERY, 400)
     early = next_step(CASE, history, verdict, POLICY, lost_ms + 9_999, 0.999)
-    assert early == Again(Call.QUERY, 1)
-    stop = next_step(CASE, history, verdict, POLICY, lost_ms + 10_000, 0.999)
+    assert early == Again(Call.CANCEL, 1)
+    assert next_step(CASE, history, verdict, POLICY, lost_ms + 10_000, 0.999) == Again(Call.CANCEL)
+    asked = [attempt(Means.NO_SUCH_ORDER, at_ms=lost_ms + 10_000), attempt(Means.NO_SUCH_ORDER, Call.QUERY, lost_ms)]
+    stop = next_step(CASE, [*history, *asked], verdict, POLICY, lost_ms + 10_050, 0.999)
     assert isinstance(stop, Stop)
     assert stop.kind == "not_found"
 
@@ -462,12 +513,12 @@ def test_coming_back_unpinned_it_is_looked_up_again() -> None:
 
 
 def test_clock_refusals_are_answered_at_once_three_times_in_a_row() -> None:
-    """A fresh clock and signature come at once; from the fourth refusal on it backs off and counts."""
+    """A fresh clock and signature come at once; from the fourth refusal on it backs off."""
     played = play([LATE_CLOCK, LATE_CLOCK, ENGINE_CLOCK, LATE_CLOCK, OK], roll=0.5)
     assert played.kind == "cancelled"
     assert played.delays == [0, 0, 0, 400]
     assert played.resyncs == [True] * 4
-    assert [counted(played.history[:n]) for n in range(6)] == [0, 0, 0, 0, 1, 2]
+    assert [counted(played.history[:n]) for n in range(6)] == [0, 0, 0, 0, 0, 1]
 
 
 def test_only_a_clock_refusal_asks_for_a_resync() -> None:
@@ -485,8 +536,9 @@ def test_only_a_clock_refusal_asks_for_a_resync() -> None:
         (refusal(418, -1003, f"IP banned until {T0 + TOOK_MS + 7_000}.", 9_000), 9_000),
         (FORBIDDEN, 20_000),
         (CHALLENGE, 20_000),
+        (REGION, 1_000),
     ],
-    ids=["Retry-After", "429", "418", "ban epoch", "the later of both", "403", "challenge"],
+    ids=["Retry-After", "429", "418", "ban epoch", "the later of both", "403", "challenge", "451"],
 )
 def test_a_closed_gate_costs_time_and_no_attempt(answer: Reply, delay_ms: int) -> None:
     """The delay is the pause that the exchange asked for, or the policy's; the attempt is not counted."""
@@ -501,6 +553,19 @@ def test_a_pause_beyond_the_deadline_ends_the_request_now() -> None:
     played = play([FORBIDDEN], policy=Policy(waf_pause_ms=300_000), deadline_s=300)
     assert played.now_ms == T0 + TOOK_MS
     assert played.stop.error == "the deadline comes before the next try; last: blocked <html>403</html>"
+
+
+@pytest.mark.parametrize("answer", [COME_BACK, Reply(502, b"<html>", 7_000), Reply(404, b"", 7_000)])
+def test_a_server_that_names_a_time_is_left_alone_until_then(answer: Reply) -> None:
+    """Retry-After of a 503, or of any answer that closes no gate, holds for the order's next call."""
+    for before in ([], [TIMEOUT]):
+        assert play([*before, answer, NEW, OK], roll=0.0).delays[len(before)] == 7_000
+
+
+def test_a_time_beyond_the_deadline_leaves_a_last_try() -> None:
+    """A maintenance that is announced for longer than the deadline may end sooner: the cancel is tried once more."""
+    played = play([COME_BACK, OK], deadline_s=5)
+    assert (played.kind, played.delays) == ("cancelled", [5_000 - TOOK_MS - LAST_TRY_MS])
 
 
 @pytest.mark.parametrize("first", [TIMEOUT, GONE, GATEWAY])
@@ -560,7 +625,7 @@ def test_there_is_a_last_try_only_with_time_for_its_answer(left_ms: int, delay_m
 
 def test_the_defaults_are_the_documented_ones() -> None:
     """Who sets nothing gets the documented bounds."""
-    assert dataclasses.astuple(Policy()) == (25, 100, 15_000, 10_000, 5_000, 300_000)
+    assert dataclasses.astuple(Policy()) == (200, 100, 15_000, 10_000, 5_000, 300_000)
     assert (BLIND_CANCEL_MS, LAST_TRY_MS) == (100, 1_000)
 
 
@@ -608,9 +673,9 @@ def test_after_the_deadline_a_retry_is_not_sent(means: Means, kind: str) -> None
 
 def test_a_retry_beyond_the_bound_is_not_sent() -> None:
     """Coming back to a request cannot exceed its attempts, whoever comes back."""
-    stop = first_step(CASE, [attempt(Means.BUSY)] * 25, POLICY, T0 + 500)
+    stop = first_step(CASE, [attempt(Means.OPEN, Call.QUERY)] * 25, ANSWERED, T0 + 500)
     assert isinstance(stop, Stop)
-    assert (stop.kind, stop.error) == (OutcomeKind.GAVE_UP, "25 attempts were made; last: busy")
+    assert (stop.kind, stop.error) == (OutcomeKind.GAVE_UP, "25 counted attempts were made; last: open")
 
 
 def test_the_deadline_during_the_last_call_ends_the_request() -> None:
@@ -664,7 +729,7 @@ def test_the_outcome_holds_the_state_as_last_seen(answers: list[Answer], status:
 def test_a_refusal_is_quoted_in_the_outcome() -> None:
     """The outcome's error is what the exchange said, with status and code."""
     assert play([BAD_KEY]).stop.error == "refused: 401 -2015 Invalid API-key, IP, or permissions for action."
-    assert play([Reply(451, b"")]).stop.error == "refused: 451"
+    assert play([BAD_PARAM]).stop.error == "refused: 400 -1102 Mandatory parameter was not sent."
 
 
 def test_overdue_says_that_nothing_was_sent() -> None:
@@ -674,7 +739,10 @@ def test_overdue_says_that_nothing_was_sent() -> None:
 
 def test_a_bound_is_named_with_the_last_answer() -> None:
     """Which bound was reached, and at what answer, stands in the outcome."""
-    assert play([NO_CONNECTION]).stop.error == "24 attempts were made; last: not_sent ConnectionRefusedError"
+    ended = play([TIMEOUT], policy=ANSWERED)
+    assert ended.stop.error == "25 counted attempts were made; last: unclear ReadTimeout"
+    ended = play([NO_CONNECTION])
+    assert ended.stop.error == "the deadline comes before the next try; last: not_sent ConnectionRefusedError"
 
 
 def test_the_last_state_skips_what_shows_none() -> None:
@@ -691,7 +759,8 @@ def test_a_newer_workers_calls_about_another_order_start_no_horizon() -> None:
     missed = attempt(Means.NO_SUCH_ORDER, Call.QUERY, T0 + 20_000)
     history = [attempt(Means.NO_SUCH_ORDER, "query_child"), attempt(Means.UNCLEAR, "cancel_child"), missed]
     assert isinstance(next_step(CASE, history, verdict, POLICY, T0 + 20_050, 0.5), Again)
-    assert isinstance(next_step(CASE, [attempt(Means.NO_SUCH_ORDER), missed], verdict, POLICY, T0 + 20_050, 0.5), Stop)
+    known = [attempt(Means.NO_SUCH_ORDER), attempt(Means.NO_SUCH_ORDER, at_ms=T0 + 11_000), missed]
+    assert isinstance(next_step(CASE, known, verdict, POLICY, T0 + 20_050, 0.5), Stop)
 
 
 # ---- doubt ----------------------------------------------------------------------------------------------------------
@@ -778,4 +847,4 @@ def test_a_settled_cancel_leaves_the_next_refusal_a_refusal() -> None:
 )
 def test_a_query_comes_wherever_a_cancel_would_be_a_guess(last: Attempt, call: Call) -> None:
     """What is asked next hangs on whether the order's state is known well enough to cancel."""
-    assert call_for(CASE, [last], T0 + 100) is call
+    assert call_for(CASE, [last], POLICY, T0 + 100) is call

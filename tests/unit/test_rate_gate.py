@@ -14,7 +14,7 @@ from producer.message import Call
 from worker.classify import Means, Verdict
 from worker.clock import local_ns
 from worker.decide import BAN_PAUSE_MS, LIMIT_PAUSE_MS, Policy, Span
-from worker.rate_gate import CLOSE_AT, DEFAULT_WEIGHT_LIMIT, NO_QUERIES_AT, RAMP_MS, Gate, ms_to_next_minute
+from worker.rate_gate import DEFAULT_WEIGHT_LIMIT, NO_QUERIES_AT, RAMP_MS, Gate, ms_to_next_minute
 
 NOW_MS = 1_700_000_000_000
 LIMITED = Verdict(Means.LIMITED, 429, -1003, "Too many requests.", retry_after_ms=3000)
@@ -101,6 +101,7 @@ def test_earlier_end_opens_nothing(earlier: int, gate: Gate) -> None:
         (Verdict(Means.LIMITED, 418, retry_after_ms=2000, banned_until_ms=NOW_MS + 9000), 9000, False),
         (Verdict(Means.LIMITED, 418, retry_after_ms=9000, banned_until_ms=NOW_MS + 2000), 9000, False),
         (BLOCKED, Policy().waf_pause_ms, True),
+        (Verdict(Means.BLOCKED, 451), 1_000, False),
     ],
 )
 def test_closed_as_long_as_the_exchange_asks(
@@ -190,10 +191,14 @@ def test_opens_with_a_ramp(size: int) -> None:
     assert ceilings[-1] == size
 
 
+#: A hundredth of the usual limit is left unused.
+RESERVE = 24
+
+
 @pytest.mark.parametrize("in_flight", [0, 63])
 def test_weight_near_the_limit_closes_until_the_next_minute(in_flight: int, gate: Gate, board: Board) -> None:
-    """At nine tenths of the limit, requests under way included, everybody waits for the exchange's next minute."""
-    edge = int(CLOSE_AT * DEFAULT_WEIGHT_LIMIT) - in_flight
+    """Once the limit less the reserve is used, requests under way included, everybody waits for the next minute."""
+    edge = DEFAULT_WEIGHT_LIMIT - RESERVE - in_flight
     server_ms = 60_000 * 1000 + 45_000
 
     spend(gate, edge - 1, in_flight, server_ms, NOW_MS)
@@ -209,10 +214,31 @@ def test_weight_near_the_limit_closes_until_the_next_minute(in_flight: int, gate
 def test_limit_of_the_exchange_replaces_the_usual_one(gate: Gate) -> None:
     """The budget follows the limit that the exchange tells."""
     gate.weight_limit = 6000
-    spend(gate, 5000, 0, 0, NOW_MS)
+    spend(gate, 5939, 0, 0, NOW_MS)
     assert not gate.closed(NOW_MS)
-    spend(gate, 5400, 0, 0, NOW_MS)
+    spend(gate, 5940, 0, 0, NOW_MS)
     assert gate.closed(NOW_MS)
+
+
+@pytest.mark.parametrize(("limit", "reserve"), [(1_200, 12), (600, 10), (120, 10), (50, 5), (1, 1)])
+def test_small_limits_keep_a_small_reserve(limit: int, reserve: int, gate: Gate) -> None:
+    """Ten are left unused, or a hundredth where that is more, but never more than a tenth."""
+    gate.weight_limit = limit
+    for used in range(limit - reserve):
+        spend(gate, used, 0, 0, NOW_MS)
+    assert not gate.closed(NOW_MS)
+    spend(gate, limit - reserve, 0, 0, NOW_MS)
+    assert gate.closed(NOW_MS)
+
+
+def test_fewer_are_in_flight_near_the_limit(gate: Gate) -> None:
+    """No worker knows what the others have in flight: each takes a quarter of what is left in the minute."""
+    spend(gate, 2_200, 10, 40_000, NOW_MS)
+    assert gate.ceiling(64, NOW_MS) == (2_400 - RESERVE - 2_200) // 4
+    spend(gate, 2_374, 1, 40_000, NOW_MS)
+    assert gate.ceiling(64, NOW_MS) == 1
+    assert not gate.closed(NOW_MS)
+    assert gate.ceiling(64, NOW_MS + 21_000) == 64
 
 
 def test_last_quarter_is_for_cancels(gate: Gate) -> None:

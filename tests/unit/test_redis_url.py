@@ -167,7 +167,7 @@ def test_what_passes(error: BaseException, told: str) -> None:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (redis.AuthenticationError(PASSWORD), "AuthenticationError"),
+        (redis.AuthenticationError(PASSWORD), "AuthenticationError: the login was refused"),
         (exceptions.AuthorizationError(PASSWORD), "AuthorizationError"),
         (exceptions.NoPermissionError(PASSWORD), "NoPermissionError: its user lacks a right"),
         (exceptions.ClusterCrossSlotError("…"), "ClusterCrossSlotError: it is a Redis Cluster, which is not supported"),

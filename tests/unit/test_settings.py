@@ -71,7 +71,7 @@ DEFAULTS: dict[str, object] = {
     "egress_proxy_url": None,
     "rate_limit_scope": "all",
     "concurrency": 64,
-    "max_attempts": 25,
+    "max_attempts": 200,
     "deadline_s": 300.0,
     "backoff_base_ms": 100,
     "backoff_cap_ms": 15000,
@@ -84,6 +84,9 @@ DEFAULTS: dict[str, object] = {
     "log_format": "logfmt",
     "waf_pause_s": 300,
     "process_name": "",
+    "exchange_tls_ca": None,
+    "accounts_left_out": (),
+    "warnings": (),
 }
 
 
@@ -116,6 +119,7 @@ GOOD: list[tuple[str, str, str, object]] = [
     ("BINANCE_BASE_URL", "http://[::1]:65535/", "base_url", "http://[::1]:65535"),
     ("BINANCE_BASE_URL", "https://127.0.0.1:9443", "base_url", "https://127.0.0.1:9443"),
     ("BINANCE_ALLOWED_HOST", "gateway.example", "base_url", "https://fapi.binance.com"),
+    ("EXCHANGE_TLS_CA", CA_FILE, "exchange_tls_ca", CA_FILE),
     ("BINANCE_RECV_WINDOW_MS", "1", "recv_window_ms", 1),
     ("BINANCE_RECV_WINDOW_MS", "60000", "recv_window_ms", 60000),
     ("EGRESS_PROXY_URL", "http://proxy_1:3128", "egress_proxy_url", "http://proxy_1:3128"),
@@ -523,6 +527,71 @@ def test_misnamed_account_variables_are_not_passed_over(name: str) -> None:
     assert the_problem(**{name: "value"}).startswith(name)
 
 
+#: Another program's variables: a key without a secret, a name that is none, and a whole account.
+STRANGERS = {"BINANCE_TESTNET_API_KEY": "t", "BINANCE__API_KEY": "x", "BINANCE_OTHER_API_KEY": "o"}
+STRANGERS |= {"BINANCE_OTHER_API_SECRET": "os"}
+
+
+@pytest.mark.parametrize("wanted", ["default", " default ,default", "default,desk-a", "desk_a"])
+def test_only_the_accounts_that_are_named_are_read(wanted: str) -> None:
+    """Keys of another program are neither adopted nor found fault with; which accounts were left out is known."""
+    desk = {"BINANCE_DESK_A_API_KEY": "d", "BINANCE_DESK_A_API_SECRET": "ds"}
+    got = settings(BINANCE_ACCOUNTS=wanted, **desk, **STRANGERS)
+    named = {name.strip().replace("-", "_") for name in wanted.split(",")}
+    assert got.credentials.keys() == named
+    assert got.accounts_left_out == tuple(sorted({"default", "desk_a", "other", "testnet"} - named))
+    assert (got.credential_for("other"), got.warnings) == (None, ())
+
+
+def test_an_account_that_is_named_must_be_there() -> None:
+    """A name without a key is a typing mistake, which names the variable that is missing."""
+    says = "BINANCE_ACCOUNTS names desk_a, but BINANCE_DESK_A_API_KEY is not set: set it, or take the name out"
+    assert the_problem(BINANCE_ACCOUNTS="default,desk-a") == says
+    (problem,) = problems({"BINANCE_ACCOUNTS": "default"})
+    assert problem.startswith("BINANCE_ACCOUNTS names default, but BINANCE_API_KEY is not set")
+    assert len(problems({"BINANCE_ACCOUNTS": "desk", "BINANCE_DESK_API_KEY": "k"})) == 1
+
+
+@pytest.mark.parametrize("text", ["Desk", "a,,b", "a b", ",", "-a", "a" * 33])
+def test_names_of_accounts_are_checked(text: str) -> None:
+    """What can name no account is refused with the rule."""
+    assert the_problem(BINANCE_ACCOUNTS=text).startswith("BINANCE_ACCOUNTS is ")
+
+
+@pytest.mark.parametrize("mark", ['"', "'"])
+def test_quotation_marks_of_an_env_file_are_named(mark: str, ed25519_pem: str) -> None:
+    """Marks that a reader of env files has left around a value are what is wrong, and no part of it is shown."""
+    given = {"BINANCE_API_KEY": "k" * 64, "BINANCE_API_SECRET": CANARY, "CANCEL_QUEUE": "q", "REDIS_URL": "redis://h"}
+    found = problems({name: f"{mark}{value}{mark}" for name, value in given.items()})
+    assert sorted(problem.split()[0] for problem in found) == sorted(given)
+    assert all("quotation marks stand around it, which an env file has kept" in problem for problem in found)
+    assert CANARY not in repr(found)
+    one = problems({"BINANCE_API_KEY": "k", "BINANCE_PRIVATE_KEY": f"{mark}{ed25519_pem}{mark}"})
+    assert "BINANCE_PRIVATE_KEY cannot be used: quotation marks stand around it" in one[0]
+
+
+@pytest.mark.parametrize(("mode", "is_warned"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+def test_a_key_file_that_others_can_read_is_warned_of(
+    mode: int, is_warned: bool, ed25519_pem: str, tmp_path: Path
+) -> None:
+    """It can be used all the same; the warning names variable, mode and way out, and not the file."""
+    path = tmp_path / "key.pem"
+    path.write_text(ed25519_pem)
+    path.chmod(mode)
+    got = Settings.from_env({"BINANCE_API_KEY": "k", "BINANCE_PRIVATE_KEY": str(path)})
+    assert got.credentials.keys() == {"default"}
+    says = f"BINANCE_PRIVATE_KEY names a file that others may use (mode {mode:04o}): chmod 600 is enough"
+    assert got.warnings == ((says,) if is_warned else ())
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://localhost"])
+def test_plain_http_goes_through_no_proxy(url: str) -> None:
+    """A proxy would be given key and signature in clear: the pair is refused, and the login is not shown."""
+    (problem,) = problems({**ACCOUNT, "BINANCE_BASE_URL": url, "EGRESS_PROXY_URL": f"http://u:{CANARY}@proxy:3128"})
+    assert problem.startswith("EGRESS_PROXY_URL is 'http://***@proxy:3128': it must not be set while BINANCE_BASE_URL")
+    assert settings(BINANCE_BASE_URL=url.replace("http:", "https:"), EGRESS_PROXY_URL="http://proxy:3128")
+
+
 def test_the_default_account_has_one_spelling() -> None:
     """BINANCE_DEFAULT_API_KEY is refused, since the account 'default' is spelt without its name."""
     problem = the_problem(BINANCE_DEFAULT_API_KEY="key", BINANCE_DEFAULT_API_SECRET="secret")
@@ -596,7 +665,7 @@ def test_good_settings_show_no_secret(ed25519_pem: str) -> None:
     )
     assert CANARY not in said
     assert not any(line in said for line in ed25519_pem.splitlines() if line)
-    assert "rediss://***@redis.example:6380/0" in said
+    assert "rediss://redis.example:6380/0" in said
     assert "http://***@proxy.example:9293" in said
     assert "'desk': ed25519" in said
 
@@ -657,11 +726,12 @@ def test_no_password_is_shown_whatever_stands_around_it(before: str, after: str,
     ("url", "shown"),
     [
         ("redis://localhost:6379/0", "redis://localhost:6379/0"),
-        ("redis://:secret@localhost:6379/0", "redis://***@localhost:6379/0"),
-        ("rediss://user:secret@h.example:6380", "rediss://***@h.example:6380"),
-        ("redis://h?db=1&password=secret", "redis://h?***"),
+        ("redis://:secret@localhost:6379/0", "redis://localhost:6379/0"),
+        ("rediss://user:secret@h.example:6380", "rediss://h.example:6380"),
+        ("redis://h?db=1&password=secret", "redis://h"),
         ("redis://[::1]:6379", "redis://[::1]:6379"),
-        ("unix://user@/run/redis.sock?password=secret", "unix://***@/run/redis.sock?***"),
+        ("unix://user@/run/redis.sock?password=secret", "unix:///run/redis.sock"),
+        ("redis+sentinel://:secret@a:1,b/svc/0?db=1", "redis+sentinel://a:1,b/svc/0"),
     ],
 )
 def test_the_redis_url_for_logs(url: str, shown: str) -> None:

@@ -77,6 +77,7 @@ class Order:
     actual_order_id: str = ""
     decoy: bool = False  # made by a fault, nobody's request: a correct client leaves it NEW
     hidden_until_ms: int = 0
+    unseen: bool = False  # by queries, until the next DELETE
     deletes: int = 0
     delete_arrivals_ns: list[int] = field(default_factory=list)
     deletes_effective: int = 0

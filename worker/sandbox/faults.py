@@ -1,24 +1,14 @@
-"""What can go wrong between a cancel and its answer, as data, and the plan that says which request meets what.
+"""What can go wrong between a cancel and its answer, as data.
 
-Pure: no clock, no random generator, no sockets. A fault is a row: what happens to the order, what the exchange answers
+A fault is a row: what happens to the order, what the exchange answers
 and how that answer travels. The rows follow exchange.md 4.1 and 4.2 and what has been seen on the wire.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum, auto
-from hashlib import blake2b
-
-#: Seeded plans leave an order alone after this many calls of a kind, so that every order comes to an end.
-LAST_SEEDED_TURN = 8
-
-#: One incident for every so many orders, up to the plan's maximum: a small run is not one long ban.
-ORDERS_PER_INCIDENT = 50
 
 
 class Call(StrEnum):
@@ -39,6 +29,7 @@ class Effect(Enum):
     EXPIRE = auto()
     REJECT = auto()
     FORGET = auto()
+    HIDE = auto()  # from queries, until the next DELETE
     TRIGGER = auto()
     TRIGGER_AT_ONCE = auto()
     TRIGGER_STUCK = auto()
@@ -59,6 +50,7 @@ class Delivery(Enum):
     HELD = auto()  # the request itself lies FaultTiming.late_execution_ms before anything is done
     CUT_SHORT = auto()  # half of the body that Content-Length announces, then closed
     DRIPPED = auto()  # byte by byte
+    COMPRESSED = auto()  # with gzip, which nobody asked for
     HUGE = auto()  # padded beyond what a client should read
     WRONG_ID = auto()  # about another order
     UNDECIDED = auto()  # without the field that decides: code, or algoStatus
@@ -158,6 +150,7 @@ class Fault(StrEnum):
     BODY_CUT_EXECUTED = "body_cut_executed"
     DRIP = "drip"
     HUGE_BODY = "huge_body"
+    GZIP = "gzip"
     NOT_HTTP = "not_http"
     CLOSE_AFTER_ANSWER = "close_after_answer"
 
@@ -192,6 +185,7 @@ class Fault(StrEnum):
     UNAVAILABLE_503 = "unavailable_503"
     INTERNAL_503 = "internal_503"
     THROTTLED_503 = "throttled_503"
+    RETRY_AFTER_503 = "retry_after_503"
     GATEWAY_TIMEOUT_504 = "gateway_timeout_504"
     GATEWAY_TIMEOUT_504_EXECUTED = "gateway_timeout_504_executed"
 
@@ -219,7 +213,9 @@ class Fault(StrEnum):
     FALSE_2011 = "false_2011"
     OTHER_TEXT_2011 = "other_text_2011"
     NOT_FOUND_2013 = "not_found_2013"
+    MAINTENANCE_2011 = "maintenance_2011"
     FORGOTTEN = "forgotten"
+    LATE_BOOK = "late_book"
     FALSE_4117 = "false_4117"
     TRIGGER_4117 = "trigger_4117"
     TRIGGER_2011 = "trigger_2011"
@@ -247,6 +243,7 @@ class Fault(StrEnum):
     ACCOUNT_2011 = "account_2011"
     SYMBOL_2011 = "symbol_2011"
     RESTRICTED_2011 = "restricted_2011"
+    KEY_ID_2008 = "key_id_2008"
     KEY_FORMAT_2014 = "key_format_2014"
     KEY_2015 = "key_2015"
     KEY_LOCKED_2017 = "key_locked_2017"
@@ -302,6 +299,7 @@ _CONNECTION = {
     Fault.BODY_CUT: FaultSpec("half of a good answer, nothing done", delivery=Delivery.CUT_SHORT),
     Fault.DRIP: FaultSpec("done, answered byte by byte", effect=Effect.CANCEL, delivery=Delivery.DRIPPED),
     Fault.HUGE_BODY: FaultSpec("done, answer beyond 64 KiB", effect=Effect.CANCEL, delivery=Delivery.HUGE),
+    Fault.GZIP: FaultSpec("done, answer compressed", effect=Effect.CANCEL, delivery=Delivery.COMPRESSED),
     Fault.NOT_HTTP: FaultSpec("bytes that are no HTTP, nothing done", delivery=Delivery.NOT_HTTP),
     Fault.CLOSE_AFTER_ANSWER: FaultSpec(
         "done and answered, then closed without notice",
@@ -356,6 +354,10 @@ _SERVER_SIDE = {
     Fault.UNAVAILABLE_503: _code(-1001, _TEXT_UNAVAILABLE, "service unavailable, a failure", Reach.COMMON, 503),
     Fault.INTERNAL_503: _code(-1001, _TEXT_INTERNAL, "internal error, a failure", Reach.COMMON, 503),
     Fault.THROTTLED_503: _code(-1008, _TEXT_THROTTLED, "overload protection", status=503),
+    Fault.RETRY_AFTER_503: FaultSpec(
+        "503 with Retry-After, a failure",
+        replace(Answer.error(503, -1001, _TEXT_UNAVAILABLE), headers=(("Retry-After", "1"),)),
+    ),
     Fault.GATEWAY_TIMEOUT_504: FaultSpec(
         "504 HTML, nothing done", _page(504, "504 Gateway Time-out"), reach=Reach.COMMON
     ),
@@ -384,6 +386,10 @@ _ORDER_STATES = {
         "-2011 with a new text, nothing done", Effect.NONE, Answer.error(400, -2011, "Cancel is not possible now.")
     ),
     Fault.NOT_FOUND_2013: FaultSpec("-2013 about an order that exists, nothing done", NO_SUCH_ORDER),
+    Fault.MAINTENANCE_2011: _code(-2011, "Rest API trading is not enabled.", "maintenance"),
+    Fault.LATE_BOOK: _on_cancel(
+        "-2011, and unknown to queries until the next DELETE", Effect.HIDE, reach=Reach.SCRIPTED
+    ),
     Fault.FORGOTTEN: _on_cancel("the order is unknown to every call for a while", Effect.FORGET),
     Fault.FALSE_4117: _on_cancel(
         "-4117 about an order that stays NEW", Effect.NONE, Answer.error(400, -4117, "Stop order is triggering.")
@@ -410,11 +416,18 @@ _ORDER_STATES = {
     ),
 }
 
+_EDGE = {
+    Fault.PATH_404: FaultSpec("404 HTML: the edge does not know the path", _page(404, "404 Not Found")),
+    Fault.METHOD_405: FaultSpec("405 HTML: the edge does not know the method", _page(405, "405 Not Allowed")),
+    Fault.REGION_451: FaultSpec(
+        "451: the edge refuses the region",
+        Answer.error(451, 0, "Service unavailable from a restricted location."),
+        pauses=True,
+    ),
+}
+
 _FINAL = Reach.SCRIPTED
 _PERMANENT = {
-    Fault.PATH_404: FaultSpec("404: no such path", _page(404, "404 Not Found"), reach=_FINAL),
-    Fault.METHOD_405: FaultSpec("405: no such method here", _page(405, "405 Not Allowed"), reach=_FINAL),
-    Fault.REGION_451: _code(0, "Service unavailable from a restricted location.", "region refused", _FINAL, 451),
     Fault.UNAUTHORIZED_1002: _code(-1002, "You are not authorized to execute this request.", "key", _FINAL, 401),
     Fault.IP_1004: _code(-1004, "This IP is not on the whitelist.", "address", _FINAL),
     Fault.INVALID_1013: _code(-1013, "Invalid message.", "request", _FINAL),
@@ -427,6 +440,7 @@ _PERMANENT = {
     Fault.ACCOUNT_2011: _code(-2011, "This account may not place or cancel orders.", "account barred", _FINAL),
     Fault.SYMBOL_2011: _code(-2011, "This symbol is not permitted for this account.", "symbol barred", _FINAL),
     Fault.RESTRICTED_2011: _code(-2011, "Order was not canceled due to cancel restrictions.", "restricted", _FINAL),
+    Fault.KEY_ID_2008: _code(-2008, "Invalid Api-Key ID.", "key", _FINAL, 401),
     Fault.KEY_FORMAT_2014: FaultSpec("-2014: malformed key", KEY_FORMAT, reach=_FINAL),
     Fault.KEY_2015: FaultSpec("-2015: key, address or permission refused", KEY_REFUSED, reach=_FINAL),
     Fault.KEY_LOCKED_2017: _code(-2017, "API Keys are locked on this account.", "key", _FINAL, 401),
@@ -448,7 +462,16 @@ def _executed_twins(specs: dict[Fault, FaultSpec]) -> dict[Fault, FaultSpec]:
     return twins
 
 
-_WRITTEN = {**_CONNECTION, **_SUCCESS_STATUS, **_PAUSES, **_SERVER_SIDE, **_CODES, **_ORDER_STATES, **_PERMANENT}
+_WRITTEN = {
+    **_CONNECTION,
+    **_SUCCESS_STATUS,
+    **_PAUSES,
+    **_SERVER_SIDE,
+    **_CODES,
+    **_ORDER_STATES,
+    **_EDGE,
+    **_PERMANENT,
+}
 SPECS: dict[Fault, FaultSpec] = {**_WRITTEN, **_executed_twins(_WRITTEN)}
 
 
@@ -529,143 +552,3 @@ class FaultTiming:
         if fault is Fault.LIMITED_429:
             return self.retry_after_s * 1_000
         return self.ban_s * 1_000 if fault is Fault.BANNED_418 else self.firewall_ms
-
-
-@dataclass(slots=True)
-class _Script:
-    """Faults still to come for one order and call; None is a call without a fault."""
-
-    faults: deque[Fault | None]
-    repeat_last: bool = False
-
-    def take(self) -> Fault | None:
-        if self.repeat_last and len(self.faults) == 1:
-            return self.faults[0]
-        return self.faults.popleft()
-
-
-@dataclass(slots=True)
-class FaultPlan:
-    """Which fault the n-th cancel or query of an order meets.
-
-    A script for an order comes first. Beyond it, the draw for a call depends on (seed, algo id, call, n) alone, so that
-    a seed replays however requests are interleaved. An incident strikes the first cancel of those orders whose hash is
-    lowest among all that were admitted. `rate` is the probability for a call, until the order has had its share of
-    `max_per_order`. From `until_ms` on (local time) nothing happens.
-    """
-
-    fault_set: FaultSet = field(default_factory=FaultSet)
-    seed: int = 0
-    rate: float = 0.3
-    max_per_order: int = 3
-    max_incidents: int = 4
-    until_ms: int | None = None
-    injected: Counter[str] = field(default_factory=Counter)
-    _incidents: int = 0
-    _met: dict[int, list[Fault]] = field(default_factory=dict)
-    _scripts: dict[tuple[int, Call], _Script] = field(default_factory=dict)
-    _turns: Counter[tuple[int, Call]] = field(default_factory=Counter)
-    _by_client_id: set[int] = field(default_factory=set)  # orders that a request has named by client id alone
-    _admitted: int = 0
-    _struck: list[tuple[int, int]] = field(default_factory=list)  # a heap of the lowest hashes, negated, with ids
-
-    def admit(self, algo_ids: Iterable[int]) -> None:
-        """Tell the plan of orders that were opened; incidents are spread over them."""
-        for algo_id in algo_ids:
-            self._admitted += 1
-            if not self.fault_set.incidents or self.max_incidents == 0:
-                continue
-            entry = (-_draw(self.seed, algo_id, "incident", 0)[0], algo_id)
-            if len(self._struck) < self.max_incidents:
-                heapq.heappush(self._struck, entry)
-            else:
-                heapq.heappushpop(self._struck, entry)
-
-    def script(self, algo_id: int, call: Call, faults: Sequence[Fault | None], *, repeat_last: bool = False) -> None:
-        """Have the order's next calls meet these faults in turn; with `repeat_last` the last one for ever.
-
-        Raises:
-            ValueError: a fault does not exist for this call, or there is nothing to repeat.
-        """
-        for fault in faults:
-            if fault is not None and call not in fault.spec.calls:
-                raise ValueError(f"{fault} is not a fault of a {call}")
-        if not faults:
-            raise ValueError("a script needs at least one entry")
-        self._scripts[algo_id, call] = _Script(deque(faults), repeat_last)
-
-    def meet(self, algo_id: int, call: Call, now_ms: int, *, by_client_id: bool = False) -> Fault | None:
-        """The fault that this call meets, noted as injected; each call of an order must be shown here once.
-
-        `by_client_id`: the request named the order by client id alone, so that a reused client id would leave even a
-        correct client without a definite outcome; a seeded plan spares it that, and all further calls for the order,
-        as another request by client id may be on its way.
-        """
-        self._turns[algo_id, call] += 1
-        if by_client_id:
-            self._by_client_id.add(algo_id)
-        if self.until_ms is not None and now_ms >= self.until_ms:
-            return None
-        script = self._scripts.get((algo_id, call))
-        if script is not None and script.faults:
-            fault = script.take()
-        else:
-            fault = self._allowed(self.seeded(algo_id, call, self._turns[algo_id, call]), algo_id)
-        if fault is not None:
-            self.injected[fault] += 1
-            self._met.setdefault(algo_id, []).append(fault)
-        return fault
-
-    def met(self, algo_id: int) -> tuple[Fault, ...]:
-        """The faults that the order's calls have met so far, oldest first."""
-        return tuple(self._met.get(algo_id, ()))
-
-    def seeded(self, algo_id: int, call: Call, turn: int) -> Fault | None:
-        """What the seed holds for the `turn`-th such call (from 1) of an order; scripts and time do not matter here."""
-        choices = self.fault_set.for_call(call)
-        struck = call is Call.CANCEL and self._is_struck(algo_id)
-        if turn > LAST_SEEDED_TURN or not (choices or struck):
-            return None
-        chance, choice = _draw(self.seed, algo_id, call, turn)
-        strikes = struck and turn == 1
-        if not strikes and chance >= self.rate * _RANGE:
-            return None
-        earlier = [_draw(self.seed, algo_id, call, n)[0] < self.rate * _RANGE for n in range(1, turn)]
-        if struck and turn > 1:
-            earlier[0] = True
-        if sum(earlier) >= self._share(algo_id, call):
-            return None
-        if strikes:
-            choices = self.fault_set.incidents
-        return choices[choice % len(choices)] if choices else None
-
-    def _allowed(self, fault: Fault | None, algo_id: int) -> Fault | None:
-        if fault is None or (fault is Fault.CLIENT_ID_REUSED and algo_id in self._by_client_id):
-            return None
-        if fault.spec.pauses:
-            self._incidents += 1
-            # Orders that are opened during a run change which ones are struck, and could add up to more.
-            return fault if self._incidents <= self.max_incidents else None
-        return fault
-
-    def _share(self, algo_id: int, call: Call) -> int:
-        """How many of the order's faults its cancels may meet; the rest is for its queries."""
-        if self.max_per_order == 0:
-            return 0
-        for_queries = _draw(self.seed, algo_id, "share", 0)[0] % self.max_per_order
-        return for_queries if call is Call.QUERY else self.max_per_order - for_queries
-
-    def _is_struck(self, algo_id: int) -> bool:
-        allowed = min(self.max_incidents, self._admitted // ORDERS_PER_INCIDENT)
-        if allowed == 0:
-            return False
-        return any(algo_id == struck for _, struck in heapq.nlargest(allowed, self._struck))
-
-
-_RANGE = 2**64
-
-
-def _draw(seed: int, algo_id: int, purpose: str, turn: int) -> tuple[int, int]:
-    """Two numbers below 2^64 that depend on the arguments alone."""
-    digest = blake2b(f"{seed}:{algo_id}:{purpose}:{turn}".encode(), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
