@@ -197,7 +197,7 @@ def test_two_hundred_threads_share_four(crowded: Valkey, exchange: RunningExchan
         except NotDurable as error:
             (ticket,) = error.tickets
         assert ticket.request.algo_id == orders[number].algo_id
-        outcome = client.wait(ticket, 60)
+        outcome = client.wait(ticket.id, 60)
         assert outcome.algo_id == orders[number].algo_id
         return outcome.kind
 
