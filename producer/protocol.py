@@ -131,7 +131,8 @@ class LedgerGap(CancelQueueError):
     """
 
     def __init__(self, after: str, first: str) -> None:
-        super().__init__(f"entries of the ledger between {after} and {first} were trimmed unread; see LEDGER_MAXLEN")
+        missed = f"what stood between it and {first} was not read"
+        super().__init__(f"the ledger was trimmed beyond {after}: {missed}; see LEDGER_MAXLEN")
         self.after, self.first = after, first
         ms, number = entry_parts(first)
         self.resume = f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}"

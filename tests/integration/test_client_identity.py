@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def test_forked_children_of_a_loop_share_no_connection(valkey: Valkey, connectio
             pids.append(pid)
             await asyncio.sleep(0)
         await busy
-        assert [await asyncio.to_thread(lambda pid=pid: os.waitpid(pid, 0)[1]) for pid in pids] == [0] * CHILDREN
+        assert [(await asyncio.to_thread(os.waitpid, pid, 0))[1] for pid in pids] == [0] * CHILDREN
         await ask_async(client, 300_000)
         waiter.cancel()
         await asyncio.gather(waiter, return_exceptions=True)
@@ -144,7 +145,13 @@ def test_a_second_run_works(valkey: Valkey, connection: redis.Redis) -> None:
 def test_a_record_about_another_is_refused(client: CancelClient, connection: redis.Redis) -> None:
     """What stands under a request's key is its outcome only if it says so: id, account and order."""
     ticket = client.cancel(algo_id=7, account="desk2")
-    honest: dict[str, Any] = {"id": ticket.id, "run": 1, "kind": OutcomeKind.CANCELLED, "account": "desk2", "algo_id": 7}
+    honest: dict[str, Any] = {
+        "id": ticket.id,
+        "run": 1,
+        "kind": OutcomeKind.CANCELLED,
+        "account": "desk2",
+        "algo_id": 7,
+    }
     rows: list[tuple[dict[str, Any], str]] = [
         ({"id": "another"}, "it is about another request, another"),
         ({"account": "default"}, "it is about another order: account=default, not desk2"),
@@ -153,7 +160,12 @@ def test_a_record_about_another_is_refused(client: CancelClient, connection: red
     ]
     for forged, said in rows:
         connection.set(KEYS.outcome_prefix + ticket.id, Outcome(**{**honest, **forged}).encode())
-        for look in (ticket.wait, lambda: client.outcome(ticket), lambda: client.wait(ticket, 5)):
+        looks: list[Callable[[], object]] = [
+            ticket.wait,
+            lambda: client.outcome(ticket),
+            lambda: client.wait(ticket, 5),
+        ]
+        for look in looks:
             with pytest.raises(MalformedMessage, match=said):
                 look()
         assert client.outcomes_of([ticket]) == {}
