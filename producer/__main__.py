@@ -24,6 +24,7 @@ from producer import console
 from producer.client import CancelClient, Ticket
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, InvalidRequest, MalformedMessage, Outcome
 from producer.protocol import QueueUnavailable, UnknownRequest, check_position, read_outcomes
+from producer.redis_url import Address
 from producer.status import Status, aligned
 
 #: RQ's status of a job whose outcome is still to come.
@@ -133,7 +134,7 @@ def _client_as(kind: type[C], redis_url: str, queue: str) -> Iterator[C]:
 
 
 def _unreachable(error: QueueUnavailable, redis_url: str) -> str:
-    return f"{error} [{console.address(redis_url)}{console.why_unreachable(error)}]"
+    return f"{error} [{Address.parse(redis_url).shown}]"
 
 
 @click.group(
@@ -418,7 +419,7 @@ def _next_look(client: CancelClient, redis_url: str) -> Status:
 
 def _briefly(error: QueueUnavailable) -> str:
     """What fits a line of 80 cells; the address is known to whoever watches."""
-    return f"{str(error).partition(';')[0]}{console.why_unreachable(error)}"
+    return str(error).partition("; repeating")[0]
 
 
 def _full_screen() -> Callable[..., NoReturn] | None:

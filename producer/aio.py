@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
 import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
 from producer.protocol import (
@@ -27,6 +25,7 @@ from producer.protocol import (
     readable_entries,
     timeout_of,
 )
+from producer.redis_url import Address, is_refused
 from producer.status import Status, read_status
 
 
@@ -62,16 +61,12 @@ class AsyncCancelClient:
     def from_url(cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float = 2.0, **options: Any) -> Self:
         """A client with connections of its own.
 
-        ``timeout_s`` bounds every call; ``options`` go to ``redis.asyncio.Redis``.
+        ``timeout_s`` bounds every call; ``options`` go to redis-py's pool.
+
+        Raises:
+            BadRedisUrl: ``url`` is none of :data:`producer.redis_url.FORMS`.
         """
-        connection = redis.Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),  # a repeat is ours to decide, see _answers
-            **options,
-        )
-        return cls(connection, queue)
+        return cls(Address.parse(url).async_client(timeout_s, **options), queue)
 
     async def close(self) -> None:
         """Give the connections back."""
@@ -175,7 +170,7 @@ class AsyncCancelClient:
 
     async def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
         try:
-            return await self._round_trip(commands)
+            answers = await self._round_trip(commands)
         except redis.AuthenticationError:
             raise
         except redis.ConnectionError:
@@ -183,6 +178,10 @@ class AsyncCancelClient:
                 raise
             # A kept connection that the server had closed. The ids are in the words: a repeat finds itself.
             return await self._round_trip(commands)
+        if is_refused(answers):  # the server may not be the primary any more
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
+            return await self._round_trip(commands)
+        return answers
 
     async def _round_trip(self, commands: Commands) -> list[Any]:
         if len(commands) > 1:

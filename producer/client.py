@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
@@ -33,6 +31,7 @@ from producer.protocol import (
     readable_entries,
     timeout_of,
 )
+from producer.redis_url import Address, is_refused
 from producer.status import Status, read_status
 
 
@@ -76,6 +75,7 @@ class _Line:
         except IndexError:
             connection = self._redis.connection_pool.get_connection()
         try:
+            connection.make_ready()
             ends_at = time.monotonic() + self._timeout_s
             for command in commands:
                 connection.send_command(*command)
@@ -84,6 +84,8 @@ class _Line:
             connection.disconnect()
             self._redis.connection_pool.release(connection)
             raise
+        if is_refused(answers):
+            connection.disconnect()
         self._at_hand.append(connection)
         return answers
 
@@ -120,14 +122,12 @@ class CancelClient:
 
     @classmethod
     def from_url(cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float = 2.0, **options: Any) -> Self:
-        """A client with a connection of its own. ``timeout_s`` bounds every wait; ``options`` go to ``redis.Redis``."""
-        connection = redis.Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),  # a repeat is ours to decide, see _answers
-            **options,
-        )
+        """A client with a connection of its own. ``timeout_s`` bounds every wait; ``options`` go to redis-py's pool.
+
+        Raises:
+            BadRedisUrl: ``url`` is none of :data:`producer.redis_url.FORMS`.
+        """
+        connection = Address.parse(url).client(timeout_s, **options)
         client = cls(connection, queue)
         client._line = _Line(connection, timeout_s)
         return client
@@ -275,11 +275,7 @@ class CancelClient:
 
     def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
         try:
-            if self._line is not None:
-                if repeat and isinstance(commands, Calls):
-                    return self._line.round_trip(commands)
-                self._line.hang_up()  # one connection serves both ways
-            return self._round_trip(commands)
+            answers = self._at_first(commands, repeat)
         except redis.AuthenticationError:
             raise
         except redis.ConnectionError:
@@ -287,6 +283,17 @@ class CancelClient:
                 raise
             # A kept connection that the server had closed. The ids are in the words: a repeat finds itself.
             return self._round_trip(commands)
+        return self._round_trip(commands) if is_refused(answers) else answers
+
+    def _at_first(self, commands: Commands, repeat: bool) -> list[Any]:
+        if self._line is not None:
+            if repeat and isinstance(commands, Calls):
+                return self._line.round_trip(commands)
+            self._line.hang_up()  # one connection serves both ways
+        answers = self._round_trip(commands)
+        if is_refused(answers):  # the server may not be the primary any more
+            self._redis.connection_pool.disconnect(inuse_connections=False)
+        return answers
 
     def _round_trip(self, commands: Commands) -> list[Any]:
         if len(commands) > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import ssl
 import sys
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from producer.client import CancelClient
 from producer.message import (
@@ -27,15 +25,13 @@ from producer.message import (
     loads,
 )
 from producer.protocol import TicketFields, read_outcomes
+from producer.redis_url import FORMS, OPTIONS, Address, BadRedisUrl
 
 C = TypeVar("C", bound=CancelClient)
 #: Bad lines of a file that are reported one by one.
 SHOWN_BAD_LINES = 20
 #: Time between two lines of progress where there is no terminal, s.
 PROGRESS_S = 5.0
-#: Options that a Redis URL may carry; others would override the time-outs that the client sets.
-_URL_OPTIONS = frozenset({"db", "username", "password", "ssl_cert_reqs", "ssl_ca_certs", "ssl_check_hostname"})
-_URL_FORMS = "redis://[user:password@]host[:port][/database], the same with rediss:// for TLS, or unix:///path"
 #: Time between two looks for outcomes, s: from soon to seldom.
 _FIRST_PAUSE_S = 0.01
 _LAST_PAUSE_S = 0.25
@@ -64,73 +60,35 @@ def connect_as(kind: type[C], url: str, queue: str, tls_verify: str, tls_ca: str
         BadSetting: the URL or a TLS setting cannot be used.
         InvalidRequest: ``queue`` cannot name a queue.
     """
-    parts = _checked(url)
-    options = parse_qs(parts.query, keep_blank_values=True)
-    if not options.keys() <= _URL_OPTIONS:
-        raise BadSetting(f"REDIS_URL: after the question mark only {', '.join(sorted(_URL_OPTIONS))} may be set")
-    tls = _tls_options(options, tls_verify, tls_ca) if parts.scheme == "rediss" else {}
     try:
-        return kind.from_url(url, queue, **tls)
-    except InvalidRequest:
-        raise
-    except (ValueError, TypeError):
-        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}") from None
+        address = Address.parse(url)
+    except BadRedisUrl as error:
+        raise BadSetting(f"REDIS_URL must be {FORMS}{f': {error}' if str(error) else ''}") from None
+    if address.others:
+        raise BadSetting(f"REDIS_URL: after the question mark only {', '.join(sorted(OPTIONS))} may be set")
+    tls = _tls_options(address.options, tls_verify, tls_ca) if address.is_tls else {}
+    return kind.from_url(url, queue, **tls)
 
 
-def _checked(url: str) -> SplitResult:
-    """The parts of a URL that redis-py would not take for something else."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}; percent-encode what is special in the password") from None
-    if parts.scheme == "unix":
-        sound = not parts.hostname and parts.path not in ("", "/")
-    else:
-        sound = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and port != 0
-        sound = sound and re.fullmatch(r"/?|/[0-9]{1,6}", parts.path) is not None
-    if not sound or "#" in url or not url.isprintable() or " " in url:
-        raise BadSetting(f"REDIS_URL must be {_URL_FORMS}; percent-encode what is special in the password")
-    return parts
-
-
-def _tls_options(options: Mapping[str, list[str]], verify: str, ca_file: str) -> dict[str, Any]:
-    """What redis-py is told beside the URL, whose own options win: they must not say less than the setting."""
-    by_url = options.get("ssl_cert_reqs", [""])[-1]
+def _tls_options(options: Mapping[str, Any], verify: str, ca_file: str) -> dict[str, Any]:
+    """What redis-py is told beside the URL, which must not say less than the setting."""
+    by_url = options.get("ssl_cert_reqs", "")
     if verify not in ("", "required", "none"):
         raise BadSetting("REDIS_TLS_VERIFY must be required or none")
-    if by_url not in ("", "required", "none"):
-        raise BadSetting("REDIS_URL: ssl_cert_reqs must be required or none")
     if by_url and verify and by_url != verify:
         raise BadSetting(f"REDIS_TLS_VERIFY must not contradict REDIS_URL, which says ssl_cert_reqs={by_url}")
     required = (by_url or verify or "required") == "required"
-    found: dict[str, Any] = {"ssl_cert_reqs": "required" if required else "none", "ssl_check_hostname": required}
+    is_named = required and options.get("ssl_check_hostname") is not False
+    found: dict[str, Any] = {"ssl_cert_reqs": "required" if required else "none", "ssl_check_hostname": is_named}
     if ca_file:
+        if options.get("ssl_ca_certs", ca_file) != ca_file:
+            raise BadSetting("REDIS_TLS_CA must not contradict REDIS_URL, which names another file as ssl_ca_certs")
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=ca_file)
         except OSError:  # ssl.SSLError is one
             raise BadSetting("REDIS_TLS_CA must be the path of a PEM file") from None
         found["ssl_ca_certs"] = ca_file
     return found
-
-
-def address(url: str) -> str:
-    """Where a Redis URL leads, fit to be shown: without user, password and options."""
-    parts = urlsplit(url)
-    port = f":{parts.port}" if parts.port else ""
-    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
-
-
-def why_unreachable(error: BaseException) -> str:
-    """A hint for people, from the causes of an error; empty where there is none to give."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return f": {clean_text(cause.verify_message)}; see REDIS_TLS_CA and REDIS_TLS_VERIFY"
-        if isinstance(cause, OSError) and cause.strerror:
-            return f": {clean_text(cause.strerror)}"
-        cause = cause.__cause__ or cause.__context__
-    return ""
 
 
 # --- Reading ids --------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from producer.message import (
     decode_outcome,
     encode_call,
 )
+from producer.redis_url import why
 
 T = TypeVar("T")
 Command: TypeAlias = tuple[Any, ...]
@@ -68,7 +69,6 @@ _ENDED = frozenset({JobStatus.FINISHED, JobStatus.FAILED, JobStatus.CANCELED, Jo
 _log = logging.getLogger("producer")
 
 _STREAM_ID = re.compile(r"\$|[0-9]{1,20}(-[0-9]{1,20})?")
-_ERROR_CODE = re.compile(r"[A-Z]{3,}\b")
 
 
 class CancelQueueError(Exception):
@@ -462,19 +462,17 @@ def pages(job_ids: Sequence[str]) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def availability() -> Iterator[None]:
-    """Redis' own errors as one of ours; the address with its password is left out.
-
-    What a server says of a command can quote the command, and a refused login is a command: only its code is kept.
-    """
+    """Redis' own errors as one of ours; the address with its password, and whatever quotes a command, is left out."""
     try:
         yield
     except redis.exceptions.AuthenticationError as error:
         raise QueueUnavailable(f"Redis refused the login ({type(error).__name__})") from None
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-        raise QueueUnavailable(f"Redis did not answer ({type(error).__name__}); repeating the call is safe") from error
+        raise QueueUnavailable(f"Redis did not answer ({why(error)}); repeating the call is safe") from error
     except redis.exceptions.ResponseError as error:
-        code = _ERROR_CODE.match(str(error))
-        raise QueueUnavailable(f"Redis refused ({code.group() if code else type(error).__name__})") from None
+        raise QueueUnavailable(f"Redis refused ({why(error)})") from None
+    except redis.exceptions.RedisError as error:
+        raise QueueUnavailable(f"Redis cannot be used ({why(error)})") from None
 
 
 def good(answers: list[Any]) -> list[Any]:

@@ -26,6 +26,7 @@ from worker.clock import ServerClock, SleepWatch
 from worker.daemon import WorkerLoop
 from worker.engine import Engine
 from worker.exchange import Exchange
+from worker.patience import FLOOR_S
 from worker.rate_gate import Gate
 from worker.redis_link import open_link
 from worker.settings import Settings
@@ -50,7 +51,10 @@ class Parts:
 
 
 class RunningEngine:
-    """An engine that works in a thread until the end of a block, put together as a worker's is, with its beats."""
+    """An engine that works in a thread until the end of a block, put together as a worker's is, with its beats.
+
+    ``measures``: the exchange's clock, before it begins. ``patience_s``: the least that is waited for an answer.
+    """
 
     def __init__(
         self,
@@ -62,12 +66,15 @@ class RunningEngine:
         ca_file: str | None = None,
         sleep: SleepWatch | None = None,
         change: Callable[[Parts], None] = lambda _: None,
+        measures: bool = False,
+        patience_s: float = FLOOR_S,
         **settings: str,
     ) -> None:
         said = {"REDIS_URL": redis_url, "BINANCE_BASE_URL": exchange_url, "WORKER_CONCURRENCY": str(size)}
         self.settings = Settings.from_env({**KEYS, **said, **settings})
         self._connection = open_redis(self.settings)
         self._sleep, self._change = sleep, change
+        self._measures, self._patience_s = measures, patience_s
         self.store = open_store(self.settings, name, "cancels")
         self._name, self._route = name, Route(exchange_url, ca_file=ca_file)
         self.engine: Engine
@@ -97,6 +104,10 @@ class RunningEngine:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.engine.stop)
 
+    def stand_still(self, seconds: float) -> None:
+        """Have the loop do nothing for so long, as a machine that is too busy for it does."""
+        self._loop.call_soon_threadsafe(time.sleep, seconds)
+
     def has_ended(self) -> bool:
         """Whether it was stopped, and everything in its hands is completed."""
         return self._ended.done()
@@ -118,7 +129,11 @@ class RunningEngine:
         self._loop = asyncio.get_running_loop()
         clock, settings = ServerClock(), self.settings
         transport = AsyncioTransport(self._route, pool_size=settings.concurrency + 2)
-        exchange = Exchange(transport, recv_window_ms=settings.recv_window_ms, clock=clock)
+        exchange = Exchange(
+            transport, recv_window_ms=settings.recv_window_ms, clock=clock, least_patience_s=self._patience_s
+        )
+        if self._measures:
+            await exchange.sync_time()
         claims, rest = open_link(self._connection), open_link(self._connection)
         canceller, self.gate = open_canceller(settings, exchange, clock, self.store, rest, self._name)
         self._change(Parts(self.store, canceller, self.gate, exchange))
@@ -221,6 +236,11 @@ class Answerer:
     def __exit__(self, *_: object) -> None:
         self.may_open.set()
         self._server.close()
+
+    @property
+    def heads(self) -> list[bytes]:
+        """All that was asked, as it came."""
+        return self._server.heads
 
     @property
     def url(self) -> str:

@@ -43,7 +43,7 @@ def end_server(listener: socket.socket, sockets: list[socket.socket], threads: l
         each.close()
 
 
-def eventually(condition: Callable[[], object], timeout_s: float = 10.0, what: str = "") -> object:
+def eventually(condition: Callable[[], object], timeout_s: float = 30.0, what: str = "") -> object:
     """Poll until ``condition`` gives something true, and give it back; fail by name after ``timeout_s``."""
     ends_at = time.monotonic() + timeout_s
     while True:

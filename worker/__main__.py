@@ -112,17 +112,11 @@ def _without(name: str) -> Iterator[None]:
 
 
 def _work(settings: Settings, burst: bool) -> int:
-    import redis  # neither is needed by the other commands
-
     with _without("charset_normalizer"):
         from worker.runner import CancelWorker
 
-    try:
-        worker = CancelWorker([settings.queue], settings=settings)
-        worker.work(burst=burst)
-    except redis.AuthenticationError:
-        log.error("redis", state="refused", redis=settings.display_redis_url, error="the login was refused")
-        return EX_UNAVAILABLE
+    worker = CancelWorker([settings.queue], settings=settings)
+    worker.work(burst=burst)
     return worker.exit_code
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from producer.message import (
@@ -29,7 +31,7 @@ from producer.message import (
     may_be_live,
 )
 from worker import log
-from worker.classify import GATED, Means, OrderRef, Verdict, classify
+from worker.classify import GATED, STATUS_MEANS, Means, OrderRef, Reply, Verdict, classify
 from worker.clock import RedisClock, ServerClock, local_ns, minus
 from worker.decide import (
     Again,
@@ -37,16 +39,18 @@ from worker.decide import (
     Policy,
     Span,
     Stop,
+    accepted_until_ms,
     as_known,
     bounded,
     first_step,
+    looks_up_a_silence,
     next_number,
     next_step,
     read_history,
 )
-from worker.exchange import Exchange
+from worker.exchange import Answer, Exchange, Sent
 from worker.key_breaker import KeyBreaker
-from worker.rate_gate import Gate, ms_to_next_minute
+from worker.rate_gate import Gate, LookUps, ms_to_next_minute
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.store import TOO_LARGE, Done, Lease, Release, Retry, Row, Suspect
@@ -55,6 +59,12 @@ _NS_PER_MS = 1_000_000
 #: When to look again whether the exchange tells its time, ms.
 _UNMEASURED_MS = 1_000
 _NOT_MEASURED = "the clocks are not measured, so the order's age is not known"
+#: How often who waits for a turn looks at deadline and gate, s.
+_TURN_S = 1.0
+#: What is waited for here even by who leaves, ns.
+_SHORT_NS = 100 * _NS_PER_MS
+#: Late answers after which nothing more needs to be known of the order.
+_ENDS = frozenset({Means.CONFIRMED, *STATUS_MEANS.values()}) - {Means.OPEN, Means.TRIGGERING}
 
 
 class Hold(Protocol):
@@ -63,8 +73,8 @@ class Hold(Protocol):
     def is_valid(self) -> bool:
         """Whether the job is still ours: else nothing more may be sent for it."""
 
-    def doubt(self) -> None:
-        """Trust no lease that was given so far: this host may have stood still without noticing."""
+    async def renew(self) -> None:
+        """Trust no lease that was given so far, as this host may have stood still, and ask Redis whose the job is."""
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -79,9 +89,12 @@ def policy_of(settings: Settings) -> Policy:
     )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
-    """One request while it is worked on."""
+    """One request while it is worked on.
+
+    ``silent`` are the numbers of attempts whose answer may still come, ``late`` the answers that came.
+    """
 
     lease: Lease
     hold: Hold
@@ -92,9 +105,17 @@ class _Job:
     symbol: str | None
     pinned: bool
     began_ns: int = 0  # the last attempt
+    strikes_until_ns: int = 0  # a cancel by client id that left here may meet the id's next order, if it is unclear
+    silent: set[int] = field(default_factory=set)
+    late: deque[tuple[int, Verdict]] = field(default_factory=deque)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def ref(self) -> OrderRef:
         return OrderRef(self.algo_id, self.request.client_algo_id)
+
+    def is_open(self) -> bool:
+        """Whether a call of it may still be answered or, by client id, be accepted."""
+        return bool(self.silent) or local_ns() < self.strikes_until_ns
 
     def learn(self, verdict: Verdict) -> None:
         """Keep what an answer told about the order: its algo id, so that a reused client id is never hit."""
@@ -111,7 +132,8 @@ class Canceller:
     """Carries jobs for one holder, all of them in one event loop.
 
     ``sends_late``: a call may have to wait for its connection after the last look whether it may go. Then no order is
-    cancelled by its client id before it was looked up, however young the request is.
+    cancelled by its client id before it was looked up, however young the request is. ``flight``: so many jobs are
+    carried at a time at the most.
     """
 
     def __init__(
@@ -126,8 +148,13 @@ class Canceller:
         credential_for: Callable[[str], Credential | None],
         holder: str,
         sends_late: bool = False,
+        flight: int = 1,
     ) -> None:
         self._sends_late = sends_late
+        self._look_ups = LookUps(flight)
+        self._in_hand: set[_Job] = set()
+        self._lingering = 0
+        self._is_leaving = False
         self._exchange = exchange
         self._server_clock = server_clock
         self._redis_clock = redis_clock
@@ -157,13 +184,28 @@ class Canceller:
         if job.history and job.history[-1].msg == WORKER_LOST:
             lost = job.history[-1]
             log.warning("recovered", id=lease.id, n=lost.n, began_at_ms=lost.at_ms, **{"count#cancel.recovered": 1})
-        return await self._pursue(job)
+        self._in_hand.add(job)
+        try:
+            return await self._pursue(job)
+        finally:
+            self._in_hand.discard(job)
 
-    async def resync(self, since_ns: int) -> None:
-        """Measure the exchange's clock, once for all requests that were refused by the same old one."""
+    def leave(self) -> None:
+        """Let no job wait here any more: what has a delay goes back with it."""
+        self._is_leaving = True
+        for job in self._in_hand:
+            job.news.set()
+
+    async def resync(self, since_ns: int, hold: Hold | None = None) -> None:
+        """Measure the exchange's clock, once for all requests that were refused by the same old one.
+
+        Where the exchange calls our time wrong, Redis tells by ``hold`` whose the jobs are by now.
+        """
         async with self._resyncing:
             if self._resynced_ns <= since_ns:
                 self._server_clock.doubt()
+                if hold is not None:
+                    await hold.renew()
                 await self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
                 self._resynced_ns = local_ns()
                 await self.heed_refusal()
@@ -197,28 +239,71 @@ class Canceller:
         """The request as a decision sees it; the clocks are compared where something that the exchange dates counts."""
         lease, by_client_id = job.lease, job.algo_id is None
         ahead = self._ahead() if by_client_id or means in GATED else None
-        return Case(by_client_id, lease.meant_at_ms, lease.deadline_at_ms, ahead, lease.run > 1 or self._sends_late)
+        is_old = lease.run > 1 or self._sends_late
+        strikes_ms = self._strikes_until_ms(job)
+        return Case(by_client_id, lease.meant_at_ms, lease.deadline_at_ms, ahead, is_old, strikes_ms)
+
+    def _strikes_until_ms(self, job: _Job) -> int:
+        """See :class:`worker.decide.Case`: a cancel by client id is the first call of all, if it was made."""
+        first = job.history[0] if job.history and job.request.algo_id is None else None
+        if first is None or first.call is not Call.CANCEL or first.verdict != Means.UNCLEAR:
+            return 0
+        if job.strikes_until_ns:
+            return self._latest_ms() + (job.strikes_until_ns - local_ns()) // _NS_PER_MS + 1
+        return accepted_until_ms(first, self._policy)
 
     def _first_step(self, job: _Job) -> Stop | Again:
         return first_step(self._case(job), job.history, self._policy, self._latest_ms())
 
     async def _pursue(self, job: _Job) -> Row:
         step = self._first_step(job)
-        while isinstance(step, Again) and step.delay_ms == 0:
-            if self._may_send(job):
+        while isinstance(step, Again) or await self._may_be_cleared_up(job, step):
+            if isinstance(step, Stop):
+                step = await self._settled(job) or (step if step.is_left_alone else self._first_step(job))
+                continue
+            delay_ms = step.delay_ms
+            if delay_ms == 0 and not job.hold.is_valid():
+                await job.hold.renew()
+            if delay_ms == 0 and self._may_send(job):
                 if step.resync:
-                    job.hold.doubt()  # where the exchange calls our time wrong, Redis tells whose job it is by now
-                    await self.resync(job.began_ns)
-                if (held_ms := await self._held_back_ms(job, step)) > 0:
-                    return self._retry(job, held_ms)
-            # Nothing may be sent: the job goes back as it is. If somebody else has it by now, its lease sees to it.
-            if not self._may_send(job):
+                    await self.resync(job.began_ns, job.hold)
+                delay_ms = await self._held_back_ms(job, step)
+            if delay_ms > 0 and (left_ms := await self._lingered(job, delay_ms)) > 0:
+                log.info("again", id=job.lease.id, call=step.call, delay_ms=left_ms, attempts=len(job.history))
+                return Retry(job.lease, tuple(job.history), left_ms, job.pin())
+            if delay_ms > 0 or job.late:
+                step = await self._settled(job) or self._first_step(job)
+                continue
+            following = await self._made(job, step)
+            if following is None:
+                # The job goes back as it is. If somebody else has it by now, its lease sees to it.
                 return Release(job.lease, tuple(job.history), job.pin())
-            step = await self._attempt(job, step)
-        if isinstance(step, Again):
-            log.info("again", id=job.lease.id, call=step.call, delay_ms=step.delay_ms, attempts=len(job.history))
-            return self._retry(job, step.delay_ms)
+            step = following
         return Done(job.lease, self._outcome(job, self._with_key_reason(job, step)), job.pin())
+
+    async def _may_be_cleared_up(self, job: _Job, stop: Stop) -> bool:
+        """Whether a late answer has come that may tell what else would be ``unknown`` for good; it is waited for."""
+        if stop.kind is OutcomeKind.UNKNOWN and job.silent:
+            await self._lingered(job, self._policy.recv_window_ms)
+        return bool(job.late)
+
+    async def _lingered(self, job: _Job, delay_ms: int) -> int:
+        """Wait while an answer may still come, or a cancel strike; gives what is left, ms: that is waited in the queue.
+
+        Few jobs do so at a time, that those of one account which is silent leave the slots to others.
+        """
+        left_ns = delay_ms * _NS_PER_MS
+        if self._lingering >= self._look_ups.part:
+            return delay_ms
+        ends_ns = local_ns() + left_ns
+        self._lingering += 1
+        try:
+            while left_ns > 0 and job.is_open() and not (job.late or (self._is_leaving and left_ns > _SHORT_NS)):
+                await _news(job, left_ns / 1e9)
+                left_ns = ends_ns - local_ns()
+        finally:
+            self._lingering -= 1
+        return 0 if job.late else max(-(-left_ns // _NS_PER_MS), 0)
 
     def _take_up(self, lease: Lease, hold: Hold, request: CancelRequest | None) -> _Job | None:
         what, _, field = lease.fault.partition(" ")
@@ -245,27 +330,25 @@ class Canceller:
         log.warning("damaged", id=lease.id, field="c_attempts", reason="larger than any history: taken for a doubt")
         return read_history(lease.attempts, self._latest_ms())
 
-    @staticmethod
-    def _retry(job: _Job, delay_ms: int) -> Retry:
-        return Retry(job.lease, tuple(job.history), delay_ms, job.pin())
-
     async def _held_back_ms(self, job: _Job, step: Again) -> int:
         """How long the request has to wait for its key, for the budget or for the exchange's time, ms; 0: it may go.
 
         It is no attempt.
         """
         now_ms, wait_ms = self._now_ms(), 0
-        if not self._gate.allows(step.call, self._exchange.last_used_weight()):
+        is_look_up = step.call is Call.QUERY and looks_up_a_silence(job.history)
+        if not self._gate.allows(step.call, self._exchange.last_used_weight(), is_look_up):
             wait_ms = ms_to_next_minute(self._server_clock.now_ms())
         elif (until_ms := await self._keys.wait_until_ms(job.credential, job.lease.key)) > 0:
             wait_ms = max(until_ms - now_ms, 1)
-        if wait_ms == 0 and step.call is Call.QUERY and job.algo_id is None and not await self._knows_the_time():
+        if wait_ms == 0 and job.algo_id is None and not await self._knows_the_time():
             wait_ms = _UNMEASURED_MS
         # At its deadline at the latest it is looked at again, to be ended.
         return min(wait_ms, max(job.lease.deadline_at_ms - now_ms, 1))
 
     async def _knows_the_time(self) -> bool:
-        """Whether what the exchange dates can be compared with the request: an order found by its client id must be."""
+        """Whether the exchange's clock can be compared with ours: by client id an order's age must be known, and until
+        when a cancel may be accepted."""
         if self._ahead() is None:
             await self.resync(self._resynced_ns)
         return self._ahead() is not None
@@ -289,25 +372,91 @@ class Canceller:
         now = self._first_step(job)
         return isinstance(now, Again) and now.call == step.call
 
+    async def _made(self, job: _Job, step: Again) -> Stop | Again | None:
+        """Make the call of a step; None: nothing may be sent now.
+
+        What only a silence asks for waits for its turn. Where most are silent, the exchange is slow for everybody:
+        their answers are waited for, and few ask.
+        """
+        if not self._may_send(job):
+            return None
+        if not (step.call is Call.QUERY and looks_up_a_silence(job.history)):
+            return await self._attempt(job, step)
+        while not self._look_ups.begin(sum(bool(each.silent) for each in self._in_hand), len(self._in_hand)):
+            if self._is_leaving:
+                return None
+            self._look_ups.waiting.append(job.news)
+            await _news(job, _TURN_S)
+            self._look_ups.waiting.remove(job.news)
+            if job.late or not self._may_send(job) or self._latest_ms() >= job.lease.deadline_at_ms:
+                return self._first_step(job)
+        try:
+            self._gate.looked_up += 1
+            return await self._attempt(job, step)
+        finally:
+            self._look_ups.end()
+
     async def _attempt(self, job: _Job, step: Again) -> Stop | Again:
         """Make one signed call, note it, and decide what follows."""
+        n, ref = next_number(job.history), job.ref()
+        sent = Sent(late=partial(self._came_late, job, n, step.call, ref))
         at_ms, job.began_ns = self._now_ms(), local_ns()
         self._calling += 1
         try:
-            answer = await self._exchange.call(step.call, job.credential, job.ref(), lambda: self._may_go(job, step))
+            answer = await self._exchange.call(step.call, job.credential, ref, lambda: self._may_go(job, step), sent)
         finally:
             self._calling -= 1
         if answer is None:
             return self._first_step(job)
+        if sent.is_open:
+            job.silent.add(n)
+        if step.call is Call.CANCEL and ref.algo_id is None:
+            job.strikes_until_ns = sent.accepted_until_ns
         took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
-        verdict = await self._comparable(job, classify(step.call, job.ref(), answer))
-        self._note_attempt(job, step.call, at_ms, took_ms, verdict)
+        verdict = await self._comparable(job, classify(step.call, ref, answer))
+        self._note_attempt(job, n, step.call, at_ms, took_ms, verdict)
         await self._note_pauses(job.credential, verdict)
+        late = await self._settled(job)
+        return late if isinstance(late, Stop) else self._decided(job, verdict)
+
+    def _decided(self, job: _Job, verdict: Verdict) -> Stop | Again:
         case = self._case(job, verdict.means)
         decision = next_step(case, job.history, verdict, self._policy, self._latest_ms(), random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
             job.learn(verdict)  # an order that is left alone is not the one that was meant
         job.history[:] = bounded(job.history)
+        return decision
+
+    # -- answers that nobody waits for any more --
+
+    def _came_late(self, job: _Job, n: int, call: Call, ref: OrderRef, answer: Answer) -> None:
+        """Take in what came of a call that was silent; the job may have ended."""
+        job.silent.discard(n)
+        if isinstance(answer, Reply):
+            verdict = classify(call, ref, answer)
+            if verdict.means in GATED:
+                self._gate.close_for(verdict, self._policy, self._now_ms(), self._ahead())
+            job.late.append((n, verdict))
+        job.news.set()
+
+    async def _settled(self, job: _Job) -> Stop | Again | None:
+        """Put late answers where their attempts stand; gives what follows from them, None: nothing new."""
+        decision: Stop | Again | None = None
+        while job.late and not isinstance(decision, Stop):
+            n, verdict = job.late.popleft()
+            if verdict.order is not None and job.algo_id not in (None, verdict.order.algo_id):
+                continue  # found by client id, it is another order than the one that the id was found to mean
+            verdict = await self._comparable(job, verdict)
+            for at, silent in enumerate(job.history):
+                if silent.n == n:
+                    ms = max(self._now_ms() - silent.at_ms, silent.ms)
+                    told = Attempt(
+                        n, silent.at_ms, silent.call, verdict.http, verdict.code, verdict.msg, verdict.means.value, ms
+                    )
+                    job.history[at] = replace(told, counted_before=silent.counted_before)
+                    _tell_attempt("late", job.lease.id, told)
+            if verdict.means in _ENDS or job.history[-1].n == n:
+                decision = self._decided(job, verdict)
         return decision
 
     async def _comparable(self, job: _Job, verdict: Verdict) -> Verdict:
@@ -322,23 +471,11 @@ class Canceller:
         return verdict if is_known else Verdict(Means.UNCLEAR, verdict.http, msg=_NOT_MEASURED)
 
     @staticmethod
-    def _note_attempt(job: _Job, call: Call, at_ms: int, took_ms: int, verdict: Verdict) -> None:
-        n = next_number(job.history)
-        job.history.append(
-            Attempt(n, at_ms, call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
-        )
+    def _note_attempt(job: _Job, n: int, call: Call, at_ms: int, took_ms: int, verdict: Verdict) -> None:
+        attempt = Attempt(n, at_ms, call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
+        job.history.append(attempt)
         if verdict.means is not Means.CONFIRMED:
-            log.info(
-                "attempt",
-                id=job.lease.id,
-                n=n,
-                call=call,
-                verdict=verdict.means,
-                http=verdict.http,
-                code=verdict.code,
-                msg=verdict.msg,
-                ms=took_ms,
-            )
+            _tell_attempt("attempt", job.lease.id, attempt)
 
     async def _note_pauses(self, credential: Credential, verdict: Verdict) -> None:
         """What an answer says about the address and the key, beside the order."""
@@ -405,6 +542,18 @@ class Canceller:
             **known,
         )
         return Done(lease, outcome)
+
+
+async def _news(job: _Job, timeout_s: float) -> None:
+    job.news.clear()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await job.news.wait()
+
+
+def _tell_attempt(event: str, job_id: str, attempt: Attempt) -> None:
+    said = {name: value for name, value in attempt.as_dict().items() if name not in ("at_ms", "counted_before")}
+    log.info(event, id=job_id, **said)
 
 
 def _in_doubt(history: Sequence[Attempt]) -> bool:

@@ -108,6 +108,10 @@ class Verdict:
     banned_until_ms: int | None = None  # the exchange's clock, ms since the epoch
 
 
+#: How the reason of a failure begins where a request left, or may have left, and no answer came.
+NO_ANSWER = "no answer"
+#: ... and the whole of it where nothing at all came back, for as long as was waited.
+SILENCE = f"{NO_ANSWER}: TimeoutError"
 #: Codes whose meaning does not hang on the text (exchange.md 4.2). What is not listed is UNCLEAR.
 CODE_MEANS: dict[int, Means] = {
     -1000: Means.UNCLEAR,  # unknown

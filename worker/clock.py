@@ -19,8 +19,8 @@ from worker.decide import Span
 
 #: How fast two clocks may drift apart, millionths: two ordinary quartz clocks, 100 each.
 DRIFT_PPM = 200
-#: How far timestamps stay behind the estimate of the exchange's clock, ms: what drift makes of the 25 s between two
-#: measurements. An uneven path needs no allowance: a slow way out, which makes the estimate run ahead, delays the
+#: How far timestamps stay behind the estimate of the exchange's clock, ms: what drift makes of 25 s, and measured it is
+#: more often. An uneven path needs no allowance: a slow way out, which makes the estimate run ahead, delays the
 #: request by at least as much.
 BEHIND_MS = 5
 #: A wall clock that moved by more than this against a clock that does not count sleep tells of a sleep, ns.
@@ -73,13 +73,14 @@ class Bounds:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._offset: _Offset | None = None  # read without the lock: one reference, replaced as a whole
-        self._is_doubted = False
+        self._doubted_ns: int | None = None
 
     def add(self, asked_ns: int, answered_ns: int, remote_ms: int) -> None:
         """Take in one answer: when it was asked and answered here, and the remote time in it, cut to whole ms.
 
         If it cannot be true together with the earlier ones (a clock was set, another server took over, this host
-        slept uncounted), the samples answered before are forgotten.
+        slept uncounted), the samples answered before are forgotten. One that was asked before a doubt proves nothing:
+        it may have been read before whatever gave rise to that.
 
         Raises:
             ValueError: the answer came before the question.
@@ -92,17 +93,19 @@ class Bounds:
         hi_ns = remote_ns + _NS_PER_MS - asked_ns + _drift_ns(answered_ns - asked_ns)
         new = _Offset(remote_ns - answered_ns, hi_ns, answered_ns)
         with self._lock:
-            self._offset = new if self._offset is None or self._is_doubted else _both(self._offset, new)
-            self._is_doubted = False
+            if self._doubted_ns is not None and asked_ns < self._doubted_ns:
+                return
+            self._offset = new if self._offset is None or self._doubted_ns is not None else _both(self._offset, new)
+            self._doubted_ns = None
 
-    def doubt(self) -> None:
-        """Take nothing that was measured so far for proven any more."""
+    def doubt(self, now_ns: int) -> None:
+        """Take nothing that was asked until this local moment, ns, for proven any more."""
         with self._lock:
-            self._is_doubted = True
+            self._doubted_ns = now_ns
 
     def at(self, local_ns: int) -> tuple[int, int] | None:
         """Least and greatest offset at a local moment, ns; None while nothing is proven."""
-        return None if self._is_doubted else self.last_at(local_ns)
+        return None if self._doubted_ns is not None else self.last_at(local_ns)
 
     def last_at(self, local_ns: int) -> tuple[int, int] | None:
         """The same as far as it was ever measured, doubted or not."""
@@ -125,7 +128,7 @@ class Bounds:
     def newest_ns(self) -> int | None:
         """When the newest sample was answered; None while nothing is proven."""
         offset = self._offset
-        return None if offset is None or self._is_doubted else offset.as_of_ns
+        return None if offset is None or self._doubted_ns is not None else offset.as_of_ns
 
 
 def _both(one: _Offset, other: _Offset) -> _Offset:
@@ -150,7 +153,7 @@ class _RemoteClock:
 
     def doubt(self) -> None:
         """Nothing measured so far is proven any more: some of it is wrong, or was another server's."""
-        self._bounds.doubt()
+        self._bounds.doubt(self._local_ns())
 
     def bounds(self) -> tuple[int, int] | None:
         """Least and greatest offset (remote minus local) now, ns; None while nothing is measured."""
@@ -160,6 +163,11 @@ class _RemoteClock:
     def measured(self) -> bool:
         """Whether there is a sample."""
         return self._bounds.newest_ns is not None
+
+    def local_at_latest(self, remote_ms: int) -> int | None:
+        """The local moment, ns, after which the clock does not read ``remote_ms`` any more; None: not measured."""
+        moments = self._bounds.moments(remote_ms)
+        return None if moments is None else moments[1]
 
 
 class ServerClock(_RemoteClock):
@@ -246,11 +254,6 @@ class RedisClock(_RemoteClock):
         """
         moments = self._bounds.moments(remote_ms)
         return None if moments is None else moments[0]
-
-    def local_at_latest(self, remote_ms: int) -> int | None:
-        """The local moment, ns, after which Redis' clock does not read ``remote_ms`` any more; None: not measured."""
-        moments = self._bounds.moments(remote_ms)
-        return None if moments is None else moments[1]
 
 
 def minus(redis: RedisClock, exchange: ServerClock) -> Span | None:

@@ -23,7 +23,7 @@ from producer.message import (
     clean_text,
     decode_attempts,
 )
-from worker.classify import GATED, STATUS_MEANS, Means, OrderView, Verdict
+from worker.classify import GATED, SILENCE, STATUS_MEANS, Means, OrderView, Verdict
 
 #: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody
 #: has learned that the order is gone, and opened another one under its id.
@@ -32,6 +32,12 @@ BLIND_CANCEL_MS = 100
 MAX_RESYNCS = 3
 #: First wait before an order that is just being triggered is looked at again, ms: a trigger takes about ten.
 TRIGGER_POLL_MS = 10
+#: How long after a silence the order is looked up, ms, by chance up to this: whoever met the same silence asks, too.
+LOOK_UP_WITHIN_MS = 25
+#: The longest pause before an order that is open after an unclear cancel is cancelled again, ms; at least half of it.
+DOUBT_PAUSE_MS = 50
+#: So many unclear answers are followed by these short pauses; what was waited for answers doubles, and then backs off.
+QUICK_DOUBTS = 2
 #: The last try starts at least this long before the deadline, ms, so that there is time for its answer.
 LAST_TRY_MS = 1000
 #: How far ahead of the exchange's clock a timestamp may be, ms (exchange.md 2).
@@ -50,6 +56,10 @@ _MAX_NAME_CHARS = 64
 #: What the one attempt says that stands for a history that cannot be read.
 UNREADABLE = "the recorded attempts cannot be read"
 
+#: Answers by which the order has left its client id to whoever wants it.
+_FREES_CLIENT_ID = frozenset(
+    {Means.CONFIRMED, Means.CANCELED, Means.TRIGGERED, Means.FINISHED, Means.EXPIRED, Means.REJECTED}
+)
 _MEANS_STATUS = {means.value: status for status, means in STATUS_MEANS.items()}
 _REFUSED = frozenset({Means.DENIED, Means.KEY_REFUSED})
 
@@ -82,6 +92,7 @@ class Case:
     deadline_at_ms: int
     ahead: Span | None = None  # Redis' clock minus the exchange's, ms; None: not known
     retried: bool = False  # an earlier run has ended, whose calls the history lacks; or calls may leave late
+    strikes_until_ms: int = 0  # until then a cancel by client id that got no clear answer may meet the id's next order
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,7 @@ class Stop:
     order_status: str | None = None
     actual_order_id: str | None = None
     error: str | None = None
+    is_left_alone: bool = False  # the order that the client id means now is not the one that was meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +191,7 @@ def _last_cancel(history: Sequence[Attempt]) -> int:
 
 
 #: After these answers to a cancel the order's state must be read before anything else is tried.
-_ASK_AFTER = frozenset({Means.UNCLEAR, Means.NO_SUCH_ORDER, Means.TRIGGER_RACE})
+_ASK_AFTER = frozenset({Means.UNCLEAR, Means.NO_SUCH_ORDER, Means.TRIGGER_RACE, Means.CONFIRMED, *_REFUSED})
 
 
 def in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
@@ -188,12 +200,31 @@ def in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
     A query that shows the order open settles only those cancels whose time window had closed when it was asked: no
     request is newly accepted once its timestamp is older than recvWindow (exchange.md 4.4).
     """
+    return bool(_doubts(history, policy))
+
+
+def _doubts(history: Sequence[Attempt], policy: Policy) -> list[Attempt]:
     open_at_ms = max((a.at_ms for a in history if _shows_state(a) and a.verdict == Means.OPEN), default=None)
-    window_ms = policy.recv_window_ms + AHEAD_MS
-    return any(
-        _may_have_worked(attempt) and (open_at_ms is None or attempt.at_ms + attempt.ms + window_ms > open_at_ms)
+    return [
+        attempt
         for attempt in history
-    )
+        if _may_have_worked(attempt) and (open_at_ms is None or accepted_until_ms(attempt, policy) > open_at_ms)
+    ]
+
+
+def accepted_until_ms(attempt: Attempt, policy: Policy) -> int:
+    """From when on, by Redis' clock, the exchange accepts the request no more, as far as the record alone tells."""
+    return attempt.at_ms + attempt.ms + policy.recv_window_ms + AHEAD_MS
+
+
+def is_silence(attempt: Attempt) -> bool:
+    """Whether the request left, or may have left, and nothing at all came back for as long as was waited."""
+    return attempt.verdict == Means.UNCLEAR and attempt.http is None and attempt.msg == SILENCE
+
+
+def looks_up_a_silence(history: Sequence[Attempt]) -> bool:
+    """Whether the query that comes next is asked only because nothing came back."""
+    return bool(history) and is_silence(history[-1])
 
 
 def _may_have_worked(attempt: Attempt) -> bool:
@@ -243,27 +274,55 @@ def last_status(history: Sequence[Attempt]) -> str | None:
 
 def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int) -> Stop | None:
     means, order = verdict.means, verdict.order
+    is_found = case.by_client_id and means is not Means.CONFIRMED
+    if order is not None and is_found and (doubt := _why_not_meant(case, order)):
+        return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone", is_left_alone=True)
+    if means in _FREES_CLIENT_ID:
+        return None if now_ms < case.strikes_until_ms else _off_the_book(history, verdict)
+    if means in _REFUSED or means is Means.NO_SUCH_ORDER:
+        return _unless_in_doubt(case, history, verdict, policy, now_ms)
+    return None
+
+
+def _off_the_book(history: Sequence[Attempt], verdict: Verdict) -> Stop:
+    means, order = verdict.means, verdict.order
     if means is Means.CONFIRMED:
         return Stop(OutcomeKind.CANCELLED, "CANCELED")
-    if order is not None and case.by_client_id and (doubt := _why_not_meant(case, order)):
-        return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone")
     if means is Means.CANCELED:
-        ours = any(_may_have_worked(attempt) for attempt in history)
+        ours = any(_may_have_worked(attempt) or attempt.verdict == Means.CONFIRMED for attempt in history)
         return Stop(OutcomeKind.CANCELLED if ours else OutcomeKind.ALREADY_CANCELLED, "CANCELED")
     if means in (Means.TRIGGERED, Means.FINISHED):
         return Stop(OutcomeKind.TRIGGERED, verdict.msg, order.actual_order_id if order else None)
-    if means is Means.EXPIRED:
-        return Stop(OutcomeKind.EXPIRED, verdict.msg)
-    if means is Means.REJECTED:
-        return Stop(OutcomeKind.REJECTED, verdict.msg)
-    if means in _REFUSED:
-        kind = OutcomeKind.UNKNOWN if in_doubt(history, policy) else OutcomeKind.REFUSED
-        return Stop(kind, last_status(history), error=f"refused: {_quoted(verdict)}")
-    is_believed = means is Means.NO_SUCH_ORDER and now_ms >= _horizon_ends(history, policy, now_ms)
-    if is_believed and not _wants_last_word(case, history, policy, now_ms):
-        kind = OutcomeKind.UNKNOWN if in_doubt(history, policy) else OutcomeKind.NOT_FOUND
-        return Stop(kind, last_status(history), error=f"unknown to the exchange: {_quoted(verdict)}")
-    return None
+    return Stop(OutcomeKind.EXPIRED if means is Means.EXPIRED else OutcomeKind.REJECTED, verdict.msg)
+
+
+def _unless_in_doubt(
+    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int
+) -> Stop | None:
+    """The end by a refusal, or by "no such order" that is believed. One silence must not make it ``unknown`` for good.
+
+    A silence is settled by its late answer, or by what is said when it cannot strike any more: the exchange would show
+    an order that was cancelled, and refused the silent call as it does this one. An answer that left it open is not.
+    """
+    is_refusal = verdict.means in _REFUSED
+    if not is_refusal and now_ms < _horizon_ends(history, policy, now_ms):
+        return None
+    if not is_refusal and _wants_last_word(case, history, policy, now_ms):
+        return None
+    if _silent_until_ms(history, policy) > history[-1].at_ms:
+        return None
+    certain, said = (
+        (OutcomeKind.REFUSED, "refused") if is_refusal else (OutcomeKind.NOT_FOUND, "unknown to the exchange")
+    )
+    kind = certain if all(map(is_silence, _doubts(history, policy))) else OutcomeKind.UNKNOWN
+    return Stop(kind, last_status(history), error=f"{said}: {_quoted(verdict)}")
+
+
+def _silent_until_ms(history: Sequence[Attempt], policy: Policy) -> int:
+    """Until when a silent cancel may still be accepted; 0 where there is none, or the doubt has other reasons too."""
+    doubts = _doubts(history, policy)
+    is_silent = bool(doubts) and all(map(is_silence, doubts))
+    return max(accepted_until_ms(attempt, policy) for attempt in doubts) if is_silent else 0
 
 
 def _why_not_meant(case: Case, order: OrderView) -> str:
@@ -317,13 +376,24 @@ def _bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
 def _delay(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float) -> int:
     if verdict.means in GATED:
         return pause_ms(verdict, policy, now_ms, case.ahead)
-    return max(_own_delay(history, verdict, policy, now_ms, roll), verdict.retry_after_ms or 0)
+    return max(_own_delay(case, history, verdict, policy, now_ms, roll), verdict.retry_after_ms or 0)
 
 
-def _own_delay(history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float) -> int:
+def _own_delay(
+    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float
+) -> int:
     means, call = verdict.means, history[-1].call
     if means is Means.CLOCK and _trailing(history, Means.CLOCK) <= MAX_RESYNCS:
         return 0
+    if means in _FREES_CLIENT_ID:
+        return case.strikes_until_ms - now_ms
+    if means in _REFUSED:
+        return max(_silent_until_ms(history, policy) - now_ms, 0)
+    if sum(attempt.verdict == Means.UNCLEAR for attempt in history[-_TAIL:]) <= QUICK_DOUBTS:
+        if is_silence(history[-1]):  # others may have met it too
+            return min(int(LOOK_UP_WITHIN_MS * roll), policy.backoff_cap_ms)
+        if means is Means.OPEN and len(history) > 1 and history[-2].verdict == Means.UNCLEAR:
+            return min(int(DOUBT_PAUSE_MS * (0.5 + roll / 2)), policy.backoff_cap_ms)
     if call is Call.CANCEL and means in (Means.UNCLEAR, Means.NO_SUCH_ORDER):
         return 0
     if means is Means.OPEN and not any(a.call is Call.CANCEL for a in history):
@@ -333,7 +403,8 @@ def _own_delay(history: Sequence[Attempt], verdict: Verdict, policy: Policy, now
         return int(min(TRIGGER_POLL_MS << doublings, policy.backoff_cap_ms) * (0.5 + roll / 2))
     delay_ms = backoff_ms(len(history), policy, roll)
     if means is Means.NO_SUCH_ORDER:  # one more look just when it would be believed
-        return max(min(delay_ms, _horizon_ends(history, policy, now_ms) - now_ms), 0)
+        believed_ms = max(_horizon_ends(history, policy, now_ms), _silent_until_ms(history, policy))
+        return min(delay_ms, max(believed_ms - now_ms, 0))
     return delay_ms
 
 
@@ -426,6 +497,7 @@ def _needed(history: Sequence[Attempt]) -> set[int]:
     """Where the attempts stand without which a decision could be another one."""
     places = range(len(history))
     unclear = [at for at in places if _may_have_worked(history[at])]
+    answered = [at for at in unclear if not is_silence(history[at])]
     opened = [at for at in places if history[at].call is Call.QUERY and history[at].verdict == Means.OPEN]
     found = (
         0,
@@ -433,7 +505,8 @@ def _needed(history: Sequence[Attempt]) -> set[int]:
         next((at for at in reversed(places) if history[at].call is Call.CANCEL), None),
         next((at for at in reversed(places) if _shows_state(history[at])), None),
         _first_missed(history),
-        max(unclear, key=lambda at: history[at].at_ms + history[at].ms, default=None),  # the last to lose its doubt
+        # the last to lose their doubt, of all and of those that are no silence,
+        *(max(some, key=lambda at: history[at].at_ms + history[at].ms, default=None) for some in (unclear, answered)),
         max(opened, key=lambda at: history[at].at_ms, default=None),  # what takes it
     )
     return {at for at in found if at is not None} | set(places[-_TAIL:])

@@ -17,11 +17,12 @@ from typing import Any
 
 import redis
 
+from producer.redis_url import passes, why
 from worker import log
 from worker.cancel import Canceller
 from worker.clock import SleepWatch, local_ns
 from worker.rate_gate import Gate
-from worker.redis_link import AsyncLink, is_about_rows, will_pass
+from worker.redis_link import AsyncLink, Outage, is_about_rows
 from worker.store import Claimed, Done, Lease, Release, Retry, Row, Store
 
 __all__ = ["Engine", "tell_damaged", "tell_outcome", "where"]
@@ -57,7 +58,7 @@ class Held:
     until_ns: int
     claimed_ns: int
     watch: Callable[[], object]  # looks whether this host has slept, which ends our trust in leases
-    doubt: Callable[[], None]  # has the next look say so
+    ask: Callable[[], Coroutine[Any, Any, None]]  # has Redis tell whose all jobs are
     is_lost: bool = False
     is_ending: bool = False
 
@@ -65,6 +66,11 @@ class Held:
         """Whether the job is still ours: a process that was paused may wake up long after somebody else took it."""
         self.watch()
         return not self.is_lost and local_ns() < self.until_ns
+
+    async def renew(self) -> None:
+        """See :class:`worker.cancel.Hold`."""
+        if not self.is_lost:
+            await self.ask()
 
 
 class Engine:
@@ -95,11 +101,12 @@ class Engine:
         self._claims_out = 0
         self._retries = 0  # that are due later
         self._brought_back_ns = self._looked_closely_ns = 0
-        self._renewed_ns = 0
+        self._renewed_ns, self._renewing = 0, asyncio.Lock()
         self._outbox: deque[Row] = deque()
         self._room_changed, self._due, self._to_complete = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._let_go, self._stopping = asyncio.Event(), asyncio.Event()
-        self._is_suspended = self._is_away = self._is_full = False
+        self._is_suspended = self._is_full = False
+        self._outage = Outage()
         self._troubles, self._back_at_ns = 0, 0
         self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
         self.failed = self.finished = 0  # outcomes of each sort
@@ -135,6 +142,7 @@ class Engine:
         """Claim nothing more; hand back at once what has not been started."""
         self._stopping.set()
         self._room_changed.set()
+        self._canceller.leave()
         self._hand_back_ready()
 
     async def run(self) -> None:
@@ -183,6 +191,15 @@ class Engine:
         await self._gate.share(now_ms)
         return beat.is_unknown
 
+    async def _renew(self) -> None:
+        """Renew all leases now, none of which is trusted before; once for all who ask at the same time."""
+        asked_ns = local_ns()
+        async with self._renewing:
+            if self._renewed_ns < asked_ns:
+                self._sleep.doubt()
+                with contextlib.suppress(redis.RedisError):
+                    await self.beat(None)
+
     def _watch_sleep(self) -> int:
         """Where the clock of leases does not count sleep: after one they are renewed before anything is sent.
 
@@ -211,7 +228,7 @@ class Engine:
             try:
                 await step()
             except redis.RedisError as error:
-                if will_pass(error):
+                if passes(error):
                     for link in (self._claims, self._rest):
                         await link.drop_if_idle()
                 await self._pause(self._trouble(error))
@@ -246,7 +263,7 @@ class Engine:
 
     async def _claim_next(self) -> None:
         """One claim, as soon as there is room for what comes."""
-        if self._is_away and self._to_complete.is_set():  # after an outage outcomes go before claims
+        if self._outage.is_on and self._to_complete.is_set():  # after an outage outcomes go before claims
             await self._pause(_AWAY_FIRST_S)
             return
         self._room_changed.clear()
@@ -265,7 +282,7 @@ class Engine:
     async def _claim_due(self) -> None:
         """Retries of ours start on time: claimed without waiting, beside the claim that waits at the queue."""
         await self._due.wait()
-        if self._is_paused() or self._is_away or self._stopping.is_set():
+        if self._is_paused() or self._outage.is_on or self._stopping.is_set():
             self._due.clear()  # whoever waits at the queue brings what is due
         elif (free := self._free() - len(self._ready)) > 0:
             self._due.clear()
@@ -276,7 +293,7 @@ class Engine:
 
     async def _claim(self, link: AsyncLink, slots: int, *, wait: bool) -> None:
         now_ns = local_ns()
-        may_take_lost = not self._is_away and now_ns >= self._back_at_ns
+        may_take_lost = not self._outage.is_on and now_ns >= self._back_at_ns
         look_closely = now_ns >= self._looked_closely_ns + _LOOK_S * _NS_PER_S
         if look_closely:
             self._looked_closely_ns = now_ns
@@ -313,7 +330,7 @@ class Engine:
         self._gate.observe(claimed.gate_until_ms)
         claimed_ns = local_ns()
         for lease in claimed.leases:
-            held = Held(lease, lease.until_ns if is_fresh else 0, claimed_ns, self._watch_sleep, self._sleep.doubt)
+            held = Held(lease, lease.until_ns if is_fresh else 0, claimed_ns, self._watch_sleep, self._renew)
             self._held[lease.token] = held
             self._ready.append(held)
         self._start_ready()
@@ -416,7 +433,8 @@ class Engine:
     def _tell(self, row: Row, answer: int) -> None:
         kind = row.outcome.kind if isinstance(row, Done) else None
         if answer < 0:
-            log.error("defect", id=row.lease.id, where="complete", error="its keys in Redis are damaged")
+            reason = "its keys in Redis are damaged, or may not be written by this user"
+            log.error("defect", id=row.lease.id, where="complete", error=reason)
         elif answer == 0:
             log.warning("fenced", id=row.lease.id, kind=kind)
         elif isinstance(row, Retry):
@@ -445,24 +463,21 @@ class Engine:
         """A full server serves claims and completions, but lets nobody wait: the next claim must not follow at once."""
         was_full, self._is_full = self._is_full, claimed.refused is not None
         if claimed.refused is not None and not was_full:
-            log.error("redis", state="full", error=type(claimed.refused).__name__)
+            log.error("redis", state="full", error=why(claimed.refused))
         if self._is_full and not claimed.leases:
             await self._pause(_LOOK_S)
 
     def _worked(self) -> None:
         """Note that Redis did what it was asked."""
         self._troubles = 0
-        if self._is_away:
-            self._is_away, self._back_at_ns = False, local_ns() + round(_COMPLETE_FIRST_S * _NS_PER_S)
-            log.info("redis", state="back")
+        if self._outage.end():
+            self._back_at_ns = local_ns() + round(_COMPLETE_FIRST_S * _NS_PER_S)
 
     def _trouble(self, error: BaseException) -> float:
         """Note that it did not; gives how long to leave it alone, s."""
         if isinstance(error, redis.AuthenticationError):
             self.refused = error
-        if not self._is_away:
-            self._is_away = True
-            log.error("redis", state="away", error=type(error).__name__)
+        self._outage.note(error)
         longest_s = min(_AWAY_FIRST_S * (1 << min(self._troubles, 10)), _AWAY_LONGEST_S)
         self._troubles += 1
         return longest_s * (0.5 + random.random() / 2)

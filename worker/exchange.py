@@ -18,10 +18,12 @@ from email.utils import parsedate_to_datetime
 from producer.message import Call
 from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock, local_ns
+from worker.decide import AHEAD_MS
+from worker.patience import FIRST_S, FLOOR_S, Patience
 from worker.signing import Credential, check_api_key, signed_query
 from worker.transport import Failed, Raw, Request, Transport
 
-__all__ = ["MAX_RETRY_AFTER_MS", "Answer", "Exchange", "UsedWeight"]
+__all__ = ["MAX_RETRY_AFTER_MS", "Answer", "Exchange", "Sent", "UsedWeight"]
 
 #: Longest Retry-After that is believed, ms: the longest ban is three days (exchange.md 3).
 MAX_RETRY_AFTER_MS = 3 * 24 * 3600 * 1000
@@ -45,6 +47,20 @@ def _always() -> bool:
     return True
 
 
+@dataclass(slots=True)
+class Sent:
+    """What is told of a signed call that is waited for only as long as answers take.
+
+    ``late`` is given the answer that comes after that, or the failure when none came, if ``is_open`` says so.
+    ``accepted_until_ns``: from then on (:func:`worker.clock.local_ns`) the exchange accepts the request no more; 0 as
+    long as it was not written.
+    """
+
+    late: Callable[[Answer], None]
+    is_open: bool = False
+    accepted_until_ns: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class UsedWeight:
     """What X-MBX-USED-WEIGHT-1M said last."""
@@ -62,39 +78,84 @@ class Exchange:
     breaks off is a reply that is marked as truncated: its status and its Retry-After count all the same.
 
     ``patience_s`` bounds a whole attempt and is 0.8 x ``recv_window_ms`` unless given; connecting may take half of it.
+    How long the answer to a signed call is waited for follows what answers take (:mod:`worker.patience`), but is not
+    less than ``least_patience_s``.
     """
 
     def __init__(
-        self, transport: Transport, *, recv_window_ms: int, clock: ServerClock, patience_s: float | None = None
+        self,
+        transport: Transport,
+        *,
+        recv_window_ms: int,
+        clock: ServerClock,
+        patience_s: float | None = None,
+        least_patience_s: float = FLOOR_S,
     ) -> None:
         self._transport = transport
         self._recv_window_ms = recv_window_ms
         self._clock = clock
         self._patience_s = _PART_OF_RECV_WINDOW * recv_window_ms / 1000 if patience_s is None else patience_s
+        self._patience = Patience(self._patience_s, least_patience_s)
         self._refusal: Reply | None = None
         self.used_weight: UsedWeight | None = None
 
     async def call(
-        self, call: Call, credential: Credential, ref: OrderRef, may_go: Callable[[], bool] = _always
+        self,
+        call: Call,
+        credential: Credential,
+        ref: OrderRef,
+        may_go: Callable[[], bool] = _always,
+        sent: Sent | None = None,
     ) -> Answer | None:
         """A signed call about ``ref``, by its algo id if there is one (exchange.md 1.2; weight 1).
 
         ``may_go`` is asked right before the request is written, on a connection that stands. If it says no, nothing
-        is sent and None is returned.
+        is sent and None is returned. Without ``sent`` the answer is waited for until the attempt's end.
+
+        A cancel by client id is accepted no longer than its answer is waited for: it must not meet a later order.
         """
+        written_ns = 0
 
         def make() -> Request | None:
+            nonlocal written_ns
             if not may_go():
                 return None
-            query = signed_query(_id_of(ref), credential, self._clock.now_ms(), self._recv_window_ms)
+            timestamp_ms, window_ms = self._clock.now_ms(), self._recv_window_ms
+            patience_s = None if sent is None else self._patience.of(call)
+            if patience_s is not None and call is Call.CANCEL and ref.algo_id is None:
+                window_ms = min(window_ms, round(patience_s * 1000))
+            query = signed_query(_id_of(ref), credential, timestamp_ms, window_ms)
             fields = (("X-MBX-APIKEY", check_api_key(credential.api_key)),)
-            return Request(_METHODS[call], f"{_ORDER_PATH}?{query}", fields)
+            written_ns = local_ns()
+            if sent is not None:
+                sent.accepted_until_ns = self._accepted_until_ns(timestamp_ms, window_ms)
+            return Request(_METHODS[call], f"{_ORDER_PATH}?{query}", fields, patience_s, late)
 
-        return self._answered(await self._transport.send(make, self._patience_s))
+        def late(came: Raw | Failed) -> None:
+            self._learn(call, came)
+            answer = self._answered(came)
+            if sent is not None and answer is not None:
+                sent.is_open = False
+                sent.late(answer)
 
-    async def ask_time(self, may_go: Callable[[], bool] = _always) -> Answer | None:
+        came = await self._transport.send(make, self._patience_s)
+        self._learn(call, came)
+        if sent is not None and isinstance(came, Failed) and came.is_open:
+            sent.is_open = True
+            self._patience.silent(written_ns, local_ns())
+        return self._answered(came)
+
+    def _learn(self, call: Call, came: Raw | Failed | None) -> None:
+        if isinstance(came, Raw):
+            self._patience.answered(call, came.sent_ns, came.received_ns)
+
+    def _accepted_until_ns(self, timestamp_ms: int, window_ms: int) -> int:
+        proven_ns = self._clock.local_at_latest(timestamp_ms + window_ms) if self._clock.measured else None
+        return proven_ns or local_ns() + (window_ms + AHEAD_MS) * 1_000_000
+
+    async def ask_time(self, may_go: Callable[[], bool] = _always, patience_s: float | None = None) -> Answer | None:
         """``GET /fapi/v1/time``, from which the clock learns (weight 1); None if ``may_go`` said no."""
-        came = await self._unsigned(_TIME_PATH, may_go)
+        came = await self._unsigned(_TIME_PATH, may_go, patience_s)
         server_time_ms = _server_time_ms(came.body) if isinstance(came, Raw) and came.status == 200 else None
         if isinstance(came, Raw) and server_time_ms is not None:
             self._clock.add_sample(came.sent_ns, came.received_ns, server_time_ms)
@@ -115,10 +176,18 @@ class Exchange:
     async def keep_warm(self, connections: int = 2) -> int:
         """Use as many different connections for ``GET /fapi/v1/time``, opening what is missing; how many answered.
 
-        They are the most recently used ones, hence those that the next cancels will get. Feeds the clock. Weight: one
-        for each connection. (A transport that makes one call at a time uses its one connection as often.)
+        They are the most recently used ones, hence those that the next cancels will get; one that does not answer is
+        replaced. Feeds the clock. Weight: one for each connection. (A transport that makes one call at a time uses its
+        one connection as often.)
         """
-        return sum(map(_tells_time, await asyncio.gather(*[self.ask_time() for _ in range(connections)])))
+
+        async def warmed() -> bool:
+            answer = await self.ask_time(patience_s=max(self._patience.of(Call.QUERY), FIRST_S))
+            if isinstance(answer, Failure) and answer.seen:
+                answer = await self.ask_time()
+            return _tells_time(answer)
+
+        return sum(await asyncio.gather(*[warmed() for _ in range(connections)]))
 
     async def weight_limit(self) -> int | None:
         """The weight that an address may use in a minute, from ``GET /fapi/v1/exchangeInfo``; None if unknown."""
@@ -147,8 +216,12 @@ class Exchange:
 
     # -- one request and its answer
 
-    async def _unsigned(self, path: str, may_go: Callable[[], bool] = _always) -> Raw | Failed | None:
-        came = await self._transport.send(lambda: Request("GET", path) if may_go() else None, self._patience_s)
+    async def _unsigned(
+        self, path: str, may_go: Callable[[], bool] = _always, patience_s: float | None = None
+    ) -> Raw | Failed | None:
+        came = await self._transport.send(
+            lambda: Request("GET", path, patience_s=patience_s) if may_go() else None, self._patience_s
+        )
         if isinstance(came, Raw) and (came.status in _GATE_STATUSES or _is_challenge(came)):
             self._refusal = self._reply(came)
         return came

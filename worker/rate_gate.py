@@ -6,7 +6,9 @@ renewal refreshes each second. The exchange tells the weight that the address ha
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 import redis
@@ -26,6 +28,10 @@ NO_QUERIES_AT = 0.75
 RESERVE_PART, RESERVE_LEAST, RESERVE_MOST_PART = 0.01, 10, 0.1
 #: The part of the weight that is left which one worker may have in flight: what the others have is not known.
 _PART_IN_FLIGHT = 4
+#: The part of the weight that is left, and of the flight, that may go into looking orders up after a silence.
+LOOK_UPS_PART = 4
+#: ... of the flight where most of it is silent.
+FEW_LOOK_UPS_PART = 16
 #: The weight that an address may use in a minute where exchangeInfo could not be read (exchange.md 3).
 DEFAULT_WEIGHT_LIMIT = 2_400
 _MINUTE_MS = 60_000
@@ -50,6 +56,8 @@ class Gate:
         self._left = (0, 0)  # until when it was told, and the weight that was left then
         self.until_ms = 0
         self.weight_limit = DEFAULT_WEIGHT_LIMIT
+        self.looked_up = 0  # how often an order was looked up after a silence, in this minute
+        self._used = 0  # weight, as of the last look
 
     def closed(self, now_ms: int) -> bool:
         """Whether nothing may be sent now."""
@@ -98,8 +106,14 @@ class Gate:
         reason = f"weight {used} used and {in_flight} under way of {self.weight_limit} a minute"
         return self._close(minute_ms, reason, now_ms, doubling=False)
 
-    def allows(self, call: Call, used: int) -> bool:
-        """Whether the budget has room for ``call``: cancels have the last quarter to themselves."""
+    def allows(self, call: Call, used: int, is_look_up: bool = False) -> bool:
+        """Whether the budget has room for ``call``: cancels have the last quarter to themselves, and look-ups after a
+        silence (``is_look_up``) a part of what is left."""
+        if used < self._used:  # a new minute
+            self.looked_up = 0
+        self._used = used
+        if is_look_up and self.looked_up >= (self.weight_limit - used) // LOOK_UPS_PART:
+            return False
         return call is Call.CANCEL or used < NO_QUERIES_AT * self.weight_limit
 
     async def share(self, now_ms: int) -> None:
@@ -126,6 +140,30 @@ class Gate:
         if is_news:
             log.warning("gate", state="closed", reason=reason, **{"measure#cancel.gate_ms": pause_ms})
         return is_news
+
+
+class LookUps:
+    """Who of a flight may look an order up because a call about it was silent: a part, and few where most are silent.
+
+    ``waiting`` are the events by which those are told that were refused.
+    """
+
+    def __init__(self, flight: int) -> None:
+        self.part, self._few = max(1, flight // LOOK_UPS_PART), max(2, flight // FEW_LOOK_UPS_PART)
+        self.waiting: deque[asyncio.Event] = deque()
+        self._under_way = 0
+
+    def begin(self, silent: int, flight: int) -> bool:
+        """Whether one more may; it is to :meth:`end`. ``silent`` of ``flight`` have a call that is not answered."""
+        may = self._under_way < (self._few if 2 * silent > flight else self.part)
+        self._under_way += may
+        return may
+
+    def end(self) -> None:
+        """One is done: two others may try, so that there are more and more of them while the exchange answers."""
+        self._under_way -= 1
+        for event in list(self.waiting)[:2]:
+            event.set()
 
 
 def ms_to_next_minute(server_now_ms: int) -> int:

@@ -8,55 +8,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import redis
-import redis.asyncio as aio
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from producer.message import clean_text
+from producer.redis_url import Address, code_of, is_refused, passes, why
+from worker import log
 from worker.clock import local_ns
 from worker.store import ANSWER_WITHIN_S, Request, Stamps, Words
 
 __all__ = [
     "AsyncLink",
     "BlockingLink",
+    "Channel",
     "Link",
+    "Outage",
     "connect",
     "connect_like",
     "is_about_rows",
+    "open_channel",
     "open_link",
-    "trouble",
-    "will_pass",
 ]
 
 T = TypeVar("T")
 
-#: Of the blocking client: RQ's registration, and RQ's commands (pub/sub).
+#: Of the blocking client: RQ's registration, and a stock worker's steps and renewals.
 MAX_CONNECTIONS = 2
+#: A Redis that stays away is told of this often, s.
+TELL_EVERY_S = 60.0
 
-_ASYNC_KINDS: tuple[tuple[type[Any], type[Any]], ...] = (
-    (redis.SSLConnection, aio.SSLConnection),
-    (redis.UnixDomainSocketConnection, aio.UnixDomainSocketConnection),
-    (redis.Connection, aio.Connection),
-)
-#: Options of a blocking pool that mean nothing for one connection, or are our own to set.
-_NOT_LENT = ("retry", "socket_timeout", "maint_notifications_config", "maint_notifications_pool_handler")
 #: An error of the script is about its rows, unless a server says this of itself; Redis 6.2 wraps that in one.
 _ROWS = re.compile(r"script|WRONGTYPE", re.IGNORECASE)
-_SERVER = re.compile(r"\b(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN|UNKILLABLE)\b")
-#: Those of them that redis-py has classes for, without that word in their text.
-_PASSING = (
-    redis.ReadOnlyError,
-    redis.exceptions.ClusterDownError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.OutOfMemoryError,
-    redis.exceptions.TryAgainError,
-)
+#: A connection on which only others speak is asked for a sign of life this often, s.
+PROBE_EVERY_S = 10.0
 
 
 class Link(Protocol):
@@ -72,38 +57,30 @@ class Link(Protocol):
 
 def connect(url: str, **options: Any) -> redis.Redis:
     """A blocking client: few connections, and never a repeat of a command whose reply was lost."""
-    ours = _pool_options(is_tcp=not url.startswith("unix:"))
-    return redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(url, **ours, **options))
+    return _blocking(Address.parse(url), **options)
 
 
-def connect_like(connection: redis.Redis) -> redis.Redis:
+def connect_like(client: redis.Redis) -> redis.Redis:
     """The same for the address and credentials of another client (the one that RQ's command line made)."""
-    pool = connection.connection_pool
-    is_tcp = not issubclass(pool.connection_class, redis.UnixDomainSocketConnection)
-    options = {**pool.connection_kwargs, **_pool_options(is_tcp=is_tcp)}
-    for name in ("maint_notifications_config", "maint_notifications_pool_handler"):
-        options.pop(name, None)  # bound to the other pool
-    return redis.Redis(connection_pool=redis.BlockingConnectionPool(connection_class=pool.connection_class, **options))
+    return _blocking(Address.of(client))
 
 
-def _pool_options(*, is_tcp: bool) -> dict[str, Any]:
-    return {
-        "max_connections": MAX_CONNECTIONS,
-        "timeout": ANSWER_WITHIN_S,
-        "socket_timeout": ANSWER_WITHIN_S,
-        "socket_connect_timeout": ANSWER_WITHIN_S,
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-        **({"socket_keepalive": True} if is_tcp else {}),
-    }
+def _blocking(address: Address, **options: Any) -> redis.Redis:
+    return address.client(ANSWER_WITHIN_S, max_connections=MAX_CONNECTIONS, protocol=2, **options)
 
 
 def open_link(like: redis.Redis) -> AsyncLink:
     """A link of an event loop to where ``like`` connects to; it connects at its first request."""
-    pool = like.connection_pool
-    options = {name: value for name, value in pool.connection_kwargs.items() if name not in _NOT_LENT}
-    kind = next(ours for theirs, ours in _ASYNC_KINDS if issubclass(pool.connection_class, theirs))
-    return AsyncLink(kind(**options, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None))
+    return AsyncLink(_connection(like))
+
+
+def open_channel(like: redis.Redis, name: str) -> Channel:
+    """What is published there under a name."""
+    return Channel(_connection(like), name)
+
+
+def _connection(like: redis.Redis) -> Any:
+    return Address.of(like).async_connection(ANSWER_WITHIN_S, protocol=2, socket_timeout=None)
 
 
 class AsyncLink:
@@ -112,6 +89,8 @@ class AsyncLink:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._turn = asyncio.Lock()
+        #: How often it was connected.
+        self.opened = 0
 
     async def ask(self, make: Callable[[], Request[T]]) -> T:
         """See :meth:`Link.ask`."""
@@ -122,7 +101,7 @@ class AsyncLink:
             except Exception as error:
                 # An answer that makes no sense may be another question's: the next one must not get this one's. And a
                 # server that cannot serve may not be the one any more that the address leads to.
-                if not isinstance(error, redis.RedisError) or will_pass(error):
+                if not isinstance(error, redis.RedisError) or passes(error):
                     await self._connection.disconnect(nowait=True)
                 raise
 
@@ -131,6 +110,7 @@ class AsyncLink:
         try:
             if not self._connection.is_connected:
                 await self._connection.connect()
+                self.opened += 1
                 patience.begin_anew()  # a request may tell the server how long it is waited for
             request = make()
             answers, stamps = await self._round_trip(request.commands)
@@ -165,6 +145,65 @@ class AsyncLink:
         if not self._turn.locked():
             async with self._turn:
                 await self._connection.disconnect(nowait=True)
+
+    async def close(self) -> None:
+        """Part with the server."""
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self._connection.disconnect(nowait=True)
+
+
+class Channel:
+    """What is published under a name, heard on a connection of its own that is probed while nobody speaks."""
+
+    def __init__(self, connection: Any, name: str) -> None:
+        self._connection = connection
+        self._name = name
+
+    async def open(self) -> None:
+        """Begin to hear, if that is not so yet.
+
+        Raises:
+            redis.RedisError: not now, or not allowed.
+        """
+        if not self._connection.is_connected:
+            async with self._bound():
+                await self._connection.connect()
+                await self._connection.send_command("SUBSCRIBE", self._name)
+                await self._connection.read_response()
+
+    async def hear(self) -> bytes | None:
+        """What is published next; None: nothing within :data:`PROBE_EVERY_S`, but the connection stands.
+
+        Raises:
+            redis.RedisError: it broke. What is published until it is opened again is not heard.
+        """
+        await self.open()
+        answer = await self._read(PROBE_EVERY_S)
+        if answer is None:
+            async with self._bound():
+                await self._connection.send_command("PING")
+                answer = await self._connection.read_response()
+        return answer[2] if answer[0] == b"message" else None
+
+    async def _read(self, within_s: float) -> Any:
+        try:
+            return await self._connection.read_response(timeout=within_s)
+        except BaseException:
+            await self.close()
+            raise
+
+    @contextlib.asynccontextmanager
+    async def _bound(self) -> AsyncIterator[None]:
+        """No longer than an answer may take; whatever goes wrong, the connection is closed."""
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                yield
+        except TimeoutError:
+            await self.close()
+            raise redis.TimeoutError("no answer in time") from None
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """Part with the server."""
@@ -234,35 +273,35 @@ class BlockingLink:
         with self._connection.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
-            return list(pipeline.execute(raise_on_error=False))
-
-
-def will_pass(error: BaseException) -> bool:
-    """Whether an error tells of what passes: no answer, or a server that is full, read-only, busy, still loading …"""
-    if isinstance(error, redis.ResponseError):
-        return isinstance(error, _PASSING) or bool(_SERVER.search(str(error)))
-    is_away = isinstance(error, redis.ConnectionError | redis.TimeoutError)
-    return is_away and not isinstance(error, redis.AuthenticationError)
+            answers = list(pipeline.execute(raise_on_error=False))
+        if is_refused(answers):  # the server may not be the primary any more
+            self._connection.connection_pool.disconnect(inuse_connections=False)
+        return answers
 
 
 def is_about_rows(error: BaseException) -> bool:
     """Whether a script failed for what it was given, or that cannot be sent at all, and not for the state of its
     server."""
-    said = str(error)
-    is_script = type(error) is redis.ResponseError and _ROWS.search(said) and not _SERVER.search(said)
+    is_script = type(error) is redis.ResponseError and _ROWS.search(str(error)) and not code_of(error)
     return bool(is_script) or isinstance(error, redis.DataError)
 
 
-def trouble(error: BaseException) -> str:
-    """Why Redis does not answer, in words for people: the kind of an error and, where a certificate was refused, the
-    way out.
+class Outage:
+    """Tells of a Redis that is away, or cannot serve: at once, again each minute, and when it is back."""
 
-    Nothing else of its text: that can hold the address with its password.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            said = clean_text(cause.verify_message)
-            return f"{type(error).__name__}: certificate refused: {said}; see REDIS_TLS_CA and REDIS_TLS_VERIFY"
-        cause = cause.__cause__ or cause.__context__
-    return type(error).__name__
+    def __init__(self) -> None:
+        self.is_on = False
+        self._told_ns = 0
+
+    def note(self, error: BaseException) -> None:
+        """Something that was asked was not done."""
+        if not self.is_on or local_ns() > self._told_ns + TELL_EVERY_S * 1e9:
+            self.is_on, self._told_ns = True, local_ns()
+            log.error("redis", state="away", error=why(error))
+
+    def end(self) -> bool:
+        """Something was done; whether that is news."""
+        was_on, self.is_on = self.is_on, False
+        if was_on:
+            log.info("redis", state="back")
+        return was_on

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -19,10 +18,12 @@ from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker, WorkerStatus
 
 from producer.keys import WorkerField
+from producer.message import MalformedMessage, clean_text, loads
+from producer.redis_url import passes, why
 from worker import log
 from worker.daemon import WorkerLoop, in_daemon_thread
 from worker.engine import Engine, where
-from worker.redis_link import connect_like, open_link, trouble, will_pass
+from worker.redis_link import Outage, connect_like, open_channel, open_link
 from worker.secrecy import keep_memory_private
 from worker.settings import Settings
 from worker.store import ANSWER_WITHIN_S
@@ -36,12 +37,11 @@ EX_INTERRUPTED = 130
 
 #: How often Redis is asked for the gate and for suspension at the latest, s.
 _LOOK_S = 1.0
-#: How often the exchange's clock is measured and connections are kept warm, s: two calls each, five a minute.
-_WARM_S = 25.0
+#: How often the exchange's clock is measured and connections are kept warm, s: two calls each, eight a minute. Shorter
+#: than any firewall in use forgets a flow that is still.
+_WARM_S = 15.0
 #: How often registries and RQ's lists are tidied, s; sooner while a round through a long queue is not over.
 _TIDY_S = 10.0
-#: How long RQ's thread for commands listens at a time, s.
-_LISTEN_S = 60
 #: What of the grace is kept for leaving RQ's registries, and of that for the interpreter's end, s.
 _FAREWELL_S, _END_S = 3.0, 1.0
 #: How long the last lines of the log may take, s.
@@ -105,6 +105,7 @@ class CancelWorker(BaseWorker):
         self._exchange, self._server_clock = open_exchange(self._settings)
         self._store = open_store(self._settings, self.name, self.queues[0].name)
         self._rest = open_link(self.connection)
+        self._channel = open_channel(self.connection, self.pubsub_channel_name)
         parts = open_canceller(self._settings, self._exchange, self._server_clock, self._store, self._rest, self.name)
         self._canceller, self._gate = parts
         self._engine = Engine(
@@ -129,6 +130,7 @@ class CancelWorker(BaseWorker):
             elif self.birth_date is not None:
                 await self._part(_END_S)
         finally:
+            await self._channel.close()
             self._exchange.close()
             self._watchdog.stop()
         return self._engine.outcomes
@@ -140,32 +142,45 @@ class CancelWorker(BaseWorker):
 
     async def _be_born(self) -> bool:
         """Register as RQ's workers do, as soon as Redis is there; False if told to stop before."""
-        is_away = False
+        outage = Outage()
         while not self._stop.is_set():
             try:
-                await self._unless_stopped(in_daemon_thread(self._register, "register"), _END_S)
+                await self._unless_stopped(self._hear_and_register(), _END_S)
                 await self._unless_stopped(self._engine.beat(None))
             except redis.RedisError as error:
-                if not will_pass(error):
-                    raise
-                if not is_away:
-                    log.error("redis", state="away", error=trouble(error))
-                is_away = True
+                if not passes(error):
+                    self._refused(error)
+                    return False
+                outage.note(error)
                 await self._wait(_LOOK_S)
                 continue
-            if is_away and not self._stop.is_set():
-                log.info("redis", state="back")
+            self._listens_since = self._rest.opened
+            if not self._stop.is_set():
+                outage.end()
             return not self._stop.is_set()
         return False
 
+    def _refused(self, error: redis.RedisError) -> None:
+        """What waiting does not change ends the worker: whoever starts it again reads the settings again."""
+        # A login's own words may hold the password; what else is asked at the start holds no secret.
+        said = clean_text(str(error), 200) if isinstance(error, redis.ResponseError) else None
+        redis_url = self._settings.display_redis_url
+        log.error("redis", state="refused", redis=redis_url, error=why(error), said=said)
+        self.exit_code = EX_UNAVAILABLE
+
+    async def _hear_and_register(self) -> None:
+        with contextlib.suppress(redis.exceptions.NoPermissionError):  # it is missed by RQ's commands alone
+            await self._channel.open()
+        await in_daemon_thread(self._register, "register")
+
     def _register(self) -> None:
-        """RQ's own registration; it waits for Redis, but work does not hang on it: `_be_known` tries again."""
-        with contextlib.suppress(redis.ResponseError):  # a user may lack the right
-            self.connection.client_setname(self.name)
-            self.ip_address = str(self.connection.client_info()["addr"])
+        """RQ's own registration; it waits for Redis, but work does not hang on it: `_be_known` tries again.
+
+        Its connection is not kept: when it is needed again, Redis may be elsewhere.
+        """
         try:
-            if self.pubsub_thread is None:
-                self.subscribe()
+            with contextlib.suppress(redis.ResponseError):  # a user may lack the right
+                self.ip_address = str(self.connection.client_info()["addr"])
             if self.birth_date is None:
                 self.register_birth()  # type: ignore[no-untyped-call]
                 self.set_state(WorkerStatus.IDLE)
@@ -173,7 +188,9 @@ class CancelWorker(BaseWorker):
             else:  # it was done, perhaps unheard: RQ would take our own hash for another's
                 self._register_anew()
         except redis.ResponseError as error:
-            log.warning("unregistered", worker=self.name, error=type(error).__name__)
+            log.warning("unregistered", worker=self.name, error=why(error))
+        finally:
+            self.connection.connection_pool.disconnect()
 
     async def _meet_exchange(self) -> None:
         """Measure its clock and learn its limit, unless nothing may be sent now."""
@@ -201,7 +218,7 @@ class CancelWorker(BaseWorker):
 
     async def _work(self, burst: bool) -> None:
         engine = asyncio.create_task(self._engine.run())
-        steps = (self._look, self._be_known, self._warm, self._tidy)
+        steps = (self._look, self._be_known, self._warm, self._tidy, self._listen)
         upkeep = [asyncio.create_task(self._for_ever(step)) for step in steps]
         try:
             await self._until_stop(engine, burst)
@@ -335,6 +352,7 @@ class CancelWorker(BaseWorker):
     _is_registered = False  # with RQ, by what we have heard of it
     _is_unknown = False  # to RQ, as of the last look
     _knows_limit = False
+    _listens_since = 0  # how often the other connections had been opened by then
     _tidied = (0, 0)
 
     # -- stopping --
@@ -390,11 +408,34 @@ class CancelWorker(BaseWorker):
     def _say_farewell(self) -> None:
         try:
             self.register_death()  # type: ignore[no-untyped-call]
-            self.unsubscribe()  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
-            log.warning("farewell", error=type(error).__name__)
+            log.warning("farewell", error=why(error))
+        finally:
+            self.connection.connection_pool.disconnect()
 
-    # -- RQ's maintenance, commands and pub/sub --
+    # -- RQ's commands and maintenance --
+
+    async def _listen(self) -> float:
+        """Obey RQ's commands; where others of our connections had to be opened anew, this one may lead nowhere."""
+        if self._listens_since != self._rest.opened:
+            self._listens_since = self._rest.opened
+            await self._channel.close()
+        if (message := await self._channel.hear()) is not None:
+            self._obey(message)
+        return 0.0
+
+    def _obey(self, message: bytes) -> None:
+        """Do what RQ's command says, as far as it means something here; anybody may have published it."""
+        try:
+            command = clean_text(str(loads(message)["command"]), 80)
+        except (MalformedMessage, TypeError, LookupError) as error:
+            log.warning("ignored", command="not understood", error=type(error).__name__)
+            return
+        if command == "shutdown":
+            # RQ would send itself a Ctrl-C, and a second one means to leave at once. A command never means that.
+            self.request_stop(None, None)
+        else:
+            log.warning("ignored", command=command, reason="a cancel that was sent cannot be stopped")
 
     @property
     def should_run_maintenance_tasks(self) -> bool:
@@ -406,35 +447,6 @@ class CancelWorker(BaseWorker):
 
     def clean_registries(self) -> None:
         """Nothing; see :attr:`should_run_maintenance_tasks`."""
-
-    def subscribe(self) -> None:
-        """Listen for RQ's commands; RQ's own way lets the thread die of a time-out, and they must work again when Redis
-        does."""
-        self.pubsub = self.connection.pubsub()
-        self.pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
-        self.pubsub_thread = self.pubsub.run_in_thread(  # type: ignore[assignment]
-            sleep_time=_LISTEN_S, daemon=True, exception_handler=self._listening_failed
-        )
-
-    def _listening_failed(self, error: Exception, _: Any, __: Any) -> None:
-        if not isinstance(error, redis.RedisError | OSError):
-            raise error
-        self._stop.wait(_LOOK_S)
-
-    def handle_payload(self, message: Any) -> None:
-        """A command of RQ's; what is none must not end the thread that listens for them."""
-        try:
-            if json.loads(message["data"])["command"] == "shutdown":
-                # RQ would send itself a Ctrl-C, and a second one means to leave at once. A command never means that.
-                self.request_stop(None, None)
-                return
-            super().handle_payload(message)  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            log.warning("ignored", command="not understood", error=type(error).__name__)
-
-    def kill_horse(self, *_: Any, **__: Any) -> None:
-        """RQ's `stop-job` command kills the process that runs a job; here it would kill every job."""
-        log.warning("ignored", command="stop-job", reason="a cancel that was sent cannot be stopped")
 
 
 def _listed(queues: Any) -> list[Any]:

@@ -14,19 +14,16 @@ import re
 import ssl
 from dataclasses import dataclass
 from typing import Literal, TypeVar
-from urllib.parse import parse_qsl, urlsplit
 
 from producer.message import check_queue_name
+from producer.redis_url import OPTIONS, Address, BadRedisUrl
 
 TlsVerify = Literal["required", "none"]
 ChoiceT = TypeVar("ChoiceT", bound=str)
 
 #: The exchange's own domains: production, demo-fapi.binance.com and testnet.binancefuture.com (exchange.md section 5).
 EXCHANGE_DOMAINS = ("binance.com", "binancefuture.com")
-#: Options that REDIS_URL may carry. Others would silently override the time-outs and retries that the worker sets.
-_REDIS_URL_OPTIONS = frozenset({"db", "username", "password", "ssl_cert_reqs", "ssl_ca_certs", "ssl_check_hostname"})
 TLS_OPTIONS: tuple[TlsVerify, ...] = ("required", "none")
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = rf"\[[0-9A-Fa-f:.]+\]|{_LABEL}(?:\.{_LABEL})*"
@@ -34,7 +31,6 @@ _BASE_URL_SHAPE = re.compile(rf"(?P<scheme>https?)://(?P<host>{_HOST})(?::(?P<po
 _PROXY_URL_SHAPE = re.compile(
     r"https?://(?:(?:(?![@/?#\\])[!-~])*@)?(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(?P<port>[0-9]+))?/?", re.ASCII
 )
-_BLANK_OR_CONTROL = re.compile(r"[\x00-\x20\x7f-\xa0\u2028\u2029]")
 # A colon without a host before it may stand before a password whose host was forgotten.
 _HARMLESS_PLACE = re.compile(r"(?:(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::[0-9]{1,5})?)?(?:/[\w./~+-]*)?", re.ASCII)
 
@@ -68,7 +64,7 @@ def shown_url(text: str) -> str:
 def without_secrets(url: str) -> str:
     """``url`` without user, password, query and fragment, and without the rest too if it cannot be told from them."""
     scheme, _, rest = url.partition("://")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,9}", scheme):
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,15}", scheme):
         return "***"
     before_query, question_mark, query = rest.partition("?")
     _, at, place = before_query.rpartition("@")
@@ -195,45 +191,15 @@ class RedisUrl:
 
 def redis_url(text: str) -> RedisUrl:
     """The address of Redis, with what its query says of TLS."""
-    if _BLANK_OR_CONTROL.search(text):
-        raise RefusedError("it holds white space or control characters")
-    if not text.startswith(("redis://", "rediss://", "unix://")):
-        raise RefusedError
     try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        raise RefusedError("host and port cannot be told; percent-encode what is special in the password") from None
-    if "#" in text:
-        raise RefusedError("a # has no place in it; write %23 if it belongs to the password")
-    if parts.scheme == "unix":
-        if parts.hostname or parts.path in ("", "/"):
-            raise RefusedError("a socket needs its absolute path after three slashes, as in unix:///run/redis.sock")
-    elif not parts.hostname or port == 0 or not re.fullmatch(r"/?|/[0-9]{1,6}", parts.path):
-        raise RefusedError
-    return _with_options(text, dict(reversed(parse_qsl(parts.query, keep_blank_values=True))))
-
-
-def _with_options(text: str, options: dict[str, str]) -> RedisUrl:
-    if not options.keys() <= _REDIS_URL_OPTIONS:
-        raise RefusedError(f"after the question mark only {', '.join(sorted(_REDIS_URL_OPTIONS))} may be set")
-    if options.get("ssl_ca_certs") == "":
-        raise RefusedError("ssl_ca_certs names no file")
-    if not re.fullmatch(r"[0-9]{1,6}", options.get("db", "0")):
-        raise RefusedError("the option db must be a number")
-    tls = text.startswith("rediss://")
-    if not tls and any(name.startswith("ssl_") for name in options):
-        raise RefusedError("options for TLS need rediss://")
-    cert_reqs: TlsVerify | None = None
-    check_hostname = None
-    try:
-        if "ssl_cert_reqs" in options:
-            cert_reqs = one_of(options["ssl_cert_reqs"], TLS_OPTIONS)
-        if "ssl_check_hostname" in options:
-            check_hostname = _TRUTH[options["ssl_check_hostname"].lower()]
-    except (RefusedError, KeyError):
-        raise RefusedError("ssl_cert_reqs is required or none, ssl_check_hostname true or false") from None
-    return RedisUrl(text, tls, cert_reqs, options.get("ssl_ca_certs"), check_hostname)
+        address = Address.parse(text)
+    except BadRedisUrl as error:
+        raise RefusedError(str(error)) from None
+    if address.others:
+        raise RefusedError(f"after the question mark only {', '.join(sorted(OPTIONS))} may be set")
+    options = address.options
+    cert_reqs, check_hostname = options.get("ssl_cert_reqs"), options.get("ssl_check_hostname")
+    return RedisUrl(text, address.is_tls, cert_reqs, options.get("ssl_ca_certs"), check_hostname)
 
 
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 from producer.message import DEFAULT_QUEUE
+from producer.redis_url import FORMS, Address
 from worker import setting_values as values
 from worker.accounts import read_accounts
 from worker.setting_values import ChoiceT, TlsVerify
@@ -101,7 +102,7 @@ def _secret(variable: str, accepts: str, meaning: str) -> Setting[str]:
 _REDIS_URL = Setting(
     "REDIS_URL",
     "redis://localhost:6379/0",
-    "redis://[user:password@]host[:port][/database], the same with rediss:// for TLS, or unix:///path",
+    FORMS,
     "the Redis that holds queue and outcomes",
     values.redis_url,
     values.shown_url,
@@ -470,7 +471,7 @@ class Settings:
     @property
     def display_redis_url(self) -> str:
         """The Redis URL fit for logs: without user, password and options."""
-        return values.without_secrets(self.redis_url)
+        return Address.parse(self.redis_url).shown
 
     def __repr__(self) -> str:
         shown = {field.name: repr(getattr(self, field.name)) for field in dataclasses.fields(self)}

@@ -8,7 +8,7 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -83,6 +83,8 @@ class _Held:
     lease: Lease
     until_ns: int
     sleep: SleepWatch
+    ask: Callable[[_Held], None]  # has Redis tell whose it is
+    trusted_from_ns: int = 0  # what was asked before tells nothing of the lease's end
     is_lost: bool = False
     is_leaving: bool = False
 
@@ -90,12 +92,17 @@ class _Held:
         """Whether more may be sent: the job is still ours (after a sleep only its renewal tells), and nobody waits for
         us to leave."""
         if self.sleep.moved():
-            self.until_ns = 0
+            self._distrust()
         return not self.is_lost and not self.is_leaving and local_ns() < self.until_ns
 
-    def doubt(self) -> None:
+    async def renew(self) -> None:
         """See :class:`worker.cancel.Hold`."""
-        self.sleep.doubt()
+        if not self.is_lost and not self.is_leaving:
+            self._distrust()
+            self.ask(self)
+
+    def _distrust(self) -> None:
+        self.until_ns, self.trusted_from_ns = 0, local_ns()
 
 
 class _StockRun:
@@ -170,7 +177,7 @@ class _StockRun:
         return _later(_HELD_S * 1000) if claimed.why_not == "held" else "gone"
 
     async def _carry(self, lease: Lease) -> Row:
-        held = _Held(lease, lease.until_ns, SleepWatch())
+        held = _Held(lease, lease.until_ns, SleepWatch(), self._ask_whose)
         with self._renewing(held):
             if not self._server_clock.measured and not self._gate.closed(self._store.clock.now_ms()):
                 await self._exchange.sync_time(samples=1)
@@ -192,16 +199,21 @@ class _StockRun:
         # Within bounds: a step that takes longer than this is one that stands still, and is taken over.
         ends_ns = local_ns() + round(2 * _RUN_S * 1e9)
         while local_ns() < ends_ns and not ended.wait(min(self._lease_s / 4, _LOOK_S)):
-            asked_ns = local_ns()
-            try:
-                held.is_leaving = self._link.ask_now(self._is_leaving())
-                beat = self._link.ask_now(self._store.beat([held.lease], None, 1))
-            except redis.RedisError as error:
-                log.debug("renewal", error=type(error).__name__)
-                continue
-            held.is_lost = held.lease.token in beat.lost
+            self._ask_whose(held)
+
+    def _ask_whose(self, held: _Held) -> None:
+        """Renew the lease, if it is still ours; no answer leaves it as it is."""
+        asked_ns = local_ns()
+        try:
+            held.is_leaving = self._link.ask_now(self._is_leaving())
+            beat = self._link.ask_now(self._store.beat([held.lease], None, 1))
+        except redis.RedisError as error:
+            log.debug("renewal", error=type(error).__name__)
+            return
+        held.is_lost = held.lease.token in beat.lost
+        if asked_ns >= held.trusted_from_ns:
             held.until_ns = max(held.until_ns, beat.renewed_until_ns)
-            self._gate.told(beat.gate_until_ms, self._store.clock.now_ms(), asked_ns)
+        self._gate.told(beat.gate_until_ms, self._store.clock.now_ms(), asked_ns)
 
     async def _ended(self) -> str:
         record = await self._link.ask(lambda: self._store.recorded(self._job.id))

@@ -38,7 +38,7 @@ BODY_LIMIT = 64 * 1024
 #: How long a connection may be unused and still be trusted, s: a little more than the time between two calls that keep
 #: connections warm. Firewalls and load balancers forget a flow that is still in silence, and what is sent then is
 #: never answered.
-IDLE_BOUND_S = 30.0
+IDLE_BOUND_S = 17.0
 #: What every request says of its sender.
 FIELDS = {"User-Agent": "algo-cancel-queue", "Accept": "application/json", "Accept-Encoding": "identity"}
 
@@ -59,11 +59,17 @@ class Request:
     """One request without a body. ``target`` is path and query, ``fields`` are those of its own beside :data:`FIELDS`.
 
     Both are sent as they are: whoever makes a request has seen to it that they hold visible ASCII alone.
+
+    ``patience_s`` is how long its answer is waited for, counted from when it is written; None: until the attempt's
+    end. Then the call fails, and ``late`` is given what comes of it until the attempt's end; so it is where the
+    transport can wait beside other calls.
     """
 
     method: str
     target: str = field(repr=False)
     fields: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    patience_s: float | None = field(default=None, repr=False)
+    late: Callable[[Raw | Failed], None] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +93,13 @@ class Raw:
 class Failed:
     """No answer. ``seen``: a byte of the request may have left; False is a proof that none has.
 
-    ``reason`` says how far it got and names the class of an error, never its text.
+    ``reason`` says how far it got and names the class of an error, never its text. ``is_open``: the request's ``late``
+    will be given what comes of it.
     """
 
     seen: bool
     reason: str
+    is_open: bool = False
 
 
 class Transport(Protocol):
@@ -102,6 +110,9 @@ class Transport(Protocol):
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """Send one request and read its answer, within ``patience_s`` in all and half of it until it is written.
+
+        An answer that the request has no patience for may still come: the connection stays open for it until
+        ``patience_s`` are over.
 
         ``make`` is called when there is a connection to write to, right before the first byte: it looks whether the
         request may still go, and signs. It returns None if it may not: then nothing was sent, and None is returned.

@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from worker.classify import NO_ANSWER, SILENCE
 from worker.clock import local_ns
 from worker.http1 import MalformedResponse, ResponseReader
 from worker.transport import BODY_LIMIT, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
-from worker.transport_connect import Opening, TunnelRefused
+from worker.transport_connect import Addresses, Opening, TunnelRefused
 
 __all__ = ["OPENERS", "AsyncioTransport"]
 
@@ -29,6 +30,9 @@ _READ_SIZE = 16 * 1024
 #: what has come, a second delivers it, TLS within TLS needs a third. A loop that stood still is no silence.
 _LAST_LOOKS = 3
 
+#: Nothing on the way forgets a flow sooner than after this time, ns.
+_FORGOTTEN_AFTER_NS = 1_000_000_000
+
 #: Why a request was not written: its new connection had ended, or something else than an answer had come.
 _NOT_SENT = "not sent: ConnectionResetError"
 _CLOSED = "could not connect: ConnectionAbortedError"
@@ -40,6 +44,7 @@ class _Connection(asyncio.BufferedProtocol):
     __slots__ = (
         "_buffer",
         "_done",
+        "_ends_at_s",
         "_expiry",
         "_is_dropped",
         "_loop",
@@ -48,6 +53,7 @@ class _Connection(asyncio.BufferedProtocol):
         "_transport",
         "error",
         "idle_since_ns",
+        "late",
         "reader",
         "received_ns",
         "sent_ns",
@@ -60,11 +66,13 @@ class _Connection(asyncio.BufferedProtocol):
         self._buffer = buffer
         self._done: asyncio.Future[None] | None = None  # of the request under way
         self._expiry: asyncio.Handle | None = None
+        self._ends_at_s = 0.0
         self._taken = 0
         self._transport: asyncio.Transport | None = None
         self._is_dropped = False
         self.reader = ResponseReader(BODY_LIMIT)
         self.error: BaseException | None = None
+        self.late: asyncio.Future[None] | None = None  # of a request under way that is waited for no more
         self.idle_since_ns = self.sent_ns = self.received_ns = 0
 
     def attach(self, transport: asyncio.Transport) -> None:
@@ -76,12 +84,16 @@ class _Connection(asyncio.BufferedProtocol):
         self._poll = select.poll()
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
-    def ask(self, data: bytes, ends_at_s: float) -> asyncio.Future[None]:
-        """Write a request. The future is done when :attr:`reader` has the answer, or :attr:`error` says why not."""
+    def ask(self, data: bytes, silent_at_s: float, ends_at_s: float) -> asyncio.Future[None]:
+        """Write a request. The future is done when :attr:`reader` has the answer, or :attr:`error` says why not.
+
+        It is done at ``silent_at_s`` at the latest. If that is before ``ends_at_s``, :attr:`late` then stands for it.
+        """
         self.reader = ResponseReader(BODY_LIMIT)
-        self.error, self._taken, self.received_ns = None, 0, 0
+        self.error, self.late, self._taken, self.received_ns = None, None, 0, 0
         self._done = done = self._loop.create_future()
-        self._expiry = self._loop.call_at(ends_at_s, self._expire, _LAST_LOOKS)
+        self._ends_at_s = ends_at_s
+        self._expiry = self._loop.call_at(min(silent_at_s, ends_at_s), self._expire, _LAST_LOOKS)
         self.sent_ns = local_ns()
         assert self._transport is not None
         self._transport.write(data)
@@ -159,6 +171,11 @@ class _Connection(asyncio.BufferedProtocol):
     def _expire(self, looks: int) -> None:
         if looks > 0:
             self._expiry = self._loop.call_soon(self._expire, looks - 1)
+        elif self._done is not None and self.late is None and self._loop.time() < self._ends_at_s:
+            if not self._done.done():
+                self._done.set_result(None)
+            self._done = self.late = self._loop.create_future()
+            self._expiry = self._loop.call_at(self._ends_at_s, self._expire, _LAST_LOOKS)
         else:
             self._end(TimeoutError())
 
@@ -186,6 +203,7 @@ class _Pool:
         self._waiting: deque[_Waiter] = deque()
         self._openings: dict[asyncio.Task[None], Opening] = {}
         self._route = route
+        self._addresses = Addresses()
         self._closed = False
         self._buffer = memoryview(bytearray(_READ_SIZE))
 
@@ -220,6 +238,16 @@ class _Pool:
             raise
         finally:
             expiry.cancel()
+
+    def distrust(self, silent: _Connection) -> None:
+        """Close what has been idle at least as long as a connection had that does not answer now.
+
+        If something on the way forgot that one for its silence, it forgot them as well.
+        """
+        if silent.sent_ns - silent.idle_since_ns < _FORGOTTEN_AFTER_NS:
+            return
+        while self._idle and self._idle[0].idle_since_ns <= silent.idle_since_ns:
+            self._idle.popleft().abort()
 
     def give_back(self, connection: _Connection) -> None:
         """Part with a connection, which serves the next call if nothing of this one can still come."""
@@ -275,7 +303,7 @@ class _Pool:
     def _open_more(self) -> None:
         loop = asyncio.get_running_loop()
         while len(self._openings) < min(OPENERS, len(self._waiting)):
-            opening = Opening(self._route, loop)
+            opening = Opening(self._route, self._addresses, loop)
             task = loop.create_task(self._open(opening, self._waiting[-1].ends_at_s))
             self._openings[task] = opening
             task.add_done_callback(self._opened)
@@ -313,6 +341,7 @@ class AsyncioTransport:
         self.requests_sent = 0
         self._route = route
         self._pool = _Pool(route, pool_size, idle_bound_s)
+        self._silent: set[_Connection] = set()
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """See :meth:`worker.transport.Transport.send`."""
@@ -332,42 +361,63 @@ class AsyncioTransport:
                 self._pool.give_back_unused(connection)
                 return Failed(False, "not sent: TimeoutError")
         asked = self._ask(connection, make, ends_at_s)
-        if not isinstance(asked, asyncio.Future):
+        if not isinstance(asked, tuple):
             return asked
+        done, late = asked
         try:
-            await asked
+            await done
         except BaseException:
             connection.abort()
             raise
-        return self._answer(connection)
+        return self._answer(connection) if connection.late is None else self._left_open(connection, late)
 
     def close(self) -> None:
-        """See :meth:`worker.transport.Transport.close`."""
+        """See :meth:`worker.transport.Transport.close`; what is waited for no more is closed, too."""
         self._pool.close()
+        for connection in self._silent:
+            connection.abort()
+
+    def _left_open(self, connection: _Connection, late: Callable[[Raw | Failed], None] | None) -> Failed:
+        """What a call is told that waits no more, while its connection does."""
+
+        def ended(_: object) -> None:
+            self._silent.discard(connection)
+            answer = self._answer(connection)
+            if late is not None:
+                late(answer)
+
+        assert connection.late is not None
+        self._silent.add(connection)
+        connection.late.add_done_callback(ended)
+        self._pool.distrust(connection)
+        return Failed(True, SILENCE, is_open=late is not None)
 
     def _ask(
         self, connection: _Connection, make: Callable[[], Request | None], ends_at_s: float
-    ) -> asyncio.Future[None] | Failed | None:
+    ) -> tuple[asyncio.Future[None], Callable[[Raw | Failed], None] | None] | Failed | None:
         # In a frame of its own, so that no signature is among the variables that a later error's traceback shows.
         try:
             request = make()
-            data = None if request is None else self._route.encode(request)
+            data = b"" if request is None else self._route.encode(request)
         except Exception as error:  # noqa: BLE001 - its text may hold what it was to sign
             self._pool.give_back_unused(connection)
             return Failed(False, named("not sent", error))
         except BaseException:
             self._pool.give_back_unused(connection)
             raise
-        if data is None:
+        if request is None:
             self._pool.give_back_unused(connection)
             return None
         self.requests_sent += 1
-        return connection.ask(data, ends_at_s)
+        silent_at_s = ends_at_s
+        if request.patience_s is not None:
+            silent_at_s = asyncio.get_running_loop().time() + request.patience_s
+        return connection.ask(data, silent_at_s, ends_at_s), request.late
 
     def _answer(self, connection: _Connection) -> Raw | Failed:
         reader, error = connection.reader, connection.error
         self._pool.give_back(connection)
         if not reader.status:
-            return Failed(True, named("no answer", error or ConnectionAbortedError()))
+            return Failed(True, named(NO_ANSWER, error or ConnectionAbortedError()))
         body, whole = decoded(reader.headers, reader.body, reader.whole)
         return Raw(reader.status, reader.headers, body, whole, connection.sent_ns, connection.received_ns)

@@ -21,6 +21,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
+from worker.classify import NO_ANSWER
 from worker.clock import local_ns
 from worker.transport import BODY_LIMIT, FIELDS, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
 
@@ -99,7 +100,8 @@ class RequestsTransport:
         self._session = _session(route, self._adapter)
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
-        """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened."""
+        """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened. Any answer is
+        waited for until the attempt's end: nothing else can be done meanwhile."""
         if self._is_closed:
             return Failed(False, "could not connect: ConnectionAbortedError")
         outer = sys.exception()
@@ -200,4 +202,4 @@ def _failed(error: Exception, outer: BaseException | None) -> Failed:
         if type(layer) is OSError and layer.errno is None:
             refused = _TUNNEL_STATUS.search(str(layer))
             return Failed(False, f"no tunnel through the proxy: {refused[1] if refused else type(root).__name__}")
-    return Failed(True, named("no answer", root))
+    return Failed(True, named(NO_ANSWER, root))

@@ -92,5 +92,6 @@ def open_canceller(
         credential_for=settings.credential_for,
         holder=holder,
         sends_late=sends_late,
+        flight=1 if sends_late else settings.concurrency,
     )
     return canceller, gate

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.bench import behaviour, endurance, measures, plot
+from tests.bench import behaviour, endurance, measures, plot, silences
 from tests.bench.common import Bench, Sizes
 from tests.bench.environment import describe
 from tests.bench.figures import Results
@@ -39,6 +39,8 @@ MEASURES = {
     "memory": "memory of worker and Redis over many cancels",
     "share": "two workers on one burst",
     "slow": "one slow order and the others",
+    "silence": "outcomes while 5 % of all answers never come",
+    "calm": "a burst after a calm, behind a firewall that forgets flows that are still",
 }
 
 QUICK = Sizes(
@@ -60,6 +62,10 @@ QUICK = Sizes(
     retries={"project": 100},
     share=600,
     slow={"project": 40},
+    silences=150,
+    forgets_after_s=2.0,
+    calm_s=5.0,
+    warm_behind_s="1.5",
     limit_s=20.0,
 )
 FULL = Sizes(
@@ -81,6 +87,10 @@ FULL = Sizes(
     retries={"project": 400, "rq-simple": 10},
     share=2000,
     slow={"project": 60, "rq-simple": 5},
+    silences=300,
+    forgets_after_s=20.0,
+    calm_s=50.0,
+    warm_behind_s="",
     limit_s=60.0,
 )
 
@@ -140,6 +150,10 @@ def measure(options: Options, bench: Bench, rig: Rig, results: Results) -> None:
             measures.far(bench, rig, results)
         if "cost" in wanted and has_project:
             results.cost += [endurance.cost(bench, rig, full) for full in (False, True)]
+    if "silence" in wanted and has_project:
+        results.silence.append(silences.silences(bench, rig))
+    if "calm" in wanted and has_project:
+        results.calm.append(silences.after_calm(bench, rig))
     if "calls" in wanted and has_project:
         results.calls.append(measures.calls(bench, rig))
     with _long_pause(bench, results, wanted):

@@ -41,6 +41,10 @@ class Sizes:
     retries: Mapping[str, int]
     share: int
     slow: Mapping[str, int]
+    silences: int
+    forgets_after_s: float  # as a firewall does
+    calm_s: float
+    warm_behind_s: str  # as warm_s
     limit_s: float  # how long what does not come is waited for
 
 

@@ -148,6 +148,30 @@ class Slow:
     unrecorded: int
 
 
+@dataclass(frozen=True)
+class Silences:
+    """Cancels one at a time while a part of all answers never comes."""
+
+    part: float
+    silent: int  # so many did not
+    outcomes_ms: list[float]  # from the request to its outcome
+    lost: int
+    unrecorded: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class AfterCalm:
+    """A burst before and after a calm, behind a firewall that forgets flows that are still."""
+
+    forgets_after_s: float
+    calm_s: float
+    before_ms: list[float]  # from request to outcome
+    after_ms: list[float]
+    lost: int
+    unrecorded: int
+
+
 @dataclass
 class Results:
     """All of one run."""
@@ -163,6 +187,8 @@ class Results:
     memory: list[Memory] = field(default_factory=list)
     share: list[Share] = field(default_factory=list)
     slow: list[Slow] = field(default_factory=list)
+    silence: list[Silences] = field(default_factory=list)
+    calm: list[AfterCalm] = field(default_factory=list)
 
     def losses(self) -> list[str]:
         """One line for each measurement that has lost something: a cancel without its DELETE or without its record."""

@@ -1,7 +1,8 @@
-"""The project's worker for an exchange with a certificate of the benchmark's own.
+"""The project's worker for an exchange with a certificate of the benchmark's own, or with shorter waits.
 
-BENCH_CA_FILE names the authority. BENCH_WARM_S, if set, is the interval in s at which connections are kept warm: an
-exchange that closes idle connections sooner than a real one can then be waited for.
+BENCH_CA_FILE, if set, names the authority. BENCH_WARM_S, if set, is the interval in s at which connections are kept
+warm, and unused ones are trusted a little longer: an exchange that closes idle connections sooner than a real one, or a
+firewall that forgets them sooner, can then be waited for.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ import os
 from functools import partial
 
 import worker.runner
+import worker.transport_asyncio
 import worker.wiring
 from worker.__main__ import start
-from worker.transport import Route
+from worker.transport import IDLE_BOUND_S, Route
+from worker.transport_asyncio import AsyncioTransport
 
 
 def main() -> None:
-    """Start the worker with both in place."""
-    vars(worker.wiring)["Route"] = partial(Route, ca_file=os.environ["BENCH_CA_FILE"])
+    """Start the worker with all that in place."""
+    if ca_file := os.environ.get("BENCH_CA_FILE"):
+        vars(worker.wiring)["Route"] = partial(Route, ca_file=ca_file)
     if warm_s := os.environ.get("BENCH_WARM_S"):
         if "_WARM_S" not in vars(worker.runner):
             raise RuntimeError("worker.runner has no _WARM_S any more: the scaled measurement would measure nothing")
+        trusted_s = float(warm_s) * IDLE_BOUND_S / worker.runner._WARM_S
         vars(worker.runner)["_WARM_S"] = float(warm_s)
+        vars(worker.transport_asyncio)["AsyncioTransport"] = partial(AsyncioTransport, idle_bound_s=trusted_s)
     start()
 
 

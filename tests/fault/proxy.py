@@ -1,4 +1,4 @@
-"""A TCP proxy that misbehaves as it is told: resets, lost replies, latency, black holes, refused connections.
+"""A TCP proxy that misbehaves as it is told: resets, lost replies, silences, latency, black holes, refused connections.
 
 The words are toxiproxy's. It stands in front of Valkey or of the exchange, on loopback, in a thread of the test's own
 process; every method may be called from any other thread. What it does by chance depends on its seed, on the number of
@@ -8,9 +8,11 @@ the connection and on the number of the turn in it, and on nothing else.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -32,6 +34,8 @@ class Toxic(StrEnum):
 
     RESET = "reset"  # the request is not passed on, the connection breaks
     LOSE = "lose"  # the request is passed on and carried out, the answer breaks off
+    MUTE = "mute"  # the request is passed on and carried out, no answer comes, the connection stays
+    DEAF = "deaf"  # the request is not passed on, no answer comes, the connection stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +45,17 @@ class Weather:
     seed: int = 0
     reset: float = 0.0
     lose: float = 0.0
+    mute: float = 0.0
+    deaf: float = 0.0
 
     def meets(self, connection: int, turn: int) -> tuple[Toxic | None, int]:
         """The toxic of a turn, and how many bytes of a lost answer pass before it breaks off."""
         digest = blake2b(f"{self.seed}:{connection}:{turn}".encode(), digest_size=16).digest()
         chance = int.from_bytes(digest[:8], "big") / _RANGE
-        if chance < self.reset:
-            return Toxic.RESET, 0
-        if chance < self.reset + self.lose:
-            return Toxic.LOSE, digest[8] % 48
+        for toxic, rate in zip(Toxic, (self.reset, self.lose, self.mute, self.deaf), strict=True):
+            if chance < rate:
+                return toxic, digest[8] % 48 if toxic is Toxic.LOSE else 0
+            chance -= rate
         return None, 0
 
 
@@ -78,6 +84,8 @@ class Count:
     connections: int = 0
     resets: int = 0
     replies_lost: int = 0
+    silences: int = 0
+    flows_forgotten: int = 0
 
 
 class Proxy:
@@ -92,6 +100,7 @@ class Proxy:
         self.latency_s = 0.0
         self.late_request = b""
         self.is_hole = False
+        self.forgets_after_s = math.inf
         self.links: set[_Link] = set()
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
@@ -154,15 +163,29 @@ class Proxy:
         self._do(lambda: self.traps.append(trap))
         return trap
 
-    def let_it_rain(self, *, reset: float = 0.0, lose: float = 0.0) -> None:
-        """From now on turns meet these toxics with these probabilities; without arguments, none."""
-        self._do(lambda: setattr(self, "weather", Weather(self.seed, reset, lose)))
+    def let_it_rain(self, **toxics: float) -> None:
+        """From now on turns meet these toxics (names of :class:`Toxic`) with these probabilities; no argument, none."""
+        self._do(lambda: setattr(self, "weather", Weather(self.seed, **toxics)))
+
+    def forget(self, after_s: float) -> None:
+        """As a firewall: a flow that was still for so long is forgotten, and nobody is told: it swallows what comes."""
+        self._do(lambda: setattr(self, "forgets_after_s", after_s))
+
+    def forget_flows(self) -> None:
+        """Forget all flows that there are now."""
+
+        def forget() -> None:
+            for link in self.links:
+                link.is_forgotten = True
+
+        self._do(forget)
 
     def heal(self) -> None:
         """Take every toxic out."""
 
         def heal() -> None:
             self.weather, self.latency_s, self.late_request = Weather(self.seed), 0.0, b""
+            self.forgets_after_s = math.inf
             self.traps.clear()
             self._set_hole(False)
 
@@ -246,6 +269,8 @@ class _Link:
     early: bytearray = field(default_factory=bytearray)  # came before the server was connected
     toxic: Toxic | None = None
     keep: int = 0
+    is_forgotten: bool = False
+    moved_s: float = field(default_factory=time.monotonic)
 
     def accept(self, client: asyncio.Transport) -> None:
         """A client has come."""
@@ -280,13 +305,19 @@ class _Link:
 
     def request(self, data: bytes) -> None:
         """Bytes from the client."""
+        if self._is_swallowed():
+            return
         if self.answered or not self.asked:
             self.turn += 1
             self.asked.clear()
             self.answered.clear()
             self.toxic, self.keep = self.proxy.weather.meets(self.number, self.turn)
+            self.proxy.count.silences += self.toxic in (Toxic.MUTE, Toxic.DEAF)
         if self.toxic is Toxic.RESET:
             self.reset()
+            return
+        if self.toxic is Toxic.DEAF:
+            self.asked += data
             return
         if len(self.asked) < _KEPT_BYTES:
             self.asked += data
@@ -297,6 +328,8 @@ class _Link:
 
     def answer(self, data: bytes) -> None:
         """Bytes from the server."""
+        if self._is_swallowed() or self.toxic is Toxic.MUTE:
+            return
         passed = len(self.answered)
         self.answered += data[: max(_KEPT_BYTES - passed, 1)]
         if self.is_lost:
@@ -308,6 +341,14 @@ class _Link:
             asyncio.get_running_loop().call_later(_LOSE_FOR_S, self.reset)
             return
         self._pass(data)
+
+    def _is_swallowed(self) -> bool:
+        now_s = time.monotonic()
+        if not self.is_forgotten and now_s - self.moved_s > self.proxy.forgets_after_s:
+            self.is_forgotten = True
+            self.proxy.count.flows_forgotten += 1
+        self.moved_s = now_s
+        return self.is_forgotten
 
     def _is_to_be_lost(self) -> bool:
         for trap in self.proxy.traps:

@@ -341,6 +341,21 @@ def test_a_field_that_is_too_large_is_not_read(
     assert peek("HEXISTS", peek.keys.job_prefix + large.id, "c_attempts") == 0
 
 
+def test_large_histories_are_given_a_few_at_a_time(
+    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+) -> None:
+    """No answer grows without bound, however many jobs have a history that is just within its own; none is lost."""
+    tickets = [ticket.id for ticket in orders(client, 40)]
+    for job_id in tickets:
+        connection.hset(peek.keys.job_prefix + job_id, "c_attempts", b"[" * 500_000)
+    holder, given = open_holder(), list[list[str]]()
+    while len(given) < 10 and sum(map(len, given)) < len(tickets):
+        given.append(ids(holder.claim(64)))
+
+    assert [job_id for part in given for job_id in part] == tickets
+    assert max(map(len, given)) < 12
+
+
 def test_a_lost_job_with_an_endless_history_comes_back(
     client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
 ) -> None:

@@ -383,6 +383,24 @@ def test_a_ledger_that_takes_no_entry_any_more(client: CancelClient, open_holder
     assert peek("XLEN", f"{peek.keys.outcomes}:set-aside") == 1
 
 
+def test_a_user_without_the_ledger_ends_nothing_by_half(
+    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+) -> None:
+    """Who may not write the ledger is told that the row failed; with the right again it is written once, and whole."""
+    orders(client, 1)
+    connection.acl_setuser("half", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all", "-xadd"])
+    holder = open_holder(connection={"username": "half", "password": "x"})
+    (lease,) = holder.claim()
+
+    assert holder.complete(ended(lease)) == [-1]
+    assert (client.outcome(lease.id), peek.ledger(), peek.job(lease.id).get("c_done")) == (None, [], None)
+
+    connection.acl_setuser("half", commands=["+xadd"])
+    assert holder.complete(ended(lease), ended(lease)) == [1, 1]
+    assert [outcome.id for outcome in peek.ledger()] == [lease.id]
+    connection.acl_deluser("half")
+
+
 # ---- a server that is full ------------------------------------------------------------------------------------------
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from producer.message import Call
 from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, http_answer, relaying, until
 from tests.servers import ROOT
-from tests.ways import REF, Bench, bounded, failed, passed, replied, several
+from tests.ways import REF, Bench, Client, bounded, failed, passed, replied, several
 from worker.classify import Reply
 from worker.signing import Credential
 
@@ -77,6 +79,43 @@ def test_silent_addresses_do_not_use_up_the_time(
             assert asyncio.all_tasks() == {asyncio.current_task()}  # the others' attempts are over
 
         client.run(call())
+
+
+def test_addresses_that_failed_are_tried_last(
+    loop_bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more addresses are silent than one attempt has time for, the next one goes on behind them."""
+    server = loop_bench.server(answering(http_answer()))
+    with contextlib.ExitStack() as silent:
+        addresses = [tcp(*silent.enter_context(swallowing(f"127.0.0.{n}"))) for n in range(2, 8)]
+        named(monkeypatch, lambda: [*addresses, tcp("127.0.0.1", server.port)])
+        client = loop_bench.client("http://exchange.test:1", patience_s=2)
+        failed(client.cancel(credential), seen=False, reason="could not connect: TimeoutError")
+        until(lambda: isinstance(client.cancel(credential), Reply), 30)
+
+
+@pytest.mark.parametrize("addresses", [1, 2])
+def test_opening_that_is_given_up_leaves_no_socket(
+    loop_bench: Bench, monkeypatch: pytest.MonkeyPatch, addresses: int
+) -> None:
+    """Whenever a client is closed while it connects, what it had connected is closed with it."""
+    server = loop_bench.server(answering(http_answer()))
+    named(monkeypatch, lambda: [tcp("127.0.0.1", server.port), tcp("127.0.0.2", server.port)][:addresses])
+
+    async def given_up(client: Client, turns: int) -> None:
+        call = asyncio.create_task(client.exchange.ask_time())
+        for _ in range(turns):
+            await asyncio.sleep(0.0002)
+        client.exchange.close()
+        await call
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for turns in range(60):
+            client = loop_bench.client("http://exchange.test:1")
+            client.run(given_up(client, turns % 15))
+        gc.collect()
+    assert [str(each.message) for each in said if issubclass(each.category, ResourceWarning)] == []
 
 
 def test_families_take_turns(loop_bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:

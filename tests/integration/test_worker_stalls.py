@@ -62,7 +62,12 @@ def test_a_worker_that_nobody_reads_goes_on(
     exchange.set_latency_ms(0)
     workers.start(LEASE_S="1")  # it would take over whatever is not renewed
 
-    assert {tuple(steps(outcome)) for outcome in outcomes(client, slow)} == {("confirmed",)}
+    found = outcomes(client, slow)
+    assert {(outcome.kind, steps(outcome)[-1]) for outcome in found} <= {
+        (OutcomeKind.CANCELLED, "confirmed"),  # or the look-up was faster
+        (OutcomeKind.CANCELLED, "canceled"),
+    }
+    assert len({outcome.worker for outcome in found}) == 1
     assert mute.stop() == 0
     assert mute.output() == ""  # its errors
 

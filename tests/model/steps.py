@@ -201,6 +201,7 @@ def _kind(row: Row) -> str:
 
 
 def _written(world: World, job_id: str) -> list[Any]:
+    """What stands of it; without the end of a lease, which a stock worker's thread prolongs at any time."""
     keys, plain = world.keys, world.plain
     with plain.pipeline() as pipeline:
         pipeline.hgetall(keys.job_prefix + job_id)
@@ -208,8 +209,8 @@ def _written(world: World, job_id: str) -> list[Any]:
             pipeline.zscore(registry, job_id)
         pipeline.get(keys.outcome_prefix + job_id)
         pipeline.lrange(keys.waiting, 0, -1)
-        *written, waiting = pipeline.execute()
-    return [*written, waiting.count(job_id)]
+        job, indexed, *written, waiting = pipeline.execute()
+    return [job, None if indexed is None else max(indexed, Band.WAITING), *written, waiting.count(job_id)]
 
 
 def renew(world: World) -> None:

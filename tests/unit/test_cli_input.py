@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import ssl
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,10 @@ from producer.console import (
     SHOWN_BAD_LINES,
     BadFile,
     BadSetting,
-    address,
     algo_id_of,
     connect,
     read_requests,
     request_of,
-    why_unreachable,
 )
 from producer.message import MAX_PAYLOAD_BYTES, CancelRequest, InvalidRequest, MessageError
 
@@ -246,31 +243,6 @@ def test_a_bad_queue_name_is_refused(queue: str) -> None:
     """A name that would break out of the keys' pattern is told by the contract's own error."""
     with pytest.raises(InvalidRequest, match="queue="):
         connect("redis://localhost", queue, "", "")
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        (f"rediss://user:{PASSWORD}@example.com:6380/1?ssl_cert_reqs=none", "rediss://example.com:6380/1"),
-        (f"redis://:{PASSWORD}@localhost", "redis://localhost"),
-        (f"unix://user:{PASSWORD}@/run/redis.sock", "unix:///run/redis.sock"),
-    ],
-)
-def test_an_address_is_shown_without_its_secrets(url: str, shown: str) -> None:
-    """What is printed about a server leads to it and holds neither user nor password nor options."""
-    assert address(url) == shown
-
-
-def test_the_cause_of_a_failed_connection_is_told() -> None:
-    """A certificate that nobody vouches for points to the two settings; other causes speak the system's words."""
-    bad = ssl.SSLCertVerificationError(1, "certificate verify failed")
-    bad.verify_message = "self-signed certificate"
-    wrapped = RuntimeError("outer")
-    wrapped.__cause__ = bad
-
-    assert "self-signed certificate; see REDIS_TLS_CA and REDIS_TLS_VERIFY" in why_unreachable(wrapped)
-    assert why_unreachable(ConnectionRefusedError(111, "Connection refused")) == ": Connection refused"
-    assert why_unreachable(RuntimeError("whatever")) == ""
 
 
 # --- usage --------------------------------------------------------------------------------------------------------

@@ -328,6 +328,20 @@ def test_doubted_samples_prove_nothing() -> None:
     assert world.server.offset_ms == 510
 
 
+def test_an_answer_on_its_way_at_a_doubt_does_not_end_it() -> None:
+    """It may tell the time from before the step that the doubt is about; the next one that is asked counts."""
+    world = World()
+    world.measure(0, 0)
+    asked_ns, told_ms = world.local_ns, world.exchange.now_ms
+    world.pass_ms(50)
+    world.exchange.ahead_ns += 5_000 * MS
+    world.server.doubt()
+    world.server.add_sample(asked_ns, world.local_ns, told_ms)
+    assert not world.server.measured
+    world.measure(10, 10)
+    assert world.server.offset_ms == 5_000
+
+
 def test_age_is_the_newest_samples() -> None:
     """The age tells when somebody last asked, not when the best answer came."""
     world = World()

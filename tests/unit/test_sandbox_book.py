@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.sandbox.book import FIRST_ALGO_ID, MAX_ARRIVALS, AlgoStatus, DuplicateClientId, Order, OrderBook, OrderTerms
+from worker.sandbox.book import AlgoStatus, DuplicateClientId, Order, OrderBook, OrderTerms
 
 NOW_MS = 1_750_485_492_076
 
@@ -29,16 +28,6 @@ def found(book: OrderBook, order: Order, now_ms: int) -> Order:
     again = book.find(order.account, now_ms, algo_id=order.algo_id)
     assert again is order
     return again
-
-
-def test_a_new_order_rests_under_a_sixteen_digit_id() -> None:
-    """Ids look like production's: 16 digits, above 2^50, growing."""
-    book = OrderBook()
-    first, second = opened(book), opened(book)
-    assert first.status is AlgoStatus.NEW
-    assert first.algo_id == FIRST_ALGO_ID
-    assert len(str(first.algo_id)) == 16
-    assert 2**50 < first.algo_id < second.algo_id < 2**53
 
 
 def test_a_query_answer_has_the_documented_fields() -> None:
@@ -67,23 +56,6 @@ def test_a_query_answer_has_the_documented_fields() -> None:
     assert {name: shown[name] for name in wanted} == wanted
 
 
-def test_a_cancel_takes_effect_once() -> None:
-    """The second cancel of an order does nothing and is not counted as effective."""
-    book = OrderBook()
-    order = opened(book)
-    assert book.cancel(order, NOW_MS)
-    assert not book.cancel(order, NOW_MS + 1)
-    assert (order.status, order.deletes_effective, order.update_time_ms) == (AlgoStatus.CANCELED, 1, NOW_MS)
-
-
-def test_a_cancel_by_somebody_else_is_not_an_effective_request() -> None:
-    """An order that its owner cancelled by hand shows CANCELED without an effective DELETE."""
-    book = OrderBook()
-    order = opened(book)
-    assert book.cancel(order, NOW_MS, by_request=False)
-    assert (order.status, order.deletes_effective) == (AlgoStatus.CANCELED, 0)
-
-
 def test_a_trigger_runs_its_course_as_time_passes() -> None:
     """TRIGGERING has no child order, TRIGGERED names one, FINISHED keeps it, each from its own time on."""
     book = OrderBook()
@@ -103,16 +75,6 @@ def test_a_trigger_runs_its_course_as_time_passes() -> None:
     assert order.trigger_time_ms == NOW_MS
 
 
-def test_a_trigger_can_be_seen_for_the_first_time_when_it_is_over() -> None:
-    """Nobody needs to look in between: the states are reached in order whenever the order is next looked at."""
-    book = OrderBook()
-    order = opened(book)
-    book.trigger(order, NOW_MS, triggered_after_ms=10, finished_after_ms=100)
-    late = found(book, order, NOW_MS + 60_000)
-    assert (late.status, late.update_time_ms) == (AlgoStatus.FINISHED, NOW_MS + 110)
-    assert late.actual_order_id
-
-
 def test_a_trigger_can_stay_triggered_get_stuck_or_be_rejected() -> None:
     """Without a finish the child order stays, without an end it hangs, and the engine may refuse it."""
     book = OrderBook()
@@ -125,46 +87,6 @@ def test_a_trigger_can_stay_triggered_get_stuck_or_be_rejected() -> None:
     assert found(book, stuck, later).status is AlgoStatus.TRIGGERING
     assert found(book, refused, later).status is AlgoStatus.REJECTED
     assert not refused.actual_order_id
-
-
-def test_child_orders_have_ids_of_their_own() -> None:
-    """Two triggered orders become two different normal orders."""
-    book = OrderBook()
-    orders = [opened(book), opened(book)]
-    for order in orders:
-        book.trigger(order, NOW_MS)
-    assert len({order.actual_order_id for order in orders}) == 2
-
-
-@pytest.mark.parametrize(
-    "leave",
-    [
-        lambda book, order: book.cancel(order, NOW_MS),
-        lambda book, order: book.expire(order, NOW_MS),
-        lambda book, order: book.reject(order, NOW_MS),
-        lambda book, order: book.trigger(order, NOW_MS, triggered_after_ms=50),
-    ],
-    ids=["cancelled", "expired", "rejected", "triggering"],
-)
-def test_an_order_leaves_new_once(leave: Callable[[OrderBook, Order], bool]) -> None:
-    """Whatever ended NEW, no cancel, expiry or trigger changes the order afterwards."""
-    book = OrderBook()
-    order = opened(book)
-    assert leave(book, order)
-    status = order.status
-    assert not book.cancel(order, NOW_MS)
-    assert not book.expire(order, NOW_MS)
-    assert not book.trigger(order, NOW_MS)
-    assert order.status is status
-
-
-def test_the_engine_can_reject_a_triggering_order() -> None:
-    """REJECTED can follow TRIGGERING, and then nothing follows."""
-    book = OrderBook()
-    order = opened(book)
-    book.trigger(order, NOW_MS, triggered_after_ms=10)
-    assert book.reject(order, NOW_MS + 5)
-    assert found(book, order, NOW_MS + 20).status is AlgoStatus.REJECTED
 
 
 def test_a_client_id_is_unique_among_open_orders_only() -> None:
@@ -180,44 +102,6 @@ def test_a_client_id_is_unique_among_open_orders_only() -> None:
     assert second.algo_id != first.algo_id
 
 
-def test_a_client_id_finds_the_newest_order_that_bears_it() -> None:
-    """After reuse the client id means the newer order, and the older one is found by its algo id alone."""
-    book = OrderBook()
-    first = opened(book, "stop-1")
-    book.cancel(first, NOW_MS)
-    second = opened(book, "stop-1", now_ms=NOW_MS + 1)
-    assert book.find("default", NOW_MS + 2, client_algo_id="stop-1") is second
-    assert book.find("default", NOW_MS + 2, algo_id=first.algo_id) is first
-
-
-def test_an_algo_id_wins_over_a_client_id() -> None:
-    """Where the two ids name different orders, the algo id decides."""
-    book = OrderBook()
-    first, second = opened(book, "a"), opened(book, "b")
-    assert book.find("default", NOW_MS, algo_id=first.algo_id, client_algo_id=second.client_algo_id) is first
-
-
-def test_accounts_do_not_see_each_other() -> None:
-    """Neither id finds another account's order, and both accounts may use one client id."""
-    book = OrderBook()
-    mine, yours = opened(book, "stop-1", "mine"), opened(book, "stop-1", "yours")
-    assert book.find("mine", NOW_MS, algo_id=yours.algo_id) is None
-    assert book.find("mine", NOW_MS, client_algo_id="stop-1") is mine
-    assert book.open_orders("yours", NOW_MS) == [yours]
-
-
-def test_open_orders_are_new_not_forgotten_and_of_the_symbol() -> None:
-    """The open list leaves out what has left NEW, what is forgotten for now, and other symbols."""
-    book = OrderBook()
-    kept, cancelled, forgotten = opened(book), opened(book), opened(book)
-    other = book.add("default", OrderTerms("ETHUSDT"), NOW_MS)
-    book.cancel(cancelled, NOW_MS)
-    book.forget(forgotten, NOW_MS + 100)
-    assert book.open_orders("default", NOW_MS) == [kept, other]
-    assert book.open_orders("default", NOW_MS, "BTCUSDT") == [kept]
-    assert book.open_orders("default", NOW_MS + 100, "BTCUSDT") == [kept, forgotten]
-
-
 def test_exchange_times_follow_the_skewed_clock() -> None:
     """Times that an order shows are exchange time, while its course follows local time."""
     book = OrderBook(clock_skew_ms=-5_000)
@@ -227,15 +111,6 @@ def test_exchange_times_follow_the_skewed_clock() -> None:
     assert found(book, order, NOW_MS + 9).status is AlgoStatus.TRIGGERING
     assert found(book, order, NOW_MS + 10).status is AlgoStatus.TRIGGERED
     assert (order.create_time_ms, order.update_time_ms) == (NOW_MS - 5_000, NOW_MS + 5_010)
-
-
-def test_arrivals_are_counted_in_full_and_kept_in_part() -> None:
-    """Every DELETE counts; only the first arrival times are kept, so that a hammered order costs no memory."""
-    order = opened(OrderBook())
-    for arrival_ns in range(MAX_ARRIVALS + 10):
-        order.note_delete(arrival_ns)
-    assert order.deletes == MAX_ARRIVALS + 10
-    assert order.delete_arrivals_ns == list(range(MAX_ARRIVALS))
 
 
 MOVES = st.sampled_from(

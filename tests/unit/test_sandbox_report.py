@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from producer.message import Attempt, Call, Outcome, OutcomeKind
 from worker.sandbox.control import BookEntry, ExchangeStats, Incident
 from worker.sandbox.orders import By, Twice, plan
-from worker.sandbox.report import Asked, Report, Rule, differences, percentile
-from worker.sandbox.show import Table, plain, show
+from worker.sandbox.report import Asked, Report, Rule, differences
+from worker.sandbox.show import show
 from worker.sandbox.valkey import CannotStart, server_binary
-from worker.settings import SETTINGS, sandbox_server
 
 ALGO_ID = 2_000_000_000_000_001
 CHILD = "88937381001"
@@ -165,11 +160,6 @@ def test_a_false_outcome_is_a_difference(kind: OutcomeKind, status: str) -> None
     assert Rule.BOOK_STATUS in rules([outcome(kind)], [booked(kind, status)])
 
 
-def test_every_kind_is_judged() -> None:
-    """No kind of outcome escapes the comparison."""
-    assert {kind for kind, _ in TRUE + FALSE} == set(OutcomeKind)
-
-
 def test_another_child_order_is_a_difference() -> None:
     """A triggered order's child must be the one in the book: that is what the strategy has to act on."""
     for told in (None, "1"):
@@ -239,25 +229,6 @@ def test_an_order_that_is_not_in_the_book() -> None:
     assert rules([outcome(OutcomeKind.CANCELLED)], []) == [Rule.BOOK_STATUS]
 
 
-@given(
-    kinds=st.lists(st.sampled_from(TRUE + FALSE), min_size=1, max_size=8),
-    doubled=st.booleans(),
-    missing=st.booleans(),
-    seed=st.integers(),
-)
-def test_order_does_not_matter(kinds: list[tuple[OutcomeKind, str]], doubled: bool, missing: bool, seed: int) -> None:
-    """The report says the same in whatever order outcomes, requests and book come."""
-    outcomes = [outcome(kind, number) for number, (kind, _) in enumerate(kinds)]
-    book = [entry(status, number) for number, (_, status) in enumerate(kinds)]
-    outcomes = outcomes[missing:] + outcomes[: int(doubled)]
-    requests = asked(len(kinds))
-    first = report(asked=requests, outcomes=outcomes, book=book).as_dict()
-    shuffle: Callable[[list[Any]], None] = random.Random(seed).shuffle
-    for items in (requests, outcomes, book):
-        shuffle(items)
-    assert report(asked=requests, outcomes=outcomes, book=book).as_dict() == first
-
-
 # ---- what fails a run -----------------------------------------------------------------------------------------------
 
 
@@ -304,36 +275,7 @@ def test_bad_signatures_and_bad_ends_fail_a_run() -> None:
     assert report(exit_codes=[0, -9]).problems == ("worker 2 ended with exit code -9",)
 
 
-def test_only_the_first_offending_orders_are_shown() -> None:
-    """A run in which everything is wrong still ends in a report that can be read."""
-    outcomes = [outcome(number=number) for number in range(30)]
-    failed = report(asked=asked(30), outcomes=outcomes, book=[])
-    assert len(failed.offending) == 10
-    assert len(failed.differences) == 30
-
-
-@given(st.lists(st.integers(0, 10_000), min_size=1), st.integers(1, 100))
-def test_percentile_is_a_value_that_enough_do_not_exceed(values: list[int], percent: int) -> None:
-    """A percentile is one of the values, and the smallest with its share at or below it."""
-    found = percentile(values, percent)
-    assert found in values
-    assert sum(value <= found for value in values) * 100 >= percent * len(values)
-    assert sum(value < found for value in values) * 100 < percent * len(values)
-
-
-def test_percentile_of_nothing() -> None:
-    """Without values there is no percentile."""
-    assert percentile([], 50) is None
-
-
 # ---- what people see ------------------------------------------------------------------------------------------------
-
-
-def test_plain_table_is_aligned() -> None:
-    """Columns line up without a terminal."""
-    assert plain(Table("T", ("kind", "n"), [("cancelled", "10"), ("all", "2")])) == (
-        "T\n  kind       n\n  cancelled  10\n  all        2\n\n"
-    )
 
 
 @pytest.mark.parametrize("with_rich", [True, False])
@@ -359,13 +301,6 @@ def test_report_reads_the_same_without_rich(
 # ---- what is asked for ----------------------------------------------------------------------------------------------
 
 
-def test_a_seed_gives_the_same_orders() -> None:
-    """A run can be repeated: the seed alone decides what is opened and how it is asked for."""
-    assert plan(300, 7) == plan(300, 7)
-    assert plan(300, 7) != plan(300, 8)
-    assert plan(300, 7)[:100] == plan(100, 7)
-
-
 def test_a_plan_holds_every_way_to_ask() -> None:
     """Ids of both sorts, both accounts, several symbols, single calls and batches, urgent ones and duplicates."""
     wanted = plan(300, 1)
@@ -375,14 +310,6 @@ def test_a_plan_holds_every_way_to_ask() -> None:
     assert len({order.symbol for order in wanted}) == 4
     assert {order.alone for order in wanted} == {order.urgent for order in wanted} == {True, False}
     assert len({order.client_algo_id for order in wanted}) == 300
-
-
-def test_a_request_names_the_ids_of_its_plan() -> None:
-    """A request by client id alone does not give the algo id away, and the reverse."""
-    for order in plan(100, 2):
-        request = order.request(ALGO_ID)
-        assert (request.algo_id is None) == (order.by is By.CLIENT_ID)
-        assert (request.client_algo_id is None) == (order.by is By.ALGO_ID)
 
 
 def test_a_client_id_is_not_asked_for_again_later() -> None:
@@ -399,21 +326,3 @@ def test_without_a_server_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(CannotStart, match=r"pip install -e '\.\[sandbox\]' in the checkout") as caught:
         server_binary(None)
     assert "\n" not in str(caught.value)
-
-
-def test_a_server_that_is_named_must_exist(tmp_path: Path) -> None:
-    """VALKEY_SERVER is used when it says so, and refused by its name when it is wrong."""
-    with pytest.raises(CannotStart, match=r"VALKEY_SERVER is '.*/nothing': no such program"):
-        server_binary(str(tmp_path / "nothing"))
-    assert server_binary(sys.executable) == sys.executable
-
-
-def test_no_setting_of_a_person_reaches_the_sandbox() -> None:
-    """Keys and settings of the shell that runs the sandbox are not handed to its workers."""
-    mine = {setting.variable: "x" for setting in SETTINGS if "<" not in setting.variable}
-    mine |= {"BINANCE_DESK_API_KEY": "k", "BINANCE_DESK_API_SECRET": "s"}
-    assert sandbox_server(mine | {"PATH": "/bin"}) == (None, {"PATH": "/bin"})
-    chosen, rest = sandbox_server({"VALKEY_SERVER": "redis-server"})
-    assert chosen == "redis-server"
-    assert rest == {"VALKEY_SERVER": "redis-server"}
-    assert sandbox_server({"VALKEY_SERVER": ""})[0] is None

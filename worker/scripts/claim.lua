@@ -11,10 +11,11 @@ local STEP = 100 -- entries of one kind brought back in one call: the server mus
 local SWEEP = 500 -- waiting jobs looked at in one call during a pause
 local OVERLOOKED_MS = 5000 -- a job that waits so long while the queue is empty stands in no list
 local OLD_STEP_MS = 60000 -- the time-out that the version before gave its jobs
+local MAX_CLAIM_BYTES = 4194304 -- histories may be large, each within its bound: a claim ends behind so much
 local RQ_GRACE_S = 3600 -- RQ's clean-up may take a job for abandoned only this long after its deadline
 local slots, only = tonumber(ARGV[2]), ARGV[9]
 local out = {number = tonumber(ARGV[4]), lease_ends = text(now.ms + LEASE_MS), dropped = 0, rows = {}, leases = {},
-  started = {}, unscheduled = {}}
+  started = {}, unscheduled = {}, bytes = 0}
 
 function job.drop(what)
   if out.dropped < 20 then set_aside[#set_aside + 1] = string.sub(what, 1, MAX_ID_BYTES) end
@@ -185,7 +186,9 @@ function job.try(id, only_overdue)
   if not s then return why end
   local deadline_ms = job.deadline_of(s)
   if only_overdue and now.ms < deadline_ms and not job.is_recalled(s) then return 'closed ' .. text(deadline_ms) end
-  out.rows[#out.rows + 1] = job.lease(id, s, deadline_ms)
+  local row = job.lease(id, s, deadline_ms)
+  out.rows[#out.rows + 1], out.bytes = row, out.bytes + #row[3] + #row[7]
+  if out.bytes >= MAX_CLAIM_BYTES then slots = #out.rows end
   return ''
 end
 
@@ -246,7 +249,10 @@ function job.give_overlooked(share, waited_ms)
   local ids = on('ZRANGEBYSCORE', UNFINISHED, text(WAITING_BAND), text(WAITING_BAND + now.ms - waited_ms),
     'LIMIT', '0', share)
   if #ids > 0 then job.first_write() end
-  for _, id in ipairs(ids) do job.try_safely(id, false) end
+  for _, id in ipairs(ids) do
+    if #out.rows >= slots then return end
+    job.try_safely(id, false)
+  end
 end
 
 -- RQ's popping says `started` of a job that waits for its next try.

@@ -36,15 +36,16 @@ end
 function job.enter(record)
   local said = redis.pcall('XADD', OUTCOMES, 'MAXLEN', '~', LEDGER_MAXLEN, '*', 'outcome', record)
   if type(said) == 'table' and said.err then
-    put_aside(OUTCOMES)
+    if not string.find(said.err, 'NOPERM', 1, true) then put_aside(OUTCOMES) end
     redis.call('XADD', OUTCOMES, '*', 'outcome', record)
   end
 end
 
+-- The ledger first: it is what a user may have no right to, and then nothing of the row is written.
 -- A pointer to a job that has failed stays: should RQ put it back, the next request for its order finds it.
 function job.record(id, order, record, kind)
-  redis.call('SET', OUTCOME_PREFIX .. id, record, 'EX', OUTCOME_TTL_S)
   job.enter(record)
+  redis.call('SET', OUTCOME_PREFIX .. id, record, 'EX', OUTCOME_TTL_S)
   out.ended[#out.ended + 1] = id
   if not order or #order > 200 or (FAILED_KINDS[kind] and job.is_shared(order)) then return end
   if job.pointed_to(order) == id then out.over[#out.over + 1] = ORDER_PREFIX .. order end
@@ -77,10 +78,10 @@ function job.done(id, key, s, i)
   end
   local kind = ARGV[i + 5]
   local is_failed = FAILED_KINDS[kind]
+  job.record(id, s.order, ARGV[i + 4], kind)
   redis.call('HDEL', key, 'c_lease', 'c_open_at_ms', 'c_due_at_ms', 'c_attempts')
   redis.call('HSET', key, 'c_ended', s.lease .. ' 1', 'c_done', kind, 'status', is_failed and 'failed' or 'finished',
     'ended_at', out.stamp, 'last_heartbeat', out.stamp)
-  job.record(id, s.order, ARGV[i + 4], kind)
   job.as_rq_does(id, s.lease, now.seconds(job.whole(s.open_at) or now.ms), is_failed, ARGV[i + 6])
   return '1'
 end

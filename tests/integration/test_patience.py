@@ -1,0 +1,257 @@
+"""Answers that stay away: what is waited for them, what is done then, and what they settle when they come after all.
+
+An engine against an exchange of which the test says which answers come. An attempt may take 48 s here, so that what
+happens at all within a test's time has not waited for its end.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import pytest
+
+from producer import CancelClient, Outcome, OutcomeKind
+from producer.keys import JobField
+from producer.message import decode_attempts
+from tests.engines import HELD_S, Answerer, Asked, RunningEngine, Said, enqueued, well
+from tests.servers import Peek, Valkey, eventually
+
+GONE = Said(HTTPStatus.BAD_REQUEST, {"code": -2011, "msg": "Unknown order sent."})
+NOT_THERE = Said(HTTPStatus.BAD_REQUEST, {"code": -2013, "msg": "Order does not exist."})
+BAD_KEY = Said(HTTPStatus.UNAUTHORIZED, {"code": -2015, "msg": "Invalid API-key, IP, or permissions for action."})
+LONG = "60000"  # recvWindow, ms
+C, Q = "DELETE", "GET"
+
+
+def state(asked: Asked, status: str, created_ms: int = 1_750_485_492_076) -> Said:
+    """The answer to a query: the order in a state."""
+    said = well(Asked(Q, asked.path, asked.algo_id or 1))
+    order = {"clientAlgoId": "x", "algoStatus": status, "createTime": created_ms, "actualOrderId": "7"}
+    return Said(said.status, said.body | order)
+
+
+@dataclass
+class Exchange:
+    """Calls about orders are answered by ``behave``, which is told how many of its kind came before; None: not until
+    the end, or until :meth:`speak`."""
+
+    behave: Callable[[Asked, int], Said | None]
+    asked: list[Asked] = field(default_factory=list)
+    heads: list[bytes] = field(default_factory=list)  # what came, the calls for its time too
+    late: Callable[[Asked], Said] = well
+    may_speak: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, asked: Asked) -> Said:
+        if asked.path.endswith(("/time", "/exchangeInfo")):
+            return well(asked)
+        earlier = self.count(asked.method)
+        self.asked.append(asked)
+        said = self.behave(asked, earlier)
+        if said is None:
+            self.may_speak.wait(HELD_S)
+            said = self.late(asked)
+        return said
+
+    def count(self, method: str) -> int:
+        """How many such calls came."""
+        return sum(asked.method == method for asked in list(self.asked))
+
+    def speak(self, late: Callable[[Asked], Said] = well) -> None:
+        """Answer late what was not answered."""
+        self.late = late
+        self.may_speak.set()
+
+
+Opened = Callable[[Callable[[Asked, int], Said | None]], tuple[Exchange, str]]
+
+
+@pytest.fixture
+def opened(stack: ExitStack) -> Opened:
+    """Starts exchanges; gives each with its address."""
+
+    def start(behave: Callable[[Asked, int], Said | None]) -> tuple[Exchange, str]:
+        exchange = Exchange(behave)
+        server = stack.enter_context(Answerer(exchange))
+        exchange.heads = server.heads
+        stack.callback(exchange.may_speak.set)
+        return exchange, server.url
+
+    return start
+
+
+def told(outcome: Outcome) -> list[tuple[str, str]]:
+    """Call and verdict of each attempt."""
+    return [(attempt.call, attempt.verdict) for attempt in outcome.attempts]
+
+
+def test_what_is_not_answered_is_looked_up(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
+    """A cancel whose answer stays away costs a second at the most: the order is read on another connection."""
+    exchange, url = opened(lambda asked, _: None if asked.method == C else state(asked, "CANCELED"))
+    with RunningEngine(valkey.url, url, 4, BINANCE_RECV_WINDOW_MS=LONG):
+        (ticket,) = enqueued(client, 1)
+        outcome = ticket.wait(25)
+    assert (outcome.kind, told(outcome)) == (OutcomeKind.CANCELLED, [("cancel", "unclear"), ("query", "canceled")])
+    assert outcome.attempts[0].msg == "no answer: TimeoutError"
+    assert [asked.method for asked in exchange.asked] == [C, Q]
+
+
+def test_an_open_order_is_cancelled_again(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
+    """Where the silent cancel did nothing, the next one follows the look-up, and is not waited for in the queue."""
+    _, url = opened(lambda asked, earlier: None if asked.method == C and not earlier else well(asked))
+    with RunningEngine(valkey.url, url, 4, BINANCE_RECV_WINDOW_MS=LONG):
+        (ticket,) = enqueued(client, 1)
+        outcome = ticket.wait(25)
+    assert told(outcome) == [("cancel", "unclear"), ("query", "open"), ("cancel", "confirmed")]
+
+
+def test_late_success_ends_the_request(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
+    """The answer of a silent cancel is not lost: it is the outcome, and stands where its attempt stands."""
+    exchange, url = opened(lambda asked, earlier: NOT_THERE if asked.method == Q else None)
+    with RunningEngine(
+        valkey.url, url, 4, BINANCE_RECV_WINDOW_MS=LONG, NOT_FOUND_HORIZON_S="600", BACKOFF_CAP_MS="600000"
+    ):
+        (ticket,) = enqueued(client, 1)
+        eventually(lambda: exchange.count(Q), 25, "the order is looked up")
+        exchange.speak()
+        outcome = ticket.wait(25)
+    assert (outcome.kind, told(outcome)[0]) == (OutcomeKind.CANCELLED, ("cancel", "confirmed"))
+    assert exchange.count(C) == 1
+
+
+@pytest.mark.parametrize(("answer", "kind"), [(NOT_THERE, OutcomeKind.NOT_FOUND), (BAD_KEY, OutcomeKind.REFUSED)])
+def test_late_refusal_settles_its_attempt(
+    valkey: Valkey, client: CancelClient, opened: Opened, answer: Said, kind: OutcomeKind
+) -> None:
+    """Once the silent cancel is known to have done nothing, there is no doubt that could make the outcome `unknown`."""
+    exchange, url = opened(lambda asked, earlier: answer if asked.method == Q else None)
+    with RunningEngine(valkey.url, url, 4, BINANCE_RECV_WINDOW_MS=LONG, NOT_FOUND_HORIZON_S="0"):
+        (ticket,) = enqueued(client, 1)
+        eventually(lambda: exchange.count(Q), 25, "the order is looked up")
+        exchange.speak(lambda _: GONE if answer is NOT_THERE else BAD_KEY)
+        outcome = ticket.wait(25)
+    assert outcome.kind is kind
+    assert outcome.attempts[0].verdict == ("no_such_order" if answer is NOT_THERE else "key_refused")
+
+
+@pytest.mark.parametrize(("answer", "kind"), [(NOT_THERE, OutcomeKind.NOT_FOUND), (BAD_KEY, OutcomeKind.REFUSED)])
+def test_closed_window_settles_a_silence(
+    valkey: Valkey, client: CancelClient, opened: Opened, answer: Said, kind: OutcomeKind
+) -> None:
+    """When the silent cancel cannot be accepted any more, what the exchange says then is believed."""
+    _, url = opened(lambda asked, _: answer if asked.method == Q else None)
+    with RunningEngine(valkey.url, url, 4, BINANCE_RECV_WINDOW_MS="500", NOT_FOUND_HORIZON_S="0"):
+        (ticket,) = enqueued(client, 1)
+        outcome = ticket.wait(25)
+    first, last = outcome.attempts[0], outcome.attempts[-1]
+    assert (outcome.kind, first.verdict) == (kind, "unclear")
+    assert last.at_ms >= first.at_ms + first.ms + 500
+
+
+def test_standing_loop_is_no_silence(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
+    """Who stood still himself looks once more before he calls the exchange silent."""
+    stands = threading.Event()
+
+    def behave(asked: Asked, _: int) -> Said:
+        if stands.is_set():
+            running.stand_still(1.5)
+        return well(asked)
+
+    _, url = opened(behave)
+    with RunningEngine(valkey.url, url, 1, BINANCE_RECV_WINDOW_MS=LONG) as running:
+        assert enqueued(client, 1, first=2)[0].wait(25).kind is OutcomeKind.CANCELLED
+        stands.set()
+        outcome = enqueued(client, 1)[0].wait(25)
+    assert told(outcome) == [("cancel", "confirmed")]
+
+
+def test_slow_for_everybody_is_waited_for(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
+    """Where nobody is answered, few look their order up, and the first answers end the others' waiting."""
+
+    def executed(asked: Asked) -> Said:
+        return well(asked) if asked.method == C else state(asked, "CANCELED")
+
+    exchange, url = opened(lambda asked, _: executed(asked) if exchange.may_speak.is_set() else None)
+    with RunningEngine(valkey.url, url, 64, BINANCE_RECV_WINDOW_MS=LONG):
+        tickets = enqueued(client, 64)
+        eventually(lambda: exchange.count(Q) >= 4, 25, "some are looked up")
+        asked = exchange.count(Q)
+        exchange.speak(executed)
+        outcomes = [ticket.wait(25) for ticket in tickets]
+    assert asked <= 16
+    assert {outcome.kind for outcome in outcomes} == {OutcomeKind.CANCELLED}
+    assert exchange.count(C) == 64
+
+
+def test_a_stop_waits_for_no_silence(valkey: Valkey, client: CancelClient, opened: Opened, peek: Peek) -> None:
+    """Jobs that wait here for an answer which may still come are handed back at once, with their history."""
+    exchange, url = opened(lambda asked, _: None if asked.method == C else BAD_KEY)
+    with RunningEngine(valkey.url, url, 4, BINANCE_RECV_WINDOW_MS=LONG) as running:
+        (ticket,) = enqueued(client, 1)
+        eventually(lambda: exchange.count(Q), 25, "the order is looked up")
+        running.stop()
+        eventually(running.has_ended, 20, "it has ended")
+    assert client.outcome(ticket.id) is None
+    history = decode_attempts(peek("HGET", peek.keys.job_prefix + ticket.id, JobField.ATTEMPTS))
+    assert (history[0].call, history[0].verdict) == ("cancel", "unclear")
+
+
+# ---- by client id ---------------------------------------------------------------------------------------------------
+
+#: The order that bears the client id.
+NAMED = Asked(C, "", 7)
+
+
+def window(exchange: Exchange) -> tuple[int, int]:
+    """Timestamp and recvWindow of the cancel, ms."""
+    cancel = next(head for head in exchange.heads if head.startswith(b"DELETE"))
+    query = re.search(rb"recvWindow=(\d+)&timestamp=(\d+)", cancel)
+    assert query is not None
+    return int(query[2]), int(query[1])
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_client_id_is_not_called_free_while_a_cancel_may_strike(
+    valkey: Valkey, client: CancelClient, opened: Opened, breaks: bool
+) -> None:
+    """A cancel by client id is accepted no longer than it is waited for, and until then nobody is told that the order
+    is gone: whoever opened another one under the id would lose it."""
+
+    def behave(asked: Asked, _: int) -> Said | None:
+        if asked.method == C:
+            if breaks:
+                raise OSError
+            return None
+        return state(NAMED, "CANCELED")
+
+    exchange, url = opened(behave)
+    with RunningEngine(valkey.url, url, 4, measures=True):
+        outcome = client.cancel(client_algo_id="x").wait(25)
+        while outcome.attempts[0].call != "cancel":  # it was claimed too late for that
+            outcome = client.cancel(client_algo_id="x").wait(25)
+    assert (outcome.kind, outcome.attempts[0].verdict) == (OutcomeKind.CANCELLED, "unclear")
+    timestamp_ms, window_ms = window(exchange)
+    assert window_ms <= 1_000
+    assert outcome.finished_at_ms >= timestamp_ms + window_ms
+
+
+def test_another_order_under_the_id_is_waited_out(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
+    """Where the id is another order's by now, the silent cancel's own answer is what tells, if it comes."""
+
+    def behave(asked: Asked, _: int) -> Said | None:
+        return None if asked.method == C else state(NAMED, "NEW", time.time_ns() // 1_000_000 + 3_600_000)
+
+    exchange, url = opened(behave)
+    with RunningEngine(valkey.url, url, 4, measures=True, BINANCE_RECV_WINDOW_MS=LONG):
+        while not exchange.count(C):  # else it was claimed too late for that
+            looked_up, ticket = exchange.count(Q), client.cancel(client_algo_id="x")
+            eventually(lambda: exchange.count(Q) > looked_up, 25, "the order is looked up")  # noqa: B023
+        exchange.speak(lambda _: well(NAMED))
+        outcome = ticket.wait(25)
+    assert (outcome.kind, outcome.algo_id) == (OutcomeKind.CANCELLED, 7)
+    assert exchange.count(C) == 1

@@ -1,0 +1,300 @@
+"""The way to the primary, with real servers: Sentinels, sockets, replicas, clusters, and what is no Redis at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.server
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from producer import AsyncCancelClient, CancelClient, QueueUnavailable
+from producer.redis_url import SURE_S, Address, NotPrimary, NotSupported
+from tests.failover import SERVICE, Pair, Sentinel, direct, running_pair, running_sentinel
+from tests.fault.proxy import Proxy
+from tests.servers import ROOT, Valkey, eventually, free_port, running_valkey, scrubbed
+
+PASSWORD = "not-to-be-seen"
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """A primary and its replica."""
+    with running_pair() as running:
+        yield running
+
+
+@pytest.fixture
+def sentinel(pair: Pair) -> Iterator[Sentinel]:
+    """Watches them."""
+    with running_sentinel(pair.primary) as running:
+        yield running
+
+
+def through(sentinel: Sentinel, *others: int, database: str = "") -> str:
+    """The URL of a service; others: ports of Sentinels that are asked before."""
+    places = ",".join(f"127.0.0.1:{port}" for port in (*others, sentinel.port))
+    return f"redis+sentinel://{places}/{SERVICE}{database}"
+
+
+def command(*words: str, **environment: str) -> tuple[int, str]:
+    """Exit code and what a command says on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "producer", *words],
+        cwd=ROOT,
+        env=scrubbed() | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+Enqueue = Callable[[str, int], str]
+
+
+def enqueue(url: str, algo_id: int) -> str:
+    """By the client for threads."""
+    with CancelClient.from_url(url) as client:
+        return client.cancel(algo_id=algo_id).id
+
+
+def enqueue_async(url: str, algo_id: int) -> str:
+    """By the one for tasks."""
+
+    async def ask() -> str:
+        async with AsyncCancelClient.from_url(url) as client:
+            return (await client.cancel(algo_id=algo_id)).id
+
+    return asyncio.run(ask())
+
+
+both = pytest.mark.parametrize("ask", [enqueue, enqueue_async])
+
+
+# ---- Sentinels ------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_sentinels_lead_to_the_primary(ask: Enqueue, sentinel: Sentinel, pair: Pair) -> None:
+    """Clients find the primary through any Sentinel that answers; a database is one of the primary's."""
+    job_id = ask(through(sentinel, free_port(), pair.replica.port, database="/3"), 1)
+
+    with redis.Redis(port=pair.primary.port, db=3) as there:
+        assert there.exists(f"rq:job:{job_id}")
+
+
+def test_a_service_that_no_sentinel_knows(sentinel: Sentinel) -> None:
+    """A wrong name is told by name."""
+    with pytest.raises(QueueUnavailable, match="the primary of nobody is not known: the Sentinels know no such"):
+        enqueue(through(sentinel).replace(SERVICE, "nobody"), 1)
+
+
+def test_sentinels_that_want_a_login(pair: Pair) -> None:
+    """Their login is an option of the URL; without it that is what the error says."""
+    with running_sentinel(pair.primary, f"requirepass {PASSWORD}") as sentinel:
+        assert enqueue(f"{through(sentinel)}?sentinel_password={PASSWORD}", 1)
+        with pytest.raises(QueueUnavailable, match="refused the login"):
+            enqueue(through(sentinel), 1)
+
+
+def test_no_sentinel_answers() -> None:
+    """The command says so in one line and leaves with 4."""
+    url = f"redis+sentinel://user:{PASSWORD}@127.0.0.1:{free_port()}/{SERVICE}"
+    code, said = command("status", REDIS_URL=url)
+
+    assert code == 4
+    assert "no Sentinel answers" in said
+    assert "Connection refused" in said
+    assert (len(said.splitlines()), PASSWORD in said) == (1, False)
+
+
+@both
+def test_clients_follow_a_failover_of_sentinels(ask: Enqueue, sentinel: Sentinel, pair: Pair) -> None:
+    """After a failover new clients find the new primary as soon as it is one."""
+    sentinel.fail_over()
+    eventually(lambda: ask_until_it_works(ask, through(sentinel)), 30, "the request is taken")
+
+    with direct(pair.replica) as there:
+        assert there.llen("rq:queue:cancels") >= 1
+
+
+def ask_until_it_works(ask: Enqueue, url: str) -> bool:
+    """Whether it does now."""
+    with contextlib.suppress(QueueUnavailable):
+        return bool(ask(url, 1))
+    return False
+
+
+# ---- a server that stays up as a replica ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxied(pair: Pair) -> Iterator[Proxy]:
+    """An address that leads to the primary: what is connected stays where it is."""
+    with Proxy(pair.primary.port) as proxy:
+        yield proxy
+
+
+def test_a_client_leaves_a_server_that_is_no_primary_any_more(pair: Pair, proxied: Proxy) -> None:
+    """The call that meets a replica goes to the new primary, on any of a client's connections; so does a retry."""
+    with CancelClient.from_url(proxied.redis_url) as client, CancelClient.from_url(proxied.redis_url) as other:
+        tickets = [client.cancel(algo_id=1), other.cancel(algo_id=2, durable=False)]
+        proxied.target_port = pair.replica.port
+        pair.fail_over()
+
+        assert client.cancel(algo_id=1).duplicate
+        assert other.retry([tickets[0].id], missing_ok=True) == []
+        assert other.cancel_many([ticket.request for ticket in tickets])[1].id == tickets[1].id
+
+
+def test_an_async_client_leaves_it_too(pair: Pair, proxied: Proxy) -> None:
+    """The same for tasks."""
+
+    async def scene() -> None:
+        async with AsyncCancelClient.from_url(proxied.redis_url) as client:
+            ticket = await client.cancel(algo_id=1)
+            proxied.target_port = pair.replica.port
+            await asyncio.get_running_loop().run_in_executor(None, pair.fail_over)
+            assert (await client.cancel(algo_id=1)).id == ticket.id
+
+    asyncio.run(scene())
+
+
+def test_who_only_reads_leaves_it_too(pair: Pair, proxied: Proxy) -> None:
+    """A kept connection on which nothing is written is not trusted for long: what it reads is the primary's."""
+    with CancelClient.from_url(proxied.redis_url) as client, direct(pair.primary) as old:
+        ticket = client.cancel(algo_id=1)
+        proxied.target_port = pair.replica.port
+        pair.fail_over()
+        old.execute_command("REPLICAOF", "127.0.0.1", free_port())  # it hears nothing any more
+        with direct(pair.primary) as new:
+            new.hset(f"rq:job:{ticket.id}", "status", "seen-there")
+        eventually(lambda: client.statuses([ticket.id]) == ["seen-there"], SURE_S + 15, "it reads at the new one")
+
+
+def test_a_dead_connection_costs_no_call(proxied: Proxy) -> None:
+    """A connection that was forgotten on the way is found out and replaced, without an error."""
+    with CancelClient.from_url(proxied.redis_url, timeout_s=10) as client:
+        client.statuses(["x"])
+        time.sleep(SURE_S + 0.1)
+        proxied.forget_flows()
+        began = time.monotonic()
+        assert client.statuses(["x"]) == [None]
+        assert time.monotonic() - began < 8
+
+
+def test_a_replica_is_not_taken_for_the_primary(pair: Pair) -> None:
+    """An address that leads to a replica is refused by name, for now: the next call may find the primary."""
+    with CancelClient.from_url(pair.replica.url) as client:
+        with pytest.raises(QueueUnavailable, match="NotPrimary: it is a replica, not the primary"):
+            client.status()
+        with direct(pair.replica) as there:
+            there.execute_command("REPLICAOF", "NO", "ONE")
+        assert client.cancel(algo_id=1)
+
+
+# ---- what is not supported ------------------------------------------------------------------------------------------
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+    """Something else that listens."""
+
+    def handle(self) -> None:
+        """Answer at once, as to a bad request."""
+        self.request.recv(1000)
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@contextlib.contextmanager
+def http_server() -> Iterator[str]:
+    """A web server where a Redis should be."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"redis://127.0.0.1:{server.server_address[1]}/0"
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[str]:
+    """A node of a Cluster."""
+    port = next(port for port in iter(free_port, 0) if port < 55_000)  # the nodes talk at one 10,000 higher
+    with tempfile.TemporaryDirectory() as directory:
+        node = Valkey(Path(directory), ("--cluster-enabled", "yes"), port)
+        try:
+            node.start()
+            yield node.url
+        finally:
+            node.stop(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def bare_sentinel() -> Iterator[str]:
+    """A Sentinel's port taken for Redis'."""
+    with running_pair() as pair, running_sentinel(pair.primary) as sentinel:
+        yield f"redis://127.0.0.1:{sentinel.port}/0"
+
+
+UNSUPPORTED: list[tuple[Any, str]] = [
+    (http_server, "what answers there is no Redis"),
+    (cluster, "it is a Redis Cluster, which is not supported"),
+    (bare_sentinel, "it is a Sentinel: write redis+sentinel://host:port/service"),
+]
+
+
+@pytest.mark.parametrize(("server", "told"), UNSUPPORTED)
+def test_what_cannot_be_used_is_refused_by_name(server: Any, told: str) -> None:
+    """Commands say what answers at the address in one line and leave with 4; the clients say the same."""
+    with server() as url:
+        code, said = command("cancel", "--algo-id", "1", REDIS_URL=url)
+        assert (code, len(said.splitlines())) == (4, 1)
+        assert told in said
+        for ask in (enqueue, enqueue_async):
+            with pytest.raises(QueueUnavailable, match=re.escape(told)):
+                ask(url, 1)
+
+
+# ---- connections ----------------------------------------------------------------------------------------------------
+
+
+@both
+def test_a_socket_of_this_host(ask: Enqueue, tmp_path: Path) -> None:
+    """`unix:///path` leads to Redis as an address does."""
+    path = tmp_path / "r.sock"
+    with running_valkey("--unixsocket", str(path)) as server, direct(server) as there:
+        job_id = ask(f"unix://{path}", 1)
+        assert there.exists(f"rq:job:{job_id}")
+        code, said = command("status", REDIS_URL=f"unix://{path}")
+    assert (code, said) == (0, "")
+
+
+def test_a_user_without_rights_is_told_apart(valkey: Valkey, connection: redis.Redis) -> None:
+    """That HELLO is asked for needs no right: a user who may only read can connect."""
+    connection.execute_command("ACL", "SETUSER", "poor", "on", ">pw", "-@all", "+get", "~*")
+    try:
+        with Address.parse(valkey.url.replace("://", "://poor:pw@")).client(2.0) as client:
+            assert client.get("nothing") is None
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.set("a", 1)
+    finally:
+        connection.execute_command("ACL", "DELUSER", "poor")
+
+
+def test_errors_have_classes(pair: Pair) -> None:
+    """Whoever uses the addresses alone can tell what passes from what lasts."""
+    with Address.parse(pair.replica.url).client(2.0) as client, pytest.raises(NotPrimary):
+        client.ping()
+    with cluster() as url, Address.parse(url).client(2.0) as client, pytest.raises(NotSupported):
+        client.ping()
