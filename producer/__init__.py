@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from producer.aio import AsyncCancelClient, AsyncTicket
     from producer.client import CancelClient, Ticket
     from producer.message import Attempt, CancelRequest, InvalidRequest, Outcome, OutcomeKind
-    from producer.protocol import CancelQueueError, NotDurable, QueueUnavailable, UnknownRequest, WaitTimeout
+    from producer.protocol import (
+        CancelQueueError,
+        LedgerGap,
+        NotDurable,
+        QueueUnavailable,
+        UnknownRequest,
+        WaitTimeout,
+    )
+    from producer.waiting import Waited
+
+    __version__: str
 
 __all__ = [
     "AsyncCancelClient",
@@ -19,6 +30,7 @@ __all__ = [
     "CancelQueueError",
     "CancelRequest",
     "InvalidRequest",
+    "LedgerGap",
     "NotDurable",
     "Outcome",
     "OutcomeKind",
@@ -26,25 +38,44 @@ __all__ = [
     "Ticket",
     "UnknownRequest",
     "WaitTimeout",
+    "Waited",
+    "__version__",
 ]
 
 _HOMES = {
     "aio": ("AsyncCancelClient", "AsyncTicket"),
     "client": ("CancelClient", "Ticket"),
     "message": ("Attempt", "CancelRequest", "InvalidRequest", "Outcome", "OutcomeKind"),
-    "protocol": ("CancelQueueError", "NotDurable", "QueueUnavailable", "UnknownRequest", "WaitTimeout"),
+    "protocol": (
+        "CancelQueueError",
+        "LedgerGap",
+        "NotDurable",
+        "QueueUnavailable",
+        "UnknownRequest",
+        "WaitTimeout",
+    ),
+    "waiting": ("Waited",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
     """Public names are loaded when they are first used: a worker, which needs the contract alone, loads no client."""
+    if name == "__version__":
+        return _version()
     if name in _HOMES:
         return importlib.import_module(f"producer.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"producer.{_HOME_OF[name]}"), name)
     return value
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("algo-cancel-queue")
+    except importlib.metadata.PackageNotFoundError:  # a copied folder
+        return "unknown"
 
 
 def __dir__() -> list[str]:

@@ -20,12 +20,13 @@ from typing import Any, NoReturn, TypeVar
 import click
 from rq.job import JobStatus
 
-from producer import console
-from producer.client import CancelClient, Ticket
+from producer import __version__, console
+from producer.client import CancelClient
+from producer.door import checked_ids, checked_position
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, InvalidRequest, MalformedMessage, Outcome
-from producer.protocol import QueueUnavailable, UnknownRequest, check_position, read_outcomes
-from producer.redis_url import Address
+from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest
 from producer.status import Status, aligned
+from producer.waiting import look
 
 #: RQ's status of a job whose outcome is still to come.
 _OPEN = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.STARTED})
@@ -130,11 +131,7 @@ def _client_as(kind: type[C], redis_url: str, queue: str) -> Iterator[C]:
         try:
             yield client
         except QueueUnavailable as error:
-            raise _Failure(_unreachable(error, redis_url), ExitCode.UNREACHABLE) from None
-
-
-def _unreachable(error: QueueUnavailable, redis_url: str) -> str:
-    return f"{error} [{Address.parse(redis_url).shown}]"
+            raise _Failure(str(error), ExitCode.UNREACHABLE) from None
 
 
 @click.group(
@@ -146,6 +143,7 @@ def _unreachable(error: QueueUnavailable, redis_url: str) -> str:
         "python -m producer COMMAND --help",
     ),
 )
+@click.version_option(__version__, prog_name="python -m producer", message="%(prog)s %(version)s")
 def cli() -> None:
     """Ask for conditional orders to be cancelled, and learn what became of each."""
 
@@ -183,11 +181,12 @@ def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> floa
 @click.option("--tag", metavar="T", help="Carried into the outcome.")
 @click.option("--deadline", type=float, metavar="S", help="How long the cancel is worth pursuing, seconds.")
 @click.option("--urgent", is_flag=True, help="Go before what waits already.")
+@click.option("--durable", is_flag=True, help="Wait until the server's append-only file holds the requests.")
 @click.option("--wait", type=float, metavar="S", callback=_seconds, help="Wait up to S seconds for the outcomes.")
 @_common
 @click.pass_context
 def cancel(
-    ctx: click.Context, /, redis_url: str, queue: str, as_json: bool, wait: float | None, **options: Any
+    ctx: click.Context, /, redis_url: str, queue: str, as_json: bool, wait: float | None, durable: bool, **options: Any
 ) -> ExitCode:
     """Enqueue cancels of orders, in the order given.
 
@@ -196,14 +195,19 @@ def cancel(
     """
     requests = _requests(ctx.meta["given"], options)
     with _client(redis_url, queue) as client:
-        tickets = client.cancel_many(requests)
+        not_durable = None
+        try:
+            tickets: Sequence[TicketFields] = client.cancel_many(requests, durable=durable)
+        except NotDurable as error:
+            tickets, not_durable = error.tickets, error
+            _say(str(error))
         if wait is not None:
             return _wait(client, tickets, wait, as_json)
     if as_json:
         _print_lines(_dump(ticket.as_dict()) for ticket in tickets)
     else:
         _print_lines(aligned([console.ticket_cells(ticket) for ticket in tickets]))
-    return ExitCode.DONE
+    return ExitCode.DONE if not_durable is None else ExitCode.NOT_OFF_THE_BOOK
 
 
 def _requests(given: Sequence[str], options: Mapping[str, Any]) -> list[CancelRequest]:
@@ -238,39 +242,45 @@ def _requests_of_file(name: str, defaults: Mapping[str, Any]) -> list[CancelRequ
         raise console.BadFile(f"{name}: {error.strerror or type(error).__name__}; nothing was enqueued") from None
 
 
-def _wait(client: CancelClient, tickets: Sequence[Ticket], timeout_s: float, as_json: bool) -> ExitCode:
+def _wait(client: CancelClient, tickets: Sequence[TicketFields], timeout_s: float, as_json: bool) -> ExitCode:
     job_ids = [ticket.id for ticket in tickets]
     found: dict[str, Outcome] = {}
-    unreadable: Mapping[str, MalformedMessage] = {}
+    in_vain: Mapping[str, Exception] = {}
+    rest = "waiting was broken off by an error; the request goes on"
     try:
         with console.progress(len(set(job_ids))) as shown:
-            unreadable = console.collect(client, job_ids, timeout_s, found, shown)
+            in_vain = console.collect(client, job_ids, timeout_s, found, shown)
+        rest = "no outcome yet"
     except KeyboardInterrupt:
+        rest = "interrupted; the request goes on"
         _say("interrupted; the requests go on")
         return ExitCode.INTERRUPTED
     finally:
         # However the waiting ended: without its id nobody could ask for an outcome later.
+        words = {job_id: _why(in_vain[job_id]) if job_id in in_vain else rest for job_id in job_ids}
         if as_json:
-            _print_lines(_outcome_json(ticket.id, found) for ticket in tickets)
+            _print_lines(_outcome_json(ticket.id, found, error=words[ticket.id]) for ticket in tickets)
         else:
-            words = {ticket.id: _UNREADABLE if ticket.id in unreadable else "no outcome yet" for ticket in tickets}
             _print_lines(aligned([_cells(ticket.id, found, ticket.request, words[ticket.id]) for ticket in tickets]))
-    return _judged(job_ids, found, unreadable)
+    return _judged(job_ids, found, in_vain)
 
 
-def _judged(
-    job_ids: Sequence[str], found: Mapping[str, Outcome], unreadable: Mapping[str, MalformedMessage]
-) -> ExitCode:
-    for error in unreadable.values():
+def _why(error: Exception) -> str:
+    """Why there will be no outcome, in a few words; all of them go to stderr."""
+    return _UNREADABLE if isinstance(error, MalformedMessage) else _UNKNOWN
+
+
+def _judged(job_ids: Sequence[str], found: Mapping[str, Outcome], in_vain: Mapping[str, Exception]) -> ExitCode:
+    for error in in_vain.values():
         _say(str(error))
-    if unreadable or any(not outcome.off_the_book for outcome in found.values()):
+    if in_vain or any(not outcome.off_the_book for outcome in found.values()):
         return ExitCode.NOT_OFF_THE_BOOK
     return ExitCode.DONE if all(job_id in found for job_id in job_ids) else ExitCode.TIMED_OUT
 
 
 def _outcome_json(job_id: str, found: Mapping[str, Outcome], **more: object) -> str:
     outcome = found.get(job_id)
-    return _dump({"id": job_id, "kind": None, **more}) if outcome is None else outcome.encode()
+    return _dump({"id": job_id, "kind": None, **more} if outcome is None else outcome.as_dict())
 
 
 def _words(status: str | None) -> str:
@@ -300,17 +310,25 @@ def _cells(job_id: str, found: Mapping[str, Outcome], order: CancelRequest | Non
 def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> ExitCode:
     """Show what became of requests, in the order given.
 
-    Where there is no record --json prints {"id","kind":null,"status"} with RQ's status of the job. The exit code is
-    3 while the request is queued, scheduled or started, and 1 if its record has run out or nobody knows the id.
+    Where there is no record --json prints {"id","kind":null,"status","error"} with RQ's status of the job and what is
+    the matter. The exit code is 3 while the request is queued, scheduled or started, and 1 if its record cannot be
+    read or has run out, or nobody knows the id.
     """
+    try:
+        checked_ids(ids)
+    except InvalidRequest as error:
+        raise _Failure(str(error), ExitCode.USAGE) from None
     with _client(redis_url, queue) as client:
         # In this order: a request that ends in between is found.
         statuses = dict(zip(ids, client.statuses(ids), strict=True))
-        found, unreadable = client.converse(read_outcomes(client.keys, ids))
+        ends = client.converse(look(client.keys, ids, for_the_gone=False))
+    found = {job_id: end for job_id, end in ends.items() if isinstance(end, Outcome)}
+    unreadable = {job_id: end for job_id, end in ends.items() if isinstance(end, Exception)}
+    words = {job_id: _words(status) for job_id, status in statuses.items()} | dict.fromkeys(unreadable, _UNREADABLE)
     if as_json:
-        _print_lines(_outcome_json(job_id, found, status=statuses.get(job_id)) for job_id in ids)
+        lines = ((job_id, {"status": statuses[job_id], "error": words[job_id]}) for job_id in ids)
+        _print_lines(_outcome_json(job_id, found, **more) for job_id, more in lines)
     else:
-        words = {job_id: _words(status) for job_id, status in statuses.items()} | dict.fromkeys(unreadable, _UNREADABLE)
         _print_lines(aligned([_cells(job_id, found, None, words[job_id]) for job_id in ids]))
     judged = _judged(ids, found, unreadable)
     if any(job_id not in found and status not in _OPEN for job_id, status in statuses.items()):
@@ -338,19 +356,25 @@ def outcomes(redis_url: str, queue: str, as_json: bool, after: str, follow: bool
     """List the ledger: one line for each outcome, oldest first.
 
     --json prints the outcome's record with its stream id as "entry", to go on --after it. An entry
-    that cannot be read is passed over and named on stderr. Exits with 0.
+    that cannot be read is passed over and named on stderr, and so are entries that were trimmed before
+    they were read. Exits with 0.
     """
     try:
-        check_position(after)
+        checked_position(after)
     except InvalidRequest as error:
         raise _Failure(str(error), ExitCode.USAGE) from None
     with _client(redis_url, queue) as client:
-        for entry, ended in client.outcomes(after, follow=follow):
-            if as_json:
-                _print(_dump({**ended.as_dict(), "entry": entry}))
-            else:
-                _print(console.streamed((entry, *console.outcome_cells(ended))))
-    return ExitCode.DONE
+        while True:
+            try:
+                for entry, ended in client.outcomes(after, follow=follow):
+                    if as_json:
+                        _print(_dump({**ended.as_dict(), "entry": entry}))
+                    else:
+                        _print(console.streamed((entry, *console.outcome_cells(ended))))
+                return ExitCode.DONE
+            except LedgerGap as gap:
+                _say(str(gap))
+                after = gap.resume
 
 
 # --- retry --------------------------------------------------------------------------------------------------------
@@ -401,25 +425,20 @@ def status(redis_url: str, queue: str, as_json: bool, watch: bool) -> ExitCode:
             _print_lines([_dump(seen.as_dict())] if as_json else seen.lines())
             return ExitCode.DONE
         if not as_json and (full_screen := _full_screen()) is not None:
-            full_screen(seen, client.status, _briefly)
+            full_screen(seen, client.status, str)
         while True:
             _print_lines([_dump(seen.as_dict())] if as_json else [*seen.lines(), ""])
-            seen = _next_look(client, redis_url)
+            seen = _next_look(client)
 
 
-def _next_look(client: CancelClient, redis_url: str) -> Status:
+def _next_look(client: CancelClient) -> Status:
     while True:
         time.sleep(_WATCH_S)
         try:
             return client.status()
         except QueueUnavailable as error:
             # Whoever watches wants to see it come back.
-            _say(_unreachable(error, redis_url))
-
-
-def _briefly(error: QueueUnavailable) -> str:
-    """What fits a line of 80 cells; the address is known to whoever watches."""
-    return str(error).partition("; repeating")[0]
+            _say(str(error))
 
 
 def _full_screen() -> Callable[..., NoReturn] | None:
@@ -545,7 +564,7 @@ def _say(line: str) -> None:
 
 
 def _dump(value: Mapping[str, object]) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(value, separators=(",", ":"))  # in ASCII: whatever words stand in it cannot act on a terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

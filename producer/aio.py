@@ -6,71 +6,99 @@ Cancelling a task that is in one of them ends it and leaves no connection half r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from datetime import timedelta
+from typing import Any, Self
 
-import redis.asyncio as redis
+import redis
+import redis.asyncio as aio
 
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
+from producer.aio_link import AsyncLines
+from producer.door import checked_position, checked_timeout, checked_wait
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome, checked_flag
+from producer.place import Place, checked_url
 from producer.protocol import (
-    Commands,
+    IN_DOUBT,
+    RETRY_IN_DOUBT,
+    TIMEOUT_S,
     Conversation,
+    QueueUnavailable,
     T,
     TicketFields,
-    Wire,
-    availability,
-    check_position,
-    patience,
     readable_entries,
-    timeout_of,
 )
-from producer.redis_url import Address, is_refused
-from producer.status import Status, read_status
+from producer.status import Status
+from producer.waiting import (
+    LOOK_S,
+    End,
+    QueueWire,
+    Waited,
+    closed,
+    one_wanted,
+    outcome_or_raise,
+    proven,
+    readable,
+    split,
+    timed_out,
+    wanted_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class AsyncTicket(TicketFields):
-    """A request that is on the queue. ``duplicate``: it shares the job of an unfinished request for the same order."""
+    """A request that is on the queue. ``duplicate``: it shares the job of an unfinished request for the same order.
 
-    _client: AsyncCancelClient = field(repr=False, compare=False)
+    It can be pickled; the copy has no client: give it to the `wait` of one.
+    """
 
-    async def wait(self, timeout_s: float | None = None) -> Outcome:
-        """Wait until the outcome is recorded, at most ``timeout_s`` seconds (None: as long as it takes).
+    _client: AsyncCancelClient | None = field(default=None, repr=False, compare=False)
 
-        Raises:
-            WaitTimeout: no outcome within that time; the request goes on.
-            QueueUnavailable: Redis did not answer.
-        """
-        return await self._client.wait(self.id, timeout_s)
+    async def wait(self, timeout_s: float | timedelta | None = None) -> Outcome:
+        """Wait until the outcome is recorded; see :meth:`producer.client.Ticket.wait`."""
+        return await self.needed(self._client).wait(self, timeout_s)
 
 
 class AsyncCancelClient:
-    """Puts cancel requests on a queue and reads their outcomes. Belongs to one event loop.
+    """Puts cancel requests on a queue and reads their outcomes.
 
-    A ``connection`` of yours should have a ``socket_timeout``: it is what bounds each call. RQ knows no asyncio, so
+    Any number of tasks may use it: it holds at most 4 connections in an event loop, for which its callers queue, and
+    none of them crosses a fork or serves another loop: a second `asyncio.run` gets connections of its own. A
+    ``connection`` of yours is read as :class:`~producer.client.CancelClient` reads it. RQ knows no asyncio, so
     :meth:`CancelClient.job` has no counterpart here.
     """
 
-    def __init__(self, connection: redis.Redis, queue: str = DEFAULT_QUEUE) -> None:
+    def __init__(self, connection: aio.Redis, queue: str = DEFAULT_QUEUE) -> None:
+        self._place = Place.of(connection, aio.Redis, redis.Redis, "CancelClient")
         self._redis = connection
-        self._wire = Wire(queue, timeout_of(connection.connection_pool.connection_kwargs))
+        self._wire = QueueWire(queue, self._place.timeout_s)
         self.keys = self._wire.keys
+        self._lines: list[AsyncLines] = []  # of each loop and process; what a parent's loop watches is never touched
+        self._is_closed = False
 
     @classmethod
-    def from_url(cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float = 2.0, **options: Any) -> Self:
-        """A client with connections of its own.
-
-        ``timeout_s`` bounds every call; ``options`` go to redis-py's pool.
-
-        Raises:
-            BadRedisUrl: ``url`` is none of :data:`producer.redis_url.FORMS`.
-        """
-        return cls(Address.parse(url).async_client(timeout_s, **options), queue)
+    def from_url(
+        cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float | timedelta | None = None, **options: Any
+    ) -> Self:
+        """A client for the Redis at ``url``; see :meth:`CancelClient.from_url`."""
+        address = checked_url(url)
+        call_s = checked_timeout(address.options.get("socket_timeout", TIMEOUT_S) if timeout_s is None else timeout_s)
+        return cls(address.async_client(call_s, **options), queue)
 
     async def close(self) -> None:
-        """Give the connections back."""
-        await self._redis.aclose()
+        """Give the connections back, a brought one too. A closed client refuses every call."""
+        self._is_closed = True
+        loop = asyncio.get_running_loop()
+        for lines in [each for each in self._lines if each.pid == os.getpid()]:
+            self._lines.remove(lines)
+            if lines.loop is loop:
+                await lines.close(closed(self))
+            elif lines.loop.is_running():
+                asyncio.run_coroutine_threadsafe(lines.close(closed(self)), lines.loop)
+        with contextlib.suppress(redis.RedisError, RuntimeError):  # it was used in a loop that has been closed
+            await self._redis.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -90,7 +118,16 @@ class AsyncCancelClient:
         tag: str | None = None,
         durable: bool = False,
     ) -> AsyncTicket:
-        """Enqueue one cancel and return at once; see :meth:`CancelClient.cancel` for fields and errors."""
+        """Enqueue one cancel and return at once. The fields are those of :class:`CancelRequest`.
+
+        ``durable=True`` also waits until the server has the request in its append-only file.
+
+        Raises:
+            InvalidRequest: a field breaks its rule; nothing was enqueued.
+            QueueUnavailable: Redis did not answer in time; calling again is safe (by client id alone it makes a second
+                job, which means the order that has the id then).
+            NotDurable: the request is on the queue, but this server cannot promise that it survives a crash.
+        """
         request = CancelRequest(algo_id, client_algo_id, account, deadline_s, urgent, symbol, tag)
         return (await self.cancel_many([request], durable=durable))[0]
 
@@ -99,114 +136,159 @@ class AsyncCancelClient:
 
         Requests for one order share a ticket, also by client id alone. Raises like :meth:`cancel`.
         """
-        accepted = await self.converse(self._wire.enqueue(requests, durable))
+        accepted = await self.converse(self._wire.enqueue(requests, durable), doubt=IN_DOUBT)
         tickets = [AsyncTicket(*carried, self) for carried in accepted.carried]
         if accepted.not_durable is not None:
             accepted.not_durable.tickets = tickets
             raise accepted.not_durable
         return tickets
 
-    async def outcome(self, job_id: str) -> Outcome | None:
-        """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S)."""
-        return await self.converse(self._wire.outcome(job_id))
+    async def outcome(self, ticket_or_id: AsyncTicket | str) -> Outcome | None:
+        """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S).
 
-    async def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        """Those outcomes of ``job_ids`` that are there, by id; see :meth:`CancelClient.outcomes_of`."""
-        return await self.converse(self._wire.outcomes_of(job_ids))
+        Raises:
+            MalformedMessage: its record is not an outcome of this version, or not about this order.
+            QueueUnavailable: Redis did not answer.
+        """
+        ((job_id, request),) = one_wanted(ticket_or_id).items()
+        ends = await self.converse(self._wire.look([job_id], for_the_gone=False))
+        return outcome_or_raise(proven(ends[job_id], request)) if job_id in ends else None
+
+    async def outcomes_of(self, tickets_or_ids: Iterable[AsyncTicket | str]) -> dict[str, Outcome]:
+        """Those outcomes that are there, by id; one round trip for each 1,000, two where some failed.
+
+        A record that is no outcome of this version, or not about the ticket, is left out and logged with its id.
+        """
+        wanted = wanted_of(tickets_or_ids)
+        ends = await self.converse(self._wire.look(wanted, for_the_gone=False))
+        return readable({job_id: proven(end, wanted[job_id]) for job_id, end in ends.items()})
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> AsyncIterator[tuple[str, Outcome]]:
-        """The ledger after a stream id, for ``async for``; see :meth:`CancelClient.outcomes`."""
-        return self._entries(check_position(after), follow)
+        """The ledger after a stream id: pairs of stream id and outcome, oldest first; ``follow`` waits for new ones.
+
+        ``$`` stands for the newest entry, ``0-0`` for all that are left: the ledger keeps about LEDGER_MAXLEN. An entry
+        that is no outcome of this version is passed over and logged with its stream id. An error ends the iteration: go
+        on with a new one after the last stream id that came.
+
+        Raises:
+            InvalidRequest: ``after`` is no stream id.
+            LedgerGap: entries after that position were trimmed before they were read; it says where to go on.
+            QueueUnavailable: Redis did not answer.
+        """
+        return self._entries(checked_position(after), checked_flag("follow", follow))
 
     async def _entries(self, position: str, follow: bool) -> AsyncIterator[tuple[str, Outcome]]:
         if position == "$":
             position = await self.converse(self._wire.newest())
-        while (page := await self.converse(self._wire.page(position, follow))) or follow:
-            for position, outcome in readable_entries(page):
-                if outcome is not None:
-                    yield position, outcome
+        with self._news() as goes_on_after:
+            while True:
+                page = await self.converse(self._wire.page(position))
+                for position, outcome in readable_entries(page):
+                    if outcome is not None:
+                        yield position, outcome
+                if not page and not (follow and await goes_on_after(position)):
+                    return
 
-    async def wait(self, job_id: str, timeout_s: float | None = None) -> Outcome:
-        """Wait until ``job_id`` has an outcome; see :meth:`AsyncTicket.wait`."""
-        listen_s, end_if_cancelled = patience(job_id, timeout_s), _cancellation()
-        if (outcome := await self.outcome(job_id)) is not None:
-            return outcome
-        with availability():
-            async with self._redis.pubsub() as channel:
-                await channel.subscribe(self.keys.outcome_prefix + job_id)
-                end_if_cancelled()
-                while (outcome := await self.outcome(job_id)) is None:
-                    await channel.get_message(timeout=listen_s())
-                    end_if_cancelled()
-        return outcome
+    @contextlib.contextmanager
+    def _news(self) -> Iterator[Callable[[str], Awaitable[bool]]]:
+        """A function that waits for news of the ledger, and says whether it goes on after an entry or may do so."""
+        lines, news = self._mine(), asyncio.Event()
 
-    async def retry(self, job_ids: Iterable[str], *, missing_ok: bool = False) -> list[str]:
-        """Start a new run of requests that ended in a failed kind; see :meth:`CancelClient.retry`."""
-        return await self.converse(self._wire.retry(job_ids, missing_ok), repeat=False)
+        async def goes_on_after(_: str) -> bool:
+            await lines.listener()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await news.wait()
+            news.clear()
+            return True
+
+        with lines.waiters.waiting((), news.set):
+            yield goes_on_after
+
+    async def wait(self, ticket_or_id: AsyncTicket | str, timeout_s: float | timedelta | None = None) -> Outcome:
+        """Block until a request has an outcome; see :meth:`AsyncTicket.wait`."""
+        return outcome_or_raise(*(await self._ends(one_wanted(ticket_or_id), timeout_s)).values())
+
+    async def wait_many(
+        self, tickets_or_ids: Iterable[AsyncTicket | str], timeout_s: float | timedelta | None = None
+    ) -> Waited:
+        """Block until all have their outcome or the time is up; gives what ended and what stands, and raises nothing
+        (but InvalidRequest).
+
+        What stands is given with what `wait` would raise for it: WaitTimeout, UnknownRequest, MalformedMessage or
+        QueueUnavailable.
+        """
+        return split(await self._ends(wanted_of(tickets_or_ids), timeout_s))
+
+    async def _ends(self, wanted: dict[str, CancelRequest | None], timeout: object) -> dict[str, End]:
+        timeout_s = checked_wait(timeout)
+        began_at = asyncio.get_running_loop().time()
+        ends: dict[str, End] = {}
+        try:
+            ends = await self.converse(self._wire.look(wanted))
+            if ends.keys() != wanted.keys() and timeout_s != 0:
+                ends |= await self._listen_for([job_id for job_id in wanted if job_id not in ends], timeout_s, began_at)
+            if ends.keys() != wanted.keys():
+                ends |= await self._timed_out([job_id for job_id in wanted if job_id not in ends], timeout_s)
+        except QueueUnavailable as error:
+            ends = dict.fromkeys(wanted, error) | ends
+        return {job_id: proven(ends[job_id], request) for job_id, request in wanted.items()}
+
+    async def _timed_out(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
+        served: bool | None = None
+        with contextlib.suppress(QueueUnavailable):
+            served = await self.converse(self._wire.served())
+        return {job_id: timed_out(job_id, timeout_s, self.keys.queue, served) for job_id in job_ids}
+
+    async def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:
+        ends_at = None if timeout_s is None else began_at + timeout_s
+        lines, came = self._mine(), asyncio.Event()
+        with lines.waiters.waiting(job_ids, came.set) as waiter:
+            await lines.listener()
+            # What came before the listener was there, it does not hear of.
+            lines.waiters.tell(await self.converse(self._wire.look(job_ids)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(ends_at):
+                    await came.wait()
+            return dict(waiter.ends)
+
+    async def retry(self, tickets_or_ids: Iterable[AsyncTicket | str], *, missing_ok: bool = False) -> list[str]:
+        """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.
+
+        ``missing_ok`` leaves out the ids that cannot be retried (any more) instead of raising.
+
+        Raises:
+            UnknownRequest: some are not among the failed ones; none was started.
+            QueueUnavailable: Redis did not answer; those that it started meanwhile are no longer among the failed ones.
+        """
+        conversation = self._wire.retry(tickets_or_ids, checked_flag("missing_ok", missing_ok))
+        return await self.converse(conversation, repeat=False, doubt=RETRY_IN_DOUBT)
 
     async def failed_ids(self) -> list[str]:
         """Ids of the requests that ended in a failed kind and can be retried, oldest first."""
         return await self.converse(self._wire.failed_ids())
 
-    async def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
+    async def statuses(self, tickets_or_ids: Iterable[AsyncTicket | str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
-        return await self.converse(self._wire.statuses(list(job_ids)))
+        return await self.converse(self._wire.statuses(tickets_or_ids))
 
     async def status(self) -> Status:
         """How the queue stands, in three round trips; see :class:`producer.status.Status`."""
-        return await self.converse(read_status(self.keys))
+        return await self.converse(self._wire.status())
 
-    async def converse(self, conversation: Conversation[T], *, repeat: bool = True) -> T:
-        end_if_cancelled = _cancellation()
-        with availability():
-            try:
-                commands = next(conversation)
-                while True:
-                    answers = await self._answers(commands, repeat)
-                    end_if_cancelled()
-                    commands = conversation.send(answers)
-            except StopIteration as end:
-                return cast(T, end.value)
+    async def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:
+        """See :meth:`CancelClient.converse`."""
+        return await self._mine().converse(conversation, doubt, repeat=repeat)
 
-    async def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
-        try:
-            answers = await self._round_trip(commands)
-        except redis.AuthenticationError:
-            raise
-        except redis.ConnectionError:
-            if not repeat:
-                raise
-            # A kept connection that the server had closed. The ids are in the words: a repeat finds itself.
-            return await self._round_trip(commands)
-        if is_refused(answers):  # the server may not be the primary any more
-            await self._redis.connection_pool.disconnect(inuse_connections=False)
-            return await self._round_trip(commands)
-        return answers
-
-    async def _round_trip(self, commands: Commands) -> list[Any]:
-        if len(commands) > 1:
-            # One connection for all: WAITAOF speaks of what its own connection has written.
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                return await pipeline.execute(raise_on_error=False)
-        try:
-            return [await self._redis.execute_command(*command) for command in commands]
-        except redis.ResponseError as error:
-            return [error]
-
-
-def _cancellation() -> Callable[[], None]:
-    """A function that raises CancelledError if this task has been cancelled since now.
-
-    redis-py sends under asyncio.wait_for, which before Python 3.12 forgets a cancellation that comes just as it ends: a
-    waiter would then wait on for ever.
-    """
-    task = asyncio.current_task()
-    before = 0 if task is None else task.cancelling()
-
-    def end_if_cancelled() -> None:
-        if task is not None and task.cancelling() > before:
-            raise asyncio.CancelledError
-
-    return end_if_cancelled
+    def _mine(self) -> AsyncLines:
+        """The connections of this loop: those of another would answer nobody, those of a parent's are its own."""
+        if self._is_closed:
+            raise closed(self)
+        loop, pid = asyncio.get_running_loop(), os.getpid()
+        for lines in self._lines:
+            if lines.loop is loop and lines.pid == pid:
+                return lines
+        # What a loop of this process had open it closed at its end; a parent's is kept, as letting go would close it.
+        self._lines = [each for each in self._lines if each.pid != pid or not each.loop.is_closed()]
+        self._lines.append(AsyncLines(self._place, self._wire))
+        return self._lines[-1]

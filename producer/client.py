@@ -7,135 +7,110 @@ outcome is not there yet.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from datetime import timedelta
+from typing import Any, Self
 
 import redis
+import redis.asyncio as aio
+from rq.exceptions import NoSuchJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
+from producer.door import checked_id, checked_position, checked_timeout, checked_wait
+from producer.link import Lines
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome, checked_flag
+from producer.place import Place, checked_url
 from producer.protocol import (
-    Calls,
-    Commands,
+    IN_DOUBT,
+    RETRY_IN_DOUBT,
+    TIMEOUT_S,
     Conversation,
+    QueueUnavailable,
     T,
     TicketFields,
-    Wire,
-    availability,
-    check_position,
-    patience,
     readable_entries,
-    timeout_of,
 )
-from producer.redis_url import Address, is_refused
-from producer.status import Status, read_status
+from producer.status import Status
+from producer.waiting import (
+    LOOK_S,
+    End,
+    QueueWire,
+    Waited,
+    closed,
+    one_wanted,
+    outcome_or_raise,
+    proven,
+    readable,
+    split,
+    timed_out,
+    wanted_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket(TicketFields):
-    """A request that is on the queue. ``duplicate``: it shares the job of an unfinished request for the same order."""
+    """A request that is on the queue. ``duplicate``: it shares the job of an unfinished request for the same order.
 
-    _client: CancelClient = field(repr=False, compare=False)
+    It can be pickled; the copy has no client: give it to the `wait` of one.
+    """
+
+    _client: CancelClient | None = field(default=None, repr=False, compare=False)
 
     def wait(self, timeout_s: float | None = None) -> Outcome:
         """Block until the outcome is recorded, at most ``timeout_s`` seconds (None: as long as it takes).
 
         Raises:
-            WaitTimeout: no outcome within that time; the request goes on.
-            MalformedMessage: its record is not an outcome of this version; the text names the id.
+            WaitTimeout: no outcome within that time; the request goes on. Says whether a live worker serves the queue.
+            UnknownRequest: nobody knows the request (any more): it was removed, or its outcome has expired.
+            MalformedMessage: its record is not an outcome of this version, or not about this order.
             QueueUnavailable: Redis did not answer.
         """
-        return self._client.wait(self.id, timeout_s)
-
-
-class _Line:
-    """The shortest way to Redis: on a connection that stays at hand between two calls.
-
-    A pool looks whether a connection still stands each time that it lends it, which costs an idle strategy a tenth of
-    a call. Here that shows when it is used; whoever uses this repeats the commands then. Each is sent as soon as it is
-    made.
-    """
-
-    def __init__(self, connection: redis.Redis, timeout_s: float) -> None:
-        self._redis = connection
-        self._timeout_s = timeout_s
-        self._at_hand: list[Any] = []
-        self._pid = os.getpid()
-
-    def round_trip(self, commands: Commands) -> list[Any]:
-        """Send ``commands`` and read their answers, as the server gives them; an error answer stands in its place."""
-        if self._pid != os.getpid():  # a fork shares its parent's sockets
-            self._at_hand, self._pid = [], os.getpid()  # in this order: another thread may come by
-        try:
-            connection = self._at_hand.pop()
-        except IndexError:
-            connection = self._redis.connection_pool.get_connection()
-        try:
-            connection.make_ready()
-            ends_at = time.monotonic() + self._timeout_s
-            for command in commands:
-                connection.send_command(*command)
-            answers = [self._answer(connection, ends_at) for _ in range(len(commands))]
-        except BaseException:
-            connection.disconnect()
-            self._redis.connection_pool.release(connection)
-            raise
-        if is_refused(answers):
-            connection.disconnect()
-        self._at_hand.append(connection)
-        return answers
-
-    @staticmethod
-    def _answer(connection: Any, ends_at: float) -> Any:
-        if time.monotonic() > ends_at:  # each wait has its bound; all of them together have one as well
-            raise redis.TimeoutError("no answer in time")
-        try:
-            return connection.read_response()
-        except redis.ResponseError as error:
-            return error
-
-    def hang_up(self) -> None:
-        """Give back what is at hand."""
-        while True:
-            try:
-                connection = self._at_hand.pop()
-            except IndexError:
-                return
-            self._redis.connection_pool.release(connection)
+        return self.needed(self._client).wait(self, timeout_s)
 
 
 class CancelClient:
-    """Puts cancel requests on a queue and reads their outcomes. Thread-safe; one for a process is enough.
+    """Puts cancel requests on a queue and reads their outcomes. One for a process is enough.
 
-    A ``connection`` of yours should have a ``socket_timeout``: it is what bounds each call.
+    Any number of threads may use it: it holds at most 4 connections, for which its callers queue, and none of them
+    crosses a fork. A ``connection`` of yours says where Redis is, and by its ``socket_timeout`` (2 s if it has none)
+    how long a call may take; the client makes connections of its own from it.
     """
 
     def __init__(self, connection: redis.Redis, queue: str = DEFAULT_QUEUE) -> None:
+        self._place = Place.of(connection, redis.Redis, aio.Redis, "AsyncCancelClient")
         self._redis = connection
-        self._line: _Line | None = None
-        self._wire = Wire(queue, timeout_of(connection.connection_pool.connection_kwargs))
+        self._wire = QueueWire(queue, self._place.timeout_s)
         self.keys = self._wire.keys
+        self._lines: dict[int, Lines] = {}  # by process
+        self._is_closed = False
 
     @classmethod
-    def from_url(cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float = 2.0, **options: Any) -> Self:
-        """A client with a connection of its own. ``timeout_s`` bounds every wait; ``options`` go to redis-py's pool.
+    def from_url(
+        cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float | timedelta | None = None, **options: Any
+    ) -> Self:
+        """A client for the Redis at ``url``; ``options`` go to redis-py's connections.
+
+        ``timeout_s`` bounds each call (each thousand of `cancel_many`), waiting for a connection and a repeat included;
+        left out, the URL's ``socket_timeout`` does, else 2 s.
 
         Raises:
-            BadRedisUrl: ``url`` is none of :data:`producer.redis_url.FORMS`.
+            InvalidRequest: ``url``, ``timeout_s`` or ``queue`` cannot be used.
         """
-        connection = Address.parse(url).client(timeout_s, **options)
-        client = cls(connection, queue)
-        client._line = _Line(connection, timeout_s)
-        return client
+        address = checked_url(url)
+        call_s = checked_timeout(address.options.get("socket_timeout", TIMEOUT_S) if timeout_s is None else timeout_s)
+        return cls(address.client(call_s, **options), queue)
 
     def close(self) -> None:
-        """Give the connections back."""
-        if self._line is not None:
-            self._line.hang_up()
+        """Give the connections back, a brought one too. A closed client refuses every call."""
+        self._is_closed = True
+        if (lines := self._lines.pop(os.getpid(), None)) is not None:
+            lines.close(closed(self))
         self._redis.close()
 
     def __enter__(self) -> Self:
@@ -174,58 +149,117 @@ class CancelClient:
 
         Requests for one order share a ticket, also by client id alone. Raises like :meth:`cancel`.
         """
-        accepted = self.converse(self._wire.enqueue(requests, durable))
+        accepted = self.converse(self._wire.enqueue(requests, durable), doubt=IN_DOUBT)
         tickets = [Ticket(*carried, self) for carried in accepted.carried]
         if accepted.not_durable is not None:
             accepted.not_durable.tickets = tickets
             raise accepted.not_durable
         return tickets
 
-    def outcome(self, job_id: str) -> Outcome | None:
-        """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S)."""
-        return self.converse(self._wire.outcome(job_id))
+    def outcome(self, ticket_or_id: Ticket | str) -> Outcome | None:
+        """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S).
 
-    def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        """Those outcomes of ``job_ids`` that are there, by id; one round trip for each 1,000, two where some failed.
-
-        A record that is no outcome of this version is left out and logged with its id.
+        Raises:
+            MalformedMessage: its record is not an outcome of this version, or not about this order.
+            QueueUnavailable: Redis did not answer.
         """
-        return self.converse(self._wire.outcomes_of(job_ids))
+        ((job_id, request),) = one_wanted(ticket_or_id).items()
+        ends = self.converse(self._wire.look([job_id], for_the_gone=False))
+        return outcome_or_raise(proven(ends[job_id], request)) if job_id in ends else None
+
+    def outcomes_of(self, tickets_or_ids: Iterable[Ticket | str]) -> dict[str, Outcome]:
+        """Those outcomes that are there, by id; one round trip for each 1,000, two where some failed.
+
+        A record that is no outcome of this version, or not about the ticket, is left out and logged with its id.
+        """
+        wanted = wanted_of(tickets_or_ids)
+        ends = self.converse(self._wire.look(wanted, for_the_gone=False))
+        return readable({job_id: proven(end, wanted[job_id]) for job_id, end in ends.items()})
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> Iterator[tuple[str, Outcome]]:
         """The ledger after a stream id: pairs of stream id and outcome, oldest first; ``follow`` waits for new ones.
 
-        ``$`` stands for the newest entry. The ledger keeps about LEDGER_MAXLEN entries. An entry that is no outcome of
-        this version is passed over and logged with its stream id. An error ends the iteration: go on with a new one
-        after the last stream id that came.
+        ``$`` stands for the newest entry, ``0-0`` for all that are left: the ledger keeps about LEDGER_MAXLEN. An entry
+        that is no outcome of this version is passed over and logged with its stream id. An error ends the iteration: go
+        on with a new one after the last stream id that came.
 
         Raises:
             InvalidRequest: ``after`` is no stream id.
+            LedgerGap: entries after that position were trimmed before they were read; it says where to go on.
             QueueUnavailable: Redis did not answer.
         """
-        position = check_position(after)
-        return self._entries(position, follow)
+        return self._entries(checked_position(after), checked_flag("follow", follow))
 
     def _entries(self, position: str, follow: bool) -> Iterator[tuple[str, Outcome]]:
         if position == "$":
             position = self.converse(self._wire.newest())
-        while (page := self.converse(self._wire.page(position, follow))) or follow:
-            for position, outcome in readable_entries(page):
-                if outcome is not None:
-                    yield position, outcome
+        with self._news() as goes_on_after:
+            while True:
+                page = self.converse(self._wire.page(position))
+                for position, outcome in readable_entries(page):
+                    if outcome is not None:
+                        yield position, outcome
+                if not page and not (follow and goes_on_after(position)):
+                    return
 
-    def wait(self, job_id: str, timeout_s: float | None = None) -> Outcome:
-        """Block until ``job_id`` has an outcome; see :meth:`Ticket.wait`."""
-        listen_s = patience(job_id, timeout_s)
-        if (outcome := self.outcome(job_id)) is not None:
-            return outcome
-        with availability(), self._redis.pubsub() as channel:
-            channel.subscribe(self.keys.outcome_prefix + job_id)
-            while (outcome := self.outcome(job_id)) is None:
-                channel.get_message(timeout=listen_s())
-        return outcome
+    @contextlib.contextmanager
+    def _news(self) -> Iterator[Callable[[str], bool]]:
+        """A function that waits for news of the ledger, and says whether it goes on after an entry or may do so."""
+        lines, news = self._mine(), threading.Event()
 
-    def retry(self, job_ids: Iterable[str], *, missing_ok: bool = False) -> list[str]:
+        def goes_on_after(_: str) -> bool:
+            lines.listener()
+            news.wait(LOOK_S)
+            news.clear()
+            return True
+
+        with lines.waiters.waiting((), news.set):
+            yield goes_on_after
+
+    def wait(self, ticket_or_id: Ticket | str, timeout_s: float | timedelta | None = None) -> Outcome:
+        """Block until a request has an outcome; see :meth:`Ticket.wait`."""
+        return outcome_or_raise(*self._ends(one_wanted(ticket_or_id), timeout_s).values())
+
+    def wait_many(self, tickets_or_ids: Iterable[Ticket | str], timeout_s: float | timedelta | None = None) -> Waited:
+        """Block until all have their outcome or the time is up; gives what ended and what stands, and raises nothing
+        (but InvalidRequest).
+
+        What stands is given with what `wait` would raise for it: WaitTimeout, UnknownRequest, MalformedMessage or
+        QueueUnavailable.
+        """
+        return split(self._ends(wanted_of(tickets_or_ids), timeout_s))
+
+    def _ends(self, wanted: dict[str, CancelRequest | None], timeout: object) -> dict[str, End]:
+        timeout_s = checked_wait(timeout)
+        began_at = time.monotonic()
+        ends: dict[str, End] = {}
+        try:
+            ends = self.converse(self._wire.look(wanted))
+            if ends.keys() != wanted.keys() and timeout_s != 0:
+                ends |= self._listen_for([job_id for job_id in wanted if job_id not in ends], timeout_s, began_at)
+            if ends.keys() != wanted.keys():
+                ends |= self._timed_out([job_id for job_id in wanted if job_id not in ends], timeout_s)
+        except QueueUnavailable as error:
+            ends = dict.fromkeys(wanted, error) | ends
+        return {job_id: proven(ends[job_id], request) for job_id, request in wanted.items()}
+
+    def _timed_out(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
+        served: bool | None = None
+        with contextlib.suppress(QueueUnavailable):
+            served = self.converse(self._wire.served())
+        return {job_id: timed_out(job_id, timeout_s, self.keys.queue, served) for job_id in job_ids}
+
+    def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:
+        ends_at = None if timeout_s is None else began_at + timeout_s
+        lines, came = self._mine(), threading.Event()
+        with lines.waiters.waiting(job_ids, came.set) as waiter:
+            lines.listener()
+            # What came before the listener was there, it does not hear of.
+            lines.waiters.tell(self.converse(self._wire.look(job_ids)))
+            came.wait(None if ends_at is None else max(0.0, ends_at - time.monotonic()))
+            return dict(waiter.ends)
+
+    def retry(self, tickets_or_ids: Iterable[Ticket | str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.
 
         ``missing_ok`` leaves out the ids that cannot be retried (any more) instead of raising.
@@ -234,75 +268,53 @@ class CancelClient:
             UnknownRequest: some are not among the failed ones; none was started.
             QueueUnavailable: Redis did not answer; those that it started meanwhile are no longer among the failed ones.
         """
-        return self.converse(self._wire.retry(job_ids, missing_ok), repeat=False)
+        conversation = self._wire.retry(tickets_or_ids, checked_flag("missing_ok", missing_ok))
+        return self.converse(conversation, repeat=False, doubt=RETRY_IN_DOUBT)
 
     def failed_ids(self) -> list[str]:
         """Ids of the requests that ended in a failed kind and can be retried, oldest first."""
         return self.converse(self._wire.failed_ids())
 
-    def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
+    def statuses(self, tickets_or_ids: Iterable[Ticket | str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
-        return self.converse(self._wire.statuses(list(job_ids)))
+        return self.converse(self._wire.statuses(tickets_or_ids))
 
     def status(self) -> Status:
         """How the queue stands, in three round trips; see :class:`producer.status.Status`."""
-        return self.converse(read_status(self.keys))
+        return self.converse(self._wire.status())
 
     def job(self, ticket_or_id: Ticket | str) -> Job:
         """RQ's job of a request, for those who look at the queue through RQ.
 
-        RQ needs a connection that does not decode answers.
+        What RQ asks of it later goes over the connection that the client was made of, which must not decode answers.
         """
-        job_id = ticket_or_id if isinstance(ticket_or_id, str) else ticket_or_id.id
-        if self._line is not None:
-            self._line.hang_up()
-        with availability():
-            return Job.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
+        job_id = checked_id(ticket_or_id)
+        fields = self.converse(self._wire.job_fields(job_id))
+        if not fields:
+            raise NoSuchJobError(f"No such job: {self.keys.job_prefix}{job_id}")
+        job = Job(job_id, connection=self._redis, serializer=JSONSerializer)
+        job.restore(fields)
+        return job
 
-    def converse(self, conversation: Conversation[T], *, repeat: bool = True) -> T:
+    def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:
         """Carry a conversation with Redis to its end; ``repeat``: its commands may be sent again if an answer is lost.
 
+        ``doubt`` is what the error says of a call that may have been carried out.
+
         Raises:
+            InvalidRequest: the client is closed.
             QueueUnavailable: Redis did not answer, or refused.
         """
-        with availability():
-            try:
-                commands = next(conversation)
-                while True:
-                    commands = conversation.send(self._answers(commands, repeat))
-            except StopIteration as end:
-                return cast(T, end.value)
+        return self._mine().converse(conversation, doubt, repeat=repeat)
 
-    def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
-        try:
-            answers = self._at_first(commands, repeat)
-        except redis.AuthenticationError:
-            raise
-        except redis.ConnectionError:
-            if not repeat:
-                raise
-            # A kept connection that the server had closed. The ids are in the words: a repeat finds itself.
-            return self._round_trip(commands)
-        return self._round_trip(commands) if is_refused(answers) else answers
-
-    def _at_first(self, commands: Commands, repeat: bool) -> list[Any]:
-        if self._line is not None:
-            if repeat and isinstance(commands, Calls):
-                return self._line.round_trip(commands)
-            self._line.hang_up()  # one connection serves both ways
-        answers = self._round_trip(commands)
-        if is_refused(answers):  # the server may not be the primary any more
-            self._redis.connection_pool.disconnect(inuse_connections=False)
-        return answers
-
-    def _round_trip(self, commands: Commands) -> list[Any]:
-        if len(commands) > 1:
-            # One connection for all: WAITAOF speaks of what its own connection has written.
-            with self._redis.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                return pipeline.execute(raise_on_error=False)
-        try:
-            return [self._redis.execute_command(*command) for command in commands]
-        except redis.ResponseError as error:
-            return [error]
+    def _mine(self) -> Lines:
+        """The connections of this process: a fork shares its parent's sockets, and must not use them."""
+        if self._is_closed:
+            raise closed(self)
+        pid = os.getpid()
+        if (lines := self._lines.get(pid)) is None:
+            parents = list(self._lines.values())
+            lines = self._lines.setdefault(pid, Lines(self._place, self._wire))  # another thread may come by
+            for others in parents:
+                others.leave_behind()
+        return lines

@@ -24,8 +24,9 @@ from producer.message import (
     decode_request,
     loads,
 )
-from producer.protocol import TicketFields, read_outcomes
+from producer.protocol import TicketFields
 from producer.redis_url import FORMS, OPTIONS, Address, BadRedisUrl
+from producer.waiting import look
 
 C = TypeVar("C", bound=CancelClient)
 #: Bad lines of a file that are reported one by one.
@@ -116,7 +117,7 @@ def request_of(line: str, defaults: Mapping[str, Any]) -> CancelRequest | None:
     if not word or word.startswith("#"):
         return None
     if word.startswith("{"):
-        return decode_request({"v": VERSION, **defaults, **loads(word)})
+        return decode_request({"v": VERSION, **defaults, **loads(word, once=True)})
     if word.isdigit():
         return CancelRequest(algo_id=algo_id_of(word), **defaults)
     return CancelRequest(client_algo_id=word, **defaults)
@@ -184,25 +185,27 @@ def collect(
     timeout_s: float,
     found: dict[str, Outcome],
     progress: Callable[[int], None],
-) -> dict[str, MalformedMessage]:
-    """Look for outcomes until all are there or the time is up, adding them to ``found``; gives the unreadable ones.
+) -> dict[str, Exception]:
+    """Look for outcomes until all are there or the time is up, adding them to ``found``; gives why others never come.
 
     One loop for all ids. An error, Ctrl-C too, leaves in ``found`` what had come before it.
     """
     ends_at = time.monotonic() + timeout_s
     pending = list(dict.fromkeys(job_ids))
     pause_s = _FIRST_PAUSE_S
-    unreadable: dict[str, MalformedMessage] = {}
+    in_vain: dict[str, Exception] = {}
     while True:
         began = time.monotonic()
-        read, faults = client.converse(read_outcomes(client.keys, pending))
-        found |= read
-        unreadable |= faults  # to look again would wait in vain
-        pending = [job_id for job_id in pending if job_id not in found and job_id not in unreadable]
+        for job_id, end in client.converse(look(client.keys, pending)).items():
+            if isinstance(end, Outcome):
+                found[job_id] = end
+            else:
+                in_vain[job_id] = end
+        pending = [job_id for job_id in pending if job_id not in found and job_id not in in_vain]
         progress(len(found))
         looked = time.monotonic()
         if not pending or looked >= ends_at:
-            return unreadable
+            return in_vain
         # Whoever waits for very many must not keep the server busy with looking.
         pause_s = max(min(pause_s * 1.3, _LAST_PAUSE_S), 4 * (looked - began))
         time.sleep(min(pause_s, ends_at - looked))

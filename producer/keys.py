@@ -12,7 +12,7 @@ from enum import IntEnum
 from hashlib import sha1
 from importlib.resources import files
 
-from producer.message import DEFAULT_QUEUE, OutcomeKind
+from producer.message import DEFAULT_QUEUE, MAX_ID_BYTES, OutcomeKind
 
 #: Life of RQ's hash and result, s: short once finished (the outcome record lives on), a week where a person must look.
 RESULT_TTL_S = 600
@@ -21,8 +21,6 @@ FAILURE_TTL_S = 7 * 86_400
 POINTER_LIFE_S = 8 * 86_400
 #: RQ's clean-up requeues a job that has retries left and fails it otherwise; our own bounds decide, never RQ's.
 ENDLESS_RETRIES = 1_000_000
-#: Longest id of a job, bytes: RQ's have 36. What is longer is dropped unread.
-MAX_ID_BYTES = 256
 
 
 class Band(IntEnum):
@@ -170,6 +168,11 @@ class Keys:
     def outcome_prefix(self) -> str:
         """Outcome records and the channels that announce them, followed by the id."""
         return f"{self.queue}:outcome:"
+
+    @property
+    def durable(self) -> str:
+        """Written to wait until what was written before it is in the append-only file; lives for seconds."""
+        return f"{self.queue}:durable"
 
     @property
     def order_prefix(self) -> str:

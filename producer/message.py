@@ -8,12 +8,14 @@ talks to nobody. Every value is frozen once built, and every decoder answers bad
 from __future__ import annotations
 
 import json
+import math
+import operator
 import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, SupportsFloat
 
 VERSION = 1
 #: What RQ imports and calls for each job; a string, so that a producer never loads worker code.
@@ -24,6 +26,8 @@ DEFAULT_ACCOUNT = "default"
 MAX_ALGO_ID = 2**63 - 1
 #: Longest deadline, seconds (a week); a stop that nobody wanted gone for a week was wanted.
 MAX_DEADLINE_S = 7 * 86_400
+#: Longest id of a job, bytes: RQ's have 36. What is longer is dropped unread.
+MAX_ID_BYTES = 256
 #: Largest payload that is decoded, bytes, after decompression too: a request is a few hundred bytes.
 MAX_PAYLOAD_BYTES = 64 * 1024
 #: Deepest nesting that is parsed: no message of this contract has more than five levels, and what a parser, a `repr` or
@@ -121,8 +125,8 @@ class CancelRequest:
     """One order that a strategy no longer wants.
 
     Needs ``algo_id`` or ``client_algo_id``; with both, ``algo_id`` is what the exchange is asked by. ``deadline_s`` is
-    how long the request is worth pursuing, in seconds from the enqueueing (None: the worker's ``CANCEL_DEADLINE_S``).
-    ``symbol`` and ``tag`` are carried into the outcome; the exchange needs neither.
+    how long the request is worth pursuing, in seconds (or a timedelta) from the enqueueing (None: the worker's
+    ``CANCEL_DEADLINE_S``). ``symbol`` and ``tag`` are carried into the outcome; the exchange needs neither.
 
     Raises:
         InvalidRequest: a field breaks its rule.
@@ -137,13 +141,12 @@ class CancelRequest:
     tag: str | None = None
 
     def __post_init__(self) -> None:
-        _check_ids(self.algo_id, self.client_algo_id)
+        object.__setattr__(self, "algo_id", _checked_ids(self.algo_id, self.client_algo_id))
         if not isinstance(self.account, str) or not _ACCOUNT.fullmatch(self.account):
             raise InvalidRequest("account", self.account, "must match ^[a-z0-9][a-z0-9_-]{0,31}$")
         if self.deadline_s is not None:
-            _check_deadline(self.deadline_s)
-        if not isinstance(self.urgent, bool):
-            raise InvalidRequest("urgent", self.urgent, "must be true or false")
+            object.__setattr__(self, "deadline_s", checked_seconds("deadline_s", self.deadline_s, MAX_DEADLINE_S))
+        checked_flag("urgent", self.urgent)
         _check_text("symbol", self.symbol, 32)
         _check_text("tag", self.tag, 64)
 
@@ -164,30 +167,76 @@ class CancelRequest:
         return f"cancel {by} account={self.account}"
 
 
-def _check_ids(algo_id: object, client_algo_id: object) -> None:
+def _checked_ids(algo_id: object, client_algo_id: object) -> int | None:
+    """The algo id as Python's own whole number; numpy has others."""
     if algo_id is None and client_algo_id is None:
         raise InvalidRequest("algo_id", None, "give algo_id or client_algo_id")
-    if algo_id is not None and (
-        isinstance(algo_id, bool) or not isinstance(algo_id, int) or not 1 <= algo_id <= MAX_ALGO_ID
-    ):
-        raise InvalidRequest("algo_id", algo_id, f"must be a whole number from 1 to {MAX_ALGO_ID}")
     if client_algo_id is not None and (
         not isinstance(client_algo_id, str) or not _CLIENT_ALGO_ID.fullmatch(client_algo_id)
     ):
-        raise InvalidRequest("client_algo_id", client_algo_id, "must match ^[.A-Z:/a-z0-9_-]{1,36}$")
+        rule = "must match ^[.A-Z:/a-z0-9_-]{1,36}$"
+        raise InvalidRequest("client_algo_id", client_algo_id, rule + not_a(client_algo_id, str, "give text"))
+    if algo_id is None:
+        return None
+    rule = f"must be a whole number from 1 to {MAX_ALGO_ID}"
+    cure = "give int(...) of the exchange's own digits"  # a float has lost some of them
+    try:
+        number = operator.index(algo_id)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidRequest("algo_id", algo_id, rule + not_a(algo_id, int, cure)) from None
+    if isinstance(algo_id, bool) or not 1 <= number <= MAX_ALGO_ID:
+        raise InvalidRequest("algo_id", algo_id, rule + not_a(algo_id, bool, ""))
+    return number
 
 
-def _check_deadline(deadline_s: object) -> None:
-    number = isinstance(deadline_s, int | float) and not isinstance(deadline_s, bool)
-    if not number or not 0 < deadline_s <= MAX_DEADLINE_S:  # type: ignore[operator]
-        raise InvalidRequest("deadline_s", deadline_s, f"must be more than 0 and at most {MAX_DEADLINE_S} seconds")
+def not_a(value: object, wanted: type, cure: str) -> str:
+    """What a rule adds where a value has not the type that it should have: which it has, and the way out."""
+    if type(value) is wanted:
+        return ""
+    return f", not {type(value).__name__}" + (f": {cure}" if cure else "")
+
+
+def checked_seconds(name: str, value: object, most_s: float, *, or_zero: bool = False) -> float:
+    """A length of time, s: of a number of any kind, or of a timedelta.
+
+    Raises:
+        InvalidRequest: it is none, or not within its bounds.
+    """
+    bounds = f"more than 0 and at most {most_s}"
+    if or_zero:
+        bounds = "0 or more" if most_s == math.inf else f"from 0 to {most_s}"
+    rule = f"must be {bounds} seconds"
+    if callable(span := getattr(value, "total_seconds", None)):
+        number = span()
+    elif isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
+        raise InvalidRequest(name, value, f"{rule}, not {type(value).__name__}: give a number or a timedelta")
+    else:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+    if not 0 <= number <= most_s or (number == 0 and not or_zero):
+        raise InvalidRequest(name, value, rule)
+    return value if type(value) in (int, float) else number  # type: ignore[return-value]
+
+
+def checked_flag(name: str, value: object) -> bool:
+    """``value``, if it is true or false.
+
+    Raises:
+        InvalidRequest: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise InvalidRequest(name, value, "must be true or false" + not_a(value, bool, "give True or False"))
+    return value
 
 
 def _check_text(name: str, value: object, limit: int) -> None:
     if value is None:
         return
     if not isinstance(value, str) or not 1 <= len(value) <= limit or _CONTROL.search(value):
-        raise InvalidRequest(name, value, f"must be text of 1 to {limit} characters without control characters")
+        rule = f"must be text of 1 to {limit} characters without control characters"
+        raise InvalidRequest(name, value, rule + not_a(value, str, ""))
 
 
 def check_queue_name(name: str) -> str:
@@ -472,13 +521,15 @@ def decode_pin(text: str | bytes | None) -> Pin | None:
     fields = loads(text)
     if not isinstance(fields, dict) or set(fields) != {"algo_id", "symbol"} or fields["algo_id"] is None:
         raise MalformedMessage("not the pin of an order")
-    _check_ids(fields["algo_id"], None)
+    _checked_ids(fields["algo_id"], None)
     _check_text("symbol", fields["symbol"], 32)
     return Pin(**fields)
 
 
-def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES) -> Any:
+def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES, *, once: bool = False) -> Any:
     """Parse JSON from a stranger: bounded in size and depth, no NaN, no number beyond 64 bits.
+
+    ``once``: no field may stand in an object twice. Else the last one holds, as for RQ.
 
     Raises:
         MalformedMessage: any of that, or not JSON.
@@ -488,7 +539,7 @@ def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES) -> Any:
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         _check_depth(decoded)
-        return _DECODER.decode(decoded)
+        return (_ONCE if once else _DECODER).decode(decoded)
     except MalformedMessage:
         raise
     except ValueError as error:
@@ -518,7 +569,17 @@ def _int64(digits: str) -> int:
     return number
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MalformedMessage(f"field {_shown(twice)} stands there twice")
+    return fields
+
+
 _DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_int64)
+_ONCE = json.JSONDecoder(parse_constant=_constant, parse_int=_int64, object_pairs_hook=_once)
 
 
 def _inflate(data: bytes) -> bytes:
@@ -537,9 +598,14 @@ def _inflate(data: bytes) -> bytes:
     return plain
 
 
-def clean_text(text: str, limit: int = MAX_MSG_CHARS) -> str:
-    """A stranger's words made fit for records and logs: no control characters, at most ``limit`` characters."""
-    cleaned = _CONTROL.sub(" ", text[: 4 * limit]).strip()
+def clean_text(words: object, limit: int = MAX_MSG_CHARS) -> str:
+    """A stranger's words made fit for records, logs and terminals, the one way for all of them: one line of at most
+    ``limit`` characters, a blank in the place of each that cannot be printed or turns the line around."""
+    text = words.decode("utf-8", "replace") if isinstance(words, bytes) else str(words)
+    cleaned = text[: 4 * limit]
+    if not cleaned.isprintable():
+        cleaned = "".join(character if character.isprintable() else " " for character in cleaned)
+    cleaned = cleaned.strip()
     return cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"
 
 

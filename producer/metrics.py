@@ -29,7 +29,17 @@ from prometheus_client.registry import Collector
 
 from producer.client import CancelClient
 from producer.message import DEFAULT_ACCOUNT, Attempt, MalformedMessage, Outcome, OutcomeKind
-from producer.protocol import Conversation, QueueUnavailable, entry_outcome, good, is_wrong_type, pages, text
+from producer.protocol import (
+    Conversation,
+    QueueUnavailable,
+    entry_outcome,
+    entry_parts,
+    fields_of,
+    good,
+    is_wrong_type,
+    pages,
+    text,
+)
 from producer.status import Gate, Status
 
 #: Distinct accounts, verdicts, and answers of the exchange that get series of their own; further ones are `other`.
@@ -192,7 +202,7 @@ class LedgerClient(CancelClient):
 
     def ledger_page(self, after: str) -> list[tuple[str, Any]]:
         """Stream id and fields of some entries after one, without waiting; none where there is none."""
-        return self.converse(self._wire.page(after, follow=False))
+        return self.converse(self._wire.page(after, gaps=False))
 
     def newest_held(self, entry_ids: Iterable[str]) -> str | None:
         """The first of ``entry_ids`` that the ledger holds; one round trip for each 1,000."""
@@ -204,8 +214,7 @@ def _ledger_end(ledger: str) -> Conversation[LedgerEnd | None]:
     if not good([there])[0] or is_wrong_type(told):
         return None
     (told,) = good([told])
-    pairs = told.items() if isinstance(told, Mapping) else zip(told[::2], told[1::2], strict=True)
-    known = {text(name): value for name, value in pairs}
+    known = {text(name): value for name, value in fields_of(told).items()}
     return LedgerEnd(text(known["last-generated-id"]), int(known["length"]), known.get("entries-added"))
 
 
@@ -246,11 +255,11 @@ class LedgerReader:
         if self._is_new:
             self._is_new = False
             self._added = None if end.added is None else end.added - end.length
-        if _parts(end.newest) < _parts(self._position) or (end.added or 0) < (self._added or 0) + self._read:
-            self._is_sure = end.added is None and _parts(end.newest) >= _parts(self._position)
+        if entry_parts(end.newest) < entry_parts(self._position) or (end.added or 0) < (self._added or 0) + self._read:
+            self._is_sure = end.added is None and entry_parts(end.newest) >= entry_parts(self._position)
         if not self._is_sure:
             self._find_position()
-        if self._read_to(_parts(end.newest), until_s):
+        if self._read_to(entry_parts(end.newest), until_s):
             self._account_for(end)
 
     def _find_position(self) -> None:
@@ -263,10 +272,10 @@ class LedgerReader:
 
     def _read_to(self, newest: tuple[int, int], until_s: float) -> bool:
         """Whether all entries up to ``newest`` are counted."""
-        while _parts(self._position) < newest and time.monotonic() < until_s:
+        while entry_parts(self._position) < newest and time.monotonic() < until_s:
             page = self._client.ledger_page(self._position)
             for entry_id, fields in page:
-                if _parts(entry_id) > newest:
+                if entry_parts(entry_id) > newest:
                     return True
                 self._tally.add(entry_id, fields)
                 self._counted.append(entry_id)
@@ -274,18 +283,13 @@ class LedgerReader:
                 self._read += 1
             if not page:  # the newest entry was deleted
                 return True
-        return _parts(self._position) >= newest
+        return entry_parts(self._position) >= newest
 
     def _account_for(self, end: LedgerEnd) -> None:
         if end.added is not None:
             lost = 0 if self._added is None else max(0, end.added - self._added - self._read)
             self._tally.missed = (self._tally.missed or 0) + lost
         self._added, self._read = end.added, 0
-
-
-def _parts(entry_id: str) -> tuple[int, int]:
-    ms, _, number = entry_id.partition("-")
-    return int(ms), int(number or 0)
 
 
 # --- Gauges -------------------------------------------------------------------------------------------------------

@@ -11,14 +11,13 @@ import contextlib
 import logging
 import math
 import os
-import re
-import time
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from itertools import pairwise
+from typing import Any, Self, TypeAlias, TypeVar
 
 import redis.exceptions
 from redis import Redis
@@ -26,6 +25,7 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 
+from producer.door import checked_ids, checked_requests
 from producer.keys import ENDLESS_RETRIES, FAILURE_TTL_S, RESULT_TTL_S, JobField, Keys, Script
 from producer.message import (
     TASK,
@@ -34,6 +34,7 @@ from producer.message import (
     MalformedMessage,
     Outcome,
     check_queue_name,
+    checked_flag,
     clean_text,
     decode_outcome,
     encode_call,
@@ -41,6 +42,7 @@ from producer.message import (
 from producer.redis_url import why
 
 T = TypeVar("T")
+C = TypeVar("C")
 Command: TypeAlias = tuple[Any, ...]
 #: What is sent in one round trip; it may be gone through again, and may be made while it is sent.
 Commands: TypeAlias = Collection[Command]
@@ -50,12 +52,12 @@ Conversation: TypeAlias = Generator[Commands, list[Any], T]
 CHUNK = 1000
 #: Requests in one call of the enqueue script: after each the server serves others, and workers begin.
 _BATCH = 100
+#: Bytes that are sent at a time, about.
+_PACKET_BYTES = 16 * 1024
 #: Entries of the ledger read at a time.
 _PAGE = 500
-#: An announcement can be lost with its connection, so a waiter looks for itself this often, s.
-_LOOK_S = 1.0
-#: How long one read of the ledger waits for a new entry, ms.
-_FOLLOW_MS = 1000
+#: How long a call may take, s, if nothing else is said.
+TIMEOUT_S = 2.0
 #: How long a durable enqueue waits for the append-only file, ms: everysec syncs within a second.
 _DURABLE_MS = 1500
 #: How late the end of such a wait may come, ms: the server looks for it ten times a second.
@@ -64,11 +66,15 @@ _LATENESS_MS = 250
 _STEP_TIMEOUT_S = 60
 
 #: RQ's status of a job that goes on only if somebody puts it back.
-_ENDED = frozenset({JobStatus.FINISHED, JobStatus.FAILED, JobStatus.CANCELED, JobStatus.STOPPED})
+ENDED = frozenset({JobStatus.FINISHED, JobStatus.FAILED, JobStatus.CANCELED, JobStatus.STOPPED})
 
 _log = logging.getLogger("producer")
 
-_STREAM_ID = re.compile(r"\$|[0-9]{1,20}(-[0-9]{1,20})?")
+#: What is said of a call that may have been carried out though it failed.
+IN_DOUBT = (
+    "; it may have been carried out. Repeating it is safe by algo id; by client id alone a repeat makes a second job, "
+    "which means the order that has the id then"
+)
 
 
 class CancelQueueError(Exception):
@@ -76,12 +82,17 @@ class CancelQueueError(Exception):
 
 
 class QueueUnavailable(CancelQueueError):
-    """Redis did not answer in time, or refused. The call may have been carried out, or a part of it; repeating it is
-    safe."""
+    """Redis did not answer in time, or refused. The text names its address and the reason, and says of a call that
+    writes what a repeat would do: it may have been carried out, or a part of it."""
 
 
 class WaitTimeout(CancelQueueError, TimeoutError):
-    """No outcome yet: the request goes on, and the same ticket can be waited for again."""
+    """No outcome yet: the request stands, and the same ticket can be waited for again.
+
+    ``is_served`` says whether a live worker serves the queue; None where nobody could tell.
+    """
+
+    is_served: bool | None = None
 
 
 class NotDurable(CancelQueueError):
@@ -94,17 +105,52 @@ class NotDurable(CancelQueueError):
 
 
 class UnknownRequest(CancelQueueError, LookupError):
-    """No job of this id is there to be retried: it never was, still runs, ended well, or its record has expired.
+    """There is no such request: it never was, was removed, or what is known of it has expired; for a retry also: it
+    still runs, or ended well.
 
     ``job_ids`` are all the ids that are so; none of the call's requests was retried.
     """
 
-    def __init__(self, job_ids: Sequence[str], queue: str) -> None:
+    def __init__(self, job_ids: Sequence[str], queue: str, kind: str = "failed requests") -> None:
         named = ", ".join(clean_text(job_id, 80) for job_id in job_ids[:3])
         more = f" and {len(job_ids) - 3} more" if len(job_ids) > 3 else ""
         verb = "is" if len(job_ids) == 1 else "are"
-        super().__init__(f"{named}{more} {verb} not among the failed requests of queue {queue}")
+        super().__init__(f"{named}{more} {verb} not among the {kind} of queue {queue}")
         self.job_ids = tuple(job_ids)
+        self._told = (self.job_ids, queue, kind)
+
+    def __reduce__(self) -> tuple[type[UnknownRequest], tuple[tuple[str, ...], str, str]]:
+        """Strategies hand errors from process to process."""
+        return UnknownRequest, self._told
+
+
+class LedgerGap(CancelQueueError):
+    """Entries of the ledger were trimmed before they were read: the reader fell behind LEDGER_MAXLEN.
+
+    ``after`` is the last position read, ``first`` the oldest entry that is left. To go on there, read after ``resume``.
+    """
+
+    def __init__(self, after: str, first: str) -> None:
+        super().__init__(f"entries of the ledger between {after} and {first} were trimmed unread; see LEDGER_MAXLEN")
+        self.after, self.first = after, first
+        ms, number = entry_parts(first)
+        self.resume = f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}"
+
+    def __reduce__(self) -> tuple[type[LedgerGap], tuple[str, str]]:
+        """As that of :class:`UnknownRequest`."""
+        return LedgerGap, (self.after, self.first)
+
+
+class NotOurs(redis.exceptions.RedisError):
+    """An answer is not about what was asked: whoever gets this trusts no connection that was open."""
+
+
+class NoConnectionFree(redis.exceptions.RedisError):
+    """All connections of this client were taken for as long as the call could wait."""
+
+
+#: The same of a retry.
+RETRY_IN_DOUBT = "; it may have been carried out: what was started is no longer among the failed requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,41 +172,82 @@ class TicketFields:
             "duplicate": self.duplicate,
         }
 
+    def __reduce__(self) -> tuple[type[Any], tuple[object, ...]]:
+        """Tickets go to other processes without their client: there, give them to a client's `wait`."""
+        return type(self), (self.id, self.request, self.duplicate)
 
-def call(script: Script, *words: Callable[[], Sequence[Any]], then: Sequence[Command] = ()) -> Conversation[list[Any]]:
-    """Answers of the script, called once with each of ``words``, and of ``then`` on the same connection."""
-    answers = yield Calls(("EVALSHA", script.sha, 0), words, then)
+    @staticmethod
+    def needed(client: C | None) -> C:
+        """The ticket's client.
+
+        Raises:
+            InvalidRequest: it is a copy from another process and has none.
+        """
+        if client is None:
+            raise InvalidRequest("ticket", None, "has no client in this process: use client.wait(ticket)")
+        return client
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+
+def call(script: Script, *words: Callable[[], Sequence[Any]]) -> Conversation[list[Any]]:
+    """Answers of the script, called once with each of ``words``."""
+    answers = yield Calls(("EVALSHA", script.sha, 0), words)
     unknown = [n for n in range(len(words)) if isinstance(answers[n], redis.exceptions.NoScriptError)]
     if unknown:
-        again = yield Calls(("EVAL", script.source, 0), [words[n] for n in unknown], then)
-        for n, answer in zip(unknown, again, strict=False):
+        again = yield Calls(("EVAL", script.source, 0), [words[n] for n in unknown])
+        for n, answer in zip(unknown, again, strict=True):
             answers[n] = answer
-        answers[len(words) :] = again[len(unknown) :]
-    good(answers[: len(words)])
-    return answers
+    return good(answers)
 
 
 class Calls(Collection[Command]):
-    """Commands that begin alike. Each is made when its turn comes, so that the server works on the first meanwhile; the
-    answers are taken as the server gives them."""
+    """Commands that begin alike. Each is made when its turn comes, so that the server works on the first meanwhile."""
 
-    def __init__(
-        self, how: Command, words: Sequence[Callable[[], Sequence[Any]]], then: Sequence[Command] = ()
-    ) -> None:
+    def __init__(self, how: Command, words: Sequence[Callable[[], Sequence[Any]]]) -> None:
         self._how = how
         self._words = words
-        self._then = then
 
     def __len__(self) -> int:
-        return len(self._words) + len(self._then)
+        return len(self._words)
 
     def __iter__(self) -> Iterator[Command]:
         for words in self._words:
             yield (*self._how, *words())
-        yield from self._then
 
     def __contains__(self, command: object) -> bool:
         return any(one == command for one in self)
+
+
+class Slow(list[Command]):
+    """Commands that keep a connection waiting, so they have one of their own; those who ask alike while it is taken are
+    answered together. An error takes the place of each answer."""
+
+
+def weight(commands: Commands) -> int:
+    """How much of the room of a common write they take; :data:`CHUNK` is the most."""
+    is_batch = isinstance(commands, Calls) and len(commands) > 1
+    return 0 if isinstance(commands, Slow) else len(commands) * (_BATCH if is_batch else 1)
+
+
+def packets(connection: Any, trips: Iterable[Commands]) -> Iterator[list[bytes]]:
+    """What is to be sent, as it gets made: the server works on the first meanwhile."""
+    packet: list[bytes] = []
+    size = 0
+    for commands in trips:
+        for command in commands:
+            packed = connection.pack_command(*command)
+            packet += packed
+            size += sum(map(len, packed))
+            if size > _PACKET_BYTES:
+                yield packet
+                packet, size = [], 0
+    if packet:
+        yield packet
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,17 +293,17 @@ class Accepted:
 
 
 class Wire:
-    """The conversations about one queue. ``timeout_s`` is how long the connection lets the server take to answer."""
+    """The conversations about one queue. ``timeout_s`` is how long a call may take."""
 
-    def __init__(self, queue: str, timeout_s: float | None = None) -> None:
+    def __init__(self, queue: str, timeout_s: float = TIMEOUT_S) -> None:
         self.keys = Keys(check_queue_name(queue), RQ_KEY_PREFIX)
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         #: What no call changes stands in the script itself: it is not made, packed, sent and parsed at each call.
-        fields = [word for field in self._job_fields().items() for word in field]
+        fields = [word for field in self.fields_of_job().items() for word in field]
         self.enqueue_script = Script(self.keys.lua() | {"JOB_FIELDS": fields}, "producer/enqueue.lua")
         self._retry_script = Script(self.keys.lua(), "producer/retry.lua")
 
-    def _job_fields(self) -> dict[str, Any]:
+    def fields_of_job(self) -> dict[str, Any]:
         """RQ's own hash of such a job, made by RQ, without what differs from request to request."""
         job = Job.create(
             func=TASK,
@@ -238,19 +325,32 @@ class Wire:
 
     def enqueue(self, requests: Iterable[CancelRequest], durable: bool) -> Conversation[Accepted]:
         """Put requests on the queue, one round trip for each :data:`CHUNK`."""
+        checked_flag("durable", durable)
         carried: dict[int, tuple[str, CancelRequest, bool]] = {}
-        not_durable: NotDurable | None = None
-        wait_ms = self._server_wait_ms(_DURABLE_MS)
-        then: list[Command] = [("WAITAOF", 1, 0, wait_ms)] if durable else []
-        for chunk in rows(requests):
-            words = [partial(self._enqueue_words, batch) for batch in chunk]
-            answers = yield from call(self.enqueue_script, *words, then=then)
-            for batch, answer in zip(chunk, answers, strict=False):
-                for row, job_id, duplicate in zip(batch, answer[::2], answer[1::2], strict=True):
+        for chunk in rows(checked_requests(requests)):
+            answers = yield from call(self.enqueue_script, *(partial(self._enqueue_words, batch) for batch in chunk))
+            for batch, answer in zip(chunk, answers, strict=True):
+                if not isinstance(answer, list) or len(answer) != 2 * len(batch) + 1 or text(answer[0]) != batch[0].id:
+                    raise NotOurs
+                for row, job_id, duplicate in zip(batch, answer[1::2], answer[2::2], strict=True):
                     carried[row.position] = (text(job_id), row.request, bool(int(duplicate)))
-            if then:
-                not_durable = not_durable or _not_durable(answers[-1], wait_ms)
+        not_durable = (yield from self._to_file()) if durable and carried else None
         return Accepted([carried[position] for position in range(len(carried))], not_durable)
+
+    def _to_file(self) -> Conversation[NotDurable | None]:
+        """Wait until the server's append-only file holds what was written.
+
+        WAITAOF waits for what its own connection has written, and for all that was written before that.
+        """
+        wait_ms = self.server_wait_ms(_DURABLE_MS)
+        marked, held = yield Slow([("SET", self.keys.durable, "1", "PX", wait_ms), ("WAITAOF", 1, 0, wait_ms)])
+        for answer in (marked, held):
+            if isinstance(answer, Exception):  # older than 7.2, without such a file, or it does not answer
+                said = f"{why(answer)} {clean_text(answer)}".strip()
+                return NotDurable(f"enqueued, but this server cannot confirm it as durable: {said}")
+        if int(held[0]) < 1:
+            return NotDurable(f"enqueued, but not in the append-only file within {wait_ms} ms")
+        return None
 
     def _enqueue_words(self, batch: Sequence[Row]) -> list[Any]:
         """ARGV of one call."""
@@ -263,38 +363,35 @@ class Wire:
             words += (row.id, order, encode_call(request), request.describe(), deadline_ms, urgent)
         return words
 
-    def outcome(self, job_id: str) -> Conversation[Outcome | None]:
-        """One outcome, or None while there is none."""
-        (record,) = good((yield Calls(("GET",), [lambda: (self.keys.outcome_prefix + job_id,)])))
-        found = {} if record is None else {job_id: _outcome_of(job_id, record)}
-        yield from _without_requeued(self.keys, found)
-        return found.get(job_id)
-
-    def outcomes_of(self, job_ids: Iterable[str]) -> Conversation[dict[str, Outcome]]:
-        """As :func:`read_outcomes`; an unreadable one is left out and logged, the others are of use without it."""
-        found, unreadable = yield from read_outcomes(self.keys, job_ids)
-        for error in unreadable.values():
-            _log.warning("%s", error)
-        return found
-
     def newest(self) -> Conversation[str]:
         """The ledger's newest entry."""
         (newest,) = good((yield [("XREVRANGE", self.keys.outcomes, "+", "-", "COUNT", 1)]))
         return text(newest[0][0]) if newest else "0-0"
 
-    def page(self, after: str, follow: bool) -> Conversation[list[tuple[str, Any]]]:
-        """Stream id and record of the entries after one; ``follow`` lets the server wait for some."""
-        block: Command = ("BLOCK", self._server_wait_ms(_FOLLOW_MS)) if follow else ()
-        (page,) = good((yield [("XREAD", "COUNT", _PAGE, *block, "STREAMS", self.keys.outcomes, after)]))
-        return [(text(entry_id), fields) for entry_id, fields in _entries(page)]
+    def page(self, after: str, *, gaps: bool = True) -> Conversation[list[tuple[str, Any]]]:
+        """Stream id and record of some entries after one.
 
-    def retry(self, job_ids: Iterable[str], missing_ok: bool) -> Conversation[list[str]]:
+        Raises:
+            LedgerGap: others after that one were trimmed (unless ``gaps`` is false: who counts them knows better).
+        """
+        page, told = yield [
+            ("XREAD", "COUNT", _PAGE, "STREAMS", self.keys.outcomes, after),
+            ("XINFO", "STREAM", self.keys.outcomes),
+        ]
+        entries = stream_entries(page[0][1] if good([page])[0] else [])
+        if not is_rising([after, *(entry_id for entry_id, _ in entries)]):
+            raise NotOurs
+        if gaps and not isinstance(told, Exception) and (first := _oldest_after_gap(after, told)) is not None:
+            raise LedgerGap(after, first)
+        return entries
+
+    def retry(self, job_ids: Iterable[object], missing_ok: bool) -> Conversation[list[str]]:
         """Start new runs; gives the ids that were started.
 
         Raises:
             UnknownRequest: ids are not among the failed ones; unless ``missing_ok``, nothing was started then.
         """
-        chunks = list(pages(list(dict.fromkeys(job_ids))))
+        chunks = list(pages(list(dict.fromkeys(checked_ids(job_ids)))))
         if len(chunks) > 1 and not missing_ok:
             self._all_known((yield from self._each(chunks, "check")))
         started: list[str] = []
@@ -323,61 +420,22 @@ class Wire:
         (job_ids,) = good((yield [("ZRANGE", self.keys.failed, 0, -1)]))
         return [text(job_id) for job_id in job_ids]
 
-    def statuses(self, job_ids: Sequence[str]) -> Conversation[list[str | None]]:
+    def statuses(self, job_ids: Iterable[object]) -> Conversation[list[str | None]]:
         """RQ's status of each job, None where there is no such job."""
         found: list[str | None] = []
-        for page in pages(job_ids):
+        for page in pages(checked_ids(job_ids)):
             answers = good((yield [("HGET", self.keys.job_prefix + job_id, "status") for job_id in page]))
             found += [None if status is None else text(status) for status in answers]
         return found
 
-    def _server_wait_ms(self, most_ms: int) -> int:
-        """How long the server may be asked to wait, so that its answer comes before the connection gives up."""
-        if self._timeout_s is None:
-            return most_ms
-        return max(1, min(most_ms, int(self._timeout_s * 1000) - _LATENESS_MS))
+    def job_fields(self, job_id: str) -> Conversation[dict[bytes, bytes]]:
+        """RQ's hash of a job; empty where there is none."""
+        (words,) = good((yield [("HGETALL", self.keys.job_prefix + job_id)]))
+        return fields_of(words)
 
-
-def read_outcomes(
-    keys: Keys, job_ids: Iterable[str]
-) -> Conversation[tuple[dict[str, Outcome], dict[str, MalformedMessage]]]:
-    """Those outcomes that are there, and the error for each record that cannot be read.
-
-    One round trip for each :data:`CHUNK` ids, two where some have failed.
-    """
-    found: dict[str, Outcome] = {}
-    unreadable: dict[str, MalformedMessage] = {}
-    for page in pages(list(job_ids)):
-        (records,) = good((yield [("MGET", *(keys.outcome_prefix + job_id for job_id in page))]))
-        read: dict[str, Outcome] = {}
-        for job_id, record in zip(page, records, strict=True):
-            try:
-                read |= {} if record is None else {job_id: _outcome_of(job_id, record)}
-            except MalformedMessage as error:
-                unreadable[job_id] = error
-        yield from _without_requeued(keys, read)
-        found |= read
-    return found, unreadable
-
-
-def _outcome_of(job_id: str, record: Any) -> Outcome:
-    """What the record of a request says; the error names the request, since many are read at once."""
-    try:
-        return decode_outcome(record)
-    except MalformedMessage as error:
-        raise MalformedMessage(f"outcome of {clean_text(job_id)}: {error}") from None
-
-
-def _without_requeued(keys: Keys, found: dict[str, Outcome]) -> Conversation[None]:
-    """Take out what has no outcome yet: a failed request that RQ has put back belongs to its next run, though the
-    earlier one's record stands until a worker or another request comes by."""
-    failed = [job_id for job_id, outcome in found.items() if outcome.kind.failed]
-    if not failed:
-        return
-    answers = yield [command for job_id in failed for command in requeue_commands(keys, job_id)]
-    for job_id, state, score in zip(failed, answers[::2], answers[1::2], strict=True):
-        if is_requeued(state, score):
-            del found[job_id]
+    def server_wait_ms(self, most_ms: int) -> int:
+        """How long the server may be asked to wait, so that its answer comes before the call is given up."""
+        return max(1, min(most_ms, int(self.timeout_s * 1000) - _LATENESS_MS))
 
 
 def _stamp() -> str:
@@ -396,40 +454,34 @@ def is_requeued(state: Any, score: Any) -> bool:
     if isinstance(state, Exception) or score is not None:
         return False
     status, done = state
-    return done is not None and (status is None or text(status) not in _ENDED)
+    return done is not None and (status is None or text(status) not in ENDED)
 
 
-def timeout_of(options: Mapping[str, Any]) -> float | None:
-    """The socket time-out among the options of a connection pool, s."""
-    timeout_s = options.get("socket_timeout")
-    return None if timeout_s is None else float(timeout_s)
+def entry_parts(entry_id: str) -> tuple[int, int]:
+    """A stream id as the two numbers that order it."""
+    ms, _, number = entry_id.partition("-")
+    return int(ms), int(number or 0)
 
 
-def patience(job_id: str, timeout_s: float | None) -> Callable[[], float]:
-    """A function that says for how many seconds to listen before the next look.
+def is_rising(entry_ids: Sequence[str]) -> bool:
+    """Whether each of these stream ids comes after the one before it."""
+    parts = [entry_parts(entry_id) for entry_id in entry_ids]
+    return all(one < other for one, other in pairwise(parts))
 
-    Calling it raises WaitTimeout once ``timeout_s`` seconds have passed since now (None: never).
+
+def _oldest_after_gap(after: str, told: Any) -> str | None:
+    """The ledger's oldest entry, if entries between ``after`` and it were trimmed, by what XINFO STREAM says.
+
+    Where a position is no entry any more, nobody knows how many there were between it and the oldest that is left.
     """
-    ends_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
-
-    def listen_s() -> float:
-        left_s = ends_at - time.monotonic()
-        if left_s <= 0:
-            raise WaitTimeout(f"no outcome of {job_id} within {timeout_s} s; the request goes on")
-        return min(left_s, _LOOK_S)
-
-    return listen_s
-
-
-def check_position(after: str) -> str:
-    """Return ``after`` if it can name a place in the ledger.
-
-    Raises:
-        InvalidRequest: it cannot.
-    """
-    if not _STREAM_ID.fullmatch(after):
-        raise InvalidRequest("after", after, "must be a stream id such as 1700000000000-0, or $ for the newest entry")
-    return after
+    known = {text(name): value for name, value in fields_of(told).items()}
+    oldest = known.get("first-entry")
+    is_whole = known.get("entries-added") == known.get("length")  # before Redis 7 it does not count them
+    if not oldest or is_whole or entry_parts(after)[0] == 0:
+        return None
+    first = text(oldest[0])
+    gap = LedgerGap(after, first)
+    return first if entry_parts(after) < entry_parts(gap.resume) else None
 
 
 def entry_outcome(entry_id: str, fields: Mapping[Any, Any]) -> Outcome:
@@ -439,7 +491,7 @@ def entry_outcome(entry_id: str, fields: Mapping[Any, Any]) -> Outcome:
         MalformedMessage: it holds none of this version; the text names the entry.
     """
     try:
-        return decode_outcome(fields.get(b"outcome") or fields.get("outcome") or b"")
+        return decode_outcome(fields.get(b"outcome", b""))
     except MalformedMessage as error:
         raise MalformedMessage(f"ledger entry {clean_text(entry_id)}: {error}") from None
 
@@ -461,18 +513,26 @@ def pages(job_ids: Sequence[str]) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def availability() -> Iterator[None]:
-    """Redis' own errors as one of ours; the address with its password, and whatever quotes a command, is left out."""
+def availability(address: str, doubt: str = "") -> Iterator[None]:
+    """Redis' own errors as one of ours, which names ``address``; what quotes a command or a password is left out.
+
+    ``doubt`` is said where the call may have been carried out.
+    """
     try:
         yield
+    except NoConnectionFree as error:
+        raise QueueUnavailable(f"{error} [{address}]{doubt}") from None
+    except NotOurs:
+        raise QueueUnavailable(f"Redis answered something else than was asked [{address}]{doubt}") from None
     except redis.exceptions.AuthenticationError as error:
-        raise QueueUnavailable(f"Redis refused the login ({type(error).__name__})") from None
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-        raise QueueUnavailable(f"Redis did not answer ({why(error)}); repeating the call is safe") from error
+        raise QueueUnavailable(f"Redis refused the login ({type(error).__name__}) [{address}]") from None
     except redis.exceptions.ResponseError as error:
-        raise QueueUnavailable(f"Redis refused ({why(error)})") from None
+        raise QueueUnavailable(f"Redis refused ({why(error)}) [{address}]") from None
     except redis.exceptions.RedisError as error:
-        raise QueueUnavailable(f"Redis cannot be used ({why(error)})") from None
+        if "max number of clients" in str(error):
+            reason = "it serves no more connections: its own limit, maxclients, is reached"
+            raise QueueUnavailable(f"Redis refused ({reason}) [{address}]{doubt}") from None
+        raise QueueUnavailable(f"Redis did not answer ({why(error)}) [{address}]{doubt}") from error
 
 
 def good(answers: list[Any]) -> list[Any]:
@@ -489,25 +549,15 @@ def is_wrong_type(answer: Any) -> bool:
 
 
 def text(value: Any) -> str:
-    """A word from Redis, whether the caller's connection decodes answers or not."""
-    return value.decode() if isinstance(value, bytes) else str(value)
+    """A word from Redis, whatever bytes it is made of."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _not_durable(written: Any, wait_ms: int) -> NotDurable | None:
-    """Read the answer of WAITAOF: how many local files, then replicas, hold the write.
-
-    A server older than 7.2, or without an append-only file, answers with an error.
-    """
-    if isinstance(written, Exception):
-        return NotDurable(f"enqueued, but this server cannot confirm it as durable: {clean_text(str(written))}")
-    if int(written[0]) < 1:
-        return NotDurable(f"enqueued, but not in the append-only file within {wait_ms} ms")
-    return None
+def fields_of(answer: Sequence[Any]) -> dict[Any, Any]:
+    """What Redis gives as names and values one after the other."""
+    return dict(zip(answer[::2], answer[1::2], strict=True))
 
 
-def _entries(page: Any) -> list[Any]:
-    """Entries of a one-stream XREAD, in either shape that redis-py gives (list by RESP2, mapping by RESP3)."""
-    if not page:
-        return []
-    stream = next(iter(page.values())) if isinstance(page, dict) else page[0][1]
-    return list(stream[0] if stream and isinstance(stream[0], list) else stream)
+def stream_entries(entries: Iterable[Any]) -> list[tuple[str, dict[Any, Any]]]:
+    """Stream ids and fields."""
+    return [(text(entry_id), fields_of(fields or ())) for entry_id, fields in entries]

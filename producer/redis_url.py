@@ -25,6 +25,7 @@ import redis
 import redis.asyncio as aio
 from redis import exceptions
 from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
 from redis.retry import Retry
@@ -106,19 +107,19 @@ class Address:
         return cls(shown, parts.scheme == "rediss", found, frozenset(options) - OPTIONS)
 
     @classmethod
-    def of(cls, client: redis.Redis) -> Address:
+    def of(cls, client: redis.Redis | aio.Redis) -> Address:
         """Where another client leads: the one that RQ's command line made, or somebody's own."""
-        pool = client.connection_pool
+        pool: Any = client.connection_pool
         given = pool.connection_kwargs
         names = {"host", "port", "path", "db", "username", "password", "credential_provider", "client_name"}
         options = {name: value for name, value in given.items() if name in names or name.startswith("ssl_")}
         sentinels = given.get("sentinels")
-        if isinstance(pool, SentinelConnectionPool):
+        if isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
             places = [each.connection_pool.connection_kwargs for each in pool.sentinel_manager.sentinels]
             login = {name: places[0][name] for name in ("username", "password") if places[0].get(name)}
             sentinels = Sentinels(pool.service_name, [(each["host"], int(each["port"])) for each in places], login)
-        is_tls = issubclass(pool.connection_class, redis.SSLConnection)
-        return cls("the Redis of another client", is_tls, options, sentinels=sentinels)
+        is_tls = issubclass(pool.connection_class, redis.SSLConnection | aio.SSLConnection)
+        return cls(_shown(options, is_tls, sentinels), is_tls, options, sentinels=sentinels)
 
     def client(self, timeout_s: float, **more: Any) -> redis.Redis:
         """A client that waits up to ``timeout_s`` for each answer and never repeats a command.
@@ -149,6 +150,16 @@ class Address:
             keepalive = {getattr(socket, name): n for name, n in _KEEPALIVE.items() if hasattr(socket, name)}
             options |= {"socket_keepalive": True, "socket_keepalive_options": keepalive, "sentinels": self.sentinels}
         return options
+
+
+def _shown(options: Mapping[str, Any], is_tls: bool, sentinels: Sentinels | None) -> str:
+    if sentinels is not None:
+        return f"{_SENTINEL}://{','.join(f'{host}:{port}' for host, port in sentinels.places)}/{sentinels.service}"
+    if "path" in options:
+        return f"unix://{options['path']}"
+    host = options.get("host") or "localhost"
+    place = f"[{host}]" if ":" in host else host
+    return f"{'rediss' if is_tls else 'redis'}://{place}:{options.get('port') or 6379}/{options.get('db') or 0}"
 
 
 def _parts(url: str) -> SplitResult:

@@ -8,16 +8,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rq.defaults import DEFAULT_WORKER_TTL
 from rq.utils import utcparse
-from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from producer.keys import Band, BreakerField, Keys, WorkerField, suspect_of
 from producer.message import MAX_MSG_CHARS, MalformedMessage, Outcome, OutcomeKind, clean_text
-from producer.protocol import Command, Conversation, entry_outcome, good, is_wrong_type
+from producer.protocol import (
+    Command,
+    Conversation,
+    entry_outcome,
+    fields_of,
+    good,
+    is_wrong_type,
+    stream_entries,
+    text,
+)
 
 #: The window of the figures about outcomes, s.
 WINDOW_S = 60
@@ -57,8 +65,8 @@ _MAX_KEY_CHARS = 200
 #: What stands for the answer about a key of the wrong type, by the command.
 _NOTHING: Mapping[str, Any] = {
     **dict.fromkeys(("LLEN", "ZCARD", "ZCOUNT", "SCARD"), 0),
-    **dict.fromkeys(("ZRANGEBYSCORE", "SRANDMEMBER", "XREVRANGE"), ()),
-    "HGETALL": {},
+    **dict.fromkeys(("LRANGE", "SRANDMEMBER", "XREVRANGE", "ZRANGEBYSCORE", "ZREVRANGE"), ()),
+    "HGETALL": (),
 }
 #: Scores of those that wait for a worker.
 _WAITING = (int(Band.WAITING), f"({int(Band.RETRY)}")
@@ -170,23 +178,24 @@ class Status:
 
     queue: str
     at_ms: int
-    queued: int
-    oldest_queued_s: float | None  # queue latency; None while nothing waits, or no worker has seen what does
-    in_flight: int  # that a worker holds under a lease which has not run out
-    scheduled: int
-    failed: int
-    suspended: bool
-    gates: tuple[Gate, ...]
-    keys: tuple[RefusedKey, ...]  # none while every key is accepted
-    used_weight: int | None  # the most that a live worker saw in the present minute; None where none tells
-    weight_limit: int | None
-    outcomes: Mapping[str, int]  # kind to count, of the last minute
-    outcomes_partial: bool  # more than MAX_ENTRIES came in the last minute
-    enqueue_to_outcome: Percentiles
-    enqueue_to_first_attempt: Percentiles
-    workers: tuple[WorkerRow, ...]
+    queued: int = 0
+    oldest_queued_s: float | None = None  # queue latency; None while nothing waits, or no worker has seen what does
+    in_flight: int = 0  # that a worker holds under a lease which has not run out
+    scheduled: int = 0
+    failed: int = 0
+    suspended: bool = False
+    gates: tuple[Gate, ...] = ()
+    keys: tuple[RefusedKey, ...] = ()  # none while every key is accepted
+    used_weight: int | None = None  # the most that a live worker saw in the present minute; None where none tells
+    weight_limit: int | None = None
+    outcomes: Mapping[str, int] = field(default_factory=dict)  # kind to count, of the last minute
+    outcomes_partial: bool = False  # more than MAX_ENTRIES came in the last minute
+    enqueue_to_outcome: Percentiles = Percentiles()
+    enqueue_to_first_attempt: Percentiles = Percentiles()
+    workers: tuple[WorkerRow, ...] = ()
     to_be_taken_over: int = 0  # whose lease has run out: the next claim of any worker takes them over
     damaged: tuple[str, ...] = ()  # keys of the wrong type: what they should tell counts as nothing above
+    workers_known: bool = True  # the set of the workers can be read
 
     @property
     def live_workers(self) -> int:
@@ -195,9 +204,9 @@ class Status:
 
     @property
     def unattended(self) -> bool:
-        """Whether there is work and no live worker to do it."""
+        """Whether there is work and no live worker to do it, as far as anybody can tell."""
         waiting = self.queued or self.scheduled or self.in_flight or self.to_be_taken_over
-        return bool(waiting) and not self.live_workers
+        return bool(waiting) and not self.live_workers and self.workers_known
 
     def as_dict(self) -> dict[str, object]:
         """The status as the command line's ``--json`` prints it."""
@@ -249,6 +258,8 @@ class Status:
         return aligned(rows) + ["  " + line for line in self._worker_lines()]
 
     def _worker_count(self) -> str:
+        if not self.workers_known:
+            return "not known: their set is damaged"
         silent = len(self.workers) - self.live_workers
         count = f"{self.live_workers:,}" + (f" live, {silent:,} silent" if silent else "")
         return count + (": NO LIVE WORKER, and work is waiting" if self.unattended else "")
@@ -308,8 +319,8 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 def read_status(keys: Keys) -> Conversation[Status]:
     """Look at a queue in three round trips, however long the queue and its ledger are."""
     damaged: dict[str, None] = {}
-    first = _First.of((yield from _readable(_First.commands(keys), damaged)))
-    details = _Details.of(first, (yield from _readable(_Details.commands(keys, first), damaged)))
+    first = _First.of((yield from readable(_First.commands(keys), damaged)))
+    details = _Details.of(first, (yield from readable(_Details.commands(keys, first), damaged)))
     hosts = sorted({host for fields in details.workers if (host := _raw_host(fields))})
     crowds = [suspect for suspect, _, held in details.keys if _is_compared(held, first.scheduled)]
     third = _third(keys, hosts, crowds)
@@ -317,7 +328,7 @@ def read_status(keys: Keys) -> Conversation[Status]:
     gate_fields = _without_damaged(third[: len(hosts)], answers[: len(hosts)], damaged)
     gates = [("all", details.gate), *zip(hosts, gate_fields, strict=True)]
     waiting = dict(zip(crowds, answers[len(hosts) :], strict=True))
-    rows = tuple(_worker_rows(keys, first, details))
+    rows = tuple(_worker_rows(keys, first.now_ms, first.worker_keys, details.workers, details.lives_ms))
     fresh = [row for row in rows if row.fresh]
     outcomes, kinds = _outcomes(details.entries)
     timed = [outcome for outcome in outcomes if outcome.enqueued_at_ms is not None]
@@ -344,11 +355,25 @@ def read_status(keys: Keys) -> Conversation[Status]:
         workers=rows,
         to_be_taken_over=details.expired,
         damaged=tuple(damaged),
+        workers_known=shown(keys.queue_workers, _MAX_KEY_CHARS) not in damaged,
     )
 
 
-def _readable(commands: list[Command], damaged: dict[str, None]) -> Conversation[list[Any]]:
-    """One round trip whose keys of the wrong type count as empty."""
+def is_served(keys: Keys) -> Conversation[bool | None]:
+    """Whether a live worker serves a queue; None where nobody can tell."""
+    (seconds, _), found = yield [("TIME",), ("SRANDMEMBER", keys.queue_workers, _MAX_WORKERS)]
+    if isinstance(found, Exception):
+        return None
+    if not found:
+        return False
+    answers = yield [*(("HMGET", key, *_WORKER_FIELDS) for key in found), *(("PTTL", key) for key in found)]
+    told = [[None] * len(_WORKER_FIELDS) if isinstance(each, Exception) else each for each in answers]
+    rows = _worker_rows(keys, int(seconds) * 1000, found, told[: len(found)], told[len(found) :])
+    return any(row.live for row in rows)
+
+
+def readable(commands: list[Command], damaged: dict[str, None]) -> Conversation[list[Any]]:
+    """One round trip whose keys of the wrong type count as empty; they are added to ``damaged``."""
     return _without_damaged(commands, (yield commands), damaged)
 
 
@@ -389,7 +414,7 @@ class _First:
             ("ZCARD", keys.failed),
             ("EXISTS", keys.suspended),
             ("ZRANGEBYSCORE", keys.unfinished, *_WAITING, "WITHSCORES", "LIMIT", 0, _HEAD),
-            ("SRANDMEMBER", WORKERS_BY_QUEUE_KEY % keys.queue, _MAX_WORKERS),
+            ("SRANDMEMBER", keys.queue_workers, _MAX_WORKERS),
             ("SRANDMEMBER", keys.suspects, _MAX_KEYS),
         ]
 
@@ -402,7 +427,7 @@ class _First:
             scheduled=scheduled,
             failed=failed,
             suspended=bool(suspended),
-            head=[(job_id, float(score) - Band.WAITING) for job_id, score in _pairs(head)],
+            head=[(job_id, float(score) - Band.WAITING) for job_id, score in zip(head[::2], head[1::2], strict=True)],
             worker_keys=sorted(workers),
             suspects=sorted(suspect_of(_bytes(member)) for member in suspects),
         )
@@ -413,7 +438,7 @@ class _Details:
     """The second: the last minute, the shared gate, the index of unfinished jobs, workers, and keys under suspicion."""
 
     entries: Sequence[Any]
-    gate: Mapping[Any, Any]
+    gate: Sequence[Any]
     in_flight: int
     expired: int
     waiting: int
@@ -507,27 +532,15 @@ def _bytes(value: Any) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
 
 
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
 def shown(value: Any, limit: int = _MAX_NAME_CHARS) -> str:
-    """A word from Redis made fit to be shown: one line, at most ``limit`` characters, none that is not printable."""
-    cleaned = clean_text(_text(value), limit)
-    return "".join(character if character.isprintable() else " " for character in cleaned)
+    """A word from Redis made fit to be shown, in one line of at most ``limit`` characters."""
+    return clean_text(value, limit)
 
 
 def _number(value: Any) -> int | None:
     """A whole number of 64 bits, None where there is none."""
-    digits = "" if value is None else _text(value)
+    digits = "" if value is None else text(value)
     return int(digits) if _NUMBER.fullmatch(digits) else None
-
-
-def _pairs(answer: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Members and scores, in either shape that redis-py gives (one after the other, or in pairs by RESP3)."""
-    if answer and isinstance(answer[0], list | tuple):
-        return [(member, score) for member, score in answer]
-    return list(zip(answer[::2], answer[1::2], strict=True))
 
 
 def _oldest_s(first: _First, there: Sequence[Any]) -> float | None:
@@ -539,13 +552,13 @@ def _oldest_s(first: _First, there: Sequence[Any]) -> float | None:
 def _stamp_s(value: Any) -> float | None:
     """A time as RQ writes it, s since the epoch."""
     try:
-        return utcparse(_text(value)).timestamp() if value else None
+        return utcparse(text(value)).timestamp() if value else None
     except (ValueError, OverflowError):
         return None
 
 
-def _gate(scope: Any, fields: Mapping[Any, Any], now_ms: int) -> Gate:
-    known = {_text(name): value for name, value in fields.items()}
+def _gate(scope: Any, fields: Sequence[Any], now_ms: int) -> Gate:
+    known = {text(name): value for name, value in fields_of(fields).items()}
     until_ms = _number(known.get("until_ms")) or 0
     if until_ms <= now_ms:
         return Gate(shown(scope), open=True)
@@ -571,20 +584,22 @@ def _silent_s(now_ms: int, heartbeat: Any, is_ours: bool, life_ms: Any) -> float
     return None if beat_s is None else max(0.0, now_ms / 1000 - beat_s)
 
 
-def _worker_rows(keys: Keys, first: _First, details: _Details) -> Iterator[WorkerRow]:
-    for key, fields, life_ms in zip(first.worker_keys, details.workers, details.lives_ms, strict=True):
+def _worker_rows(
+    keys: Keys, now_ms: int, names: Sequence[Any], workers: Sequence[Any], lives_ms: Sequence[Any]
+) -> Iterator[WorkerRow]:
+    for key, fields, life_ms in zip(names, workers, lives_ms, strict=True):
         host, pid, state, ok, failed, heartbeat, death, *figures = fields
         if not heartbeat or death:  # a killed worker's hash runs out, and its key stays in the set for a while
             continue
         numbers = [_number(figure) for figure in figures]
         yield WorkerRow(
-            shown(_text(key).removeprefix(keys.worker_prefix)),
+            shown(text(key).removeprefix(keys.worker_prefix)),
             shown(host or "?"),
             _number(pid),
             shown(state or "?"),
             _number(ok) or 0,
             _number(failed) or 0,
-            _silent_s(first.now_ms, heartbeat, numbers[1] is not None, life_ms),
+            _silent_s(now_ms, heartbeat, numbers[1] is not None, life_ms),
             *numbers,
         )
 
@@ -592,9 +607,9 @@ def _worker_rows(keys: Keys, first: _First, details: _Details) -> Iterator[Worke
 def _outcomes(entries: Sequence[Any]) -> tuple[list[Outcome], dict[str, int]]:
     """The outcomes and how many of each kind, in the order of the kinds; what cannot be read is counted as that."""
     outcomes, unreadable = [], 0
-    for entry_id, fields in entries:
+    for entry_id, fields in stream_entries(entries):
         try:
-            outcomes.append(entry_outcome(_text(entry_id), fields))
+            outcomes.append(entry_outcome(entry_id, fields))
         except MalformedMessage:
             unreadable += 1
     counted = Counter(outcome.kind for outcome in outcomes)

@@ -28,47 +28,51 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Self
+from datetime import timedelta
+from functools import partial
+from typing import Any, NoReturn, Self, TypeVar, cast
 
 import redis
-from redis.connection import parse_url
-from rq.defaults import RQ_KEY_PREFIX
-from rq.exceptions import NoSuchJobError
-from rq.job import Job, JobStatus
-from rq.serializers import JSONSerializer
+from rq.job import JobStatus
 
-from producer.aio import AsyncCancelClient, AsyncTicket
-from producer.client import CancelClient, Ticket
-from producer.keys import Keys
+from producer.aio import AsyncCancelClient
+from producer.client import CancelClient
+from producer.door import checked_id, checked_ids, checked_requests, checked_timeout
 from producer.message import (
     DEFAULT_ACCOUNT,
     DEFAULT_QUEUE,
     MAX_MSG_CHARS,
-    TASK,
     Attempt,
     Call,
     CancelRequest,
     InvalidRequest,
     Outcome,
     OutcomeKind,
-    check_queue_name,
+    checked_flag,
+    checked_seconds,
     clean_text,
     decode_outcome,
-    encode_request,
+    encode_call,
     may_be_live,
 )
+from producer.place import checked_url
 from producer.protocol import (
+    TIMEOUT_S,
+    Accepted,
+    Conversation,
     NotDurable,
     QueueUnavailable,
     TicketFields,
     UnknownRequest,
-    WaitTimeout,
-    check_position,
+    entry_parts,
     rows,
 )
 from producer.status import Gate, Percentiles, Status
+from producer.waiting import End, QueueWire, closed
+
+T = TypeVar("T")
 
 __all__ = ["AsyncFakeCancelClient", "FakeCancelClient"]
 
@@ -183,7 +187,7 @@ class _Line:
             if not self.kind.failed:
                 raise InvalidRequest("error", self.error, f"{self.kind} is no failure")
             _check_clean("error", self.error, _MAX_ERROR_CHARS)
-        _check_step("after_s", self.after_s)
+        object.__setattr__(self, "after_s", checked_seconds("after_s", self.after_s, _MAX_STEP_S, or_zero=True))
 
 
 def _kind(value: object) -> OutcomeKind:
@@ -204,12 +208,6 @@ def _check_clean(name: str, value: object, limit: int) -> None:
     if not isinstance(value, str) or not value or clean_text(value, limit) != value:
         rule = f"must be text of 1 to {limit} characters without control characters or blanks around it"
         raise InvalidRequest(name, value, rule)
-
-
-def _check_step(name: str, value: object) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= _MAX_STEP_S:  # type: ignore[operator]
-        raise InvalidRequest(name, value, f"must be a number of seconds from 0 to {_MAX_STEP_S}")
 
 
 def _check_count(name: str, value: object) -> None:
@@ -252,6 +250,12 @@ class _FakeJob:
     due_ms: int | None = None  # None: held
     outcome: Outcome | None = None
 
+    @property
+    def rq_status(self) -> JobStatus:
+        if self.outcome is None:
+            return JobStatus.QUEUED
+        return JobStatus.FAILED if self.outcome.kind.failed else JobStatus.FINISHED
+
 
 @dataclass(slots=True)
 class _Outage:
@@ -259,14 +263,18 @@ class _Outage:
     carried_out: bool
 
 
-class _Play:
-    """The state that the double's methods work on. Thread-safe; its clock is moved, it does not run."""
+class _Play(QueueWire):
+    """The state that the double's methods work on: it answers what a client would ask Redis.
+
+    Thread-safe; its clock is moved, it does not run.
+    """
 
     def __init__(self, queue: str) -> None:
-        self.keys = Keys(check_queue_name(queue), RQ_KEY_PREFIX)
+        super().__init__(queue)
         self.now_ms = time.time_ns() // 1_000_000
         self.requests: list[CancelRequest] = []
         self.undurable = False
+        self.is_closed = False
         self.news = threading.Condition(threading.RLock())
         self._jobs: dict[str, _FakeJob] = {}
         self._open: dict[str, str] = {}  # order key to the job that pursues it
@@ -278,166 +286,151 @@ class _Play:
         self._algo_ids: dict[str, int] = {}
         self._listeners: list[asyncio.Future[None]] = []
         self._counted = 0
-        self.closings = 0
 
-    # what is asked
+    # what is asked: each conversation checks what it is given, asks nobody, and answers
 
-    def enqueue(self, requests: Iterable[CancelRequest]) -> list[tuple[str, CancelRequest, bool]]:
-        with self.news:
-            carried: dict[int, tuple[str, CancelRequest, bool]] = {}
-            new = [row for chunk in rows(requests) for batch in chunk for row in batch]
-            lost_reply = self._outage_now()
-            self.requests += [row.request for row in sorted(new, key=lambda row: row.position)]
-            asked_id, carrying_id, at_once = "", "", self.now_ms
-            for row in new:
-                job_id = carrying_id if row.id == asked_id else self._open.get(row.request.order_key, "")
-                carried[row.position] = (job_id or row.id, row.request, bool(job_id))
-                if not job_id:
-                    self._jobs[row.id] = job = _FakeJob(row.id, row.request, self.now_ms)
-                    at_once = max(at_once, self._begin(job))
-                asked_id, carrying_id = row.id, job_id or row.id
-            self.move_to(at_once)
-            if lost_reply:
-                self._fail()
-            return [carried[position] for position in range(len(carried))]
-
-    def look(self, job_id: str, timeout_s: float | None) -> Outcome | None:
-        """The outcome, once the clock has been moved to it; None if somebody has to settle it first.
+    def carry(self, conversation: Conversation[T], doubt: str) -> T:
+        """Answer a conversation.
 
         Raises:
-            WaitTimeout: it is not due within ``timeout_s``.
+            QueueUnavailable: during an outage.
         """
         with self.news:
-            self.reach()
-            job = self._jobs.get(job_id)
-            if job is None or job.outcome is None:
-                due_ms = None if job is None else job.due_ms
-                if timeout_s is None or timeout_s == math.inf:
-                    if due_ms is None:
-                        return None
-                    self.move_to(due_ms)
-                else:
-                    ends_ms = self.now_ms + int(min(max(timeout_s, 0), _MAX_STEP_S) * 1000)
-                    self.move_to(ends_ms if due_ms is None else min(ends_ms, due_ms))
-            if job is None or job.outcome is None:
-                raise WaitTimeout(f"no outcome of {job_id} within {timeout_s} s; the request goes on")
-            return job.outcome
+            next(conversation)
+            outage = self._outage
+            if outage is not None:
+                outage.calls -= 1
+                self._outage = None if outage.calls <= 0 else outage
+                if not outage.carried_out:
+                    self._fail(doubt)
+            try:
+                conversation.send([])
+            except StopIteration as end:
+                if outage is not None:
+                    self._fail(doubt)
+                return cast(T, end.value)
+            raise AssertionError("a double asks once")
 
-    def outcome(self, job_id: str) -> Outcome | None:
-        with self.news:
-            self.reach()
-            job = self._jobs.get(job_id)
-            return None if job is None else job.outcome
+    @staticmethod
+    def _fail(doubt: str) -> NoReturn:
+        raise QueueUnavailable(f"Redis did not answer (ConnectionError) [a double]{doubt}")
 
-    def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        with self.news:
-            self.reach()
-            found = [(job_id, self._jobs.get(job_id)) for job_id in job_ids]
-            return {job_id: job.outcome for job_id, job in found if job is not None and job.outcome is not None}
-
-    def page(self, after: str) -> list[tuple[str, Outcome]]:
-        ms, _, sequence = after.partition("-")
-        with self.news:
-            self.reach()
-            place = (int(ms), int(sequence or 0))
-            return [("{}-{}".format(*at), outcome) for at, outcome in self._ledger if at > place]
-
-    def newest(self) -> str:
-        with self.news:
-            self.reach()
-            return "{}-{}".format(*self._ledger[-1][0]) if self._ledger else "0-0"
-
-    def pass_to_next(self) -> bool:
-        """Move the clock to the next outcome that is due; False if none will come by itself."""
-        with self.news:
-            while self._due:
-                due_ms, _, job_id, run = self._due[0]
-                if self._waits(job_id, run):
-                    self.move_to(due_ms)
-                    return True
-                heapq.heappop(self._due)
-            return False
-
-    def retry(self, job_ids: Iterable[str], missing_ok: bool) -> list[str]:
-        with self.news:
-            asked = list(dict.fromkeys(job_ids))
-            lost_reply = self._outage_now()
-            known = [job_id for job_id in asked if job_id in self._failed]
-            if not missing_ok and len(known) < len(asked):
-                raise UnknownRequest([name for name in asked if name not in self._failed], self.keys.queue)
-            at_once = self.now_ms
-            for job_id in known:
-                job = self._jobs[job_id]
-                del self._failed[job_id]
-                job.run, job.outcome, job.enqueued_at_ms = job.run + 1, None, self.now_ms
+    def enqueue(self, requests: Iterable[CancelRequest], durable: bool) -> Conversation[Accepted]:
+        checked_flag("durable", durable)
+        new = [row for chunk in rows(checked_requests(requests)) for batch in chunk for row in batch]
+        yield ()
+        carried: dict[int, tuple[str, CancelRequest, bool]] = {}
+        self.requests += [row.request for row in sorted(new, key=lambda row: row.position)]
+        asked_id, carrying_id, at_once = "", "", self.now_ms
+        for row in new:
+            job_id = carrying_id if row.id == asked_id else self._open.get(row.request.order_key, "")
+            carried[row.position] = (job_id or row.id, row.request, bool(job_id))
+            if not job_id:
+                self._jobs[row.id] = job = _FakeJob(row.id, row.request, self.now_ms)
                 at_once = max(at_once, self._begin(job))
-            self.move_to(at_once)
-            if lost_reply:
-                self._fail()
-            return known
+            asked_id, carrying_id = row.id, job_id or row.id
+        self.move_to(at_once)
+        is_undurable = durable and self.undurable and bool(new)
+        undurable = NotDurable("enqueued, but this server cannot confirm it as durable") if is_undurable else None
+        return Accepted([carried[position] for position in range(len(carried))], undurable)
 
-    def failed_ids(self) -> list[str]:
+    def look(self, job_ids: Iterable[str], *, for_the_gone: bool = True) -> Conversation[dict[str, End]]:
+        yield ()
+        gone = {job_id for job_id in job_ids if job_id not in self._jobs} if for_the_gone else set()
+        unknown = {job_id: UnknownRequest([job_id], self.keys.queue, "requests (any more)") for job_id in gone}
+        return unknown | self._ended(job_ids)
+
+    def _ended(self, job_ids: Iterable[str]) -> dict[str, End]:
+        found = [(job_id, self._jobs.get(job_id)) for job_id in job_ids]
+        return {job_id: job.outcome for job_id, job in found if job is not None and job.outcome is not None}
+
+    def heard(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End] | None:
+        """The outcomes of open requests, once the clock has been moved to them; None: somebody has to settle first."""
         with self.news:
-            self.reach()
-            return list(self._failed)
+            due_ms = [self._jobs[job_id].due_ms for job_id in job_ids if self._jobs[job_id].outcome is None]
+            last_ms = max((each for each in due_ms if each is not None), default=self.now_ms)
+            if timeout_s is not None and due_ms:
+                ends_ms = self.now_ms + round(min(timeout_s, _MAX_STEP_S) * 1000)
+                last_ms = ends_ms if None in due_ms else min(ends_ms, last_ms)
+            self.move_to(last_ms)
+            must_wait = timeout_s is None and None in due_ms and not self.is_closed
+            return None if must_wait else self._ended(job_ids)
 
-    def rq_status(self, job_id: str) -> JobStatus | None:
+    def served(self) -> Conversation[bool | None]:
+        yield ()
+        return None
+
+    def page(self, after: str, *, gaps: bool = True) -> Conversation[list[tuple[str, Any]]]:  # noqa: ARG002
+        yield ()
+        return self._after(after)
+
+    def _after(self, after: str) -> list[tuple[str, Any]]:
+        place = entry_parts(after)
+        newer = [("{}-{}".format(*at), outcome) for at, outcome in self._ledger if at > place]
+        return [(at, {b"outcome": outcome.encode().encode()}) for at, outcome in newer]
+
+    def newest(self) -> Conversation[str]:
+        yield ()
+        return "{}-{}".format(*self._ledger[-1][0]) if self._ledger else "0-0"
+
+    def goes_on_after(self, after: str) -> bool | None:
+        """Whether the ledger does, once the clock has been moved to what is due; None: somebody has to settle first."""
+        with self.news:
+            while self._due and not self._after(after):
+                self.move_to(self._due[0][0])
+            return True if self.is_closed or self._after(after) else None
+
+    def retry(self, job_ids: Iterable[object], missing_ok: bool) -> Conversation[list[str]]:
+        asked = list(dict.fromkeys(checked_ids(job_ids)))
+        yield ()
+        known = [job_id for job_id in asked if job_id in self._failed]
+        if not missing_ok and len(known) < len(asked):
+            raise UnknownRequest([name for name in asked if name not in self._failed], self.keys.queue)
+        at_once = self.now_ms
+        for job_id in known:
+            job = self._jobs[job_id]
+            del self._failed[job_id]
+            job.run, job.outcome, job.enqueued_at_ms = job.run + 1, None, self.now_ms
+            at_once = max(at_once, self._begin(job))
+        self.move_to(at_once)
+        return known
+
+    def failed_ids(self) -> Conversation[list[str]]:
+        yield ()
+        return list(self._failed)
+
+    def statuses(self, job_ids: Iterable[object]) -> Conversation[list[str | None]]:
+        found = [self._jobs.get(job_id) for job_id in checked_ids(job_ids)]
+        yield ()
+        return [None if job is None else job.rq_status.value for job in found]
+
+    def status(self) -> Conversation[Status]:
+        yield ()
+        waiting = [job.enqueued_at_ms for job in self._jobs.values() if job.outcome is None]
+        last = [outcome for at, outcome in self._ledger if at[0] > self.now_ms - _WINDOW_MS]
+        ended = [(outcome, outcome.enqueued_at_ms or 0) for outcome in last]
+        return Status(
+            queue=self.keys.queue,
+            at_ms=self.now_ms,
+            queued=len(waiting),
+            oldest_queued_s=(self.now_ms - min(waiting)) / 1000 if waiting else None,
+            failed=len(self._failed),
+            gates=(Gate("all", open=True),),
+            outcomes=Counter(outcome.kind.value for outcome in last),
+            enqueue_to_outcome=Percentiles.of([outcome.finished_at_ms - at_ms for outcome, at_ms in ended]),
+            enqueue_to_first_attempt=Percentiles.of(
+                [outcome.attempts[0].at_ms - at_ms for outcome, at_ms in ended if outcome.attempts]
+            ),
+        )
+
+    def job_fields(self, job_id: str) -> Conversation[dict[bytes, bytes]]:
+        yield ()
         job = self._jobs.get(job_id)
         if job is None:
-            return None
-        if job.outcome is None:
-            return JobStatus.QUEUED
-        return JobStatus.FAILED if job.outcome.kind.failed else JobStatus.FINISHED
-
-    def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
-        with self.news:
-            self.reach()
-            found = [self.rq_status(job_id) for job_id in job_ids]
-            return [None if status is None else status.value for status in found]
-
-    def status(self) -> Status:
-        with self.news:
-            self.reach()
-            waiting = [job.enqueued_at_ms for job in self._jobs.values() if job.outcome is None]
-            last = [outcome for at, outcome in self._ledger if at[0] > self.now_ms - _WINDOW_MS]
-            return Status(
-                queue=self.keys.queue,
-                at_ms=self.now_ms,
-                queued=len(waiting),
-                oldest_queued_s=(self.now_ms - min(waiting)) / 1000 if waiting else None,
-                in_flight=0,
-                scheduled=0,
-                failed=len(self._failed),
-                suspended=False,
-                gates=(Gate("all", open=True),),
-                keys=(),
-                used_weight=None,
-                weight_limit=None,
-                outcomes=Counter(outcome.kind.value for outcome in last),
-                outcomes_partial=False,
-                enqueue_to_outcome=Percentiles.of([o.finished_at_ms - (o.enqueued_at_ms or 0) for o in last]),
-                enqueue_to_first_attempt=Percentiles.of(
-                    [o.attempts[0].at_ms - (o.enqueued_at_ms or 0) for o in last if o.attempts]
-                ),
-                workers=(),
-            )
-
-    def job(self, job_id: str) -> Job:
-        with self.news:
-            self.reach()
-            job = self._jobs.get(job_id)
-            if job is None:
-                raise NoSuchJobError(f"No such job: {self.keys.job_prefix}{job_id}")
-            return Job.create(
-                TASK,
-                args=[encode_request(job.request)],
-                connection=redis.Redis(connection_pool=redis.ConnectionPool(connection_class=_NoConnection)),
-                serializer=JSONSerializer,
-                id=job_id,
-                origin=self.keys.queue,
-                status=self.rq_status(job_id),
-                description=job.request.describe(),
-            )
+            return {}
+        fields = {name.encode(): str(value).encode() for name, value in self.fields_of_job().items()}
+        told = {b"status": job.rq_status.value.encode(), b"description": job.request.describe().encode()}
+        return fields | told | {b"data": encode_call(job.request), b"created_at": b"2025-01-01T00:00:00.000000Z"}
 
     # what is scripted
 
@@ -445,13 +438,9 @@ class _Play:
         with self.news:
             self._lines.setdefault(key, _Lines()).add(line, runs)
 
-    def break_down(self, calls: float, carried_out: bool) -> None:
+    def break_down(self, outage: _Outage | None) -> None:
         with self.news:
-            self._outage = _Outage(calls, carried_out)
-
-    def mend(self) -> None:
-        with self.news:
-            self._outage = None
+            self._outage = outage
 
     def settle(self, job_id: str, line: _Line) -> Outcome:
         with self.news:
@@ -470,14 +459,10 @@ class _Play:
             while self._due and self._due[0][0] <= now_ms:
                 due_ms, _, job_id, run = heapq.heappop(self._due)
                 self.now_ms = max(self.now_ms, due_ms)
-                if self._waits(job_id, run):
-                    self._record(self._jobs[job_id], due_ms)
+                job = self._jobs[job_id]
+                if job.run == run and job.outcome is None:
+                    self._record(job, due_ms)
             self.now_ms = max(self.now_ms, now_ms)
-
-    def reach(self) -> None:
-        """Raises QueueUnavailable during an outage."""
-        if self._outage_now():
-            self._fail()
 
     # waiting for somebody who settles
 
@@ -489,8 +474,7 @@ class _Play:
             self._listeners.append(future)
             return future
 
-    def tell(self) -> None:
-        """Wake those who wait for news."""
+    def _tell(self) -> None:
         with self.news:
             listeners, self._listeners = self._listeners, []
             self.news.notify_all()
@@ -500,8 +484,8 @@ class _Play:
 
     def close(self) -> None:
         with self.news:
-            self.closings += 1
-        self.tell()
+            self.is_closed = True
+        self._tell()
 
     # how it comes about
 
@@ -524,10 +508,6 @@ class _Play:
             keys.insert(1, CancelRequest(client_algo_id=request.client_algo_id, account=request.account).order_key)
         lines = (self._lines[key].next() for key in keys if key in self._lines)
         return next((line for line in lines if line is not None), _Line())
-
-    def _waits(self, job_id: str, run: int) -> bool:
-        job = self._jobs[job_id]
-        return job.run == run and job.outcome is None
 
     @staticmethod
     def _answers(line: _Line) -> tuple[_Answer, ...]:
@@ -577,7 +557,7 @@ class _Play:
         last_ms, sequence = self._ledger[-1][0] if self._ledger else (0, 0)
         at_ms = max(self.now_ms, last_ms)
         self._ledger.append(((at_ms, sequence + 1 if at_ms == last_ms else 0), outcome))
-        self.tell()
+        self._tell()
 
     def _algo_id(self, request: CancelRequest) -> int:
         if request.algo_id is not None:
@@ -588,33 +568,10 @@ class _Play:
         self._counted += 1
         return line.actual_order_id or str(_FIRST_ORDER_ID + self._counted)
 
-    def _outage_now(self) -> bool:
-        """Whether this call's reply is lost; raises QueueUnavailable if the call is lost as a whole."""
-        outage = self._outage
-        if outage is None:
-            return False
-        outage.calls -= 1
-        if outage.calls <= 0:
-            self._outage = None
-        if not outage.carried_out:
-            self._fail()
-        return True
-
-    @staticmethod
-    def _fail() -> NoReturn:
-        raise QueueUnavailable("Redis did not answer (ConnectionError); repeating the call is safe")
-
 
 def _wake(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-class _NoConnection(redis.Connection):
-    """What RQ's job of a double is given: there is no Redis to ask."""
-
-    def connect(self) -> None:
-        raise redis.ConnectionError("a double has no Redis")
 
 
 # --- what both doubles have -------------------------------------------------------------------------------------------
@@ -623,7 +580,26 @@ class _NoConnection(redis.Connection):
 class _Scripted:
     """The script of a double, and what was asked of it."""
 
-    _play: _Play
+    def __init__(self, queue: str = DEFAULT_QUEUE) -> None:
+        self._play = _Play(queue)
+        self._wire: QueueWire = self._play
+        self.keys = self._play.keys
+        self._is_closed = False
+        self._redis: Any = redis.Redis(unix_socket_path="/a double has no Redis")
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        queue: str = DEFAULT_QUEUE,
+        *,
+        timeout_s: float | timedelta | None = None,
+        **options: Any,  # noqa: ARG003
+    ) -> Self:
+        """A double; URL and time-out must be such that the real client takes them, and lead nowhere."""
+        checked_url(url)
+        checked_timeout(TIMEOUT_S if timeout_s is None else timeout_s)
+        return cls(queue)
 
     @property
     def requests(self) -> list[CancelRequest]:
@@ -692,7 +668,7 @@ class _Scripted:
             InvalidRequest: no worker would record that.
             ValueError: the request is unknown or has its outcome.
         """
-        job_id = ticket_or_id if isinstance(ticket_or_id, str) else ticket_or_id.id
+        job_id = checked_id(ticket_or_id)
         line = _Line(
             kind=_kind(kind),
             order_status=order_status,
@@ -708,8 +684,8 @@ class _Scripted:
         Raises:
             InvalidRequest: it would have to run backwards, or further than a century.
         """
-        _check_step("seconds", seconds)
-        self._play.move_to(self._play.now_ms + round(seconds * 1000))
+        step_s = checked_seconds("seconds", seconds, _MAX_STEP_S, or_zero=True)
+        self._play.move_to(self._play.now_ms + round(step_s * 1000))
 
     def unavailable(self, calls: int | None = None, *, carried_out: bool = False) -> None:
         """Have the next ``calls`` calls, or all until :meth:`available`, raise QueueUnavailable.
@@ -720,11 +696,11 @@ class _Scripted:
             InvalidRequest: ``calls`` is no number of calls.
         """
         _check_count("calls", calls)
-        self._play.break_down(math.inf if calls is None else calls, carried_out)
+        self._play.break_down(_Outage(math.inf if calls is None else calls, carried_out))
 
     def available(self) -> None:
         """End what :meth:`unavailable` began."""
-        self._play.mend()
+        self._play.break_down(None)
 
     def not_durable(self) -> None:
         """Have every call with ``durable=True`` raise NotDurable from now on, its requests enqueued all the same."""
@@ -740,182 +716,70 @@ def _key(algo_id: int | None, client_algo_id: str | None, account: str | None) -
     return (account or "") if nobody else checked.order_key
 
 
-def _not_durable(tickets: Sequence[TicketFields]) -> NotDurable:
-    error = NotDurable("enqueued, but this server cannot confirm it as durable")
-    error.tickets = tickets
-    return error
-
-
 # --- the doubles ------------------------------------------------------------------------------------------------------
 
 
 class FakeCancelClient(_Scripted, CancelClient):
     """A :class:`CancelClient` without Redis; see the module's text. Thread-safe."""
 
-    def __init__(self, queue: str = DEFAULT_QUEUE) -> None:
-        self._play = _Play(queue)
-        self.keys = self._play.keys
-
-    @classmethod
-    def from_url(cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float = 2.0, **options: Any) -> Self:  # noqa: ARG003
-        """A double; the URL must be one that the real client takes, and leads nowhere."""
-        parse_url(url)
-        return cls(queue)
-
     def close(self) -> None:
-        """End the iterations that follow the ledger."""
+        """Those who wait, or follow the ledger, are told that it is closed."""
+        self._is_closed = True
         self._play.close()
 
-    def cancel_many(self, requests: Iterable[CancelRequest], *, durable: bool = False) -> list[Ticket]:
-        """As :meth:`CancelClient.cancel_many`."""
-        tickets = [Ticket(*carried, self) for carried in self._play.enqueue(requests)]
-        if durable and self._play.undurable:
-            raise _not_durable(tickets)
-        return tickets
+    def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:  # noqa: ARG002
+        """As :meth:`CancelClient.converse`, without asking anybody."""
+        if self._is_closed:
+            raise closed(self)
+        return self._play.carry(conversation, doubt)
 
-    def outcome(self, job_id: str) -> Outcome | None:
-        """As :meth:`CancelClient.outcome`; an outcome is kept for good."""
-        return self._play.outcome(job_id)
+    @contextlib.contextmanager
+    def _news(self) -> Iterator[Callable[[str], bool]]:
+        yield lambda position: self._until(partial(self._play.goes_on_after, position))
 
-    def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        """As :meth:`CancelClient.outcomes_of`."""
-        return self._play.outcomes_of(job_ids)
+    def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
+        return self._until(partial(self._play.heard, job_ids, timeout_s))
 
-    def outcomes(self, after: str = "0-0", *, follow: bool = False) -> Iterator[tuple[str, Outcome]]:
-        """As :meth:`CancelClient.outcomes`; ``follow`` moves the time to what is due, and then waits for `settle`.
-
-        :meth:`close` ends an iteration that waits.
-        """
-        return self._follow(check_position(after), follow)
-
-    def _follow(self, position: str, follow: bool) -> Iterator[tuple[str, Outcome]]:
-        play, closings = self._play, self._play.closings
-        if position == "$":
-            position = play.newest()
-        while True:
-            page = play.page(position)
-            for position, outcome in page:
-                yield position, outcome
-            if page:
-                continue
-            if not follow or play.closings != closings:
-                return
-            with play.news:
-                if not play.page(position) and not play.pass_to_next() and play.closings == closings:
-                    play.news.wait()
-
-    def wait(self, job_id: str, timeout_s: float | None = None) -> Outcome:
-        """As :meth:`CancelClient.wait`, by the double's time; without ``timeout_s`` it may really wait for `settle`."""
+    def _until(self, look: Callable[[], T | None]) -> T:
+        """What a look gives as soon as it gives something; each outcome wants another look."""
         with self._play.news:
-            while (outcome := self._play.look(job_id, timeout_s)) is None:
+            while (found := look()) is None:
                 self._play.news.wait()
-            return outcome
-
-    def retry(self, job_ids: Iterable[str], *, missing_ok: bool = False) -> list[str]:
-        """As :meth:`CancelClient.retry`."""
-        return self._play.retry(job_ids, missing_ok)
-
-    def failed_ids(self) -> list[str]:
-        """As :meth:`CancelClient.failed_ids`."""
-        return self._play.failed_ids()
-
-    def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
-        """As :meth:`CancelClient.statuses`."""
-        return self._play.statuses(job_ids)
-
-    def status(self) -> Status:
-        """As :meth:`CancelClient.status`, with what the double knows of it: no gate is closed, no worker is there."""
-        return self._play.status()
-
-    def job(self, ticket_or_id: Ticket | str) -> Job:
-        """As :meth:`CancelClient.job`, as it stands: it cannot be refreshed or saved."""
-        return self._play.job(ticket_or_id if isinstance(ticket_or_id, str) else ticket_or_id.id)
+            return found
 
 
 class AsyncFakeCancelClient(_Scripted, AsyncCancelClient):
     """An :class:`AsyncCancelClient` without Redis; see the module's text. Each call gives way to the loop once."""
 
-    def __init__(self, queue: str = DEFAULT_QUEUE) -> None:
-        self._play = _Play(queue)
-        self.keys = self._play.keys
-
-    @classmethod
-    def from_url(cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float = 2.0, **options: Any) -> Self:  # noqa: ARG003
-        """A double; the URL must be one that the real client takes, and leads nowhere."""
-        parse_url(url)
-        return cls(queue)
-
     async def close(self) -> None:
-        """End the iterations that follow the ledger."""
+        """Those who wait, or follow the ledger, are told that it is closed."""
+        self._is_closed = True
         self._play.close()
         await asyncio.sleep(0)
 
-    async def cancel_many(self, requests: Iterable[CancelRequest], *, durable: bool = False) -> list[AsyncTicket]:
-        """As :meth:`CancelClient.cancel_many`."""
-        tickets = [AsyncTicket(*carried, self) for carried in self._play.enqueue(requests)]
-        await asyncio.sleep(0)
-        if durable and self._play.undurable:
-            raise _not_durable(tickets)
-        return tickets
-
-    async def outcome(self, job_id: str) -> Outcome | None:
-        """As :meth:`CancelClient.outcome`; an outcome is kept for good."""
-        await asyncio.sleep(0)
-        return self._play.outcome(job_id)
-
-    async def outcomes_of(self, job_ids: Iterable[str]) -> dict[str, Outcome]:
-        """As :meth:`CancelClient.outcomes_of`."""
-        await asyncio.sleep(0)
-        return self._play.outcomes_of(job_ids)
-
-    def outcomes(self, after: str = "0-0", *, follow: bool = False) -> AsyncIterator[tuple[str, Outcome]]:
-        """As :meth:`FakeCancelClient.outcomes`, for ``async for``."""
-        return self._follow(check_position(after), follow)
-
-    async def _follow(self, position: str, follow: bool) -> AsyncIterator[tuple[str, Outcome]]:
-        play, closings = self._play, self._play.closings
-        if position == "$":
-            position = play.newest()
-        while True:
-            news = play.listen()
-            page = play.page(position)
-            for position, outcome in page:
-                yield position, outcome
-            if not page:
-                if not follow or play.closings != closings:
-                    return
-                if not play.pass_to_next():
-                    await news
+    async def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:  # noqa: ARG002
+        """As :meth:`AsyncCancelClient.converse`, without asking anybody."""
+        if self._is_closed:
+            raise closed(self)
+        try:
+            return self._play.carry(conversation, doubt)
+        finally:
             await asyncio.sleep(0)
 
-    async def wait(self, job_id: str, timeout_s: float | None = None) -> Outcome:
-        """As :meth:`FakeCancelClient.wait`."""
-        await asyncio.sleep(0)
+    @contextlib.contextmanager
+    def _news(self) -> Iterator[Callable[[str], Awaitable[bool]]]:
+        yield lambda position: self._until(partial(self._play.goes_on_after, position))
+
+    async def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
+        return await self._until(partial(self._play.heard, job_ids, timeout_s))
+
+    async def _until(self, look: Callable[[], T | None]) -> T:
+        """See :meth:`FakeCancelClient._until`."""
         while True:
             news = self._play.listen()
             try:
-                if (outcome := self._play.look(job_id, timeout_s)) is not None:
-                    return outcome
+                if (found := look()) is not None:
+                    return found
                 await news
             finally:
                 news.cancel()
-
-    async def retry(self, job_ids: Iterable[str], *, missing_ok: bool = False) -> list[str]:
-        """As :meth:`CancelClient.retry`."""
-        await asyncio.sleep(0)
-        return self._play.retry(job_ids, missing_ok)
-
-    async def failed_ids(self) -> list[str]:
-        """As :meth:`CancelClient.failed_ids`."""
-        await asyncio.sleep(0)
-        return self._play.failed_ids()
-
-    async def statuses(self, job_ids: Iterable[str]) -> list[str | None]:
-        """As :meth:`CancelClient.statuses`."""
-        await asyncio.sleep(0)
-        return self._play.statuses(job_ids)
-
-    async def status(self) -> Status:
-        """As :meth:`FakeCancelClient.status`."""
-        await asyncio.sleep(0)
-        return self._play.status()

@@ -23,6 +23,11 @@ DEAD = 1
 DEADLINE_MS = 300_000
 #: A job that waits for so long while the queue is empty stands in no list, ms; and while it is not empty.
 OVERLOOKED_MS, OVERLOOKED_BUSY_MS = 5_000, 30_000
+#: Fields of ours that hold a whole number.
+NUMBERS = (
+    *("c_enqueued_at_ms", "c_asked_at_ms", "c_deadline_at_ms", "c_run", "c_open_at_ms", "c_meant_at_ms"),
+    "c_due_at_ms",
+)
 
 
 class Holder:

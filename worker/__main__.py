@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # What follows takes a second. Until there is a worker nobody loses anything by its end, and a signal that a process
+    # with the id 1 does not handle would never be heard of again.
+    for _number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(_number, lambda *_: os._exit(0))
+
 import contextlib
 import io
-import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click  # comes with rq
+import click
 
 from worker import log, output
 from worker.settings import (
@@ -88,6 +96,8 @@ def _settings(queue: str | None = None, concurrency: str | None = None) -> Setti
 def main(context: click.Context, /, queue: str | None, concurrency: str | None, burst: bool) -> None:
     """Sign and send the cancels on the queue, and record what became of each order, until told to stop."""
     if context.invoked_subcommand is not None:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # those commands end as others do
+            signal.signal(number, signal.SIG_DFL)
         return
     settings = _settings(queue, concurrency)
     sys.exit(_work(settings, burst))

@@ -74,6 +74,7 @@ class Bounds:
         self._lock = threading.Lock()
         self._offset: _Offset | None = None  # read without the lock: one reference, replaced as a whole
         self._doubted_ns: int | None = None
+        self.steps = 0  # how often an answer could not be true together with the earlier ones
 
     def add(self, asked_ns: int, answered_ns: int, remote_ms: int) -> None:
         """Take in one answer: when it was asked and answered here, and the remote time in it, cut to whole ms.
@@ -95,7 +96,13 @@ class Bounds:
         with self._lock:
             if self._doubted_ns is not None and asked_ns < self._doubted_ns:
                 return
-            self._offset = new if self._offset is None or self._doubted_ns is not None else _both(self._offset, new)
+            if self._offset is None or self._doubted_ns is not None:
+                self._offset = new
+            elif (both := _both(self._offset, new)) is not None:
+                self._offset = both
+            else:
+                self._offset = max(self._offset, new, key=lambda offset: offset.as_of_ns)
+                self.steps += 1
             self._doubted_ns = None
 
     def doubt(self, now_ns: int) -> None:
@@ -131,11 +138,12 @@ class Bounds:
         return None if offset is None or self._doubted_ns is not None else offset.as_of_ns
 
 
-def _both(one: _Offset, other: _Offset) -> _Offset:
+def _both(one: _Offset, other: _Offset) -> _Offset | None:
+    """What holds where both do; None: they cannot."""
     older, newer = (one, other) if one.as_of_ns <= other.as_of_ns else (other, one)
     lo_ns, hi_ns = older.at(newer.as_of_ns)
     lo_ns, hi_ns = max(lo_ns, newer.lo_ns), min(hi_ns, newer.hi_ns)
-    return _Offset(lo_ns, hi_ns, newer.as_of_ns) if lo_ns <= hi_ns else newer
+    return _Offset(lo_ns, hi_ns, newer.as_of_ns) if lo_ns <= hi_ns else None
 
 
 def _drift_ns(apart_ns: int) -> int:
@@ -214,6 +222,11 @@ class ServerClock(_RemoteClock):
 
 class RedisClock(_RemoteClock):
     """Redis' clock as a worker knows it."""
+
+    @property
+    def steps(self) -> int:
+        """How often it was seen to be set, or to be another server's."""
+        return self._bounds.steps
 
     def observe(self, asked_ns: int, answered_ns: int, now_ms: int) -> None:
         """Take in one answer of a script: when it was asked and answered (both :func:`local_ns`), and Redis' time.

@@ -92,7 +92,7 @@ class Engine:
         self._size, self._lease_s, self._life_s = size, lease_s, life_s
         self._store, self._canceller, self._gate = store, canceller, gate
         self._claims, self._rest = links  # one for the claim that waits at the queue, one for all else
-        self._sleep, self._sleeps = sleep or SleepWatch(), 0
+        self._sleep, self._sleeps, self._steps = sleep or SleepWatch(), 0, 0
         self._held: dict[str, Held] = {}  # by token: a job can come back while its last completion is answered
         self._ready: deque[Held] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -201,12 +201,17 @@ class Engine:
                     await self.beat(None)
 
     def _watch_sleep(self) -> int:
-        """Where the clock of leases does not count sleep: after one they are renewed before anything is sent.
+        """After a sleep that the clock of leases does not count, and after a step of Redis' clock (it was set, or is
+        another server's), leases are renewed before anything is sent, and others' are left alone for as long.
 
-        Gives how often this host has slept: what was asked before the last time says nothing of a lease's end.
+        Gives how often that was so: what was asked before the last time says nothing of a lease's end.
         """
-        if self._sleep.moved():
+        is_step = self._store.clock.steps != self._steps
+        if self._sleep.moved() or is_step:
             self._sleeps += 1
+            if is_step:
+                self._steps = self._store.clock.steps
+                self._back_at_ns = local_ns() + round(_COMPLETE_FIRST_S * _NS_PER_S)
             self._renewed_ns = 0
             for held in self._held.values():
                 held.until_ns = 0

@@ -51,6 +51,7 @@ class Gate:
     def __init__(self, publish: Publish) -> None:
         self._publish = publish
         self._unshared: tuple[int, str, bool] | None = None
+        self._reason = "as another worker told before Redis forgot"
         self._shared_at_ns = -math.inf  # when Redis last heard of a closing of ours
         self._raised_at_ns = -math.inf  # when we last heard of one
         self._left = (0, 0)  # until when it was told, and the weight that was left then
@@ -79,12 +80,14 @@ class Gate:
         """Note what Redis' own record said when asked at ``asked_at_ns``; None: it has no record.
 
         A person may open it there (`HSET gate:all until_ms 0`). A record that is gone, or holds an earlier end, says
-        nothing: a Redis that lost its data, or its last second, must not end a ban.
+        nothing: a Redis that lost its data, or its last second, must not end a ban, and is told of it again.
         """
-        opened = until_ms == 0 and now_ms < self.until_ms
-        if not opened:
+        is_fresh = self._unshared is None and asked_at_ns > max(self._shared_at_ns, self._raised_at_ns)
+        if until_ms != 0 or not self.closed(now_ms):
             self.observe(until_ms or 0)
-        elif self._unshared is None and asked_at_ns > max(self._shared_at_ns, self._raised_at_ns):
+            if is_fresh and self.closed(now_ms) and (until_ms or 0) + _SAME_PAUSE_MS < self.until_ms:
+                self._unshared = (self.until_ms, self._reason, False)
+        elif is_fresh:
             self.until_ms = now_ms  # from now on it ramps up
             log.warning("gate", state="opened", reason="by its record in Redis")
 
@@ -135,7 +138,7 @@ class Gate:
         before_ms, self.until_ms = self.until_ms, max(self.until_ms, until_ms)
         if until_ms <= before_ms:
             return False
-        self._unshared = (until_ms, reason, doubling)
+        self._unshared, self._reason = (until_ms, reason, doubling), reason
         is_news = now_ms + _HEARD_WITHIN_MS > before_ms or until_ms > before_ms + _SAME_PAUSE_MS
         if is_news:
             log.warning("gate", state="closed", reason=reason, **{"measure#cancel.gate_ms": pause_ms})

@@ -2,7 +2,8 @@
 -- ARGV  1 RQ's stamp of now, then for each request six words:
 --       id, order key (empty: no earlier call's job may be joined), data, description, deadline in ms from now (empty:
 --       the worker's default), urgent (1 or empty)
--- Gives for each request: the id of the job that carries it, and 1 if another request had made that job.
+-- Gives the first request's id, which proves whose answer it is, then for each request: the id of the job that carries
+-- it, and 1 if another request had made that job.
 -- Requests for one order stand side by side under one id: inside one call they share a job.
 local LOOKED_THROUGH = 1000 -- entries of the queue in which a job's own is looked for
 local LOST_LOOK_MS = 60000 -- when to look at a held job next whose lease the index does not know
@@ -38,9 +39,10 @@ function job.see_to_its_place(id, s, urgent)
   end
 end
 
-function job.join(id, deadline_ms, urgent)
+-- The job is of that order (nil: whatever its order is), or it is not joined.
+function job.join(id, order, deadline_ms, urgent)
   local s, key = job.read(id), JOB_PREFIX .. id
-  if not s or job.is_recalled(s) then return false end
+  if not s or (order and s.order ~= order) or job.is_recalled(s) then return false end
   if s.done then
     if not job.is_requeued(id, s) then return false end
     job.start_run(id, s)
@@ -74,7 +76,7 @@ function job.create(id, order, i)
   if job.is_shared(order) then pointers[#pointers + 1] = {order, id} end
 end
 
-local answer = {}
+local answer = {ARGV[2]}
 on('SADD', QUEUES, WAITING)
 local last_asked, last_id
 for i = 2, #ARGV, 6 do
@@ -83,10 +85,10 @@ for i = 2, #ARGV, 6 do
   if asked == last_asked then
     -- Also where the job has ended meanwhile: this is a repeat then, and requests of one call share a ticket.
     id, duplicate = last_id, 1
-    job.join(id, ARGV[i + 4], ARGV[i + 5])
+    job.join(id, nil, ARGV[i + 4], ARGV[i + 5])
   elseif redis.call('EXISTS', JOB_PREFIX .. id, OUTCOME_PREFIX .. id) == 0 then
     local other = job.is_shared(order) and job.pointed_to(order)
-    if other and job.join(other, ARGV[i + 4], ARGV[i + 5]) then
+    if other and job.join(other, order, ARGV[i + 4], ARGV[i + 5]) then
       id, duplicate = other, 1
     else
       job.create(id, order, i)

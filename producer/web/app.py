@@ -364,15 +364,16 @@ class _Pages:
         wanted = _wanted()
         if ids:
             rows = self._ask(queries.requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
-            matching = len(rows)
+            matching, damaged = len(rows), tuple[str, ...]()
         else:
             found = self._ask(queries.failed(self._keys, wanted, 0, CHUNK), heavy=not wanted.all)
-            rows, matching = list(found.rows), found.matching
+            rows, matching, damaged = list(found.rows), found.matching, found.damaged
         chosen = [seen for seen in rows if seen.retryable]
         return render_template(
             "retry.html",
             chosen=chosen,
             matching=matching,
+            damaged=damaged,
             wanted=wanted,
             by_id=bool(ids),
             now_ms=now_ms,

@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from base64 import b64decode
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -35,7 +35,8 @@ from producer.message import (
     decode_call,
     decode_outcome,
 )
-from producer.protocol import Command, Conversation, good, is_requeued, is_wrong_type, pages
+from producer.protocol import Command, Conversation, good, is_requeued, pages, stream_entries, text
+from producer.status import readable
 
 #: Rows of one page.
 PAGE = 50
@@ -161,6 +162,7 @@ class Failed:
     total: int  # in the registry
     matching: int  # that meet the filter, among those that were looked at
     partial: bool  # the registry is longer than what was looked at
+    damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ class Found:
     entries: int  # of the ledger that were looked at
     partial: bool  # the ledger or the registry is longer than what was looked at
     more: bool  # there are more than RESULTS
+    damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
 
 
 # --- One request --------------------------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ def _with_job(seen: Seen, job: Any, faults: list[str]) -> Seen:
         faults.append(f"its attempts cannot be read: {error}")
     return replace(
         seen,
-        status=shown(status),
+        status=text(status),
         order=order,
         attempts=tried,
         run=_whole(run),
@@ -279,11 +282,6 @@ def _with_job(seen: Seen, job: Any, faults: list[str]) -> Seen:
         deadline_at_ms=_whole(deadline_ms),
         sent_at_ms=_whole(sent_ms),
     )
-
-
-def shown(value: Any) -> str:
-    """A word from Redis, whoever wrote it."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _whole(value: Any) -> int | None:
@@ -296,7 +294,7 @@ def _whole(value: Any) -> int | None:
 def _stamp_ms(value: Any) -> int | None:
     """RQ's own stamp, by the clock of the host that wrote it."""
     try:
-        return int(utcparse(shown(value)).timestamp() * 1000) if value else None
+        return int(utcparse(text(value)).timestamp() * 1000) if value else None
     except (ValueError, OverflowError):
         return None
 
@@ -315,8 +313,8 @@ def _result(answer: Any) -> str | None:
     """The text of a failure as RQ keeps it: packed."""
     if isinstance(answer, Exception) or not answer:
         return None
-    fields = {shown(name): value for name, value in answer[0][1].items()}
     try:
+        fields = {text(name): value for name, value in stream_entries(answer)[0][1].items()}
         packed = b64decode(fields["exc_string"])
         return zlib.decompressobj().decompress(packed, MAX_PAYLOAD_BYTES).decode("utf-8", "replace")
     except (KeyError, TypeError, ValueError, binascii.Error, zlib.error):
@@ -338,15 +336,11 @@ def _with_result(seen: Seen, told: str | None) -> Seen:
 
 def newest(keys: Keys, count: int) -> Conversation[list[Seen]]:
     """The newest outcomes, newest first; none of a ledger of the wrong type, which the status names."""
-    (entries,) = yield [("XREVRANGE", keys.outcomes, "+", "-", "COUNT", count)]
-    if is_wrong_type(entries):
-        return []
-    good([entries])
-    return [_of_entry(entry_id, fields) for entry_id, fields in entries]
+    (entries,) = yield from readable([("XREVRANGE", keys.outcomes, "+", "-", "COUNT", count)], {})
+    return [_of_entry(entry_id, fields) for entry_id, fields in stream_entries(entries)]
 
 
-def _of_entry(entry_id: Any, fields: Any) -> Seen:
-    entry = shown(entry_id)
+def _of_entry(entry: str, fields: Mapping[Any, Any]) -> Seen:
     try:
         outcome = decode_outcome(_record(fields))
     except MalformedMessage as error:
@@ -354,13 +348,12 @@ def _of_entry(entry_id: Any, fields: Any) -> Seen:
     return _with_outcome(Seen(outcome.id, entry), outcome)
 
 
-def _record(fields: Any) -> bytes:
-    found = (fields or {}).get(b"outcome") or (fields or {}).get("outcome") or b""
-    return found.encode("utf-8", "replace") if isinstance(found, str) else bytes(found)
+def _record(fields: Mapping[Any, Any]) -> bytes:
+    return bytes(fields.get(b"outcome", b""))
 
 
 def _ledger(
-    keys: Keys, look: Callable[[bytes], bool], meant: Callable[[Seen], bool]
+    keys: Keys, look: Callable[[bytes], bool], meant: Callable[[Seen], bool], damaged: dict[str, None]
 ) -> Conversation[tuple[list[Seen], int]]:
     """Outcomes that are ``meant`` among the newest :data:`DEPTH`, newest first, and how many entries there were.
 
@@ -371,14 +364,15 @@ def _ledger(
     read = 0
     before = "+"
     while read <= DEPTH:
-        (entries,) = good((yield [("XREVRANGE", keys.outcomes, before, "-", "COUNT", _ENTRIES)]))
+        command = ("XREVRANGE", keys.outcomes, before, "-", "COUNT", _ENTRIES)
+        entries = stream_entries((yield from readable([command], damaged))[0])
         for entry_id, fields in entries[: DEPTH - read]:
             if look(_record(fields)) and len(found) < _KEPT and meant(seen := _of_entry(entry_id, fields)):
                 found.append(seen)
         read += len(entries)
         if len(entries) < _ENTRIES:
             break
-        before = f"({shown(entries[-1][0])}"
+        before = f"({entries[-1][0]}"
     return found, min(read, DEPTH + 1)
 
 
@@ -391,8 +385,10 @@ def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Con
     With a filter the newest :data:`DEPTH` of the registry are looked at.
     """
     first, last = (start, start + count - 1) if wanted.all else (0, DEPTH - 1)
-    time, total, members = good((yield [("TIME",), ("ZCARD", keys.failed), ("ZREVRANGE", keys.failed, first, last)]))
-    job_ids = [shown(member) for member in members]
+    damaged: dict[str, None] = {}
+    commands: list[Command] = [("TIME",), ("ZCARD", keys.failed), ("ZREVRANGE", keys.failed, first, last)]
+    time, total, members = yield from readable(commands, damaged)
+    job_ids = [text(member) for member in members]
     matching = total
     if not wanted.all:
         met = yield from _meeting(keys, job_ids, wanted)
@@ -400,7 +396,7 @@ def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Con
     rows = yield from requests_of(keys, job_ids)
     # RQ scores the registry in whole seconds; within one, the records know better.
     rows.sort(key=lambda seen: seen.ended_at_ms or 0, reverse=True)
-    return Failed(_now_ms(time), tuple(rows), total, matching, not wanted.all and total > DEPTH)
+    return Failed(_now_ms(time), tuple(rows), total, matching, not wanted.all and total > DEPTH, tuple(damaged))
 
 
 def _meeting(keys: Keys, job_ids: Sequence[str], wanted: Wanted) -> Conversation[list[str]]:
@@ -422,9 +418,7 @@ def _records(keys: Keys, job_ids: Sequence[str]) -> Conversation[list[bytes | No
 
 
 def _raw(answer: Any) -> bytes | None:
-    """A text from Redis as its bytes; None where there is none, or an error stands for it."""
-    if isinstance(answer, str):
-        return answer.encode("utf-8", "replace")
+    """A text from Redis; None where there is none, or an error stands for it."""
     return answer if isinstance(answer, bytes) else None
 
 
@@ -448,7 +442,8 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[F
     and ``account``, and by client algo id among the first :data:`DEPTH` of each state; ended ones in the newest
     :data:`DEPTH` of ledger and registry. Newest first, open ones before them.
     """
-    time, total = good((yield [("TIME",), ("ZCARD", keys.failed)]))
+    damaged: dict[str, None] = {}
+    time, total = yield from readable([("TIME",), ("ZCARD", keys.failed)], damaged)
     accounts = dict.fromkeys([DEFAULT_ACCOUNT, *([account] if account else [])])
 
     def look(record: bytes) -> bool:
@@ -458,20 +453,21 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[F
     def meant(seen: Seen) -> bool:
         return _is_of(seen, account) and (bool(seen.faults) or _meant(seen, words))
 
-    ended, entries = yield from _ledger(keys, look, meant)
+    ended, entries = yield from _ledger(keys, look, meant, damaged)
     failed_ones = yield from _failed_with(keys, words, account, accounts)
     named = yield from _open_of(keys, words, list(accounts)[:_ACCOUNTS])
-    by_client_id = yield from _open_with_client_id(keys, words)
+    by_client_id = yield from _open_with_client_id(keys, words, damaged)
     found = _merged([*named, *by_client_id, *ended, *failed_ones], account)
     partial = entries > DEPTH or total > DEPTH
-    return Found(_now_ms(time), tuple(found[:RESULTS]), min(entries, DEPTH), partial, len(found) > RESULTS)
+    looked_at = min(entries, DEPTH)
+    return Found(_now_ms(time), tuple(found[:RESULTS]), looked_at, partial, len(found) > RESULTS, tuple(damaged))
 
 
 def _failed_with(keys: Keys, words: str, account: str | None, accounts: dict[str, None]) -> Conversation[list[Seen]]:
     """Failed requests that are meant; the accounts of all are added to ``accounts``."""
-    (members,) = good((yield [("ZREVRANGE", keys.failed, 0, DEPTH - 1)]))
+    (members,) = yield from readable([("ZREVRANGE", keys.failed, 0, DEPTH - 1)], {})
     found: list[Seen] = []
-    for page in pages([shown(member) for member in members]):
+    for page in pages([text(member) for member in members]):
         likely: list[str] = []
         for job_id, record in zip(page, (yield from _records(keys, page)), strict=True):
             accounts |= dict.fromkeys(name.decode() for name in _ACCOUNT.findall(record or b""))
@@ -495,19 +491,19 @@ def _open_of(keys: Keys, words: str, accounts: Iterable[str]) -> Conversation[li
     ids = [words] if USABLE_ID.fullmatch(words) else []
     if pointers:
         (named,) = good((yield [("MGET", *pointers)]))
-        ids += [shown(job_id) for job_id in named if job_id is not None]
+        ids += [text(job_id) for job_id in named if job_id is not None]
     rows = yield from requests_of(keys, list(dict.fromkeys(ids)))
     return [seen for seen in rows if (seen.open or seen.id == words) and (seen.status or seen.outcome or seen.faults)]
 
 
-def _open_with_client_id(keys: Keys, words: str) -> Conversation[list[Seen]]:
+def _open_with_client_id(keys: Keys, words: str, damaged: dict[str, None]) -> Conversation[list[Seen]]:
     """The open requests that name ``words`` as client algo id: no pointer leads to them."""
     # The list as well: what another program enqueued is in the index only when a worker has seen it.
     bands = [(int(band), f"({int(end)}") for band, end in pairwise(Band)]
     places: list[Command] = [("ZRANGEBYSCORE", keys.unfinished, *band, "LIMIT", 0, DEPTH) for band in bands]
-    states = good((yield [*places, ("LRANGE", keys.waiting, 0, DEPTH - 1)]))
+    states = yield from readable([*places, ("LRANGE", keys.waiting, 0, DEPTH - 1)], damaged)
     named, likely = _field("client_algo_id", words), list[str]()
-    for page in pages(list(dict.fromkeys(shown(job_id) for state in states for job_id in state))):
+    for page in pages(list(dict.fromkeys(text(job_id) for state in states for job_id in state))):
         calls = yield [("HGET", keys.job_prefix + job_id, "data") for job_id in page]
         likely += [job_id for job_id, call in zip(page, map(_raw, calls), strict=True) if call and named in call]
     return [seen for seen in (yield from requests_of(keys, likely)) if seen.open]
@@ -549,5 +545,5 @@ def _merged(rows: Iterable[Seen], account: str | None) -> list[Seen]:
 
 def history(keys: Keys, job_id: str) -> Conversation[list[Seen]]:
     """All outcomes of one request in the newest :data:`DEPTH` of the ledger, newest first."""
-    found, _ = yield from _ledger(keys, lambda record: _may_hold(record, job_id), lambda seen: seen.id == job_id)
+    found, _ = yield from _ledger(keys, lambda record: _may_hold(record, job_id), lambda seen: seen.id == job_id, {})
     return found

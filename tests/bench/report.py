@@ -19,6 +19,8 @@ TITLES: Mapping[str, str] = {
     "rq-worker": "RQ Worker (forks)",
     "floor": "bare BLPOP + DELETE",
 }
+#: How long the exchange's official SDK waits for an answer before it gives up, ms, if it is told nothing else.
+SDK_TIMEOUT_MS = 1000.0
 #: What stands where nothing was measured.
 NOTHING = "-"
 
@@ -112,7 +114,7 @@ def ratios(results: Results) -> list[Ratio]:
             figures = {system: percentile(values, share) for system, values in latencies.items()}
             found += _against(f"{name}: p{share * 100:.0f} from cancel() to its DELETE", figures)
     found += [*_burst_ratios(results.burst), *_call_ratios(results), *_cost_ratios(results.cost)]
-    return [*found, *_memory_ratios(results.memory)]
+    return [*found, *_memory_ratios(results.memory), *_silence_ratios(results)]
 
 
 def _against(what: str, figures: Mapping[str, float | None]) -> list[Ratio]:
@@ -177,6 +179,17 @@ def _memory_ratios(measured: Sequence[Memory]) -> list[Ratio]:
     return found
 
 
+def _silence_ratios(results: Results) -> list[Ratio]:
+    found = []
+    for one in results.silence:
+        what = f"slowest of {len(one.outcomes_ms)} outcomes, {one.part:.0%} of answers never come"
+        found.append(Ratio(what, "the official SDK's time-out", max(one.outcomes_ms, default=0), SDK_TIMEOUT_MS))
+    for calm in results.calm:
+        what = f"slowest of a burst after {calm.calm_s:.0f} s behind a firewall that forgets"
+        found.append(Ratio(what, "before it", max(calm.after_ms, default=0), max(calm.before_ms, default=0)))
+    return found
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +224,7 @@ def tables(results: Results) -> list[Table]:
         _retry_table(results),
         _memory_table(results),
         _together_table(results),
+        _silence_table(results),
         _ratio_table(ratios(results)),
         _further_ratio_table(ratios(results)),
     ]
@@ -330,6 +344,22 @@ def _together_table(results: Results) -> Table:
     return Table(
         "Together: two workers; a slow order and the others' latency", ("", "", "p50 ms", "max ms", "lost"), rows
     )
+
+
+def _silence_table(results: Results) -> Table:
+    measured: list[tuple[str, Sequence[float], int]] = []
+    for one in results.silence:
+        measured.append((f"{one.silent} answers never came ({one.part:.0%} of all)", one.outcomes_ms, one.lost))
+    for calm in results.calm:
+        forgets = f"a firewall that forgets after {calm.forgets_after_s:.0f} s"
+        measured.append((f"a burst behind {forgets}", calm.before_ms, 0))
+        measured.append((f"the same after {calm.calm_s:.0f} s of calm", calm.after_ms, calm.lost))
+    rows: list[tuple[Cell, ...]] = [
+        (what, len(values), *(percentile(values, share) for share in (0.5, 0.99, 1)), lost)
+        for what, values, lost in measured
+    ]
+    title = f"What stays away: from request to outcome, ms (the official SDK gives up after {SDK_TIMEOUT_MS:.0f})"
+    return Table(title, ("", "cancels", "p50", "p99", "max", "lost"), rows)
 
 
 def _ratio_table(found: Sequence[Ratio]) -> Table:

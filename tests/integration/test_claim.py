@@ -17,6 +17,7 @@ from producer.message import TASK, OutcomeKind, decode_attempts, decode_call, en
 from tests.holders import (
     DEAD,
     DEADLINE_MS,
+    NUMBERS,
     OpenHolder,
     back,
     band,
@@ -75,19 +76,14 @@ def test_a_claim_keeps_to_its_slots_and_to_the_order(client: CancelClient, open_
     assert peek.waiting() == slow[2:]
 
 
-def test_a_claim_waits_for_the_first_job(open_holder: OpenHolder) -> None:
-    """A claim at an empty queue waits about a second for a job, and gives none if none comes."""
-    began = time.monotonic()
+def test_a_claim_waits_for_the_first_job(client: CancelClient, open_holder: OpenHolder) -> None:
+    """A claim at an empty queue waits about a second; the job that ends a wait brings others along."""
+    began, holder = time.monotonic(), open_holder()
 
-    assert open_holder().claim(5, wait=True) == []
-    assert 0.8 < time.monotonic() - began < 2.5
-
-
-def test_a_claim_takes_more_than_the_job_it_waited_for(client: CancelClient, open_holder: OpenHolder) -> None:
-    """The job that ended the wait is the first one given, and others come along."""
+    assert holder.claim(5, wait=True) == []
+    assert time.monotonic() - began > 0.8
     tickets = orders(client, 3)
-
-    assert ids(open_holder().claim(5, wait=True)) == [ticket.id for ticket in tickets]
+    assert ids(holder.claim(5, wait=True)) == [ticket.id for ticket in tickets]
 
 
 def test_a_claim_that_comes_late_takes_nothing(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
@@ -116,16 +112,6 @@ def test_an_entry_of_a_held_job_gives_it_to_nobody(client: CancelClient, open_ho
 
     assert other.claim() == holder.claim() == []
     assert peek.waiting() == []
-
-
-def test_a_double_entry_gives_the_job_once(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
-    """An urgent repeat of a waiting request adds an entry, not a second hold."""
-    ticket = client.cancel(algo_id=1)
-    again = client.cancel(algo_id=1, urgent=True)
-    assert peek.waiting() == [ticket.id, ticket.id]
-
-    assert again.duplicate
-    assert ids(open_holder().claim()) == [ticket.id]
 
 
 @pytest.mark.parametrize("kind", [OutcomeKind.CANCELLED, OutcomeKind.UNKNOWN])
@@ -245,15 +231,8 @@ def test_any_id_gets_its_outcome(odd_id: bytes, open_holder: OpenHolder, peek: P
     assert holder.is_drained()
 
 
-#: Fields of ours that hold a whole number, and what may stand there instead.
-NUMBERS = (
-    *("c_enqueued_at_ms", "c_asked_at_ms", "c_deadline_at_ms", "c_run", "c_open_at_ms", "c_meant_at_ms"),
-    "c_due_at_ms",
-)
-
-
 @pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", [b"abc", b"", b"1.5", b"nan", b"inf", b"\xff", b"9" * 400])
+@pytest.mark.parametrize("value", [b"abc", b"", b"1.5", b"inf", b"\xff", b"9" * 400])
 def test_a_damaged_number_is_named(
     name: str, value: bytes, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
 ) -> None:
@@ -296,13 +275,13 @@ def test_a_number_of_a_run_in_another_spelling(
         ("unfinished", ("ZADD", int(Band.RETRY))),
     ],
 )
-def test_an_id_of_sixty_megabytes_costs_itself_alone(
+def test_an_endless_id_costs_itself_alone(
     place: str, put: tuple[Any, ...], client: CancelClient, open_holder: OpenHolder, peek: Peek
 ) -> None:
     """What is too long for an id is dropped unread wherever it stands, with its first letters as its name."""
     key, (command, *score) = getattr(peek.keys, place), put
     (ticket,) = orders(client, 1)
-    peek(command, key, *score, b"h" * 60_000_000)
+    peek(command, key, *score, b"h" * 5_000_000)
     holder = open_holder()
 
     claimed = holder.claimed()
@@ -318,10 +297,10 @@ def test_an_id_of_sixty_megabytes_costs_itself_alone(
 @pytest.mark.parametrize(
     ("name", "size", "fault"),
     [
-        ("c_attempts", 100_000_000, ""),
-        ("data", 60_000_000, "size data"),
+        ("c_attempts", 5_000_000, ""),
+        ("data", 5_000_000, "size data"),
         ("data", 64 * 1024 + 1, "size data"),
-        ("c_pin", 60_000_000, "size c_pin"),
+        ("c_pin", 5_000_000, "size c_pin"),
     ],
 )
 def test_a_field_that_is_too_large_is_not_read(
@@ -362,13 +341,13 @@ def test_a_lost_job_with_an_endless_history_comes_back(
     """To a history that is too large to be read nothing is added, and the job is given as every lost one."""
     (ticket,) = orders(client, 1)
     open_holder("dead", lease_ms=DEAD).claim()
-    connection.hset(peek.keys.job_prefix + ticket.id, "c_attempts", b"x" * 100_000_000)
+    connection.hset(peek.keys.job_prefix + ticket.id, "c_attempts", b"x" * 5_000_000)
     time.sleep(0.01)
 
     (lease,) = open_holder("other").claim()
 
     assert (lease.id, lease.attempts) == (ticket.id, TOO_LARGE)
-    assert peek("HSTRLEN", peek.keys.job_prefix + ticket.id, "c_attempts") == 100_000_000
+    assert peek("HSTRLEN", peek.keys.job_prefix + ticket.id, "c_attempts") == 5_000_000
 
 
 def test_a_lost_job_with_a_history_that_is_none_comes_back(

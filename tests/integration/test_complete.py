@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 import redis
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from rq.utils import utcformat
 
-from producer import CancelClient, CancelRequest
-from producer.message import MAX_ALGO_ID, OutcomeKind, decode_attempts, decode_call
+from producer import CancelClient
+from producer.message import OutcomeKind, decode_attempts
 from tests.holders import DEAD, SPOILED, Holder, OpenHolder, age, back, ended, ids, later, orders, tried
 from tests.servers import Peek, Valkey
 from worker.store import Lease, Row
@@ -38,34 +36,6 @@ def test_an_outcome_is_in_the_record_and_in_the_ledger(
     assert 70 < peek("TTL", peek.keys.outcome_prefix + ticket.id) <= 77
     assert holder.ask(holder.store.recorded(ticket.id)) == row.outcome.encode().encode()
     assert "c_attempts" not in peek.job(ticket.id)
-
-
-def test_large_ids_stay_whole(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
-    """An id beyond 2^53 comes out of queue, record and ledger as it went in."""
-    wanted = [MAX_ALGO_ID, 2**53 + 1]
-    tickets = client.cancel_many([CancelRequest(algo_id=algo_id) for algo_id in wanted])
-    holder = open_holder()
-
-    for lease in holder.claim():
-        request = decode_call(lease.data)
-        holder.complete(ended(lease, algo_id=request.algo_id, actual_order_id=str(2**63)))
-
-    assert [outcome.algo_id for outcome in peek.ledger()] == wanted
-    assert [outcome.algo_id for outcome in map(client.outcome, (t.id for t in tickets)) if outcome] == wanted
-
-
-def test_stamps_are_of_now(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
-    """What RQ shows as start and end of a job is the moment at which it happened."""
-    ticket = client.cancel(algo_id=1)
-    holder = open_holder()
-    before = utcformat(datetime.now(UTC))
-    (lease,) = holder.claim()
-    holder.complete(ended(lease))
-    after = utcformat(datetime.now(UTC))
-
-    fields = peek.job(ticket.id)
-    assert before[:19] <= fields["started_at"][:19] <= fields["ended_at"][:19] <= after[:19]
-    assert fields["started_at"] <= fields["ended_at"]
 
 
 def test_no_worker_is_called_back_to_life(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:

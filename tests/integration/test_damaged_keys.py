@@ -299,41 +299,33 @@ def test_the_breaker_of_a_key_works_whatever_stands_there(
     assert peek("EXISTS", keys.breaker(suspect.fingerprint)) == 0
 
 
-@STRANGE
-@pytest.mark.parametrize("name", ["workers", "queue_workers"])
-def test_a_worker_starts_whatever_stands_there(
-    name: str, spoil: Spoil, workers: Workers, client: CancelClient, connection: redis.Redis, peek: Peek
-) -> None:
-    """What RQ's registration stumbles over keeps nobody from work, and RQ knows the worker when it is set aside."""
-    key = getattr(peek.keys, name)
-    put(spoil, connection, key)
-
-    worker = workers.start()
-
-    assert client.cancel(algo_id=1, account="nobody").wait(5).kind is OutcomeKind.REFUSED
-    eventually(lambda: is_set_aside(connection, key, spoil) and peek("TYPE", key) == "set", 10, "RQ knows it")
-    eventually(lambda: f"event=damaged key={key} " in worker.output(), 5, "it is told")
-    assert "event=unregistered " in worker.output()
-
-
-@pytest.mark.parametrize("name", ["waiting", "unfinished", "failed", "outcomes"])
 def test_a_real_worker_tells_of_it_and_goes_on(
-    name: str,
     workers: Workers,
     client: CancelClient,
     exchange: RunningExchange,
     connection: redis.Redis,
     peek: Peek,
 ) -> None:
-    """Whoever runs a worker reads in its log which key was set aside; requests go on to be cancelled."""
+    """What RQ's registration stumbles over keeps nobody from work; whoever runs a worker reads in its log which keys
+    were set aside, and requests go on to be cancelled."""
+    keys, spoil = peek.keys, SPOILED["string"]
+    before = (keys.workers, keys.queue_workers)
+    for key in before:
+        put(spoil, connection, key)
     worker = workers.start()
-    one, two = exchange.add_orders(2)
-    client.cancel(algo_id=one.algo_id).wait(10)
-    key = getattr(peek.keys, name)
-    put(SPOILED["string"], connection, key)
-    eventually(lambda: name == "outcomes" or f"key={key} " in worker.output(), 10, "it is told")
+    assert client.cancel(algo_id=1, account="nobody").wait(30).kind is OutcomeKind.REFUSED
+    eventually(lambda: all(is_set_aside(connection, key, spoil) for key in before), what="they are set aside")
+    eventually(lambda: {peek("TYPE", key) for key in before} == {"set"}, what="RQ knows the worker")
+    assert "event=unregistered " in worker.output()
 
-    assert client.cancel(algo_id=two.algo_id).wait(10).kind is OutcomeKind.CANCELLED
+    def is_told(*names: str) -> bool:
+        return all(f"event=damaged key={name} " in worker.output() for name in names)
 
-    eventually(lambda: f"event=damaged key={key} " in worker.output(), 10, "it is told")
+    found = (keys.waiting, keys.unfinished)
+    for key in (*found, keys.outcomes):
+        put(spoil, connection, key)
+    eventually(lambda: is_told(*before, *found), what="they are told")
+    (order,) = exchange.add_orders(1)
+    assert client.cancel(algo_id=order.algo_id).wait(30).kind is OutcomeKind.CANCELLED
+    eventually(lambda: is_told(keys.outcomes), what="it is told with the first outcome")
     assert worker.stop() == 0

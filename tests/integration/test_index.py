@@ -115,7 +115,7 @@ def test_a_real_worker_finds_it(
     removed(connection, ticket.id)
     workers.start()
 
-    assert ticket.wait(15).kind is OutcomeKind.CANCELLED
+    assert ticket.wait(30).kind is OutcomeKind.CANCELLED
 
 
 def test_a_busy_worker_finds_it(
@@ -130,7 +130,7 @@ def test_a_busy_worker_finds_it(
     client.cancel_many(CancelRequest(algo_id=one.algo_id) for one in exchange.add_orders(400))
     workers.start(WORKER_CONCURRENCY="8")
 
-    assert ticket.wait(15).kind is OutcomeKind.CANCELLED
+    assert ticket.wait(30).kind is OutcomeKind.CANCELLED
     assert peek("LLEN", peek.keys.waiting) > 0
 
 

@@ -18,7 +18,7 @@ from worker.sandbox.faults import Fault
 
 def is_status(client: CancelClient, ticket: Ticket, status: str) -> None:
     """Wait until RQ says so."""
-    eventually(lambda: client.statuses([ticket.id]) == [status], 10, status)
+    eventually(lambda: client.statuses([ticket.id]) == [status], what=status)
 
 
 def test_canceled_before_anything_was_sent(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
@@ -28,7 +28,7 @@ def test_canceled_before_anything_was_sent(workers: Workers, client: CancelClien
     client.job(ticket).cancel()
     worker = workers.start()
 
-    outcome = ticket.wait(15)
+    outcome = ticket.wait(30)
 
     assert (outcome.kind, outcome.attempts, outcome.may_be_live, outcome.tag) == (OutcomeKind.GAVE_UP, (), True, "t")
     assert outcome.error == "the job was canceled through RQ"
@@ -52,7 +52,7 @@ def test_canceled_between_two_attempts(
     sent = exchange.book()[order.algo_id].deletes
 
     client.job(ticket).cancel()
-    outcome = ticket.wait(15)
+    outcome = ticket.wait(30)
 
     assert (outcome.kind, outcome.may_be_live) == (kind, True)
     assert len(outcome.attempts) >= 1
@@ -72,7 +72,7 @@ def test_canceled_while_its_request_is_under_way(
 
     client.job(ticket).cancel()
 
-    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
+    assert ticket.wait(30).kind is OutcomeKind.CANCELLED
     assert client.statuses([ticket.id]) == ["finished"]
 
 
@@ -99,22 +99,9 @@ def test_stopped_in_a_stock_worker(
     stock.stop()
     exchange.set_latency_ms(0)
     workers.start(LEASE_S="2")
-    outcome = ticket.wait(20)
+    outcome = ticket.wait(30)
 
     assert (outcome.kind, outcome.error) == (OutcomeKind.UNKNOWN, "the job was stopped through RQ")
     assert [attempt.msg for attempt in outcome.attempts] == ["worker lost"]
     assert exchange.book()[order.algo_id].deletes == 1
     assert len(peek.ledger()) == 1
-
-
-def test_a_recalled_request_can_be_retried(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
-    """Its outcome is of a failed kind: whoever took it back by mistake starts a new run, which cancels."""
-    (order,) = exchange.add_orders(1)
-    ticket = client.cancel(algo_id=order.algo_id)
-    client.job(ticket).cancel()
-    workers.start()
-    assert ticket.wait(15).kind is OutcomeKind.GAVE_UP
-
-    assert client.retry([ticket.id]) == [ticket.id]
-
-    assert ticket.wait(10).kind is OutcomeKind.CANCELLED

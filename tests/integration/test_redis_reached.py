@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.server
 import re
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +17,7 @@ import redis
 
 from producer import AsyncCancelClient, CancelClient, QueueUnavailable
 from producer.redis_url import SURE_S, Address, NotPrimary, NotSupported
-from tests.failover import SERVICE, Pair, Sentinel, direct, running_pair, running_sentinel
+from tests.failover import SERVICE, UNSUPPORTED, Pair, Sentinel, cluster, direct, running_pair, running_sentinel
 from tests.fault.proxy import Proxy
 from tests.servers import ROOT, Valkey, eventually, free_port, running_valkey, scrubbed
 
@@ -207,51 +203,6 @@ def test_a_replica_is_not_taken_for_the_primary(pair: Pair) -> None:
 
 
 # ---- what is not supported ------------------------------------------------------------------------------------------
-
-
-class Pages(http.server.BaseHTTPRequestHandler):
-    """Something else that listens."""
-
-    def handle(self) -> None:
-        """Answer at once, as to a bad request."""
-        self.request.recv(1000)
-        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-
-@contextlib.contextmanager
-def http_server() -> Iterator[str]:
-    """A web server where a Redis should be."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"redis://127.0.0.1:{server.server_address[1]}/0"
-        server.shutdown()
-
-
-@contextlib.contextmanager
-def cluster() -> Iterator[str]:
-    """A node of a Cluster."""
-    port = next(port for port in iter(free_port, 0) if port < 55_000)  # the nodes talk at one 10,000 higher
-    with tempfile.TemporaryDirectory() as directory:
-        node = Valkey(Path(directory), ("--cluster-enabled", "yes"), port)
-        try:
-            node.start()
-            yield node.url
-        finally:
-            node.stop(signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def bare_sentinel() -> Iterator[str]:
-    """A Sentinel's port taken for Redis'."""
-    with running_pair() as pair, running_sentinel(pair.primary) as sentinel:
-        yield f"redis://127.0.0.1:{sentinel.port}/0"
-
-
-UNSUPPORTED: list[tuple[Any, str]] = [
-    (http_server, "what answers there is no Redis"),
-    (cluster, "it is a Redis Cluster, which is not supported"),
-    (bare_sentinel, "it is a Sentinel: write redis+sentinel://host:port/service"),
-]
 
 
 @pytest.mark.parametrize(("server", "told"), UNSUPPORTED)

@@ -79,7 +79,7 @@ class Shell:
             lines = [line for line in self.logged().splitlines() if "event=started" in line]
             return [dict(re.findall(r"(\w+)=(\S+)", line)) for line in lines] if len(lines) == workers else []
 
-        found = eventually(said, 20, "the workers say that they started")
+        found = eventually(said, what="the workers say that they started")
         assert isinstance(found, list)
         return found
 
@@ -172,7 +172,7 @@ def test_an_interrupted_run_leaves_nothing_behind(shell: Shell, number: signal.S
         assert all(alive(int(worker["pid"])) for worker in workers)
         assert listens(workers[0]["exchange"])
         os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=15)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == code
     assert "interrupted: everything is stopped" in errors
     assert "Traceback" not in errors
@@ -186,7 +186,7 @@ def test_a_killed_worker_fails_the_run_but_no_order(shell: Shell) -> None:
     """A worker that is killed loses no order to the other one; the run is failed, and its logs are kept and named."""
     with shell.running("--orders", "49", "--faults", "some", "--json") as process:
         workers = shell.started()
-        eventually(lambda: "event=attempt" in shell.logged(), 20, "the first attempts")
+        eventually(lambda: "event=attempt" in shell.logged(), what="the first attempts")
         os.kill(int(workers[0]["pid"]), signal.SIGKILL)
         output, errors = process.communicate(timeout=TIMEOUT_S)
     report = json.loads(output)
@@ -211,9 +211,9 @@ def test_without_any_worker_left_the_orders_are_shown(shell: Shell) -> None:
     assert "the workers' logs are in" in errors
 
 
-@pytest.mark.parametrize("arguments", [("--faults", "most"), ("--orders", "0"), ("--workers", "x")])
+@pytest.mark.parametrize("arguments", [("--faults", "most"), ("--orders", "0"), ("--port", "8000")])
 def test_bad_usage(shell: Shell, arguments: tuple[str, str]) -> None:
-    """An unknown set of faults, or a number out of bounds, is refused by the option's name before anything starts."""
+    """A wrong value, or a port without --serve, is refused by the option's name before anything starts."""
     done = shell.run(*arguments)
     assert done.returncode == 2
     assert arguments[0] in done.stderr

@@ -59,24 +59,6 @@ def test_round_trips(valkey: Valkey, client: CancelClient, open_holder: OpenHold
         assert counter.turns - before == 4
 
 
-def test_commands_of_a_claim_and_a_completion(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
-    """A claim sends one blocking move and one script, a completion of fifty one script: nothing for each job."""
-    orders(client, 50)
-    holder = open_holder()
-    holder.complete(*map(back, holder.claim(1)))
-    peek("CONFIG", "RESETSTAT")
-
-    leases = holder.claim(50, wait=True)
-    holder.complete(*map(ended, leases))
-
-    stats = peek("INFO", "commandstats")
-    calls = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in stats.items()}
-    assert (calls["blmove"], calls["evalsha"], len(leases)) == (1, 2, 50)
-    # What the scripts run inside the server for one job, from the claim to the outcome.
-    sent = ("blmove", "evalsha", "config|resetstat", "info")
-    assert sum(count for name, count in calls.items() if name not in sent) / 50 < 20
-
-
 def test_a_drained_queue_leaves_a_constant_number_of_keys(
     client: CancelClient, open_holder: OpenHolder, peek: Peek
 ) -> None:

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
 import redis
 from rq import Queue
 from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
+from producer import CancelClient, CancelRequest, Outcome, OutcomeKind
 from producer.message import TASK
 from tests.servers import Peek, Valkey, Worker, Workers, eventually
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
-
-
-@pytest.fixture
-def peek(connection: redis.Redis) -> Peek:
-    """A look at the queue's keys."""
-    return Peek(connection)
 
 
 def start_stock(workers: Workers, valkey: Valkey) -> Worker:
@@ -79,7 +69,7 @@ def test_same_outcomes_as_ours(
         stranger = foreign.enqueue(TASK, FOREIGN)
         process = workers.start() if worker == "ours" else start_stock(workers, valkey)
         found = outcomes(client, [*(ticket.id for ticket in tickets), stranger.id])
-        eventually(lambda: peek("ZCARD", peek.keys.started) == 0, 10, "RQ has finished too")
+        eventually(lambda: peek("ZCARD", peek.keys.started) == 0, what="RQ has finished too")
         process.stop()
         seen[worker] = [
             (o.kind, [a.verdict for a in o.attempts], o.may_be_live, o.order_status, o.account, o.tag, o.error, o.run)
@@ -96,94 +86,6 @@ def test_same_outcomes_as_ours(
     assert len(FailedJobRegistry("cancels", connection=connection, serializer=JSONSerializer)) == 4
 
 
-def test_failed_kinds_are_not_run_again(
-    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
-) -> None:
-    """RQ does not retry what ended in a failed kind, though the job was born with retries left."""
-    algo_id = exchange.add_orders(1)[0].algo_id
-    exchange.script_faults(algo_id, [Fault.DISABLED_2011])
-    ticket = client.cancel(algo_id=algo_id)
-    overdue = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id, deadline_s=0.01)
-    start_stock(workers, valkey)
-
-    assert [each.wait(15).kind for each in (ticket, overdue)] == [OutcomeKind.REFUSED, OutcomeKind.OVERDUE]
-    registry = FailedJobRegistry("cancels", connection=connection, serializer=JSONSerializer)
-    eventually(lambda: set(registry.get_job_ids()) == {ticket.id, overdue.id}, 10, "RQ has filed both as failed")
-    time.sleep(1.5)
-    assert status(ticket.id, connection) == "failed"
-    assert sorted(entry.deletes for entry in exchange.book().values()) == [0, 1]
-
-
-def run_again(ticket: Ticket, connection: redis.Redis) -> None:
-    """Have RQ run a job once more although it is done, as its recovery may after a crash."""
-    queue = Queue("cancels", connection=connection, serializer=JSONSerializer)
-    connection.lpush(queue.key, ticket.id)
-
-
-def test_recorded_outcome_is_found_when_run_again(
-    workers: Workers,
-    valkey: Valkey,
-    client: CancelClient,
-    exchange: RunningExchange,
-    connection: redis.Redis,
-    peek: Peek,
-) -> None:
-    """When RQ runs a finished request's job again, its outcome is found: nothing is sent, nothing is recorded twice."""
-    start_stock(workers, valkey)
-    good, bad = (order.algo_id for order in exchange.add_orders(2))
-    exchange.script_faults(bad, [Fault.DISABLED_2011])
-    tickets = [client.cancel(algo_id=algo_id) for algo_id in (good, bad)]
-    assert [ticket.wait(15).kind for ticket in tickets] == [OutcomeKind.CANCELLED, OutcomeKind.REFUSED]
-    before = peek.ledger()
-    eventually(lambda: peek("ZCARD", peek.keys.started) == 0, 10, "RQ has finished too")
-    runs = peek("XLEN", peek.keys.result_prefix + tickets[0].id)
-
-    for ticket in tickets:
-        run_again(ticket, connection)
-    eventually(
-        lambda: [peek("XLEN", peek.keys.result_prefix + ticket.id) for ticket in tickets] == [runs + 1] * 2,
-        15,
-        "both have run again",
-    )
-
-    assert peek.ledger() == before
-    assert [status(ticket.id, connection) for ticket in tickets] == ["finished", "failed"]
-    assert {entry.deletes for entry in exchange.book().values()} == {1}
-
-
-def test_crash_of_a_stock_worker_leaves_a_doubt(
-    workers: Workers,
-    valkey: Valkey,
-    client: CancelClient,
-    exchange: RunningExchange,
-    connection: redis.Redis,
-    peek: Peek,
-) -> None:
-    """An attempt of a stock worker that was killed counts as perhaps sent when another worker goes on."""
-    stock = start_stock(workers, valkey)
-    exchange.set_latency_ms(3000)
-    algo_id = exchange.add_orders(1)[0].algo_id
-    ticket = client.cancel(algo_id=algo_id)
-    eventually(lambda: exchange.book()[algo_id].deletes == 1, 15, "the request is under way")
-    for child in children(stock.process.pid):
-        kill(child)
-    stock.process.kill()
-    exchange.set_latency_ms(0)
-    job = Job.fetch(ticket.id, connection=connection, serializer=JSONSerializer)
-    for execution in job.get_executions():  # as RQ's maintenance does, minutes later
-        with connection.pipeline() as pipeline:
-            execution.delete(job=job, pipeline=pipeline)
-            pipeline.execute()
-    Queue("cancels", connection=connection, serializer=JSONSerializer)._enqueue_job(job)
-    workers.start()
-
-    outcome = ticket.wait(15)
-
-    assert (outcome.kind, [a.verdict for a in outcome.attempts]) == (OutcomeKind.CANCELLED, ["unclear", "canceled"])
-    assert exchange.book()[algo_id].deletes == 1
-    assert len(peek.ledger()) == 1
-
-
 def test_closed_gate_is_respected(
     workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
@@ -194,8 +96,8 @@ def test_closed_gate_is_respected(
     ticket, overdue = client.cancel(algo_id=one), client.cancel(algo_id=two, deadline_s=1)
     start_stock(workers, valkey)
 
-    assert overdue.wait(15).kind is OutcomeKind.OVERDUE
-    outcome = ticket.wait(20)
+    assert overdue.wait(30).kind is OutcomeKind.OVERDUE
+    outcome = ticket.wait(30)
     assert (outcome.kind, [a.verdict for a in outcome.attempts]) == (OutcomeKind.CANCELLED, ["confirmed"])
     assert exchange.stats().requests_during_incidents == 0
 
@@ -209,11 +111,11 @@ def test_gate_closed_meanwhile_is_respected(
     order = exchange.add_orders(1)[0]
     exchange.script_faults(order.algo_id, [Fault.UNKNOWN_503])
     ticket = client.cancel(algo_id=order.algo_id)
-    eventually(lambda: exchange.book()[order.algo_id].deletes == 1, 15, "the request is under way")
+    eventually(lambda: exchange.book()[order.algo_id].deletes == 1, what="the request is under way")
     opens_ms = peek.now_ms() + 4000
     peek("HSET", peek.keys.gate("all"), "until_ms", opens_ms)
 
-    outcome = ticket.wait(25)
+    outcome = ticket.wait(30)
 
     assert [attempt.verdict for attempt in outcome.attempts] == ["unclear", "open", "confirmed"]
     assert min(each.at_ns / 1e6 for each in exchange.arrivals() if each.method == "GET") >= opens_ms
@@ -228,25 +130,6 @@ def test_gate_is_closed_for_others(
 
     ticket = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
 
-    eventually(lambda: peek("EXISTS", peek.keys.gate("all")), 10, "the gate is closed in Redis")
+    eventually(lambda: peek("EXISTS", peek.keys.gate("all")), what="the gate is closed in Redis")
     assert int(peek("HGET", peek.keys.gate("all"), "until_ms")) > peek.now_ms()
-    assert ticket.wait(20).kind is OutcomeKind.CANCELLED
-
-
-def children(pid: int) -> list[int]:
-    """Processes that this one has started, and theirs."""
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-            if parent == pid:
-                found += [int(entry.name), *children(int(entry.name))]
-    return found
-
-
-def kill(pid: int) -> None:
-    """End one process at once."""
-    os.kill(pid, signal.SIGKILL)
+    assert ticket.wait(30).kind is OutcomeKind.CANCELLED

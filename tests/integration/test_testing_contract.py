@@ -6,8 +6,11 @@ The clients run against a real server, a real worker and the local exchange.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import inspect
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,7 +31,8 @@ from producer import (
     WaitTimeout,
 )
 from producer.testing import AsyncFakeCancelClient, FakeCancelClient
-from tests.servers import Valkey, Workers, free_port
+from tests.fault.proxy import Proxy
+from tests.servers import Valkey, Workers
 from worker.sandbox.control import RunningExchange
 
 FakeAny = FakeCancelClient | AsyncFakeCancelClient
@@ -59,6 +63,7 @@ class Real:
     client: Any
     workers: Workers
     exchange: RunningExchange
+    proxy: Proxy
 
     def order(self, becomes: OutcomeKind = OutcomeKind.CANCELLED, status: str | None = None) -> CancelRequest:
         """An order at the local exchange, in that state."""
@@ -84,9 +89,7 @@ class Real:
 
     def lose(self) -> None:
         """The client's connections lead to a port where nobody listens."""
-        pool = self.client._redis.connection_pool
-        pool.connection_kwargs["port"] = free_port()
-        pool.reset()
+        self.proxy.down()
 
     def forget(self) -> None:
         """The server of the tests has no append-only file."""
@@ -182,7 +185,7 @@ async def _await(value: Any) -> Any:
 @pytest.fixture(params=["client", "async client", "double", "async double"])
 def talk(request: pytest.FixtureRequest) -> Iterator[Talk]:
     """Both clients and both doubles."""
-    with asyncio.Runner() as runner:
+    with contextlib.ExitStack() as stack:
         world: World
         if request.param == "double":
             world = Double(FakeCancelClient())
@@ -191,9 +194,10 @@ def talk(request: pytest.FixtureRequest) -> Iterator[Talk]:
         else:
             valkey: Valkey = request.getfixturevalue("valkey")
             sort = CancelClient if request.param == "client" else AsyncCancelClient
-            client = sort.from_url(valkey.url)
-            world = Real(client, request.getfixturevalue("workers"), request.getfixturevalue("exchange"))
-        talk = Talk(world, runner)
+            proxy = stack.enter_context(Proxy(valkey.port))
+            client = sort.from_url(proxy.redis_url)
+            world = Real(client, request.getfixturevalue("workers"), request.getfixturevalue("exchange"), proxy)
+        talk = Talk(world, stack.enter_context(asyncio.Runner()))
         yield talk
         talk.close()
 
@@ -333,12 +337,70 @@ def test_waiting(talk: Talk) -> None:
     ticket = talk.cancel(algo_id=talk.world.order().algo_id)
     with pytest.raises(WaitTimeout, match=f"no outcome of {ticket.id} within 0.05 s; the request goes on"):
         talk.wait_for(ticket, 0.05)
-    with pytest.raises(TimeoutError):
-        talk.wait("nobody-knows", 0.01)
     assert talk.outcome(ticket.id) is None
     talk.world.work()
 
-    assert talk.wait_for(ticket, None) == talk.outcome(ticket.id) == talk.wait(ticket.id, 0)
+    assert talk.wait_for(ticket, None) == talk.outcome(ticket.id) == talk.wait(ticket, 0) == talk.outcome(ticket)
+
+
+def test_waiting_for_nothing(talk: Talk) -> None:
+    """Whoever waits for what nobody knows is told so at once, however long it would have waited."""
+    with pytest.raises(UnknownRequest, match="nobody-knows is not among the requests") as caught:
+        talk.wait("nobody-knows")
+    assert caught.value.job_ids == ("nobody-knows",)
+    assert talk.outcome("nobody-knows") is None
+
+
+def test_waiting_for_many(talk: Talk) -> None:
+    """A wait for many tells what ended and what stands, each with what a wait for it alone would have raised."""
+    good, bad, other = talk.cancel_many(
+        [talk.world.order(), talk.world.order(OutcomeKind.REFUSED), talk.world.order(OutcomeKind.EXPIRED)]
+    )
+    ended, standing = talk.wait_many([good, "nobody-knows", bad.id], 0.05)
+    assert ended == {}
+    assert {job_id: type(error) for job_id, error in standing.items()} == {
+        good.id: WaitTimeout,
+        "nobody-knows": UnknownRequest,
+        bad.id: WaitTimeout,
+    }
+    talk.world.work()
+
+    waited = talk.wait_many((ticket for ticket in (good, bad, other)), 30)
+    assert (waited.standing, list(waited.ended)) == ({}, [good.id, bad.id, other.id])
+    assert [outcome.kind.value for outcome in waited.ended.values()] == ["cancelled", "refused", "expired"]
+    assert talk.wait_many([]) == ({}, {})
+
+
+def test_a_closed_client_says_so(talk: Talk) -> None:
+    """Whoever goes on with a closed client is told, instead of silently getting a new connection."""
+    ticket = talk.cancel(algo_id=talk.world.order().algo_id)
+    talk.close()
+    calls: list[Callable[[], object]] = [
+        lambda: talk.cancel(algo_id=1),
+        lambda: talk.outcome(ticket),
+        lambda: talk.ledger(),
+        lambda: talk.wait_for(ticket),
+        lambda: talk.wait_many([ticket]),
+        lambda: talk.retry([ticket.id]),
+        lambda: talk.status(),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidRequest, match="it is closed: make a new one"):
+            call()
+    talk.close()
+
+
+def test_tickets_travel(talk: Talk) -> None:
+    """A ticket can be pickled; its copy says what it lacks, and a client takes it as it takes the ticket."""
+    ticket = talk.cancel(algo_id=talk.world.order().algo_id)
+    travelled = pickle.loads(pickle.dumps(ticket))
+
+    assert travelled == ticket
+    assert copy.deepcopy(ticket) is ticket
+    with pytest.raises(InvalidRequest, match=r"use client\.wait\(ticket\)"):
+        talk.wait_for(travelled)
+    talk.world.work()
+    assert talk.wait(travelled, 10) == talk.wait_for(ticket)
 
 
 def test_looking(talk: Talk) -> None:
@@ -409,7 +471,6 @@ def test_not_durable(talk: Talk) -> None:
 def test_unavailable(talk: Talk) -> None:
     """Without a server every call raises the one error that says so."""
     ticket = talk.cancel(algo_id=talk.world.order().algo_id)
-    talk.close()
     talk.world.lose()
     calls: list[Callable[[], object]] = [
         lambda: talk.cancel(algo_id=1),
@@ -427,6 +488,7 @@ def test_unavailable(talk: Talk) -> None:
     for call in calls:
         with pytest.raises(QueueUnavailable, match="Redis did not answer"):
             call()
+    assert type(talk.wait_many([ticket], 1).standing[ticket.id]) is QueueUnavailable
 
 
 def test_as_a_context(talk: Talk) -> None:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import redis
-from rq.command import send_shutdown_command
 
 from producer import CancelClient, OutcomeKind
-from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.integration.test_redis_link import Relay
 from tests.orders import at_first_try, cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port, running_valkey
+from tests.servers import Peek, Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -176,7 +174,7 @@ def test_redis_at_a_socket_of_this_host(new_fleet: NewFleet, exchange: RunningEx
         assert "Traceback" not in worker.output()
 
 
-# ---- a server that is full, or not the primary any more -------------------------------------------------------------
+# ---- a server that is full ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -222,53 +220,6 @@ def test_a_full_server_is_drained_by_a_new_worker(
     (name,) = connection.smembers("rq:workers")
     assert connection.hget(name, "queues") == b"cancels"
     assert worker.stop() == 0
-
-
-def test_a_worker_that_starts_on_a_read_only_server_waits(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
-) -> None:
-    """What passes ends no worker: it says that Redis is away, works when it can, and RQ knows it."""
-    (ticket,) = cancel_all(client, opened(exchange, 1))
-    connection.execute_command("REPLICAOF", "127.0.0.1", free_port())
-    try:
-        worker = workers.start(wait=False)
-        eventually(lambda: events(worker, "redis"), 15, "it says that Redis is away")
-    finally:
-        connection.execute_command("REPLICAOF", "NO", "ONE")
-
-    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
-    (name,) = connection.smembers("rq:workers")
-    assert connection.hget(name, "queues") == b"cancels"
-    assert worker.stop() == 0
-    assert "Traceback" not in worker.output()
-
-
-@pytest.mark.parametrize("pause", [True, False], ids=["while it does not wait at the queue", "while it waits"])
-def test_a_server_that_stays_up_as_a_replica_is_left(
-    pause: bool, new_fleet: NewFleet, valkey: Valkey, exchange: RunningExchange, connection: redis.Redis
-) -> None:
-    """After a failover nothing but new connections lead to the new primary: the worker makes them, RQ knows it there,
-    and what RQ publishes there reaches it."""
-    with running_valkey("--appendonly", "no") as primary, Proxy(valkey.port) as proxy:
-        worker = new_fleet(REDIS_URL=proxy.redis_url).start()
-        if pause:
-            connection.set("rq:suspended", 1)
-            time.sleep(1.5)
-        proxy.target_port = primary.port
-        connection.execute_command("REPLICAOF", "127.0.0.1", primary.port)
-        try:
-            with CancelClient.from_url(primary.url) as client, redis.Redis(port=primary.port) as there:
-                (ticket,) = cancel_all(client, opened(exchange, 1))
-                assert ticket.wait(10).kind is OutcomeKind.CANCELLED
-                eventually(lambda: there.scard("rq:workers") == 1, 5, "it is registered")
-                (key,) = there.smembers("rq:workers")
-                eventually(
-                    lambda: connection.info("replication")["master_link_status"] == "up", 10, "it is its replica"
-                )
-                send_shutdown_command(there, key.decode().removeprefix("rq:worker:"))
-                assert worker.process.wait(10) == 0
-        finally:
-            connection.execute_command("REPLICAOF", "NO", "ONE")
 
 
 def test_emptied_redis_is_served_again(

@@ -1,0 +1,300 @@
+"""The asyncio client's connections: few, shared by all tasks of one event loop, none across a fork or to another loop.
+
+Each connection is a task's own. Callers queue, and a connection that becomes free sends all that queues by then and
+hands out the answers. So nothing waits for company, and a caller that is cancelled leaves no connection half read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import redis
+
+from producer.link import AGAIN_S, CONNECTIONS
+from producer.place import Place
+from producer.protocol import (
+    CHUNK,
+    Commands,
+    Conversation,
+    NoConnectionFree,
+    NotOurs,
+    QueueUnavailable,
+    Slow,
+    Wire,
+    availability,
+    packets,
+    weight,
+)
+from producer.redis_url import passes
+from producer.waiting import LOOK_S, Waiters
+
+T = TypeVar("T")
+
+
+class _Trip:
+    """One round trip of one caller."""
+
+    def __init__(self, commands: Commands, ends_at: float) -> None:
+        self.commands = commands
+        self.ends_at = ends_at
+        self.is_sent = False
+        self.came: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+    def fail(self, error: BaseException) -> None:
+        if not self.came.done():
+            self.came.set_exception(error)
+
+
+class AsyncLink:
+    """One connection, opened when it is needed and anew when it broke."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._opened_at: float | None = None
+
+    async def ask(self, trips: Sequence[Commands], ends_at: float, distrusted_at: float = 0.0) -> list[list[Any]]:
+        """The answers to several round trips at once; an error answer stands in its place.
+
+        Raises:
+            redis.RedisError: no answer; the connection is closed.
+        """
+        try:
+            async with asyncio.timeout_at(ends_at):
+                await self._prepare(distrusted_at)
+                for packed in packets(self._connection, trips):
+                    await self._connection.send_packed_command(packed)
+                return [[await self._answer() for _ in range(len(commands))] for commands in trips]
+        except TimeoutError as error:
+            await self.close()
+            raise redis.TimeoutError("no answer in time") from error
+        except OSError as error:
+            await self.close()
+            raise redis.ConnectionError(type(error).__name__) from error
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _prepare(self, distrusted_at: float) -> None:
+        if self._opened_at is not None and self._opened_at < distrusted_at:
+            await self.close()
+        await getattr(self._connection, "make_ready", self._connection.connect)()
+        self._opened_at = self._opened_at or asyncio.get_running_loop().time()
+
+    async def _answer(self) -> Any:
+        try:
+            return await self._connection.read_response()
+        except redis.ResponseError as error:
+            return error
+
+    async def close(self) -> None:
+        """Part with the server."""
+        self._opened_at = None
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self._connection.disconnect(nowait=True)
+
+
+class AsyncLine:
+    """Some connections, each with a task that carries what is queued."""
+
+    def __init__(self, make: Callable[[], AsyncLink], most: int) -> None:
+        self._make = make
+        self._most = most
+        self._queue: asyncio.Queue[_Trip] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = 0
+        self._distrusted_at = 0.0
+
+    async def carry(self, commands: Commands, ends_at: float) -> list[Any]:
+        """The answers to the commands of one round trip.
+
+        Raises:
+            NoConnectionFree: the call's time was up before one was.
+            redis.RedisError: no answer; what was asked may have been carried out.
+        """
+        trip = _Trip(commands, ends_at)
+        self._queue.put_nowait(trip)
+        if self._queue.qsize() > self._idle and len(self._tasks) < self._most:
+            task = asyncio.get_running_loop().create_task(self._run())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:
+            async with asyncio.timeout_at(ends_at):
+                return await trip.came
+        except TimeoutError:
+            if trip.is_sent:
+                raise redis.TimeoutError("no answer in time") from None
+            raise NoConnectionFree(
+                f"all {self._most} connections of this client were taken until the call's time was up: "
+                "its own limit, Redis was not asked"
+            ) from None
+
+    async def _run(self) -> None:
+        link = self._make()
+        batch: list[_Trip] = []
+        try:
+            while True:
+                self._idle += 1
+                try:
+                    batch = [await self._queue.get()]
+                finally:
+                    self._idle -= 1
+                batch = self._fill(batch)
+                if batch:
+                    await self._carry(link, batch)
+        finally:
+            for trip in batch:
+                trip.fail(redis.ConnectionError("the connection was closed"))
+            await link.close()
+
+    def _fill(self, batch: list[_Trip]) -> list[_Trip]:
+        """Whoever queues by now, as far as there is room; but those who have given up."""
+        room = CHUNK - weight(batch[0].commands)
+        while room > 0 and not self._queue.empty():
+            batch.append(self._queue.get_nowait())
+            room -= weight(batch[-1].commands)
+        return [trip for trip in batch if not trip.came.done()]
+
+    async def _carry(self, link: AsyncLink, batch: list[_Trip]) -> None:
+        for trip in batch:
+            trip.is_sent = True
+        are_alike = isinstance(batch[0].commands, Slow)
+        asked = [trip.commands for trip in (batch[:1] if are_alike else batch)]
+        try:
+            told = await link.ask(asked, max(trip.ends_at for trip in batch), self._distrusted_at)
+        except redis.RedisError as error:
+            self.distrust()
+            for trip in batch:
+                trip.fail(error)
+            return
+        if any(isinstance(answer, Exception) and passes(answer) for answers in told for answer in answers):
+            self.distrust()
+        for trip, answers in zip(batch, told * len(batch) if are_alike else told, strict=True):
+            if not trip.came.done():
+                trip.came.set_result(answers)
+
+    def distrust(self) -> None:
+        """What was open until now may lead to nobody, or to another server than it should."""
+        self._distrusted_at = asyncio.get_running_loop().time()
+
+    async def close(self) -> None:
+        """Part with the server; what is under way fails."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class AsyncLines:
+    """All connections of a client in one event loop, and the task that listens for whoever waits."""
+
+    def __init__(self, place: Place, wire: Wire) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.pid = os.getpid()
+        self._wire = wire
+        self._address = place.address
+        self._link: Callable[[], AsyncLink] = lambda: AsyncLink(place.make())
+        self._calls = AsyncLine(self._link, CONNECTIONS)
+        self._slow = AsyncLine(self._link, 1)
+        self.waiters = Waiters(wire)
+        self._listening: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+
+    def _ends_at(self) -> float:
+        return self.loop.time() + self._wire.timeout_s
+
+    async def converse(self, conversation: Conversation[T], doubt: str = "", *, repeat: bool = True) -> T:
+        """See :meth:`producer.client.CancelClient.converse`."""
+        with availability(self._address, doubt):
+            try:
+                commands = next(conversation)
+                while True:
+                    commands = conversation.send(await self._answers(commands, repeat))
+            except StopIteration as end:
+                return cast(T, end.value)
+            except NotOurs:
+                self._calls.distrust()
+                raise
+
+    async def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
+        line = self._slow if isinstance(commands, Slow) else self._calls
+        try:
+            return await self._twice(line, commands, repeat)
+        except redis.RedisError as error:
+            if line is self._calls:
+                raise
+            return [error] * len(commands)
+
+    async def _twice(self, line: AsyncLine, commands: Commands, repeat: bool) -> list[Any]:
+        """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
+        ends_at = self._ends_at()
+        try:
+            answers = await line.carry(commands, ends_at)
+            # What was refused so wrote nothing, and another connection may lead to another server.
+            is_refused = any(isinstance(answer, Exception) and passes(answer) for answer in answers)
+            if not is_refused or not (repeat or len(commands) == 1):
+                return answers
+        except redis.AuthenticationError:
+            raise
+        except redis.ConnectionError:
+            # Closed by the server, say. The ids are in the words: a repeat finds itself.
+            if not repeat or self.loop.time() >= ends_at:
+                raise
+        return await line.carry(commands, ends_at)
+
+    async def listener(self) -> None:
+        """See to it that somebody listens, and that from now on nothing is missed."""
+        if self._listening is None or self._listening.done():
+            self._ready.clear()
+            self._listening = self.loop.create_task(self._listen())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._wire.timeout_s):
+                await self._ready.wait()
+
+    async def _listen(self) -> None:
+        link, failing_since = self._link(), 0.0
+        try:
+            while not self.waiters.are_few():
+                try:
+                    await self._hear(link)
+                    failing_since = 0.0
+                except redis.RedisError as error:
+                    now = self.loop.time()
+                    failing_since = failing_since or now
+                    if not passes(error) or now - failing_since > self._wire.timeout_s:
+                        self._fail(error)
+                    await asyncio.sleep(AGAIN_S)
+        finally:
+            await link.close()
+
+    async def _hear(self, link: AsyncLink) -> None:
+        conversation = self.waiters.listen(self._ready.set)
+        with contextlib.suppress(StopIteration):
+            commands = next(conversation)
+            while True:
+                if commands:
+                    (answers,) = await link.ask([commands], self._ends_at() + LOOK_S)
+                else:
+                    await asyncio.sleep(LOOK_S)
+                    answers = []
+                commands = conversation.send(answers)
+
+    def _fail(self, error: redis.RedisError) -> None:
+        self._ready.set()
+        try:
+            with availability(self._address):
+                raise error
+        except QueueUnavailable as told:
+            self.waiters.fail(told)
+
+    async def close(self, why: Exception) -> None:
+        """Part with the server; whoever waits is told."""
+        self.waiters.fail(why)
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+        await self._calls.close()
+        await self._slow.close()
