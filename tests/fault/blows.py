@@ -39,6 +39,7 @@ class Kind(StrEnum):
     PAUSE = "pause"  # SIGSTOP of a worker that holds jobs for longer than a lease, then SIGCONT
     VALKEY_KILL = "valkey_kill"  # kill -9 of the server, which comes back with its append-only file
     VALKEY_PAUSE = "valkey_pause"  # SIGSTOP of the server, then SIGCONT
+    FAILOVER = "failover"  # the replica becomes the primary; the old server stays up, and so do connections to it
     RESET = "reset"  # all connections to the server are reset, several times
     RAIN = "rain"  # requests and replies to and from the server are lost at random
     HOLE = "hole"  # nothing passes between the server and anybody
@@ -51,7 +52,7 @@ class Kind(StrEnum):
 
 
 #: Blows that take the server away from everybody.
-ON_REDIS = (Kind.VALKEY_KILL, Kind.VALKEY_PAUSE, Kind.RESET, Kind.RAIN, Kind.HOLE)
+ON_REDIS = (Kind.VALKEY_KILL, Kind.VALKEY_PAUSE, Kind.FAILOVER, Kind.RESET, Kind.RAIN, Kind.HOLE)
 #: Which workers a blow may fall on.
 _ALL = tuple(range(len(MAKES)))
 _FORKING = (MAKES.index(Make.FORKING),)
@@ -62,7 +63,7 @@ TARGETS: Mapping[Kind, Sequence[int]] = {
     Kind.TERM: _ALL,
     Kind.PAUSE: [number for number in _ALL for _ in range(1 if MAKES[number].is_stock else 3)],  # ours hold many jobs
 }
-_SLOW = (*TARGETS, Kind.INFO, Kind.REQUEUE, Kind.SUSPEND)
+_SLOW = (*TARGETS, Kind.FAILOVER, Kind.INFO, Kind.REQUEUE, Kind.SUSPEND)
 #: One round: every kind, what shows most twice. The clock is set in the first one alone.
 ROUND: Sequence[Kind] = (*(kind for kind in Kind if kind is not Kind.CLOCK), Kind.KILL, Kind.PAUSE)
 
@@ -145,6 +146,7 @@ QUICK = Scale(
         Kind.PAUSE: (1.3, 2.0),
         Kind.VALKEY_KILL: (0.4, 1.2),
         Kind.VALKEY_PAUSE: (0.5, 1.5),
+        Kind.FAILOVER: (0.2, 0.8),
         Kind.RESET: (0.2, 0.4),
         Kind.RAIN: (1.0, 2.0),
         Kind.HOLE: (0.5, 1.5),
@@ -176,6 +178,7 @@ FULL = Scale(
         Kind.PAUSE: (9, 16),
         Kind.VALKEY_KILL: (2, 10),
         Kind.VALKEY_PAUSE: (2, 12),
+        Kind.FAILOVER: (1, 6),
         Kind.RESET: (1, 3),
         Kind.RAIN: (5, 10),
         Kind.HOLE: (2, 10),

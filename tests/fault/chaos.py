@@ -1,12 +1,13 @@
 """Everything at once, and then the reckoning: `python -m tests.fault.chaos --jobs N --seed N`.
 
 Producers ask for cancels, three workers of ours (nobody reads the output of one) and two of RQ's own make them, and
-meanwhile workers are killed, stopped and paused, the server is killed and paused, connections break, replies are lost,
-operators type RQ's commands, the exchange injects its own faults, its answers stay away, connections to it are
-forgotten on their way, its clock is apart from ours and is set once, and client ids are taken again as soon as the book
-shows their order CANCELED. Then the faults end, the queue drains, and what producers were promised is held against the
-ledger, and the ledger against the exchange's own book and log. The exit code is 0 only if nothing was lost, nothing
-came out twice or unasked, every outcome is the book's, none is undecided, and nobody sent what he must not send.
+meanwhile workers are killed, stopped and paused, the server is killed, paused, and replaced by its replica while it
+stays up, connections break, replies are lost, operators type RQ's commands, the exchange injects its own faults, its
+answers stay away, connections to it are forgotten on their way, its clock is apart from ours and is set once, and
+client ids are taken again as soon as the book shows their order CANCELED. Then the faults end, the queue drains, and
+what producers were promised is held against the ledger, and the ledger against the exchange's own book and log. The
+exit code is 0 only if nothing was lost, nothing came out twice or unasked, every outcome is the book's, none is
+undecided, and nobody sent what he must not send.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from producer.message import Outcome
+from tests.failover import Pair, running_pair
 from tests.fault.blows import MAKES, ON_REDIS, SCALES, TARGETS, UNREAD, Blow, Clock, Kind, Scale, clock, schedule
 from tests.fault.fence import Away, lost_holds, sent_without_lease
 from tests.fault.fleet import PATIENCE_S, RQ, Place, Team
@@ -37,7 +39,7 @@ from tests.fault.ledger import Ask, Kill, exchange_side, key_kinds, queue_side, 
 from tests.fault.producers import REOPENED_PART, Producer, Reopener, requests_for, spoil_answers
 from tests.fault.proxy import Proxy
 from tests.fault.verdict import Reckoning, table
-from tests.servers import ROOT, Peek, Valkey, Workers, running_valkey, scrubbed
+from tests.servers import ROOT, Peek, Valkey, Workers, scrubbed
 from worker.sandbox.arrivals import MAX_ARRIVALS, Arrival
 from worker.sandbox.control import BookEntry, ExchangeConfig, Incident, PlacedOrder, RunningExchange, start_exchange
 
@@ -70,8 +72,9 @@ class World:
 
     scale: Scale
     seed: int
-    valkey: Valkey
+    pair: Pair
     proxies: tuple[Proxy, ...]  # to Redis: the workers', the producers'
+    switch: Proxy  # our own, without faults
     way: Proxy  # the workers' to the exchange
     exchange: RunningExchange
     clock: Clock
@@ -86,6 +89,11 @@ class World:
     now: str = "starting"
     struck: list[Blow] = field(default_factory=list)
     away_ms: list[tuple[float, float]] = field(default_factory=list)  # when Redis was, by this machine's clock
+
+    @property
+    def valkey(self) -> Valkey:
+        """The primary."""
+        return self.pair.primary
 
     @property
     def asks(self) -> list[Ask]:
@@ -194,6 +202,15 @@ def _valkey_pause(world: World, place: Place, blow: Blow) -> None:
     process.send_signal(signal.SIGCONT)
 
 
+def _failover(world: World, place: Place, blow: Blow) -> None:
+    world.pair.in_step()
+    world.pair.fail_over()
+    world.rest(blow.length_s)  # for so long new connections lead to the old server too
+    for proxy in (*world.proxies, world.switch):
+        proxy.target_port = world.valkey.port
+    world.switch.reset_peer()
+
+
 def _reset(world: World, place: Place, blow: Blow) -> None:
     for _ in range(4):
         for proxy in world.proxies:
@@ -273,6 +290,7 @@ _STRIKES: dict[Kind, Callable[[World, Place, Blow], None]] = {
     Kind.PAUSE: _pause,
     Kind.VALKEY_KILL: _valkey_kill,
     Kind.VALKEY_PAUSE: _valkey_pause,
+    Kind.FAILOVER: _failover,
     Kind.RESET: _reset,
     Kind.RAIN: _rain,
     Kind.HOLE: _hole,
@@ -292,8 +310,9 @@ _STRIKES: dict[Kind, Callable[[World, Place, Blow], None]] = {
 def world_of(scale: Scale, seed: int, jobs: int, logs: Path | None) -> Iterator[World]:
     """Start everything but the producers; all of it ends with the block."""
     with ExitStack() as stack:
-        valkey = stack.enter_context(running_valkey(*DURABLE))
-        proxies = tuple(stack.enter_context(Proxy(valkey.port, seed=seed + number)) for number in range(2))
+        pair = stack.enter_context(running_pair(*DURABLE))
+        ports = [pair.primary.port] * 3
+        *proxies, switch = [stack.enter_context(Proxy(port, seed=seed + n)) for n, port in enumerate(ports)]
         exchange = stack.enter_context(start_exchange(_exchange_config(scale, seed)))
         times = clock(seed)
         exchange.set_clock_skew_ms(times.first_ms - _AGE_MS)
@@ -307,11 +326,11 @@ def world_of(scale: Scale, seed: int, jobs: int, logs: Path | None) -> Iterator[
         settings |= {"REDIS_URL": proxies[0].redis_url, "BINANCE_BASE_URL": way.http_url, **scale.settings}
         fleet = Workers(directory, settings)
         stack.callback(fleet.stop)
-        direct: redis.Redis = redis.Redis(port=valkey.port, socket_timeout=5, retry=Retry(NoBackoff(), 1))
+        direct: redis.Redis = redis.Redis(port=switch.port, socket_timeout=5, retry=Retry(NoBackoff(), 1))
         stack.callback(direct.close)
         team = Team(fleet, Peek(direct), scale.restart_s, MAKES)
         stack.callback(team.close)
-        yield World(scale, seed, valkey, proxies, way, exchange, times, team, Peek(direct), orders)
+        yield World(scale, seed, pair, tuple(proxies), switch, way, exchange, times, team, Peek(direct), orders)
 
 
 def _exchange_config(scale: Scale, seed: int) -> ExchangeConfig:
