@@ -43,7 +43,7 @@ def test_the_version_is_told(package: str, tmp_path: Path) -> None:
 
 
 def test_types_are_seen(tmp_path: Path) -> None:
-    """A type checker sees the types through the installation that README names: a wrong one is told, the rest is fine."""
+    """A type checker sees the types through the installation that README names, and tells a wrong one."""
     (tmp_path / "bot.py").write_text(SNIPPET)
     done = run(tmp_path, "mypy", "--strict", "bot.py")
 
