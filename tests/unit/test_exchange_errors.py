@@ -226,7 +226,7 @@ def failing(error: Exception, credential: Credential, monkeypatch: pytest.Monkey
 def test_refused_tunnel_is_a_proof(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
     """How http.client says that a proxy refused the tunnel proves that nothing has left."""
     answer = failing(OSError("Tunnel connection failed: 407 hunter2"), credential, monkeypatch)
-    failed(answer, seen=False, reason="no tunnel through the proxy: OSError")
+    failed(answer, seen=False, reason="no tunnel through the proxy: 407")
 
 
 def test_alarm_shows_nothing_of_what_was_handled(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
