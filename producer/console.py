@@ -267,7 +267,12 @@ def ticket_cells(ticket: TicketFields) -> tuple[str, ...]:
     """A ticket for people: id, order, account, what became of the enqueue."""
     request = ticket.request
     accepted = "joined an open request" if ticket.duplicate else "accepted"
-    return ticket.id, _order(request.algo_id, request.client_algo_id), f"account={request.account}", accepted
+    return (
+        clean_text(ticket.id, 80),
+        _order(request.algo_id, request.client_algo_id),
+        f"account={request.account}",
+        accepted,
+    )
 
 
 def outcome_cells(outcome: Outcome) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ from worker.decide import (
 from worker.exchange import Answer, Exchange, Sent
 from worker.key_breaker import KeyBreaker
 from worker.rate_gate import Gate, LookUps, ms_to_next_minute
+from worker.recovery import Recovery
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.store import TOO_LARGE, Done, Lease, Release, Retry, Row, Suspect
@@ -152,6 +153,7 @@ class Canceller:
     ) -> None:
         self._sends_late = sends_late
         self._look_ups = LookUps(flight)
+        self.recovery = Recovery(flight)
         self._in_hand: set[_Job] = set()
         self._lingering = 0
         self._is_leaving = False
@@ -479,6 +481,7 @@ class Canceller:
 
     async def _note_pauses(self, credential: Credential, verdict: Verdict) -> None:
         """What an answer says about the address and the key, beside the order."""
+        self.recovery.note(verdict.means)
         now_ms = self._now_ms()
         if verdict.means in GATED:
             is_news = self._gate.close_for(verdict, self._policy, now_ms, self._ahead())

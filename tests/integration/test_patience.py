@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,7 +21,11 @@ from producer import CancelClient, Outcome, OutcomeKind
 from producer.keys import JobField
 from producer.message import decode_attempts
 from tests.engines import HELD_S, Answerer, Asked, RunningEngine, Said, enqueued, well
+from tests.fault.proxy import Proxy
+from tests.orders import cancel_all, outcomes
+from tests.orders import opened as opened_orders
 from tests.servers import Peek, Valkey, eventually
+from worker.sandbox.control import RunningExchange
 
 GONE = Said(HTTPStatus.BAD_REQUEST, {"code": -2011, "msg": "Unknown order sent."})
 NOT_THERE = Said(HTTPStatus.BAD_REQUEST, {"code": -2013, "msg": "Order does not exist."})
@@ -199,6 +204,18 @@ def test_a_stop_waits_for_no_silence(valkey: Valkey, client: CancelClient, opene
     assert client.outcome(ticket.id) is None
     history = decode_attempts(peek("HGET", peek.keys.job_prefix + ticket.id, JobField.ATTEMPTS))
     assert (history[0].call, history[0].verdict) == ("cancel", "unclear")
+
+
+def test_burst_on_forgotten_connections(valkey: Valkey, client: CancelClient, exchange: RunningExchange) -> None:
+    """When all flows to the exchange have been forgotten in a calm, the next burst waits for none of them."""
+    with (
+        Proxy(urlsplit(exchange.url).port or 0) as firewall,
+        RunningEngine(valkey.url, firewall.http_url, 32, BINANCE_RECV_WINDOW_MS=LONG),
+    ):
+        for _ in range(2):
+            tickets = cancel_all(client, opened_orders(exchange, 60))
+            assert {found.kind for found in outcomes(client, tickets, 25)} == {OutcomeKind.CANCELLED}
+            firewall.forget_flows()
 
 
 # ---- by client id ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def pair() -> Iterator[Pair]:
 @pytest.fixture
 def sentinel(pair: Pair) -> Iterator[Sentinel]:
     """Watches them."""
-    with running_sentinel(pair.primary) as running:
+    with running_sentinel(pair) as running:
         yield running
 
 
@@ -100,7 +100,7 @@ def test_a_service_that_no_sentinel_knows(sentinel: Sentinel) -> None:
 
 def test_sentinels_that_want_a_login(pair: Pair) -> None:
     """Their login is an option of the URL; without it that is what the error says."""
-    with running_sentinel(pair.primary, f"requirepass {PASSWORD}") as sentinel:
+    with running_sentinel(pair, f"requirepass {PASSWORD}") as sentinel:
         assert enqueue(f"{through(sentinel)}?sentinel_password={PASSWORD}", 1)
         with pytest.raises(QueueUnavailable, match="refused the login"):
             enqueue(through(sentinel), 1)

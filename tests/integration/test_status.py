@@ -230,7 +230,8 @@ def test_a_status_costs_three_round_trips(valkey: Valkey, workers: Workers, conn
     pool = redis.ConnectionPool(connection_class=Counting, host="127.0.0.1", port=valkey.port)
     with redis.Redis(connection_pool=pool) as counted, CancelClient(counted) as client:
         client.cancel_many(CancelRequest(algo_id=number, account="nobody") for number in range(1, 300))
-        record = next(client.outcomes(follow=True))[1]
+        eventually(lambda: list(client.outcomes()), what="something has ended")
+        record = next(client.outcomes())[1]
         pipeline = connection.pipeline()
         for _ in range(5200):
             pipeline.xadd(KEYS.outcomes, {"outcome": record.encode()})
