@@ -184,8 +184,10 @@ def _checked_ids(algo_id: object, client_algo_id: object) -> int | None:
         number = operator.index(algo_id)  # type: ignore[arg-type]
     except TypeError:
         raise InvalidRequest("algo_id", algo_id, rule + not_a(algo_id, int, cure)) from None
-    if isinstance(algo_id, bool) or not 1 <= number <= MAX_ALGO_ID:
-        raise InvalidRequest("algo_id", algo_id, rule + not_a(algo_id, bool, ""))
+    if isinstance(algo_id, bool):
+        raise InvalidRequest("algo_id", algo_id, rule + not_a(algo_id, int, cure))
+    if not 1 <= number <= MAX_ALGO_ID:
+        raise InvalidRequest("algo_id", algo_id, rule)
     return number
 
 

@@ -32,7 +32,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any, NoReturn, Self, TypeVar, cast
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
 import redis
 from rq.job import JobStatus
@@ -93,76 +93,35 @@ _MAX_ERROR_CHARS = 2 * MAX_MSG_CHARS
 
 # --- what an outcome looks like ---------------------------------------------------------------------------------------
 
+#: What one signed call came to: call, HTTP status, code, words, verdict.
+_Answer: TypeAlias = tuple[Call, int | None, int | None, str, str]
+_UNKNOWN_ORDER: _Answer = (Call.CANCEL, 400, -2011, "Unknown order sent.", "no_such_order")
+_NO_SUCH_ORDER: _Answer = (Call.QUERY, 400, -2013, "Order does not exist.", "no_such_order")
+_CONFIRMED: _Answer = (Call.CANCEL, 200, 200, "success", "confirmed")
+_KEY_REFUSED: _Answer = (Call.CANCEL, 401, -2015, "Invalid API-key, IP, or permissions for action.", "key_refused")
+_UNCLEAR: _Answer = (Call.CANCEL, None, None, "read: TimeoutError", "unclear")
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What one signed call came to."""
-
-    call: Call
-    http: int | None
-    code: int | None
-    msg: str
-    verdict: str
-
-
-_UNKNOWN_ORDER = _Answer(Call.CANCEL, 400, -2011, "Unknown order sent.", "no_such_order")
-_NO_SUCH_ORDER = _Answer(Call.QUERY, 400, -2013, "Order does not exist.", "no_such_order")
-_CONFIRMED = _Answer(Call.CANCEL, 200, 200, "success", "confirmed")
-_KEY_REFUSED = _Answer(Call.CANCEL, 401, -2015, "Invalid API-key, IP, or permissions for action.", "key_refused")
-_UNCLEAR = _Answer(Call.CANCEL, None, None, "read: TimeoutError", "unclear")
-
-
-def _seen(status: str) -> _Answer:
-    return _Answer(Call.QUERY, 200, None, status, _VERDICT_OF.get(status, "odd_status"))
-
-
-_VERDICT_OF = {
-    "NEW": "open",
-    "CANCELED": "canceled",
-    "TRIGGERING": "triggering",
-    "TRIGGERED": "triggered",
-    "FINISHED": "finished",
-    "EXPIRED": "expired",
-    "REJECTED": "rejected",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Story:
-    """How a kind of outcome comes about: the states that the order can be in, the usual one first, and the calls."""
-
-    statuses: tuple[str | None, ...]
-    before: tuple[_Answer, ...]  # a query that shows the state follows, if there is one and no cancel was confirmed
-    error: str | None = None
-
-    def answers(self, status: str | None) -> tuple[_Answer, ...]:
-        shown = status is not None and _CONFIRMED not in self.before
-        return (*self.before, _seen(status)) if shown and status else self.before
-
-
-_STORIES = {
-    OutcomeKind.CANCELLED: _Story(("CANCELED",), (_CONFIRMED,)),
-    OutcomeKind.ALREADY_CANCELLED: _Story(("CANCELED",), (_UNKNOWN_ORDER,)),
-    OutcomeKind.TRIGGERED: _Story(("TRIGGERED", "FINISHED"), (_UNKNOWN_ORDER,)),
-    OutcomeKind.EXPIRED: _Story(("EXPIRED",), (_UNKNOWN_ORDER,)),
-    OutcomeKind.REJECTED: _Story(("REJECTED",), (_UNKNOWN_ORDER,)),
-    OutcomeKind.NOT_FOUND: _Story(
-        (None,), (_UNKNOWN_ORDER, _NO_SUCH_ORDER), "unknown to the exchange: 400 -2013 Order does not exist."
-    ),
-    OutcomeKind.REFUSED: _Story(
-        (None,), (_KEY_REFUSED,), "refused: 401 -2015 Invalid API-key, IP, or permissions for action."
-    ),
-    OutcomeKind.OVERDUE: _Story((None,), (), "the deadline passed before anything was sent"),
-    OutcomeKind.GAVE_UP: _Story(("NEW", "TRIGGERING"), (_UNKNOWN_ORDER,), "the deadline passed; last: {verdict} {msg}"),
-    OutcomeKind.UNKNOWN: _Story((None,), (_UNCLEAR,), "the deadline passed; last: {verdict} {msg}"),
+#: How a kind of outcome comes about: the states that the order can be in, the usual one first; the calls before a query
+#: that shows the state, if there is one and no cancel was confirmed; the error.
+_STORIES: dict[OutcomeKind, tuple[tuple[str | None, ...], tuple[_Answer, ...], str | None]] = {
+    OutcomeKind.CANCELLED: (("CANCELED",), (_CONFIRMED,), None),
+    OutcomeKind.ALREADY_CANCELLED: (("CANCELED",), (_UNKNOWN_ORDER,), None),
+    OutcomeKind.TRIGGERED: (("TRIGGERED", "FINISHED"), (_UNKNOWN_ORDER,), None),
+    OutcomeKind.EXPIRED: (("EXPIRED",), (_UNKNOWN_ORDER,), None),
+    OutcomeKind.REJECTED: (("REJECTED",), (_UNKNOWN_ORDER,), None),
+    OutcomeKind.NOT_FOUND: ((None,), (_UNKNOWN_ORDER, _NO_SUCH_ORDER), "unknown to the exchange: {1} {2} {3}"),
+    OutcomeKind.REFUSED: ((None,), (_KEY_REFUSED,), "refused: {1} {2} {3}"),
+    OutcomeKind.OVERDUE: ((None,), (), "the deadline passed before anything was sent"),
+    OutcomeKind.GAVE_UP: (("NEW", "TRIGGERING"), (_UNKNOWN_ORDER,), "the deadline passed; last: {4} {3}"),
+    OutcomeKind.UNKNOWN: ((None,), (_UNCLEAR,), "the deadline passed; last: {4} {3}"),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Line:
-    """What becomes of one run of a request. ``kind`` None: nothing, until it is settled by hand."""
+    """What becomes of one run of a request."""
 
-    kind: OutcomeKind | None = OutcomeKind.CANCELLED
+    kind: OutcomeKind = OutcomeKind.CANCELLED
     order_status: str | None = None
     actual_order_id: str | None = None
     symbol: str | None = None
@@ -171,68 +130,52 @@ class _Line:
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for what no worker would record."""
-        if self.kind is None:
-            return
-        statuses = _STORIES[self.kind].statuses
-        if self.order_status is not None and self.order_status not in statuses:
+        object.__setattr__(self, "after_s", checked_seconds("after_s", self.after_s, _MAX_STEP_S, or_zero=True))
+        if self.kind not in list(OutcomeKind):
+            raise InvalidRequest("kind", self.kind, f"must be one of {', '.join(OutcomeKind)}")
+        statuses = _STORIES[self.kind][0]
+        if self.order_status not in (None, *statuses):
             named = " or ".join(status for status in statuses if status) or "left out"
             raise InvalidRequest("order_status", self.order_status, f"with {self.kind} it is {named}")
-        if self.actual_order_id is not None:
-            if self.kind is not OutcomeKind.TRIGGERED:
-                raise InvalidRequest("actual_order_id", self.actual_order_id, "only a triggered order has one")
-            _check_order_id(self.actual_order_id)
         if self.symbol is not None:
             CancelRequest(_FIRST_ALGO_ID, symbol=self.symbol)  # one rule for both
-        if self.error is not None:
-            if not self.kind.failed:
-                raise InvalidRequest("error", self.error, f"{self.kind} is no failure")
-            _check_clean("error", self.error, _MAX_ERROR_CHARS)
-        object.__setattr__(self, "after_s", checked_seconds("after_s", self.after_s, _MAX_STEP_S, or_zero=True))
+        self._check("actual_order_id", self.kind is OutcomeKind.TRIGGERED, _MAX_ORDER_ID_CHARS)
+        self._check("error", OutcomeKind(self.kind).failed, _MAX_ERROR_CHARS)
+
+    def _check(self, name: str, is_apt: bool, limit: int) -> None:
+        """Workers record a stranger's words as `clean_text` leaves them, and never empty ones."""
+        value = getattr(self, name)
+        if value is not None and not is_apt:
+            raise InvalidRequest(name, value, f"no {self.kind} request has one")
+        if value is not None and not (isinstance(value, str) and value and clean_text(value, limit) == value):
+            rule = f"must be text of 1 to {limit} characters without control characters or blanks around it"
+            raise InvalidRequest(name, value, rule)
+
+    @property
+    def status(self) -> str | None:
+        """The state of the order."""
+        return self.order_status or _STORIES[self.kind][0][0]
+
+    @property
+    def answers(self) -> tuple[_Answer, ...]:
+        """What the calls came to."""
+        before = _STORIES[self.kind][1]
+        if self.status is None or _CONFIRMED in before:
+            return before
+        verdict = "open" if self.status == "NEW" else self.status.lower()
+        return (*before, (Call.QUERY, 200, None, self.status, verdict))
 
 
-def _kind(value: object) -> OutcomeKind:
-    try:
-        return OutcomeKind(value)  # type: ignore[arg-type]
-    except ValueError:
-        raise InvalidRequest("kind", value, f"must be one of {', '.join(OutcomeKind)}") from None
+#: Nothing, until it is settled by hand.
+_HELD = _Line()
 
 
-def _check_order_id(value: object) -> None:
-    _check_clean("actual_order_id", value, _MAX_ORDER_ID_CHARS)
-    if value == "0":
-        raise InvalidRequest("actual_order_id", value, "the exchange means by it that there is none")
-
-
-def _check_clean(name: str, value: object, limit: int) -> None:
-    """Workers record a stranger's words as `clean_text` leaves them, and never empty ones."""
-    if not isinstance(value, str) or not value or clean_text(value, limit) != value:
-        rule = f"must be text of 1 to {limit} characters without control characters or blanks around it"
-        raise InvalidRequest(name, value, rule)
-
-
-def _check_count(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+def _checked_count(name: str, value: object) -> float:
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidRequest(name, value, "must be a whole number, 1 or more, or left out")
-
-
-class _Lines:
-    """The lines for one order (or account, or all), the one that holds last; beside each for how many runs it does."""
-
-    def __init__(self) -> None:
-        self._lines: list[tuple[_Line, float]] = []
-
-    def add(self, line: _Line, runs: float) -> None:
-        if runs == math.inf:
-            self._lines.clear()  # nothing before it will ever hold again
-        self._lines.append((line, runs))
-
-    def next(self) -> _Line | None:
-        if not self._lines:
-            return None
-        line, runs = self._lines.pop()
-        if runs > 1:
-            self._lines.append((line, runs - 1))
-        return line
+    return value
 
 
 # --- the queue, its worker and its exchange ---------------------------------------------------------------------------
@@ -257,12 +200,6 @@ class _FakeJob:
         return JobStatus.FAILED if self.outcome.kind.failed else JobStatus.FINISHED
 
 
-@dataclass(slots=True)
-class _Outage:
-    calls: float  # how many calls it still lasts
-    carried_out: bool
-
-
 class _Play(QueueWire):
     """The state that the double's methods work on: it answers what a client would ask Redis.
 
@@ -281,8 +218,10 @@ class _Play(QueueWire):
         self._failed: dict[str, None] = {}
         self._ledger: list[tuple[tuple[int, int], Outcome]] = []
         self._due: list[tuple[int, int, str, int]] = []  # when, in which order, job and its run
-        self._lines: dict[str, _Lines] = {}
-        self._outage: _Outage | None = None
+        #: By order, account, or empty for all: what becomes of it, and for how many runs; the last one holds.
+        self._lines: dict[str, list[tuple[_Line, float]]] = {}
+        self.outage_calls = 0.0  # how many calls the outage still lasts
+        self.is_carried_out = False
         self._algo_ids: dict[str, int] = {}
         self._listeners: list[asyncio.Future[None]] = []
         self._counted = 0
@@ -297,23 +236,14 @@ class _Play(QueueWire):
         """
         with self.news:
             next(conversation)
-            outage = self._outage
-            if outage is not None:
-                outage.calls -= 1
-                self._outage = None if outage.calls <= 0 else outage
-                if not outage.carried_out:
-                    self._fail(doubt)
-            try:
-                conversation.send([])
-            except StopIteration as end:
-                if outage is not None:
-                    self._fail(doubt)
-                return cast(T, end.value)
-            raise AssertionError("a double asks once")
-
-    @staticmethod
-    def _fail(doubt: str) -> NoReturn:
-        raise QueueUnavailable(f"Redis did not answer (ConnectionError) [a double]{doubt}")
+            is_lost, self.outage_calls = self.outage_calls > 0, max(0, self.outage_calls - 1)
+            if not is_lost or self.is_carried_out:
+                try:
+                    conversation.send([])
+                except StopIteration as end:
+                    if not is_lost:
+                        return cast(T, end.value)
+            raise QueueUnavailable(f"Redis did not answer (ConnectionError) [a double]{doubt}")
 
     def enqueue(self, requests: Iterable[CancelRequest], durable: bool) -> Conversation[Accepted]:
         checked_flag("durable", durable)
@@ -436,11 +366,8 @@ class _Play(QueueWire):
 
     def script(self, key: str, line: _Line, runs: float) -> None:
         with self.news:
-            self._lines.setdefault(key, _Lines()).add(line, runs)
-
-    def break_down(self, outage: _Outage | None) -> None:
-        with self.news:
-            self._outage = outage
+            before = self._lines.get(key, []) if runs < math.inf else []  # else nothing before it will ever hold again
+            self._lines[key] = [*before, (line, runs)]
 
     def settle(self, job_id: str, line: _Line) -> Outcome:
         with self.news:
@@ -450,7 +377,7 @@ class _Play(QueueWire):
             if job.outcome is not None:
                 raise ValueError(f"{job_id} has its outcome already: {job.outcome.kind}")
             job.line = line
-            self.now_ms += _CALL_MS * len(self._answers(line))
+            self.now_ms += _CALL_MS * len(line.answers)
             return self._record(job, self.now_ms)
 
     def move_to(self, now_ms: int) -> None:
@@ -494,9 +421,9 @@ class _Play(QueueWire):
         if job.request.joins:
             self._open.setdefault(job.request.order_key, job.id)
         job.line, job.due_ms = self._line_for(job.request), None
-        if job.line.kind is None:
+        if job.line is _HELD:
             return self.now_ms
-        least_ms = _CALL_MS * len(self._answers(job.line))
+        least_ms = _CALL_MS * len(job.line.answers)
         job.due_ms = self.now_ms + max(round(job.line.after_s * 1000), least_ms)
         self._counted += 1
         heapq.heappush(self._due, (job.due_ms, self._counted, job.id, job.run))
@@ -506,27 +433,23 @@ class _Play(QueueWire):
         keys = [request.order_key, request.account, ""]
         if request.client_algo_id is not None:
             keys.insert(1, CancelRequest(client_algo_id=request.client_algo_id, account=request.account).order_key)
-        lines = (self._lines[key].next() for key in keys if key in self._lines)
-        return next((line for line in lines if line is not None), _Line())
-
-    @staticmethod
-    def _answers(line: _Line) -> tuple[_Answer, ...]:
-        story = _STORIES[line.kind or OutcomeKind.CANCELLED]
-        return story.answers(line.order_status or story.statuses[0])
+        for key in keys:
+            if lines := self._lines.get(key):
+                line, runs = lines.pop()
+                lines += [(line, runs - 1)] if runs > 1 else []
+                return line
+        return _Line()
 
     def _record(self, job: _FakeJob, at_ms: int) -> Outcome:
-        request, line, kind = job.request, job.line, job.line.kind or OutcomeKind.CANCELLED
-        status = line.order_status or _STORIES[kind].statuses[0]
-        answers = self._answers(line)
+        request, line, kind = job.request, job.line, OutcomeKind(job.line.kind)
+        answers = line.answers
         attempts = tuple(
-            Attempt(n, at_ms - _CALL_MS * (len(answers) + 1 - n), a.call, a.http, a.code, a.msg, a.verdict, _CALL_MS)
-            for n, a in enumerate(answers, 1)
+            Attempt(n, at_ms - _CALL_MS * (len(answers) + 1 - n), *answer, _CALL_MS)
+            for n, answer in enumerate(answers, 1)
         )
-        shown = any(answer.call is Call.QUERY and answer.http == 200 for answer in answers)
+        shown = any(call is Call.QUERY and http == 200 for call, http, *_ in answers)
         found = shown or _CONFIRMED in answers
-        error = line.error or _STORIES[kind].error
-        if error is not None and line.error is None and answers:
-            error = error.format(verdict=answers[-1].verdict, msg=answers[-1].msg)
+        error = line.error or (_STORIES[kind][2] or "").format(*(answers[-1] if answers else ())) or None
         outcome = Outcome(
             id=job.id,
             run=job.run,
@@ -536,8 +459,8 @@ class _Play(QueueWire):
             client_algo_id=request.client_algo_id,
             symbol=request.symbol or line.symbol or ("BTCUSDT" if shown else None),
             tag=request.tag,
-            may_be_live=may_be_live(kind, status),
-            order_status=status,
+            may_be_live=may_be_live(kind, line.status),
+            order_status=line.status,
             actual_order_id=self._order_id(line) if kind is OutcomeKind.TRIGGERED else None,
             attempts=attempts,
             enqueued_at_ms=job.enqueued_at_ms,
@@ -631,16 +554,16 @@ class _Scripted:
             InvalidRequest: no request can name that order, no worker would record that, or ``after_s`` or ``runs`` is
                 no such number.
         """
-        _check_count("runs", runs)
+        count = _checked_count("runs", runs)
         line = _Line(
-            kind=_kind(kind),
+            kind=kind,
             order_status=order_status,
             actual_order_id=actual_order_id,
             symbol=symbol,
             error=error,
             after_s=after_s,
         )
-        self._play.script(_key(algo_id, client_algo_id, account), line, math.inf if runs is None else runs)
+        self._play.script(_key(algo_id, client_algo_id, account), line, count)
 
     def hold(
         self, *, algo_id: int | None = None, client_algo_id: str | None = None, account: str | None = None
@@ -650,7 +573,7 @@ class _Scripted:
         Raises:
             InvalidRequest: no request can name that order.
         """
-        self._play.script(_key(algo_id, client_algo_id, account), _Line(kind=None), math.inf)
+        self._play.script(_key(algo_id, client_algo_id, account), _HELD, math.inf)
 
     def settle(
         self,
@@ -670,7 +593,7 @@ class _Scripted:
         """
         job_id = checked_id(ticket_or_id)
         line = _Line(
-            kind=_kind(kind),
+            kind=kind,
             order_status=order_status,
             actual_order_id=actual_order_id,
             symbol=symbol,
@@ -695,12 +618,11 @@ class _Scripted:
         Raises:
             InvalidRequest: ``calls`` is no number of calls.
         """
-        _check_count("calls", calls)
-        self._play.break_down(_Outage(math.inf if calls is None else calls, carried_out))
+        self._play.outage_calls, self._play.is_carried_out = _checked_count("calls", calls), carried_out
 
     def available(self) -> None:
         """End what :meth:`unavailable` began."""
-        self._play.break_down(None)
+        self._play.outage_calls = 0
 
     def not_durable(self) -> None:
         """Have every call with ``durable=True`` raise NotDurable from now on, its requests enqueued all the same."""

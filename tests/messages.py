@@ -10,8 +10,6 @@ from producer.message import (
     MAX_ALGO_ID,
     MAX_DEADLINE_S,
     MAX_MSG_CHARS,
-    TASK,
-    VERSION,
     Attempt,
     Call,
     CancelRequest,
@@ -81,26 +79,6 @@ OUTCOMES = st.builds(
     finished_at_ms=INT64,
     worker=texts(least=0),
     error=st.none() | texts(least=0),
-)
-#: Any JSON, a little of the contract mixed in so that the search gets past the first checks.
-NAMES = st.sampled_from(
-    (
-        "v",
-        "algo_id",
-        "client_algo_id",
-        "account",
-        "deadline_s",
-        "tag",
-        "id",
-        "run",
-        "kind",
-        "attempts",
-        "finished_at_ms",
-    )
-)
-LEAVES = st.none() | st.booleans() | INT64 | st.floats() | st.sampled_from((TASK, VERSION, 10**30, "", "cancelled"))
-ANY_JSON = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=8
 )
 
 REQUEST = CancelRequest(

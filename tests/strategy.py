@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -65,12 +64,6 @@ class Strategy:
     def ledger(self) -> list[dict[str, Any]]:
         """Every outcome of the ledger, oldest first."""
         return list(self._call("ledger"))
-
-    def killed_while_asking(self, *requests: dict[str, Any], after_s: float) -> None:
-        """Be killed so soon after a call was begun; what was enqueued by then, nobody is told."""
-        self._say("cancel", *requests)
-        time.sleep(after_s)
-        self.kill()
 
     def _say(self, *words: object) -> None:
         assert self._process.stdin is not None

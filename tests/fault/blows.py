@@ -46,6 +46,8 @@ class Kind(StrEnum):
     INFO = "info"  # `rq info`, for whose clean-up whatever has begun was abandoned long ago
     REQUEUE = "requeue"  # `rq requeue --all`
     SUSPEND = "suspend"  # `rq suspend`, and then `rq resume`
+    SILENCES = "silences"  # requests to the exchange, or its answers, get lost, and no connection breaks
+    FORGOTTEN = "forgotten flows"  # all connections to the exchange are forgotten on their way, and nobody is told
     CLOCK = "clock"  # the exchange's clock is set; once in a run
 
 
@@ -149,11 +151,12 @@ QUICK = Scale(
         Kind.RAIN: (1.0, 2.0),
         Kind.HOLE: (0.5, 1.5),
         Kind.SUSPEND: (0.3, 1.0),
+        Kind.SILENCES: (1.0, 2.0),
     },
     # A claim whose reply was lost leaves leases in nobody's hand: they must have run out before the next blow.
     rests_s=dict.fromkeys(Kind, 1.2)
     | {Kind.KILL: 2.6, Kind.KILL_HORSE: 2.6, Kind.KILL_FAMILY: 2.6, Kind.TERM: 1.8}
-    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK), 0.5),
+    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK, Kind.SILENCES, Kind.FORGOTTEN), 0.5),
     strike_s=1.0,
     patience_s=4.0,
     restart_s=0.3,
@@ -180,10 +183,11 @@ FULL = Scale(
         Kind.RAIN: (5, 10),
         Kind.HOLE: (2, 10),
         Kind.SUSPEND: (1, 5),
+        Kind.SILENCES: (5, 10),
     },
     rests_s=dict.fromkeys(Kind, 9.0)
     | {Kind.KILL: 14.0, Kind.KILL_HORSE: 14.0, Kind.KILL_FAMILY: 14.0, Kind.TERM: 7.0}
-    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK), 2.0),
+    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK, Kind.SILENCES, Kind.FORGOTTEN), 2.0),
     strike_s=3.0,
     patience_s=15.0,
     restart_s=2.0,

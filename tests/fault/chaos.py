@@ -3,10 +3,11 @@
 Producers ask for cancels, three workers of ours (nobody reads the output of one) and two of RQ's own make them, and
 meanwhile workers are killed, stopped and paused, the server is killed, paused, and replaced by its replica while it
 stays up, connections break, replies are lost, operators type RQ's commands, the exchange injects its own faults, its
-clock is apart from ours and is set once, and client ids are taken again as soon as the book shows their order CANCELED.
-Then the faults end, the queue drains, and what producers were promised is held against the ledger, and the ledger
-against the exchange's own book and log. The exit code is 0 only if nothing was lost, nothing came out twice or unasked,
-every outcome is the book's, none is undecided, and nobody sent what he must not send.
+answers stay away, connections to it are forgotten on their way, its clock is apart from ours and is set once, and
+client ids are taken again as soon as the book shows their order CANCELED. Then the faults end, the queue drains, and
+what producers were promised is held against the ledger, and the ledger against the exchange's own book and log. The
+exit code is 0 only if nothing was lost, nothing came out twice or unasked, every outcome is the book's, none is
+undecided, and nobody sent what he must not send.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -71,8 +73,9 @@ class World:
     scale: Scale
     seed: int
     pair: Pair
-    proxies: tuple[Proxy, ...]  # the workers', the producers'
+    proxies: tuple[Proxy, ...]  # to Redis: the workers', the producers'
     switch: Proxy  # our own, without faults
+    way: Proxy  # the workers' to the exchange
     exchange: RunningExchange
     clock: Clock
     team: Team
@@ -231,6 +234,12 @@ def _hole(world: World, place: Place, blow: Blow) -> None:
         proxy.timeout(False)
 
 
+def _silences(world: World, place: Place, blow: Blow) -> None:
+    world.way.let_it_rain(mute=0.1, deaf=0.1)
+    world.rest(blow.length_s)
+    world.way.let_it_rain()
+
+
 def _info(world: World, place: Place, blow: Blow) -> None:
     # RQ takes for abandoned what has not been heard of for a minute and a half, whoever works on it.
     started = world.peek.keys.started
@@ -285,6 +294,8 @@ _STRIKES: dict[Kind, Callable[[World, Place, Blow], None]] = {
     Kind.RESET: _reset,
     Kind.RAIN: _rain,
     Kind.HOLE: _hole,
+    Kind.SILENCES: _silences,
+    Kind.FORGOTTEN: lambda world, place, blow: world.way.forget_flows(),
     Kind.INFO: _info,
     Kind.REQUEUE: _requeue,
     Kind.SUSPEND: _suspend,
@@ -307,18 +318,19 @@ def world_of(scale: Scale, seed: int, jobs: int, logs: Path | None) -> Iterator[
         exchange.set_clock_skew_ms(times.first_ms - _AGE_MS)
         orders = exchange.add_orders(jobs + BYSTANDERS)
         exchange.set_clock_skew_ms(times.first_ms)
+        way = stack.enter_context(Proxy(urlsplit(exchange.url).port or 0, seed=seed + len(proxies)))
         directory = logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
         settings = {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET, "LEDGER_MAXLEN": str(4 * jobs + 1000)}
         settings |= {"LOG_LEVEL": "DEBUG"} if logs else {}
-        settings |= {"REDIS_URL": proxies[0].redis_url, "BINANCE_BASE_URL": exchange.url, **scale.settings}
+        settings |= {"REDIS_URL": proxies[0].redis_url, "BINANCE_BASE_URL": way.http_url, **scale.settings}
         fleet = Workers(directory, settings)
         stack.callback(fleet.stop)
         direct: redis.Redis = redis.Redis(port=switch.port, socket_timeout=5, retry=Retry(NoBackoff(), 1))
         stack.callback(direct.close)
         team = Team(fleet, Peek(direct), scale.restart_s, MAKES)
         stack.callback(team.close)
-        yield World(scale, seed, pair, tuple(proxies), switch, exchange, times, team, Peek(direct), orders)
+        yield World(scale, seed, pair, tuple(proxies), switch, way, exchange, times, team, Peek(direct), orders)
 
 
 def _exchange_config(scale: Scale, seed: int) -> ExchangeConfig:
@@ -356,7 +368,7 @@ def produce_and_strike(world: World) -> None:
         world.strike(blow)
     world.until(lambda: all(strategy.has_asked for strategy in world.strategies), duration_s + PATIENCE_S)
     world.exchange.end_faults()
-    for proxy in world.proxies:
+    for proxy in (*world.proxies, world.way):
         proxy.heal()
 
 
@@ -428,6 +440,8 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
         exchange_faults=sum(stats.faults_injected.values()),
         replies_lost=sum(proxy.count.replies_lost for proxy in world.proxies),
         resets=sum(proxy.count.resets for proxy in world.proxies),
+        silences=world.way.count.silences,
+        flows_forgotten=world.way.count.flows_forgotten,
         queue=queue_side(world.asks, records, order_of),
         exchange=exchange_side(world.asks, records, book, order_of, reopened),
         incidents=len(stats.incidents),

@@ -152,7 +152,7 @@ def test_a_repeat_after_the_job_ran_out_gives_no_new_one_either(
     ((batch,),) = rows([CancelRequest(algo_id=7)])
     wire = Wire("cancels")
     words = wire._enqueue_words(batch)
-    (job_id, _) = first = connection.eval(wire.enqueue_script.source, 0, *words)
+    (_, job_id, _) = first = connection.eval(wire.enqueue_script.source, 0, *words)
     holder = open_holder()
     holder.complete(*map(ended, holder.claim()))
     connection.delete(peek.keys.job_prefix.encode() + job_id)

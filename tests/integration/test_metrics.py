@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import redis
@@ -20,7 +19,6 @@ import redis
 from producer import CancelClient
 from producer.keys import Band, Keys
 from producer.message import OutcomeKind
-from producer.metrics import Labels, LedgerClient, LedgerEnd, LedgerReader, Tally
 from tests.exporting import GONE, Exporter, append, exporting, outcomes, ran, record
 from tests.servers import ROOT, Valkey, Workers, eventually, free_port, running_valkey, scrubbed
 from worker.sandbox.control import RunningExchange
@@ -47,7 +45,7 @@ def test_real_outcomes_are_counted_exactly(
     exchange.trigger(orders[4])
     workers.start()
     tickets = [client.cancel(algo_id=algo_id) for algo_id in orders] + [client.cancel(algo_id=9, account="nobody")]
-    ended = [ticket.wait(10) for ticket in tickets]
+    ended = [ticket.wait(30) for ticket in tickets]
 
     exporter.scrape()  # what was counted once is not counted again
     seen = exporter.scrape()
@@ -171,52 +169,6 @@ def test_a_ledger_that_grows_while_it_is_read_is_counted_once(exporter: Exporter
     seen = exporter.scrape()
 
     assert (outcomes(seen), seen["cancel_ledger_missed_total", ()]) == (3000, 0)
-
-
-def test_a_long_ledger_is_read_in_bounded_time(valkey: Valkey, connection: redis.Redis) -> None:
-    """What a scrape has no time for is left to the next one, and is not taken for missed."""
-    append(connection, *(record(number) for number in range(1200)))
-    with LedgerClient.from_url(valkey.url) as client:
-        tally = Tally(Labels(64))
-        reader = LedgerReader(client, tally)
-        reader.read(time.monotonic())
-        assert (counted(tally), tally.missed) == (0, None)
-        append(connection, *(record(number) for number in range(5)))
-        reader.read(time.monotonic() + 30)
-        assert (counted(tally), tally.missed) == (1205, 0)
-
-
-class BeforeSeven(LedgerClient):
-    """Told what a server before 7.0 tells: not how many entries were ever added."""
-
-    def ledger_end(self) -> LedgerEnd | None:
-        """The real end without that figure."""
-        end = super().ledger_end()
-        return None if end is None else replace(end, added=None)
-
-
-def test_an_old_server_makes_no_claim_about_missed_entries(valkey: Valkey, connection: redis.Redis) -> None:
-    """Where nobody counts the entries there is no figure of missed ones; the rest is as exact as elsewhere."""
-    with BeforeSeven.from_url(valkey.url) as client:
-        tally = Tally(Labels(64))
-        reader = LedgerReader(client, tally)
-        for id_ in ("6-1", "5-1"):
-            append(connection, record(), record(), maxlen=1, approximate=False)
-            reader.read(time.monotonic() + 10)
-            connection.delete(KEYS.outcomes)
-            connection.xadd(KEYS.outcomes, {"outcome": record()}, id=id_)
-            reader.read(time.monotonic() + 10)
-            reader.read(time.monotonic() + 10)
-            connection.delete(KEYS.outcomes)
-            reader.read(time.monotonic() + 10)
-        assert counted(tally) == 4
-        assert "cancel_ledger_missed" not in {family.name for family in tally.families("cancels")}
-
-
-def counted(tally: Tally) -> float:
-    """How many outcomes a tally has."""
-    (family,) = (family for family in tally.families("cancels") if family.name == "cancel_outcomes")
-    return sum(sample.value for sample in family.samples)
 
 
 def test_an_older_state_of_the_ledger_is_not_counted_twice(exporter: Exporter, connection: redis.Redis) -> None:
@@ -360,8 +312,8 @@ def test_live_workers_alone_have_figures(
         """Values of the metric: of one series without labels, or none."""
         return [value for (name, labels), value in exporter.scrape().items() if name == CLOCK and not labels]
 
-    eventually(lambda: len(clocks()) == 1 and exporter.value("cancel_used_weight") is not None, 10, "a clock")
-    eventually(lambda: exporter.value("cancel_workers") == 2, 10, "two workers")
+    eventually(lambda: len(clocks()) == 1 and exporter.value("cancel_used_weight") is not None, what="a clock")
+    eventually(lambda: exporter.value("cancel_workers") == 2, what="two workers")
     seen = exporter.scrape()
     assert [labels for name, labels in seen if name == CLOCK] == [()]
     assert (seen["cancel_workers", ()], seen["cancel_weight_limit", ()]) == (2, 2400)
@@ -398,17 +350,17 @@ def test_a_scrape_tells_that_redis_is_away() -> None:
         assert (seen["cancel_up", ()], outcomes(seen)) == (0, 2)
         assert not {name for name, _ in seen} & {"cancel_queue_depth", "cancel_workers", "cancel_gate_seconds"}
         server.start()
-        eventually(lambda: exporter.value("cancel_up") == 1, 10, "Redis is back")
+        eventually(lambda: exporter.value("cancel_up") == 1, what="Redis is back")
         assert outcomes(exporter.scrape()) == 3
         assert server.process is not None
         server.process.send_signal(signal.SIGSTOP)
         try:
             began = time.monotonic()
             assert exporter.value("cancel_up") == 0
-            assert time.monotonic() - began < 6  # Prometheus waits ten seconds
+            assert time.monotonic() - began < 9  # Prometheus waits ten seconds
         finally:
             server.process.send_signal(signal.SIGCONT)
-        eventually(lambda: exporter.value("cancel_up") == 1, 10, "Redis goes on")
+        eventually(lambda: exporter.value("cancel_up") == 1, what="Redis goes on")
         assert outcomes(exporter.scrape()) == 3
 
 
@@ -471,24 +423,6 @@ def test_it_listens_where_it_is_told(valkey: Valkey) -> None:
     assert ran("--host", "256.0.0.1", "--port", "0").returncode == 2
     assert ran("--port", "65536").returncode == 2
     assert ran("--redis-url", "http://nowhere").returncode == 2
-
-
-def test_help_tells_options_and_exit_codes() -> None:
-    """--help names each option with its default, and needs nothing that is not installed."""
-    for done in (ran("--help"), ran("--help", script=GONE)):
-        assert done.returncode == 0
-        for words in (
-            "--port",
-            "9464",
-            "--host",
-            "127.0.0.1",
-            "--queue",
-            "--redis-url",
-            "REDIS_URL",
-            "130",
-            "cancel_up",
-        ):
-            assert words in done.stdout
 
 
 def test_a_missing_extra_is_named() -> None:

@@ -13,12 +13,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from producer import AsyncCancelClient, CancelClient, OutcomeKind, QueueUnavailable
-from tests.conftest import API_KEY, API_SECRET
 from tests.integration.test_sandbox_server import certificate
 from tests.servers import ROOT, Proxy, Valkey, Worker, Workers, eventually, scrubbed
 from worker.sandbox.control import RunningExchange
@@ -86,7 +84,7 @@ def waits_for_redis(worker: Worker) -> bool:
 def test_worker_refuses_a_server_that_nobody_vouches_for(fleet: Workers) -> None:
     """By default a self-signed chain is refused; the worker's log names the two ways out, and shows no password."""
     worker = fleet.start(wait=False, REDIS_URL=fleet.environment["REDIS_URL"].replace("://", f"://default:{PASSWORD}@"))
-    eventually(lambda: waits_for_redis(worker), 20, "the worker says that Redis is away")
+    eventually(lambda: waits_for_redis(worker), what="the worker says that Redis is away")
 
     assert WAY_OUT in worker.output()
     assert "self-signed certificate" in worker.output()
@@ -100,16 +98,6 @@ def test_check_refuses_it_too(fleet: Workers, exchange: RunningExchange) -> None
 
     assert code == 69
     assert re.search(rf"^FAILED  redis .*self-signed certificate; {WAY_OUT}\)$", said, re.MULTILINE)
-
-
-def test_a_wrong_authority_does_not_help(fleet: Workers, tmp_path: Path) -> None:
-    """A file with another certificate vouches for nothing."""
-    (tmp_path / "other").mkdir()
-    other, _ = certificate(tmp_path / "other")
-    code, said = command("worker", "check", **fleet.environment, REDIS_TLS_CA=other)
-
-    assert code == 69
-    assert WAY_OUT in said
 
 
 def test_a_vouched_for_server_must_have_the_right_name(fleet: Workers, ca_file: str) -> None:
@@ -162,21 +150,13 @@ def test_options_of_the_url(fleet: Workers, exchange: RunningExchange, url: str,
 
     async def ask() -> OutcomeKind:
         async with AsyncCancelClient.from_url(there) as client:
-            kind = (await (await client.cancel(algo_id=second.algo_id)).wait(10)).kind
+            kind = (await (await client.cancel(algo_id=second.algo_id)).wait(30)).kind
         await asyncio.sleep(0.2)  # TLS takes its leave in the loop's next turns, of which there would be none
         return kind
 
     with CancelClient.from_url(there) as client:
-        assert client.cancel(algo_id=first.algo_id).wait(10).kind is OutcomeKind.CANCELLED
+        assert client.cancel(algo_id=first.algo_id).wait(30).kind is OutcomeKind.CANCELLED
     assert asyncio.run(ask()) is OutcomeKind.CANCELLED
-
-
-def test_options_of_the_call(url: str, ca_file: str) -> None:
-    """`from_url` hands redis-py's options on."""
-    ways: list[dict[str, Any]] = [{"ssl_cert_reqs": "none"}, {"ssl_ca_certs": ca_file}]
-    for options in ways:
-        with CancelClient.from_url(url, **options) as client:
-            assert client.failed_ids() == []
 
 
 def test_connection_lost_and_found(
@@ -189,17 +169,5 @@ def test_connection_lost_and_found(
             connection.shutdown(2)
     (order,) = exchange.add_orders(1)
     with CancelClient.from_url(valkey.url) as client:
-        assert client.cancel(algo_id=order.algo_id).wait(15).kind is OutcomeKind.CANCELLED
+        assert client.cancel(algo_id=order.algo_id).wait(30).kind is OutcomeKind.CANCELLED
     assert worker.stop() == 0
-
-
-def test_contradictions_are_bad_settings() -> None:
-    """An authority for a server that is not asked, and options for TLS without TLS, stop the start."""
-    keys = {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET}
-    for settings in (
-        {"REDIS_URL": "rediss://127.0.0.1:1?ssl_cert_reqs=none", "REDIS_TLS_VERIFY": "required"},
-        {"REDIS_URL": "redis://127.0.0.1:1?ssl_cert_reqs=none"},
-        {"REDIS_URL": "rediss://127.0.0.1:1", "REDIS_TLS_CA": "/no/such/file.pem"},
-    ):
-        code, said = command("worker", **keys, **settings)
-        assert (code, "REDIS_" in said) == (78, True), said

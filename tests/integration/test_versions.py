@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,8 +25,7 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from producer.keys import Band
-from producer.message import WORKER_LOST, Outcome
+from producer.message import WORKER_LOST
 from tests.conftest import API_KEY, API_SECRET
 from tests.servers import ROOT, Peek, Valkey, Worker, Workers, eventually, scrubbed
 from tests.strategy import Strategy
@@ -84,7 +82,7 @@ class Side:
         worker = self.workers.start(
             wait=False, WORKER_CONCURRENCY=str(concurrency), BACKOFF_BASE_MS=backoff, BACKOFF_CAP_MS=backoff
         )
-        eventually(lambda: "event=started " in worker.output(), 20, f"the {self.name} worker starts")
+        eventually(lambda: "event=started " in worker.output(), what=f"the {self.name} worker starts")
         return worker
 
     def status(self) -> dict[str, Any]:
@@ -120,21 +118,6 @@ def sides(old_code: Path, valkey: Valkey, exchange: RunningExchange, tmp_path: P
 def peek(connection: redis.Redis) -> Peek:
     """A look at the queue's keys."""
     return Peek(connection)
-
-
-def test_old_worker_is_the_old_one(old_code: Path) -> None:
-    """The other side of these tests is version 0.1, whatever is installed in this environment."""
-    command = "import producer, worker.store; print(producer.__file__, worker.store.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", command],
-        cwd=old_code,
-        env=scrubbed() | {"PYTHONPATH": str(old_code)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert [Path(name).parent.parent for name in done.stdout.split()] == [old_code, old_code]
-    assert (old_code / "worker" / "crew.py").exists()
 
 
 # ---- one version goes on with what the other has left ----------------------------------------------------------------
@@ -227,10 +210,10 @@ class Stage:
 def drained(peek: Peek, expected: dict[tuple[str, int], str]) -> None:
     """Every run of every request has come to its outcome, once, and nothing is left to do."""
     with contextlib.suppress(AssertionError):  # what is missing is told below
-        eventually(lambda: len(peek.ledger()) >= len(expected), 30)
+        eventually(lambda: len(peek.ledger()) >= len(expected))
     assert {(outcome.id, outcome.run): outcome.kind.value for outcome in peek.ledger()} == expected
     keys = peek.keys
-    eventually(lambda: peek("EXISTS", keys.unfinished, keys.waiting, keys.claiming, keys.scheduled) == 0, 15, "empty")
+    eventually(lambda: peek("EXISTS", keys.unfinished, keys.waiting, keys.claiming, keys.scheduled) == 0, what="empty")
     time.sleep(1.5)
     assert len(peek.ledger()) == len(expected)
 
@@ -291,7 +274,7 @@ def test_status_of_the_other(
     stage.ask(1, Fault.UNAVAILABLE_503)
     eventually(lambda: peek("ZCARD", peek.keys.failed) == 1, what="one has failed")
     in_a_while = peek.now_ms() / 1000 + 20
-    eventually(lambda: peek("ZCOUNT", peek.keys.scheduled, in_a_while, "+inf") == 1, 25, "one waits for its next try")
+    eventually(lambda: peek("ZCOUNT", peek.keys.scheduled, in_a_while, "+inf") == 1, what="one waits for its next try")
     exchange.set_latency_ms(4000)
     stage.ask(5)
     eventually(lambda: exchange.stats().in_flight == 3, what="three are under way")
@@ -329,7 +312,7 @@ def test_recovery_by_the_other(
     doomed.stop(signal.SIGKILL)
     killed_ms = peek.now_ms()
 
-    eventually(lambda: len(peek.ledger()) == 5, 15, "all have their outcomes")
+    eventually(lambda: len(peek.ledger()) == 5, what="all have their outcomes")
 
     assert {outcome.id for outcome in peek.ledger()} == set(job_ids)
     for outcome in peek.ledger():
@@ -348,7 +331,7 @@ def test_old_stock_worker_is_left_at_work(
     sides["old"].workers.start(*options, command=stock)
     exchange.set_latency_ms(7000)
     (job_id,) = Stage(sides["new"], exchange, connection, peek).ask(1)
-    eventually(lambda: [entry.deletes for entry in exchange.book().values()] == [1], 20, "it is under way")
+    eventually(lambda: [entry.deletes for entry in exchange.book().values()] == [1], what="it is under way")
     exchange.set_latency_ms(0)
     sides["new"].start()
 
@@ -356,81 +339,3 @@ def test_old_stock_worker_is_left_at_work(
 
     assert [attempt["verdict"] for attempt in outcome["attempts"]] == ["confirmed"]
     assert [(entry.deletes, entry.gets) for entry in exchange.book().values()] == [(1, 0)]
-
-
-class Place:
-    """Where a worker of one version stands; one that is killed is followed by another."""
-
-    def __init__(self, side: Side, peek: Peek) -> None:
-        self._side, self._peek = side, peek
-        self.worker = side.start()
-
-    def _holds_some(self) -> bool:
-        mine, keys = f".{self.worker.process.pid}.", self._peek.keys
-        held = self._peek("ZRANGEBYSCORE", keys.unfinished, "-inf", f"({int(Band.WAITING)}")
-        return any(mine in (self._peek("HGET", keys.job_prefix + job_id, "worker_name") or "") for job_id in held)
-
-    def kill(self) -> None:
-        """SIGKILL, as soon as it holds jobs, and the next one is started."""
-        with contextlib.suppress(AssertionError):  # when all is done nobody does
-            eventually(self._holds_some, 2)
-        self.worker.stop(signal.SIGKILL)
-        self.worker = self._side.workers.start(wait=False)
-
-
-def _ask_in_bits(strategy: Strategy, algo_ids: list[int], seed: int, told: dict[str, int]) -> None:
-    """Ask for cancels a few at a time; ``told``: the order of each job that the calls named."""
-    dice = random.Random(seed)
-    while algo_ids:
-        bit = [algo_ids.pop() for _ in range(min(len(algo_ids), dice.randint(1, 10)))]
-        requests = ({"algo_id": algo_id, "urgent": dice.random() < 0.2} for algo_id in bit)
-        told |= dict(zip(strategy.cancel(*requests), bit, strict=True))
-        time.sleep(dice.uniform(0.0, 0.3))
-
-
-def test_side_by_side(
-    sides: dict[str, Side], valkey: Valkey, exchange: RunningExchange, connection: redis.Redis, peek: Peek
-) -> None:
-    """With workers and strategies of both versions at once, and some of each killed, each request ends exactly once."""
-    exchange.set_latency_ms(150)
-    places = [Place(side, peek) for side in (*sides.values(), *sides.values())]
-    doomed = [Strategy(side.code, valkey.url, scrubbed()) for side in sides.values()]
-    algo_ids = [order.algo_id for order in exchange.add_orders(800)]
-    shares = [algo_ids[n::4] for n in range(4)]
-    untold = {algo_id for share in shares[2:] for algo_id in share}
-    told: dict[str, int] = {}
-    askers = [
-        threading.Thread(target=_ask_in_bits, args=(side.strategy, [*shares[n], *shares[n - 1][:20]], n, told))
-        for n, side in enumerate(sides.values())
-    ]
-    for asker in askers:
-        asker.start()
-    dice = random.Random("side by side")
-    for strategy, share in zip(doomed, shares[2:], strict=True):
-        strategy.killed_while_asking(*({"algo_id": algo_id} for algo_id in share), after_s=dice.uniform(0.002, 0.02))
-    for place in (*places, *places):
-        time.sleep(dice.uniform(0.1, 0.5))
-        place.kill()
-    for asker in askers:
-        asker.join()
-
-    eventually(lambda: peek("EXISTS", peek.keys.unfinished, peek.keys.waiting, peek.keys.scheduled) == 0, 40, "drained")
-
-    records = peek.ledger()
-    assert set(Counter((outcome.id, outcome.run) for outcome in records).values()) == {1}
-    assert set(told) <= {outcome.id for outcome in records}
-    assert {outcome.algo_id for outcome in records if outcome.id not in told} <= untold
-    assert {outcome.kind.value for outcome in records} <= {"cancelled", "already_cancelled"}
-    book = exchange.book()
-    assert {book[algo_id].status for algo_id in told.values()} == {"CANCELED"}
-    by_order: dict[int | None, list[Outcome]] = {}
-    for outcome in records:
-        by_order.setdefault(outcome.algo_id, []).append(outcome)
-    for entry in book.values():
-        outcomes = by_order.get(entry.algo_id, [])
-        attempts = [attempt for outcome in outcomes for attempt in outcome.attempts]
-        assert entry.deletes_effective <= 1
-        # Each DELETE was somebody's noted attempt, and for one request another came only after one without an answer.
-        assert entry.deletes <= sum(attempt.call == "cancel" for attempt in attempts)
-        assert entry.deletes <= len(outcomes) or any(attempt.msg == WORKER_LOST for attempt in attempts)
-    assert any(attempt.msg == WORKER_LOST for outcome in records for attempt in outcome.attempts)

@@ -88,7 +88,7 @@ def words(browser: webdriver.Chrome) -> str:
 def click(browser: webdriver.Chrome, selector: str, then: Callable[[str], object]) -> str:
     """Press what is there, and wait for the words that follow."""
     browser.find_element(By.CSS_SELECTOR, selector).click()
-    eventually(lambda: then(words(browser)), 10, f"after {selector}: {words(browser)}")
+    eventually(lambda: then(words(browser)), what=f"after {selector}: {words(browser)}")
     return words(browser)
 
 
@@ -111,9 +111,9 @@ def test_an_operator_sees_the_queue_and_finds_an_order(
     """Login leads to the page that was asked for; status, search by a 64-bit id, and the attempts of that request."""
     workers.start(NOT_FOUND_HORIZON_S="0.2")
     (order,) = exchange.add_orders()
-    client.cancel(algo_id=order.algo_id).wait(10)
+    client.cancel(algo_id=order.algo_id).wait(30)
     ticket = client.cancel(algo_id=LARGEST, symbol="BTCUSDT")
-    ticket.wait(10)
+    ticket.wait(30)
 
     log_in(browser, web, "/?refresh=0")
     assert browser.current_url == f"{web.url}/?refresh=0"
@@ -137,9 +137,9 @@ def test_an_operator_reads_why_and_retries_one(
     """The history opens on demand; a retry goes through its confirmation to a new run; logging out ends it."""
     workers.start(NOT_FOUND_HORIZON_S="0.2")
     first = client.cancel(algo_id=LARGEST)
-    first.wait(10)
+    first.wait(30)
     second = client.cancel(algo_id=LARGEST - 1)
-    second.wait(10)
+    second.wait(30)
 
     log_in(browser, web, "/failed")
     text = words(browser)
@@ -213,12 +213,6 @@ def test_pages_fit_a_phone(
             browser.execute_script("arguments[0].open = true", details)
         wide = browser.execute_script("return document.documentElement.scrollWidth")
         assert wide <= 390, path
-
-
-def test_a_missing_browser_is_a_failure_that_says_what_to_install() -> None:
-    """These tests never skip themselves."""
-    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium chromium-driver"):
-        _program("no-such-browser")
 
 
 def test_everything_can_be_reached_by_the_keyboard(

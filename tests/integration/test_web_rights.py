@@ -10,16 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 from flask.testing import FlaskClient
-from werkzeug.exceptions import ServiceUnavailable
 
 from producer import CancelClient, CancelRequest
 from producer.message import Outcome, OutcomeKind, encode_call
 from producer.web import access, queries
 from producer.web import app as web
 from producer.web.app import create_app
-from tests.servers import Valkey, Workers, eventually, running_valkey, stopped
+from tests.servers import Workers, eventually, running_valkey, stopped
 from tests.strategies import PASSWORD, fail
-from tests.webpages import KEYS, TOKEN, cells, form_token, found, outcome, page, settle
+from tests.webpages import KEYS, TOKEN, cells, form_token, outcome, page, settle
 
 pytestmark = pytest.mark.usefixtures("quick_logins")
 
@@ -101,20 +100,6 @@ def test_a_login_ends_with_time_and_with_its_token(client: CancelClient, monkeyp
     assert code(value) == 401
 
 
-@pytest.mark.parametrize("page_asked", ["//evil.example", "https://evil.example", "/\\evil.example", "evil"])
-def test_a_login_redirects_to_our_own_pages_alone(client: CancelClient, page_asked: str) -> None:
-    """Neither the form nor the Host header can send anybody elsewhere."""
-    pages = create_app(client, TOKEN).test_client()
-
-    data = {"token": TOKEN, "next": page_asked}
-    answer = pages.post("/login", data=data, headers={"Host": "evil.example", "X-Forwarded-Host": "evil.example"})
-
-    assert (answer.status_code, answer.headers["Location"]) == (303, "/")
-    shown = pages.get("/login", query_string={"next": page_asked}, headers={"Host": "evil.example"})
-    assert "evil" not in shown.text
-    assert pages.get("/failed/", headers={"Host": "evil.example"}).headers.get("Location") is None
-
-
 def test_a_script_shows_the_token_in_a_header(client: CancelClient, connection: redis.Redis) -> None:
     """Authorization: Bearer reads and retries without a cookie; a wrong one is refused."""
     settle(connection, outcome("r1"))
@@ -176,17 +161,6 @@ def test_all_that_match_are_retried_and_no_other(
     assert sorted(client.failed_ids()) == ["late", "other"]
 
 
-def test_a_retry_by_a_client_id_alone_says_what_that_means(operator: FlaskClient, connection: redis.Redis) -> None:
-    """A client id can be used again, so the confirmation says which order is meant; an algo id needs no such words."""
-    words = "the client algo id may name a newer order by now; such an order is left alone"
-    settle(connection, outcome("r1", algo_id=5, client_algo_id="sl-1"))
-    settle(connection, outcome("r2", algo_id=None, client_algo_id="sl-2"), encode_call(CancelRequest(None, "sl-2")))
-
-    assert words not in page(operator, "/retry?id=r1")
-    assert words in page(operator, "/retry?id=r2")
-    assert words in page(operator, "/retry")
-
-
 def test_a_retry_of_many_says_how_many_it_leaves(operator: FlaskClient, connection: redis.Redis) -> None:
     """A thousand is what is started together; the page says so, and that many fit into its form."""
     pipeline = connection.pipeline(transaction=False)
@@ -230,8 +204,13 @@ def test_a_strangers_name_for_this_machine_is_turned_away(client: CancelClient) 
     """On loopback without a login, a site whose name leads here reads nothing."""
     pages = create_app(client, local_names_only=True).test_client()
 
-    assert pages.get("/", headers={"Host": "evil.example"}).status_code == 421
-    assert pages.get("/", headers={"Host": "localhost:8080"}).status_code == 200
+    for name, code in (
+        ("evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("localhost:8080", 200),
+        ("[::1]:1", 200),
+    ):
+        assert pages.get("/", headers={"Host": name}).status_code == code, name
     assert pages.get("/healthz", headers={"Host": "10.1.2.3"}).status_code == 200
 
 
@@ -263,20 +242,12 @@ def test_in_clear_through_a_proxy_nothing_is_shown_and_no_token_taken(client: Ca
     assert (answer.status_code, answer.headers.get("Set-Cookie")) == (403, None)
     assert pages.get("/", headers=plain | {"Authorization": f"Bearer {TOKEN}"}).status_code == 403
     assert pages.get("/healthz", headers=plain).status_code == 200
+    for proto, code in (("http, https", 403), ("", 403), ("HTTPS, http", 200)):  # the first is what the browser spoke
+        assert pages.get("/login", headers={"X-Forwarded-Proto": proto}).status_code == code
     answer = pages.get("/login", headers=safe)
     assert (answer.status_code, answer.headers["Strict-Transport-Security"]) == (200, "max-age=31536000")
     assert "Strict-Transport-Security" not in pages.get("/login").headers
     assert create_app(client).test_client().get("/", headers=plain).status_code == 200
-
-
-def test_only_a_post_logs_in(client: CancelClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HEAD of the login page is neither an attempt, which would wait, nor a login, whatever it carries."""
-    monkeypatch.setattr(access, "PENALTY_S", 60)
-    pages = create_app(client, TOKEN).test_client()
-
-    for token in ("wrong", TOKEN):
-        answer = pages.head("/login", data={"token": token})
-        assert (answer.status_code, answer.headers.get("Set-Cookie")) == (200, None)
 
 
 def test_wrong_tokens_beyond_the_limit_are_told_when_to_come_again(
@@ -312,14 +283,6 @@ def test_the_queues_name_is_for_those_who_may_read(client: CancelClient) -> None
     assert f"<title>Status · {name}</title>" in page(local, "/")
 
 
-def test_an_error_keeps_its_headers(operator: FlaskClient) -> None:
-    """A method that an address does not know is answered with those that it knows."""
-    answer = operator.get("/retry/start")
-
-    assert (answer.status_code, set(answer.headers["Allow"].split(", "))) == (405, {"POST", "OPTIONS"})
-    assert answer.mimetype == "text/html"
-
-
 def test_pages_wait_for_their_turn_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """While two calls of Redis hang, a third page is told so in time and changes nothing; afterwards all is well."""
     monkeypatch.setattr(web, "_TURN_S", 0.2)
@@ -331,7 +294,7 @@ def test_pages_wait_for_their_turn_and_not_for_ever(monkeypatch: pytest.MonkeyPa
         with ThreadPoolExecutor(2) as pool, stopped(server):
             hanging = [pool.submit(app.test_client().get, path, headers=headers) for path in ("/search?q=1", "/")]
             pages = app.test_client()
-            eventually(lambda: pages.get("/", headers=headers).status_code == 503, 5, "no turn is free")
+            eventually(lambda: pages.get("/", headers=headers).status_code == 503, what="no turn is free")
             began = time.monotonic()
             for answer in (
                 pages.get("/search?q=1", headers=headers),
@@ -339,27 +302,13 @@ def test_pages_wait_for_their_turn_and_not_for_ever(monkeypatch: pytest.MonkeyPa
             ):
                 assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
                 assert "Nothing was done; try again." in answer.text
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 8  # the client waits 10 s
             assert pages.get("/healthz").status_code == 200
             assert server.process is not None
             server.process.send_signal(signal.SIGCONT)
-            assert [done.result(20).status_code for done in hanging] == [200, 200]
+            assert [done.result(30).status_code for done in hanging] == [200, 200]
         assert client.failed_ids() == ["r1"]
         assert pages.get("/failed?kind=refused", headers=headers).status_code == 200
-
-
-def test_a_heavy_reading_leaves_a_turn_for_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second search waits for the first one, while a light page does not."""
-    monkeypatch.setattr(web, "_TURN_S", 0.1)
-    turns = web._Turns()
-
-    with turns.taken(heavy=True):
-        with pytest.raises(ServiceUnavailable), turns.taken(heavy=True):
-            pytest.fail("two at a time")
-        with turns.taken(heavy=False), pytest.raises(ServiceUnavailable), turns.taken(heavy=False):
-            pytest.fail("three at a time")
-    with turns.taken(heavy=True), turns.taken(heavy=False):
-        pass
 
 
 # --- bad days -----------------------------------------------------------------------------------------------------
@@ -409,26 +358,12 @@ def test_a_fault_of_ours_shows_nothing_of_itself(
     assert PASSWORD not in answer.text + said
 
 
-def test_figures_that_cannot_be_read_leave_the_rest_of_the_page(
-    reader: FlaskClient, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The newest outcomes are shown though the status cannot be made sense of."""
-    settle(connection, outcome("r1"))
+def test_a_retry_by_a_client_id_alone_says_what_that_means(operator: FlaskClient, connection: redis.Redis) -> None:
+    """A client id can be used again, so the confirmation says which order is meant; an algo id needs no such words."""
+    words = "the client algo id may name a newer order by now; such an order is left alone"
+    settle(connection, outcome("r1", algo_id=5, client_algo_id="sl-1"))
+    settle(connection, outcome("r2", algo_id=None, client_algo_id="sl-2"), encode_call(CancelRequest(None, "sl-2")))
 
-    def odd(_: object) -> None:
-        raise ValueError("invalid literal")
-
-    monkeypatch.setattr(CancelClient, "status", odd)
-    words = cells(page(reader, "/"))
-
-    assert "Something in Redis keeps these figures from being read (ValueError)." in words
-    assert "not_found" in words
-
-
-def test_a_queue_named_oddly_has_pages_too(valkey: Valkey) -> None:
-    """Every page is of the client's queue alone."""
-    with CancelClient.from_url(valkey.url, "other.queue-1") as client:
-        ticket = client.cancel_many([CancelRequest(algo_id=3)])[0]
-        pages = create_app(client).test_client()
-        assert "other.queue-1" in page(pages, "/")
-        assert found(pages, "3") == [ticket.id]
+    assert words not in page(operator, "/retry?id=r1")
+    assert words in page(operator, "/retry?id=r2")
+    assert words in page(operator, "/retry")

@@ -70,7 +70,8 @@ MUTANTS = (
         "    key = key\n",
         "a request that leaves its deadline to the worker does not move it",
     ),
-    Mutant(ENQUEUE, "if not s or job.is_recalled(s) then", "if not s then", "a job that a person cancelled is joined"),
+    Mutant(ENQUEUE, " or job.is_recalled(s) then", " then", "a job that a person cancelled is joined"),
+    Mutant(ENQUEUE, "(order and s.order ~= order)", "false", "a pointer to the job of another order is followed"),
     Mutant(
         ENQUEUE,
         "if not job.is_requeued(id, s) then return false end",

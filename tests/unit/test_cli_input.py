@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from producer.__main__ import main
 from producer.console import (
@@ -18,9 +15,8 @@ from producer.console import (
     algo_id_of,
     connect,
     read_requests,
-    request_of,
 )
-from producer.message import MAX_PAYLOAD_BYTES, CancelRequest, InvalidRequest, MessageError
+from producer.message import MAX_PAYLOAD_BYTES, CancelRequest, InvalidRequest
 
 DEFAULTS: dict[str, Any] = {"account": "desk2", "symbol": "BTCUSDT", "tag": None, "urgent": True, "deadline_s": 30.0}
 PASSWORD = "password-of-the-tests"
@@ -30,14 +26,6 @@ def read(text: str | bytes, **defaults: Any) -> list[CancelRequest]:
     """The requests of a file with this content."""
     raw = text.encode() if isinstance(text, str) else text
     return read_requests(io.BytesIO(raw), "ids.txt", defaults)
-
-
-@pytest.mark.parametrize("algo_id", [1, 2146760, 2**53 + 1, 2**63 - 1])
-def test_an_algo_id_is_taken_exactly(algo_id: int) -> None:
-    """Every id of 64 bits survives, beyond the 53 bits of a float too."""
-    assert algo_id_of(str(algo_id)) == algo_id
-    assert read(f"{algo_id}\n") == [CancelRequest(algo_id=algo_id)]
-    assert read(f'{{"algo_id": {algo_id}}}\n') == [CancelRequest(algo_id=algo_id)]
 
 
 @pytest.mark.parametrize(
@@ -119,12 +107,6 @@ def test_a_bad_line_is_told_with_its_place_value_and_rule(line: str, told: str) 
     assert len(first) < 300
 
 
-def test_bytes_that_are_no_text_are_a_bad_line() -> None:
-    """A binary file is refused line by line and never guessed at."""
-    with pytest.raises(BadFile, match=r"ids\.txt:2: .*not UTF-8"):
-        read(b"1\n\xff\xfe\x00\n")
-
-
 def test_a_line_without_an_end_does_not_fill_the_memory() -> None:
     """A line longer than a request can be is one bad line, and the lines after it keep their numbers."""
     with pytest.raises(BadFile) as caught:
@@ -156,47 +138,7 @@ def test_a_file_without_an_id_is_an_error(text: str) -> None:
         read(text)
 
 
-@given(st.text(max_size=60))
-def test_any_line_is_a_request_or_nothing_or_a_told_error(line: str) -> None:
-    """No line ends in another error, and what it becomes asks for nothing that does not stand in it."""
-    try:
-        request = request_of(line, {})
-    except MessageError:
-        return
-    if request is None:
-        assert not line.strip() or line.strip().startswith("#")
-    elif not line.strip().startswith("{"):
-        assert line.strip() in (str(request.algo_id), request.client_algo_id)
-
-
 # --- connecting ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "localhost:6379",
-        f"http://:{PASSWORD}@localhost",
-        f"redis://:{PASSWORD}@",
-        f"redis://:{PASSWORD}@localhost:port/0",
-        f"redis://user:{PASSWORD}#x@localhost:6379",
-        f"redis://:{PASSWORD}@localhost:6379/0?socket_timeout=100",
-        f"redis://:{PASSWORD}@localhost:6379/0?nonsense=1",
-        f"rediss://:{PASSWORD}@localhost:6379/0?ssl_cert_reqs=perhaps",
-        f"redis://[{PASSWORD}",
-        f"redis://user#{PASSWORD}@localhost",
-        f"redis://user:{PASSWORD} @localhost",
-        f"redis://:{PASSWORD}@localhost:0",
-        f"unix://{PASSWORD}",
-        f"redis://:{PASSWORD}@localhost/database",
-        "",
-    ],
-)
-def test_a_bad_redis_url_is_told_without_being_shown(url: str) -> None:
-    """The error says what a URL must be; its password stands in none of its parts."""
-    with pytest.raises(BadSetting, match="REDIS_URL") as caught:
-        connect(url, "cancels", "", "")
-    assert PASSWORD not in repr(caught.value) + str(caught.value.__cause__) + str(caught.value.__suppress_context__)
 
 
 @pytest.mark.parametrize(
@@ -229,13 +171,6 @@ def test_settings_that_cannot_hold_are_refused(url: str, verify: str, ca: str) -
     """A setting that the URL would silently override, and a file that is not there, stop the command."""
     with pytest.raises(BadSetting, match="REDIS_TLS_"):
         connect(url, "cancels", verify, ca)
-
-
-def test_a_ca_file_must_hold_certificates(tmp_path: Path) -> None:
-    """Any other file is refused before a connection is tried."""
-    (tmp_path / "ca.pem").write_text("nothing")
-    with pytest.raises(BadSetting, match="REDIS_TLS_CA"):
-        connect("rediss://localhost", "cancels", "", str(tmp_path / "ca.pem"))
 
 
 @pytest.mark.parametrize("queue", ["", "a b", "cancels:x", "q" * 65])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -16,17 +14,14 @@ from hypothesis import strategies as st
 from tests.servers import ROOT
 from worker.clock import (
     BEHIND_MS,
-    COUNTS_SLEEP,
     DRIFT_PPM,
     MOVED_NS,
     Bounds,
     RedisClock,
     ServerClock,
     SleepWatch,
-    local_ns,
     minus,
 )
-from worker.decide import Span
 
 PROFILE = settings(derandomize=True, deadline=None, max_examples=100)
 MS = 1_000_000
@@ -125,26 +120,6 @@ def test_the_bounds_hold_the_truth(ahead_ms: int, ppm: int, trips: list[tuple[in
         assert earliest_ns <= local_ns_ <= latest_ns
 
 
-def test_one_answer_bounds_by_its_trip_and_its_cut_milliseconds() -> None:
-    """A trip of 30 ms leaves 31 ms of doubt, as the time in the answer was cut by up to one."""
-    bounds = Bounds()
-    bounds.add(100 * MS, 130 * MS, 1_000)
-    lo_ns, hi_ns = bounds.at(130 * MS) or (0, 0)
-    assert lo_ns == 870 * MS
-    assert 901 * MS <= hi_ns <= 901 * MS + 30 * MS * DRIFT_PPM // 999_800 + 1
-
-
-def test_answers_narrow_each_other() -> None:
-    """One that came back fast and one that got there fast leave less doubt together than either alone."""
-    world, bounds = World(), Bounds()
-    remote = Remote(world, 250)
-    remote.ask(bounds.add, 400 * MS, 1 * MS)
-    remote.ask(bounds.add, 1 * MS, 400 * MS)
-    lo_ns, hi_ns = bounds.at(world.local_ns) or (0, 0)
-    assert lo_ns <= remote.offset_ns <= hi_ns
-    assert hi_ns - lo_ns < 3.5 * MS
-
-
 def test_doubt_grows_with_age() -> None:
     """Each bound widens by what two clocks can drift apart: 200 ms on either side in 1,000 s."""
     world, bounds = World(), Bounds()
@@ -181,34 +156,6 @@ def test_an_older_answer_that_is_taken_in_late_replaces_nothing() -> None:
         assert bounds.newest_ns == 210 * MS
 
 
-def test_an_older_answer_that_is_taken_in_late_still_narrows() -> None:
-    """Threads may report their answers in any order: each tells what it proves."""
-    ways = []
-    for order in (1, -1):
-        bounds = Bounds()
-        for asked_ms, answered_ms, told_ms in ((100, 110, 1_104), (200, 400, 1_201))[::order]:
-            bounds.add(asked_ms * MS, answered_ms * MS, told_ms)
-        lo_ns, hi_ns = bounds.at(400 * MS) or (0, 0)
-        assert hi_ns - lo_ns < 12 * MS
-        ways.append((lo_ns, hi_ns))
-    assert ways[0] == ways[1]
-
-
-def test_impossible_sample_is_refused() -> None:
-    """An answer from before its question is a caller's error, and changes nothing."""
-    world = World()
-    for clock, take in ((world.server, world.server.add_sample), (world.redis_clock, world.redis_clock.observe)):
-        with pytest.raises(ValueError, match="before it was asked"):
-            take(2, 1, START_MS)
-        assert not clock.measured
-
-
-def test_nothing_is_claimed_before_the_first_answer() -> None:
-    """Bounds that rest on nothing are none."""
-    bounds = Bounds()
-    assert (bounds.at(0), bounds.moments(START_MS), bounds.newest_ns) == (None, None, None)
-
-
 # ---- the exchange's clock -------------------------------------------------------------------------------------------
 
 
@@ -217,17 +164,6 @@ def test_unmeasured_clock_is_the_hosts() -> None:
     clock = World(exchange_ahead_ms=5_000).server
     assert (clock.measured, clock.offset_ms, clock.age_s, clock.bounds()) == (False, 0, None, None)
     assert clock.now_ms() == START_MS
-
-
-@pytest.mark.parametrize("ahead_ms", [-3_600_000, -5_000, 0, 7, 5_000, 3_600_000])
-def test_offset_is_taken_at_the_middle_of_the_round_trip(ahead_ms: int) -> None:
-    """On an even path the estimate is exact, and timestamps are the fixed small time behind it."""
-    world = World(ahead_ms)
-    world.measure(20, 20)
-    world.pass_ms(1_234)
-    assert world.server.measured
-    assert world.server.now_ms() == world.exchange.now_ms - BEHIND_MS
-    assert world.server.offset_ms == ahead_ms
 
 
 @PROFILE
@@ -248,32 +184,6 @@ def test_timestamp_is_never_ahead_and_hardly_behind(ahead_ms: int, trips: list[t
     assert -1_000 < behind_ms < 1_000
 
 
-def test_slow_way_out_never_brings_a_timestamp_ahead() -> None:
-    """If all of the round trip is the way out, the request's own way out makes up for the shift."""
-    world = World()
-    world.measure(600, 0)
-    timestamp = world.server.now_ms()
-    world.pass_ms(600)
-    assert timestamp < world.exchange.now_ms
-
-
-def test_a_slow_answer_does_not_move_the_clock() -> None:
-    """A slow, uneven answer after a quick one proves nothing new."""
-    world = World(100)
-    world.measure(1, 1)
-    world.measure(300, 0)
-    assert 99 <= world.server.offset_ms <= 101
-
-
-def test_a_quick_answer_replaces_a_slow_one() -> None:
-    """A better sample counts at once."""
-    world = World(100)
-    world.measure(300, 0)
-    assert world.server.offset_ms == 250
-    world.measure(1, 1)
-    assert 99 <= world.server.offset_ms <= 101
-
-
 def test_a_drifting_clock_is_followed() -> None:
     """A quick sample does not win for ever: hours of drift at 100 ppm are never more than a few milliseconds off."""
     world = World()
@@ -283,15 +193,6 @@ def test_a_drifting_clock_is_followed() -> None:
         world.pass_ms(25_000)
         world.measure(2, 2)
         assert abs(world.server.now_ms() + BEHIND_MS - world.exchange.now_ms) <= 5
-
-
-def test_last_sample_is_kept_without_a_newer_one() -> None:
-    """An estimate does not expire by itself: an old one is better than a wall clock that nobody checked."""
-    world = World(5_000)
-    world.measure(10, 10)
-    world.pass_ms(1_200_000)
-    assert world.server.now_ms() == world.exchange.now_ms - BEHIND_MS
-    assert world.server.age_s == 1_200
 
 
 def test_jump_of_the_wall_clock_does_not_matter() -> None:
@@ -342,16 +243,6 @@ def test_an_answer_on_its_way_at_a_doubt_does_not_end_it() -> None:
     assert world.server.offset_ms == 5_000
 
 
-def test_age_is_the_newest_samples() -> None:
-    """The age tells when somebody last asked, not when the best answer came."""
-    world = World()
-    world.measure(0, 0)
-    world.pass_ms(2_000)
-    world.measure(100, 100)
-    world.pass_ms(1_500)
-    assert world.server.age_s == 1.5
-
-
 # ---- Redis' clock ---------------------------------------------------------------------------------------------------
 
 
@@ -361,25 +252,6 @@ def test_nothing_is_proven_of_a_redis_that_was_never_heard() -> None:
     assert (clock.measured, clock.now_ms()) == (False, START_MS)
     assert (clock.earliest_ms(), clock.latest_ms(), clock.bounds()) == (None, None, None)
     assert (clock.local_at_earliest(START_MS), clock.local_at_latest(START_MS)) == (None, None)
-
-
-def test_an_answer_that_is_read_late_makes_nobody_younger() -> None:
-    """A loop that stood still for 3 s after the answer came takes Redis to be behind, and knows by how much at most."""
-    world = World()
-    world.hear(1, 3_000)
-    assert world.redis_clock.now_ms() == world.redis.now_ms - 3_000
-    assert world.redis_clock.earliest_ms() == world.redis.now_ms - 3_000
-    assert world.redis.now_ms <= (world.redis_clock.latest_ms() or 0) <= world.redis.now_ms + 3
-    world.hear(1, 1)
-    world.hear(1, 3_000)
-    assert world.redis.now_ms - 3 <= world.redis_clock.now_ms() <= world.redis.now_ms
-
-
-def test_a_claim_that_waited_is_answered_at_its_end() -> None:
-    """A second of waiting inside the server makes no second of error in the estimate."""
-    world = World(redis_ahead_ms=-700)
-    world.hear(1_000, 2)
-    assert world.redis_clock.now_ms() == world.redis.now_ms - 2
 
 
 @PROFILE
@@ -450,15 +322,6 @@ def test_the_difference_of_two_clocks_is_within_its_bounds(
     assert ahead.hi - ahead.lo <= 2 * min(out_ms + back_ms for out_ms, back_ms, _ in trips) + 12
 
 
-def test_two_clocks_close_by_are_told_apart_by_milliseconds() -> None:
-    """Quick answers of both bound the difference to what their trips and cut milliseconds leave open."""
-    world = World(exchange_ahead_ms=5_000, redis_ahead_ms=-2_000)
-    world.measure(2, 2)
-    world.hear(0, 0)
-    ahead = minus(world.redis_clock, world.server)
-    assert ahead == Span(-7_000 - 4, -7_000 + 4)
-
-
 @pytest.mark.parametrize("which", ["redis", "exchange", "neither"])
 def test_the_difference_to_an_unknown_clock_is_unknown(which: str) -> None:
     """With only one clock measured, or none, nothing is said of two."""
@@ -504,40 +367,7 @@ def test_small_moves_of_the_wall_clock_add_up() -> None:
     assert MOVED_NS == 1_000 * MS
 
 
-def test_where_sleep_is_counted_the_wall_clock_does_not_matter() -> None:
-    """Somebody who sets the clock of a Linux host makes nobody renew anything."""
-    host = Host(counts_sleep=True)
-    assert [host.live(10, 10 + moved_ms) for moved_ms in (-3_600_000, 3_600_000, 5_000)] == [False] * 3
-
-
 # ---- the real clocks ------------------------------------------------------------------------------------------------
-
-
-def test_real_clocks_agree_with_the_host() -> None:
-    """With the host's own time as the others', both clocks show the host's time, and no sleep is seen in a moment."""
-    server, redis, watch, unsure = ServerClock(), RedisClock(), SleepWatch(), SleepWatch(counts_sleep=False)
-    asked_ns = local_ns()
-    told_ms = time.time_ns() // MS
-    answered_ns = local_ns()
-    assert asked_ns <= answered_ns
-    server.add_sample(asked_ns, answered_ns, told_ms)
-    redis.observe(asked_ns, answered_ns, told_ms)
-    assert abs(server.now_ms() + BEHIND_MS - time.time_ns() // MS) <= 50
-    assert abs(server.offset_ms) <= 50
-    assert abs(redis.now_ms() - time.time_ns() // MS) <= 50
-    ahead = minus(redis, server)
-    assert ahead is not None
-    assert ahead.lo <= 0 <= ahead.hi
-    assert not watch.moved()
-    assert not unsure.moved()
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has a clock that counts sleep")
-def test_linux_counts_sleep() -> None:
-    """On Linux the host's own clock is the one that goes on while the host sleeps."""
-    assert COUNTS_SLEEP
-    before_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    assert before_ns <= local_ns() <= time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 @pytest.mark.parametrize(
@@ -560,31 +390,3 @@ print(COUNTS_SLEEP)
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
-
-
-def test_threads_share_the_clock() -> None:
-    """While some threads add and doubt samples, others always read one of the two true times."""
-    world = World(1_000)
-    allowed = {START_MS, START_MS + 1_000 - BEHIND_MS}
-    seen: set[int] = set()
-    stop = threading.Event()
-
-    def write() -> None:
-        while not stop.is_set():
-            world.server.add_sample(world.local_ns, world.local_ns, world.exchange.now_ms)
-            world.server.doubt()
-
-    def read() -> None:
-        for _ in range(5_000):
-            seen.add(world.server.now_ms())
-
-    writers = [threading.Thread(target=write) for _ in range(2)]
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    for thread in writers + readers:
-        thread.start()
-    for thread in readers:
-        thread.join()
-    stop.set()
-    for thread in writers:
-        thread.join()
-    assert seen <= allowed

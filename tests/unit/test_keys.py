@@ -20,77 +20,27 @@ from producer.keys import Band, Keys, Script
 KEYS = Keys("stops", RQ_KEY_PREFIX)
 
 
-def test_key_of_the_waiting_list(unconnected: redis.Redis) -> None:
-    """Job ids wait where RQ's Queue keeps them."""
-    assert Queue("stops", connection=unconnected).key == KEYS.waiting
-    assert Keys().waiting == "rq:queue:cancels"
-
-
-def test_key_of_the_queues() -> None:
-    """The queue is listed in RQ's set of queues."""
-    assert Queue.redis_queues_keys == KEYS.queues
-    assert Keys().queues == "rq:queues"
-
-
-def test_key_of_a_job() -> None:
-    """Job hashes stand where Job.fetch looks."""
-    assert Job.key_for("j1") == KEYS.job_prefix + "j1"
-    assert Keys().job_prefix == "rq:job:"
-
-
-def test_key_of_the_started_registry() -> None:
-    """Jobs in flight stand in RQ's StartedJobRegistry."""
-    assert rq.registry.StartedJobRegistry("stops").key == KEYS.started
-    assert Keys().started == "rq:wip:cancels"
-
-
-def test_key_of_the_scheduled_registry() -> None:
-    """Retries wait in RQ's ScheduledJobRegistry."""
-    assert rq.registry.ScheduledJobRegistry("stops").key == KEYS.scheduled
-    assert Keys().scheduled == "rq:scheduled:cancels"
-
-
-def test_key_of_the_finished_registry() -> None:
-    """Finished jobs stand in RQ's FinishedJobRegistry."""
-    assert rq.registry.FinishedJobRegistry("stops").key == KEYS.finished
-    assert Keys().finished == "rq:finished:cancels"
-
-
-def test_key_of_the_failed_registry() -> None:
-    """Failed kinds stand in RQ's FailedJobRegistry."""
-    assert rq.registry.FailedJobRegistry("stops").key == KEYS.failed
-    assert Keys().failed == "rq:failed:cancels"
-
-
-def test_key_of_the_canceled_registry() -> None:
-    """What a person took back through RQ stands in its CanceledJobRegistry."""
-    assert rq.registry.CanceledJobRegistry("stops").key == KEYS.canceled
-    assert Keys().canceled == "rq:canceled:cancels"
-
-
-def test_key_of_a_result_stream() -> None:
-    """Results stand in RQ's result stream of the job."""
-    assert Result.get_key("j1") == KEYS.result_prefix + "j1"
-    assert Keys().result_prefix == "rq:results:"
-
-
-def test_key_of_a_worker() -> None:
-    """A worker's hash is found under RQ's worker namespace."""
-    assert BaseWorker.redis_worker_namespace_prefix == KEYS.worker_prefix
-    assert Keys().worker_prefix == "rq:worker:"
-
-
-def test_keys_of_rqs_workers(unconnected: redis.Redis) -> None:
-    """Dead workers are looked for in RQ's sets of workers."""
-    assert KEYS.workers == worker_registration.REDIS_WORKER_KEYS
-    assert KEYS.queue_workers == worker_registration.WORKERS_BY_QUEUE_KEY % "stops"
-    assert Queue("stops", connection=unconnected).intermediate_queue_key == KEYS.intermediate
-
-
-def test_key_of_the_suspension() -> None:
-    """`rq suspend` is noticed."""
-    assert KEYS.suspended == WORKERS_SUSPENDED
-    assert Keys().suspended == "rq:suspended"
+def test_keys_of_rqs_own(unconnected: redis.Redis) -> None:
+    """Lists, jobs, registries, results, workers and the suspension stand where RQ keeps them, in whatever queue."""
+    registries = rq.registry
+    for theirs, ours, spelt in (
+        (Queue("stops", connection=unconnected).key, KEYS.waiting, "rq:queue:stops"),
+        (Queue("stops", connection=unconnected).intermediate_queue_key, KEYS.intermediate, ""),
+        (Queue.redis_queues_keys, KEYS.queues, "rq:queues"),
+        (Job.key_for("j1"), f"{KEYS.job_prefix}j1", "rq:job:j1"),
+        (registries.StartedJobRegistry("stops").key, KEYS.started, "rq:wip:stops"),
+        (registries.ScheduledJobRegistry("stops").key, KEYS.scheduled, "rq:scheduled:stops"),
+        (registries.FinishedJobRegistry("stops").key, KEYS.finished, "rq:finished:stops"),
+        (registries.FailedJobRegistry("stops").key, KEYS.failed, "rq:failed:stops"),
+        (registries.CanceledJobRegistry("stops").key, KEYS.canceled, "rq:canceled:stops"),
+        (Result.get_key("j1"), f"{KEYS.result_prefix}j1", "rq:results:j1"),
+        (BaseWorker.redis_worker_namespace_prefix, KEYS.worker_prefix, "rq:worker:"),
+        (worker_registration.REDIS_WORKER_KEYS, KEYS.workers, "rq:workers"),
+        (worker_registration.WORKERS_BY_QUEUE_KEY % "stops", KEYS.queue_workers, "rq:workers:stops"),
+        (WORKERS_SUSPENDED, KEYS.suspended, "rq:suspended"),
+    ):
+        assert theirs == ours
+        assert ours == spelt or not spelt
 
 
 def test_keys_of_our_own() -> None:
@@ -98,6 +48,7 @@ def test_keys_of_our_own() -> None:
     stay."""
     assert (KEYS.claiming, KEYS.unfinished, KEYS.outcomes) == ("stops:claiming", "stops:leases", "stops:outcomes")
     assert (KEYS.outcome_prefix, KEYS.order_prefix) == ("stops:outcome:", "stops:order:")
+    assert (KEYS.durable, KEYS.suspects) == ("stops:durable", "stops:keys")
     assert (KEYS.breaker("hedge-2"), KEYS.held("hedge-2")) == ("stops:key:hedge-2", "stops:held:hedge-2")
     assert (Keys.gate("all"), Keys.gate("worker.1")) == ("gate:all", "gate:worker.1")
 
@@ -126,5 +77,6 @@ def test_a_prefix_of_rq_moves_rqs_keys_only() -> None:
     """With another RQ_KEY_PREFIX every key of RQ's moves and none of ours does."""
     names = [name for name, value in vars(Keys).items() if isinstance(value, property)]
     moved = {name for name in names if getattr(Keys(rq="app"), name) != getattr(Keys(), name)}
-    assert moved == set(names) - {"claiming", "unfinished", "outcomes", "outcome_prefix", "order_prefix", "suspects"}
+    ours = {"claiming", "durable", "order_prefix", "outcome_prefix", "outcomes", "suspects", "unfinished"}
+    assert moved == set(names) - ours
     assert all(getattr(Keys(rq="app"), name).startswith("app:") for name in moved)

@@ -76,13 +76,6 @@ def literals(source: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
-def test_sources_are_found() -> None:
-    """The rules below look at all of both packages."""
-    sources = {"producer/message.py", "producer/keys.py", "worker/decide.py", "worker/engine.py"}
-    assert sources <= set(map(str, SOURCES))
-    assert {"producer/scripts/enqueue.lua", "worker/scripts/claim.lua"} <= set(map(str, SCRIPTS))
-
-
 # ---- imports --------------------------------------------------------------------------------------------------------
 
 
@@ -186,31 +179,6 @@ def test_private_names_stay_where_they_are(source: Path) -> None:
     assert list(overridden(importlib.import_module(dotted(source)))) == []
 
 
-def test_private_names_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule above sees each way to a private name."""
-    module = tmp_path / "module_of_a_test.py"
-    module.write_text(
-        "from urllib3.util import _thing, shown\n"
-        "from requests import Session\n"
-        "class Ours(Session):\n"
-        "    def run(self, pool):\n"
-        "        self._own = Ours._kept\n"
-        "        pool._get_conn()\n"
-        "        self.sock._closed = True\n"
-        "        super()._put_conn(None)\n"
-        "        return self.__class__.__name__\n"
-        "    _kept = 1\n"
-    )
-    found = [said.rpartition(" ")[2] for said in private_names(module)]
-    assert sorted(found) == ["._closed", "._get_conn", "._put_conn", "_thing"]
-
-    monkeypatch.syspath_prepend(tmp_path)
-    module.write_text(
-        "import asyncio\nclass Loop(asyncio.SelectorEventLoop):\n    def _run_once(self):\n        pass\n"
-    )
-    assert list(overridden(importlib.import_module("module_of_a_test"))) == ["Loop._run_once"]
-
-
 @pytest.mark.parametrize("source", SOURCES, ids=str)
 def test_no_thread_holds_the_process_at_its_end(source: Path) -> None:
     """Whatever hangs in a thread (a name look-up, a login), the process ends: threads are daemons, and no executor,
@@ -263,11 +231,6 @@ def test_key_names_stand_in_the_contract_alone(source: Path) -> None:
     for line, text in texts:
         for part in ("rq:", *key_parts()):
             assert part not in text, f"{source}:{line}: {part!r}"
-
-
-def test_key_parts_are_what_they_should_be() -> None:
-    """The rule above looks for real names."""
-    assert {":outcomes", ":claiming", ":leases", ":queue:", ":job:", ":wip:", "gate:"} <= key_parts()
 
 
 # ---- shape ----------------------------------------------------------------------------------------------------------

@@ -102,16 +102,6 @@ def test_values_are_spelt_so_that_they_can_be_read_back(value: object, shown: st
     assert line.endswith(f" event=e x={shown}")
 
 
-def test_absent_fields_are_left_out() -> None:
-    """A field that has no value is no field."""
-    assert parsed(log.LogfmtFormatter().format(record_of("e", {"a": None, "b": 0}))).keys() == {
-        "at",
-        "level",
-        "event",
-        "b",
-    }
-
-
 @pytest.mark.parametrize("formatter", [log.LogfmtFormatter(), log.JsonFormatter()], ids=["logfmt", "json"])
 @given(text=st.text(st.characters()))
 def test_any_text_stays_in_its_field(formatter: logging.Formatter, text: str) -> None:
@@ -176,16 +166,6 @@ def test_levels(configured: Callable[..., None], capfd: Captured) -> None:
     assert [line["msg"] for line in lines if line["event"] == "library"] == ["trouble with x"] * 3
 
 
-def test_setting_up_twice_prints_once(configured: Callable[..., None], capfd: Captured) -> None:
-    """Each event is one line however often logging was set up."""
-    configured()
-    configured()
-
-    log.info("once")
-
-    assert len(printed(capfd)[0].splitlines()) == 1
-
-
 class Unspeakable:
     """Cannot be shown."""
 
@@ -206,17 +186,6 @@ def test_line_that_cannot_be_made_is_one_line(style: str, configured: Callable[.
     lines = [json.loads(line) if style == "json" else parsed(line) for line in out.splitlines()]
     shown = [(line["event"], line["where"], line["logger"], line["error"]) for line in lines]
     assert shown == [("defect", "log", "some.library", "TypeError"), ("defect", "log", "cancel", "RuntimeError")]
-
-
-def test_value_is_shown_as_it_was(configured: Callable[..., None], capfd: Captured) -> None:
-    """A line tells what was true when it was logged, whatever changes until it is written."""
-    configured()
-    steps = ["claim"]
-
-    log.info("steps", seen=steps)
-    steps.append("cancel")
-
-    assert parsed(printed(capfd)[0].strip())["seen"] == "['claim']"
 
 
 def test_library_handlers_are_replaced(configured: Callable[..., None], capfd: Captured) -> None:
@@ -242,10 +211,3 @@ def test_last_words_stand_on_stderr(configured: Callable[..., None], capfd: Capt
     out, err = printed(capfd)
     assert out == ""
     assert json.loads(err).items() >= {"level": "error", "event": "defect", "where": "loop"}.items()
-
-
-def test_unconfigured_process_is_quiet() -> None:
-    """Code that uses the worker's modules without a worker, as a stock RQ worker does, finds no handler of ours."""
-    assert log.logger.handlers == []
-    assert log.logger.propagate
-    assert sys.modules["worker.log"] is log

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import json
 import pickle
 import tracemalloc
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rq.serializers import JSONSerializer
 
 from producer.message import (
     MAX_DEPTH,
@@ -24,22 +22,17 @@ from producer.message import (
     CancelRequest,
     MalformedMessage,
     MessageError,
-    Outcome,
     clean_text,
     decode_attempts,
     decode_call,
     decode_outcome,
-    encode_attempts,
-    encode_call,
     loads,
 )
 from tests.messages import (
-    ANY_JSON,
     ATTEMPT,
     OUTCOME,
     PRINTABLE,
     PROFILE,
-    REQUEST,
     UNPRINTABLE,
     assert_fit_for_a_log,
     texts,
@@ -55,41 +48,6 @@ def _message_or_error(decode: Callable[[Any], object], data: Any) -> object:
     except MessageError as error:
         assert_fit_for_a_log(str(error))
         return error
-
-
-def _damage(data: bytes, at: int, instead: bytes) -> bytes:
-    at %= len(data)
-    return data[:at] + instead + data[at + max(len(instead), 1) :]
-
-
-BYTES = st.binary(max_size=64) | ANY_JSON.map(lambda value: json.dumps(value).encode())
-DAMAGED = st.builds(
-    _damage,
-    st.sampled_from((encode_call(REQUEST), zlib.compress(encode_call(REQUEST)), OUTCOME.encode().encode())),
-    st.integers(0, 2000),
-    st.binary(max_size=3) | st.sampled_from((b"1e999", b"NaN", b"null", b"[", b"{}", b'"')),
-)
-
-
-@PROFILE
-@given(BYTES | DAMAGED | ANY_JSON.map(lambda value: json.dumps([TASK, None, [value], {}]).encode()))
-def test_any_bytes_are_a_request_or_one_error(data: bytes) -> None:
-    """No payload on the queue can stop a worker: it is a request, or a MessageError says why not."""
-    assert isinstance(_message_or_error(decode_call, data), CancelRequest | MessageError)
-
-
-@PROFILE
-@given(BYTES | DAMAGED)
-def test_any_bytes_are_an_outcome_or_one_error(data: bytes) -> None:
-    """A damaged record reaches the waiter as one kind of error."""
-    assert isinstance(_message_or_error(decode_outcome, data), Outcome | MessageError)
-
-
-@PROFILE
-@given(BYTES | DAMAGED)
-def test_any_bytes_are_attempts_or_one_error(data: bytes) -> None:
-    """A damaged history reaches the worker as one kind of error."""
-    assert isinstance(_message_or_error(decode_attempts, data), tuple | MessageError)
 
 
 def _call(request_json: str, *, function: str = TASK, kwargs: str = "{}") -> bytes:
@@ -246,13 +204,6 @@ def test_nesting_is_bounded_before_it_is_parsed(opened: str, closed: str) -> Non
             loads(opened * depth + "0" + closed * depth, limit=1_000_000)
 
 
-def test_brackets_of_a_text_nest_nothing() -> None:
-    """Words of the exchange may be full of brackets and quotes, and a long record of shallow values is no deep one."""
-    words = '[{"\\' * 60 + '"[[['
-    attempts = (dataclasses.replace(ATTEMPT, msg=words),) * 50
-    assert decode_attempts(encode_attempts(attempts)) == attempts
-
-
 @pytest.mark.parametrize("decode", [decode_outcome, decode_attempts, loads], ids=lambda decode: decode.__name__)
 @pytest.mark.parametrize("damage", ['"' + '\\"' * 500_000, '"\\' * 300_000, '"' * 900_001])
 def test_a_text_without_an_end_is_gone_through_once(decode: Callable[[str], object], damage: str) -> None:
@@ -278,13 +229,6 @@ def test_the_whole_64_bits_are_read_exactly() -> None:
     """An id is never rounded: the least and the greatest 64-bit number and 2**53+1 come back digit by digit."""
     for number in (2**53 + 1, 2**63 - 1, -(2**63), 0):
         assert loads(str(number)) == number
-
-
-def test_the_last_of_duplicate_keys_holds_as_it_does_for_rq() -> None:
-    """A worker and RQ's own serializer never read two different orders out of the same job."""
-    data = _call('{"v":1,"algo_id":1,"algo_id":2}')
-    assert decode_call(data).algo_id == 2
-    assert JSONSerializer.loads(data)[2][0]["algo_id"] == 2
 
 
 def _record(**changes: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import copy
 import dataclasses
-import inspect
 import pickle
 import re
 import subprocess
@@ -23,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.signing import Credential, CredentialError, check_api_key, encode_params, signed_query
+from worker.signing import Credential, CredentialError, encode_params, signed_query
 
 # The pairs that the exchange publishes as examples; they open no account (exchange.md section 2.1).
 FAPI_KEY = "dbefbc809e3e83c283a984c3a1459732ea7db1360ca80c5c2c8867408d28cc83"
@@ -36,10 +35,6 @@ F3_PAYLOAD = (
 )
 LTC_TAIL = "&side=BUY&type=LIMIT&timeInForce=GTC&quantity=1&price=0.1&recvWindow=5000&timestamp=1499827319559"
 ED25519_SEED = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
-RSA_PUBLISHED = (
-    "aap36wD5loVXizxvvPI3wz9Cjqwmb3KVbxoym0XeWG1jZq8umqrnSk8H8dkLQeySjgVY91Ufs%2BBGCW%2B4sZjQEpgAfjM76riNxjlD3coGGEsPs"
-    "T2lG39R%2F1q72zpDs8pYcQ4A692NgHO1zXcgScTGgdkjp%2Brp2bcddKjyz5XBrBM%3D"
-)
 #: Stands for a secret in the tests that look for leaks.
 CANARY = "canary7SecretThatMustNeverBeSeen"
 
@@ -108,13 +103,6 @@ def test_published_hmac_vectors(credential: Credential, payload: str, signature:
     assert credential.sign(payload.encode()) == signature
 
 
-def test_published_f3_value_needs_a_stray_space() -> None:
-    """The signature published for F3 is that of another payload, with a space in it, and never ours."""
-    published = "f9d0ae5e813ef6ccf15c2b5a434047a0181cb5a342b903b367ca6d27a66e36f2"
-    assert FAPI.sign(F3_PAYLOAD.encode()) != published
-    assert FAPI.sign(F3_PAYLOAD.replace("timestamp=", "timestamp= ").encode()) == published
-
-
 @pytest.mark.parametrize(
     ("pair", "encoded", "signature"),
     [
@@ -137,13 +125,6 @@ def test_signed_query_of_a_cancel(pair: tuple[str, str | int], encoded: str, sig
     assert signed_query([pair], FAPI, timestamp_ms=1591702613943, recv_window_ms=5000) == expected
 
 
-def test_an_id_left_unencoded_would_be_signed_otherwise() -> None:
-    """What is signed is the encoded text: the raw id's signature is a different one and is not sent."""
-    raw_signature = "f7143ff614272c305e9f2e16d0611d52d3088b49f0b5800d964f19a720d75fe5"
-    assert FAPI.sign(b"clientAlgoId=a:b/c.d_e-f&recvWindow=5000&timestamp=1591702613943") == raw_signature
-    assert raw_signature not in signed_query([("clientAlgoId", "a:b/c.d_e-f")], FAPI, 1591702613943, 5000)
-
-
 def test_signed_query_encodes_non_ascii_like_the_published_vector() -> None:
     """Non-ASCII text is sent as the percent-encoded bytes of its UTF-8 form."""
     fullwidth_digits = "".join(chr(0xFF11 + n) for n in range(6))
@@ -151,11 +132,6 @@ def test_signed_query_encodes_non_ascii_like_the_published_vector() -> None:
     values = (fullwidth_digits, "BUY", "LIMIT", "GTC", 1, "0.1")
     query = signed_query(zip(names, values, strict=True), SPOT, 1499827319559, 5000)
     assert query.endswith("&signature=e1353ec6b14d888f1164ae9af8228a3dbd508bc82eb867db8ab6046442f33ef3")
-
-
-def test_signed_query_without_parameters_has_no_stray_separator() -> None:
-    """A call with no parameters of its own starts with recvWindow."""
-    assert signed_query([], FAPI, 7, 5000).startswith("recvWindow=5000&timestamp=7&signature=")
 
 
 @pytest.mark.parametrize(
@@ -189,14 +165,6 @@ def test_rsa_signature_verifies_with_the_public_key(rsa_key: rsa.RSAPrivateKey, 
     rsa_key.public_key().verify(signature, payload.encode(), padding.PKCS1v15(), hashes.SHA256())
 
 
-def test_published_rsa_signature_has_the_form_of_ours() -> None:
-    """The published RSA signature is percent-encoded base64 of 128 bytes, the form that a 1024-bit key gives here."""
-    ours = Credential.from_private_key("default", FAPI_KEY, pem(rsa.generate_private_key(65537, 1024))).sign(b"x")
-    for on_the_wire in (RSA_PUBLISHED, ours):
-        assert len(base64.b64decode(unquote(on_the_wire), validate=True)) == 128
-        assert re.fullmatch(r"(?:[A-Za-z0-9]|%2B|%2F|%3D)+", on_the_wire)
-
-
 @given(st.lists(st.tuples(st.text(), st.text() | st.integers()), max_size=6))
 def test_encoded_parameters_read_back_as_given(pairs: list[tuple[str, str | int]]) -> None:
     """Any names and values survive encoding, in their order, and only unreserved characters and % & = are left."""
@@ -205,27 +173,8 @@ def test_encoded_parameters_read_back_as_given(pairs: list[tuple[str, str | int]
     assert re.fullmatch(rf"[{UNRESERVED}%&=]*", encoded)
 
 
-@given(st.text(alphabet=st.characters(codec="ascii")))
-def test_only_unreserved_characters_are_left_alone(text: str) -> None:
-    """Each ASCII character is sent as it is exactly if RFC 3986 calls it unreserved, else as % and two hex digits."""
-    expected = "".join(c if re.fullmatch(f"[{UNRESERVED}]", c) else f"%{ord(c):02X}" for c in text)
-    assert encode_params([("n", text)]) == f"n={expected}"
-
-
-@pytest.mark.parametrize("value", [True, None, 1.5, b"x"])
-def test_values_of_other_types_are_refused(value: object) -> None:
-    """A value that is neither text nor a whole number is a TypeError, not a surprise on the wire."""
-    with pytest.raises(TypeError):
-        encode_params([("name", cast(str, value))])
-
-
 def encrypted_pem() -> str:
     return pem(ed25519.Ed25519PrivateKey.generate(), encryption=BestAvailableEncryption(b"x"))
-
-
-def encrypted_traditional_pem() -> str:
-    key = rsa.generate_private_key(65537, 1024)
-    return pem(key, PrivateFormat.TraditionalOpenSSL, BestAvailableEncryption(b"x"))
 
 
 def openssh_pem() -> str:
@@ -261,7 +210,6 @@ def small_rsa_pem() -> str:
     ("make", "says"),
     [
         (encrypted_pem, "openssl pkey -in"),
-        (encrypted_traditional_pem, "openssl pkey -in"),
         (openssh_pem, "OpenSSH's own format"),
         (public_pem, "not the private key"),
         (damaged_pem, "from -----BEGIN to -----END"),
@@ -307,11 +255,6 @@ def test_unusable_secrets_are_refused_without_being_shown(api_key: str, secret: 
     assert CANARY not in "".join(traceback.format_exception(caught.value))
 
 
-def test_check_api_key_accepts_what_the_exchange_gives() -> None:
-    """An API key as the exchange shows it is taken unchanged."""
-    assert check_api_key(SPOT_KEY) == SPOT_KEY
-
-
 def credentials_with_canaries() -> list[tuple[Credential, list[str]]]:
     """A credential of each kind, and the texts that must never be seen of it."""
     rsa_pem = pem(rsa.generate_private_key(65537, 1024))
@@ -334,11 +277,6 @@ def test_a_credential_shows_account_kind_and_the_end_of_its_api_key(credential: 
         assert not any(secret in text for secret in secrets)
     fields = dataclasses.asdict(credential)
     assert fields == {"account": "desk", "api_key": FAPI_KEY, "kind": credential.kind}
-
-
-def test_a_short_api_key_is_not_shown_at_all() -> None:
-    """Of an API key so short that its end would be most of it, nothing is shown."""
-    assert "abcd" not in repr(Credential.from_secret("desk", "xabcd", FAPI_SECRET))
 
 
 @pytest.mark.parametrize(("credential", "secrets"), credentials_with_canaries())
@@ -366,15 +304,6 @@ def test_a_failing_signature_shows_no_secret(credential: Credential, secrets: li
     assert not any(secret in frames for secret in secrets)
 
 
-def test_what_the_signer_keeps_shows_no_secret() -> None:
-    """Even the variables that the signing function keeps, shown or pickled on their own, do not give the secret."""
-    kept = inspect.getclosurevars(Credential.from_secret("desk", FAPI_KEY, CANARY)._signer).nonlocals
-    assert kept
-    assert CANARY not in repr(kept)
-    with pytest.raises(TypeError, match="pickle"):
-        pickle.dumps(kept)
-
-
 WITHOUT_CRYPTOGRAPHY = """
 import sys
 sys.modules["cryptography"] = None
@@ -395,10 +324,3 @@ def test_hmac_works_and_private_keys_name_the_extra_without_cryptography() -> No
     )
     assert "`pip install -e '.[signing]'` in the checkout" in done.stdout
     assert not any(line in done.stdout + done.stderr for line in key_body(key))
-
-
-def test_importing_the_module_loads_the_standard_library_only() -> None:
-    """Importing the signing module does not load cryptography, which HMAC users need not have."""
-    code = "import sys, worker.signing; print([m for m in ('cryptography', 'requests', 'redis') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "[]"
