@@ -57,6 +57,10 @@ def fleet(new_fleet: NewFleet, place: Address) -> Workers:
     return new_fleet(REDIS_URL=place.url)
 
 
+#: RQ's own worker, which runs its jobs in its own process.
+STOCK = (str(Path(sys.executable).with_name("rq")), "worker", "-w", "rq.SimpleWorker")
+
+
 def worker_keys(server: Valkey) -> set[str]:
     """Whom RQ knows there."""
     with direct(server) as client:
@@ -145,6 +149,20 @@ def test_a_ban_lives_on_at_the_new_primary(
     (incident,) = exchange.stats().incidents
     assert len(incident.requests_ms) == 1  # the one that it began with
     assert_well(second)
+
+
+def test_the_step_of_a_stock_worker_is_completed_at_the_new_primary(
+    fleet: Workers, place: Address, exchange: RunningExchange
+) -> None:
+    """What a stock `rq worker` has under way is recorded by its step, whatever becomes of RQ's own connection."""
+    fleet.start("--url", place.url, "--serializer", "json", "cancels", command=STOCK)
+    with CancelClient.from_url(place.url, timeout_s=10) as client:
+        exchange.set_latency_ms(3000)
+        (ticket,) = cancel_all(client, opened(exchange, 1))
+        eventually(lambda: exchange.stats().in_flight == 1, 30, "it is under way")
+        exchange.set_latency_ms(20)
+        place.fail_over()
+        assert stayed_in_hand(ticket.wait(40))
 
 
 #: The worker's own command line, with a channel that is probed more often.
