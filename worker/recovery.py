@@ -10,8 +10,8 @@ from worker.rate_gate import RAMP_MS
 
 __all__ = ["Recovery"]
 
-#: So many calls in a row without a single one that the exchange dealt with: it is away for everybody.
-WIDE = 5
+#: So many calls in a row without a single one that the exchange dealt with, for so long, ns: it is away for everybody.
+WIDE, LONG_NS = 5, 1_000_000_000
 #: What a call meets while the exchange, or the way to it, is away.
 _FAILURES = frozenset({Means.NOT_SENT, Means.BUSY, Means.UNCLEAR})
 
@@ -22,6 +22,7 @@ class Recovery:
     def __init__(self, size: int) -> None:
         self._size = size
         self._failures = 0  # since the last call that was dealt with
+        self._since_ns = 0
         self._waiting: dict[bytes, int] = {}
         self._over_ns = 0
         self.is_over = asyncio.Event()
@@ -29,10 +30,12 @@ class Recovery:
     def note(self, means: Means) -> None:
         """Take in what a call met. One that is dealt with ends an outage; one that fails, the waking."""
         if means in _FAILURES:
+            if self._failures == 0 and not self.is_over.is_set():
+                self._since_ns = local_ns()
             self._failures = WIDE if self.is_over.is_set() else self._failures + 1
             self.is_over.clear()
         elif means not in GATED:
-            if self._failures >= WIDE:
+            if self._failures >= WIDE and local_ns() - self._since_ns >= LONG_NS:
                 self._over_ns = local_ns()
                 self.is_over.set()
             elif not self.is_over.is_set():

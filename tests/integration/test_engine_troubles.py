@@ -316,6 +316,7 @@ def test_one_success_after_an_outage_wakes_the_others(valkey: Valkey, client: Ca
     stack.enter_context(RunningEngine(valkey.url, server.url, 16, BACKOFF_BASE_MS=LONG, BACKOFF_CAP_MS=LONG))
     tickets = enqueued(client, 40)
     eventually(lambda: server.count()["DELETE"] >= 40, 25, "all have failed")
+    time.sleep(1.1)  # what is shorter is no outage
     is_away.clear()
     tickets += enqueued(client, 1, first=101)
 
@@ -330,6 +331,7 @@ def test_waking_stops_at_the_next_failure(valkey: Valkey, client: CancelClient, 
     stack.enter_context(RunningEngine(valkey.url, server.url, 64, BACKOFF_BASE_MS=LONG, BACKOFF_CAP_MS=LONG))
     late = enqueued(client, 60)
     eventually(lambda: server.count()["DELETE"] >= 60, 25, "all have failed")
+    time.sleep(1.1)
     before = server.count()["DELETE"]
     assert outcomes(client, enqueued(client, 1, first=101), 25)[0].kind is OutcomeKind.CANCELLED
     eventually(lambda: server.count()["DELETE"] > before + 1, 25, "one is woken")

@@ -268,7 +268,7 @@ def test_a_probe_needs_redis_and_says_so(workers: Workers) -> None:
     """While Redis is away nobody knows, and the line holds no password."""
     code, said = health(workers, REDIS_URL="redis://:hunter2@127.0.0.1:1/0")
     assert (code, said.count("\n"), "hunter2" in said) == (1, 1, False)
-    assert said.startswith("Redis does not answer (ConnectionError: Connection refused)")
+    assert said.startswith("Redis does not answer (ConnectionError: ")
 
 
 # ---- what a start tells and keeps ------------------------------------------------------------------------------------

@@ -593,7 +593,7 @@ def test_the_first_query_does_not_wait(first: Answer) -> None:
     assert play([first, CANCELED]).delays == [0]
 
 
-@pytest.mark.parametrize(("roll", "delays"), [(0.0, [0, 25] * 2 + [0, 0]), (0.999, [24, 49] * 2 + [0, 3_196])])
+@pytest.mark.parametrize(("roll", "delays"), [(0.0, [0, 15] * 2 + [0, 0]), (0.999, [19, 29] * 2 + [0, 3_196])])
 def test_silence_is_followed_by_short_pauses_at_first(roll: float, delays: list[int]) -> None:
     """The look-up is spread by chance, an open order gets a moment; where silence goes on, a backoff is added."""
     assert play([SILENT, NEW, SILENT, NEW, SILENT, NEW, OK], roll=roll).delays == delays
