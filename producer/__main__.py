@@ -6,6 +6,7 @@ The only place of the package that reads the environment. It is built with click
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -23,7 +24,15 @@ from rq.job import JobStatus
 from producer import __version__, console
 from producer.client import CancelClient
 from producer.door import checked_ids, checked_position
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, InvalidRequest, MalformedMessage, Outcome
+from producer.message import (
+    DEFAULT_ACCOUNT,
+    DEFAULT_QUEUE,
+    CancelRequest,
+    InvalidRequest,
+    MalformedMessage,
+    Outcome,
+    clean_text,
+)
 from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest
 from producer.status import Status, aligned
 from producer.waiting import look
@@ -32,6 +41,7 @@ from producer.waiting import look
 _OPEN = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.STARTED})
 _UNKNOWN = "unknown id"
 _UNREADABLE = "its record cannot be read"
+_NOT_YET = "no outcome yet"
 #: Between two looks of --watch, s.
 _WATCH_S = 1.0
 
@@ -97,22 +107,16 @@ def _common(function: F) -> F:
 
 def _where(function: F) -> F:
     """The options that every command has."""
-    for option in (
-        click.option(
-            "--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, show_default=True, show_envvar=True, metavar="Q"
-        ),
-        click.option(
-            "--redis-url",
-            envvar="REDIS_URL",
-            default="redis://localhost:6379/0",
-            show_default=True,
-            show_envvar=True,
-            metavar="URL",
-            help="A password on a command line is visible in ps: one with a password belongs into REDIS_URL.",
-        ),
-    ):
-        function = option(function)
-    return function
+    shown: dict[str, Any] = {"show_default": True, "show_envvar": True}
+    words = "A password on a command line is visible in ps: one with a password belongs into REDIS_URL."
+    url: dict[str, Any] = {
+        "envvar": "REDIS_URL",
+        "default": "redis://localhost:6379/0",
+        "metavar": "URL",
+        "help": words,
+    }
+    queue = click.option("--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, metavar="Q", **shown)
+    return click.option("--redis-url", **url, **shown)(queue(function))
 
 
 def _client(redis_url: str, queue: str) -> contextlib.AbstractContextManager[CancelClient]:
@@ -146,6 +150,10 @@ def _client_as(kind: type[C], redis_url: str, queue: str) -> Iterator[C]:
 @click.version_option(__version__, prog_name="python -m producer", message="%(prog)s %(version)s")
 def cli() -> None:
     """Ask for conditional orders to be cancelled, and learn what became of each."""
+    found = importlib.util.find_spec("worker")
+    place = None if found is None or found.origin is None else Path(found.origin)
+    if place is not None and place.parent.parent != Path(__file__).parent.parent:
+        _say(f"Note: here `worker` is {place}, not this project's: start workers in another directory")
 
 
 # --- cancel -------------------------------------------------------------------------------------------------------
@@ -250,7 +258,7 @@ def _wait(client: CancelClient, tickets: Sequence[TicketFields], timeout_s: floa
     try:
         with console.progress(len(set(job_ids))) as shown:
             in_vain = console.collect(client, job_ids, timeout_s, found, shown)
-        rest = "no outcome yet"
+        rest = _NOT_YET
     except KeyboardInterrupt:
         rest = "interrupted; the request goes on"
         _say("interrupted; the requests go on")
@@ -259,7 +267,7 @@ def _wait(client: CancelClient, tickets: Sequence[TicketFields], timeout_s: floa
         # However the waiting ended: without its id nobody could ask for an outcome later.
         words = {job_id: _why(in_vain[job_id]) if job_id in in_vain else rest for job_id in job_ids}
         if as_json:
-            _print_lines(_outcome_json(ticket.id, found, error=words[ticket.id]) for ticket in tickets)
+            _print_lines(_outcome_json(ticket.id, found, words[ticket.id]) for ticket in tickets)
         else:
             _print_lines(aligned([_cells(ticket.id, found, ticket.request, words[ticket.id]) for ticket in tickets]))
     return _judged(job_ids, found, in_vain)
@@ -278,16 +286,18 @@ def _judged(job_ids: Sequence[str], found: Mapping[str, Outcome], in_vain: Mappi
     return ExitCode.DONE if all(job_id in found for job_id in job_ids) else ExitCode.TIMED_OUT
 
 
-def _outcome_json(job_id: str, found: Mapping[str, Outcome], **more: object) -> str:
+def _outcome_json(job_id: str, found: Mapping[str, Outcome], why: str, **more: object) -> str:
+    """The record, or that there is none; ``why`` is said unless it is only that it takes longer."""
     outcome = found.get(job_id)
-    return _dump({"id": job_id, "kind": None, **more} if outcome is None else outcome.as_dict())
+    bare = {"id": job_id, "kind": None, **more} | ({} if why == _NOT_YET else {"error": why})
+    return _dump(bare if outcome is None else outcome.as_dict())
 
 
 def _words(status: str | None) -> str:
     """What is said of a request that has no record."""
     if status is None:
         return _UNKNOWN
-    return f"no outcome yet, {status}" if status in _OPEN else f"record has run out, {status}"
+    return f"{_NOT_YET}, {status}" if status in _OPEN else f"record has run out, {clean_text(status, 40)}"
 
 
 def _cells(job_id: str, found: Mapping[str, Outcome], order: CancelRequest | None, words: str) -> tuple[str, ...]:
@@ -310,9 +320,9 @@ def _cells(job_id: str, found: Mapping[str, Outcome], order: CancelRequest | Non
 def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> ExitCode:
     """Show what became of requests, in the order given.
 
-    Where there is no record --json prints {"id","kind":null,"status","error"} with RQ's status of the job and what is
-    the matter. The exit code is 3 while the request is queued, scheduled or started, and 1 if its record cannot be
-    read or has run out, or nobody knows the id.
+    Where there is no record --json prints {"id","kind":null,"status"} with RQ's status of the job, and "error" where
+    it cannot be read. The exit code is 3 while the request is queued, scheduled or started, and 1 if its record
+    cannot be read or has run out, or nobody knows the id.
     """
     try:
         checked_ids(ids)
@@ -326,8 +336,9 @@ def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> 
     unreadable = {job_id: end for job_id, end in ends.items() if isinstance(end, Exception)}
     words = {job_id: _words(status) for job_id, status in statuses.items()} | dict.fromkeys(unreadable, _UNREADABLE)
     if as_json:
-        lines = ((job_id, {"status": statuses[job_id], "error": words[job_id]}) for job_id in ids)
-        _print_lines(_outcome_json(job_id, found, **more) for job_id, more in lines)
+        faults = dict.fromkeys(unreadable, _UNREADABLE)
+        lines = (_outcome_json(job_id, found, faults.get(job_id, _NOT_YET), status=statuses[job_id]) for job_id in ids)
+        _print_lines(lines)
     else:
         _print_lines(aligned([_cells(job_id, found, None, words[job_id]) for job_id in ids]))
     judged = _judged(ids, found, unreadable)
@@ -402,7 +413,7 @@ def retry(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...], faile
             started = client.retry(client.failed_ids() if failed else ids, missing_ok=failed)
         except UnknownRequest as error:
             raise _Failure(f"{error}; nothing was retried", ExitCode.USAGE) from None
-    _print_lines(_dump({"id": job_id}) if as_json else job_id for job_id in started)
+    _print_lines(_dump({"id": job_id}) if as_json else clean_text(job_id, 80) for job_id in started)
     if not started:
         _say("there is nothing to retry")
     return ExitCode.DONE

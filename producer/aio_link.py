@@ -66,7 +66,7 @@ class AsyncLink:
             async with asyncio.timeout_at(ends_at):
                 await self._prepare(distrusted_at)
                 for packed in packets(self._connection, trips):
-                    await self._connection.send_packed_command(packed)
+                    await self._connection.send_packed_command([packed])
                 return [[await self._answer() for _ in range(len(commands))] for commands in trips]
         except TimeoutError as error:
             await self.close()

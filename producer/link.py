@@ -70,7 +70,7 @@ class Link:
         try:
             self._prepare(ends_at, distrusted_at)
             for packed in packets(self._connection, trips):
-                self._connection.send_packed_command(packed)
+                self._connection.send_packed_command([packed])
             return [[self._answer(ends_at) for _ in range(len(commands))] for commands in trips]
         except OSError as error:
             self.close()

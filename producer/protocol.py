@@ -131,7 +131,8 @@ class LedgerGap(CancelQueueError):
     """
 
     def __init__(self, after: str, first: str) -> None:
-        super().__init__(f"entries of the ledger between {after} and {first} were trimmed unread; see LEDGER_MAXLEN")
+        missed = f"what stood between it and {first} was not read"
+        super().__init__(f"the ledger was trimmed beyond {after}: {missed}; see LEDGER_MAXLEN")
         self.after, self.first = after, first
         ms, number = entry_parts(first)
         self.resume = f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}"
@@ -234,7 +235,7 @@ def weight(commands: Commands) -> int:
     return 0 if isinstance(commands, Slow) else len(commands) * (_BATCH if is_batch else 1)
 
 
-def packets(connection: Any, trips: Iterable[Commands]) -> Iterator[list[bytes]]:
+def packets(connection: Any, trips: Iterable[Commands]) -> Iterator[bytes]:
     """What is to be sent, as it gets made: the server works on the first meanwhile."""
     packet: list[bytes] = []
     size = 0
@@ -244,10 +245,10 @@ def packets(connection: Any, trips: Iterable[Commands]) -> Iterator[list[bytes]]
             packet += packed
             size += sum(map(len, packed))
             if size > _PACKET_BYTES:
-                yield packet
+                yield b"".join(packet)
                 packet, size = [], 0
     if packet:
-        yield packet
+        yield b"".join(packet)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ again now and then. The next connection looks the name up anew, or asks the Sent
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import ssl
@@ -562,6 +563,7 @@ def _reason(error: BaseException, code: str) -> str:
             said = clean_text(cause.verify_message)
             return f"certificate refused: {said}; see REDIS_TLS_CA and REDIS_TLS_VERIFY"
         if isinstance(cause, OSError) and cause.strerror:
-            return clean_text(cause.strerror)
+            # asyncio puts its own words, and the address, in the place of the system's.
+            return clean_text(os.strerror(cause.errno) if cause.errno and cause.errno > 0 else cause.strerror)
         cause = cause.__cause__ or cause.__context__
     return _WORDS.get(code, "")

@@ -22,7 +22,6 @@ from producer.message import CancelRequest, InvalidRequest, MalformedMessage, Ou
 from producer.protocol import (
     ENDED,
     Conversation,
-    TicketFields,
     UnknownRequest,
     WaitTimeout,
     Wire,
@@ -152,8 +151,7 @@ def wanted_of(values: Any) -> dict[str, CancelRequest | None]:
     Raises:
         InvalidRequest: one of them is neither.
     """
-    listed = [values] if isinstance(values, TicketFields | str) else values
-    tickets = list(listed) if isinstance(listed, Iterable) and not isinstance(listed, bytes) else listed
+    tickets = list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else values
     return dict(zip(checked_ids(tickets), (getattr(each, "request", None) for each in tickets), strict=True))
 
 

@@ -34,10 +34,16 @@ class Pair:
     def fail_over(self) -> None:
         """As a managed service does: the replica becomes the primary with all that was written, and the old server
         stays up as its replica; nobody's connection is closed."""
-        with direct(self.primary) as client:
-            client.execute_command("FAILOVER", "TO", "127.0.0.1", self.replica.port)
+        eventually(self._is_asked, PATIENCE_S, "the replica will do")
         eventually(lambda: role(self.replica) == "master" and role(self.primary) == "slave", PATIENCE_S, "a failover")
         self.primary, self.replica = self.replica, self.primary
+
+    def _is_asked(self) -> bool:
+        with direct(self.primary) as client:
+            try:
+                return bool(client.execute_command("FAILOVER", "TO", "127.0.0.1", self.replica.port))
+            except redis.ResponseError:  # it is not in step, or a failover is under way
+                return role(self.primary) == "slave"
 
     def in_step(self) -> None:
         """Wait until the replica follows."""
@@ -69,7 +75,9 @@ def running_pair(*options: str) -> Iterator[Pair]:
     quick = ("--repl-diskless-sync-delay", "0", *(options or ("--appendonly", "no")))
     with ExitStack() as stack:
         primary = stack.enter_context(running_valkey(*quick))
-        replica = stack.enter_context(running_valkey("--replicaof", f"127.0.0.1 {primary.port}", *quick))
+        replica = stack.enter_context(running_valkey(*quick))
+        with direct(replica) as client:  # not an option: whichever is started again is the primary
+            client.execute_command("REPLICAOF", "127.0.0.1", primary.port)
         pair = Pair(primary, replica)
         pair.in_step()
         yield pair
@@ -80,7 +88,7 @@ class Sentinel:
     """A Sentinel process that watches a primary by itself."""
 
     directory: Path
-    primary: Valkey
+    pair: Pair
     options: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -90,7 +98,7 @@ class Sentinel:
         lines = [
             f"port {self.port}",
             "bind 127.0.0.1",
-            f"sentinel monitor {SERVICE} 127.0.0.1 {self.primary.port} 1",
+            f"sentinel monitor {SERVICE} 127.0.0.1 {self.pair.primary.port} 1",
             f"sentinel down-after-milliseconds {SERVICE} 1000",
             f"sentinel failover-timeout {SERVICE} 3000",
             *self.options,
@@ -127,10 +135,10 @@ class Sentinel:
 
 
 @contextlib.contextmanager
-def running_sentinel(primary: Valkey, *options: str) -> Iterator[Sentinel]:
+def running_sentinel(pair: Pair, *options: str) -> Iterator[Sentinel]:
     """One for the length of a block."""
     with tempfile.TemporaryDirectory() as directory:
-        sentinel = Sentinel(Path(directory), primary, options)
+        sentinel = Sentinel(Path(directory), pair, options)
         try:
             sentinel.start()
             yield sentinel
@@ -162,20 +170,14 @@ def http_server() -> Iterator[str]:
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
     """A node of a Cluster."""
-    port = next(port for port in iter(free_port, 0) if port < 55_000)  # the nodes talk at one 10,000 higher
-    with tempfile.TemporaryDirectory() as directory:
-        node = Valkey(Path(directory), ("--cluster-enabled", "yes"), port)
-        try:
-            node.start()
-            yield node.url
-        finally:
-            node.stop(signal.SIGKILL)
+    with running_valkey("--cluster-enabled", "yes") as node:
+        yield node.url
 
 
 @contextlib.contextmanager
 def bare_sentinel() -> Iterator[str]:
     """A Sentinel's port taken for Redis'."""
-    with running_pair() as pair, running_sentinel(pair.primary) as sentinel:
+    with running_pair() as pair, running_sentinel(pair) as sentinel:
         yield f"redis://127.0.0.1:{sentinel.port}/0"
 
 

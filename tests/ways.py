@@ -13,7 +13,7 @@ from tests.loopback import Behaviour, Server
 from worker.classify import Failure, OrderRef, Reply
 from worker.clock import ServerClock
 from worker.daemon import WorkerLoop
-from worker.exchange import Answer, Exchange
+from worker.exchange import Answer, Exchange, Sent
 from worker.signing import Credential
 from worker.transport import Route
 from worker.transport_asyncio import AsyncioTransport
@@ -72,6 +72,12 @@ class Client:
     def cancel(self, credential: Credential, ref: OrderRef = REF) -> Reply | Failure:
         """A signed DELETE."""
         return self.call(Call.CANCEL, credential, ref)
+
+    def patient_cancel(self, credential: Credential, ref: OrderRef = REF) -> Reply | Failure:
+        """The same, waited for as long as answers take."""
+        answer = self.run(self.exchange.call(Call.CANCEL, credential, ref, sent=Sent(late=lambda _: None)))
+        assert answer is not None
+        return answer
 
     def query(self, credential: Credential, ref: OrderRef = REF) -> Reply | Failure:
         """A signed GET."""

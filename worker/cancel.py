@@ -51,6 +51,7 @@ from worker.decide import (
 from worker.exchange import Answer, Exchange, Sent
 from worker.key_breaker import KeyBreaker
 from worker.rate_gate import Gate, LookUps, ms_to_next_minute
+from worker.recovery import Recovery
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.store import TOO_LARGE, Done, Lease, Release, Retry, Row, Suspect
@@ -61,8 +62,6 @@ _UNMEASURED_MS = 1_000
 _NOT_MEASURED = "the clocks are not measured, so the order's age is not known"
 #: How often who waits for a turn looks at deadline and gate, s.
 _TURN_S = 1.0
-#: What is waited for here even by who leaves, ns.
-_SHORT_NS = 100 * _NS_PER_MS
 #: Late answers after which nothing more needs to be known of the order.
 _ENDS = frozenset({Means.CONFIRMED, *STATUS_MEANS.values()}) - {Means.OPEN, Means.TRIGGERING}
 
@@ -152,6 +151,7 @@ class Canceller:
     ) -> None:
         self._sends_late = sends_late
         self._look_ups = LookUps(flight)
+        self.recovery = Recovery(flight)
         self._in_hand: set[_Job] = set()
         self._lingering = 0
         self._is_leaving = False
@@ -191,7 +191,7 @@ class Canceller:
             self._in_hand.discard(job)
 
     def leave(self) -> None:
-        """Let no job wait here any more: what has a delay goes back with it."""
+        """Let jobs wait here for answers alone: what has a delay goes back with it, what is to be looked up, too."""
         self._is_leaving = True
         for job in self._in_hand:
             job.news.set()
@@ -245,7 +245,8 @@ class Canceller:
 
     def _strikes_until_ms(self, job: _Job) -> int:
         """See :class:`worker.decide.Case`: a cancel by client id is the first call of all, if it was made."""
-        first = job.history[0] if job.history and job.request.algo_id is None else None
+        may_be = job.request.algo_id is None and job.lease.run == 1 and job.history
+        first = job.history[0] if may_be else None
         if first is None or first.call is not Call.CANCEL or first.verdict != Means.UNCLEAR:
             return 0
         if job.strikes_until_ns:
@@ -293,12 +294,12 @@ class Canceller:
         Few jobs do so at a time, that those of one account which is silent leave the slots to others.
         """
         left_ns = delay_ms * _NS_PER_MS
-        if self._lingering >= self._look_ups.part:
+        if self._lingering >= self._look_ups.part and not self._is_leaving:
             return delay_ms
         ends_ns = local_ns() + left_ns
         self._lingering += 1
         try:
-            while left_ns > 0 and job.is_open() and not (job.late or (self._is_leaving and left_ns > _SHORT_NS)):
+            while left_ns > 0 and not job.late and (job.silent if self._is_leaving else job.is_open()):
                 await _news(job, left_ns / 1e9)
                 left_ns = ends_ns - local_ns()
         finally:
@@ -382,13 +383,15 @@ class Canceller:
             return None
         if not (step.call is Call.QUERY and looks_up_a_silence(job.history)):
             return await self._attempt(job, step)
+        if self._is_leaving:  # what is in flight is finished; who comes next looks it up
+            await self._lingered(job, self._policy.recv_window_ms)
+            return self._first_step(job) if job.late else None
         while not self._look_ups.begin(sum(bool(each.silent) for each in self._in_hand), len(self._in_hand)):
-            if self._is_leaving:
-                return None
             self._look_ups.waiting.append(job.news)
             await _news(job, _TURN_S)
             self._look_ups.waiting.remove(job.news)
-            if job.late or not self._may_send(job) or self._latest_ms() >= job.lease.deadline_at_ms:
+            is_over = self._latest_ms() >= job.lease.deadline_at_ms
+            if job.late or is_over or self._is_leaving or not self._may_send(job):
                 return self._first_step(job)
         try:
             self._gate.looked_up += 1
@@ -479,6 +482,7 @@ class Canceller:
 
     async def _note_pauses(self, credential: Credential, verdict: Verdict) -> None:
         """What an answer says about the address and the key, beside the order."""
+        self.recovery.note(verdict.means)
         now_ms = self._now_ms()
         if verdict.means in GATED:
             is_news = self._gate.close_for(verdict, self._policy, now_ms, self._ahead())

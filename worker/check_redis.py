@@ -19,12 +19,10 @@ from rq.command import PUBSUB_CHANNEL_TEMPLATE
 
 from producer.keys import Keys
 from producer.message import clean_text
-from producer.redis_url import why
+from producer.redis_url import NotPrimary, NotSupported, code_of, passes, why
 from worker.store import ANSWER_WITHIN_S
 
 __all__ = ["Fault", "Finding", "look_at_redis"]
-
-Words = tuple[str, ...]
 
 
 class Fault(StrEnum):
@@ -47,7 +45,6 @@ class Finding:
 
 #: The oldest Redis that has all that the scripts need.
 _OLDEST = (6, 2)
-_CLUSTER = "it is a Redis Cluster, which is not supported: use one primary, with replicas or Sentinels as you like"
 #: What the server says where it cannot be worked with, by a word of its error: what it means, and the way out.
 _STATES = {
     "OOM": "it is full (maxmemory): nothing can be enqueued; raise maxmemory or remove what is not needed",
@@ -57,17 +54,6 @@ _STATES = {
     "MASTERDOWN": "it is a replica that has lost its primary: REDIS_URL must lead to the primary",
     "LOADING": "it is loading its data and cannot be asked yet: workers wait for it",
     "BUSY": "somebody's script has been running for too long: workers wait; SCRIPT KILL on the server ends it",
-    **dict.fromkeys(("MOVED", "CROSSSLOT", "CLUSTERDOWN"), _CLUSTER),
-}
-#: The classes of redis-py whose texts lack that word.
-_CLASSES = {
-    "OutOfMemoryError": "OOM",
-    "ReadOnlyError": "READONLY",
-    "MasterDownError": "MASTERDOWN",
-    "BusyLoadingError": "LOADING",
-    "MovedError": "MOVED",
-    "ClusterCrossSlotError": "CROSSSLOT",
-    "ClusterDownError": "CLUSTERDOWN",
 }
 #: How servers say which right is missing, for a key or channel and for a command, also to a script.
 _REACH = re.compile(r"\b(?:access|publish to)\b.*\b(key|channel)s?\b")
@@ -100,8 +86,8 @@ def look_at_redis(connection: redis.Redis, shown: str, queue: str) -> Iterator[F
     except redis.RedisError as error:
         yield Finding("redis", f"{shown} {_why_not(error)}", Fault.UNREACHABLE)
         return
-    if (reason := _unfit(info)) is not None:
-        yield Finding("redis", f"{shown} is {_name(info)}: {reason}", Fault.UNREACHABLE)
+    if _is_too_old(info):
+        yield Finding("redis", f"{shown} is {_name(info)}: Redis 6.2 or later, or Valkey, is needed", Fault.UNREACHABLE)
         return
     yield Finding("redis", f"{shown} answers, {_name(info)}")
     keys = Keys(queue)
@@ -120,21 +106,17 @@ def _why_not(error: redis.RedisError) -> str:
         return "refused the login: set user and password in REDIS_URL"
     if (state := _state(error)) is not None:
         return f"cannot serve: {state}"
-    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+    if isinstance(error, NotPrimary | NotSupported):
+        way_out = ": REDIS_URL must lead to the primary, or name its Sentinels" if isinstance(error, NotPrimary) else ""
+        return f"cannot be used: {error}{way_out}"
+    if passes(error):
         return f"does not answer within {ANSWER_WITHIN_S:g} s ({why(error)})"
-    if isinstance(error, redis.exceptions.NoPermissionError):
-        return f"refuses this user: {_said(error)}"
-    return f"does not speak Redis' protocol ({type(error).__name__}): something else listens there"
+    return f"cannot be used ({why(error)})"
 
 
-def _state(error: redis.RedisError | str) -> str | None:
+def _state(error: redis.RedisError) -> str | None:
     """What a state of the server means, if an error tells of one."""
-    word = _CLASSES.get(type(error).__name__) or str(error).lstrip("-@").split(" ", 1)[0]
-    return _STATES.get(word)
-
-
-def _said(error: object) -> str:
-    return clean_text(str(error))
+    return _STATES.get(code_of(error))
 
 
 # ---- what it says of itself -----------------------------------------------------------------------------------------
@@ -162,20 +144,9 @@ def _name(info: Mapping[str, Any]) -> str:
     return f"Redis {clean_text(str(version), 40)}" if version else "of unknown version (this user may not ask INFO)"
 
 
-def _unfit(info: Mapping[str, Any]) -> str | None:
-    """Why a server of this kind cannot be worked with."""
-    mode = info.get("server_mode", info.get("redis_mode"))
-    if mode == "sentinel":
-        return "a Sentinel, which holds no data: write redis+sentinel://host:port/service as REDIS_URL"
-    if mode == "cluster" or info.get("cluster_enabled") == 1:
-        return _CLUSTER
-    if info.get("role") == "slave":
-        primary = clean_text(f"{info.get('master_host')}:{info.get('master_port')}", 100)
-        return f"{_STATES['READONLY']}; its primary is {primary}"
+def _is_too_old(info: Mapping[str, Any]) -> bool:
     version = str(info.get("redis_version", "")).split(".")
-    if len(version) > 1 and version[0].isdigit() and version[1].isdigit() and tuple(map(int, version[:2])) < _OLDEST:
-        return "too old: Redis 6.2 or later, or Valkey, is needed"
-    return None
+    return len(version) > 1 and all(map(str.isdigit, version[:2])) and tuple(map(int, version[:2])) < _OLDEST
 
 
 def _warnings(info: Mapping[str, Any]) -> Iterator[str]:
@@ -198,56 +169,31 @@ def _warnings(info: Mapping[str, Any]) -> Iterator[str]:
 # ---- a rehearsal ----------------------------------------------------------------------------------------------------
 
 
-def _rows(keys: Keys, token: str) -> list[Words]:
-    """What a worker's scripts do, on keys like theirs."""
-    job, result, record, order = (
-        f"{prefix}{token}" for prefix in (keys.job_prefix, keys.result_prefix, keys.outcome_prefix, keys.order_prefix)
-    )
-    gate, worker = keys.gate(token), f"{keys.worker_prefix}{token}"
-    return [
-        ("HSET", job, "field", "1"),
-        ("HGET", job, "field"),
-        ("HMGET", job, "field", "other"),
-        ("HSTRLEN", job, "field"),
-        ("HINCRBY", job, "field", "1"),
-        ("HDEL", job, "other"),
-        ("EXPIRE", job, "60"),
-        ("PERSIST", job),
-        ("TTL", job),
-        ("EXISTS", job),
-        ("TYPE", job),
-        ("RENAME", job, f"{job}:set-aside"),
-        ("DEL", f"{job}:set-aside"),
-        ("XADD", result, "MAXLEN", "10", "*", "field", "1"),
-        ("XREVRANGE", result, "+", "-"),
-        ("SET", record, "1", "EX", "60"),
-        ("GET", record),
-        ("ZADD", order, "1", "member"),
-        ("ZSCORE", order, "member"),
-        ("ZCARD", order),
-        ("ZCOUNT", order, "-inf", "+inf"),
-        ("ZRANGE", order, "0", "1"),
-        ("ZRANGEBYSCORE", order, "-inf", "+inf"),
-        ("ZREM", order, "member"),
-        ("SADD", worker, "member"),
-        ("SRANDMEMBER", worker, "1"),
-        ("SSCAN", worker, "0"),
-        ("SCARD", worker),
-        ("SREM", worker, "other"),
-        ("SPOP", worker),
-        ("HSET", gate, "until_ms", "0"),
-        ("PEXPIRE", gate, "60000"),
-        ("RPUSH", worker, "1", "2"),
-        ("LPUSH", worker, "3"),
-        ("LPOS", worker, "3"),
-        ("LLEN", worker),
-        ("LRANGE", worker, "0", "1"),
-        ("LREM", worker, "1", "2"),
-        ("LPOP", worker),
-        ("PUBLISH", record, "1"),
-        *[("EXISTS", key) for key in _shared(keys)],
-        *[("DEL", key) for key in (job, result, record, order, worker, gate)],
-    ]
+#: What a worker's scripts do, on keys like theirs.
+_STEPS = """
+HSET {job} field 1, HGET {job} field, HMGET {job} field other, HSTRLEN {job} field, HINCRBY {job} field 1,
+HDEL {job} other, EXPIRE {job} 60, PERSIST {job}, TTL {job}, EXISTS {job}, TYPE {job}, RENAME {job} {job}:set-aside,
+DEL {job}:set-aside, XADD {result} MAXLEN 10 * field 1, XREVRANGE {result} + -, SET {record} 1 EX 60, GET {record},
+ZADD {order} 1 member, ZSCORE {order} member, ZCARD {order}, ZCOUNT {order} -inf +inf, ZRANGE {order} 0 1,
+ZRANGEBYSCORE {order} -inf +inf, ZREM {order} member,
+SADD {worker} member, SRANDMEMBER {worker} 1, SSCAN {worker} 0, SCARD {worker}, SREM {worker} other, SPOP {worker},
+HSET {gate} until_ms 0, PEXPIRE {gate} 60000,
+RPUSH {worker} 1 2, LPUSH {worker} 3, LPOS {worker} 3, LLEN {worker}, LRANGE {worker} 0 1, LREM {worker} 1 2,
+LPOP {worker}, PUBLISH {record} 1, DEL {job}, DEL {result}, DEL {record}, DEL {order}, DEL {worker}, DEL {gate}
+"""
+
+
+def _rows(keys: Keys, token: str) -> list[list[str]]:
+    names = {
+        "job": keys.job_prefix,
+        "result": keys.result_prefix,
+        "record": keys.outcome_prefix,
+        "order": keys.order_prefix,
+        "worker": keys.worker_prefix,
+        "gate": keys.gate(""),
+    }
+    steps = _STEPS.format(**{name: prefix + token for name, prefix in names.items()})
+    return [*(step.split() for step in steps.split(",")), *(["EXISTS", key] for key in _shared(keys))]
 
 
 def _shared(keys: Keys) -> dict[str, str]:
@@ -291,7 +237,7 @@ def _rehearse(connection: redis.Redis, keys: Keys) -> str | None:
         if (deaf := _listen(connection, PUBSUB_CHANNEL_TEMPLATE % token, missing)) is not None:
             return deaf
     except redis.RedisError as error:
-        return _state(error) or f"a rehearsal failed: {type(error).__name__} {_said(error)}"
+        return _state(error) or f"a rehearsal failed: {why(error)}"
     if not missing:
         return None
     return f"this user lacks rights that a worker needs: {', '.join(dict.fromkeys(missing))}; see its ACL"

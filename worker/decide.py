@@ -33,9 +33,9 @@ MAX_RESYNCS = 3
 #: First wait before an order that is just being triggered is looked at again, ms: a trigger takes about ten.
 TRIGGER_POLL_MS = 10
 #: How long after a silence the order is looked up, ms, by chance up to this: whoever met the same silence asks, too.
-LOOK_UP_WITHIN_MS = 25
+LOOK_UP_WITHIN_MS = 20
 #: The longest pause before an order that is open after an unclear cancel is cancelled again, ms; at least half of it.
-DOUBT_PAUSE_MS = 50
+DOUBT_PAUSE_MS = 30
 #: So many unclear answers are followed by these short pauses; what was waited for answers doubles, and then backs off.
 QUICK_DOUBTS = 2
 #: The last try starts at least this long before the deadline, ms, so that there is time for its answer.

@@ -150,7 +150,7 @@ class Engine:
 
         To be cancelled when that takes too long: the leases bring back what is left.
         """
-        steps = (self._complete, self._claim_due)
+        steps = (self._complete, self._claim_due, self._wake)
         helpers = [asyncio.create_task(self._for_ever(step, lambda: False)) for step in steps]
         try:
             await self._for_ever(self._claim_next, self._stopping.is_set)
@@ -295,6 +295,16 @@ class Engine:
         else:
             self._room_changed.clear()
             await _wait(self._room_changed, _LOOK_S)
+
+    async def _wake(self) -> None:
+        """After an outage of the exchange jobs do not wait out their backoff: more and more of them are due at once."""
+        await self._canceller.recovery.is_over.wait()
+        if not (self._is_paused() or self._outage.is_on or self._stopping.is_set()):
+            jobs = self._canceller.recovery.next_ones(self._free() - len(self._ready))
+            if jobs:
+                tell_damaged(await self._rest.ask(lambda: self._store.wake(jobs)))
+                self._due.set()
+        await asyncio.sleep(_RAMP_LOOK_S)
 
     async def _claim(self, link: AsyncLink, slots: int, *, wait: bool) -> None:
         now_ns = local_ns()
@@ -444,6 +454,8 @@ class Engine:
             log.warning("fenced", id=row.lease.id, kind=kind)
         elif isinstance(row, Retry):
             self._retry_at(answer)
+            if row.attempts:
+                self._canceller.recovery.wait(row.lease.key, row.attempts[-1].verdict, answer)
         elif isinstance(row, Done) and answer == 2:
             log.info("deadline_moved", id=row.lease.id, kind=kind)
         elif isinstance(row, Done):

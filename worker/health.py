@@ -9,10 +9,9 @@ from __future__ import annotations
 import socket
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from producer.keys import Keys, WorkerField
+from producer.redis_url import Address, why
 from worker.settings import QueuePlace
 
 __all__ = ["why_unhealthy"]
@@ -27,12 +26,11 @@ _MOST_WORKERS = 1_000
 
 def why_unhealthy(place: QueuePlace) -> str | None:
     """Why no worker of this host on this queue is known to be alive; None: one has beaten within :data:`FRESH_S`."""
-    options = {"socket_timeout": _PATIENCE_S, "socket_connect_timeout": _PATIENCE_S, "retry": Retry(NoBackoff(), 0)}
     try:
-        with redis.Redis.from_url(place.url, **options, **place.options) as connection:
+        with Address.parse(place.url).client(_PATIENCE_S, **place.options) as connection:
             ages_s = _ages_s(connection, Keys(place.queue))
     except (redis.RedisError, OSError) as error:
-        return f"Redis does not answer ({type(error).__name__}), so it is not known whether a worker is alive"
+        return f"Redis does not answer ({why(error)}), so it is not known whether a worker is alive"
     if not ages_s:
         return f"no worker of this host ({socket.gethostname()}) is known on queue {place.queue}"
     youngest_s = min(ages_s)

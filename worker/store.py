@@ -17,7 +17,7 @@ from uuid import uuid4
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, suspect_of
+from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, WorkerField, suspect_of
 from producer.message import MAX_PAYLOAD_BYTES, Attempt, Outcome, encode_attempts
 from worker.clock import RedisClock
 
@@ -221,6 +221,7 @@ class Store:
             "OUTCOMES": keys.outcomes,
             "RESULT_PREFIX": keys.result_prefix,
             "SUSPECTS": keys.suspects,
+            "BEAT_AT_MS": WorkerField.BEAT_AT_MS,
             "BREAKER_PREFIX": keys.breaker(""),
             "HELD_PREFIX": keys.held(""),
             "GATE": self._gate,
@@ -233,7 +234,7 @@ class Store:
             "MAX_DATA_BYTES": MAX_PAYLOAD_BYTES,
             "MAX_ATTEMPTS_BYTES": MAX_ATTEMPTS_BYTES,
         }
-        names = ("claim", "complete", "beat", "gate", "key", "tidy")
+        names = ("claim", "complete", "beat", "gate", "key", "tidy", "wake")
         self._scripts = {name: Script(constants, "worker/common.lua", f"worker/{name}.lua") for name in names}
 
     def _call(self, name: str, *words: Any) -> Words:
@@ -326,6 +327,11 @@ class Store:
     def tidy(self, cursor: int, position: int) -> Request[tuple[int, int, tuple[str, ...]]]:
         """One step of what RQ's maintenance would do; gives the next ``cursor`` and ``position``."""
         return self._request("tidy", (cursor, position), _tidied)
+
+    def wake(self, jobs: Sequence[tuple[bytes, int]]) -> Request[tuple[str, ...]]:
+        """Let jobs that are due later, each with when, be due now; gives keys that were set aside."""
+        words = (word for job in jobs for word in job)
+        return self._request("wake", tuple(words), lambda answers, _: _names(_good(answers)[0]))
 
     # -- what concerns more than one job --
 

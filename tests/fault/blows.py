@@ -39,17 +39,20 @@ class Kind(StrEnum):
     PAUSE = "pause"  # SIGSTOP of a worker that holds jobs for longer than a lease, then SIGCONT
     VALKEY_KILL = "valkey_kill"  # kill -9 of the server, which comes back with its append-only file
     VALKEY_PAUSE = "valkey_pause"  # SIGSTOP of the server, then SIGCONT
+    FAILOVER = "failover"  # the replica becomes the primary; the old server stays up, and so do connections to it
     RESET = "reset"  # all connections to the server are reset, several times
     RAIN = "rain"  # requests and replies to and from the server are lost at random
     HOLE = "hole"  # nothing passes between the server and anybody
     INFO = "info"  # `rq info`, for whose clean-up whatever has begun was abandoned long ago
     REQUEUE = "requeue"  # `rq requeue --all`
     SUSPEND = "suspend"  # `rq suspend`, and then `rq resume`
+    SILENCES = "silences"  # requests to the exchange, or its answers, get lost, and no connection breaks
+    FORGOTTEN = "forgotten flows"  # all connections to the exchange are forgotten on their way, and nobody is told
     CLOCK = "clock"  # the exchange's clock is set; once in a run
 
 
 #: Blows that take the server away from everybody.
-ON_REDIS = (Kind.VALKEY_KILL, Kind.VALKEY_PAUSE, Kind.RESET, Kind.RAIN, Kind.HOLE)
+ON_REDIS = (Kind.VALKEY_KILL, Kind.VALKEY_PAUSE, Kind.FAILOVER, Kind.RESET, Kind.RAIN, Kind.HOLE)
 #: Which workers a blow may fall on.
 _ALL = tuple(range(len(MAKES)))
 _FORKING = (MAKES.index(Make.FORKING),)
@@ -60,7 +63,7 @@ TARGETS: Mapping[Kind, Sequence[int]] = {
     Kind.TERM: _ALL,
     Kind.PAUSE: [number for number in _ALL for _ in range(1 if MAKES[number].is_stock else 3)],  # ours hold many jobs
 }
-_SLOW = (*TARGETS, Kind.INFO, Kind.REQUEUE, Kind.SUSPEND)
+_SLOW = (*TARGETS, Kind.FAILOVER, Kind.INFO, Kind.REQUEUE, Kind.SUSPEND)
 #: One round: every kind, what shows most twice. The clock is set in the first one alone.
 ROUND: Sequence[Kind] = (*(kind for kind in Kind if kind is not Kind.CLOCK), Kind.KILL, Kind.PAUSE)
 
@@ -143,15 +146,17 @@ QUICK = Scale(
         Kind.PAUSE: (1.3, 2.0),
         Kind.VALKEY_KILL: (0.4, 1.2),
         Kind.VALKEY_PAUSE: (0.5, 1.5),
+        Kind.FAILOVER: (0.2, 0.8),
         Kind.RESET: (0.2, 0.4),
         Kind.RAIN: (1.0, 2.0),
         Kind.HOLE: (0.5, 1.5),
         Kind.SUSPEND: (0.3, 1.0),
+        Kind.SILENCES: (1.0, 2.0),
     },
     # A claim whose reply was lost leaves leases in nobody's hand: they must have run out before the next blow.
     rests_s=dict.fromkeys(Kind, 1.2)
     | {Kind.KILL: 2.6, Kind.KILL_HORSE: 2.6, Kind.KILL_FAMILY: 2.6, Kind.TERM: 1.8}
-    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK), 0.5),
+    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK, Kind.SILENCES, Kind.FORGOTTEN), 0.5),
     strike_s=1.0,
     patience_s=4.0,
     restart_s=0.3,
@@ -173,14 +178,16 @@ FULL = Scale(
         Kind.PAUSE: (9, 16),
         Kind.VALKEY_KILL: (2, 10),
         Kind.VALKEY_PAUSE: (2, 12),
+        Kind.FAILOVER: (1, 6),
         Kind.RESET: (1, 3),
         Kind.RAIN: (5, 10),
         Kind.HOLE: (2, 10),
         Kind.SUSPEND: (1, 5),
+        Kind.SILENCES: (5, 10),
     },
     rests_s=dict.fromkeys(Kind, 9.0)
     | {Kind.KILL: 14.0, Kind.KILL_HORSE: 14.0, Kind.KILL_FAMILY: 14.0, Kind.TERM: 7.0}
-    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK), 2.0),
+    | dict.fromkeys((Kind.INFO, Kind.REQUEUE, Kind.CLOCK, Kind.SILENCES, Kind.FORGOTTEN), 2.0),
     strike_s=3.0,
     patience_s=15.0,
     restart_s=2.0,

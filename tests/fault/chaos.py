@@ -1,8 +1,9 @@
 """Everything at once, and then the reckoning: `python -m tests.fault.chaos --jobs N --seed N`.
 
 Producers ask for cancels, three workers of ours (nobody reads the output of one) and two of RQ's own make them, and
-meanwhile workers are killed, stopped and paused, the server is killed and paused, connections break, replies are lost,
-operators type RQ's commands, the exchange injects its own faults, its clock is apart from ours and is set once, and
+meanwhile workers are killed, stopped and paused, the server is killed, paused, and replaced by its replica while it
+stays up, connections break, replies are lost, operators type RQ's commands, the exchange injects its own faults, its
+answers stay away, connections to it are forgotten on their way, its clock is apart from ours and is set once, and
 client ids are taken again as soon as the book shows their order CANCELED. Then the faults end, the queue drains, and
 what producers were promised is held against the ledger, and the ledger against the exchange's own book and log. The
 exit code is 0 only if nothing was lost, nothing came out twice or unasked, every outcome is the book's, none is
@@ -23,12 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from producer.message import Outcome
+from tests.failover import Pair, running_pair
 from tests.fault.blows import MAKES, ON_REDIS, SCALES, TARGETS, UNREAD, Blow, Clock, Kind, Scale, clock, schedule
 from tests.fault.fence import Away, lost_holds, sent_without_lease
 from tests.fault.fleet import PATIENCE_S, RQ, Place, Team
@@ -36,7 +39,7 @@ from tests.fault.ledger import Ask, Kill, exchange_side, key_kinds, queue_side, 
 from tests.fault.producers import REOPENED_PART, Producer, Reopener, requests_for, spoil_answers
 from tests.fault.proxy import Proxy
 from tests.fault.verdict import Reckoning, table
-from tests.servers import ROOT, Peek, Valkey, Workers, running_valkey, scrubbed
+from tests.servers import ROOT, Peek, Valkey, Workers, scrubbed
 from worker.sandbox.arrivals import MAX_ARRIVALS, Arrival
 from worker.sandbox.control import BookEntry, ExchangeConfig, Incident, PlacedOrder, RunningExchange, start_exchange
 
@@ -69,8 +72,10 @@ class World:
 
     scale: Scale
     seed: int
-    valkey: Valkey
-    proxies: tuple[Proxy, ...]  # the workers', the producers'
+    pair: Pair
+    proxies: tuple[Proxy, ...]  # to Redis: the workers', the producers'
+    switch: Proxy  # our own, without faults
+    way: Proxy  # the workers' to the exchange
     exchange: RunningExchange
     clock: Clock
     team: Team
@@ -84,6 +89,11 @@ class World:
     now: str = "starting"
     struck: list[Blow] = field(default_factory=list)
     away_ms: list[tuple[float, float]] = field(default_factory=list)  # when Redis was, by this machine's clock
+
+    @property
+    def valkey(self) -> Valkey:
+        """The primary."""
+        return self.pair.primary
 
     @property
     def asks(self) -> list[Ask]:
@@ -192,6 +202,15 @@ def _valkey_pause(world: World, place: Place, blow: Blow) -> None:
     process.send_signal(signal.SIGCONT)
 
 
+def _failover(world: World, place: Place, blow: Blow) -> None:
+    world.pair.in_step()
+    world.pair.fail_over()
+    world.rest(blow.length_s)  # for so long new connections lead to the old server too
+    for proxy in (*world.proxies, world.switch):
+        proxy.target_port = world.valkey.port
+    world.switch.reset_peer()
+
+
 def _reset(world: World, place: Place, blow: Blow) -> None:
     for _ in range(4):
         for proxy in world.proxies:
@@ -213,6 +232,12 @@ def _hole(world: World, place: Place, blow: Blow) -> None:
     world.rest(blow.length_s)
     for proxy in world.proxies:
         proxy.timeout(False)
+
+
+def _silences(world: World, place: Place, blow: Blow) -> None:
+    world.way.let_it_rain(mute=0.1, deaf=0.1)
+    world.rest(blow.length_s)
+    world.way.let_it_rain()
 
 
 def _info(world: World, place: Place, blow: Blow) -> None:
@@ -265,9 +290,12 @@ _STRIKES: dict[Kind, Callable[[World, Place, Blow], None]] = {
     Kind.PAUSE: _pause,
     Kind.VALKEY_KILL: _valkey_kill,
     Kind.VALKEY_PAUSE: _valkey_pause,
+    Kind.FAILOVER: _failover,
     Kind.RESET: _reset,
     Kind.RAIN: _rain,
     Kind.HOLE: _hole,
+    Kind.SILENCES: _silences,
+    Kind.FORGOTTEN: lambda world, place, blow: world.way.forget_flows(),
     Kind.INFO: _info,
     Kind.REQUEUE: _requeue,
     Kind.SUSPEND: _suspend,
@@ -282,25 +310,27 @@ _STRIKES: dict[Kind, Callable[[World, Place, Blow], None]] = {
 def world_of(scale: Scale, seed: int, jobs: int, logs: Path | None) -> Iterator[World]:
     """Start everything but the producers; all of it ends with the block."""
     with ExitStack() as stack:
-        valkey = stack.enter_context(running_valkey(*DURABLE))
-        proxies = tuple(stack.enter_context(Proxy(valkey.port, seed=seed + number)) for number in range(2))
+        pair = stack.enter_context(running_pair(*DURABLE))
+        ports = [pair.primary.port] * 3
+        *proxies, switch = [stack.enter_context(Proxy(port, seed=seed + n)) for n, port in enumerate(ports)]
         exchange = stack.enter_context(start_exchange(_exchange_config(scale, seed)))
         times = clock(seed)
         exchange.set_clock_skew_ms(times.first_ms - _AGE_MS)
         orders = exchange.add_orders(jobs + BYSTANDERS)
         exchange.set_clock_skew_ms(times.first_ms)
+        way = stack.enter_context(Proxy(urlsplit(exchange.url).port or 0, seed=seed + len(proxies)))
         directory = logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
         settings = {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET, "LEDGER_MAXLEN": str(4 * jobs + 1000)}
         settings |= {"LOG_LEVEL": "DEBUG"} if logs else {}
-        settings |= {"REDIS_URL": proxies[0].redis_url, "BINANCE_BASE_URL": exchange.url, **scale.settings}
+        settings |= {"REDIS_URL": proxies[0].redis_url, "BINANCE_BASE_URL": way.http_url, **scale.settings}
         fleet = Workers(directory, settings)
         stack.callback(fleet.stop)
-        direct: redis.Redis = redis.Redis(port=valkey.port, socket_timeout=5, retry=Retry(NoBackoff(), 1))
+        direct: redis.Redis = redis.Redis(port=switch.port, socket_timeout=5, retry=Retry(NoBackoff(), 1))
         stack.callback(direct.close)
         team = Team(fleet, Peek(direct), scale.restart_s, MAKES)
         stack.callback(team.close)
-        yield World(scale, seed, valkey, proxies, exchange, times, team, Peek(direct), orders)
+        yield World(scale, seed, pair, tuple(proxies), switch, way, exchange, times, team, Peek(direct), orders)
 
 
 def _exchange_config(scale: Scale, seed: int) -> ExchangeConfig:
@@ -338,7 +368,7 @@ def produce_and_strike(world: World) -> None:
         world.strike(blow)
     world.until(lambda: all(strategy.has_asked for strategy in world.strategies), duration_s + PATIENCE_S)
     world.exchange.end_faults()
-    for proxy in world.proxies:
+    for proxy in (*world.proxies, world.way):
         proxy.heal()
 
 
@@ -410,6 +440,8 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
         exchange_faults=sum(stats.faults_injected.values()),
         replies_lost=sum(proxy.count.replies_lost for proxy in world.proxies),
         resets=sum(proxy.count.resets for proxy in world.proxies),
+        silences=world.way.count.silences,
+        flows_forgotten=world.way.count.flows_forgotten,
         queue=queue_side(world.asks, records, order_of),
         exchange=exchange_side(world.asks, records, book, order_of, reopened),
         incidents=len(stats.incidents),

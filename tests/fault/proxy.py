@@ -176,6 +176,7 @@ class Proxy:
 
         def forget() -> None:
             for link in self.links:
+                self.count.flows_forgotten += not link.is_forgotten
                 link.is_forgotten = True
 
         self._do(forget)

@@ -30,6 +30,8 @@ CLEAN = Reckoning(
     exchange_faults=10,
     replies_lost=3,
     resets=4,
+    silences=5,
+    flows_forgotten=6,
     queue=QueueSide(attempted=10, acknowledged=9, ok=9, lost=(), unexpected=(), recovered=1, duplicated=()),
     exchange=ExchangeSide(9, 11, 2, (), (), {"cancelled": 9}),
     incidents=2,

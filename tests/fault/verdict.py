@@ -27,6 +27,8 @@ class Reckoning:
     exchange_faults: int
     replies_lost: int
     resets: int
+    silences: int  # requests to the exchange that got no answer, and no end of their connection
+    flows_forgotten: int  # connections to the exchange on which nothing passed any more
     queue: QueueSide
     exchange: ExchangeSide
     incidents: int
@@ -87,6 +89,7 @@ def _head(run: Reckoning) -> list[str]:
         f" drained {run.drained_s:.1f} s after the last fault",
         f"blows: {blows}",
         f"exchange's faults: {run.exchange_faults}; connections reset: {run.resets}; replies lost: {run.replies_lost}",
+        f"calls to the exchange without an answer: {run.silences}; its connections forgotten: {run.flows_forgotten}",
     ]
 
 

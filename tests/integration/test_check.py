@@ -137,13 +137,12 @@ def redis_says(environment: dict[str, str], url: str) -> tuple[int, str]:
     return code, "\n".join(each for each in said.splitlines() if each.split()[1] == "redis")
 
 
-def test_a_replica_is_named_with_its_primary(environment: dict[str, str], valkey: Valkey) -> None:
-    """A server that only copies is no place for a queue, and whose copy it is is said."""
+def test_a_replica_is_named(environment: dict[str, str], valkey: Valkey) -> None:
+    """A server that only copies is no place for a queue, and where to go instead is said."""
     with running_valkey("--replicaof", f"127.0.0.1 {valkey.port}") as replica:
         code, said = redis_says(environment, replica.url)
     assert code == EX_UNAVAILABLE
-    assert "read-only replica" in said
-    assert f"127.0.0.1:{valkey.port}" in said
+    assert "it is a replica, not the primary: REDIS_URL must lead to the primary, or name its Sentinels" in said
 
 
 @pytest.mark.parametrize("may_ask", [True, False], ids=["with INFO", "without"])
@@ -152,7 +151,10 @@ def test_a_replica_is_named_with_its_primary(environment: dict[str, str], valkey
     [
         (("--maxmemory", "1"), "it is full (maxmemory)"),
         (("--min-replicas-to-write", "1"), "it takes no writes while it lacks replicas"),
-        (("--cluster-enabled", "yes"), "Redis Cluster, which is not supported"),
+        (
+            ("--cluster-enabled", "yes", "--cluster-port", str(free_port())),
+            "it is a Redis Cluster, which is not supported: one primary is needed",
+        ),
     ],
     ids=["full", "lacking replicas", "cluster"],
 )
@@ -182,7 +184,7 @@ def test_a_sentinel_is_named(environment: dict[str, str], valkey: Valkey, tmp_pa
         process.kill()
         process.wait(20)
     assert code == EX_UNAVAILABLE
-    assert "a Sentinel, which holds no data: write redis+sentinel://" in said
+    assert "it is a Sentinel: write redis+sentinel://host:port/service" in said
 
 
 def _pings(connection: redis.Redis) -> bool:
@@ -200,7 +202,7 @@ def test_a_server_that_is_no_redis_is_one_line(environment: dict[str, str]) -> N
     finally:
         server.close()
     assert code == EX_UNAVAILABLE
-    assert "something else listens there" in said
+    assert "what answers there is no Redis" in said
 
 
 @pytest.mark.parametrize(
@@ -289,6 +291,33 @@ def test_an_answer_that_is_not_the_time_is_quoted(answer: bytes, says: str, envi
         server.close()
     assert code == EX_UNAVAILABLE
     assert says in line(said, "FAILED exchange")
+
+
+#: The worker's own command line where no name has an address.
+NO_NAMES = """
+import socket, sys
+from worker.__main__ import start
+
+def getaddrinfo(host, *_, real=socket.getaddrinfo, **__):
+    if not str(host)[0].isdigit():
+        raise socket.gaierror(-2, "Name or service not known")
+    return real(host, *_, **__)
+
+socket.getaddrinfo = getaddrinfo
+sys.argv = ["worker", "check"]
+start()
+"""
+
+
+def test_a_name_without_an_address_is_named(environment: dict[str, str]) -> None:
+    """That the exchange's name cannot be looked up is told apart from a refused connection."""
+    more = {"BINANCE_BASE_URL": "https://nowhere.invalid", "BINANCE_ALLOWED_HOST": "nowhere.invalid"}
+    command = [sys.executable, "-c", NO_NAMES]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == EX_UNAVAILABLE, done.stderr
+    assert "its name has no address (DNS)" in line(done.stdout, "FAILED exchange")
 
 
 def test_a_foreign_certificate_is_named_and_can_be_trusted(

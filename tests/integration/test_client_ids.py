@@ -307,5 +307,5 @@ def test_a_callers_repeat_does_no_harm(
     assert (ticket.id != lost, ticket.duplicate) == (True, False)
     workers.start(WORKER_CONCURRENCY="1", NOT_FOUND_HORIZON_S="0")
     assert client.wait(lost, 10).kind is OutcomeKind.CANCELLED
-    assert ticket.wait(10).kind is OutcomeKind.ALREADY_CANCELLED
+    assert client.wait(ticket, 10).kind is OutcomeKind.ALREADY_CANCELLED
     assert exchange.book()[order.algo_id].deletes_effective == 1

@@ -14,7 +14,8 @@ from typing import Self
 import pytest
 import redis
 
-from producer import AsyncCancelClient, CancelClient, CancelRequest, OutcomeKind
+from producer import AsyncCancelClient, CancelClient, CancelRequest, NotDurable, OutcomeKind
+from producer.protocol import TicketFields
 from producer.web.app import create_app
 from tests.conftest import API_KEY, API_SECRET
 from tests.servers import Valkey, Workers, eventually, running_valkey
@@ -22,9 +23,9 @@ from tests.webpages import TOKEN, outcome, settle
 from worker.redis_link import MAX_CONNECTIONS
 from worker.sandbox.control import RunningExchange
 
-#: What the README promises of a worker process, and of a producer for each thread or task that is in a call of it.
+#: What the README promises of a worker process, and of a client, whatever number of threads or tasks uses it.
 PER_WORKER = 4
-PER_CALLER = 2
+PER_CLIENT = 4
 #: Of a worker's, those of its event loop: one for the claim that waits at the queue, one for all else.
 IN_THE_LOOP = 2
 OURS = "the-test"
@@ -154,7 +155,7 @@ def test_a_stopped_worker_holds_none(valkey: Valkey, workers: Workers, exchange:
 def test_a_client_holds_one_and_one_more_while_it_waits(
     valkey: Valkey, workers: Workers, exchange: RunningExchange
 ) -> None:
-    """A client in one thread holds one connection, two while it waits for an outcome; each thread adds as many."""
+    """A client in one thread holds one connection, and one more that listens while somebody waits."""
     (order,) = exchange.add_orders(1)
     with Count(valkey.port) as count, CancelClient.from_url(valkey.url, client_name=PRODUCER) as client:
         ticket = client.cancel(algo_id=order.algo_id)
@@ -162,17 +163,74 @@ def test_a_client_holds_one_and_one_more_while_it_waits(
         client.status()
         list(client.outcomes())
         assert count.now()[1] == 1
-        waiting = [threading.Thread(target=ticket.wait, args=(20,)) for _ in range(3)]
-        for thread in waiting:
-            thread.start()
-        eventually(lambda: count.now()[1] >= 3, what="all of them wait")
+        waiting = threading.Thread(target=ticket.wait, args=(20,))
+        waiting.start()
+        eventually(lambda: count.now()[1] == 2, what="it waits")
         workers.start(CANCEL_DEADLINE_S="5", NOT_FOUND_HORIZON_S="0")
-        for thread in waiting:
-            thread.join()
+        waiting.join()
         assert client.outcome(ticket.id) is not None
-    assert count.producers <= PER_CALLER * len(waiting)
+    assert count.producers == 2
     with Count(valkey.port) as after:
         eventually(lambda: after.now()[1] == 0, what="a closed client holds none")
+
+
+@pytest.fixture
+def crowded(exchange: RunningExchange, tmp_path: Path) -> Iterator[Valkey]:
+    """A server of a small plan: twenty connections, a worker's four and the test's among them."""
+    with running_valkey("--maxclients", "20") as server:
+        environment = {"REDIS_URL": server.url, "BINANCE_BASE_URL": exchange.url}
+        fleet = Workers(tmp_path, environment | {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET})
+        fleet.start()
+        yield server
+        fleet.stop()
+
+
+def test_two_hundred_threads_share_four(crowded: Valkey, exchange: RunningExchange) -> None:
+    """Threads that cancel, wait, follow the ledger and ask for durability on one client all get their answers."""
+    orders = exchange.add_orders(200)
+
+    def ask(number: int) -> OutcomeKind:
+        if number % 50 == 0:
+            next(client.outcomes(follow=True))
+        try:
+            ticket: TicketFields = client.cancel(algo_id=orders[number].algo_id, durable=number % 20 == 0)
+        except NotDurable as error:
+            (ticket,) = error.tickets
+        assert ticket.request.algo_id == orders[number].algo_id
+        outcome = client.wait(ticket.id, 60)
+        assert outcome.algo_id == orders[number].algo_id
+        return outcome.kind
+
+    with (
+        Count(crowded.port) as count,
+        CancelClient.from_url(crowded.url, client_name=PRODUCER, timeout_s=20) as client,
+        ThreadPoolExecutor(200) as pool,
+    ):
+        kinds = list(pool.map(ask, range(200)))
+
+    assert kinds == [OutcomeKind.CANCELLED] * 200
+    assert count.producers <= PER_CLIENT
+
+
+def test_a_thousand_tasks_share_four(crowded: Valkey, exchange: RunningExchange) -> None:
+    """The same for tasks of one loop."""
+    orders = exchange.add_orders(1000)
+
+    async def ask(client: AsyncCancelClient, number: int) -> OutcomeKind:
+        ticket = await client.cancel(algo_id=orders[number].algo_id)
+        outcome = await ticket.wait(60)
+        assert (ticket.request.algo_id, outcome.algo_id) == (orders[number].algo_id,) * 2
+        return outcome.kind
+
+    async def main() -> list[OutcomeKind]:
+        async with AsyncCancelClient.from_url(crowded.url, client_name=PRODUCER, timeout_s=20) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(1000)))
+
+    with Count(crowded.port) as count:
+        kinds = asyncio.run(main())
+
+    assert kinds == [OutcomeKind.CANCELLED] * 1000
+    assert count.producers <= PER_CLIENT
 
 
 def test_the_operators_pages_hold_two(valkey: Valkey, connection: redis.Redis) -> None:
@@ -206,22 +264,3 @@ def test_the_operators_pages_hold_two(valkey: Valkey, connection: redis.Redis) -
     assert {200, 303, 404} <= codes
     assert count.looks > 20
     assert 1 <= count.producers <= 2
-
-
-def test_an_async_client_holds_as_many(valkey: Valkey, workers: Workers, exchange: RunningExchange) -> None:
-    """The same for tasks."""
-    orders = exchange.add_orders(5)
-
-    async def ask() -> None:
-        async with AsyncCancelClient.from_url(valkey.url, client_name=PRODUCER) as client:
-            tickets = await client.cancel_many(CancelRequest(order.algo_id) for order in orders)
-            await asyncio.gather(*(ticket.wait(20) for ticket in tickets))
-
-    with Count(valkey.port) as count:
-        thread = threading.Thread(target=asyncio.run, args=(ask(),))
-        thread.start()
-        eventually(lambda: count.producers >= len(orders), what="all of them wait")
-        workers.start()
-        thread.join()
-
-    assert count.producers <= PER_CALLER * len(orders)

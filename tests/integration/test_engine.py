@@ -25,7 +25,7 @@ from tests.integration.conftest import Logged
 from tests.orders import at_first_try, cancel_all, opened, outcomes, steps
 from tests.servers import Peek, Valkey, eventually
 from worker.cancel import Hold
-from worker.clock import SleepWatch
+from worker.clock import RedisClock, SleepWatch, local_ns
 from worker.sandbox.control import RunningExchange
 from worker.store import Beat, Claimed, Completed, Lease, Request, Retry, Row
 
@@ -321,11 +321,18 @@ class Host:
         self.holds: list[Hold] = []
         self._doubted: set[int | None] = set()
         self._interrupts = ""
+        self._clock: RedisClock
 
     def sleep(self) -> None:
         """Sleep for a minute."""
         self.story.append("slept")
         self._slept_ns += 60 * 10**9
+
+    def step(self) -> None:
+        """Be told a time by Redis that cannot be, as after a failover to a server whose clock is ahead."""
+        self.story.append("slept")
+        now_ns = local_ns()
+        self._clock.observe(now_ns, now_ns, self._clock.now_ms() + 60_000)
 
     def behave(self, asked: Asked) -> Said:
         """The exchange."""
@@ -341,6 +348,8 @@ class Host:
     def change(self, parts: Parts) -> None:
         """See when leases are renewed, and be able to sleep before an answer of Redis is read."""
         carry, beat = parts.canceller.carry, parts.store.beat
+
+        self._clock = parts.store.clock
 
         async def carried(lease: Lease, hold: Hold) -> Row:
             self.holds.append(hold)
@@ -384,12 +393,14 @@ def host() -> Host:
     return Host()
 
 
-def test_after_a_sleep_leases_are_renewed_before_anything_is_sent(
-    valkey: Valkey, client: CancelClient, host: Host, stack: ExitStack
+@pytest.mark.parametrize("what", ["sleep", "step"])
+def test_after_a_sleep_or_a_step_leases_are_renewed_before_anything_is_sent(
+    valkey: Valkey, client: CancelClient, host: Host, stack: ExitStack, what: str
 ) -> None:
-    """A worker that wakes in the middle of a cancel asks Redis for the job anew before its next call, and goes on."""
+    """A worker that wakes in the middle of a cancel, or sees Redis' clock set, asks Redis for the job anew before its
+    next call, and goes on."""
     server = stack.enter_context(Answerer(host.behave))
-    host.before_answers = host.sleep
+    host.before_answers = getattr(host, what)
     stack.enter_context(RunningEngine(valkey.url, server.url, 4, sleep=host.watch, change=host.change, LEASE_S="30"))
     (ticket,) = enqueued(client, 1)
 

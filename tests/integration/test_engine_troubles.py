@@ -300,3 +300,42 @@ def test_a_slow_measurement_holds_up_nobody_else(
         measured.set()
         assert {outcome.kind for outcome in outcomes(other, late)} == {OutcomeKind.CANCELLED}
     recorded_once(valkey.port, late + others, running, logged)
+
+
+# ---- after an outage of the exchange --------------------------------------------------------------------------------
+
+#: Of many jobs that back off by this, ms, some wait for longer than a test does.
+LONG = "60000"
+
+
+def test_one_success_after_an_outage_wakes_the_others(valkey: Valkey, client: CancelClient, stack: ExitStack) -> None:
+    """Jobs that wait out a long backoff because the exchange did nothing for anybody go when it does again."""
+    is_away = threading.Event()
+    is_away.set()
+    server = stack.enter_context(Answerer(lambda asked: OVERLOADED if is_away.is_set() else well(asked)))
+    stack.enter_context(RunningEngine(valkey.url, server.url, 16, BACKOFF_BASE_MS=LONG, BACKOFF_CAP_MS=LONG))
+    tickets = enqueued(client, 40)
+    eventually(lambda: server.count()["DELETE"] >= 40, 25, "all have failed")
+    time.sleep(1.1)  # what is shorter is no outage
+    is_away.clear()
+    tickets += enqueued(client, 1, first=101)
+
+    found = outcomes(client, tickets, 25)
+
+    assert {outcome.kind for outcome in found} == {OutcomeKind.CANCELLED}
+
+
+def test_waking_stops_at_the_next_failure(valkey: Valkey, client: CancelClient, stack: ExitStack) -> None:
+    """One success that was chance does not send all of them into an exchange that is still away."""
+    server = stack.enter_context(Answerer(lambda asked: well(asked) if asked.algo_id == 101 else OVERLOADED))
+    stack.enter_context(RunningEngine(valkey.url, server.url, 64, BACKOFF_BASE_MS=LONG, BACKOFF_CAP_MS=LONG))
+    late = enqueued(client, 60)
+    eventually(lambda: server.count()["DELETE"] >= 60, 25, "all have failed")
+    time.sleep(1.1)
+    before = server.count()["DELETE"]
+    assert outcomes(client, enqueued(client, 1, first=101), 25)[0].kind is OutcomeKind.CANCELLED
+    eventually(lambda: server.count()["DELETE"] > before + 1, 25, "one is woken")
+    time.sleep(0.5)
+
+    assert server.count()["DELETE"] < before + 30
+    assert not client.outcomes_of(ticket.id for ticket in late)

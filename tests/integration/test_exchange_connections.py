@@ -12,6 +12,7 @@ import time
 import pytest
 
 from producer.message import Call
+from tests.fault.proxy import Proxy
 from tests.loopback import (
     DONE,
     LOOPBACK,
@@ -227,6 +228,36 @@ def test_connections_that_nobody_needs_are_closed(loop_bench: Bench, credential:
     assert server.connections == 4
     until(lambda: client.cancel(credential) and len(ended) == 3)
     assert server.connections == 4
+
+
+def test_what_was_idle_as_long_as_a_silent_connection_is_not_used(loop_bench: Bench, credential: Credential) -> None:
+    """A firewall that forgot one flow for its silence forgot those, too: the next call opens a connection."""
+    server = loop_bench.server(answering(http_answer()))
+    with Proxy(server.port) as firewall:
+        client = loop_bench.client(firewall.http_url, recv_window_ms=60_000)
+        client.run(several(client, credential, 4))
+        before = server.connections
+        time.sleep(1.1)
+        firewall.forget_flows()
+        failed(client.patient_cancel(credential), seen=True, reason="no answer: TimeoutError")
+        assert replied(client.patient_cancel(credential)).http == 200
+        assert server.connections == before + 1
+
+
+def test_connections_are_kept_warm_though_they_were_forgotten(loop_bench: Bench) -> None:
+    """A warm connection that does not answer is replaced: the next cancel does not meet it."""
+
+    def behave(peer: Peer) -> None:
+        while peer.read_head():
+            peer.send(http_answer(b'{"serverTime":1760000000000}'))
+
+    server = loop_bench.server(behave)
+    with Proxy(server.port) as firewall:
+        client = loop_bench.client(firewall.http_url, recv_window_ms=60_000)
+        assert client.run(client.exchange.keep_warm()) == 2
+        firewall.forget_flows()
+        assert client.run(client.exchange.keep_warm()) == 2
+        assert server.connections == 4
 
 
 def test_no_more_connections_are_kept_than_allowed(loop_bench: Bench, credential: Credential) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,7 +21,11 @@ from producer import CancelClient, Outcome, OutcomeKind
 from producer.keys import JobField
 from producer.message import decode_attempts
 from tests.engines import HELD_S, Answerer, Asked, RunningEngine, Said, enqueued, well
+from tests.fault.proxy import Proxy
+from tests.orders import cancel_all, outcomes
+from tests.orders import opened as opened_orders
 from tests.servers import Peek, Valkey, eventually
+from worker.sandbox.control import RunningExchange
 
 GONE = Said(HTTPStatus.BAD_REQUEST, {"code": -2011, "msg": "Unknown order sent."})
 NOT_THERE = Said(HTTPStatus.BAD_REQUEST, {"code": -2013, "msg": "Order does not exist."})
@@ -188,17 +193,47 @@ def test_slow_for_everybody_is_waited_for(valkey: Valkey, client: CancelClient, 
     assert exchange.count(C) == 64
 
 
-def test_a_stop_waits_for_no_silence(valkey: Valkey, client: CancelClient, opened: Opened, peek: Peek) -> None:
-    """Jobs that wait here for an answer which may still come are handed back at once, with their history."""
-    exchange, url = opened(lambda asked, _: None if asked.method == C else BAD_KEY)
+def test_a_stop_waits_for_what_is_in_flight(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
+    """A worker that leaves looks nothing up any more; the answer of a silent call is waited for like any other."""
+    exchange, url = opened(lambda asked, _: None)
     with RunningEngine(valkey.url, url, 4, BINANCE_RECV_WINDOW_MS=LONG) as running:
+        tickets = enqueued(client, 4)
+        eventually(lambda: exchange.count(C) == 4, 25, "all are under way")
+        running.stop()
+        time.sleep(1.5)  # they are silent by now
+        exchange.speak()
+        found = [ticket.wait(25) for ticket in tickets]
+    assert [told(outcome) for outcome in found] == [[("cancel", "confirmed")]] * 4
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_a_stop_hands_back_what_stays_silent(
+    valkey: Valkey, client: CancelClient, opened: Opened, peek: Peek, size: int
+) -> None:
+    """When the attempt's time is over, the job goes back with its history, and who comes next looks the order up."""
+    exchange, url = opened(lambda asked, _: None)
+    with RunningEngine(valkey.url, url, size, BINANCE_RECV_WINDOW_MS="2500") as running:
         (ticket,) = enqueued(client, 1)
-        eventually(lambda: exchange.count(Q), 25, "the order is looked up")
+        eventually(lambda: exchange.count(C), 25, "it is under way")
         running.stop()
         eventually(running.has_ended, 20, "it has ended")
-    assert client.outcome(ticket.id) is None
     history = decode_attempts(peek("HGET", peek.keys.job_prefix + ticket.id, JobField.ATTEMPTS))
-    assert (history[0].call, history[0].verdict) == ("cancel", "unclear")
+    assert [(attempt.call, attempt.verdict) for attempt in history] == [("cancel", "unclear")]
+    exchange.behave = lambda asked, _: state(asked, "CANCELED")
+    with RunningEngine(valkey.url, url, 4, "other"):
+        assert told(ticket.wait(25)) == [("cancel", "unclear"), ("query", "canceled")]
+
+
+def test_burst_on_forgotten_connections(valkey: Valkey, client: CancelClient, exchange: RunningExchange) -> None:
+    """When all flows to the exchange have been forgotten in a calm, the next burst waits for none of them."""
+    with (
+        Proxy(urlsplit(exchange.url).port or 0) as firewall,
+        RunningEngine(valkey.url, firewall.http_url, 32, BINANCE_RECV_WINDOW_MS=LONG),
+    ):
+        for _ in range(2):
+            tickets = cancel_all(client, opened_orders(exchange, 60))
+            assert {found.kind for found in outcomes(client, tickets, 25)} == {OutcomeKind.CANCELLED}
+            firewall.forget_flows()
 
 
 # ---- by client id ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.message import MAX_MSG_CHARS, Attempt, Call, Outcome, OutcomeKind, decode_outcome, encode_attempts
-from worker.classify import Means, Verdict
+from worker.classify import SILENCE, Means, Verdict
 from worker.decide import (
     MAX_HISTORY,
     UNREADABLE,
@@ -66,7 +66,9 @@ def _history(chance: random.Random) -> list[Attempt]:
         for _ in range(chance.choice((3, 60, 190, 260))):
             at_ms += chance.choice((0, 10, 500, 7_000))
             took_ms = chance.choice((0, 20, 4_000, 60_000))
-            history.append(_attempt(len(history) + 1, at_ms, chance.choice(life), took_ms))
+            attempt = _attempt(len(history) + 1, at_ms, chance.choice(life), took_ms)
+            is_silent = attempt.verdict == Means.UNCLEAR and chance.random() < 0.7
+            history.append(dataclasses.replace(attempt, msg=SILENCE) if is_silent else attempt)
     return history
 
 

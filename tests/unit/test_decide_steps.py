@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from producer.message import Attempt, Call, OutcomeKind
-from worker.classify import Failure, Means, OrderRef, Reply, classify
+from worker.classify import SILENCE, Failure, Means, OrderRef, Reply, Verdict, classify
 from worker.decide import (
     BLIND_CANCEL_MS,
     LAST_TRY_MS,
@@ -25,6 +25,7 @@ from worker.decide import (
     first_step,
     in_doubt,
     last_status,
+    looks_up_a_silence,
     next_step,
 )
 
@@ -58,6 +59,7 @@ def state(status: str, created_ms: int | None = T0 - 60_000, child: str = "") ->
 
 OK = Reply(200, json.dumps({"algoId": ALGO_ID, "clientAlgoId": CLIENT_ID, "code": "200", "msg": "success"}).encode())
 TIMEOUT = Failure(True, "ReadTimeout")
+SILENT = Failure(True, SILENCE)
 NO_CONNECTION = Failure(False, "ConnectionRefusedError")
 GONE = refusal(400, -2011, "Unknown order sent.")
 NOT_THERE = refusal(400, -2013, "Order does not exist.")
@@ -192,6 +194,13 @@ PROCEDURE: list[tuple[str, list[Answer], list[str], str]] = [
     ("-2011, query refused", [GONE, BAD_KEY], [C, Q], "refused"),
     ("timeout, query refused", [TIMEOUT, BAD_KEY], [C, Q], "unknown"),
     ("timeout, NEW at once, refused", [TIMEOUT, NEW, BAD_KEY], [C, Q, C], "unknown"),
+    # silence is a doubt, but not for good: what is said when it cannot strike any more is believed
+    ("silence, query CANCELED", [SILENT, CANCELED], [C, Q], "cancelled"),
+    ("silence, query silent, NEW, confirmed", [SILENT, SILENT, NEW, OK], [C, Q, Q, C], "cancelled"),
+    ("silence, query refused, and refused later", [SILENT, BAD_KEY], [C, Q, Q], "refused"),
+    ("silence, query refused, CANCELED later", [SILENT, BAD_KEY, CANCELED], [C, Q, Q], "cancelled"),
+    ("silence, NEW at once, refused", [SILENT, NEW, BAD_KEY], [C, Q, C, Q], "refused"),
+    ("silence and a timeout, refused", [SILENT, NEW, TIMEOUT, BAD_KEY], [C, Q, C, Q], "unknown"),
 ]
 
 
@@ -239,6 +248,7 @@ BOUNDS: list[tuple[str, list[Answer], dict[str, Any], list[str] | int, str]] = [
         [C, Q],
         "cancelled",
     ),
+    ("silence, refused, the deadline within its window", [SILENT, BAD_KEY], {"deadline_s": 3}, [C, Q, Q], "unknown"),
     ("two allowed: no second cancel", [GONE, NEW, OK], {"policy": Policy(max_attempts=2)}, [C, Q], "gave_up"),
     ("three allowed: none after NEW", [TIMEOUT, NEW, OK], {"policy": Policy(max_attempts=3)}, [C, Q], "unknown"),
 ]
@@ -255,7 +265,9 @@ def test_the_bounds(answers: list[Answer], how: dict[str, Any], calls: list[str]
 # ---- not found ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("first", "kind"), [(GONE, "not_found"), (TIMEOUT, "unknown"), (NOT_THERE, "not_found")])
+@pytest.mark.parametrize(
+    ("first", "kind"), [(GONE, "not_found"), (TIMEOUT, "unknown"), (NOT_THERE, "not_found"), (SILENT, "not_found")]
+)
 @pytest.mark.parametrize("roll", [0.01, 0.5, 0.99])
 def test_no_such_order_is_believed_at_the_horizon(first: Answer, kind: str, roll: float) -> None:
     """It is asked again until the horizon, and then cancelled once more and asked; a doubt before makes it unknown."""
@@ -267,6 +279,13 @@ def test_no_such_order_is_believed_at_the_horizon(first: Answer, kind: str, roll
     assert played.calls == [C] + [Q] * (len(played.calls) - 3) + [C, Q]
     assert "no such order" not in (played.stop.error or "")
     assert "400 -2013 Order does not exist." in (played.stop.error or "")
+
+
+def test_no_such_order_is_not_believed_while_a_silent_cancel_may_strike() -> None:
+    """With a short horizon it is asked until the window of the silent cancel has closed, and once more."""
+    played = play([SILENT, NOT_THERE], policy=Policy(not_found_horizon_ms=0), roll=0.9)
+    assert played.kind == "not_found"
+    assert played.history[-1].at_ms >= T0 + WINDOW_MS
 
 
 def test_asking_for_a_lost_order_costs_no_attempts() -> None:
@@ -572,6 +591,40 @@ def test_a_time_beyond_the_deadline_leaves_a_last_try() -> None:
 def test_the_first_query_does_not_wait(first: Answer) -> None:
     """What became of an unclear or refused cancel is asked at once."""
     assert play([first, CANCELED]).delays == [0]
+
+
+@pytest.mark.parametrize(("roll", "delays"), [(0.0, [0, 15] * 2 + [0, 0]), (0.999, [19, 29] * 2 + [0, 3_196])])
+def test_silence_is_followed_by_short_pauses_at_first(roll: float, delays: list[int]) -> None:
+    """The look-up is spread by chance, an open order gets a moment; where silence goes on, a backoff is added."""
+    assert play([SILENT, NEW, SILENT, NEW, SILENT, NEW, OK], roll=roll).delays == delays
+
+
+def test_a_silence_is_told_from_an_answer_that_leaves_it_open() -> None:
+    """Only what is asked because nothing came back is a look-up that waits its turn."""
+    silent = dataclasses.replace(attempt(Means.UNCLEAR), msg=SILENCE)
+    assert [looks_up_a_silence(history) for history in ([], [attempt(Means.UNCLEAR)], [silent])] == [False, False, True]
+
+
+def test_an_id_is_free_only_when_no_cancel_by_it_may_strike() -> None:
+    """A state that frees the client id is asked for once more then, and is the outcome; ours is ours all the same."""
+    case = dataclasses.replace(CASE, strikes_until_ms=T0 + 900)
+    for means, call, kind in (
+        (Means.CONFIRMED, Call.CANCEL, "cancelled"),
+        (Means.CANCELED, Call.QUERY, "cancelled"),
+        (Means.TRIGGERED, Call.QUERY, "triggered"),
+        (Means.EXPIRED, Call.QUERY, "expired"),
+        (Means.REJECTED, Call.QUERY, "rejected"),
+    ):
+        history = [attempt(Means.UNCLEAR), attempt(means, call, T0 + 100, 2)]
+        step = next_step(case, history, Verdict(means), POLICY, T0 + 150, 0.5)
+        assert step == Again(Call.QUERY, 750)
+        stop = next_step(case, history, Verdict(means), POLICY, T0 + 900, 0.5)
+        assert isinstance(stop, Stop)
+        assert stop.kind == kind
+    settled = [attempt(Means.NO_SUCH_ORDER), attempt(Means.CONFIRMED, n=2), attempt(Means.CANCELED, Call.QUERY, n=3)]
+    stop = next_step(CASE, settled, Verdict(Means.CANCELED), POLICY, T0 + 900, 0.5)
+    assert isinstance(stop, Stop)
+    assert stop.kind == "cancelled"
 
 
 def test_an_open_order_is_cancelled_again_after_a_backoff() -> None:

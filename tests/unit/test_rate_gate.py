@@ -14,7 +14,7 @@ from producer.message import Call
 from worker.classify import Means, Verdict
 from worker.clock import local_ns
 from worker.decide import BAN_PAUSE_MS, LIMIT_PAUSE_MS, Policy, Span
-from worker.rate_gate import DEFAULT_WEIGHT_LIMIT, NO_QUERIES_AT, RAMP_MS, Gate, ms_to_next_minute
+from worker.rate_gate import DEFAULT_WEIGHT_LIMIT, NO_QUERIES_AT, RAMP_MS, Gate, LookUps, ms_to_next_minute
 
 NOW_MS = 1_700_000_000_000
 LIMITED = Verdict(Means.LIMITED, 429, -1003, "Too many requests.", retry_after_ms=3000)
@@ -247,6 +247,30 @@ def test_last_quarter_is_for_cancels(gate: Gate) -> None:
 
     assert [gate.allows(Call.QUERY, used) for used in (0, edge - 1, edge)] == [True, True, False]
     assert gate.allows(Call.CANCEL, edge)
+
+
+def test_look_ups_after_silences_have_a_quarter_of_what_is_left(gate: Gate) -> None:
+    """A wave of silences does not eat up the minute; the next minute begins anew, and cancels and others go on."""
+    used = 0
+    while gate.allows(Call.QUERY, used, True):
+        gate.looked_up += 1
+        used += 1
+    assert used == DEFAULT_WEIGHT_LIMIT // 5  # a quarter of what is left then
+    assert gate.allows(Call.QUERY, used)
+    assert gate.allows(Call.CANCEL, used)
+    assert gate.allows(Call.QUERY, 0, True)
+
+
+def test_few_look_up_where_most_are_silent() -> None:
+    """A quarter of the flight at a time, a sixteenth where most of it is silent; each that ends makes room for two."""
+    look_ups, waiting = LookUps(64), [asyncio.Event() for _ in range(3)]
+    assert [look_ups.begin(33, 64) for _ in range(5)] == [True] * 4 + [False]
+    assert [look_ups.begin(32, 64) for _ in range(13)] == [True] * 12 + [False]
+    look_ups.waiting.extend(waiting)
+    look_ups.end()
+    assert [event.is_set() for event in waiting] == [True, True, False]
+    assert look_ups.begin(1, 64)
+    assert [LookUps(1).begin(1, 1), LookUps(1).part] == [True, 1]
 
 
 @given(st.integers(0, 5 * 10**12))

@@ -1,0 +1,223 @@
+"""How waiting ends, and what callers owe each other: limits, durable calls, the ledger's gaps."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import redis
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from producer import (
+    AsyncCancelClient,
+    CancelClient,
+    CancelRequest,
+    LedgerGap,
+    NotDurable,
+    OutcomeKind,
+    QueueUnavailable,
+    UnknownRequest,
+    WaitTimeout,
+)
+from producer.keys import Keys
+from tests.exporting import append, record
+from tests.fault.proxy import Proxy
+from tests.servers import Valkey, Workers, confirms_durability, eventually, running_valkey
+from tests.strategies import blocked
+
+KEYS = Keys()
+
+
+@pytest.fixture(params=[CancelClient, AsyncCancelClient])
+def either(request: pytest.FixtureRequest, valkey: Valkey) -> Iterator[tuple[Any, asyncio.Runner]]:
+    """Either client, and what runs its coroutines."""
+    client = request.param.from_url(valkey.url)
+    with asyncio.Runner() as runner:
+        yield client, runner
+        ended(client.close(), runner)
+
+
+def ended(value: Any, runner: asyncio.Runner) -> Any:
+    """The value, awaited where it has to be."""
+
+    async def wait() -> Any:
+        return await value
+
+    return runner.run(wait()) if hasattr(value, "__await__") else value
+
+
+# ---- ends -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_removed_ends_the_wait(either: tuple[Any, asyncio.Runner], connection: redis.Redis) -> None:
+    """Whoever waits without a time-out is told once a person has removed the request."""
+    client, runner = either
+    ticket = ended(client.cancel(algo_id=7), runner)
+
+    def remove() -> None:
+        eventually(lambda: connection.info("clients")["blocked_clients"], what="somebody waits")
+        Job.fetch(ticket.id, connection=connection, serializer=JSONSerializer).delete()
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    with pytest.raises(UnknownRequest, match=f"{ticket.id} is not among the requests") as caught:
+        ended(ticket.wait(), runner)
+    remover.join()
+    assert caught.value.job_ids == (ticket.id,)
+
+
+def test_what_has_expired_ends_the_wait_at_once(
+    either: tuple[Any, asyncio.Runner], workers: Workers, connection: redis.Redis
+) -> None:
+    """An outcome whose record has run out is not waited for, though RQ keeps the failed job; nor is what never was."""
+    client, runner = either
+    workers.start()
+    ticket = ended(client.cancel(algo_id=7, account="nobody"), runner)
+    assert ended(ticket.wait(20), runner).kind is OutcomeKind.REFUSED
+    connection.delete(KEYS.outcome_prefix + ticket.id)
+
+    with pytest.raises(UnknownRequest):
+        ended(ticket.wait(), runner)
+    with pytest.raises(UnknownRequest):
+        ended(client.wait("nobody-knows"), runner)
+
+
+def test_what_a_worker_has_in_hand_is_waited_for(either: tuple[Any, asyncio.Runner], connection: redis.Redis) -> None:
+    """A job that is removed under a worker's hands is waited for as long as it is held."""
+    client, runner = either
+    ticket = ended(client.cancel(algo_id=1), runner)
+    connection.zadd(KEYS.unfinished, {ticket.id: time.time() * 1000 + 60_000})
+    connection.delete(KEYS.job_prefix + ticket.id)
+    with pytest.raises(WaitTimeout):
+        ended(ticket.wait(0.1), runner)
+
+    connection.zrem(KEYS.unfinished, ticket.id)
+    with pytest.raises(UnknownRequest):
+        ended(ticket.wait(), runner)
+
+
+def test_a_time_out_says_who_serves(either: tuple[Any, asyncio.Runner], workers: Workers) -> None:
+    """It tells whether the request stands and whether anybody works on the queue."""
+    client, runner = either
+    ticket = ended(client.cancel(client_algo_id="x"), runner)
+    with pytest.raises(WaitTimeout, match="the request goes on: NO LIVE WORKER serves queue cancels") as caught:
+        ended(ticket.wait(0.1), runner)
+    assert caught.value.is_served is False
+    workers.start(CANCEL_DEADLINE_S="60", BACKOFF_CAP_MS="60000", NOT_FOUND_HORIZON_S="3600")
+    time.sleep(1.1)  # who serves is asked once a second
+    with pytest.raises(WaitTimeout, match="the request goes on: a live worker serves queue cancels") as caught:
+        ended(ticket.wait(0), runner)
+    assert caught.value.is_served is True
+
+
+def test_a_listener_that_is_cut_off_comes_back(valkey: Valkey, client: CancelClient, workers: Workers) -> None:
+    """Waiters and followers do not notice that the connection which carries them was lost."""
+    with Proxy(valkey.port) as proxy, CancelClient.from_url(proxy.redis_url) as mine, ThreadPoolExecutor(9) as pool:
+        tickets = mine.cancel_many(CancelRequest(algo_id=number, account="nobody") for number in range(1, 9))
+        waiting = [pool.submit(ticket.wait, 60) for ticket in tickets]
+        following = pool.submit(next, mine.outcomes(follow=True))
+        for _ in range(3):
+            eventually(lambda: blocked(client), what="they listen")
+            proxy.reset_peer()
+        workers.start()
+        assert {each.result(60).kind for each in waiting} == {OutcomeKind.REFUSED}
+        assert following.result(60)[1].kind is OutcomeKind.REFUSED
+
+
+# ---- the ledger -----------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_fell_behind_is_told(either: tuple[Any, asyncio.Runner], connection: redis.Redis) -> None:
+    """Entries that were trimmed unread are told, once, with where to go on; who is up to date is told nothing."""
+    client, runner = either
+
+    async def read(after: str, most: int = 99) -> list[tuple[str, int | None]]:
+        entries = client.outcomes(after)
+        if hasattr(entries, "__anext__"):
+            return [(entry, outcome.algo_id) async for entry, outcome in entries][:most]
+        return [(entry, outcome.algo_id) for entry, outcome in entries][:most]
+
+    for number in range(1, 11):
+        append(connection, record(number))
+    ids = [entry for entry, _ in runner.run(read("0-0"))]
+    connection.xtrim(KEYS.outcomes, maxlen=4, approximate=False)
+
+    with pytest.raises(LedgerGap, match="the ledger was trimmed beyond") as caught:
+        runner.run(read(ids[2]))
+    assert (caught.value.after, caught.value.first) == (ids[2], ids[6])
+    assert [number for _, number in runner.run(read(caught.value.resume))] == [7, 8, 9, 10]
+    assert [len(runner.run(read(position))) for position in (ids[6], ids[9], "0-0")] == [3, 0, 4]
+
+
+def test_an_old_position_of_a_whole_ledger_misses_nothing(client: CancelClient, connection: redis.Redis) -> None:
+    """A time from before the first entry is no gap where nothing was ever trimmed."""
+    append(connection, record(1))
+
+    assert [outcome.algo_id for _, outcome in client.outcomes("1700000000000")] == [1]
+
+
+# ---- what callers owe each other ------------------------------------------------------------------------------------
+
+
+def test_a_durable_call_holds_up_nobody() -> None:
+    """While ten wait for a disk that does not come, others' cancels go out at once, also durable ones' requests."""
+    if not confirms_durability():
+        pytest.skip("this server has no WAITAOF")
+    with (
+        running_valkey("--appendonly", "yes", "--appendfsync", "no") as server,
+        CancelClient.from_url(server.url, timeout_s=30) as client,
+        redis.Redis(port=server.port) as connection,
+        ThreadPoolExecutor(10) as pool,
+    ):
+        client.cancel(algo_id=1)
+        waiting = [pool.submit(client.cancel, algo_id=number, durable=True) for number in range(2, 12)]
+        eventually(lambda: connection.llen(KEYS.waiting) == 11, what="their requests are on the queue")
+        eventually(lambda: blocked(client), what="they wait for the disk")
+        for number in range(100, 150):
+            client.cancel(algo_id=number)
+        assert blocked(client)  # all of that while they waited
+        assert not any(each.done() for each in waiting)
+        for each in waiting:
+            assert isinstance(each.exception(60), NotDurable)
+
+
+def test_durable_calls_are_confirmed_together() -> None:
+    """Many durable calls at once share the waits for the disk."""
+    if not confirms_durability():
+        pytest.skip("this server has no WAITAOF")
+    with (
+        running_valkey("--appendonly", "yes", "--appendfsync", "everysec") as server,
+        CancelClient.from_url(server.url, timeout_s=10) as client,
+        ThreadPoolExecutor(30) as pool,
+    ):
+        began = time.monotonic()
+        tickets = list(pool.map(lambda number: client.cancel(algo_id=number, durable=True), range(1, 31)))
+        assert len({ticket.id for ticket in tickets}) == 30
+        assert time.monotonic() - began < 15  # one after the other they would take half a minute
+
+
+def test_whose_limit_it_was() -> None:
+    """A server without a connection left is told apart from a client whose connections are all taken."""
+    with running_valkey("--maxclients", "1") as server, redis.Redis(port=server.port) as first:
+        first.ping()
+        with (
+            CancelClient.from_url(server.url) as client,
+            pytest.raises(QueueUnavailable, match=r"its own limit, maxclients, is reached\) \[redis://127.0.0.1"),
+        ):
+            client.cancel(algo_id=1)
+    with running_valkey() as server, Proxy(server.port) as proxy, ThreadPoolExecutor(8) as pool:
+        with CancelClient.from_url(proxy.redis_url, timeout_s=1) as client:
+            client.status()
+            proxy.timeout(True)
+            many = [CancelRequest(algo_id=number) for number in range(1, 1001)]  # as much as fits in one write
+            calls = [pool.submit(client.cancel_many, many) for _ in range(8)]
+            said = [str(call.exception(60)) for call in calls]
+        proxy.timeout(False)
+    assert any("all 2 connections of this client were taken" in each and "its own limit" in each for each in said)
+    assert any("Redis did not answer (TimeoutError)" in each for each in said)
