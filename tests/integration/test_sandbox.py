@@ -199,18 +199,6 @@ def test_a_killed_worker_fails_the_run_but_no_order(shell: Shell) -> None:
     assert len(list(Path(kept[1]).glob("worker-*.log"))) == 2
 
 
-def test_without_any_worker_left_the_orders_are_shown(shell: Shell) -> None:
-    """When nobody is left to work, the run ends and the report names requests without an outcome."""
-    with shell.running("--orders", "2000", "--workers", "1", "--concurrency", "1") as process:
-        (worker,) = shell.started(1)
-        os.kill(int(worker["pid"]), signal.SIGKILL)
-        output, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1, errors
-    assert "FAILED: different from the exchange's book: no_outcome" in output
-    assert output.count("no_outcome: no outcome was recorded") == 10
-    assert "the workers' logs are in" in errors
-
-
 @pytest.mark.parametrize("arguments", [("--faults", "most"), ("--orders", "0"), ("--port", "8000")])
 def test_bad_usage(shell: Shell, arguments: tuple[str, str]) -> None:
     """A wrong value, or a port without --serve, is refused by the option's name before anything starts."""
