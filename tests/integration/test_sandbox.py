@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.servers import ROOT, eventually, scrubbed
+from tests.servers import ROOT, eventually, python, scrubbed
 
 TIMEOUT_S = 40.0
 
@@ -38,15 +38,7 @@ class Shell:
         return [sys.executable, "-m", "worker", "sandbox", *arguments]
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments),
-            cwd=ROOT,
-            env=self.environment(environment),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        return python(*self.command(*arguments)[1:], **self.environment(environment))
 
     @contextlib.contextmanager
     def running(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
