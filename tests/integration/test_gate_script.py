@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from producer import CancelClient, CancelRequest
-from tests.holders import OVERLOOKED_BUSY_MS, OpenHolder, age, ids, orders
+from tests.holders import OVERLOOKED_BUSY_MS, OpenHolder, age, ids, later, orders
 from tests.servers import Peek, eventually
 from worker.store import Suspect
 
@@ -65,6 +65,20 @@ def test_a_full_server_closes_the_gate(open_holder: OpenHolder, connection: redi
         assert other.ask(other.store.key(SUSPECT, "ask", "job", 1, 60_000)) == (probe_at_ms, "401")
     finally:
         connection.config_set("maxmemory", 0)
+
+
+def test_what_waited_for_its_key_goes_on_when_it_is_accepted(client: CancelClient, open_holder: OpenHolder) -> None:
+    """Jobs that were put off for a refused key are given as soon as any request with it is accepted."""
+    (ticket,) = orders(client, 1)
+    holder = open_holder()
+    holder.complete(later(holder.claim()[0], 60_000))
+    for what, word in (("failed", "401"), ("ask", ticket.id)):
+        holder.ask(holder.store.key(SUSPECT, what, word, 1, 60_000))
+    assert holder.claim() == []
+
+    holder.ask(holder.store.key(SUSPECT, "answered", "", 1, 60_000))
+
+    assert ids(holder.claim()) == [ticket.id]
 
 
 @pytest.mark.parametrize("until_ms", ["9" * 5000, "9" * 17, "abc", ""])
