@@ -68,17 +68,19 @@ def test_a_full_server_closes_the_gate(open_holder: OpenHolder, connection: redi
 
 
 def test_what_waited_for_its_key_goes_on_when_it_is_accepted(client: CancelClient, open_holder: OpenHolder) -> None:
-    """Jobs that were put off for a refused key are given as soon as any request with it is accepted."""
-    (ticket,) = orders(client, 1)
-    holder = open_holder()
-    holder.complete(later(holder.claim()[0], 60_000))
-    for what, word in (("failed", "401"), ("ask", ticket.id)):
+    """Jobs that were put off for a refused key are given as soon as any request with it is accepted, to a stock worker
+    that pops one too."""
+    one, two = orders(client, 2)
+    holder, stock = open_holder(), open_holder("stock")
+    holder.complete(*(later(lease, 60_000) for lease in holder.claim()))
+    for what, word in (("failed", "401"), ("ask", one.id), ("ask", two.id)):
         holder.ask(holder.store.key(SUSPECT, what, word, 1, 60_000))
-    assert holder.claim() == []
+    assert (holder.claim(), stock.claim_one(two.id).why_not) == ([], "scheduled")
 
     holder.ask(holder.store.key(SUSPECT, "answered", "", 1, 60_000))
 
-    assert ids(holder.claim()) == [ticket.id]
+    assert ids(stock.claim_one(two.id).leases) == [two.id]
+    assert ids(holder.claim()) == [one.id]
 
 
 @pytest.mark.parametrize("until_ms", ["9" * 5000, "9" * 17, "abc", ""])
