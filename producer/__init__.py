@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -72,9 +71,11 @@ def __getattr__(name: str) -> object:
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return importlib.metadata.version("algo-cancel-queue")
-    except importlib.metadata.PackageNotFoundError:  # a copied folder
+        return version("algo-cancel-queue")
+    except PackageNotFoundError:  # a copied folder
         return "unknown"
 
 

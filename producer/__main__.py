@@ -6,6 +6,7 @@ The only place of the package that reads the environment. It is built with click
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -155,6 +156,10 @@ def _client_as(kind: type[C], redis_url: str, queue: str) -> Iterator[C]:
 @click.version_option(__version__, prog_name="python -m producer", message="%(prog)s %(version)s")
 def cli() -> None:
     """Ask for conditional orders to be cancelled, and learn what became of each."""
+    found = importlib.util.find_spec("worker")
+    place = None if found is None or found.origin is None else Path(found.origin)
+    if place is not None and place.parent.parent != Path(__file__).parent.parent:
+        _say(f"Note: here `worker` is {place}, not this project's: start workers in another directory")
 
 
 # --- cancel -------------------------------------------------------------------------------------------------------

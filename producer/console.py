@@ -26,7 +26,7 @@ from producer.message import (
 )
 from producer.protocol import TicketFields
 from producer.redis_url import FORMS, OPTIONS, Address, BadRedisUrl
-from producer.waiting import look
+from producer.waiting import LOOK_S, look
 
 C = TypeVar("C", bound=CancelClient)
 #: Bad lines of a file that are reported one by one.
@@ -194,9 +194,12 @@ def collect(
     pending = list(dict.fromkeys(job_ids))
     pause_s = _FIRST_PAUSE_S
     in_vain: dict[str, Exception] = {}
+    gone_at = ends_at - timeout_s
     while True:
         began = time.monotonic()
-        for job_id, end in client.converse(look(client.keys, pending)).items():
+        is_due = began >= gone_at  # to look for what nobody knows any more costs more than a look for outcomes
+        gone_at = began + LOOK_S if is_due else gone_at
+        for job_id, end in client.converse(look(client.keys, pending, for_the_gone=is_due)).items():
             if isinstance(end, Outcome):
                 found[job_id] = end
             else:

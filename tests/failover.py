@@ -170,14 +170,8 @@ def http_server() -> Iterator[str]:
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
     """A node of a Cluster."""
-    port = next(port for port in iter(free_port, 0) if port < 55_000)  # the nodes talk at one 10,000 higher
-    with tempfile.TemporaryDirectory() as directory:
-        node = Valkey(Path(directory), ("--cluster-enabled", "yes"), port)
-        try:
-            node.start()
-            yield node.url
-        finally:
-            node.stop(signal.SIGKILL)
+    with running_valkey("--cluster-enabled", "yes") as node:
+        yield node.url
 
 
 @contextlib.contextmanager

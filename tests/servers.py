@@ -56,10 +56,12 @@ def eventually(condition: Callable[[], object], timeout_s: float = 30.0, what: s
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback that nobody listens on right now; a node of a Cluster needs one 10,000 higher as well."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            if (port := int(probe.getsockname()[1])) < 55_000:
+                return port
 
 
 def server_binary() -> str:

@@ -12,6 +12,7 @@ if __name__ == "__main__":
         signal.signal(_number, lambda *_: os._exit(0))
 
 import contextlib
+import importlib.util
 import io
 import sys
 import warnings
@@ -20,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+if (_at := getattr(importlib.util.find_spec("producer"), "origin", "")) and not Path(_at).samefile(
+    Path(__file__).parent.parent / "producer" / "__init__.py"
+):
+    sys.exit(f"Error: here `producer` is {_at}, not this project's: start the worker in another directory")
 
 from worker import log, output
 from worker.settings import (
@@ -89,6 +95,7 @@ def _settings(queue: str | None = None, concurrency: str | None = None) -> Setti
     epilog=_EPILOG,
     context_settings={"max_content_width": 118, "help_option_names": ["-h", "--help"]},
 )
+@click.version_option(package_name="algo-cancel-queue", prog_name="python -m worker", message="%(prog)s %(version)s")
 @click.option("--queue", metavar="Q", help="Queue to serve, instead of CANCEL_QUEUE.")
 @click.option("--concurrency", metavar="N", help="Requests in flight at the most, instead of WORKER_CONCURRENCY.")
 @click.option("--burst", is_flag=True, help="Leave when queue, retries and leases are empty.")

@@ -17,7 +17,7 @@ from uuid import uuid4
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, suspect_of
+from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, WorkerField, suspect_of
 from producer.message import MAX_PAYLOAD_BYTES, Attempt, Outcome, encode_attempts
 from worker.clock import RedisClock
 
@@ -221,6 +221,7 @@ class Store:
             "OUTCOMES": keys.outcomes,
             "RESULT_PREFIX": keys.result_prefix,
             "SUSPECTS": keys.suspects,
+            "BEAT_AT_MS": WorkerField.BEAT_AT_MS,
             "BREAKER_PREFIX": keys.breaker(""),
             "HELD_PREFIX": keys.held(""),
             "GATE": self._gate,

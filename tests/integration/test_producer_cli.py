@@ -239,7 +239,7 @@ def test_a_wait_that_is_interrupted_gives_the_ids(shell: Shell, connection: redi
         stdout, stderr = process.communicate(timeout=10)
 
     assert process.returncode == 130
-    assert objects(stdout)[0]["kind"] is None
+    assert [objects(stdout)[0][name] for name in ("kind", "error")] == [None, "interrupted; the request goes on"]
     assert one_line(stderr) == "interrupted; the requests go on"
 
 
@@ -377,6 +377,41 @@ def test_an_entry_that_cannot_be_read_is_named(shell: Shell, connection: redis.R
     assert entry.decode() in one_line(done.stderr)
 
 
+def test_a_gap_of_the_ledger_is_named(shell: Shell, connection: redis.Redis) -> None:
+    """Whoever goes on after an entry that was trimmed is told so, and gets what is left."""
+    for number in range(1, 5):
+        append(connection, record(number))
+    first = shell("outcomes", "--json").stdout.splitlines()[0]
+    connection.xtrim(KEYS.outcomes, maxlen=2, approximate=False)
+
+    done = shell("outcomes", "--json", "--after", json.loads(first)["entry"])
+
+    assert (done.returncode, [each["algo_id"] for each in objects(done.stdout)]) == (0, [3, 4])
+    assert "the ledger was trimmed beyond" in one_line(done.stderr)
+
+
+def test_json_is_ascii_and_terminals_are_safe(shell: Shell, client: CancelClient, connection: redis.Redis) -> None:
+    """Words of strangers, wherever they stand, neither act on a terminal nor turn its lines around."""
+    evil = "x\x1b]0;owned\x07\u202egnol\u2066\x9b2J"
+    connection.zadd(KEYS.failed, {evil: 4e9})
+    append(connection, record(1, worker=evil, error=evil, symbol=evil))
+    connection.hset(KEYS.job_prefix + "job", "status", evil)
+    for arguments in (("outcomes",), ("outcome", "job"), ("status",), ("retry", "--failed")):
+        for option in ((), ("--json",)):
+            done = shell(*arguments, *option)
+            assert all(line.isprintable() for line in (done.stdout + done.stderr).splitlines())
+            assert not option or done.stdout.isascii()
+
+
+def test_durable_is_an_option(shell: Shell, connection: redis.Redis) -> None:
+    """Without an append-only file the request is enqueued, and the exit code and a line say what is missing."""
+    done = shell("cancel", "--algo-id", "1", "--durable", "--json")
+
+    assert (done.returncode, objects(done.stdout)[0]["algo_id"]) == (1, 1)
+    assert "enqueued, but this server cannot confirm it as durable" in one_line(done.stderr)
+    assert connection.llen(KEYS.waiting) == 1
+
+
 def test_a_record_that_cannot_be_read_is_named(shell: Shell, connection: redis.Redis) -> None:
     """It hides no other outcome, of those asked for or waited for; nobody can say that its order is off the book."""
     connection.set(KEYS.outcome_prefix + f"{1:032x}", record(1))
@@ -385,6 +420,9 @@ def test_a_record_that_cannot_be_read_is_named(shell: Shell, connection: redis.R
     done = shell("outcome", "bad", f"{1:032x}")
 
     assert done.returncode == 1
+    assert objects(shell("outcome", "bad", "--json").stdout) == [
+        {"id": "bad", "kind": None, "status": None, "error": "its record cannot be read"}
+    ]
     bad, good = done.stdout.splitlines()
     assert bad.endswith("MAY BE LIVE  its record cannot be read")
     assert "cancelled" in good

@@ -15,7 +15,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat, utcparse
 
-from producer import AsyncCancelClient, CancelClient, CancelRequest, QueueUnavailable
+from producer import AsyncCancelClient, CancelClient, CancelRequest, QueueUnavailable, WaitTimeout
 from producer.keys import Band, Keys
 from producer.status import FRESH_S, LIVE_S, Status
 from tests.exporting import append, record
@@ -469,3 +469,18 @@ def test_any_other_refusal_is_raised(connection: redis.Redis, valkey: Valkey) ->
             client.status()
     finally:
         connection.execute_command("ACL", "DELUSER", "half")
+
+
+def test_a_damaged_set_of_workers_says_nothing_of_them(client: CancelClient, connection: redis.Redis) -> None:
+    """Where nobody can tell who works on the queue, nobody says that it is unattended."""
+    ticket = client.cancel(algo_id=1)
+    assert client.status().unattended
+    connection.set(KEYS.queue_workers, "of the wrong type")
+
+    seen = client.status()
+
+    assert not seen.unattended
+    assert any("not known: their set is damaged" in line for line in seen.lines())
+    time.sleep(1.1)  # who serves is asked once a second
+    with pytest.raises(WaitTimeout, match="nobody can tell who serves"):
+        ticket.wait(0)

@@ -379,3 +379,25 @@ def test_a_request_that_rq_has_put_back_is_open_again(
     assert "refused" in cells(page(reader, f"/requests/{over.id}"))
     assert "queued Waits for a worker." in cells(page(reader, f"/requests/{back.id}"))
     assert found(reader, "2")[0] == back.id
+
+
+@pytest.mark.parametrize("key", [KEYS.failed, KEYS.outcomes, KEYS.unfinished, KEYS.waiting])
+@pytest.mark.parametrize("page", ["/failed", "/failed?kind=refused", "/search?q=7", "/search?q=stop-1", "/retry", "/"])
+def test_a_key_of_the_wrong_type_is_a_fault_of_its_own(
+    operator: FlaskClient, connection: redis.Redis, key: str, page: str
+) -> None:
+    """A page shows what other keys tell, and names the one that it would have read."""
+    pipeline = connection.pipeline()
+    settle(pipeline, outcome("r1", algo_id=7))
+    pipeline.execute()
+    connection.delete(key)
+    connection.set(key, "of the wrong type")
+
+    answer = operator.get(page)
+
+    assert answer.status_code == 200
+    if key == KEYS.failed:
+        assert f"{key}</bdi>" in answer.text
+        assert "is of the wrong type" in answer.text
+    elif page.startswith("/search?q=7"):
+        assert "r1" in answer.text

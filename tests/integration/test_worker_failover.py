@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
+import redis
 from rq.command import send_shutdown_command
 
 from producer import CancelClient, OutcomeKind, QueueUnavailable, Ticket
@@ -14,8 +19,9 @@ from tests.failover import Pair, Sentinel, direct, role, running_pair, running_s
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.integration.test_redis_reached import through
-from tests.orders import cancel_all, events, once_each, opened, outcomes
-from tests.servers import Peek, Worker, Workers, eventually, free_port
+from tests.integration.test_rq_interop import listeners
+from tests.orders import cancel_all, events, once_each, opened, outcomes, stayed_in_hand
+from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port, plain
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -51,10 +57,14 @@ def fleet(new_fleet: NewFleet, place: Address) -> Workers:
     return new_fleet(REDIS_URL=place.url)
 
 
-def worker_keys(pair: Pair) -> set[str]:
-    """Whom RQ knows at the primary."""
-    with direct(pair.primary) as client:
-        return {key.decode() for key in client.smembers("rq:workers")}
+#: RQ's own worker, which runs its jobs in its own process.
+STOCK = (str(Path(sys.executable).with_name("rq")), "worker", "-w", "rq.SimpleWorker")
+
+
+def worker_keys(server: Valkey) -> set[str]:
+    """Whom RQ knows there."""
+    with direct(server) as client:
+        return set(plain(client.smembers("rq:workers")))
 
 
 def assert_well(worker: Worker) -> None:
@@ -75,20 +85,22 @@ def test_a_server_that_stays_up_as_a_replica_is_left(
         worker = fleet.start()
         if is_suspended:
             old.set("rq:suspended", 1)
-            eventually(lambda: b"suspended" in old.hmget(*worker_keys(place.pair), "state"), 20, "it is suspended")
+            eventually(
+                lambda: b"suspended" in old.hmget(*worker_keys(place.pair.primary), "state"), 20, "it is suspended"
+            )
     place.fail_over()
     with direct(place.pair.primary) as new, CancelClient.from_url(place.url) as client:
-        new.delete("rq:suspended", *worker_keys(place.pair), "rq:workers")  # as if that had never reached it
+        new.delete("rq:suspended", *worker_keys(place.pair.primary), "rq:workers")  # as if that had never reached it
         (ticket,) = cancel_all(client, opened(exchange, 1))
         assert ticket.wait(30).kind is OutcomeKind.CANCELLED
-        eventually(lambda: worker_keys(place.pair), 20, "it is registered")
+        eventually(lambda: worker_keys(place.pair.primary), 20, "it is registered")
         place.deafen()
-        (key,) = worker_keys(place.pair)
+        (key,) = worker_keys(place.pair.primary)
         name = key.removeprefix("rq:worker:")
         eventually(lambda: new.pubsub_numsub(f"rq:pubsub:{name}")[0][1], 30, "it listens there")
         send_shutdown_command(new, name)
         assert worker.process.wait(20) == 0
-    assert worker_keys(place.pair) == set()
+    assert worker_keys(place.pair.primary) == set()
     assert_well(worker)
 
 
@@ -105,8 +117,7 @@ def test_what_is_under_way_stays_where_it_is(fleet: Workers, place: Address, exc
         found = outcomes(client, tickets, 40)
     with direct(place.pair.primary) as new:
         assert once_each(Peek(new), tickets)
-    assert {outcome.kind for outcome in found} == {OutcomeKind.CANCELLED}
-    assert "worker lost" not in {attempt.msg for outcome in found for attempt in outcome.attempts}
+    assert all(map(stayed_in_hand, found))
     assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
     for worker in workers:
         assert_well(worker)
@@ -138,6 +149,69 @@ def test_a_ban_lives_on_at_the_new_primary(
     (incident,) = exchange.stats().incidents
     assert len(incident.requests_ms) == 1  # the one that it began with
     assert_well(second)
+
+
+def test_the_step_of_a_stock_worker_is_completed_at_the_new_primary(
+    fleet: Workers, place: Address, exchange: RunningExchange
+) -> None:
+    """What a stock `rq worker` has under way is recorded by its step, whatever becomes of RQ's own connection."""
+    fleet.start("--url", place.url, "--serializer", "json", "cancels", command=STOCK)
+    with CancelClient.from_url(place.url, timeout_s=10) as client:
+        exchange.set_latency_ms(3000)
+        (ticket,) = cancel_all(client, opened(exchange, 1))
+        eventually(lambda: exchange.stats().in_flight == 1, 30, "it is under way")
+        exchange.set_latency_ms(20)
+        place.fail_over()
+        assert stayed_in_hand(ticket.wait(40))
+
+
+#: The worker's own command line, with a channel that is probed more often.
+PROBING = """
+import worker.redis_link
+from worker.__main__ import start
+worker.redis_link.PROBE_EVERY_S = 1.0
+start()
+"""
+
+
+def test_a_channel_that_was_forgotten_on_the_way_is_opened_anew(
+    new_fleet: NewFleet, valkey: Valkey, connection: redis.Redis
+) -> None:
+    """A connection that only hears, and would never notice that it leads nowhere, is probed: RQ's commands arrive."""
+    with Proxy(valkey.port) as proxy:
+        worker = new_fleet(REDIS_URL=proxy.redis_url).start(command=(sys.executable, "-c", PROBING))
+        before = listeners(connection)
+        proxy.forget_flows()
+        (worker_name,) = worker_keys(valkey)
+        name = worker_name.removeprefix("rq:worker:")
+        eventually(lambda: listeners(connection) - before, 30, "it listens once more")
+        send_shutdown_command(connection, name)
+        assert worker.process.wait(20) == 0
+
+
+def test_connections_are_kept_alive(new_fleet: NewFleet, valkey: Valkey) -> None:
+    """Each connection of a worker and of a client says so now and then that it lives (TCP keepalive)."""
+    worker = new_fleet().start()
+    with CancelClient.from_url(valkey.url) as client:
+        client.statuses(["x"])
+        for pid in (os.getpid(), worker.process.pid):
+            eventually(partial(are_kept_alive, pid, valkey.port), 20, "all wait for their next keepalive")
+    assert_well(worker)
+
+
+def are_kept_alive(pid: int, port: int) -> bool:
+    """Whether the next thing that happens at a process' connections to a port is a keepalive (2 in proc(5))."""
+    owned = set[str]()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            owned.add(str(fd.readlink()))
+    rows = (line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:])
+    timers = [
+        row[5].partition(":")[0]
+        for row in rows
+        if row[2].endswith(f":{port:04X}") and row[3] == "01" and f"socket:[{row[9]}]" in owned
+    ]
+    return set(timers) == {"02"}
 
 
 @pytest.fixture

@@ -254,9 +254,10 @@ def test_a_probe_follows_a_workers_life(workers: Workers, peek: Peek) -> None:
     assert health(workers)[0] == 1
     worker.process.send_signal(signal.SIGSTOP)
     (key,) = peek("SMEMBERS", "rq:workers:others")
-    peek("HSET", key, "c_beat_at_ms", peek.now_ms() - 11_000)
+    peek("HSET", key, "c_beat_at_ms", peek.now_ms() - 11_000_000)
     code, said = health(workers, CANCEL_QUEUE="others")
-    assert (code, said) == (1, "the last beat of a worker of this host was 11 s ago\n")
+    assert code == 1
+    assert re.fullmatch(r"the last beat of a worker of this host was 11[0-9]{3} s ago\n", said)
     worker.process.send_signal(signal.SIGCONT)
     eventually(lambda: health(workers, CANCEL_QUEUE="others") == (0, ""), 20, "it beats again")
     peek("HSET", key, "hostname", "another")
@@ -267,7 +268,7 @@ def test_a_probe_needs_redis_and_says_so(workers: Workers) -> None:
     """While Redis is away nobody knows, and the line holds no password."""
     code, said = health(workers, REDIS_URL="redis://:hunter2@127.0.0.1:1/0")
     assert (code, said.count("\n"), "hunter2" in said) == (1, 1, False)
-    assert said.startswith("Redis does not answer (ConnectionError: Connection refused)")
+    assert said.startswith("Redis does not answer (ConnectionError: ")
 
 
 # ---- what a start tells and keeps ------------------------------------------------------------------------------------

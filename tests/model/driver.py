@@ -13,6 +13,7 @@ from producer import OutcomeKind
 from producer.keys import Band
 from producer.message import decode_attempts
 from tests.model.holders import WatchedStore
+from tests.model.processes import Fleet
 from tests.model.rq_steps import RQ, clean_late
 from tests.model.rules import Finding
 from tests.model.steps import OURS, Step, claim_by, complete_all, done, expire_hold, grow_old, repeat_call, resume, tidy
@@ -23,6 +24,8 @@ from tests.model.world import World
 _CHECK_EVERY, _FORGET_EVERY = 3, 50
 #: So many jobs are kept while the driver goes on; beyond it the ended ones are forgotten.
 _MOST_JOBS = 100
+#: How often stock worker processes come, beside other steps: some fifteen times in 10,000.
+PROCESSES = 0.15
 #: RQ's entries of started jobs live no longer, s; our holders' outlast their deadline by an hour.
 _STOCK_LIFE_S = 3000
 #: Rounds in which a queue must be drained.
@@ -32,12 +35,13 @@ _LASTING = ("rq:queues", "rq:workers", "rq:wip:", "rq:failed:", "rq:finished:", 
 
 
 class Driver:
-    """Drives one world by ``chance``."""
+    """Drives one world by ``chance``. ``processes``: how often stock worker processes come, beside other things."""
 
-    def __init__(self, port: int, chance: Random) -> None:
+    def __init__(self, port: int, chance: Random, *, processes: float = PROCESSES) -> None:
         self.world = World(port, chance)
         self.world.meanwhile = self._meanwhile
-        self._steps = (*OURS, *RQ, *STOCK)
+        self.fleet = Fleet(self.world)
+        self._steps = (*OURS, *RQ, *STOCK, self.fleet.step(processes))
         self._nested = tuple(step for step in self._steps if step.may_nest)
         self._trouble: BaseException | None = None
         self._rq_cleans = chance.random() < 0.5  # at the end
@@ -48,7 +52,8 @@ class Driver:
         return self.world.count
 
     def close(self) -> None:
-        """Part with the server."""
+        """End its processes, and part with the server."""
+        self.fleet.close()
         self.world.close()
 
     def run(self, steps: int) -> Iterator[int]:

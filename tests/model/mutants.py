@@ -38,8 +38,8 @@ SCRIPT_TESTS = tuple(
         "stock_claims",
     )
 )
-#: The model.
-MODEL_TESTS = ("tests/model/test_found.py", "tests/model/test_model.py", "-k", "not mutants")
+#: The model, without what starts processes.
+MODEL_TESTS = ("tests/model/test_found.py", "tests/model/test_model.py", "-k", "not mutants and not processes")
 _AT_ONCE = 2
 #: A mutant that makes a test stand still is noticed, too, s.
 _LONGEST_S = 900

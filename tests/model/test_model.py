@@ -39,7 +39,7 @@ def test_every_answer_of_the_scripts_is_foreseen(valkey: Valkey) -> None:
 def test_no_rule_breaks_whatever_happens(valkey: Valkey, seed: int) -> None:
     """However producers, our holders, stock workers that die anywhere, and people with RQ's tools meet on a queue: each
     request ends in one outcome, and no other rule of the model breaks."""
-    driver = Driver(valkey.port, Random(seed))
+    driver = Driver(valkey.port, Random(seed), processes=0)
     try:
         taken = sum(1 for _ in driver.run(600))
     except Finding as finding:
@@ -49,6 +49,21 @@ def test_no_rule_breaks_whatever_happens(valkey: Valkey, seed: int) -> None:
 
     assert taken == 600
     assert {"jobs popped by stock workers", "rq requeue", "rows sent again", "claim replies lost"} <= set(driver.count)
+
+
+def test_no_rule_breaks_beside_rq_worker_processes(valkey: Valkey) -> None:
+    """The same beside real `rq worker` processes whose horses are killed, alone or with them, or that leave."""
+    driver = Driver(valkey.port, Random(3), processes=0)
+    try:
+        for step in driver.run(30):
+            if step in (10, 20):
+                driver.fleet.work()
+    except Finding as finding:
+        pytest.fail(driver.world.trace(finding))
+    finally:
+        driver.close()
+
+    assert driver.count["whiles with rq worker processes"] == 2
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.name}: {mutant.breaks}")

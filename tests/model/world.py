@@ -141,6 +141,7 @@ class World:
         """Send the words of a call, and tell the model what came of them; gives the ids of the carrying jobs."""
         now_ms = self.now_ms()
         answer = self._sent(call)
+        self.catch_up()
         for (own_id, asked), job_id in zip(call.rows, answer[1::2], strict=True):
             is_new = job_id not in self.model.jobs
             job = self.model.acknowledged(asked, job_id, now_ms, is_repeat=is_repeat)
@@ -163,6 +164,7 @@ class World:
         self._calls += 1
         now_ms = self.now_ms()
         tickets = self.client.cancel_many(requests)
+        self.catch_up()
         for request, ticket in zip(requests, tickets, strict=True):
             deadline_ms = "" if request.deadline_s is None else request.deadline_s * 1000
             asked = self._asked(self._calls, request, deadline_ms)
@@ -175,6 +177,11 @@ class World:
             self.note(ticket.id, f"call {self._calls} asks for {asked.order} in {asked.deadline_ms} ms: {how}")
 
     # -- what stands in Redis --
+
+    def catch_up(self) -> None:
+        """Learn what processes did that tell nothing. The answer that is judged next may have moved a pointer."""
+        if self.model.is_blind:
+            self.check(pointers=False)
 
     def check(self, *, pointers: bool = True) -> None:
         """Show the model what stands in Redis."""
@@ -200,7 +207,7 @@ class World:
         if not seen.exists and self.deleting and not job.is_expired:
             job.is_deleted = True
             self.note(seen.id, "its hash is gone with the queue")
-        in_hands = seen.id in self.left_behind or self.in_rqs_hands[seen.id] > 0
+        in_hands = self.model.is_blind or seen.id in self.left_behind or self.in_rqs_hands[seen.id] > 0
         if seen.ttl >= 0:
             self.left_behind.discard(seen.id)
         is_fading = seen.ttl >= 0 and not seen.done and not job.is_deleted

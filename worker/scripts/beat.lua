@@ -20,7 +20,7 @@ local kind = redis.call('TYPE', ARGV[1]).ok
 local is_unknown = kind ~= 'hash' -- RQ could not read one that has these fields alone
 if is_unknown and kind ~= 'none' then put_aside(ARGV[1]) end
 if fields > 0 and not is_unknown then
-  redis.call('HSET', ARGV[1], 'last_heartbeat', now.stamp(), 'c_beat_at_ms', now.text, unpack(ARGV, 4, 3 + fields))
+  redis.call('HSET', ARGV[1], 'last_heartbeat', now.stamp(), BEAT_AT_MS, now.text, unpack(ARGV, 4, 3 + fields))
   redis.call('EXPIRE', ARGV[1], ARGV[2])
 end
 local gate = redis.pcall('HGET', GATE, 'until_ms')

@@ -1,1 +1,0 @@
-"""Arbitrary bytes against everything that reads what strangers wrote: `python -m tests.fuzz`."""
