@@ -439,6 +439,7 @@ class Canceller:
         job.silent.discard(n)
         if isinstance(answer, Reply):
             verdict = classify(call, ref, answer)
+            self.recovery.note(verdict.means)
             if verdict.means in GATED:
                 self._gate.close_for(verdict, self._policy, self._now_ms(), self._ahead())
             job.late.append((n, verdict))
@@ -460,7 +461,10 @@ class Canceller:
                     )
                     job.history[at] = replace(told, counted_before=silent.counted_before)
                     _tell_attempt("late", job.lease.id, told)
-            if verdict.means in _ENDS or job.history[-1].n == n:
+            is_found = (
+                verdict.order is not None and job.algo_id is None
+            )  # whether it is the one that was meant is decided
+            if verdict.means in _ENDS or is_found or job.history[-1].n == n:
                 decision = self._decided(job, verdict)
         return decision
 
