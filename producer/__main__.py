@@ -107,22 +107,16 @@ def _common(function: F) -> F:
 
 def _where(function: F) -> F:
     """The options that every command has."""
-    for option in (
-        click.option(
-            "--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, show_default=True, show_envvar=True, metavar="Q"
-        ),
-        click.option(
-            "--redis-url",
-            envvar="REDIS_URL",
-            default="redis://localhost:6379/0",
-            show_default=True,
-            show_envvar=True,
-            metavar="URL",
-            help="A password on a command line is visible in ps: one with a password belongs into REDIS_URL.",
-        ),
-    ):
-        function = option(function)
-    return function
+    shown: dict[str, Any] = {"show_default": True, "show_envvar": True}
+    words = "A password on a command line is visible in ps: one with a password belongs into REDIS_URL."
+    url: dict[str, Any] = {
+        "envvar": "REDIS_URL",
+        "default": "redis://localhost:6379/0",
+        "metavar": "URL",
+        "help": words,
+    }
+    queue = click.option("--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, metavar="Q", **shown)
+    return click.option("--redis-url", **url, **shown)(queue(function))
 
 
 def _client(redis_url: str, queue: str) -> contextlib.AbstractContextManager[CancelClient]:
