@@ -18,6 +18,7 @@ import redis
 from producer.place import Place
 from producer.protocol import (
     CHUNK,
+    NO_ANSWER,
     Commands,
     Conversation,
     NoConnectionFree,
@@ -293,7 +294,8 @@ class Lines:
                 try:
                     self._hear(link)
                     failing_since = 0.0
-                except redis.RedisError as error:
+                except (redis.RedisError, *NO_ANSWER) as told:
+                    error = told if isinstance(told, redis.RedisError) else NotOurs(type(told).__name__)
                     now = time.monotonic()
                     failing_since = failing_since or now
                     if not passes(error) or now - failing_since > self._wire.timeout_s:

@@ -130,6 +130,22 @@ def test_a_listener_that_is_cut_off_comes_back(valkey: Valkey, client: CancelCli
         assert following.result(60)[1].kind is OutcomeKind.REFUSED
 
 
+def test_waits_end_without_a_ledger_too(either: tuple[Any, asyncio.Runner], connection: redis.Redis) -> None:
+    """Where somebody has put another thing in the ledger's place, whoever waits still gets the outcome."""
+    client, runner = either
+    ticket = ended(client.cancel(algo_id=1), runner)
+    connection.set(KEYS.outcomes, "of the wrong type")
+
+    def settle() -> None:
+        eventually(lambda: connection.info("commandstats").get("cmdstat_xrevrange"), what="somebody listens")
+        connection.set(KEYS.outcome_prefix + ticket.id, record(1, id=ticket.id))
+
+    settler = threading.Thread(target=settle)
+    settler.start()
+    assert ended(ticket.wait(60), runner).algo_id == 1
+    settler.join()
+
+
 # ---- the ledger -----------------------------------------------------------------------------------------------------
 
 
