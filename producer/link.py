@@ -114,7 +114,7 @@ class Line:
     def __init__(self, make: Callable[[], Link], most: int) -> None:
         self._make = make
         self._most = most
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may cancel too, in whatever its thread is doing
         self._links: list[Link] = []
         self._free: list[Link] = []
         self._queue: deque[_Trip] = deque()
@@ -235,7 +235,7 @@ class Lines:
         self._calls = Line(self._link, CONNECTIONS)
         self._slow = Line(self._link, 1)
         self.waiters = Waiters(wire)
-        self._start = threading.Lock()
+        self._start = threading.RLock()
         self._ready: threading.Event | None = None  # of the thread that listens
         self.closed = False
 
