@@ -43,6 +43,11 @@ def at_first_try(found: Iterable[Outcome]) -> bool:
     return {(outcome.kind, *steps(outcome)) for outcome in found} == {(OutcomeKind.CANCELLED, "confirmed")}
 
 
+def stayed_in_hand(outcome: Outcome) -> bool:
+    """Whether its order was cancelled by whoever took the job first, however often that one had to look."""
+    return outcome.kind is OutcomeKind.CANCELLED and "worker lost" not in {each.msg for each in outcome.attempts}
+
+
 def events(worker: Worker, name: str) -> list[dict[str, str]]:
     """The worker's log lines of one event."""
     lines = (line for line in worker.output().splitlines() if f"event={name} " in f"{line} ")

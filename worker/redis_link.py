@@ -270,13 +270,17 @@ class BlockingLink:
         return request.read(answers, Stamps(asked_ns, local_ns()))
 
     def _round_trip(self, commands: Sequence[Words]) -> list[Any]:
+        answers = self._once(commands)
+        if is_refused(answers):  # the server may not be the primary any more; what was refused wrote nothing
+            self._connection.connection_pool.disconnect(inuse_connections=False)
+            answers = self._once(commands)
+        return answers
+
+    def _once(self, commands: Sequence[Words]) -> list[Any]:
         with self._connection.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
-            answers = list(pipeline.execute(raise_on_error=False))
-        if is_refused(answers):  # the server may not be the primary any more
-            self._connection.connection_pool.disconnect(inuse_connections=False)
-        return answers
+            return list(pipeline.execute(raise_on_error=False))
 
 
 def is_about_rows(error: BaseException) -> bool:

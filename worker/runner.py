@@ -420,7 +420,11 @@ class CancelWorker(BaseWorker):
         if self._listens_since != self._rest.opened:
             self._listens_since = self._rest.opened
             await self._channel.close()
-        if (message := await self._channel.hear()) is not None:
+        try:
+            message = await self._channel.hear()
+        except redis.exceptions.NoPermissionError:  # nobody gives it that right from one moment to the next
+            return _WARM_S
+        if message is not None:
             self._obey(message)
         return 0.0
 

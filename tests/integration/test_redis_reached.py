@@ -7,6 +7,7 @@ import contextlib
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 import redis
 
-from producer import AsyncCancelClient, CancelClient, QueueUnavailable
+from producer import AsyncCancelClient, CancelClient, OutcomeKind, QueueUnavailable
 from producer.redis_url import SURE_S, Address, NotPrimary, NotSupported
+from tests.exporting import exporting, outcomes
 from tests.failover import SERVICE, UNSUPPORTED, Pair, Sentinel, cluster, direct, running_pair, running_sentinel
 from tests.fault.proxy import Proxy
 from tests.servers import ROOT, Valkey, eventually, free_port, running_valkey, scrubbed
+from tests.webpages import TOKEN, WebProcess, outcome, settle
 
 PASSWORD = "not-to-be-seen"
 
@@ -179,6 +182,57 @@ def test_who_only_reads_leaves_it_too(pair: Pair, proxied: Proxy) -> None:
         with direct(pair.primary) as new:
             new.hset(f"rq:job:{ticket.id}", "status", "seen-there")
         eventually(lambda: client.statuses([ticket.id]) == ["seen-there"], SURE_S + 15, "it reads at the new one")
+
+
+def test_who_waits_leaves_it_too(pair: Pair, proxied: Proxy) -> None:
+    """A waiter that listens at an old server which hears nothing any more has its outcome all the same."""
+    found: list[OutcomeKind] = []
+
+    async def wait(ticket_id: str) -> None:
+        async with AsyncCancelClient.from_url(proxied.redis_url) as client:
+            found.append((await client.wait(ticket_id, 40)).kind)
+
+    with CancelClient.from_url(proxied.redis_url) as client, direct(pair.primary) as old:
+        ticket = client.cancel(algo_id=17)
+        waiters = [
+            threading.Thread(target=lambda: found.append(ticket.wait(40).kind)),
+            threading.Thread(target=lambda: asyncio.run(wait(ticket.id))),
+        ]
+        for waiter in waiters:
+            waiter.start()
+        eventually(lambda: old.info("clients")["blocked_clients"] == 2, 20, "both listen")
+        pair.fail_over()
+        proxied.target_port = pair.primary.port
+        old.execute_command("REPLICAOF", "127.0.0.1", free_port())
+        with direct(pair.primary) as there:
+            settle(there, outcome(ticket.id))
+        for waiter in waiters:
+            waiter.join()
+    assert found == [OutcomeKind.NOT_FOUND] * 2
+
+
+def test_page_and_exporter_leave_it_too(pair: Pair, proxied: Proxy) -> None:
+    """What they show, and a retry from the page, are the new primary's; an old server that hears nothing any more
+    stays up beside it."""
+    url = proxied.redis_url
+    with exporting(url) as exporter, WebProcess(url, WEB_TOKEN=TOKEN) as web:
+        assert outcomes(exporter.scrape()) == 0
+        assert web("/failed", Authorization=f"Bearer {TOKEN}").status == 200
+        old = pair.primary
+        pair.fail_over()
+        proxied.target_port = pair.primary.port
+        with direct(old) as there:
+            there.execute_command("REPLICAOF", "127.0.0.1", free_port())
+        with direct(pair.primary) as there:
+            settle(there, outcome("r1"))
+        eventually(
+            lambda: "r1" in web("/failed", Authorization=f"Bearer {TOKEN}").text, 30, "the page shows what is there"
+        )
+        assert web("/retry/start", {"id": "r1"}, Authorization=f"Bearer {TOKEN}").status == 303
+        with direct(pair.primary) as there:
+            assert there.llen("rq:queue:cancels") == 1
+        eventually(lambda: outcomes(exporter.scrape()) == 1, 30, "the exporter counts what is there")
+        assert exporter.value("cancel_up") == 1
 
 
 def test_a_dead_connection_costs_no_call(proxied: Proxy) -> None:

@@ -281,13 +281,15 @@ def test_status_of_the_other(
 
     def shown() -> dict[str, Any] | None:  # a worker tells of itself twice a second
         status = sides[reader].status()
-        return status if [worker["in_flight"] for worker in status["workers"]] == [3] else None
+        return status if any(worker["in_flight"] for worker in status["workers"]) else None
 
     status = eventually(shown, what="the worker and its load are shown")
 
     assert isinstance(status, dict)
-    assert [status[name] for name in ("failed", "scheduled", "queued")] == [1, 1, 2]
-    assert status["in_flight"] >= 3
+    assert status["failed"] == 1
+    assert status["in_flight"] >= 1
+    assert status["scheduled"] >= 1
+    assert sum(status[name] for name in ("scheduled", "queued", "in_flight")) >= 6
     assert [worker["live"] for worker in status["workers"]] == [True]
     assert status["outcomes_last_minute"] == {"refused": 1}
 

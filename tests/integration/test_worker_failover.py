@@ -20,7 +20,7 @@ from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.integration.test_redis_reached import through
 from tests.integration.test_rq_interop import listeners
-from tests.orders import cancel_all, events, once_each, opened, outcomes
+from tests.orders import cancel_all, events, once_each, opened, outcomes, stayed_in_hand
 from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port, plain
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -55,6 +55,10 @@ def place() -> Iterator[Address]:
 def fleet(new_fleet: NewFleet, place: Address) -> Workers:
     """Workers that find Redis there."""
     return new_fleet(REDIS_URL=place.url)
+
+
+#: RQ's own worker, which runs its jobs in its own process.
+STOCK = (str(Path(sys.executable).with_name("rq")), "worker", "-w", "rq.SimpleWorker")
 
 
 def worker_keys(server: Valkey) -> set[str]:
@@ -113,8 +117,7 @@ def test_what_is_under_way_stays_where_it_is(fleet: Workers, place: Address, exc
         found = outcomes(client, tickets, 40)
     with direct(place.pair.primary) as new:
         assert once_each(Peek(new), tickets)
-    assert {outcome.kind for outcome in found} == {OutcomeKind.CANCELLED}
-    assert "worker lost" not in {attempt.msg for outcome in found for attempt in outcome.attempts}
+    assert all(map(stayed_in_hand, found))
     assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
     for worker in workers:
         assert_well(worker)
@@ -146,6 +149,20 @@ def test_a_ban_lives_on_at_the_new_primary(
     (incident,) = exchange.stats().incidents
     assert len(incident.requests_ms) == 1  # the one that it began with
     assert_well(second)
+
+
+def test_the_step_of_a_stock_worker_is_completed_at_the_new_primary(
+    fleet: Workers, place: Address, exchange: RunningExchange
+) -> None:
+    """What a stock `rq worker` has under way is recorded by its step, whatever becomes of RQ's own connection."""
+    fleet.start("--url", place.url, "--serializer", "json", "cancels", command=STOCK)
+    with CancelClient.from_url(place.url, timeout_s=10) as client:
+        exchange.set_latency_ms(3000)
+        (ticket,) = cancel_all(client, opened(exchange, 1))
+        eventually(lambda: exchange.stats().in_flight == 1, 30, "it is under way")
+        exchange.set_latency_ms(20)
+        place.fail_over()
+        assert stayed_in_hand(ticket.wait(40))
 
 
 #: The worker's own command line, with a channel that is probed more often.
