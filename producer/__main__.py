@@ -107,22 +107,16 @@ def _common(function: F) -> F:
 
 def _where(function: F) -> F:
     """The options that every command has."""
-    for option in (
-        click.option(
-            "--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, show_default=True, show_envvar=True, metavar="Q"
-        ),
-        click.option(
-            "--redis-url",
-            envvar="REDIS_URL",
-            default="redis://localhost:6379/0",
-            show_default=True,
-            show_envvar=True,
-            metavar="URL",
-            help="A password on a command line is visible in ps: one with a password belongs into REDIS_URL.",
-        ),
-    ):
-        function = option(function)
-    return function
+    shown: dict[str, Any] = {"show_default": True, "show_envvar": True}
+    words = "A password on a command line is visible in ps: one with a password belongs into REDIS_URL."
+    url: dict[str, Any] = {
+        "envvar": "REDIS_URL",
+        "default": "redis://localhost:6379/0",
+        "metavar": "URL",
+        "help": words,
+    }
+    queue = click.option("--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, metavar="Q", **shown)
+    return click.option("--redis-url", **url, **shown)(queue(function))
 
 
 def _client(redis_url: str, queue: str) -> contextlib.AbstractContextManager[CancelClient]:
@@ -491,9 +485,7 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
-        raise _Failure(
-            "metrics needs prometheus-client: pip install -e '.[metrics]' in the checkout", ExitCode.USAGE
-        ) from None
+        raise _Failure("metrics needs prometheus-client: pip install prometheus-client", ExitCode.USAGE) from None
     with _client_as(LedgerClient, redis_url, queue) as client:
         try:
             server = Server(QueueCollector(client), host, port)
@@ -543,9 +535,7 @@ def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> 
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("flask", "jinja2", "werkzeug", "itsdangerous", "waitress"):
             raise
-        raise _Failure(
-            "web needs Flask and waitress: pip install -e '.[web]' in the checkout", ExitCode.USAGE
-        ) from None
+        raise _Failure("web needs Flask and waitress: pip install flask waitress", ExitCode.USAGE) from None
     try:
         access.check_start(host, token, public_read)
     except access.UnsafeStart as error:

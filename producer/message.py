@@ -223,11 +223,7 @@ def checked_seconds(name: str, value: object, most_s: float, *, or_zero: bool = 
 
 
 def checked_flag(name: str, value: object) -> bool:
-    """``value``, if it is true or false.
-
-    Raises:
-        InvalidRequest: it is neither.
-    """
+    """``value``, if it is true or false; raises InvalidRequest if it is neither."""
     if not isinstance(value, bool):
         raise InvalidRequest(name, value, "must be true or false" + not_a(value, bool, "give True or False"))
     return value
@@ -242,11 +238,7 @@ def _check_text(name: str, value: object, limit: int) -> None:
 
 
 def check_queue_name(name: str) -> str:
-    """Return ``name`` if it can name a queue.
-
-    Raises:
-        InvalidRequest: it cannot.
-    """
+    """``name``, if it can name a queue; raises InvalidRequest if it cannot."""
     if not isinstance(name, str) or not _QUEUE.fullmatch(name):
         raise InvalidRequest("queue", name, "must match ^[A-Za-z0-9_.-]{1,64}$")
     return name
@@ -268,16 +260,8 @@ class Attempt:
 
     def as_dict(self) -> dict[str, object]:
         """The record's form of this attempt."""
-        record: dict[str, object] = {
-            "n": self.n,
-            "at_ms": self.at_ms,
-            "call": str(self.call),
-            "http": self.http,
-            "code": self.code,
-            "msg": self.msg,
-            "verdict": self.verdict,
-            "ms": self.ms,
-        }
+        record = {name: getattr(self, name) for name in ("n", "at_ms", "call", "http", "code", "msg", "verdict", "ms")}
+        record["call"] = str(self.call)
         if self.counted_before is not None:
             record["counted_before"] = self.counted_before
         return record
@@ -311,15 +295,12 @@ class Outcome:
 
     def as_dict(self) -> dict[str, object]:
         """The record: one JSON object, version first."""
+        order = {name: getattr(self, name) for name in ("account", "algo_id", "client_algo_id", "symbol", "tag")}
         return {
             "v": VERSION,
             "id": self.id,
             "run": self.run,
-            "account": self.account,
-            "algo_id": self.algo_id,
-            "client_algo_id": self.client_algo_id,
-            "symbol": self.symbol,
-            "tag": self.tag,
+            **order,
             "kind": self.kind.value,
             "may_be_live": self.may_be_live,
             "order_status": self.order_status,
@@ -440,17 +421,9 @@ def decode_outcome(text: str | bytes) -> Outcome:
 
 
 _PLAIN_OUTCOME_FIELDS: dict[str, type] = {
-    "account": str,
-    "algo_id": int,
-    "client_algo_id": str,
-    "symbol": str,
-    "tag": str,
-    "may_be_live": bool,
-    "order_status": str,
-    "actual_order_id": str,
-    "enqueued_at_ms": int,
-    "worker": str,
-    "error": str,
+    **dict.fromkeys(("account", "client_algo_id", "symbol", "tag"), str),
+    **dict.fromkeys(("order_status", "actual_order_id", "worker", "error"), str),
+    **{"algo_id": int, "enqueued_at_ms": int, "may_be_live": bool},
 }
 
 

@@ -125,8 +125,7 @@ class Address:
     def client(self, timeout_s: float, **more: Any) -> redis.Redis:
         """A client that waits up to ``timeout_s`` for each answer and never repeats a command.
 
-        ``more`` goes to the pool and its connections, and wins over the URL; with ``takes_any=True`` the server need
-        not be a primary.
+        ``more`` goes to the pool and its connections, and wins over the URL.
         """
         options = self._of_connections(timeout_s) | {"retry": Retry(NoBackoff(), 0)} | more
         kind = SocketConnection if "path" in options else TlsConnection if self.is_tls else Connection
@@ -282,9 +281,8 @@ _Base: Any = object
 class _Primary(_Base):  # type: ignore[misc]
     """What is added to redis-py's connections: the way to the primary, and a look whether it is one."""
 
-    def __init__(self, *, sentinels: Sentinels | None = None, takes_any: bool = False, **options: Any) -> None:
+    def __init__(self, *, sentinels: Sentinels | None = None, **options: Any) -> None:
         self._sentinels = sentinels
-        self._takes_any = takes_any  # for who wants to find out what a server is
         self._looked_s: float | None = None  # None: not connected
         super().__init__(redis_connect_func=type(self).greet, **options)
 
@@ -323,9 +321,7 @@ class _Primary(_Base):  # type: ignore[misc]
 
     def _hear(self) -> None:
         try:
-            told = self.read_response()
-            if not self._takes_any:
-                _judge(told)
+            _judge(self.read_response())
         except redis.ResponseError as error:
             if passes(error):  # else it knows no HELLO, as a proxy may not; what it is shows later
                 raise

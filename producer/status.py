@@ -125,7 +125,8 @@ class RefusedKey:
     def __str__(self) -> str:
         reason = self.reason or "no reason given"
         if not self.open:
-            return f"refused {_times(self.failures)}, still tried: {reason}"
+            times = "once" if self.failures == 1 else f"{self.failures:,} times in a row"
+            return f"refused {times}, still tried: {reason}"
         since = span(self.since_s or 0)
         probe = f"in {span(self.probe_in_s)}" if self.probe_in_s else "is due"
         jobs = "1 job waits" if self.held == 1 else f"{self.held:,} jobs wait"
@@ -210,26 +211,15 @@ class Status:
 
     def as_dict(self) -> dict[str, object]:
         """The status as the command line's ``--json`` prints it."""
+        counts = ("queued", "oldest_queued_s", "in_flight", "to_be_taken_over", "scheduled", "failed", "suspended")
+        told = asdict(self)
         return {
-            "queue": self.queue,
-            "at_ms": self.at_ms,
-            "queued": self.queued,
-            "oldest_queued_s": self.oldest_queued_s,
-            "in_flight": self.in_flight,
-            "to_be_taken_over": self.to_be_taken_over,
-            "scheduled": self.scheduled,
-            "failed": self.failed,
-            "suspended": self.suspended,
-            "gates": [asdict(gate) for gate in self.gates],
-            "keys": [asdict(key) for key in self.keys],
-            "used_weight": self.used_weight,
-            "weight_limit": self.weight_limit,
-            "outcomes_last_minute": dict(self.outcomes),
+            **{name: told[name] for name in ("queue", "at_ms", *counts)},
+            **{name: list(told[name]) for name in ("gates", "keys")},
+            **{name: told[name] for name in ("used_weight", "weight_limit")},
+            "outcomes_last_minute": told["outcomes"],
             "outcomes_partial": self.outcomes_partial,
-            "latency_ms": {
-                "enqueue_to_outcome": asdict(self.enqueue_to_outcome),
-                "enqueue_to_first_attempt": asdict(self.enqueue_to_first_attempt),
-            },
+            "latency_ms": {name: told[name] for name in ("enqueue_to_outcome", "enqueue_to_first_attempt")},
             "workers": [asdict(worker) | {"live": worker.live} for worker in self.workers],
             "damaged": list(self.damaged),
         }
@@ -304,10 +294,6 @@ def span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count:,} times in a row"
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:

@@ -8,15 +8,11 @@
     strategy.flatten()
     assert [request.algo_id for request in fake.requests] == [7]
 
-They take, refuse and give what the clients do, and a request gets its outcome within the call that enqueues it, unless
-:meth:`FakeCancelClient.will` says when or :meth:`FakeCancelClient.hold` says never. Two requests for one order
-therefore share a job only while the first is held or its outcome is still to come, or inside one `cancel_many`; by
-client id alone only inside one.
+They are the clients with another wire. A request gets its outcome within the call that enqueues it, unless
+:meth:`FakeCancelClient.will` says when or :meth:`FakeCancelClient.hold` says never.
 
-Time is the double's own: it stands still but for `advance` and for waiting, which moves it and returns at once. A
-`wait` that is given a time ends at once with the outcome that is due by then, or with WaitTimeout; without one it
-really waits, as it does for the real client, until another thread or task calls `settle`. Deadlines do not pass by
-themselves.
+Time is the double's own: it stands still but for `advance` and for waiting, which moves it and returns at once. Without
+a time-out a `wait` really waits, until another thread or task calls `settle`. Deadlines do not pass by themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any, Self, TypeAlias, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import redis
 from rq.job import JobStatus
@@ -43,7 +39,6 @@ from producer.door import checked_id, checked_ids, checked_requests, checked_tim
 from producer.message import (
     DEFAULT_ACCOUNT,
     DEFAULT_QUEUE,
-    MAX_MSG_CHARS,
     Attempt,
     Call,
     CancelRequest,
@@ -52,7 +47,6 @@ from producer.message import (
     OutcomeKind,
     checked_flag,
     checked_seconds,
-    clean_text,
     decode_outcome,
     encode_call,
     may_be_live,
@@ -69,105 +63,16 @@ from producer.protocol import (
     entry_parts,
     rows,
 )
-from producer.status import Gate, Percentiles, Status
+from producer.scripted import CONFIRMED, FIRST_ALGO_ID, HELD, MAX_STEP_S, STORIES, Line
+from producer.status import WINDOW_S, Gate, Percentiles, Status
 from producer.waiting import End, QueueWire, closed
 
 T = TypeVar("T")
 
 __all__ = ["AsyncFakeCancelClient", "FakeCancelClient"]
 
-#: How long a signed call takes at the exchange that is played here, ms.
-_CALL_MS = 5
-#: Where ids that the exchange would have given begin.
-_FIRST_ALGO_ID = 2_000_000_000_000_000
+_CALL_MS = 5  # how long a signed call takes at the exchange that is played here
 _FIRST_ORDER_ID = 8_800_000_000
-_WINDOW_MS = 60_000
-_WORKER = "fake"
-#: Longest step of the double's time, s (a century): a record's times must fit in 64 bits.
-_MAX_STEP_S = 100 * 365 * 86_400
-#: Longest id of a child order that a worker records, characters (`worker.classify`).
-_MAX_ORDER_ID_CHARS = 40
-#: Longest error, characters: a worker adds a few words to what the exchange said.
-_MAX_ERROR_CHARS = 2 * MAX_MSG_CHARS
-
-
-# --- what an outcome looks like ---------------------------------------------------------------------------------------
-
-#: What one signed call came to: call, HTTP status, code, words, verdict.
-_Answer: TypeAlias = tuple[Call, int | None, int | None, str, str]
-_UNKNOWN_ORDER: _Answer = (Call.CANCEL, 400, -2011, "Unknown order sent.", "no_such_order")
-_NO_SUCH_ORDER: _Answer = (Call.QUERY, 400, -2013, "Order does not exist.", "no_such_order")
-_CONFIRMED: _Answer = (Call.CANCEL, 200, 200, "success", "confirmed")
-_KEY_REFUSED: _Answer = (Call.CANCEL, 401, -2015, "Invalid API-key, IP, or permissions for action.", "key_refused")
-_UNCLEAR: _Answer = (Call.CANCEL, None, None, "read: TimeoutError", "unclear")
-
-#: How a kind of outcome comes about: the states that the order can be in, the usual one first; the calls before a query
-#: that shows the state, if there is one and no cancel was confirmed; the error.
-_STORIES: dict[OutcomeKind, tuple[tuple[str | None, ...], tuple[_Answer, ...], str | None]] = {
-    OutcomeKind.CANCELLED: (("CANCELED",), (_CONFIRMED,), None),
-    OutcomeKind.ALREADY_CANCELLED: (("CANCELED",), (_UNKNOWN_ORDER,), None),
-    OutcomeKind.TRIGGERED: (("TRIGGERED", "FINISHED"), (_UNKNOWN_ORDER,), None),
-    OutcomeKind.EXPIRED: (("EXPIRED",), (_UNKNOWN_ORDER,), None),
-    OutcomeKind.REJECTED: (("REJECTED",), (_UNKNOWN_ORDER,), None),
-    OutcomeKind.NOT_FOUND: ((None,), (_UNKNOWN_ORDER, _NO_SUCH_ORDER), "unknown to the exchange: {1} {2} {3}"),
-    OutcomeKind.REFUSED: ((None,), (_KEY_REFUSED,), "refused: {1} {2} {3}"),
-    OutcomeKind.OVERDUE: ((None,), (), "the deadline passed before anything was sent"),
-    OutcomeKind.GAVE_UP: (("NEW", "TRIGGERING"), (_UNKNOWN_ORDER,), "the deadline passed; last: {4} {3}"),
-    OutcomeKind.UNKNOWN: ((None,), (_UNCLEAR,), "the deadline passed; last: {4} {3}"),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Line:
-    """What becomes of one run of a request."""
-
-    kind: OutcomeKind = OutcomeKind.CANCELLED
-    order_status: str | None = None
-    actual_order_id: str | None = None
-    symbol: str | None = None
-    error: str | None = None
-    after_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises InvalidRequest for what no worker would record."""
-        object.__setattr__(self, "after_s", checked_seconds("after_s", self.after_s, _MAX_STEP_S, or_zero=True))
-        if self.kind not in list(OutcomeKind):
-            raise InvalidRequest("kind", self.kind, f"must be one of {', '.join(OutcomeKind)}")
-        statuses = _STORIES[self.kind][0]
-        if self.order_status not in (None, *statuses):
-            named = " or ".join(status for status in statuses if status) or "left out"
-            raise InvalidRequest("order_status", self.order_status, f"with {self.kind} it is {named}")
-        if self.symbol is not None:
-            CancelRequest(_FIRST_ALGO_ID, symbol=self.symbol)  # one rule for both
-        self._check("actual_order_id", self.kind is OutcomeKind.TRIGGERED, _MAX_ORDER_ID_CHARS)
-        self._check("error", OutcomeKind(self.kind).failed, _MAX_ERROR_CHARS)
-
-    def _check(self, name: str, is_apt: bool, limit: int) -> None:
-        """Workers record a stranger's words as `clean_text` leaves them, and never empty ones."""
-        value = getattr(self, name)
-        if value is not None and not is_apt:
-            raise InvalidRequest(name, value, f"no {self.kind} request has one")
-        if value is not None and not (isinstance(value, str) and value and clean_text(value, limit) == value):
-            rule = f"must be text of 1 to {limit} characters without control characters or blanks around it"
-            raise InvalidRequest(name, value, rule)
-
-    @property
-    def status(self) -> str | None:
-        """The state of the order."""
-        return self.order_status or _STORIES[self.kind][0][0]
-
-    @property
-    def answers(self) -> tuple[_Answer, ...]:
-        """What the calls came to."""
-        before = _STORIES[self.kind][1]
-        if self.status is None or _CONFIRMED in before:
-            return before
-        verdict = "open" if self.status == "NEW" else self.status.lower()
-        return (*before, (Call.QUERY, 200, None, self.status, verdict))
-
-
-#: Nothing, until it is settled by hand.
-_HELD = _Line()
 
 
 def _checked_count(name: str, value: object) -> float:
@@ -189,7 +94,7 @@ class _FakeJob:
     request: CancelRequest
     enqueued_at_ms: int
     run: int = 1
-    line: _Line = field(default_factory=_Line)
+    line: Line = field(default_factory=Line)
     due_ms: int | None = None  # None: held
     outcome: Outcome | None = None
 
@@ -219,11 +124,11 @@ class _Play(QueueWire):
         self._ledger: list[tuple[tuple[int, int], Outcome]] = []
         self._due: list[tuple[int, int, str, int]] = []  # when, in which order, job and its run
         #: By order, account, or empty for all: what becomes of it, and for how many runs; the last one holds.
-        self._lines: dict[str, list[tuple[_Line, float]]] = {}
+        self._lines: dict[str, list[tuple[Line, float]]] = {}
         self.outage_calls = 0.0  # how many calls the outage still lasts
         self.is_carried_out = False
         self._algo_ids: dict[str, int] = {}
-        self._listeners: list[asyncio.Future[None]] = []
+        self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._counted = 0
 
     # what is asked: each conversation checks what it is given, asks nobody, and answers
@@ -280,7 +185,7 @@ class _Play(QueueWire):
             due_ms = [self._jobs[job_id].due_ms for job_id in job_ids if self._jobs[job_id].outcome is None]
             last_ms = max((each for each in due_ms if each is not None), default=self.now_ms)
             if timeout_s is not None and due_ms:
-                ends_ms = self.now_ms + round(min(timeout_s, _MAX_STEP_S) * 1000)
+                ends_ms = self.now_ms + round(min(timeout_s, MAX_STEP_S) * 1000)
                 last_ms = ends_ms if None in due_ms else min(ends_ms, last_ms)
             self.move_to(last_ms)
             must_wait = timeout_s is None and None in due_ms and not self.is_closed
@@ -337,7 +242,7 @@ class _Play(QueueWire):
     def status(self) -> Conversation[Status]:
         yield ()
         waiting = [job.enqueued_at_ms for job in self._jobs.values() if job.outcome is None]
-        last = [outcome for at, outcome in self._ledger if at[0] > self.now_ms - _WINDOW_MS]
+        last = [outcome for at, outcome in self._ledger if at[0] > self.now_ms - 1000 * WINDOW_S]
         ended = [(outcome, outcome.enqueued_at_ms or 0) for outcome in last]
         return Status(
             queue=self.keys.queue,
@@ -346,7 +251,7 @@ class _Play(QueueWire):
             oldest_queued_s=(self.now_ms - min(waiting)) / 1000 if waiting else None,
             failed=len(self._failed),
             gates=(Gate("all", open=True),),
-            outcomes=Counter(outcome.kind.value for outcome in last),
+            outcomes=dict(Counter(outcome.kind.value for outcome in last)),
             enqueue_to_outcome=Percentiles.of([outcome.finished_at_ms - at_ms for outcome, at_ms in ended]),
             enqueue_to_first_attempt=Percentiles.of(
                 [outcome.attempts[0].at_ms - at_ms for outcome, at_ms in ended if outcome.attempts]
@@ -364,12 +269,12 @@ class _Play(QueueWire):
 
     # what is scripted
 
-    def script(self, key: str, line: _Line, runs: float) -> None:
+    def script(self, key: str, line: Line, runs: float) -> None:
         with self.news:
             before = self._lines.get(key, []) if runs < math.inf else []  # else nothing before it will ever hold again
             self._lines[key] = [*before, (line, runs)]
 
-    def settle(self, job_id: str, line: _Line) -> Outcome:
+    def settle(self, job_id: str, line: Line) -> Outcome:
         with self.news:
             job = self._jobs.get(job_id)
             if job is None:
@@ -393,21 +298,19 @@ class _Play(QueueWire):
 
     # waiting for somebody who settles
 
-    def listen(self) -> asyncio.Future[None]:
-        """A future that is done at the next outcome (or closing) after now."""
+    def listen(self) -> asyncio.Event:
+        """What is set at the next outcome (or closing) after now."""
         with self.news:
-            self._listeners = [future for future in self._listeners if not future.done()]
-            future = asyncio.get_running_loop().create_future()
-            self._listeners.append(future)
-            return future
+            self._listeners.append((asyncio.get_running_loop(), event := asyncio.Event()))
+            return event
 
     def _tell(self) -> None:
         with self.news:
             listeners, self._listeners = self._listeners, []
             self.news.notify_all()
-        for future in listeners:
-            with contextlib.suppress(RuntimeError):  # its loop has been closed
-                future.get_loop().call_soon_threadsafe(_wake, future)
+        for loop, event in listeners:
+            with contextlib.suppress(RuntimeError):  # it has been closed
+                loop.call_soon_threadsafe(event.set)
 
     def close(self) -> None:
         with self.news:
@@ -421,7 +324,7 @@ class _Play(QueueWire):
         if job.request.joins:
             self._open.setdefault(job.request.order_key, job.id)
         job.line, job.due_ms = self._line_for(job.request), None
-        if job.line is _HELD:
+        if job.line is HELD:
             return self.now_ms
         least_ms = _CALL_MS * len(job.line.answers)
         job.due_ms = self.now_ms + max(round(job.line.after_s * 1000), least_ms)
@@ -429,7 +332,7 @@ class _Play(QueueWire):
         heapq.heappush(self._due, (job.due_ms, self._counted, job.id, job.run))
         return self.now_ms if job.line.after_s else job.due_ms
 
-    def _line_for(self, request: CancelRequest) -> _Line:
+    def _line_for(self, request: CancelRequest) -> Line:
         keys = [request.order_key, request.account, ""]
         if request.client_algo_id is not None:
             keys.insert(1, CancelRequest(client_algo_id=request.client_algo_id, account=request.account).order_key)
@@ -438,7 +341,7 @@ class _Play(QueueWire):
                 line, runs = lines.pop()
                 lines += [(line, runs - 1)] if runs > 1 else []
                 return line
-        return _Line()
+        return Line()
 
     def _record(self, job: _FakeJob, at_ms: int) -> Outcome:
         request, line, kind = job.request, job.line, OutcomeKind(job.line.kind)
@@ -448,8 +351,9 @@ class _Play(QueueWire):
             for n, answer in enumerate(answers, 1)
         )
         shown = any(call is Call.QUERY and http == 200 for call, http, *_ in answers)
-        found = shown or _CONFIRMED in answers
-        error = line.error or (_STORIES[kind][2] or "").format(*(answers[-1] if answers else ())) or None
+        found = shown or CONFIRMED in answers
+        error = line.error or (STORIES[kind][2] or "").format(*(answers[-1] if answers else ())) or None
+        became = line.actual_order_id or str(_FIRST_ORDER_ID + len(self._ledger)) if kind == "triggered" else None
         outcome = Outcome(
             id=job.id,
             run=job.run,
@@ -461,11 +365,11 @@ class _Play(QueueWire):
             tag=request.tag,
             may_be_live=may_be_live(kind, line.status),
             order_status=line.status,
-            actual_order_id=self._order_id(line) if kind is OutcomeKind.TRIGGERED else None,
+            actual_order_id=became,
             attempts=attempts,
             enqueued_at_ms=job.enqueued_at_ms,
             finished_at_ms=at_ms,
-            worker=_WORKER,
+            worker="fake",
             error=error,
         )
         job.outcome = decode_outcome(outcome.encode())  # what no client could read is not given here either
@@ -485,16 +389,7 @@ class _Play(QueueWire):
     def _algo_id(self, request: CancelRequest) -> int:
         if request.algo_id is not None:
             return request.algo_id
-        return self._algo_ids.setdefault(request.order_key, _FIRST_ALGO_ID + len(self._algo_ids))
-
-    def _order_id(self, line: _Line) -> str:
-        self._counted += 1
-        return line.actual_order_id or str(_FIRST_ORDER_ID + self._counted)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+        return self._algo_ids.setdefault(request.order_key, FIRST_ALGO_ID + len(self._algo_ids))
 
 
 # --- what both doubles have -------------------------------------------------------------------------------------------
@@ -555,7 +450,7 @@ class _Scripted:
                 no such number.
         """
         count = _checked_count("runs", runs)
-        line = _Line(
+        line = Line(
             kind=kind,
             order_status=order_status,
             actual_order_id=actual_order_id,
@@ -573,7 +468,7 @@ class _Scripted:
         Raises:
             InvalidRequest: no request can name that order.
         """
-        self._play.script(_key(algo_id, client_algo_id, account), _HELD, math.inf)
+        self._play.script(_key(algo_id, client_algo_id, account), HELD, math.inf)
 
     def settle(
         self,
@@ -592,7 +487,7 @@ class _Scripted:
             ValueError: the request is unknown or has its outcome.
         """
         job_id = checked_id(ticket_or_id)
-        line = _Line(
+        line = Line(
             kind=kind,
             order_status=order_status,
             actual_order_id=actual_order_id,
@@ -607,7 +502,7 @@ class _Scripted:
         Raises:
             InvalidRequest: it would have to run backwards, or further than a century.
         """
-        step_s = checked_seconds("seconds", seconds, _MAX_STEP_S, or_zero=True)
+        step_s = checked_seconds("seconds", seconds, MAX_STEP_S, or_zero=True)
         self._play.move_to(self._play.now_ms + round(step_s * 1000))
 
     def unavailable(self, calls: int | None = None, *, carried_out: bool = False) -> None:
@@ -633,7 +528,7 @@ def _key(algo_id: int | None, client_algo_id: str | None, account: str | None) -
     """What a script is kept under; raises InvalidRequest for an order that no request can name."""
     nobody = algo_id is None and client_algo_id is None
     checked = CancelRequest(
-        _FIRST_ALGO_ID if nobody else algo_id, client_algo_id, DEFAULT_ACCOUNT if account is None else account
+        FIRST_ALGO_ID if nobody else algo_id, client_algo_id, DEFAULT_ACCOUNT if account is None else account
     )
     return (account or "") if nobody else checked.order_key
 
@@ -699,9 +594,6 @@ class AsyncFakeCancelClient(_Scripted, AsyncCancelClient):
         """See :meth:`FakeCancelClient._until`."""
         while True:
             news = self._play.listen()
-            try:
-                if (found := look()) is not None:
-                    return found
-                await news
-            finally:
-                news.cancel()
+            if (found := look()) is not None:
+                return found
+            await news.wait()

@@ -33,7 +33,10 @@ EXIT_TOO_LONG = 124  # as of timeout(1); of a run, not of this command
 #: The tests whose outcome a server can change.
 CONTRACT = tuple(
     f"tests/integration/test_{name}.py"
-    for name in ("scripts", "worker", "rq_interop", "client", "aio", "stock_worker", "repeats", "testing_contract")
+    for name in (
+        *("enqueue", "claim", "complete", "index", "leases", "runs", "script_costs", "gate_script", "damaged_keys"),
+        *("worker_outcomes", "stock_worker", "rq_interop", "client", "aio", "testing_contract"),
+    )
 )
 PROGRAMS = ("redis-server", "valkey-server")
 VERSION_TIMEOUT_S = 10

@@ -53,12 +53,12 @@ def oldest() -> Iterator[str]:
 
 
 def _pythons() -> Iterator[tuple[int, Path]]:
-    """Interpreters by minor version: this one, those on PATH, and those of pyenv."""
-    for place in sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.*/bin/python")):
-        yield int(place.parent.parent.name.split(".")[1]), place
+    """Interpreters by minor version, the best one last: on PATH (perhaps a mere pointer), of pyenv, and this one."""
     for minor in MINORS:
         if found := shutil.which(f"python3.{minor}"):
             yield minor, Path(found)
+    for place in sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.*/bin/python")):
+        yield int(place.parent.parent.name.split(".")[1]), place
     yield sys.version_info.minor, Path(sys.executable)
 
 

@@ -70,7 +70,7 @@ def check(settings: Settings) -> Iterator[Finding]:
     yield Finding("settings", f"queue {settings.queue}, {len(settings.credentials)} account(s): {names}{out}")
     for warning in settings.warnings:
         yield Finding("settings", warning, Fault.WARNING)
-    connection = open_redis(settings, takes_any=True)
+    connection = open_redis(settings)
     try:
         yield from look_at_redis(connection, settings.display_redis_url, settings.queue)
     finally:

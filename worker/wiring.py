@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from functools import partial
-from typing import Any
 
 import redis
 
@@ -27,9 +26,9 @@ def lease_of(settings: Settings) -> float:
     return settings.lease_s * 7 / 8
 
 
-def open_redis(settings: Settings, **more: Any) -> redis.Redis:
-    """The worker's blocking client; it connects at its first command. ``more`` as in Address.client."""
-    return connect(settings.redis_url, **settings.redis_options(), **more)
+def open_redis(settings: Settings) -> redis.Redis:
+    """The worker's blocking client; it connects at its first command."""
+    return connect(settings.redis_url, **settings.redis_options())
 
 
 def open_exchange(settings: Settings, *, one_at_a_time: bool = False) -> tuple[Exchange, ServerClock]:

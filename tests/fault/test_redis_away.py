@@ -281,7 +281,7 @@ def producers_learn_it_in_time(stage: Stage) -> None:
         scenery.producer.outcome("none")  # connected
         hurt()
         began = time.monotonic()
-        with pytest.raises(QueueUnavailable, match="Repeating it is safe"):
+        with pytest.raises(QueueUnavailable, match="Repeating it is safe by algo id"):
             scenery.producer.cancel(algo_id=algo_id)
         assert time.monotonic() - began < PRODUCER_TIMEOUT_S + 0.5
         heal()

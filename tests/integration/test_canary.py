@@ -1,7 +1,4 @@
-"""Secrets that are looked for everywhere after everything that can go wrong has: Redis, output, processes, pages.
-
-That the search finds what is there is shown in `test_canary_search.py`.
-"""
+"""Secrets that are looked for everywhere after everything that can go wrong has: Redis, output, processes, pages."""
 
 from __future__ import annotations
 
@@ -17,10 +14,11 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import redis
@@ -29,7 +27,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 
 from producer import CancelClient, CancelRequest
-from tests.canary import Search, add_page, http_get, process_line, redis_places
 from tests.loopback import LOOPBACK, Authority
 from tests.servers import ROOT, Valkey, Workers, end_server, eventually, running_valkey, scrubbed
 from tests.webpages import WebProcess
@@ -44,6 +41,126 @@ REDIS = "canary4redis96ab2"
 WRONG_LOGIN = "canary5login3e7d1"
 TOKEN = "canary6token40f8c"
 BAD_SETTING = "canary7setting9d2e"
+
+
+# ---- the search ----
+
+#: What every secret and signature has at least, characters.
+_PREFIX = 12
+#: As long as the shortest signature.
+_LONG_WORD = re.compile(rb"[0-9A-Za-z%+/=]{64,}")
+
+
+@dataclass
+class Needles:
+    """What must not be found, in the forms in which it could be written."""
+
+    secrets: set[str]
+    signatures: set[str] = field(default_factory=set)
+
+    def found_in(self, place: bytes) -> list[str]:
+        """The secrets that stand in ``place`` as they are, percent-encoded, or base64-encoded at any offset."""
+        found = ["signature="] * (b"signature=" in place.lower())
+        found += [form.decode() for form in self._secret_forms if form in place]
+        # There are thousands of signatures: words that are as long as one are looked up in a table.
+        for word in _LONG_WORD.findall(place):
+            for at in range(len(word) - _PREFIX + 1):
+                found += [form.decode() for form in self._table.get(word[at : at + _PREFIX], ()) if form in word]
+        return found
+
+    @cached_property
+    def _table(self) -> dict[bytes, set[bytes]]:
+        table: dict[bytes, set[bytes]] = {}
+        for text in self.signatures:
+            for form in (text, quote(text, safe=""), unquote(text)):
+                table.setdefault(form[:_PREFIX].encode(), set()).add(form.encode())
+        return table
+
+    @cached_property
+    def _secret_forms(self) -> set[bytes]:
+        forms = {form for text in self.secrets for form in (text, quote(text, safe=""), unquote(text))}
+        for text in self.secrets:
+            for lead in range(3):
+                # What three bytes become does not hang on those before and after them.
+                inner = base64.b64encode(b"\0" * lead + text.encode()).decode()[4 if lead else 0 :]
+                forms.add(inner[: len(inner) // 4 * 4 - 4])
+        assert min(map(len, forms)) >= _PREFIX, "too short to be told from chance"
+        return {form.encode() for form in forms}
+
+
+def redis_places(connection: redis.Redis) -> Iterator[tuple[str, bytes]]:
+    """Every key with everything in it, and what can be unpacked of it (RQ packs payloads and failures' texts)."""
+    for key in connection.scan_iter():
+        for part in (key, *_parts(connection, key)):
+            yield f"Redis {key!r}", part
+            with contextlib.suppress(zlib.error):
+                yield f"Redis {key!r}, unpacked", zlib.decompress(part)
+            with contextlib.suppress(ValueError, zlib.error):
+                yield f"Redis {key!r}, decoded and unpacked", zlib.decompress(base64.b64decode(part, validate=True))
+
+
+def _parts(connection: redis.Redis, key: bytes) -> list[bytes]:
+    # By command and with answers of RESP2: plain lists of bytes, however they are nested.
+    kind = bytes(connection.execute_command("TYPE", key))
+    whole = {
+        b"string": ("GET", key),
+        b"hash": ("HGETALL", key),
+        b"list": ("LRANGE", key, 0, -1),
+        b"set": ("SMEMBERS", key),
+        b"zset": ("ZRANGE", key, 0, -1),
+        b"stream": ("XRANGE", key, "-", "+"),
+    }[kind]
+    return list(_flat(connection.execute_command(*whole)))
+
+
+def _flat(answer: Any) -> Iterator[bytes]:
+    if isinstance(answer, bytes):
+        yield answer
+    elif isinstance(answer, dict):
+        for pair in answer.items():
+            yield from _flat(pair)
+    elif isinstance(answer, list | tuple | set):
+        for part in answer:
+            yield from _flat(part)
+
+
+def process_line(pid: int) -> bytes:
+    """What `ps` shows of a process to every user of its host."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+
+
+class Search:
+    """Collects places and what was found in them."""
+
+    def __init__(self, *secrets: str) -> None:
+        self.needles = Needles(set(secrets))
+        self.places: list[tuple[str, bytes]] = []
+
+    def add(self, name: str, place: bytes | str) -> None:
+        """One more place to look at."""
+        self.places.append((name, place.encode("utf-8", "surrogateescape") if isinstance(place, str) else place))
+
+    def findings(self) -> list[tuple[str, str]]:
+        """Place and secret for each that was found."""
+        if not self.needles.found_in(b"\n".join(place for _, place in self.places)):
+            return []
+        return [(name, needle) for name, place in self.places for needle in self.needles.found_in(place)]
+
+
+def add_page(search: Search, name: str, web: WebProcess, path: str, headers: dict[str, Any]) -> None:
+    """One page, its headers included."""
+    reply = web(path, **headers)
+    search.add(f"page {name}", f"{reply.headers}\n{reply.text}")
+
+
+@contextlib.contextmanager
+def http_get(url: str) -> Iterator[str]:
+    """The body of one page."""
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), 20) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            yield answer.read().decode()
 
 
 # ---- a proxy between worker and exchange, which sees the signatures --------------------------------------------------
@@ -341,9 +458,11 @@ def test_no_command_shows_a_secret(scene: Scene, tmp_path: Path) -> None:
     wrong = f"redis://:{WRONG_LOGIN}@127.0.0.1:{scene.valkey.port}/0"
     away = f"redis://:{REDIS}@127.0.0.1:1/0"
     for command in commands:
-        for url, more in ((scene.redis_url, ()), (scene.redis_url, ("--json",)), (wrong, ("--json",)), (away, ())):
-            exits.add(scene.run("producer", *command, *more, stdin="7\n", REDIS_URL=url).returncode)
-    for command in (*commands, ("web",), ("metrics",)):
+        for url in (scene.redis_url, wrong):
+            exits.add(scene.run("producer", *command, "--json", stdin="7\n", REDIS_URL=url).returncode)
+    for url in (scene.redis_url, away):
+        exits.add(scene.run("producer", "status", REDIS_URL=url).returncode)
+    for command in (("status",), ("web",), ("metrics",)):
         exits.add(scene.run("producer", *command, stdin="7\n", REDIS_URL=f"http://:{BAD_SETTING}@h").returncode)
     environment = scene.workers.environment
     for name, value in bad_settings(tmp_path).items():

@@ -293,6 +293,33 @@ def test_an_answer_that_is_not_the_time_is_quoted(answer: bytes, says: str, envi
     assert says in line(said, "FAILED exchange")
 
 
+#: The worker's own command line where no name has an address.
+NO_NAMES = """
+import socket, sys
+from worker.__main__ import start
+
+def getaddrinfo(host, *_, real=socket.getaddrinfo, **__):
+    if not str(host)[0].isdigit():
+        raise socket.gaierror(-2, "Name or service not known")
+    return real(host, *_, **__)
+
+socket.getaddrinfo = getaddrinfo
+sys.argv = ["worker", "check"]
+start()
+"""
+
+
+def test_a_name_without_an_address_is_named(environment: dict[str, str]) -> None:
+    """That the exchange's name cannot be looked up is told apart from a refused connection."""
+    more = {"BINANCE_BASE_URL": "https://nowhere.invalid", "BINANCE_ALLOWED_HOST": "nowhere.invalid"}
+    command = [sys.executable, "-c", NO_NAMES]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == EX_UNAVAILABLE, done.stderr
+    assert "its name has no address (DNS)" in line(done.stdout, "FAILED exchange")
+
+
 def test_a_foreign_certificate_is_named_and_can_be_trusted(
     environment: dict[str, str], authority: Authority, stranger: Authority
 ) -> None:

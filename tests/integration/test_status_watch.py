@@ -178,7 +178,7 @@ def test_an_outage_keeps_the_last_view_and_tells_its_age() -> None:
         with watching(server.url) as terminal:
             terminal.shows("key desk2      refused 2 times in a row, still tried: 401 [red]no[/red] [2J")
             server.stop(signal.SIGKILL)
-            terminal.shows("NOT OF NOW, 2 s old: Redis did not answer (ConnectionError): Connection refused")
+            terminal.shows("NOT OF NOW, 2 s old: Redis did not answer (ConnectionError: Connection refused)")
             assert any("key desk2" in line for line in terminal.frame())
             server.start()
             eventually(lambda: not any("NOT OF NOW" in line for line in terminal.frame()), 10, "a view of now")

@@ -14,9 +14,11 @@ from rq.serializers import JSONSerializer
 
 from producer import CancelClient, CancelRequest, Outcome, OutcomeKind
 from producer.message import TASK
+from tests.conftest import API_KEY, API_SECRET
 from tests.servers import Peek, Valkey, Worker, Workers, eventually
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
+from worker.signing import Credential
 
 
 def start_stock(workers: Workers, valkey: Valkey) -> Worker:
@@ -100,6 +102,28 @@ def test_closed_gate_is_respected(
     outcome = ticket.wait(30)
     assert (outcome.kind, [a.verdict for a in outcome.attempts]) == (OutcomeKind.CANCELLED, ["confirmed"])
     assert exchange.stats().requests_during_incidents == 0
+
+
+def test_refused_key_is_left_in_peace(
+    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
+) -> None:
+    """Each job of a stock worker is a new process: what it is told of a refused key keeps the next ones waiting."""
+    print_ = Credential.from_secret("default", API_KEY, API_SECRET).fingerprint
+    *ids, young = (order.algo_id for order in exchange.add_orders(8))
+    for algo_id in ids[:5]:
+        exchange.script_faults(algo_id, [Fault.KEY_2015])
+    stock = start_stock(workers, valkey)
+    for algo_id in ids[:5]:
+        assert client.cancel(algo_id=algo_id).wait(40).kind is OutcomeKind.REFUSED
+    held = [client.cancel(algo_id=algo_id) for algo_id in ids[5:]]
+    eventually(lambda: peek("SCARD", peek.keys.held(print_)) == 2, 40, "they wait")
+    assert sum(exchange.book()[algo_id].deletes for algo_id in ids[5:]) == 0
+
+    stock.stop()
+    workers.start()
+    assert client.cancel(algo_id=young).wait(30).kind is OutcomeKind.CANCELLED
+    assert [ticket.wait(30).kind for ticket in held] == [OutcomeKind.CANCELLED] * 2
+    assert client.status().keys == ()
 
 
 def test_gate_closed_meanwhile_is_respected(

@@ -1,0 +1,101 @@
+"""What becomes of a request of a double (:mod:`producer.testing`): the record that a worker would make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from producer.message import (
+    MAX_MSG_CHARS,
+    Call,
+    CancelRequest,
+    InvalidRequest,
+    OutcomeKind,
+    checked_seconds,
+    clean_text,
+)
+
+#: Where ids that the exchange would have given begin.
+FIRST_ALGO_ID = 2_000_000_000_000_000
+#: Longest step of the double's time, s (a century): a record's times must fit in 64 bits.
+MAX_STEP_S = 100 * 365 * 86_400
+#: Longest id of a child order that a worker records, characters (`worker.classify`).
+_MAX_ORDER_ID_CHARS = 40
+#: Longest error, characters: a worker adds a few words to what the exchange said.
+_MAX_ERROR_CHARS = 2 * MAX_MSG_CHARS
+
+#: What one signed call came to: call, HTTP status, code, words, verdict.
+Answer: TypeAlias = tuple[Call, int | None, int | None, str, str]
+_UNKNOWN_ORDER: Answer = (Call.CANCEL, 400, -2011, "Unknown order sent.", "no_such_order")
+_NO_SUCH_ORDER: Answer = (Call.QUERY, 400, -2013, "Order does not exist.", "no_such_order")
+CONFIRMED: Answer = (Call.CANCEL, 200, 200, "success", "confirmed")
+_KEY_REFUSED: Answer = (Call.CANCEL, 401, -2015, "Invalid API-key, IP, or permissions for action.", "key_refused")
+_UNCLEAR: Answer = (Call.CANCEL, None, None, "read: TimeoutError", "unclear")
+
+#: How a kind of outcome comes about: the states that the order can be in, the usual one first; the calls before a query
+#: that shows the state, if there is one and no cancel was confirmed; the error.
+STORIES: dict[OutcomeKind, tuple[tuple[str | None, ...], tuple[Answer, ...], str | None]] = {
+    OutcomeKind.CANCELLED: (("CANCELED",), (CONFIRMED,), None),
+    OutcomeKind.ALREADY_CANCELLED: (("CANCELED",), (_UNKNOWN_ORDER,), None),
+    OutcomeKind.TRIGGERED: (("TRIGGERED", "FINISHED"), (_UNKNOWN_ORDER,), None),
+    OutcomeKind.EXPIRED: (("EXPIRED",), (_UNKNOWN_ORDER,), None),
+    OutcomeKind.REJECTED: (("REJECTED",), (_UNKNOWN_ORDER,), None),
+    OutcomeKind.NOT_FOUND: ((None,), (_UNKNOWN_ORDER, _NO_SUCH_ORDER), "unknown to the exchange: {1} {2} {3}"),
+    OutcomeKind.REFUSED: ((None,), (_KEY_REFUSED,), "refused: {1} {2} {3}"),
+    OutcomeKind.OVERDUE: ((None,), (), "the deadline passed before anything was sent"),
+    OutcomeKind.GAVE_UP: (("NEW", "TRIGGERING"), (_UNKNOWN_ORDER,), "the deadline passed; last: {4} {3}"),
+    OutcomeKind.UNKNOWN: ((None,), (_UNCLEAR,), "the deadline passed; last: {4} {3}"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """What becomes of one run of a request."""
+
+    kind: OutcomeKind = OutcomeKind.CANCELLED
+    order_status: str | None = None
+    actual_order_id: str | None = None
+    symbol: str | None = None
+    error: str | None = None
+    after_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest for what no worker would record."""
+        object.__setattr__(self, "after_s", checked_seconds("after_s", self.after_s, MAX_STEP_S, or_zero=True))
+        if self.kind not in list(OutcomeKind):
+            raise InvalidRequest("kind", self.kind, f"must be one of {', '.join(OutcomeKind)}")
+        statuses = STORIES[self.kind][0]
+        if self.order_status not in (None, *statuses):
+            named = " or ".join(status for status in statuses if status) or "left out"
+            raise InvalidRequest("order_status", self.order_status, f"with {self.kind} it is {named}")
+        if self.symbol is not None:
+            CancelRequest(FIRST_ALGO_ID, symbol=self.symbol)  # one rule for both
+        self._check("actual_order_id", self.kind is OutcomeKind.TRIGGERED, _MAX_ORDER_ID_CHARS)
+        self._check("error", OutcomeKind(self.kind).failed, _MAX_ERROR_CHARS)
+
+    def _check(self, name: str, is_apt: bool, limit: int) -> None:
+        """Workers record a stranger's words as `clean_text` leaves them, and never empty ones."""
+        value = getattr(self, name)
+        if value is not None and not is_apt:
+            raise InvalidRequest(name, value, f"no {self.kind} request has one")
+        if value is not None and not (isinstance(value, str) and value and clean_text(value, limit) == value):
+            rule = f"must be text of 1 to {limit} characters without control characters or blanks around it"
+            raise InvalidRequest(name, value, rule)
+
+    @property
+    def status(self) -> str | None:
+        """The state of the order."""
+        return self.order_status or STORIES[self.kind][0][0]
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """What the calls came to."""
+        before = STORIES[self.kind][1]
+        if self.status is None or CONFIRMED in before:
+            return before
+        verdict = "open" if self.status == "NEW" else self.status.lower()
+        return (*before, (Call.QUERY, 200, None, self.status, verdict))
+
+
+#: Nothing, until it is settled by hand.
+HELD = Line()
