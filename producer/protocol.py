@@ -120,8 +120,7 @@ class UnknownRequest(CancelQueueError, LookupError):
         self._told = (self.job_ids, queue, kind)
 
     def __reduce__(self) -> tuple[type[UnknownRequest], tuple[tuple[str, ...], str, str]]:
-        """Strategies hand errors from process to process."""
-        return UnknownRequest, self._told
+        return UnknownRequest, self._told  # strategies hand errors from process to process
 
 
 class LedgerGap(CancelQueueError):
@@ -177,7 +176,6 @@ class TicketFields:
         }
 
     def __reduce__(self) -> tuple[type[Any], tuple[object, ...]]:
-        """Tickets go to other processes without their client: there, give them to a client's `wait`."""
         return type(self), (self.id, self.request, self.duplicate)
 
     @staticmethod
