@@ -18,6 +18,7 @@ from producer.link import AGAIN_S, CONNECTIONS
 from producer.place import Place
 from producer.protocol import (
     CHUNK,
+    NO_ANSWER,
     Commands,
     Conversation,
     NoConnectionFree,
@@ -261,7 +262,8 @@ class AsyncLines:
                 try:
                     await self._hear(link)
                     failing_since = 0.0
-                except redis.RedisError as error:
+                except (redis.RedisError, *NO_ANSWER) as told:
+                    error = told if isinstance(told, redis.RedisError) else NotOurs(type(told).__name__)
                     now = self.loop.time()
                     failing_since = failing_since or now
                     if not passes(error) or now - failing_since > self._wire.timeout_s:

@@ -18,6 +18,7 @@ import redis
 from producer.place import Place
 from producer.protocol import (
     CHUNK,
+    NO_ANSWER,
     Commands,
     Conversation,
     NoConnectionFree,
@@ -113,7 +114,7 @@ class Line:
     def __init__(self, make: Callable[[], Link], most: int) -> None:
         self._make = make
         self._most = most
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may cancel too, in whatever its thread is doing
         self._links: list[Link] = []
         self._free: list[Link] = []
         self._queue: deque[_Trip] = deque()
@@ -234,7 +235,7 @@ class Lines:
         self._calls = Line(self._link, CONNECTIONS)
         self._slow = Line(self._link, 1)
         self.waiters = Waiters(wire)
-        self._start = threading.Lock()
+        self._start = threading.RLock()
         self._ready: threading.Event | None = None  # of the thread that listens
         self.closed = False
 
@@ -293,7 +294,8 @@ class Lines:
                 try:
                     self._hear(link)
                     failing_since = 0.0
-                except redis.RedisError as error:
+                except (redis.RedisError, *NO_ANSWER) as told:
+                    error = told if isinstance(told, redis.RedisError) else NotOurs(type(told).__name__)
                     now = time.monotonic()
                     failing_since = failing_since or now
                     if not passes(error) or now - failing_since > self._wire.timeout_s:

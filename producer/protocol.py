@@ -146,6 +146,10 @@ class NotOurs(redis.exceptions.RedisError):
     """An answer is not about what was asked: whoever gets this trusts no connection that was open."""
 
 
+#: What comes of an answer that is none to what was asked.
+NO_ANSWER = (TypeError, ValueError, LookupError, AttributeError)
+
+
 class NoConnectionFree(redis.exceptions.RedisError):
     """All connections of this client were taken for as long as the call could wait."""
 

@@ -239,7 +239,7 @@ class Waiters:
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._all: set[Waiter] = set()
         self._by_id: dict[str, list[Waiter]] = {}
         self._left_s = time.monotonic()

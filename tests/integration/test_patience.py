@@ -290,3 +290,18 @@ def test_another_order_under_the_id_is_waited_out(valkey: Valkey, client: Cancel
         outcome = ticket.wait(25)
     assert (outcome.kind, outcome.algo_id) == (OutcomeKind.CANCELLED, 7)
     assert exchange.count(C) == 1
+
+
+def test_late_answer_about_another_order_is_no_news_of_the_one_meant(
+    valkey: Valkey, client: CancelClient, opened: Opened
+) -> None:
+    """A late answer to a look-up by client id is held to the same rule: a newer order is left alone."""
+    exchange, url = opened(lambda asked, earlier: NOT_THERE if earlier else None)
+    ticket = client.cancel(client_algo_id="x")
+    time.sleep(0.2)  # so that it is looked up first
+    with RunningEngine(valkey.url, url, 4, measures=True, BINANCE_RECV_WINDOW_MS=LONG, NOT_FOUND_HORIZON_S="600"):
+        eventually(lambda: exchange.count(Q) > 1, 25, "it is looked up again")
+        exchange.speak(lambda _: state(NAMED, "NEW", time.time_ns() // 1_000_000 + 3_600_000))
+        outcome = ticket.wait(25)
+    assert (outcome.kind, outcome.algo_id, exchange.count(C)) == (OutcomeKind.UNKNOWN, None, 0)
+    assert (outcome.error or "").endswith("left alone")

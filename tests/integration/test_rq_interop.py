@@ -16,7 +16,6 @@ from rq import Queue, SimpleWorker
 from rq.command import send_shutdown_command
 from rq.job import Job
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
-from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
 from rq.worker import BaseWorker
@@ -130,13 +129,22 @@ def test_suspend_and_resume(
     assert (outcome.kind, len(outcome.attempts)) == (OutcomeKind.CANCELLED, 1)
 
 
+def listeners(connection: redis.Redis) -> set[str]:
+    """Ids of the connections that listen to a channel."""
+    return {client["id"] for client in connection.client_list(_type="pubsub") if client["sub"] != "0"}
+
+
 def test_shutdown_command(
     workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
 ) -> None:
-    """RQ's shutdown command stops a worker in order: what is under way is recorded, and it is gone from RQ's list."""
+    """RQ's shutdown command reaches a worker, also after its connection for it was cut, and stops it in order:
+    what is under way is recorded, and it is gone from RQ's list."""
     process = workers.start().process
-    ticket, _ = under_way(client, exchange, 500)
     (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
+    (cut,) = listeners(connection)
+    assert connection.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
+    eventually(lambda: listeners(connection) - {cut}, what="it listens again")
+    ticket, _ = under_way(client, exchange, 500)
 
     send_shutdown_command(connection, worker.name)
 
@@ -145,26 +153,6 @@ def test_shutdown_command(
     assert outcome is not None
     assert outcome.kind is OutcomeKind.CANCELLED
     assert BaseWorker.all(connection=connection, serializer=JSONSerializer) == []
-    assert worker.death_date is not None
-
-
-def listeners(connection: redis.Redis) -> set[str]:
-    """Ids of the connections that listen to a channel."""
-    return {client["id"] for client in connection.client_list(_type="pubsub") if client["sub"] != "0"}
-
-
-def test_commands_survive_an_outage(workers: Workers, connection: redis.Redis) -> None:
-    """RQ's commands reach a worker whose connection for them was cut meanwhile."""
-    process = workers.start().process
-    (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
-    (cut,) = listeners(connection)
-    assert connection.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
-    eventually(lambda: listeners(connection) - {cut}, what="it listens again")
-    assert connection.pubsub_numsub(worker.pubsub_channel_name)[0][1] == 1
-
-    send_shutdown_command(connection, worker.name)
-
-    assert process.wait(30) == 0
 
 
 def test_retry_stands_in_rqs_scheduled_registry(
@@ -304,36 +292,6 @@ def test_job_hash_is_as_rq_leaves_it(what: str, pair: Pair) -> None:
     for name in ("started_at", "ended_at", "last_heartbeat"):
         assert stamp.fullmatch(ours[name]), (name, ours[name])
         assert stamp.fullmatch(theirs[name]), (name, theirs[name])
-
-
-@pytest.mark.parametrize("what", ["success", "failure"])
-def test_result_is_as_rq_leaves_it(what: str, pair: Pair) -> None:
-    """RQ reads the same kind of result from our job as from its own, with value or failure text.
-
-    A stock worker's job has two: ours, with which a process that is killed then leaves a whole job, and RQ's.
-    """
-    entries: list[dict[str, str]] = []
-    results: list[Result] = []
-    for peek, job_id in zip((pair.ours, pair.theirs), pair.jobs[what], strict=True):
-        entries += [fields for _, fields in peek("XRANGE", peek.keys.result_prefix + job_id, "-", "+")]
-        results += reversed(fetch(job_id, pair.connection).results())
-    (ours, before, theirs), (mine, first, other) = entries, results
-
-    assert ours.keys() == before.keys() == theirs.keys()
-    assert (first.type, first.return_value, first.exc_string) == (mine.type, mine.return_value, mine.exc_string)
-    assert ours["type"] == theirs["type"]
-    assert mine.type is other.type is (Result.Type.SUCCESSFUL if what == "success" else Result.Type.FAILED)
-    assert mine.return_value == other.return_value == ("cancelled" if what == "success" else None)
-    if what == "failure":
-        # RQ keeps a traceback that ends with the exception's text, ours is that text.
-        assert (mine.exc_string or "").startswith("refused: ")
-        assert (other.exc_string or "").strip().endswith(mine.exc_string or "?")
-    assert mine.execution_started_at is not None
-    assert mine.execution_ended_at is not None
-    assert mine.execution_started_at <= mine.execution_ended_at
-    for name in ("execution_started_at", "execution_ended_at"):
-        assert abs(float(ours[name]) - time.time()) < 60
-        assert abs(float(ours[name]) - float(theirs[name])) < 60
 
 
 def test_registries_are_as_rq_leaves_them(pair: Pair) -> None:

@@ -351,28 +351,6 @@ def test_leaves_after_the_answer(
     assert is_filed(peek, ticket.id, "finished")
 
 
-@pytest.mark.parametrize("options", [FORKED, SIMPLE], ids=["forked", "simple"])
-def test_leaves_although_no_answer_comes(
-    options: tuple[str, ...], fleet: Fleet, client: CancelClient, exchange: RunningExchange, peek: Peek
-) -> None:
-    """Told to leave while an answer stays away, a stock worker asks nothing more and goes; another looks it up."""
-    stock = fleet.stock(*options)
-    order = exchange.add_orders(1)[0]
-    exchange.script_faults(order.algo_id, [Fault.ANSWER_LATE])
-    ticket = client.cancel(algo_id=order.algo_id)
-    eventually(lambda: deletes(exchange) == [1], what="the request is under way")
-
-    fleet.dismiss(stock)
-
-    (entry,) = exchange.book().values()
-    assert (entry.deletes, entry.gets, client.outcome(ticket.id)) == (1, 0, None)
-    fleet.ours()
-    outcome = ticket.wait(30)
-    assert (outcome.kind, verdicts(outcome)) == (OutcomeKind.CANCELLED, ["unclear", "canceled"])
-    assert outcome.attempts[0].msg != WORKER_LOST
-    assert deletes(exchange) == [1]
-
-
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 

@@ -145,25 +145,7 @@ def test_an_answer_that_contradicts_replaces_the_earlier_ones(jump_ms: int) -> N
     assert hi_ns - lo_ns > 40 * MS
 
 
-def test_an_older_answer_that_is_taken_in_late_replaces_nothing() -> None:
-    """Of two that contradict each other the one that was answered later holds, in whatever order they are taken in."""
-    for order in (1, -1):
-        bounds = Bounds()
-        for asked_ms, told_ms in ((100, 1_000), (200, 9_000))[::order]:
-            bounds.add(asked_ms * MS, (asked_ms + 10) * MS, told_ms)
-        lo_ns, hi_ns = bounds.at(210 * MS) or (0, 0)
-        assert lo_ns <= (9_000 - 205) * MS <= hi_ns
-        assert bounds.newest_ns == 210 * MS
-
-
 # ---- the exchange's clock -------------------------------------------------------------------------------------------
-
-
-def test_unmeasured_clock_is_the_hosts() -> None:
-    """Before the first sample the host's wall clock is all there is, and it is used as it stands."""
-    clock = World(exchange_ahead_ms=5_000).server
-    assert (clock.measured, clock.offset_ms, clock.age_s, clock.bounds()) == (False, 0, None, None)
-    assert clock.now_ms() == START_MS
 
 
 @PROFILE
@@ -246,14 +228,6 @@ def test_an_answer_on_its_way_at_a_doubt_does_not_end_it() -> None:
 # ---- Redis' clock ---------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_proven_of_a_redis_that_was_never_heard() -> None:
-    """Before the first answer there is an estimate, the host's wall clock, and no bound: none may rest on it."""
-    clock = World(redis_ahead_ms=5_000).redis_clock
-    assert (clock.measured, clock.now_ms()) == (False, START_MS)
-    assert (clock.earliest_ms(), clock.latest_ms(), clock.bounds()) == (None, None, None)
-    assert (clock.local_at_earliest(START_MS), clock.local_at_latest(START_MS)) == (None, None)
-
-
 @PROFILE
 @given(
     st.lists(st.tuples(st.integers(0, 1_500), st.integers(0, 1_500), st.integers(0, 40_000)), min_size=1, max_size=9)
@@ -320,17 +294,6 @@ def test_the_difference_of_two_clocks_is_within_its_bounds(
     assert ahead is not None
     assert world.exchange.now_ms + ahead.lo <= world.redis.now_ns / MS <= world.exchange.now_ms + ahead.hi
     assert ahead.hi - ahead.lo <= 2 * min(out_ms + back_ms for out_ms, back_ms, _ in trips) + 12
-
-
-@pytest.mark.parametrize("which", ["redis", "exchange", "neither"])
-def test_the_difference_to_an_unknown_clock_is_unknown(which: str) -> None:
-    """With only one clock measured, or none, nothing is said of two."""
-    world = World()
-    if which == "redis":
-        world.hear(1, 1)
-    elif which == "exchange":
-        world.measure(1, 1)
-    assert minus(world.redis_clock, world.server) is None
 
 
 # ---- sleep ----------------------------------------------------------------------------------------------------------

@@ -75,20 +75,6 @@ def test_a_trigger_runs_its_course_as_time_passes() -> None:
     assert order.trigger_time_ms == NOW_MS
 
 
-def test_a_trigger_can_stay_triggered_get_stuck_or_be_rejected() -> None:
-    """Without a finish the child order stays, without an end it hangs, and the engine may refuse it."""
-    book = OrderBook()
-    stays, stuck, refused = opened(book), opened(book), opened(book)
-    book.trigger(stays, NOW_MS)
-    book.trigger(stuck, NOW_MS, triggered_after_ms=None, finished_after_ms=5)
-    book.trigger(refused, NOW_MS, triggered_after_ms=10, rejected=True)
-    later = NOW_MS + 86_400_000
-    assert found(book, stays, later).status is AlgoStatus.TRIGGERED
-    assert found(book, stuck, later).status is AlgoStatus.TRIGGERING
-    assert found(book, refused, later).status is AlgoStatus.REJECTED
-    assert not refused.actual_order_id
-
-
 def test_a_client_id_is_unique_among_open_orders_only() -> None:
     """A client id is refused while an order that bears it is NEW or TRIGGERING, and free afterwards."""
     book = OrderBook()
@@ -100,17 +86,6 @@ def test_a_client_id_is_unique_among_open_orders_only() -> None:
         opened(book, "stop-1", now_ms=NOW_MS + 9)
     second = opened(book, "stop-1", now_ms=NOW_MS + 10)
     assert second.algo_id != first.algo_id
-
-
-def test_exchange_times_follow_the_skewed_clock() -> None:
-    """Times that an order shows are exchange time, while its course follows local time."""
-    book = OrderBook(clock_skew_ms=-5_000)
-    order = opened(book)
-    book.trigger(order, NOW_MS, triggered_after_ms=10)
-    book.clock_skew_ms = 5_000
-    assert found(book, order, NOW_MS + 9).status is AlgoStatus.TRIGGERING
-    assert found(book, order, NOW_MS + 10).status is AlgoStatus.TRIGGERED
-    assert (order.create_time_ms, order.update_time_ms) == (NOW_MS - 5_000, NOW_MS + 5_010)
 
 
 MOVES = st.sampled_from(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 
-from worker.sandbox.fault_plan import LAST_SEEDED_TURN, FaultPlan
+from worker.sandbox.fault_plan import FaultPlan
 from worker.sandbox.faults import (
     CANCELS,
     FAULT_SETS,
@@ -35,17 +34,6 @@ def plan_of(fault_set: FaultSet = ALL, **options: int | float | None) -> FaultPl
     plan = FaultPlan(fault_set, **options)  # type: ignore[arg-type]
     plan.admit(IDS)
     return plan
-
-
-def drawn(
-    plan: FaultPlan, orders: int = 60, turns: int = LAST_SEEDED_TURN
-) -> dict[tuple[int, Call, int], Fault | None]:
-    return {
-        (algo_id, call, turn): plan.seeded(algo_id, call, turn)
-        for algo_id in IDS[:orders]
-        for call in Call
-        for turn in range(1, turns + 1)
-    }
 
 
 def test_the_table_covers_the_documented_answers() -> None:
@@ -103,40 +91,9 @@ def test_a_seed_replays_whatever_the_order_of_arrival() -> None:
     assert any(fault for faults in met[0].values() for fault in faults)
 
 
-def test_every_fault_of_a_set_is_drawn() -> None:
-    """Over enough orders each fault of the set turns up, on calls that it exists for."""
-    met: Counter[Fault] = Counter()
-    for (_, call, _), fault in drawn(plan_of(rate=1.0), len(IDS), 3).items():
-        if fault is not None:
-            assert call in fault.spec.calls
-            met[fault] += 1
-    assert set(met) >= set(ALL.faults)
-
-
-def test_incidents_are_few_and_known_in_advance() -> None:
-    """Exactly the allowed number of orders starts an incident, the same ones whatever order they were admitted in."""
-    plan, shuffled = plan_of(rate=0.0, max_incidents=4), FaultPlan(ALL, rate=0.0, max_incidents=4)
-    shuffled.admit(random.Random(3).sample(IDS, len(IDS)))
-    struck = {algo_id: plan.seeded(algo_id, Call.CANCEL, 1) for algo_id in IDS}
-    struck = {algo_id: fault for algo_id, fault in struck.items() if fault is not None}
-    assert len(struck) == 4
-    assert set(struck.values()) <= set(ALL.incidents)
-    assert struck == {algo_id: shuffled.seeded(algo_id, Call.CANCEL, 1) for algo_id in struck}
-
-
 def test_no_fault_comes_after_the_end() -> None:
     """From `until_ms` on neither seeded nor scripted faults are met; until then they are."""
     plan = plan_of(rate=1.0, until_ms=NOW_MS)
     plan.script(IDS[0], Call.CANCEL, [Fault.DROP_AFTER], repeat_last=True)
     assert plan.meet(IDS[0], Call.CANCEL, NOW_MS - 1) is Fault.DROP_AFTER
     assert all(plan.meet(algo_id, call, NOW_MS) is None for algo_id in IDS[:50] for call in Call)
-
-
-def test_a_seeded_plan_spares_requests_by_client_id_the_reuse() -> None:
-    """A reused client id has no definite outcome for a request that knows no other id: only a script sends it."""
-    plan = FaultPlan(FaultSet((Fault.CLIENT_ID_REUSED,)), rate=1.0)
-    assert plan.meet(IDS[0], Call.CANCEL, NOW_MS, by_client_id=True) is None
-    assert plan.meet(IDS[0], Call.CANCEL, NOW_MS) is None  # another request by client id may be on its way
-    assert plan.meet(IDS[1], Call.CANCEL, NOW_MS) is Fault.CLIENT_ID_REUSED
-    plan.script(IDS[2], Call.CANCEL, [Fault.CLIENT_ID_REUSED])
-    assert plan.meet(IDS[2], Call.CANCEL, NOW_MS, by_client_id=True) is Fault.CLIENT_ID_REUSED

@@ -12,7 +12,6 @@ import pytest
 
 from producer.message import Attempt, Call, Outcome, OutcomeKind
 from worker.sandbox.control import BookEntry, ExchangeStats, Incident
-from worker.sandbox.orders import By, Twice, plan
 from worker.sandbox.report import Asked, Report, Rule, differences
 from worker.sandbox.show import show
 from worker.sandbox.valkey import CannotStart, server_binary
@@ -160,12 +159,6 @@ def test_a_false_outcome_is_a_difference(kind: OutcomeKind, status: str) -> None
     assert Rule.BOOK_STATUS in rules([outcome(kind)], [booked(kind, status)])
 
 
-def test_another_child_order_is_a_difference() -> None:
-    """A triggered order's child must be the one in the book: that is what the strategy has to act on."""
-    for told in (None, "1"):
-        assert rules([outcome(OutcomeKind.TRIGGERED, actual_order_id=told)], [entry("FINISHED")]) == [Rule.CHILD_ORDER]
-
-
 def test_an_outcome_about_another_order_is_a_difference() -> None:
     """A request by client id must end with the order that was meant."""
     assert rules([outcome(algo_id=ALGO_ID + 7)], [entry(deletes_effective=1)]) == [Rule.OTHER_ORDER]
@@ -176,17 +169,6 @@ def test_a_confirmed_cancel_without_effect_is_a_difference() -> None:
     """An order that is `cancelled` was cancelled by exactly one DELETE of ours."""
     assert rules([outcome()], [entry(deletes_effective=0)]) == [Rule.DELETES]
     assert rules([outcome()], [entry(deletes_effective=2)]) == [Rule.DELETES]
-
-
-def test_somebody_elses_cancel_after_an_unclear_attempt_is_taken_for_ours() -> None:
-    """The contract calls that `cancelled`; it takes both an unclear cancel and somebody else's."""
-    unclear = outcome(attempts=(attempt("unclear"), attempt("canceled", Call.QUERY)))
-    others = entry(faults=["drop_before", "cancelled_before"])
-    assert rules([unclear], [others]) == []
-    assert rules([outcome()], [others]) == [Rule.DELETES]
-    assert rules([unclear], [entry(faults=["drop_before"])]) == [Rule.DELETES]
-    asked_only = outcome(attempts=(attempt("unclear", Call.QUERY),))
-    assert rules([asked_only], [others]) == [Rule.DELETES]
 
 
 def test_our_own_cancel_is_not_already_cancelled() -> None:
@@ -221,12 +203,6 @@ def test_a_hit_on_a_newer_order_is_a_difference() -> None:
     assert rules([outcome()], [mine, entry("NEW", 9, decoy=True, deletes=0)]) == []
     for decoy in (entry("NEW", 9, decoy=True, deletes=1), entry("CANCELED", 9, decoy=True, deletes=0)):
         assert rules([outcome()], [mine, decoy]) == [Rule.NEWER_ORDER_HIT]
-
-
-def test_an_order_that_is_not_in_the_book() -> None:
-    """Of an order that never was, only the kinds that claim nothing are true."""
-    assert rules([outcome(OutcomeKind.NOT_FOUND)], []) == []
-    assert rules([outcome(OutcomeKind.CANCELLED)], []) == [Rule.BOOK_STATUS]
 
 
 # ---- what fails a run -----------------------------------------------------------------------------------------------
@@ -301,22 +277,6 @@ def test_report_reads_the_same_without_rich(
 # ---- what is asked for ----------------------------------------------------------------------------------------------
 
 
-def test_a_plan_holds_every_way_to_ask() -> None:
-    """Ids of both sorts, both accounts, several symbols, single calls and batches, urgent ones and duplicates."""
-    wanted = plan(300, 1)
-    assert {order.by for order in wanted} == set(By)
-    assert {order.twice for order in wanted} == set(Twice)
-    assert {order.account for order in wanted} == {"default", "second"}
-    assert len({order.symbol for order in wanted}) == 4
-    assert {order.alone for order in wanted} == {order.urgent for order in wanted} == {True, False}
-    assert len({order.client_algo_id for order in wanted}) == 300
-
-
-def test_a_client_id_is_not_asked_for_again_later() -> None:
-    """Later the id may be a newer order's, and cancelling that one would be right: no run could be judged."""
-    assert not [order for order in plan(2_000, 3) if order.twice is Twice.LATER and order.by is By.CLIENT_ID]
-
-
 # ---- the server -----------------------------------------------------------------------------------------------------
 
 
@@ -326,3 +286,9 @@ def test_without_a_server_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(CannotStart, match=r"pip install -e '\.\[sandbox\]' in the checkout") as caught:
         server_binary(None)
     assert "\n" not in str(caught.value)
+
+
+def test_another_child_order_is_a_difference() -> None:
+    """A triggered order's child must be the one in the book: that is what the strategy has to act on."""
+    for told in (None, "1"):
+        assert rules([outcome(OutcomeKind.TRIGGERED, actual_order_id=told)], [entry("FINISHED")]) == [Rule.CHILD_ORDER]
