@@ -28,9 +28,8 @@ def test_the_rules_stand_in_a_group() -> None:
         first, *lines = rule.rstrip().split("\n")
         assert re.fullmatch(r"[A-Za-z]+( +#.*)?", first)
         assert lines[0].startswith("        expr: ")
-        assert all(
-            line.startswith("        ") and ": " not in line.removeprefix("        expr: ") for line in lines[:1]
-        )
+        assert ": " not in lines[0].removeprefix("        expr: ")
+        assert all(line.startswith("        ") for line in lines)
 
 
 def test_the_rules_name_metrics_that_there_are() -> None:
