@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from producer.keys import Keys
 from producer.message import VERSION
-from tests.servers import ROOT, scrubbed
+from tests.servers import ROOT, python, scrubbed
 
 KEYS = Keys()
 #: The command line where prometheus-client is not installed.
@@ -75,9 +75,7 @@ def command(*arguments: str) -> list[str]:
 def ran(*arguments: str, script: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """A call that ends by itself."""
     words = [sys.executable, "-W", "error", "-c", script, "metrics", *arguments] if script else command(*arguments)
-    return subprocess.run(
-        words, cwd=ROOT, env=scrubbed() | environment, capture_output=True, text=True, timeout=30, check=False
-    )
+    return python(*words[1:], **environment)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -11,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.servers import ROOT
+from tests.servers import python
 from worker.clock import (
     BEHIND_MS,
     DRIFT_PPM,
@@ -356,9 +354,7 @@ before = time.monotonic_ns()
 assert before <= local_ns() <= time.monotonic_ns()
 print(COUNTS_SLEEP)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
-    )
+    done = python("-c", code)
     assert done.stdout == "False\n"
 
 
