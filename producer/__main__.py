@@ -485,9 +485,7 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
-        raise _Failure(
-            "metrics needs prometheus-client: pip install -e '.[metrics]' in the checkout", ExitCode.USAGE
-        ) from None
+        raise _Failure("metrics needs prometheus-client: pip install prometheus-client", ExitCode.USAGE) from None
     with _client_as(LedgerClient, redis_url, queue) as client:
         try:
             server = Server(QueueCollector(client), host, port)
@@ -537,9 +535,7 @@ def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> 
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("flask", "jinja2", "werkzeug", "itsdangerous", "waitress"):
             raise
-        raise _Failure(
-            "web needs Flask and waitress: pip install -e '.[web]' in the checkout", ExitCode.USAGE
-        ) from None
+        raise _Failure("web needs Flask and waitress: pip install flask waitress", ExitCode.USAGE) from None
     try:
         access.check_start(host, token, public_read)
     except access.UnsafeStart as error:

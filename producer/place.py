@@ -68,7 +68,7 @@ class Place:
         pool: Any = client.connection_pool
         timeout_s = float(pool.connection_kwargs.get("socket_timeout") or TIMEOUT_S)
         ours = Address.of(client)
-        if pool.connection_class in _STANDARD:
+        if pool.connection_class in _STANDARD and not pool.connection_kwargs.get("redis_connect_func"):
             pool = (ours.async_client(timeout_s) if is_async else ours.client(timeout_s)).connection_pool
         options = {name: value for name, value in pool.connection_kwargs.items() if name not in _THEIRS}
         options |= {"protocol": 2, "decode_responses": False}

@@ -47,6 +47,7 @@ from worker.decide import (
     next_number,
     next_step,
     read_history,
+    silent_until_ms,
 )
 from worker.exchange import Answer, Exchange, Sent
 from worker.key_breaker import KeyBreaker
@@ -337,9 +338,11 @@ class Canceller:
         It is no attempt.
         """
         now_ms, wait_ms = self._now_ms(), 0
+        used, server_ms = self._exchange.last_used_weight(), self._server_clock.now_ms()
         is_look_up = step.call is Call.QUERY and looks_up_a_silence(job.history)
-        if not self._gate.allows(step.call, self._exchange.last_used_weight(), is_look_up):
-            wait_ms = ms_to_next_minute(self._server_clock.now_ms())
+        has_room = self._gate.allows(step.call, used)
+        if not has_room or (is_look_up and not self._gate.allows_look_up(used, server_ms // 60_000)):
+            wait_ms = ms_to_next_minute(server_ms)
         elif (until_ms := await self._keys.wait_until_ms(job.credential, job.lease.key)) > 0:
             wait_ms = max(until_ms - now_ms, 1)
         if wait_ms == 0 and job.algo_id is None and not await self._knows_the_time():
@@ -357,7 +360,10 @@ class Canceller:
     def _with_key_reason(self, job: _Job, stop: Stop) -> Stop:
         """A request that its key kept waiting until the deadline was refused, for that reason."""
         reason = self._keys.reason(job.credential)
-        if reason is None or stop.kind not in (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP):
+        # A doubt that is a silence alone, and cannot strike any more, is none beside what the exchange says since then.
+        is_doubted = not 0 < silent_until_ms(job.history, self._policy) <= self._latest_ms()
+        kinds = (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP) if is_doubted else (OutcomeKind.UNKNOWN,)
+        if reason is None or stop.kind not in kinds or stop.is_left_alone:
             return stop
         return replace(
             stop, kind=OutcomeKind.REFUSED, error=f"held back until the deadline: the key is refused: {reason}"
@@ -394,7 +400,7 @@ class Canceller:
             if job.late or is_over or self._is_leaving or not self._may_send(job):
                 return self._first_step(job)
         try:
-            self._gate.looked_up += 1
+            self._gate.note_look_up(self._server_clock.now_ms() // 60_000)
             return await self._attempt(job, step)
         finally:
             self._look_ups.end()
@@ -437,6 +443,7 @@ class Canceller:
         job.silent.discard(n)
         if isinstance(answer, Reply):
             verdict = classify(call, ref, answer)
+            self.recovery.note(verdict.means)
             if verdict.means in GATED:
                 self._gate.close_for(verdict, self._policy, self._now_ms(), self._ahead())
             job.late.append((n, verdict))
@@ -458,7 +465,10 @@ class Canceller:
                     )
                     job.history[at] = replace(told, counted_before=silent.counted_before)
                     _tell_attempt("late", job.lease.id, told)
-            if verdict.means in _ENDS or job.history[-1].n == n:
+            is_found = (
+                verdict.order is not None and job.algo_id is None
+            )  # whether it is the one that was meant is decided
+            if verdict.means in _ENDS or is_found or job.history[-1].n == n:
                 decision = self._decided(job, verdict)
         return decision
 

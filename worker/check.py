@@ -125,7 +125,7 @@ def _bad_key(what: str, verdict: Verdict, may_read: bool) -> Finding:
     said = _words(verdict)
     if verdict.means not in (Means.KEY_REFUSED, Means.DENIED):
         return Finding(what, f"not answered as expected: {verdict.means} {said}", Fault.UNREACHABLE)
-    if may_read:
+    if may_read and verdict.means is Means.KEY_REFUSED:
         return Finding(what, f"may read but not trade: {said}; enable futures for this API key", Fault.SETTINGS)
     advice = _KEY_CODES.get(verdict.code or 0)
     return Finding(what, f"refused: {said}" + (f"; {advice}" if advice else ""), Fault.SETTINGS)

@@ -123,14 +123,16 @@ def _state(error: redis.RedisError) -> str | None:
 
 
 def _info(connection: redis.Redis) -> Mapping[str, Any]:
-    """All that INFO tells; nothing where this user may not ask.
+    """All that INFO tells; nothing where this user may not ask, or nobody may.
 
     Raises:
         redis.RedisError: any other trouble.
     """
     try:
         told: Mapping[str, Any] = connection.info()
-    except redis.exceptions.NoPermissionError:
+    except redis.ResponseError as error:
+        if passes(error):
+            raise
         return {}
     return told
 
@@ -141,7 +143,7 @@ def _name(info: Mapping[str, Any]) -> str:
         if version := info.get(f"{name}_version"):
             return f"{name.capitalize()} {clean_text(str(version), 40)}"
     version = info.get("redis_version")
-    return f"Redis {clean_text(str(version), 40)}" if version else "of unknown version (this user may not ask INFO)"
+    return f"Redis {clean_text(str(version), 40)}" if version else "of unknown version (INFO is not answered)"
 
 
 def _is_too_old(info: Mapping[str, Any]) -> bool:
@@ -151,7 +153,7 @@ def _is_too_old(info: Mapping[str, Any]) -> bool:
 
 def _warnings(info: Mapping[str, Any]) -> Iterator[str]:
     if not info:
-        yield "this user may not ask INFO: memory, eviction and persistence could not be looked at"
+        yield "INFO is not answered to this user: memory, eviction and persistence could not be looked at"
         return
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":

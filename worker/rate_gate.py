@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 
 import redis
@@ -57,8 +57,7 @@ class Gate:
         self._left = (0, 0)  # until when it was told, and the weight that was left then
         self.until_ms = 0
         self.weight_limit = DEFAULT_WEIGHT_LIMIT
-        self.looked_up = 0  # how often an order was looked up after a silence, in this minute
-        self._used = 0  # weight, as of the last look
+        self.looked_up: Counter[int] = Counter()  # how often an order was looked up after a silence, by minute
 
     def closed(self, now_ms: int) -> bool:
         """Whether nothing may be sent now."""
@@ -109,15 +108,20 @@ class Gate:
         reason = f"weight {used} used and {in_flight} under way of {self.weight_limit} a minute"
         return self._close(minute_ms, reason, now_ms, doubling=False)
 
-    def allows(self, call: Call, used: int, is_look_up: bool = False) -> bool:
-        """Whether the budget has room for ``call``: cancels have the last quarter to themselves, and look-ups after a
-        silence (``is_look_up``) a part of what is left."""
-        if used < self._used:  # a new minute
-            self.looked_up = 0
-        self._used = used
-        if is_look_up and self.looked_up >= (self.weight_limit - used) // LOOK_UPS_PART:
-            return False
+    def allows(self, call: Call, used: int) -> bool:
+        """Whether the budget has room for ``call``: cancels have the last quarter to themselves."""
         return call is Call.CANCEL or used < NO_QUERIES_AT * self.weight_limit
+
+    def allows_look_up(self, used: int, minute: int) -> bool:
+        """Whether it has room for a query that only a silence asks for: they have a part of what is left.
+
+        ``minute`` is the exchange's, for which :meth:`note_look_up` has counted them.
+        """
+        return self.looked_up[minute] < (self.weight_limit - used) // LOOK_UPS_PART
+
+    def note_look_up(self, minute: int) -> None:
+        """Count one."""
+        self.looked_up = Counter({minute: self.looked_up[minute] + 1})
 
     async def share(self, now_ms: int) -> None:
         """Tell Redis of a closing that it has not heard of; called again until it has."""

@@ -12,6 +12,8 @@ __all__ = ["Recovery"]
 
 #: So many calls in a row without a single one that the exchange dealt with, for so long, ns: it is away for everybody.
 WIDE, LONG_NS = 5, 1_000_000_000
+#: So many jobs are remembered at the most; others wait out their backoff.
+MOST = 10_000
 #: What a call meets while the exchange, or the way to it, is away.
 _FAILURES = frozenset({Means.NOT_SENT, Means.BUSY, Means.UNCLEAR})
 
@@ -44,7 +46,7 @@ class Recovery:
 
     def wait(self, job: bytes, verdict: str, due_ms: int) -> None:
         """Take in that a job waits until ``due_ms`` (Redis' clock), and what its last call met."""
-        if self._failures and verdict in _FAILURES:
+        if self._failures and verdict in _FAILURES and len(self._waiting) < MOST:
             self._waiting[job] = due_ms
 
     def next_ones(self, free: int) -> list[tuple[bytes, int]]:

@@ -151,7 +151,7 @@ QUICK = Scale(
         Kind.RAIN: (1.0, 2.0),
         Kind.HOLE: (0.5, 1.5),
         Kind.SUSPEND: (0.3, 1.0),
-        Kind.SILENCES: (1.0, 2.0),
+        Kind.SILENCES: (1.5, 3.0),
     },
     # A claim whose reply was lost leaves leases in nobody's hand: they must have run out before the next blow.
     rests_s=dict.fromkeys(Kind, 1.2)

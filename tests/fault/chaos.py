@@ -235,7 +235,7 @@ def _hole(world: World, place: Place, blow: Blow) -> None:
 
 
 def _silences(world: World, place: Place, blow: Blow) -> None:
-    world.way.let_it_rain(mute=0.1, deaf=0.1)
+    world.way.let_it_rain(mute=0.15, deaf=0.15)
     world.rest(blow.length_s)
     world.way.let_it_rain()
 

@@ -255,7 +255,15 @@ def test_a_user_without_info_can_be_checked(environment: dict[str, str], valkey:
     finally:
         peek("ACL", "DELUSER", "worker")
     assert code == EX_OK
-    assert "may not ask INFO" in line(said, "warn redis")
+    assert "INFO is not answered to this user" in line(said, "warn redis")
+
+
+def test_a_server_without_info_can_be_checked(environment: dict[str, str]) -> None:
+    """The same where a hoster has taken the command away."""
+    with running_valkey("--appendonly", "yes", "--rename-command", "INFO", "its-own-info") as server:
+        code, said, _ = check(environment | {"REDIS_URL": server.url})
+    assert code == EX_OK
+    assert "INFO is not answered to this user" in line(said, "warn redis")
 
 
 def test_damaged_keys_are_named(environment: dict[str, str], peek: Peek) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -130,6 +131,22 @@ def test_a_listener_that_is_cut_off_comes_back(valkey: Valkey, client: CancelCli
         assert following.result(60)[1].kind is OutcomeKind.REFUSED
 
 
+def test_waits_end_without_a_ledger_too(either: tuple[Any, asyncio.Runner], connection: redis.Redis) -> None:
+    """Where somebody has put another thing in the ledger's place, whoever waits still gets the outcome."""
+    client, runner = either
+    ticket = ended(client.cancel(algo_id=1), runner)
+    connection.set(KEYS.outcomes, "of the wrong type")
+
+    def settle() -> None:
+        eventually(lambda: connection.info("commandstats").get("cmdstat_xrevrange"), what="somebody listens")
+        connection.set(KEYS.outcome_prefix + ticket.id, record(1, id=ticket.id))
+
+    settler = threading.Thread(target=settle)
+    settler.start()
+    assert ended(ticket.wait(60), runner).algo_id == 1
+    settler.join()
+
+
 # ---- the ledger -----------------------------------------------------------------------------------------------------
 
 
@@ -221,3 +238,24 @@ def test_whose_limit_it_was() -> None:
         proxy.timeout(False)
     assert any("all 2 connections of this client were taken" in each and "its own limit" in each for each in said)
     assert any("Redis did not answer (TimeoutError)" in each for each in said)
+
+
+def test_a_signal_s_handler_may_cancel(client: CancelClient) -> None:
+    """A bot that cancels its stops when it is told to end is heard in whatever its thread is doing, a cancel too."""
+    handled: list[str] = []
+
+    def handle(*_: object) -> None:
+        if len(handled) < 300:
+            handled.append("")
+            handled[-1] = client.cancel(algo_id=100_000 + len(handled)).id
+            signal.setitimer(signal.ITIMER_REAL, 0.0003)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0003)
+        tickets = [client.cancel(algo_id=1 + number) for number in range(1000)]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len({ticket.id for ticket in tickets} | set(handled)) == 1000 + len(handled)
+    assert len(handled) > 10

@@ -158,6 +158,18 @@ def test_closed_window_settles_a_silence(
     assert last.at_ms >= first.at_ms + first.ms + 500
 
 
+def test_silence_is_settled_while_its_key_is_refused(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
+    """Who is held back until the deadline because the key is refused is told so, though one call got no answer."""
+    _, url = opened(lambda asked, _: None if asked.method == C and asked.algo_id == 1 else BAD_KEY)
+    with RunningEngine(valkey.url, url, 16, BINANCE_RECV_WINDOW_MS="500"):
+        silent = client.cancel(algo_id=1, deadline_s=4)
+        for ticket in enqueued(client, 5, first=2):
+            assert ticket.wait(25).kind is OutcomeKind.REFUSED
+        outcome = silent.wait(25)
+    assert outcome.kind is OutcomeKind.REFUSED
+    assert told(outcome)[0] == ("cancel", "unclear")
+
+
 def test_standing_loop_is_no_silence(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
     """Who stood still himself looks once more before he calls the exchange silent."""
     stands = threading.Event()
@@ -290,3 +302,18 @@ def test_another_order_under_the_id_is_waited_out(valkey: Valkey, client: Cancel
         outcome = ticket.wait(25)
     assert (outcome.kind, outcome.algo_id) == (OutcomeKind.CANCELLED, 7)
     assert exchange.count(C) == 1
+
+
+def test_late_answer_about_another_order_is_no_news_of_the_one_meant(
+    valkey: Valkey, client: CancelClient, opened: Opened
+) -> None:
+    """A late answer to a look-up by client id is held to the same rule: a newer order is left alone."""
+    exchange, url = opened(lambda asked, earlier: NOT_THERE if earlier else None)
+    ticket = client.cancel(client_algo_id="x")
+    time.sleep(0.2)  # so that it is looked up first
+    with RunningEngine(valkey.url, url, 4, measures=True, BINANCE_RECV_WINDOW_MS=LONG, NOT_FOUND_HORIZON_S="600"):
+        eventually(lambda: exchange.count(Q) > 1, 25, "it is looked up again")
+        exchange.speak(lambda _: state(NAMED, "NEW", time.time_ns() // 1_000_000 + 3_600_000))
+        outcome = ticket.wait(25)
+    assert (outcome.kind, outcome.algo_id, exchange.count(C)) == (OutcomeKind.UNKNOWN, None, 0)
+    assert (outcome.error or "").endswith("left alone")

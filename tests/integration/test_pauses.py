@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -72,6 +74,30 @@ def test_the_weight_limit_is_not_reached(
         assert stats.peak_used_weight <= 120
     finally:
         fleet.stop()
+
+
+def test_what_a_neighbour_leaves_of_the_weight_is_used(valkey: Valkey, client: CancelClient, tmp_path: Path) -> None:
+    """At nine tenths of the limit, used by another program on the address, cancels go on down to a small reserve."""
+    begins_now_ms = -(int(time.time() * 1000) % 60_000)
+    accounts = {"default": (API_KEY, API_SECRET)}
+    config = ExchangeConfig(accounts=accounts, weight_limit_per_minute=600, clock_skew_ms=begins_now_ms)
+    with start_exchange(config) as exchange:
+        fleet = Workers(tmp_path, _environment(valkey, exchange))
+        try:
+            orders = exchange.add_orders(30)
+            worker = fleet.start()
+            neighbour = http.client.HTTPConnection(urlsplit(exchange.url).netloc)
+            while exchange.stats().used_weight < 545:
+                neighbour.request("GET", "/fapi/v1/time")
+                neighbour.getresponse().read()
+            neighbour.close()
+            tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in orders)
+            outcomes = [ticket.wait(30) for ticket in tickets]
+            assert {outcome.kind for outcome in outcomes} == {OutcomeKind.CANCELLED}
+            assert "event=gate" not in worker.output(), "they waited for the exchange's next minute"
+            assert exchange.stats().peak_used_weight <= 600
+        finally:
+            fleet.stop()
 
 
 def test_a_key_that_is_refused_is_left_in_peace(

@@ -87,6 +87,7 @@ def test_options_are_the_defaults_of_a_line() -> None:
         ('{"algo_id": 5, "price": 1}', "unknown field 'price'"),
         ('{"algo_id": 5, "v": 2}', "v=2: this side speaks version 1"),
         ('{"algo_id": 5', """'{"algo_id": 5': not JSON"""),
+        ('{"algo_id": 5, "algo_id": 6}', "field 'algo_id' stands there twice"),
         ('{"algo_id": NaN}', "NaN is not a number of JSON"),
         ('{"algo_id": 1e400}', "must be a whole number"),
         ('{"algo_id": ' + "9" * 30 + "}", "does not fit in 64 bits"),

@@ -252,13 +252,12 @@ def test_last_quarter_is_for_cancels(gate: Gate) -> None:
 def test_look_ups_after_silences_have_a_quarter_of_what_is_left(gate: Gate) -> None:
     """A wave of silences does not eat up the minute; the next minute begins anew, and cancels and others go on."""
     used = 0
-    while gate.allows(Call.QUERY, used, True):
-        gate.looked_up += 1
+    while gate.allows_look_up(used, 7):
+        gate.note_look_up(7)
         used += 1
     assert used == DEFAULT_WEIGHT_LIMIT // 5  # a quarter of what is left then
     assert gate.allows(Call.QUERY, used)
-    assert gate.allows(Call.CANCEL, used)
-    assert gate.allows(Call.QUERY, 0, True)
+    assert gate.allows_look_up(0, 8)
 
 
 def test_few_look_up_where_most_are_silent() -> None:
@@ -313,13 +312,16 @@ def test_a_person_can_open_it(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("until_ms", [None, NOW_MS - 5_000, NOW_MS + 5_000, NOW_MS + 60_000])
-def test_record_that_is_gone_or_old_opens_nothing(until_ms: int | None, gate: Gate) -> None:
-    """A Redis that lost its data, or its last second, does not end a ban."""
+def test_record_that_is_gone_or_old_opens_nothing(until_ms: int | None, gate: Gate, board: Board) -> None:
+    """A Redis that lost its data, or its last second, does not end a ban, and is told of it again."""
     gate.observe(NOW_MS + 60_000)
 
     gate.told(until_ms, NOW_MS, local_ns())
+    share(gate, NOW_MS)
 
     assert gate.closed(NOW_MS + 59_999)
+    is_known = until_ms == NOW_MS + 60_000
+    assert [(pause_ms, doubling) for pause_ms, _, doubling in board.told] == ([] if is_known else [(60_000, False)])
 
 
 def test_record_read_before_a_closing_opens_nothing(gate: Gate, board: Board) -> None:
