@@ -63,7 +63,7 @@ class Exporter:
     def stop(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Signal it; gives exit code and what it had to complain about."""
         self.process.send_signal(how)
-        _, errors = self.process.communicate(timeout=10)
+        _, errors = self.process.communicate(timeout=30)
         return self.process.returncode, errors
 
 

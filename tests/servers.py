@@ -108,7 +108,7 @@ class Valkey:
         """End the process."""
         if self.process is not None:
             self.process.send_signal(how)
-            self.process.wait(10)
+            self.process.wait(30)
             self.process = None
 
 

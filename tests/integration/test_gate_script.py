@@ -160,7 +160,7 @@ def test_overdue_jobs_behind_a_long_queue_are_given_during_a_pause(
         given.extend(ids(holder.claim()))
         return len(given) >= 3
 
-    eventually(look, 20, "the overdue jobs are given")
+    eventually(look, what="the overdue jobs are given")
 
     assert sorted(given) == sorted(ticket.id for ticket in overdue)
     assert set(peek.waiting()) == waiting - set(given)

@@ -373,7 +373,7 @@ def test_each_outcome_is_told(
         ticket.wait(30)
     pattern = re.compile(r"^at=\S+ level=info event=outcome id=(\S+) kind=cancelled .*$", re.MULTILINE)
 
-    eventually(lambda: len(pattern.findall(stock.output())) >= len(tickets), 5, "all are told")
+    eventually(lambda: len(pattern.findall(stock.output())) >= len(tickets), what="all are told")
 
     time.sleep(0.5)
     assert Counter(pattern.findall(stock.output())) == Counter(ticket.id for ticket in tickets)
