@@ -202,7 +202,9 @@ class SeeingProxy:
         with contextlib.suppress(OSError), client:
             head = b""
             while not head.endswith(b"\r\n\r\n"):
-                head += client.recv(1)
+                if not (data := client.recv(1)):
+                    return  # given up before it was used
+                head += data
             self.logins += self._login in head
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
             target = (self._target.hostname, self._target.port)
