@@ -14,20 +14,19 @@ from typing import Any, TypeVar, cast
 
 import redis
 
-from producer.link import AGAIN_S, CONNECTIONS
+from producer.link import CONNECTIONS
 from producer.place import Place
 from producer.protocol import (
     CHUNK,
-    NO_ANSWER,
     Commands,
     Conversation,
     NoConnectionFree,
     NotOurs,
-    QueueUnavailable,
     Slow,
     Wire,
     availability,
     packets,
+    steps,
     weight,
 )
 from producer.redis_url import passes
@@ -204,47 +203,25 @@ class AsyncLines:
         self._listening: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
 
-    def _ends_at(self) -> float:
-        return self.loop.time() + self._wire.timeout_s
-
     async def converse(self, conversation: Conversation[T], doubt: str = "", *, repeat: bool = True) -> T:
         """See :meth:`producer.client.CancelClient.converse`."""
+        trips = steps(conversation, repeat, self.loop.time, self._wire.timeout_s)
         with availability(self._address, doubt):
             try:
-                commands = next(conversation)
+                commands, ends_at = next(trips)
                 while True:
-                    commands = conversation.send(await self._answers(commands, repeat))
+                    line = self._slow if isinstance(commands, Slow) else self._calls
+                    try:
+                        answers = await line.carry(commands, ends_at)
+                    except redis.RedisError as error:
+                        commands, ends_at = trips.throw(error)
+                    else:
+                        commands, ends_at = trips.send(answers)
             except StopIteration as end:
                 return cast(T, end.value)
             except NotOurs:
                 self._calls.distrust()
                 raise
-
-    async def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
-        line = self._slow if isinstance(commands, Slow) else self._calls
-        try:
-            return await self._twice(line, commands, repeat)
-        except redis.RedisError as error:
-            if line is self._calls:
-                raise
-            return [error] * len(commands)
-
-    async def _twice(self, line: AsyncLine, commands: Commands, repeat: bool) -> list[Any]:
-        """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
-        ends_at = self._ends_at()
-        try:
-            answers = await line.carry(commands, ends_at)
-            # What was refused so wrote nothing, and another connection may lead to another server.
-            is_refused = any(isinstance(answer, Exception) and passes(answer) for answer in answers)
-            if not is_refused or not (repeat or len(commands) == 1):
-                return answers
-        except redis.AuthenticationError:
-            raise
-        except redis.ConnectionError:
-            # Closed by the server, say. The ids are in the words: a repeat finds itself.
-            if not repeat or self.loop.time() >= ends_at:
-                raise
-        return await line.carry(commands, ends_at)
 
     async def listener(self) -> None:
         """See to it that somebody listens, and that from now on nothing is missed."""
@@ -256,41 +233,24 @@ class AsyncLines:
                 await self._ready.wait()
 
     async def _listen(self) -> None:
-        link, failing_since = self._link(), 0.0
+        link, listening = self._link(), self.waiters.listen(self._ready.set, self._address)
         try:
-            while not self.waiters.are_few():
+            step = next(listening, None)
+            while step is not None:
                 try:
-                    await self._hear(link)
-                    failing_since = 0.0
-                except (redis.RedisError, *NO_ANSWER) as told:
-                    error = told if isinstance(told, redis.RedisError) else NotOurs(type(told).__name__)
-                    now = self.loop.time()
-                    failing_since = failing_since or now
-                    if not passes(error) or now - failing_since > self._wire.timeout_s:
-                        self._fail(error)
-                    await asyncio.sleep(AGAIN_S)
+                    answers = []
+                    if isinstance(step, float):
+                        await asyncio.sleep(step)
+                    else:
+                        (answers,) = await link.ask([step], self.loop.time() + LOOK_S + self._wire.timeout_s)
+                except redis.RedisError as error:
+                    step = listening.throw(error)
+                else:
+                    step = listening.send(answers)
+        except StopIteration:
+            pass
         finally:
             await link.close()
-
-    async def _hear(self, link: AsyncLink) -> None:
-        conversation = self.waiters.listen(self._ready.set)
-        with contextlib.suppress(StopIteration):
-            commands = next(conversation)
-            while True:
-                if commands:
-                    (answers,) = await link.ask([commands], self._ends_at() + LOOK_S)
-                else:
-                    await asyncio.sleep(LOOK_S)
-                    answers = []
-                commands = conversation.send(answers)
-
-    def _fail(self, error: redis.RedisError) -> None:
-        self._ready.set()
-        try:
-            with availability(self._address):
-                raise error
-        except QueueUnavailable as told:
-            self.waiters.fail(told)
 
     async def close(self, why: Exception) -> None:
         """Part with the server; whoever waits is told."""

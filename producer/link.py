@@ -18,16 +18,15 @@ import redis
 from producer.place import Place
 from producer.protocol import (
     CHUNK,
-    NO_ANSWER,
     Commands,
     Conversation,
     NoConnectionFree,
     NotOurs,
-    QueueUnavailable,
     Slow,
     Wire,
     availability,
     packets,
+    steps,
     weight,
 )
 from producer.redis_url import passes
@@ -37,8 +36,6 @@ T = TypeVar("T")
 
 #: Connections for calls; beside them one for calls that wait for a disk, and one that listens for all waiters.
 CONNECTIONS = 2
-#: Between two tries of a listener to reach Redis, s.
-AGAIN_S = 0.1
 
 
 class _Trip:
@@ -241,42 +238,23 @@ class Lines:
 
     def converse(self, conversation: Conversation[T], doubt: str = "", *, repeat: bool = True) -> T:
         """See :meth:`producer.client.CancelClient.converse`."""
+        trips = steps(conversation, repeat, time.monotonic, self._wire.timeout_s)
         with availability(self._address, doubt):
             try:
-                commands = next(conversation)
+                commands, ends_at = next(trips)
                 while True:
-                    commands = conversation.send(self._answers(commands, repeat))
+                    line = self._slow if isinstance(commands, Slow) else self._calls
+                    try:
+                        answers = line.carry(commands, ends_at)
+                    except redis.RedisError as error:
+                        commands, ends_at = trips.throw(error)
+                    else:
+                        commands, ends_at = trips.send(answers)
             except StopIteration as end:
                 return cast(T, end.value)
             except NotOurs:
                 self._calls.distrust()
                 raise
-
-    def _answers(self, commands: Commands, repeat: bool) -> list[Any]:
-        line = self._slow if isinstance(commands, Slow) else self._calls
-        try:
-            return self._twice(line, commands, repeat)
-        except redis.RedisError as error:
-            if line is self._calls:
-                raise
-            return [error] * len(commands)
-
-    def _twice(self, line: Line, commands: Commands, repeat: bool) -> list[Any]:
-        """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
-        ends_at = time.monotonic() + self._wire.timeout_s
-        try:
-            answers = line.carry(commands, ends_at)
-            # What was refused so wrote nothing, and another connection may lead to another server.
-            is_refused = any(isinstance(answer, Exception) and passes(answer) for answer in answers)
-            if not is_refused or not (repeat or len(commands) == 1):
-                return answers
-        except redis.AuthenticationError:
-            raise
-        except redis.ConnectionError:
-            # Closed by the server, say. The ids are in the words: a repeat finds itself.
-            if not repeat or time.monotonic() >= ends_at:
-                raise
-        return line.carry(commands, ends_at)
 
     def listener(self) -> None:
         """See to it that somebody listens, and that from now on nothing is missed."""
@@ -288,21 +266,12 @@ class Lines:
         ready.wait(self._wire.timeout_s)
 
     def _listen(self) -> None:
-        link, failing_since = self._link(), 0.0
+        link = self._link()
         try:
-            while not self.closed:
-                try:
-                    self._hear(link)
-                    failing_since = 0.0
-                except (redis.RedisError, *NO_ANSWER) as told:
-                    error = told if isinstance(told, redis.RedisError) else NotOurs(type(told).__name__)
-                    now = time.monotonic()
-                    failing_since = failing_since or now
-                    if not passes(error) or now - failing_since > self._wire.timeout_s:
-                        self._fail(error)
-                    time.sleep(AGAIN_S)
+            while True:
+                self._hear(link)
                 with self._start:
-                    if self.waiters.are_few():
+                    if self.closed or self.waiters.are_few():
                         self._ready = None
                         return
         finally:
@@ -310,25 +279,20 @@ class Lines:
 
     def _hear(self, link: Link) -> None:
         assert self._ready is not None
-        conversation = self.waiters.listen(self._ready.set)
+        listening = self.waiters.listen(self._ready.set, self._address)
         with contextlib.suppress(StopIteration):
-            commands = next(conversation)
+            step = next(listening)
             while not self.closed:
-                if commands:
-                    (answers,) = link.ask([commands], time.monotonic() + LOOK_S + self._wire.timeout_s)
-                else:
-                    time.sleep(LOOK_S)
+                try:
                     answers = []
-                commands = conversation.send(answers)
-
-    def _fail(self, error: redis.RedisError) -> None:
-        assert self._ready is not None
-        self._ready.set()
-        try:
-            with availability(self._address):
-                raise error
-        except QueueUnavailable as told:
-            self.waiters.fail(told)
+                    if isinstance(step, float):
+                        time.sleep(step)
+                    else:
+                        (answers,) = link.ask([step], time.monotonic() + LOOK_S + self._wire.timeout_s)
+                except redis.RedisError as error:
+                    step = listening.throw(error)
+                else:
+                    step = listening.send(answers)
 
     def close(self, why: Exception) -> None:
         """Part with the server: calls at once, the listener when it next looks up. Whoever waits is told."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Self, TypeAlias, TypeVar, cast
 
 import redis.exceptions
 from redis import Redis
@@ -39,7 +39,7 @@ from producer.message import (
     decode_outcome,
     encode_call,
 )
-from producer.redis_url import why
+from producer.redis_url import passes, why
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -120,8 +120,7 @@ class UnknownRequest(CancelQueueError, LookupError):
         self._told = (self.job_ids, queue, kind)
 
     def __reduce__(self) -> tuple[type[UnknownRequest], tuple[tuple[str, ...], str, str]]:
-        """Strategies hand errors from process to process."""
-        return UnknownRequest, self._told
+        return UnknownRequest, self._told  # strategies hand errors from process to process
 
 
 class LedgerGap(CancelQueueError):
@@ -138,7 +137,6 @@ class LedgerGap(CancelQueueError):
         self.resume = f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}"
 
     def __reduce__(self) -> tuple[type[LedgerGap], tuple[str, str]]:
-        """As that of :class:`UnknownRequest`."""
         return LedgerGap, (self.after, self.first)
 
 
@@ -178,7 +176,6 @@ class TicketFields:
         }
 
     def __reduce__(self) -> tuple[type[Any], tuple[object, ...]]:
-        """Tickets go to other processes without their client: there, give them to a client's `wait`."""
         return type(self), (self.id, self.request, self.duplicate)
 
     @staticmethod
@@ -225,12 +222,49 @@ class Calls(Collection[Command]):
             yield (*self._how, *words())
 
     def __contains__(self, command: object) -> bool:
-        return any(one == command for one in self)
+        return command in list(self)
 
 
 class Slow(list[Command]):
     """Commands that keep a connection waiting, so they have one of their own; those who ask alike while it is taken are
     answered together. An error takes the place of each answer."""
+
+
+def steps(
+    conversation: Conversation[T], repeat: bool, clock: Callable[[], float], timeout_s: float
+) -> Generator[tuple[Commands, float], list[Any], T]:
+    """The round trips of a conversation, each with when it must have ended; who carries them throws what fails."""
+    try:
+        commands = next(conversation)
+        while True:
+            try:
+                answers = yield from _twice(commands, repeat, clock, clock() + timeout_s)
+            except redis.exceptions.RedisError as error:
+                if not isinstance(commands, Slow):
+                    raise
+                answers = [error] * len(commands)
+            commands = conversation.send(answers)
+    except StopIteration as end:
+        return cast(T, end.value)
+
+
+def _twice(
+    commands: Commands, repeat: bool, clock: Callable[[], float], ends_at: float
+) -> Generator[tuple[Commands, float], list[Any], list[Any]]:
+    """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
+    try:
+        answers = yield commands, ends_at
+        # What was refused so wrote nothing, and another connection may lead to another server.
+        is_refused = any(isinstance(answer, Exception) and passes(answer) for answer in answers)
+        if not is_refused or not (repeat or len(commands) == 1):
+            return answers
+    except redis.exceptions.AuthenticationError:
+        raise
+    except redis.exceptions.ConnectionError:
+        # Closed by the server, say. The ids are in the words: a repeat finds itself.
+        if not repeat or clock() >= ends_at:
+            raise
+    return (yield commands, ends_at)
 
 
 def weight(commands: Commands) -> int:
@@ -255,8 +289,7 @@ def packets(connection: Any, trips: Iterable[Commands]) -> Iterator[bytes]:
         yield b"".join(packet)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One request on its way into the script."""
 
     position: int  # in the caller's order
@@ -289,8 +322,7 @@ def rows(requests: Iterable[CancelRequest]) -> Iterator[list[list[Row]]]:
         yield chunk
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """What an enqueue came to: id of the carrying job, request and duplicate, in the caller's order."""
 
     carried: list[tuple[str, CancelRequest, bool]]

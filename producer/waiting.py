@@ -10,21 +10,26 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from producer.door import checked_id, checked_ids
 from producer.keys import Band, JobField, Keys
 from producer.message import CancelRequest, InvalidRequest, MalformedMessage, Outcome, clean_text, decode_outcome
 from producer.protocol import (
     ENDED,
+    NO_ANSWER,
+    Commands,
     Conversation,
+    NotOurs,
+    QueueUnavailable,
     UnknownRequest,
     WaitTimeout,
     Wire,
+    availability,
     good,
     is_requeued,
     pages,
@@ -32,6 +37,7 @@ from producer.protocol import (
     stream_entries,
     text,
 )
+from producer.redis_url import passes
 from producer.status import Status, is_served, read_status
 
 _log = logging.getLogger("producer")
@@ -45,6 +51,8 @@ LOOK_S = 1.0
 _BLOCK_MS = 1000
 #: Entries of the ledger read at a time.
 _PAGE = 500
+#: Between two tries to reach Redis, s.
+_AGAIN_S = 0.1
 #: For so long after the last one who waited the listener stays, s: the next one may come at once.
 _LINGER_S = 5.0
 #: The id of a record, for a look at which of those that are waited for it may be.
@@ -300,12 +308,35 @@ class Waiters:
         for waiter in readers:
             waiter.wake()
 
-    def listen(self, ready: Callable[[], object]) -> Conversation[None]:
-        """Follow the ledger and hand out what is waited for, until nobody waits any more.
+    def listen(self, ready: Callable[[], object], address: str) -> Generator[Commands | float, list[Any], None]:
+        """What a client asks of Redis while anybody waits, on a connection of its own; a number asks for a pause, s.
 
-        ``ready`` is called when nothing that is recorded from then on can be missed. An empty list of commands asks for
-        a pause of :data:`LOOK_S`.
+        ``ready`` is called when nothing that is recorded from then on can be missed, or nothing can be heard. Errors
+        are thrown into it: those that pass are told to nobody before a call's time is up.
         """
+        failing_since: float | None = None
+        while not self.are_few():
+            try:
+                yield from self._follow(ready)
+                failing_since = None
+            except (RedisError, *NO_ANSWER) as told:
+                error = told if isinstance(told, RedisError) else NotOurs(type(told).__name__)
+                now = time.monotonic()
+                failing_since = failing_since or now
+                if not passes(error) or now - failing_since > self._wire.timeout_s:
+                    self._give_up(error, address)
+                    ready()
+            yield _AGAIN_S
+
+    def _give_up(self, error: RedisError, address: str) -> None:
+        try:
+            with availability(address):
+                raise error
+        except QueueUnavailable as told:
+            self.fail(told)
+
+    def _follow(self, ready: Callable[[], object]) -> Generator[Commands | float, list[Any], None]:
+        """Follow the ledger and hand out what is waited for, until nobody waits any more."""
         keys = self._wire.keys
         block_ms = self._wire.server_wait_ms(_BLOCK_MS)
         position: str | None = None
@@ -325,7 +356,7 @@ class Waiters:
                 now = time.monotonic()
                 look_at = now + max(LOOK_S, 10 * (now - began))
             if position is None:
-                yield []
+                yield LOOK_S
             else:
                 command = ("XREAD", "COUNT", _PAGE, "BLOCK", block_ms, "STREAMS", keys.outcomes, position)
                 (page,) = good((yield [command]))

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from producer.keys import Keys
 from producer.message import VERSION
-from tests.servers import ROOT, scrubbed
+from tests.servers import ROOT, python, scrubbed
 
 KEYS = Keys()
 #: The command line where prometheus-client is not installed.
@@ -63,7 +63,7 @@ class Exporter:
     def stop(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Signal it; gives exit code and what it had to complain about."""
         self.process.send_signal(how)
-        _, errors = self.process.communicate(timeout=10)
+        _, errors = self.process.communicate(timeout=30)
         return self.process.returncode, errors
 
 
@@ -75,9 +75,7 @@ def command(*arguments: str) -> list[str]:
 def ran(*arguments: str, script: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """A call that ends by itself."""
     words = [sys.executable, "-W", "error", "-c", script, "metrics", *arguments] if script else command(*arguments)
-    return subprocess.run(
-        words, cwd=ROOT, env=scrubbed() | environment, capture_output=True, text=True, timeout=30, check=False
-    )
+    return python(*words[1:], **environment)
 
 
 @contextlib.contextmanager

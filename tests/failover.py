@@ -130,7 +130,7 @@ class Sentinel:
         """End it."""
         if self.process is not None:
             self.process.send_signal(signal.SIGKILL)
-            self.process.wait(10)
+            self.process.wait(30)
             self.process = None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import zlib
+
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -10,6 +13,8 @@ from producer.message import (
     MAX_ALGO_ID,
     MAX_DEADLINE_S,
     MAX_MSG_CHARS,
+    MAX_PAYLOAD_BYTES,
+    TASK,
     Attempt,
     Call,
     CancelRequest,
@@ -101,3 +106,64 @@ def assert_fit_for_a_log(text: str) -> None:
     assert len(text) <= 2 * MAX_MSG_CHARS
     assert clean_text(text, len(text)) == text
     text.encode()  # no lone surrogate
+
+
+def call_of(request_json: str, *, function: str = TASK, kwargs: str = "{}") -> bytes:
+    """A job's payload."""
+    return f'["{function}",null,[{request_json}],{kwargs}]'.encode()
+
+
+def _foreign() -> None:
+    """What a strategy's own job would name."""
+
+
+_BOMB = zlib.compress(b"[" * 10_000_000, 1)
+#: Payloads that are no request of ours, by what is wrong with them.
+NASTY_JOBS: dict[str, bytes] = {
+    "a pickled job": pickle.dumps((_foreign, None, (1,), {})),
+    "a pickled job, compressed": zlib.compress(pickle.dumps(("os.system", None, ("true",), {}))),
+    "another function": call_of('{"v":1,"algo_id":1}', function="os.system"),
+    "a function that is no text": b'[7,null,[{"v":1,"algo_id":1}],{}]',
+    "an instance": f'["{TASK}",{{}},[{{"v":1,"algo_id":1}}],{{}}]'.encode(),
+    "args by name": f'["{TASK}",null,[],{{"request":{{"v":1,"algo_id":1}}}}]'.encode(),
+    "an argument by name too": call_of('{"v":1,"algo_id":1}', kwargs='{"x":1}'),
+    "two arguments": call_of('{"v":1,"algo_id":1},{"v":1,"algo_id":2}'),
+    "args as an object": f'["{TASK}",null,{{"0":{{"v":1,"algo_id":1}}}},{{}}]'.encode(),
+    "kwargs as a list": call_of('{"v":1,"algo_id":1}', kwargs="[]"),
+    "three parts": f'["{TASK}",null,[]]'.encode(),
+    "an object instead of a call": b'{"v":1,"algo_id":1}',
+    "ten megabytes": b"x" * 10_000_000,
+    "ten megabytes of JSON": call_of('{"v":1,"algo_id":1,"tag":"' + "t" * 10_000_000 + '"}'),
+    "one byte too many": b" " * (MAX_PAYLOAD_BYTES + 1),
+    "a zip bomb": _BOMB,
+    "a bomb in a bomb": zlib.compress(_BOMB),
+    "compressed twice": zlib.compress(zlib.compress(call_of('{"v":1,"algo_id":1}'))),
+    "cut off while compressed": zlib.compress(call_of('{"v":1,"algo_id":1}'))[:-2],
+    "depth 10,000": b"[" * 10_000 + b"]" * 10_000,
+    "depth 10,000 of objects": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+    "NaN": call_of('{"v":1,"algo_id":1,"deadline_s":NaN}'),
+    "Infinity": call_of('{"v":1,"algo_id":1,"deadline_s":Infinity}'),
+    "-Infinity": call_of('{"v":1,"algo_id":1,"deadline_s":-Infinity}'),
+    "a float beyond floats": call_of('{"v":1,"algo_id":1,"deadline_s":1e999}'),
+    "2**63": call_of('{"v":1,"algo_id":9223372036854775808}'),
+    "-2**63-1": call_of('{"v":1,"algo_id":-9223372036854775809}'),
+    "a number of 5,000 digits": call_of('{"v":1,"algo_id":' + "9" * 5000 + "}"),
+    "control characters": call_of('{"v":1,"algo_id":1,"tag":"\\u0000\\u001b"}'),
+    "raw control characters": call_of('{"v":1,"algo_id":1,"tag":"\x00"}'),
+    "a lone surrogate": call_of('{"v":1,"algo_id":1,"symbol":"\\ud800"}'),
+    "a lone surrogate as a field": call_of('{"v":1,"algo_id":1,"\\udfff":1}'),
+    "version 2": call_of('{"v":2,"algo_id":1}'),
+    "version as text": call_of('{"v":"1","algo_id":1}'),
+    "true as version": call_of('{"v":true,"algo_id":1}'),
+    "no version": call_of('{"algo_id":1}'),
+    "an unknown field": call_of('{"v":1,"algo_id":1,"symbols":[]}'),
+    "no id": call_of('{"v":1}'),
+    "null as account": call_of('{"v":1,"algo_id":1,"account":null}'),
+    "a list as request": call_of("[1]"),
+    "null as request": call_of("null"),
+    "empty": b"",
+    "empty, compressed": zlib.compress(b""),
+    "not UTF-8": b'["\xff\xfe"]',
+    "a byte order mark": b"\xef\xbb\xbf" + call_of('{"v":1,"algo_id":1}'),
+    "two values": call_of('{"v":1,"algo_id":1}') * 2,
+}

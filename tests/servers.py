@@ -108,7 +108,7 @@ class Valkey:
         """End the process."""
         if self.process is not None:
             self.process.send_signal(how)
-            self.process.wait(10)
+            self.process.wait(30)
             self.process = None
 
 
@@ -228,6 +228,19 @@ def scrubbed() -> dict[str, str]:
     """This process' environment without any setting of the project's."""
     names = ("BINANCE_", "CANCEL_", "BACKOFF_", "WORKER_", "LEASE_", "REDIS_", "LOG_", "RQ_", "DYNO", "EGRESS_")
     return {name: value for name, value in os.environ.items() if not name.startswith(names)}
+
+
+def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python in the checkout with these words to its end, with no settings but these."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=scrubbed() | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def plain(answer: Any) -> Any:

@@ -55,6 +55,6 @@ def fail(client: CancelClient, workers: Workers, count: int = 1) -> list[str]:
     if not workers.all:
         workers.start()
     tickets = client.cancel_many(CancelRequest(algo_id=number, account="nobody") for number in range(1, count + 1))
-    assert {ticket.wait(10).kind for ticket in tickets} == {OutcomeKind.REFUSED}
+    assert {ticket.wait(30).kind for ticket in tickets} == {OutcomeKind.REFUSED}
     assert sorted(client.failed_ids()) == sorted(ticket.id for ticket in tickets)
     return client.failed_ids()

@@ -149,7 +149,7 @@ class WebProcess:
         watchdog.cancel()
         found = re.search(r"http://[^/]+:(\d+)/", line)
         if found is None:
-            self.process.wait(10)
+            self.process.wait(30)
             raise AssertionError(line + self.stderr())
         self.port = int(found.group(1))
         return self
@@ -158,7 +158,7 @@ class WebProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(30)
         assert self.process.stdout is not None
         self.process.stdout.close()
         self._said.close()

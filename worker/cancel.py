@@ -47,6 +47,7 @@ from worker.decide import (
     next_number,
     next_step,
     read_history,
+    silent_until_ms,
 )
 from worker.exchange import Answer, Exchange, Sent
 from worker.key_breaker import KeyBreaker
@@ -359,7 +360,10 @@ class Canceller:
     def _with_key_reason(self, job: _Job, stop: Stop) -> Stop:
         """A request that its key kept waiting until the deadline was refused, for that reason."""
         reason = self._keys.reason(job.credential)
-        if reason is None or stop.kind not in (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP):
+        # A doubt that is a silence alone, and cannot strike any more, is none beside what the exchange says since then.
+        is_doubted = not 0 < silent_until_ms(job.history, self._policy) <= self._latest_ms()
+        kinds = (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP) if is_doubted else (OutcomeKind.UNKNOWN,)
+        if reason is None or stop.kind not in kinds or stop.is_left_alone:
             return stop
         return replace(
             stop, kind=OutcomeKind.REFUSED, error=f"held back until the deadline: the key is refused: {reason}"

@@ -309,7 +309,7 @@ def _unless_in_doubt(
         return None
     if not is_refusal and _wants_last_word(case, history, policy, now_ms):
         return None
-    if _silent_until_ms(history, policy) > history[-1].at_ms:
+    if silent_until_ms(history, policy) > history[-1].at_ms:
         return None
     certain, said = (
         (OutcomeKind.REFUSED, "refused") if is_refusal else (OutcomeKind.NOT_FOUND, "unknown to the exchange")
@@ -318,7 +318,7 @@ def _unless_in_doubt(
     return Stop(kind, last_status(history), error=f"{said}: {_quoted(verdict)}")
 
 
-def _silent_until_ms(history: Sequence[Attempt], policy: Policy) -> int:
+def silent_until_ms(history: Sequence[Attempt], policy: Policy) -> int:
     """Until when a silent cancel may still be accepted; 0 where there is none, or the doubt has other reasons too."""
     doubts = _doubts(history, policy)
     is_silent = bool(doubts) and all(map(is_silence, doubts))
@@ -388,7 +388,7 @@ def _own_delay(
     if means in _FREES_CLIENT_ID:
         return case.strikes_until_ms - now_ms
     if means in _REFUSED:
-        return max(_silent_until_ms(history, policy) - now_ms, 0)
+        return max(silent_until_ms(history, policy) - now_ms, 0)
     if sum(attempt.verdict == Means.UNCLEAR for attempt in history[-_TAIL:]) <= QUICK_DOUBTS:
         if is_silence(history[-1]):  # others may have met it too
             return min(int(LOOK_UP_WITHIN_MS * roll), policy.backoff_cap_ms)
@@ -403,7 +403,7 @@ def _own_delay(
         return int(min(TRIGGER_POLL_MS << doublings, policy.backoff_cap_ms) * (0.5 + roll / 2))
     delay_ms = backoff_ms(len(history), policy, roll)
     if means is Means.NO_SUCH_ORDER:  # one more look just when it would be believed
-        believed_ms = max(_horizon_ends(history, policy, now_ms), _silent_until_ms(history, policy))
+        believed_ms = max(_horizon_ends(history, policy, now_ms), silent_until_ms(history, policy))
         return min(delay_ms, max(believed_ms - now_ms, 0))
     return delay_ms
 

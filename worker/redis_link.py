@@ -1,6 +1,6 @@
 """The way to Redis: one request at a time on one connection, opened anew after it broke, no lost answer ever repeated.
 
-The one place that knows how a worker connects and what its errors say.
+Where it leads, and which errors pass, is known to :mod:`producer.redis_url`.
 """
 
 from __future__ import annotations

@@ -363,7 +363,11 @@ class CancelWorker(BaseWorker):
                 signal.signal(number, self.request_stop)
 
     def request_stop(self, signum: int | None, frame: Any) -> None:  # noqa: ARG002
-        """SIGTERM may come any number of times. SIGINT twice is a person who does not want to wait."""
+        """SIGTERM may come any number of times, SIGINT twice is a person who does not want to wait."""
+        if signum in (signal.SIGTERM, signal.SIGHUP):
+            # Heard once and for all: further ones would interrupt this one, and each other, without an end. (Ignored
+            # they would be told of on stderr where one is pending already.)
+            signal.signal(signum, lambda *_: None)
         if signum == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:

@@ -165,3 +165,33 @@ def test_in_front_of_the_exchange(exchange: RunningExchange) -> None:
                 assert caller.getresponse().read()
             caller.close()
     assert exchange.stats().requests["GET /fapi/v1/time"]["200"] == 2
+
+
+@pytest.mark.parametrize(("toxic", "carried_out"), [("mute", True), ("deaf", False)])
+def test_a_silence_breaks_no_connection(
+    proxy: Proxy, through: redis.Redis, connection: redis.Redis, toxic: str, carried_out: bool
+) -> None:
+    """mute, deaf: no answer comes, whether the command ran or not, and the connection stays."""
+    proxy.let_it_rain(**{toxic: 1.0})
+    with pytest.raises(redis.TimeoutError):
+        through.incr("n")
+    assert (connection.exists("n"), proxy.count.resets, proxy.count.silences) == (int(carried_out), 0, 1)
+    proxy.let_it_rain()
+    assert through.ping()
+
+
+def test_flows_are_forgotten(proxy: Proxy, through: redis.Redis, connection: redis.Redis) -> None:
+    """forget_flows, forget: nothing passes any more on those that are there, or were still for too long; new ones are
+    well."""
+    proxy.forget_flows()
+    with pytest.raises(redis.TimeoutError):
+        through.incr("n")
+    assert through.incr("n") == 1
+    proxy.forget(0.3)
+    time.sleep(0.5)
+    with pytest.raises(redis.TimeoutError):
+        through.incr("n")
+    proxy.heal()
+    assert through.incr("n") == 2
+    assert connection.get("n") == b"2"
+    assert proxy.count.flows_forgotten >= 2

@@ -109,8 +109,9 @@ def again_and_again_until_the_end(stage: Stage) -> None:
         ends_at = time.monotonic() + IDLE_EXIT_S
         while worker.process.poll() is None and time.monotonic() < ends_at:
             worker.process.send_signal(signal.SIGTERM)
-            time.sleep(0.002)
-        assert worker.process.returncode == 0
+            time.sleep(0.0002)
+        assert worker.process.returncode == 0, worker.output()
+        assert "Traceback" not in worker.output()
 
 
 @SCENES.add

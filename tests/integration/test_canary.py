@@ -396,9 +396,9 @@ worker.__main__.start()
 """
 
 
-def settled(client: CancelClient, ids: list[str], timeout_s: float) -> None:
+def settled(client: CancelClient, ids: list[str]) -> None:
     """Wait until each has its outcome."""
-    eventually(lambda: len(client.outcomes_of(ids)) == len(set(ids)), timeout_s, "all have outcomes")
+    eventually(lambda: len(client.outcomes_of(ids)) == len(set(ids)), 60, "all have outcomes")
 
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
@@ -412,11 +412,11 @@ def test_every_failure_of_the_exchange_keeps_every_secret(scene: Scene) -> None:
         scene.search.add("ps of the worker", process_line(worker.process.pid))
         tickets = [late, *client.cancel_many(trouble(scene))]
         ids = [ticket.id for ticket in tickets] + hostile(scene, connection)
-        settled(client, ids, 40)
+        settled(client, ids)
         for fault in (Fault.LIMITED_429, Fault.FORBIDDEN_403, Fault.BANNED_418, Fault.CHALLENGE_202):
             scene.exchange.start_incident(fault, duration_ms=200)
             (order,) = scene.exchange.add_orders(1)
-            settled(client, [client.cancel(algo_id=order.algo_id).id], 20)
+            settled(client, [client.cancel(algo_id=order.algo_id).id])
         kinds = {outcome.kind.value for outcome in client.outcomes_of(ids).values()}
         worker.stop()
         broken = scene.workers.start(command=(sys.executable, "-c", DEFECT), LOG_FORMAT="json", RATE_LIMIT_SCOPE="dyno")
@@ -427,8 +427,8 @@ def test_every_failure_of_the_exchange_keeps_every_secret(scene: Scene) -> None:
             CancelRequest(algo_id=order.algo_id, account=("default", "rsa", "ed")[number // 2])
             for number, order in enumerate(orders)
         ]
-        settled(client, [ticket.id for ticket in client.cancel_many(requests)], 30)
-        eventually(lambda: "made by the test" in broken.output(), 20, "the defect")
+        settled(client, [ticket.id for ticket in client.cancel_many(requests)])
+        eventually(lambda: "made by the test" in broken.output(), what="the defect")
         broken.stop()
         scene.search.places += redis_places(connection)
     for each in (worker, broken):
@@ -449,7 +449,7 @@ def test_no_command_shows_a_secret(scene: Scene, tmp_path: Path) -> None:
     with client_of(scene) as client:
         known = client.cancel(algo_id=scene.exchange.add_orders(1)[0].algo_id)
         failed = client.cancel(algo_id=1, account="nobody")
-        settled(client, [known.id, failed.id], 20)
+        settled(client, [known.id, failed.id])
     commands = [
         *(("cancel", "--algo-id", "1", "--wait", "0.1"), ("outcome", known.id, failed.id), ("outcomes",), ("status",)),
         *(("retry", failed.id), ("retry", "--failed"), ("cancel", "--from-file", "-")),
@@ -499,7 +499,7 @@ def test_pages_and_metrics_show_no_secret(scene: Scene) -> None:
     scene.workers.start()
     with client_of(scene) as client:
         failed = client.cancel(algo_id=scene.exchange.add_orders(1)[0].algo_id, account="nobody")
-        settled(client, [failed.id], 20)
+        settled(client, [failed.id])
     with WebProcess(scene.redis_url, WEB_TOKEN=TOKEN) as web, metrics_of(scene) as (pid, url):
         for name, number in (("web", web.process.pid), ("metrics", pid)):
             scene.search.add(f"ps of {name}", process_line(number))

@@ -208,12 +208,12 @@ def test_a_job_deleted_while_it_is_held_has_its_outcome(
     client.job(ticket).delete()
     channel = client._redis.pubsub()
     channel.subscribe(peek.keys.outcome_prefix + ticket.id)
-    channel.get_message(timeout=5)
+    channel.get_message(timeout=30)
 
     for _ in range(2):
         assert holder.complete(ended(lease)) == [1]
 
-    assert channel.get_message(timeout=5) is not None
+    assert channel.get_message(timeout=30) is not None
     assert channel.get_message(timeout=0.05) is None
     channel.close()
     outcome = client.outcome(ticket.id)

@@ -105,6 +105,16 @@ def test_an_ended_job_is_not_joined_though_its_pointer_stands(
         assert client.cancel(algo_id=1).duplicate
 
 
+def test_another_orders_job_is_not_joined(client: CancelClient, peek: Peek) -> None:
+    """A pointer that leads to the job of another order, as somebody wrote it, swallows no request."""
+    other = client.cancel(algo_id=2)
+    peek("SET", "cancels:order:default:a:1", other.id)
+
+    ticket = client.cancel(algo_id=1)
+
+    assert (ticket.id != other.id, ticket.duplicate) == (True, False)
+
+
 def test_a_requeued_job_is_joined_before_anybody_claims_it(
     client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from producer import CancelClient, CancelRequest
-from tests.holders import OVERLOOKED_BUSY_MS, OpenHolder, age, ids, orders
+from tests.holders import OVERLOOKED_BUSY_MS, OpenHolder, age, ids, later, orders
 from tests.servers import Peek, eventually
 from worker.store import Suspect
 
@@ -65,6 +65,22 @@ def test_a_full_server_closes_the_gate(open_holder: OpenHolder, connection: redi
         assert other.ask(other.store.key(SUSPECT, "ask", "job", 1, 60_000)) == (probe_at_ms, "401")
     finally:
         connection.config_set("maxmemory", 0)
+
+
+def test_what_waited_for_its_key_goes_on_when_it_is_accepted(client: CancelClient, open_holder: OpenHolder) -> None:
+    """Jobs that were put off for a refused key are given as soon as any request with it is accepted, to a stock worker
+    that pops one too."""
+    one, two = orders(client, 2)
+    holder, stock = open_holder(), open_holder("stock")
+    holder.complete(*(later(lease, 60_000) for lease in holder.claim()))
+    for what, word in (("failed", "401"), ("ask", one.id), ("ask", two.id)):
+        holder.ask(holder.store.key(SUSPECT, what, word, 1, 60_000))
+    assert (holder.claim(), stock.claim_one(two.id).why_not) == ([], "scheduled")
+
+    holder.ask(holder.store.key(SUSPECT, "answered", "", 1, 60_000))
+
+    assert ids(stock.claim_one(two.id).leases) == [two.id]
+    assert ids(holder.claim()) == [one.id]
 
 
 @pytest.mark.parametrize("until_ms", ["9" * 5000, "9" * 17, "abc", ""])
@@ -144,7 +160,7 @@ def test_overdue_jobs_behind_a_long_queue_are_given_during_a_pause(
         given.extend(ids(holder.claim()))
         return len(given) >= 3
 
-    eventually(look, 20, "the overdue jobs are given")
+    eventually(look, what="the overdue jobs are given")
 
     assert sorted(given) == sorted(ticket.id for ticket in overdue)
     assert set(peek.waiting()) == waiting - set(given)

@@ -158,6 +158,18 @@ def test_closed_window_settles_a_silence(
     assert last.at_ms >= first.at_ms + first.ms + 500
 
 
+def test_silence_is_settled_while_its_key_is_refused(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
+    """Who is held back until the deadline because the key is refused is told so, though one call got no answer."""
+    _, url = opened(lambda asked, _: None if asked.method == C and asked.algo_id == 1 else BAD_KEY)
+    with RunningEngine(valkey.url, url, 16, BINANCE_RECV_WINDOW_MS="500"):
+        silent = client.cancel(algo_id=1, deadline_s=4)
+        for ticket in enqueued(client, 5, first=2):
+            assert ticket.wait(25).kind is OutcomeKind.REFUSED
+        outcome = silent.wait(25)
+    assert outcome.kind is OutcomeKind.REFUSED
+    assert told(outcome)[0] == ("cancel", "unclear")
+
+
 def test_standing_loop_is_no_silence(valkey: Valkey, client: CancelClient, opened: Opened) -> None:
     """Who stood still himself looks once more before he calls the exchange silent."""
     stands = threading.Event()

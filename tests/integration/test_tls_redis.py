@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import pytest
 
 from producer import AsyncCancelClient, CancelClient, OutcomeKind, QueueUnavailable
 from tests.integration.test_sandbox_server import certificate
-from tests.servers import ROOT, Proxy, Valkey, Worker, Workers, eventually, scrubbed
+from tests.servers import Proxy, Valkey, Worker, Workers, eventually, python
 from worker.sandbox.control import RunningExchange
 
 PASSWORD = "not-to-be-seen"
@@ -59,17 +57,8 @@ def ways(ca_file: str) -> dict[str, dict[str, str]]:
 
 def command(*words: str, **environment: str) -> tuple[int, str]:
     """Exit code and all output of a command."""
-    done = subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=ROOT,
-        env=scrubbed() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    done = python("-m", *words, **environment)
+    return done.returncode, done.stdout + done.stderr
 
 
 def waits_for_redis(worker: Worker) -> bool:

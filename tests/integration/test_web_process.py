@@ -18,7 +18,7 @@ import redis
 
 from producer import CancelClient
 from tests.integration.test_producer_cli import Shell, one_line
-from tests.servers import ROOT, Valkey, Workers, eventually, free_port, running_valkey, scrubbed
+from tests.servers import ROOT, Valkey, Workers, eventually, free_port, python, running_valkey, scrubbed
 from tests.strategies import fail
 from tests.webpages import LARGEST, TOKEN, WebProcess, form_token
 from worker.sandbox.control import RunningExchange
@@ -201,14 +201,7 @@ def test_what_is_missing_is_named(valkey: Valkey, missing: str) -> None:
         f"import sys; sys.modules[{missing!r}] = None;"
         "from producer.__main__ import main; sys.exit(main(['web', '--port', '0']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=scrubbed() | {"REDIS_URL": valkey.url},
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    done = python("-c", code, REDIS_URL=valkey.url)
     assert done.returncode == 2
     assert "pip install flask waitress" in one_line(done.stderr)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
@@ -14,9 +12,8 @@ from flask.testing import FlaskClient
 from producer import CancelClient, CancelRequest
 from producer.message import Outcome, OutcomeKind, encode_call
 from producer.web import access, queries
-from producer.web import app as web
 from producer.web.app import create_app
-from tests.servers import Workers, eventually, running_valkey, stopped
+from tests.servers import Workers, running_valkey, stopped
 from tests.strategies import PASSWORD, fail
 from tests.webpages import KEYS, TOKEN, cells, form_token, outcome, page, settle
 
@@ -281,34 +278,6 @@ def test_the_queues_name_is_for_those_who_may_read(client: CancelClient) -> None
     assert f"<title>Status · {name}</title>" in page(guarded, "/")
     assert f"<bdi>{name}</bdi>" in page(guarded, "/nothing", 404)
     assert f"<title>Status · {name}</title>" in page(local, "/")
-
-
-def test_pages_wait_for_their_turn_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While two calls of Redis hang, a third page is told so in time and changes nothing; afterwards all is well."""
-    monkeypatch.setattr(web, "_TURN_S", 0.2)
-    with running_valkey() as server, CancelClient.from_url(server.url, timeout_s=10) as client:
-        app = create_app(client, TOKEN)
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        with redis.Redis(port=server.port) as connection:
-            settle(connection, outcome("r1"))
-        with ThreadPoolExecutor(2) as pool, stopped(server):
-            hanging = [pool.submit(app.test_client().get, path, headers=headers) for path in ("/search?q=1", "/")]
-            pages = app.test_client()
-            eventually(lambda: pages.get("/", headers=headers).status_code == 503, what="no turn is free")
-            began = time.monotonic()
-            for answer in (
-                pages.get("/search?q=1", headers=headers),
-                pages.post("/retry/start", data={"id": "r1"}, headers=headers),
-            ):
-                assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
-                assert "Nothing was done; try again." in answer.text
-            assert time.monotonic() - began < 8  # the client waits 10 s
-            assert pages.get("/healthz").status_code == 200
-            assert server.process is not None
-            server.process.send_signal(signal.SIGCONT)
-            assert [done.result(30).status_code for done in hanging] == [200, 200]
-        assert client.failed_ids() == ["r1"]
-        assert pages.get("/failed?kind=refused", headers=headers).status_code == 200
 
 
 # --- bad days -----------------------------------------------------------------------------------------------------

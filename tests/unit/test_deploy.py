@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from importlib import metadata
 from typing import Any
@@ -18,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.servers import ROOT, scrubbed
+from tests.servers import ROOT, python
 from worker.settings import SETTINGS, Settings
 
 #: The extras of which production makes use; the rest is for people at their desks.
@@ -95,17 +92,9 @@ def processes() -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", ["release", "worker", "web"])
 def test_commands_exist(name: str) -> None:
     """Each command is known, with the options that it is given."""
-    python, *words = processes()[name]
-    assert python == "python"
-    done = subprocess.run(
-        [sys.executable, *words, "--help"],
-        cwd=ROOT,
-        env=scrubbed(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    program, *words = processes()[name]
+    assert program == "python"
+    done = python(*words, "--help")
 
     assert done.returncode == 0, done.stderr
     assert "Usage: python -m" in done.stdout
@@ -151,10 +140,7 @@ def test_manifest_and_processes_agree() -> None:
 def test_check_without_settings_says_what_is_missing() -> None:
     """The release phase of an app without a key fails, and its log says why."""
     _, *words = processes()["release"]
-    environment = {"PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = python(*words)
 
     assert done.returncode == 78
     assert done.stderr.startswith("error: BINANCE_API_KEY is not set")

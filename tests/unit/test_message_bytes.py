@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import pickle
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from producer.message import (
     MAX_DEPTH,
     MAX_MSG_CHARS,
     MAX_PAYLOAD_BYTES,
-    TASK,
     CancelRequest,
     MalformedMessage,
     MessageError,
@@ -30,11 +28,13 @@ from producer.message import (
 )
 from tests.messages import (
     ATTEMPT,
+    NASTY_JOBS,
     OUTCOME,
     PRINTABLE,
     PROFILE,
     UNPRINTABLE,
     assert_fit_for_a_log,
+    call_of,
     texts,
 )
 
@@ -48,65 +48,6 @@ def _message_or_error(decode: Callable[[Any], object], data: Any) -> object:
     except MessageError as error:
         assert_fit_for_a_log(str(error))
         return error
-
-
-def _call(request_json: str, *, function: str = TASK, kwargs: str = "{}") -> bytes:
-    return f'["{function}",null,[{request_json}],{kwargs}]'.encode()
-
-
-def _foreign() -> None:
-    """What a strategy's own job would name."""
-
-
-_BOMB = zlib.compress(b"[" * 10_000_000, 1)
-NASTY_JOBS: dict[str, bytes] = {
-    "a pickled job": pickle.dumps((_foreign, None, (1,), {})),
-    "a pickled job, compressed": zlib.compress(pickle.dumps(("os.system", None, ("true",), {}))),
-    "another function": _call('{"v":1,"algo_id":1}', function="os.system"),
-    "a function that is no text": b'[7,null,[{"v":1,"algo_id":1}],{}]',
-    "an instance": f'["{TASK}",{{}},[{{"v":1,"algo_id":1}}],{{}}]'.encode(),
-    "args by name": f'["{TASK}",null,[],{{"request":{{"v":1,"algo_id":1}}}}]'.encode(),
-    "an argument by name too": _call('{"v":1,"algo_id":1}', kwargs='{"x":1}'),
-    "two arguments": _call('{"v":1,"algo_id":1},{"v":1,"algo_id":2}'),
-    "args as an object": f'["{TASK}",null,{{"0":{{"v":1,"algo_id":1}}}},{{}}]'.encode(),
-    "kwargs as a list": _call('{"v":1,"algo_id":1}', kwargs="[]"),
-    "three parts": f'["{TASK}",null,[]]'.encode(),
-    "an object instead of a call": b'{"v":1,"algo_id":1}',
-    "ten megabytes": b"x" * 10_000_000,
-    "ten megabytes of JSON": _call('{"v":1,"algo_id":1,"tag":"' + "t" * 10_000_000 + '"}'),
-    "one byte too many": b" " * (MAX_PAYLOAD_BYTES + 1),
-    "a zip bomb": _BOMB,
-    "a bomb in a bomb": zlib.compress(_BOMB),
-    "compressed twice": zlib.compress(zlib.compress(_call('{"v":1,"algo_id":1}'))),
-    "cut off while compressed": zlib.compress(_call('{"v":1,"algo_id":1}'))[:-2],
-    "depth 10,000": b"[" * 10_000 + b"]" * 10_000,
-    "depth 10,000 of objects": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
-    "NaN": _call('{"v":1,"algo_id":1,"deadline_s":NaN}'),
-    "Infinity": _call('{"v":1,"algo_id":1,"deadline_s":Infinity}'),
-    "-Infinity": _call('{"v":1,"algo_id":1,"deadline_s":-Infinity}'),
-    "a float beyond floats": _call('{"v":1,"algo_id":1,"deadline_s":1e999}'),
-    "2**63": _call('{"v":1,"algo_id":9223372036854775808}'),
-    "-2**63-1": _call('{"v":1,"algo_id":-9223372036854775809}'),
-    "a number of 5,000 digits": _call('{"v":1,"algo_id":' + "9" * 5000 + "}"),
-    "control characters": _call('{"v":1,"algo_id":1,"tag":"\\u0000\\u001b"}'),
-    "raw control characters": _call('{"v":1,"algo_id":1,"tag":"\x00"}'),
-    "a lone surrogate": _call('{"v":1,"algo_id":1,"symbol":"\\ud800"}'),
-    "a lone surrogate as a field": _call('{"v":1,"algo_id":1,"\\udfff":1}'),
-    "version 2": _call('{"v":2,"algo_id":1}'),
-    "version as text": _call('{"v":"1","algo_id":1}'),
-    "true as version": _call('{"v":true,"algo_id":1}'),
-    "no version": _call('{"algo_id":1}'),
-    "an unknown field": _call('{"v":1,"algo_id":1,"symbols":[]}'),
-    "no id": _call('{"v":1}'),
-    "null as account": _call('{"v":1,"algo_id":1,"account":null}'),
-    "a list as request": _call("[1]"),
-    "null as request": _call("null"),
-    "empty": b"",
-    "empty, compressed": zlib.compress(b""),
-    "not UTF-8": b'["\xff\xfe"]',
-    "a byte order mark": b"\xef\xbb\xbf" + _call('{"v":1,"algo_id":1}'),
-    "two values": _call('{"v":1,"algo_id":1}') * 2,
-}
 
 
 @pytest.mark.parametrize("data", NASTY_JOBS.values(), ids=NASTY_JOBS.keys())
@@ -148,7 +89,7 @@ def test_the_refusal_of_a_job_says_what_was_wrong(name: str, words: str) -> None
 
 def test_a_payload_of_the_largest_size_is_read() -> None:
     """64 KiB are allowed, compressed or not; the next byte is not."""
-    largest = _call('{"v":1,"algo_id":1}').ljust(MAX_PAYLOAD_BYTES)
+    largest = call_of('{"v":1,"algo_id":1}').ljust(MAX_PAYLOAD_BYTES)
     assert MAX_PAYLOAD_BYTES == 65_536
     for data in (largest, zlib.compress(largest)):
         assert decode_call(data) == CancelRequest(algo_id=1)
@@ -170,10 +111,10 @@ def test_a_zip_bomb_is_never_inflated() -> None:
 
 
 DEEP: dict[str, tuple[Callable[[bytes], object], bytes]] = {
-    "as tag": (decode_call, _call('{"v":1,"algo_id":1,"tag":%s}')),
-    "as algo id": (decode_call, _call('{"v":1,"algo_id":%s}')),
-    "as version": (decode_call, _call('{"v":%s,"algo_id":1}')),
-    "as request": (decode_call, _call("%s")),
+    "as tag": (decode_call, call_of('{"v":1,"algo_id":1,"tag":%s}')),
+    "as algo id": (decode_call, call_of('{"v":1,"algo_id":%s}')),
+    "as version": (decode_call, call_of('{"v":%s,"algo_id":1}')),
+    "as request": (decode_call, call_of("%s")),
     "as function": (decode_call, b"[%s,null,[1],{}]"),
     "as a record's kind": (decode_outcome, json.dumps(OUTCOME.as_dict() | {"kind": "?"}).replace('"?"', "%s").encode()),
 }

@@ -312,13 +312,16 @@ def test_a_person_can_open_it(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("until_ms", [None, NOW_MS - 5_000, NOW_MS + 5_000, NOW_MS + 60_000])
-def test_record_that_is_gone_or_old_opens_nothing(until_ms: int | None, gate: Gate) -> None:
-    """A Redis that lost its data, or its last second, does not end a ban."""
+def test_record_that_is_gone_or_old_opens_nothing(until_ms: int | None, gate: Gate, board: Board) -> None:
+    """A Redis that lost its data, or its last second, does not end a ban, and is told of it again."""
     gate.observe(NOW_MS + 60_000)
 
     gate.told(until_ms, NOW_MS, local_ns())
+    share(gate, NOW_MS)
 
     assert gate.closed(NOW_MS + 59_999)
+    is_known = until_ms == NOW_MS + 60_000
+    assert [(pause_ms, doubling) for pause_ms, _, doubling in board.told] == ([] if is_known else [(60_000, False)])
 
 
 def test_record_read_before_a_closing_opens_nothing(gate: Gate, board: Board) -> None:
