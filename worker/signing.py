@@ -39,6 +39,7 @@ MIN_RSA_BITS = 1024
 _BLOCK_BYTES = 64
 _VISIBLE_ASCII = re.compile(r"[!-~]+")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]*")
+_PEM = re.compile(r"\s*(-----BEGIN [^-]+-----)([^-]*)(-----END [^-]+-----)\s*")
 #: An API key shorter than this is not abbreviated but hidden: its last characters would be most of it.
 _ABBREVIATED_FROM = 16
 
@@ -222,17 +223,25 @@ def _load_private_key(pem_text: str) -> PrivateKeyTypes:
             "RSA and Ed25519 keys need the package cryptography: `pip install -e '.[signing]'` in the checkout"
         ) from error
     try:
-        return load_pem_private_key(pem_text.encode(), password=None)
+        return load_pem_private_key(_in_lines(pem_text).encode(), password=None)
     except TypeError:
         problem = _ENCRYPTED
-    except UnsupportedAlgorithm:
-        problem = f"the private key is of a kind that cannot be read; {_MAKE_A_KEY}"
-    except ValueError:
+    except (UnsupportedAlgorithm, ValueError):  # which of the two depends on the library's version
         problem = (
-            "the PEM private key is damaged; give the whole file from -----BEGIN to -----END, its line breaks included"
+            "the PEM private key is damaged, or of a kind that cannot be read; give the whole file from -----BEGIN to "
+            f"-----END, or {_MAKE_A_KEY}"
         )
     # Raised here and not above: an exception raised while another is handled carries that one, and what it holds.
     raise CredentialError(problem)
+
+
+def _in_lines(pem_text: str) -> str:
+    """The PEM in lines as they should be: a variable often holds blanks instead, which not every version reads."""
+    shape = _PEM.fullmatch(pem_text)
+    if shape is None or ":" in shape[2]:
+        return pem_text
+    body = "".join(shape[2].split())
+    return "\n".join([shape[1], *(body[at : at + 64] for at in range(0, len(body), 64)), shape[3], ""])
 
 
 def _pem_problem(pem_text: str) -> str | None:
