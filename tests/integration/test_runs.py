@@ -12,7 +12,7 @@ from rq import Queue
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from producer import AsyncCancelClient, CancelClient, OutcomeKind, UnknownRequest, WaitTimeout
+from producer import AsyncCancelClient, CancelClient, OutcomeKind, WaitTimeout
 from tests.holders import DEADLINE_MS, Holder, OpenHolder, ended, ids, orders, requeue, tried
 from tests.servers import Peek, Valkey
 
@@ -174,19 +174,6 @@ def test_a_late_copy_of_rqs_starts_none(
     assert peek.ledger() == [outcome]
     fresh = client.cancel(algo_id=1)
     assert (fresh.id != ticket.id, fresh.duplicate) == (True, False)
-
-
-def test_what_ended_well_is_not_restarted(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis
-) -> None:
-    """The client refuses it by name; RQ knows no failed job of that id."""
-    ticket = client.cancel(algo_id=1)
-    holder = open_holder()
-    holder.complete(ended(holder.claim()[0]))
-
-    with pytest.raises(UnknownRequest, match=ticket.id):
-        client.retry([ticket.id])
-    assert holder.claim() == []
 
 
 # ---- which outcome counts -------------------------------------------------------------------------------------------

@@ -240,19 +240,6 @@ def test_goes_on_with_what_the_other_left(
     assert len(ledgers[0]) == len(expected)
 
 
-@pytest.mark.parametrize(("asker", "doer"), [("old", "new"), ("new", "old")])
-def test_one_waits_for_the_other(asker: str, doer: str, sides: dict[str, Side], exchange: RunningExchange) -> None:
-    """A strategy of one version is told the outcome by a worker of the other."""
-    sides[doer].start()
-    order = exchange.add_orders(1)[0]
-    (job_id,) = sides[asker].strategy.cancel({"algo_id": order.algo_id, "tag": "grid 7"})
-
-    outcome = sides[asker].strategy.waited_for(job_id)
-
-    assert (outcome["kind"], outcome["tag"], outcome["off_the_book"]) == ("cancelled", "grid 7", True)
-    assert [attempt["verdict"] for attempt in outcome["attempts"]] == ["confirmed"]
-
-
 # ---- both at once ----------------------------------------------------------------------------------------------------
 
 

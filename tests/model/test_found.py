@@ -142,21 +142,6 @@ def test_what_a_person_took_back_stays_so_whatever_its_holder_does(world: World,
     world.check()
 
 
-@pytest.mark.parametrize("how", ["a look", "a request"])
-def test_a_waiting_job_does_not_run_out_when_rq_ended_its_last_run_late(world: World, how: str) -> None:
-    """RQ may finish with a job when its next run has begun, and give it a time to live: the next look after the queue,
-    or the next request for its order, takes that off again."""
-    job_id = the_job(world)
-    world.plain.expire(world.keys.job_prefix + job_id, 600)
-
-    if how == "a look":
-        tidy(world)
-    else:
-        world.enqueue([CancelRequest(algo_id=1)])
-
-    assert world.plain.ttl(world.keys.job_prefix + job_id) == -1
-
-
 def test_a_stock_worker_does_not_finish_what_somebody_else_holds(world: World) -> None:
     """A stock worker is paused in a call, a worker of ours takes the job over, the call is answered: RQ is told to come
     back later, so the job neither looks finished nor runs out, and it ends once."""

@@ -230,13 +230,6 @@ def test_size_of_the_head_is_bounded() -> None:
         read(ok(b"X: " + b"x" * FRAMING_LIMIT))
 
 
-def test_folded_field_is_unfolded() -> None:
-    """A line that goes on in the next one is one line, and cannot hide a field."""
-    reader = read(ok(b"X-A: one", b"\t Content-Length: 9", b"Content-Length: 2", body=b"{}"))
-    assert reader.headers == {"x-a": "one Content-Length: 9", "content-length": "2"}
-    assert (reader.body, reader.reusable) == (b"{}", True)
-
-
 # ---- framing --------------------------------------------------------------------------------------------------------
 
 

@@ -200,14 +200,3 @@ def test_library_handlers_are_replaced(configured: Callable[..., None], capfd: C
     out, err = printed(capfd)
     assert err == ""
     assert [parsed(line)["msg"] for line in out.splitlines()] == ["trouble"]
-
-
-def test_last_words_stand_on_stderr(configured: Callable[..., None], capfd: Captured) -> None:
-    """What a process says before it ends itself is one line of the same form, on stderr."""
-    configured(style="json")
-
-    log.last_words("defect", where="loop")
-
-    out, err = printed(capfd)
-    assert out == ""
-    assert json.loads(err).items() >= {"level": "error", "event": "defect", "where": "loop"}.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 import pickle
@@ -209,6 +210,7 @@ def test_the_extremes_are_accepted() -> None:
     assert decode_call(encode_call(greatest)) == greatest
     assert (MAX_ALGO_ID, MAX_DEADLINE_S) == (9223372036854775807, 604_800)
     assert CancelRequest(algo_id=1, deadline_s=0.001, symbol="S", tag="t").algo_id == 1
+    assert CancelRequest(algo_id=1, deadline_s=datetime.timedelta(seconds=2)).deadline_s == 2  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "a b", "q\n", "é", "q" * 65, None, 5])

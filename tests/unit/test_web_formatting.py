@@ -34,24 +34,6 @@ def test_a_length_of_time_has_the_unit_that_fits(seconds: object, shown: str) ->
     assert formatting.span(seconds) == shown
 
 
-def test_ages_are_told_in_seconds() -> None:
-    """An age does not flicker in milliseconds, and a moment to come is told as such."""
-    assert formatting.ago(AT_MS, AT_MS + 3400) == "3 s ago"
-    assert formatting.ago(AT_MS + 60_000, AT_MS) == "in 60.0 s"
-    assert formatting.ago(None, AT_MS) == "-"
-    assert formatting.between(AT_MS, AT_MS + 20) == "20 ms"
-    assert formatting.between(None, AT_MS) == "-"
-
-
-def test_a_moment_is_shown_in_utc_and_readable_for_machines() -> None:
-    """Both forms are given; only a moment of another day needs its date in the short one."""
-    assert formatting.when(AT_MS) == (
-        '<time datetime="2025-11-22T10:30:42.123Z">2025-11-22 10:30:42.123</time>'
-    )  # fmt: skip
-    assert ">10:30:42</time>" in formatting.clock(AT_MS, AT_MS + 1000)
-    assert ">11-22 10:30</time>" in formatting.clock(AT_MS, AT_MS + 90_000_000)
-
-
 @given(st.one_of(st.none(), st.integers(), st.floats(), st.text(), st.lists(st.integers())))
 def test_no_value_of_a_foreign_record_breaks_a_page(value: object) -> None:
     """Whatever stands where a time, a number or a kind is expected, something is shown."""
