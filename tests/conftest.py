@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from hypothesis import settings
 
 from producer import CancelClient
 from tests.servers import Valkey, Workers, running_valkey, scrubbed
@@ -16,6 +17,10 @@ from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchan
 
 # A runner in the background may have Ctrl-C ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# That a machine is slow is no finding.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 API_KEY = "sandbox-key-of-the-tests"
 API_SECRET = "sandbox-secret-of-the-tests"
