@@ -183,7 +183,7 @@ def test_a_killed_worker_fails_the_run_but_no_order(shell: Shell) -> None:
         output, errors = process.communicate(timeout=TIMEOUT_S)
     report = json.loads(output)
     assert process.returncode == 1
-    assert report["problems"] == [f"worker {report['exit_codes'].index(-9) + 1} ended with exit code -9"]
+    assert f"worker {report['exit_codes'].index(-9) + 1} ended with exit code -9" in report["problems"]
     assert report["differences"] == []
     assert "sandbox: FAILED: worker" in errors
     kept = re.search(r"the workers' logs are in (\S+)", errors)
