@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Least coverage of lines and branches together, percent: the decisions in full, the rest together nearly.
 FULL = ("producer/message.py", "worker/classify.py", "worker/decide.py")
 FLOOR = 90.0
-#: How the whole suite is run. Without servers: measured always, as the decisions are proved there. With servers: four
+#: How the whole suite is run. Without servers: measured always, as the decisions are proved there. With servers: six
 #: files at a time, as most of their time is waiting. The faults by themselves: they play several scenes at a time of
 #: their own accord, and measure how soon somebody notices.
 UNIT = ("-n", "3", "--dist", "loadfile", "tests/unit")
-REST = (("-n", "4", "--dist", "loadfile", "tests/integration", "tests/model"), ("tests/fault",))
+REST = (("-n", "6", "--dist", "loadfile", "tests/integration", "tests/model"), ("tests/fault",))
 #: What the tests of the page drive; `.ci/run` installs it.
 BROWSER = ("chromium", "chromedriver")
 NO_BROWSER = "LEFT OUT: the page in a real browser. For these tests: apt-get install chromium chromium-driver"

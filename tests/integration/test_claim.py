@@ -17,6 +17,7 @@ from producer.message import TASK, OutcomeKind, decode_attempts, decode_call, en
 from tests.holders import (
     DEAD,
     DEADLINE_MS,
+    Holder,
     NUMBERS,
     OpenHolder,
     back,
@@ -27,7 +28,7 @@ from tests.holders import (
     orders,
     tried,
 )
-from tests.servers import Peek, eventually
+from tests.servers import Peek, eventually, running_valkey
 from worker.store import ANSWER_WITHIN_S, TOO_LARGE
 
 
@@ -413,17 +414,15 @@ def test_a_retry_starts_when_it_is_due(client: CancelClient, open_holder: OpenHo
     assert ids(holder.claim()) == [lease.id]
 
 
-def test_a_full_server_refuses_the_wait_and_not_the_claim(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis
-) -> None:
+def test_a_full_server_refuses_the_wait_and_not_the_claim() -> None:
     """The worker learns why it was not let wait, so that it does not ask without end, and is given what there is."""
-    (ticket,) = orders(client, 1)
-    holder = open_holder()
-    connection.config_set("maxmemory", 1)
-    try:
+    with running_valkey() as server, CancelClient.from_url(server.url) as client:
+        (ticket,) = orders(client, 1)
+        holder = Holder(server.port)
+        with redis.Redis(port=server.port) as connection:
+            connection.config_set("maxmemory", 1)
         claimed = holder.claimed(wait=True)
         assert ids(claimed.leases) == [ticket.id]
         assert isinstance(claimed.refused, redis.exceptions.OutOfMemoryError)
         assert isinstance(holder.claimed(wait=True).refused, redis.exceptions.OutOfMemoryError)
-    finally:
-        connection.config_set("maxmemory", 0)
+        holder.close()

@@ -124,6 +124,7 @@ class Driver:
                 break
         else:
             raise self._never_drained()
+        resume(world)  # somebody may have suspended RQ meanwhile
         self._stop_at_trouble()
         self._judge()
 
