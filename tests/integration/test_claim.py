@@ -17,8 +17,8 @@ from producer.message import TASK, OutcomeKind, decode_attempts, decode_call, en
 from tests.holders import (
     DEAD,
     DEADLINE_MS,
-    Holder,
     NUMBERS,
+    Holder,
     OpenHolder,
     back,
     band,
