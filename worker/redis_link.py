@@ -271,7 +271,9 @@ class BlockingLink:
 
     def _round_trip(self, commands: Sequence[Words]) -> list[Any]:
         answers = self._once(commands)
-        if is_refused(answers):  # the server may not be the primary any more; what was refused wrote nothing
+        # The server may not be the primary any more. A script that was refused wrote nothing; one that ran is not run
+        # again, whatever became of the command before it.
+        if is_refused(answers[-1:]):
             self._connection.connection_pool.disconnect(inuse_connections=False)
             answers = self._once(commands)
         return answers

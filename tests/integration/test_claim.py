@@ -18,7 +18,6 @@ from tests.holders import (
     DEAD,
     DEADLINE_MS,
     NUMBERS,
-    Holder,
     OpenHolder,
     back,
     band,
@@ -28,7 +27,7 @@ from tests.holders import (
     orders,
     tried,
 )
-from tests.servers import Peek, eventually, running_valkey
+from tests.servers import Peek, eventually
 from worker.store import ANSWER_WITHIN_S, TOO_LARGE
 
 
@@ -414,15 +413,18 @@ def test_a_retry_starts_when_it_is_due(client: CancelClient, open_holder: OpenHo
     assert ids(holder.claim()) == [lease.id]
 
 
-def test_a_full_server_refuses_the_wait_and_not_the_claim() -> None:
+def test_a_full_server_refuses_the_wait_and_not_the_claim(
+    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis
+) -> None:
     """The worker learns why it was not let wait, so that it does not ask without end, and is given what there is."""
-    with running_valkey() as server, CancelClient.from_url(server.url) as client:
-        (ticket,) = orders(client, 1)
-        holder = Holder(server.port)
-        with redis.Redis(port=server.port) as connection:
-            connection.config_set("maxmemory", 1)
+    holder = open_holder()
+    assert holder.claim() == []  # from now on the server knows the script
+    (ticket,) = orders(client, 1)
+    connection.config_set("maxmemory", 1)
+    try:
         claimed = holder.claimed(wait=True)
         assert ids(claimed.leases) == [ticket.id]
         assert isinstance(claimed.refused, redis.exceptions.OutOfMemoryError)
         assert isinstance(holder.claimed(wait=True).refused, redis.exceptions.OutOfMemoryError)
-        holder.close()
+    finally:
+        connection.config_set("maxmemory", 0)
