@@ -29,7 +29,7 @@ from producer.protocol import (
     steps,
     weight,
 )
-from producer.redis_url import passes
+from producer.redis_url import is_refused
 from producer.waiting import LOOK_S, Waiters
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ class AsyncLine:
             for trip in batch:
                 trip.fail(error)
             return
-        if any(isinstance(answer, Exception) and passes(answer) for answers in told for answer in answers):
+        if any(map(is_refused, told)):
             self.distrust()
         for trip, answers in zip(batch, told * len(batch) if are_alike else told, strict=True):
             if not trip.came.done():

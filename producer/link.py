@@ -29,7 +29,7 @@ from producer.protocol import (
     steps,
     weight,
 )
-from producer.redis_url import passes
+from producer.redis_url import is_refused
 from producer.waiting import LOOK_S, Waiters
 
 T = TypeVar("T")
@@ -177,7 +177,7 @@ class Line:
                 told = link.ask([each.commands for each in batch], trip.ends_at, self._distrusted_at)
             for each, answers in zip(batch, told, strict=True):
                 each.answers = answers
-            if any(isinstance(answer, Exception) and passes(answer) for answers in told for answer in answers):
+            if any(map(is_refused, told)):
                 self.distrust()
         except BaseException as error:
             self.distrust()

@@ -39,7 +39,7 @@ from producer.message import (
     decode_outcome,
     encode_call,
 )
-from producer.redis_url import passes, why
+from producer.redis_url import is_refused, why
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -255,8 +255,7 @@ def _twice(
     try:
         answers = yield commands, ends_at
         # What was refused so wrote nothing, and another connection may lead to another server.
-        is_refused = any(isinstance(answer, Exception) and passes(answer) for answer in answers)
-        if not is_refused or not (repeat or len(commands) == 1):
+        if not is_refused(answers) or not (repeat or len(commands) == 1):
             return answers
     except redis.exceptions.AuthenticationError:
         raise
