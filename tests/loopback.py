@@ -146,8 +146,8 @@ def answering(*answers: bytes) -> Behaviour:
     return behave
 
 
-def relaying(user_and_password: str = "", tunnels: bool = True, late_s: float = 0) -> Behaviour:
-    """A proxy for CONNECT and for whole URLs, which may want a password."""
+def relaying(user_and_password: str = "", late_s: float = 0) -> Behaviour:
+    """A proxy for CONNECT, which may want a password."""
     wanted = "Basic " + base64.b64encode(user_and_password.encode()).decode()
 
     def behave(peer: Peer) -> None:
@@ -155,15 +155,12 @@ def relaying(user_and_password: str = "", tunnels: bool = True, late_s: float = 
         if user_and_password and f"Proxy-Authorization: {wanted}" not in head:
             peer.send(b"HTTP/1.1 407 Who are you hunter2\r\nContent-Length: 0\r\n\r\n")
             return
-        match = re.match(r"CONNECT 127\.0\.0\.1:(\d+) " if tunnels else r"\w+ http://127\.0\.0\.1:(\d+)/", head)
+        match = re.match(r"CONNECT 127\.0\.0\.1:(\d+) ", head)
         if match is None:
             return
         threading.Event().wait(late_s)
         with socket.create_connection(("127.0.0.1", int(match[1]))) as onward:
-            if tunnels:
-                peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            else:
-                onward.sendall(head.encode() + b"\r\n\r\n")
+            peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
             back = threading.Thread(target=_pump, args=(onward, peer.sock))
             back.start()
             _pump(peer.sock, onward)

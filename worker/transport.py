@@ -173,12 +173,12 @@ class Route:
     """Where requests go, and by which way.
 
     ``base_url`` holds scheme, host and, where needed, port and a path. ``egress_proxy_url`` may hold a login. A proxy
-    is asked for a tunnel to an exchange with TLS, and given the whole URL of a plain request. ``ca_file`` replaces the
-    authorities that certificates are checked against; that they are checked cannot be changed.
+    is asked for a tunnel and sees neither key nor signature. ``ca_file`` replaces the authorities that certificates are
+    checked against; that they are checked cannot be changed.
 
     Raises:
-        ValueError: ``base_url`` or ``egress_proxy_url`` is not of the form it must have, or ``ca_file`` holds no
-            certificate.
+        ValueError: ``base_url`` or ``egress_proxy_url`` is not of the form it must have, ``base_url`` is plain http
+            beside a proxy, or ``ca_file`` holds no certificate.
         OSError: ``ca_file`` cannot be read.
     """
 
@@ -189,17 +189,17 @@ class Route:
         self.proxy = _place(proxy) if proxy else None
         #: The login for the proxy, kept apart from its URL so that nothing which may be shown has the password.
         self.proxy_fields = _proxy_fields(proxy)
-        self.tunnels = proxy is not None and self.exchange.secure
+        if proxy is not None and not self.exchange.secure:
+            raise ValueError("through a proxy base_url must be https: it would see key and signature")
         self.ca_file = ca_file or certifi.where()
         self.tls = _tls_context(self.ca_file) if "https" in (base.scheme, proxy and proxy.scheme) else None
         self.base_url = base.geturl()
-        whole_url = proxy is not None and not self.tunnels
-        self._prefix = self.base_url if whole_url else base.path
-        fields = {"Host": _host_field(base), **FIELDS, **(self.proxy_fields if whole_url else {})}
+        self._prefix = base.path
+        fields = {"Host": _host_field(base), **FIELDS}
         self._head = "".join([" HTTP/1.1\r\n", *[f"{name}: {value}\r\n" for name, value in fields.items()]])
 
     def encode(self, request: Request) -> bytes:
-        """The bytes of a request on a connection to the exchange, or to the proxy that is given the whole URL.
+        """The bytes of a request on a connection to the exchange.
 
         Raises:
             UnicodeEncodeError: it holds characters beyond ASCII.

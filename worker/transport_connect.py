@@ -52,14 +52,14 @@ class Opening:
         """
         route, head = self._route, _TunnelHead(self._loop)
         near = route.proxy or route.exchange
-        first = head if route.tunnels else asyncio.Protocol() if near.secure else protocol
+        first = head if route.proxy else asyncio.Protocol() if near.secure else protocol
         sock = await self._addresses.connect(near.host, near.port, self._loop)
         transport, _ = await self._loop.create_connection(lambda: first, sock=sock)
         try:
             self.phase = "no TLS session" if route.proxy is None else "no tunnel through the proxy"
             if near.secure:
-                transport = await self._secure(transport, head if route.tunnels else protocol, near.host)
-            if route.tunnels:
+                transport = await self._secure(transport, head if route.proxy else protocol, near.host)
+            if route.proxy:
                 transport.write(route.encode_connect())
                 await head.came
                 self.phase = "no TLS session"
@@ -67,7 +67,7 @@ class Opening:
         except BaseException:
             transport.abort()
             raise
-        if near.secure or route.tunnels:
+        if route.exchange.secure:
             attach(transport)
 
     async def _secure(

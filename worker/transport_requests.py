@@ -92,7 +92,7 @@ class RequestsTransport:
         self.requests_sent = 0
         self._base_url = route.base_url
         # urllib3's TLS within TLS reads ahead, where nobody sees what came behind an answer.
-        self._keeps = not (route.tunnels and route.proxy is not None and route.proxy.secure)
+        self._keeps = not (route.proxy is not None and route.proxy.secure)
         self._idle_bound_ns = round(idle_bound_s * 1e9)
         self._used_ns = local_ns()
         self._is_closed = False

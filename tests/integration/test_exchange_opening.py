@@ -205,7 +205,7 @@ def test_full_backlog_is_bounded(bench: Bench, credential: Credential) -> None:
 
 @pytest.mark.parametrize("proxied", [False, True])
 def test_sockets_are_set_up(
-    loop_bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch, proxied: bool
+    loop_bench: Bench, credential: Credential, authority: Authority, monkeypatch: pytest.MonkeyPatch, proxied: bool
 ) -> None:
     """Every connection has Nagle's algorithm off and keepalive on, the one to a proxy too."""
     made: list[socket.socket] = []
@@ -216,9 +216,9 @@ def test_sockets_are_set_up(
             made.append(self)
             real(self, address)
 
-    server = loop_bench.server(answering(http_answer()))
-    proxy = loop_bench.server(relaying(tunnels=False))
-    client = loop_bench.client(server.url, egress_proxy_url=proxy.url if proxied else None)
+    server = loop_bench.server(answering(http_answer()), authority.server_context(LOOPBACK))
+    proxy = loop_bench.server(relaying())
+    client = loop_bench.client(server.url, ca_file=authority.ca_file, egress_proxy_url=proxy.url if proxied else None)
     with monkeypatch.context() as patch:
         patch.setattr(socket, "socket", Watched)
         assert replied(client.cancel(credential)).http == 200
