@@ -1,0 +1,239 @@
+"""What is decided on a history: coming back to a request, what its outcome tells, and what stays in doubt."""
+
+from __future__ import annotations
+
+import pytest
+
+from producer.message import Attempt, Call, OutcomeKind
+from tests.decisions import (
+    ALGO_ID,
+    ANSWERED,
+    BAD_KEY,
+    BAD_PARAM,
+    CANCELED,
+    CASE,
+    CHILD_ID,
+    EXPIRED,
+    FINISHED,
+    GONE,
+    NEW,
+    NO_CONNECTION,
+    NOT_THERE,
+    ODD,
+    OK,
+    OVERLOAD,
+    POLICY,
+    RACE,
+    REJECTED,
+    T0,
+    TIMEOUT,
+    TRIGGERED,
+    TRIGGERING,
+    WINDOW_MS,
+    Answer,
+    C,
+    Q,
+    attempt,
+    play,
+)
+from worker.classify import Means, OrderRef, classify
+from worker.decide import Again, Policy, Stop, call_for, first_step, in_doubt, last_status, next_step
+
+# ---- coming back to a request ---------------------------------------------------------------------------------------
+
+
+def test_after_a_crash_an_unfinished_attempt_is_read_first() -> None:
+    """A worker that died while sending leaves an unclear attempt behind: the next one asks before it cancels."""
+    assert first_step(CASE, [attempt(Means.UNCLEAR)], POLICY, T0 + 9_000) == Again(Call.QUERY)
+
+
+def test_after_a_clean_refusal_the_cancel_is_repeated() -> None:
+    """A retry of a cancel that was not executed is a cancel."""
+    assert first_step(CASE, [attempt(Means.BUSY)], POLICY, T0 + 500) == Again(Call.CANCEL)
+
+
+@pytest.mark.parametrize(
+    ("means", "kind"), [(Means.UNCLEAR, "unknown"), (Means.BUSY, "gave_up"), (Means.NOT_SENT, "gave_up")]
+)
+def test_after_the_deadline_a_retry_is_not_sent(means: Means, kind: str) -> None:
+    """A request that was tried and came back too late ends by what its attempts left behind, never as overdue."""
+    stop = first_step(CASE, [attempt(means)], POLICY, CASE.deadline_at_ms)
+    assert isinstance(stop, Stop)
+    assert stop.kind == kind
+    assert stop.error == f"the deadline passed; last: {means}"
+
+
+def test_a_retry_beyond_the_bound_is_not_sent() -> None:
+    """Coming back to a request cannot exceed its attempts, whoever comes back."""
+    stop = first_step(CASE, [attempt(Means.OPEN, Call.QUERY)] * 25, ANSWERED, T0 + 500)
+    assert isinstance(stop, Stop)
+    assert (stop.kind, stop.error) == (OutcomeKind.GAVE_UP, "25 counted attempts were made; last: open")
+
+
+def test_the_deadline_during_the_last_call_ends_the_request() -> None:
+    """An answer that comes after the deadline is still read, but leads to no further call."""
+    late = CASE.deadline_at_ms
+    answers: list[tuple[Answer, Call, str]] = [
+        (OK, Call.CANCEL, "cancelled"),
+        (CANCELED, Call.QUERY, "already_cancelled"),
+        (OVERLOAD, Call.CANCEL, "gave_up"),
+        (TIMEOUT, Call.CANCEL, "unknown"),
+        (NEW, Call.QUERY, "gave_up"),
+    ]
+    for answer, call, kind in answers:
+        verdict = classify(call, OrderRef(ALGO_ID), answer)
+        stop = next_step(CASE, [attempt(verdict.means, call)], verdict, POLICY, late, 0.5)
+        assert isinstance(stop, Stop)
+        assert stop.kind == kind
+        assert not stop.kind.failed or (stop.error or "").startswith("the deadline passed; last: ")
+
+
+# ---- what the outcome tells -----------------------------------------------------------------------------------------
+
+
+def test_a_triggered_order_hands_on_its_child() -> None:
+    """The strategy gets the id of the order that is live now, and the state in the exchange's words."""
+    stop = play([GONE, TRIGGERED]).stop
+    assert (stop.order_status, stop.actual_order_id) == ("TRIGGERED", CHILD_ID)
+    stop = play([GONE, FINISHED]).stop
+    assert (stop.order_status, stop.actual_order_id) == ("FINISHED", CHILD_ID)
+
+
+@pytest.mark.parametrize(
+    ("answers", "status"),
+    [
+        ([OK], "CANCELED"),
+        ([TIMEOUT, CANCELED], "CANCELED"),
+        ([GONE, EXPIRED], "EXPIRED"),
+        ([GONE, REJECTED], "REJECTED"),
+        ([RACE, TRIGGERING], "TRIGGERING"),
+        ([GONE, ODD], "PENDING_CANCEL"),
+        ([GONE, NEW, BAD_KEY], "NEW"),
+        ([BAD_KEY], None),
+        ([TIMEOUT], None),
+    ],
+)
+def test_the_outcome_holds_the_state_as_last_seen(answers: list[Answer], status: str | None) -> None:
+    """Whoever has to look gets the order's last known state, if any was seen."""
+    assert play(answers).stop.order_status == status
+
+
+def test_a_refusal_is_quoted_in_the_outcome() -> None:
+    """The outcome's error is what the exchange said, with status and code."""
+    assert play([BAD_KEY]).stop.error == "refused: 401 -2015 Invalid API-key, IP, or permissions for action."
+    assert play([BAD_PARAM]).stop.error == "refused: 400 -1102 Mandatory parameter was not sent."
+
+
+def test_overdue_says_that_nothing_was_sent() -> None:
+    """An overdue request was never sent: that is what its error says."""
+    assert play([OK], age_ms=300_000).stop.error == "the deadline passed before anything was sent"
+
+
+def test_a_bound_is_named_with_the_last_answer() -> None:
+    """Which bound was reached, and at what answer, stands in the outcome."""
+    ended = play([TIMEOUT], policy=ANSWERED)
+    assert ended.stop.error == "25 counted attempts were made; last: unclear ReadTimeout"
+    ended = play([NO_CONNECTION])
+    assert ended.stop.error == "the deadline comes before the next try; last: not_sent ConnectionRefusedError"
+
+
+def test_the_last_state_skips_what_shows_none() -> None:
+    """Answers without a state do not hide the one seen before."""
+    history = [attempt(Means.OPEN, Call.QUERY), attempt(Means.BUSY), attempt(Means.UNCLEAR)]
+    assert last_status(history) == "NEW"
+    assert last_status(history[1:]) is None
+    assert last_status([*history, attempt(Means.FINISHED, "query_child")]) == "NEW"
+
+
+def test_a_newer_workers_calls_about_another_order_start_no_horizon() -> None:
+    """That a child order is not known says nothing of its parent."""
+    verdict = classify(Call.QUERY, OrderRef(ALGO_ID), NOT_THERE)
+    missed = attempt(Means.NO_SUCH_ORDER, Call.QUERY, T0 + 20_000)
+    history = [attempt(Means.NO_SUCH_ORDER, "query_child"), attempt(Means.UNCLEAR, "cancel_child"), missed]
+    assert isinstance(next_step(CASE, history, verdict, POLICY, T0 + 20_050, 0.5), Again)
+    known = [attempt(Means.NO_SUCH_ORDER), attempt(Means.NO_SUCH_ORDER, at_ms=T0 + 11_000), missed]
+    assert isinstance(next_step(CASE, known, verdict, POLICY, T0 + 20_050, 0.5), Stop)
+
+
+# ---- doubt ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("history", "doubt"),
+    [
+        ([], False),
+        ([attempt(Means.BUSY), attempt(Means.NO_SUCH_ORDER)], False),
+        ([attempt(Means.UNCLEAR, Call.QUERY)], False),
+        ([attempt(Means.UNCLEAR)], True),
+        ([attempt(Means.UNCLEAR), attempt(Means.DENIED)], True),
+        ([attempt(Means.UNCLEAR), attempt(Means.NO_SUCH_ORDER, Call.QUERY, T0 + 60_000)], True),
+        ([attempt(Means.UNCLEAR), attempt(Means.TRIGGERING, Call.QUERY, T0 + 60_000)], True),
+        ([attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS - 1)], True),
+        ([attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS)], False),
+        ([attempt(Means.OPEN, Call.QUERY), attempt(Means.UNCLEAR, at_ms=T0 + 50)], True),
+        (
+            [
+                attempt(Means.UNCLEAR),
+                attempt(Means.OPEN, Call.QUERY, T0 + 100),
+                attempt(Means.OPEN, Call.QUERY, T0 + 60_000),
+            ],
+            False,
+        ),
+        ([attempt(Means.UNCLEAR, "cancel_child")], False),
+        ([attempt(Means.UNCLEAR), attempt(Means.OPEN, "query_child", T0 + 60_000)], True),
+    ],
+    ids=[
+        "nothing sent",
+        "clean refusals",
+        "an unclear query",
+        "an unclear cancel",
+        "a refusal clears nothing",
+        "no such order clears nothing",
+        "TRIGGERING clears nothing",
+        "NEW while the cancel can still strike",
+        "NEW after the cancel's window",
+        "NEW before the cancel",
+        "NEW twice, the second time after the window",
+        "an unclear call of a newer worker's about another order",
+        "NEW of another order",
+    ],
+)
+def test_only_a_query_after_the_window_settles_an_unclear_cancel(history: list[Attempt], doubt: bool) -> None:
+    """A cancel that may have worked stays in doubt until the order is seen open when it can no longer strike."""
+    assert in_doubt(history, POLICY) is doubt
+
+
+def test_a_settled_cancel_leaves_the_next_refusal_a_refusal() -> None:
+    """Once a late query shows the order open, the unclear cancel before it did nothing."""
+    policy = Policy(backoff_base_ms=8_000, backoff_cap_ms=8_000)
+    played = play([TIMEOUT, TIMEOUT, NEW, BAD_KEY], roll=0.999, policy=policy)
+    assert (played.calls, played.kind) == ([C, Q, Q, C], "refused")
+
+
+@pytest.mark.parametrize(
+    ("last", "call"),
+    [
+        (attempt(Means.NO_SUCH_ORDER), Call.QUERY),
+        (attempt(Means.TRIGGER_RACE), Call.QUERY),
+        (attempt(Means.UNCLEAR), Call.QUERY),
+        (attempt(Means.TRIGGERING, Call.QUERY), Call.QUERY),
+        (attempt(Means.ODD_STATUS, Call.QUERY), Call.QUERY),
+        (attempt(Means.UNCLEAR, Call.QUERY), Call.QUERY),
+        (attempt(Means.BUSY, Call.QUERY), Call.QUERY),
+        (attempt(Means.NOT_SENT, Call.QUERY), Call.QUERY),
+        (attempt(Means.CLOCK, Call.QUERY), Call.QUERY),
+        (attempt(Means.LIMITED, Call.QUERY), Call.QUERY),
+        (attempt(Means.OPEN, Call.QUERY), Call.CANCEL),
+        (attempt(Means.BUSY), Call.CANCEL),
+        (attempt(Means.NOT_SENT), Call.CANCEL),
+        (attempt(Means.CLOCK), Call.CANCEL),
+        (attempt(Means.LIMITED), Call.CANCEL),
+        (attempt(Means.BLOCKED), Call.CANCEL),
+        (attempt(Means.CONFIRMED, "cancel_child"), Call.QUERY),
+        (attempt(Means.OPEN, "query_child"), Call.QUERY),
+    ],
+    ids=lambda value: f"{value.call}-{value.verdict}" if isinstance(value, Attempt) else f"then {value}",
+)
+def test_a_query_comes_wherever_a_cancel_would_be_a_guess(last: Attempt, call: Call) -> None:
+    """What is asked next hangs on whether the order's state is known well enough to cancel."""
+    assert call_for(CASE, [last], POLICY, T0 + 100) is call
