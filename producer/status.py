@@ -16,16 +16,7 @@ from rq.utils import utcparse
 
 from producer.keys import Band, BreakerField, Keys, WorkerField, suspect_of
 from producer.message import MAX_MSG_CHARS, MalformedMessage, Outcome, OutcomeKind, clean_text
-from producer.protocol import (
-    Command,
-    Conversation,
-    entry_outcome,
-    fields_of,
-    good,
-    is_wrong_type,
-    stream_entries,
-    text,
-)
+from producer.protocol import Command, Conversation, entry_outcome, fields_of, good, is_wrong_type, stream_entries, text
 
 #: The window of the figures about outcomes, s.
 WINDOW_S = 60

@@ -6,6 +6,7 @@ probe comes every few seconds.
 
 from __future__ import annotations
 
+import re
 import socket
 
 import redis
@@ -20,6 +21,7 @@ __all__ = ["why_unhealthy"]
 FRESH_S = 10
 #: No answer is waited for longer, s.
 _PATIENCE_S = 3
+_NUMBER = re.compile(rb"[0-9]{1,18}")
 #: Most workers of a queue that are looked at.
 _MOST_WORKERS = 1_000
 
@@ -39,11 +41,13 @@ def why_unhealthy(place: QueuePlace) -> str | None:
 
 def _ages_s(connection: redis.Redis, keys: Keys) -> list[float]:
     """How old the last beats of this host's workers are."""
+    seconds, micros = connection.time()
     members = connection.srandmember(keys.queue_workers, _MOST_WORKERS) or []
     with connection.pipeline(transaction=False) as pipeline:
-        pipeline.time()
         for key in members:
             pipeline.execute_command("HMGET", key, "hostname", WorkerField.BEAT_AT_MS)
-        (seconds, micros), *found = pipeline.execute()
+        found = pipeline.execute(raise_on_error=False)
     now_ms, host = seconds * 1000 + micros // 1000, socket.gethostname().encode()
-    return [(now_ms - int(beat)) / 1000 for name, beat in found if name == host and beat and beat.isdigit()]
+    # What else stands among the workers, or in a worker's record, is passed over.
+    known = [answer for answer in found if isinstance(answer, list)]
+    return [(now_ms - int(beat)) / 1000 for name, beat in known if name == host and _NUMBER.fullmatch(beat or b"")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -250,7 +251,11 @@ def test_a_probe_follows_a_workers_life(workers: Workers, peek: Peek) -> None:
     assert "no worker of this host" in said
 
     worker = workers.start("--queue", "others")
-    eventually(lambda: health(workers, "--queue", "others") == (0, ""), 20, "it beats")
+    peek("HSET", "rq:worker:odd", "hostname", socket.gethostname(), "c_beat_at_ms", "9" * 5_000)
+    peek("SET", "rq:worker:no-hash", "x")
+    peek("SADD", "rq:workers:others", "rq:worker:odd", "rq:worker:no-hash")
+    eventually(lambda: health(workers, "--queue", "others") == (0, ""), 20, "it beats, whatever else stands there")
+    peek("SREM", "rq:workers:others", "rq:worker:odd", "rq:worker:no-hash")
     assert health(workers)[0] == 1
     worker.process.send_signal(signal.SIGSTOP)
     (key,) = peek("SMEMBERS", "rq:workers:others")
