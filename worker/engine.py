@@ -101,7 +101,8 @@ class Engine:
         self._claims_out = 0
         self._retries = 0  # that are due later
         self._brought_back_ns = self._looked_closely_ns = 0
-        self._renewed_ns, self._renewing = 0, asyncio.Lock()
+        self._renewed_ns = self._asked_whose_ns = 0
+        self._renewing = asyncio.Lock()
         self._outbox: deque[Row] = deque()
         self._room_changed, self._due, self._to_complete = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._let_go, self._stopping = asyncio.Event(), asyncio.Event()
@@ -192,10 +193,12 @@ class Engine:
         return beat.is_unknown
 
     async def _renew(self) -> None:
-        """Renew all leases now, none of which is trusted before; once for all who ask at the same time."""
-        asked_ns = local_ns()
+        """Renew all leases now, none of which is trusted before; for all who ask at the same time once, whatever comes
+        of that."""
+        wanted_ns = local_ns()
         async with self._renewing:
-            if self._renewed_ns < asked_ns:
+            if self._asked_whose_ns < wanted_ns:
+                self._asked_whose_ns = local_ns()
                 self._sleep.doubt()
                 with contextlib.suppress(redis.RedisError):
                     await self.beat(None)

@@ -51,7 +51,7 @@ def after_calm(bench: Bench, rig: Rig) -> AfterCalm:
     """A burst, a calm in which all flows but the warm ones are forgotten, and the same burst again."""
     forget(rig)
     sizes = bench.sizes
-    worker_of_ours = replace(PROJECT, command=(sys.executable, "-m", "tests.bench.tls_worker"))
+    worker_of_ours = replace(PROJECT, command=(sys.executable, "-m", "tests.bench.warm_worker"))
     with Proxy(rig.exchange.port) as proxy:
         variables = {"BINANCE_BASE_URL": proxy.http_url, "BENCH_WARM_S": sizes.warm_behind_s}
         with running(worker_of_ours, rig, environment=variables) as worker:

@@ -32,7 +32,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_short_run_measures_and_reports() -> None:
     """Two systems, two measurements: exit code 0, one JSON object on stdout, tables on stderr, nothing lost."""
-    done = bench("--quick", "--only", "idle", "calls", "project", "floor", "--json", "-")
+    done = bench("--quick", "--only", "idle", "calls", "cold", "project", "floor", "--json", "-")
 
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)

@@ -1,8 +1,8 @@
-"""The project's worker for an exchange with a certificate of the benchmark's own, or with shorter waits.
+"""The project's worker with shorter waits.
 
-BENCH_CA_FILE, if set, names the authority. BENCH_WARM_S, if set, is the interval in s at which connections are kept
-warm, and unused ones are trusted a little longer: an exchange that closes idle connections sooner than a real one, or a
-firewall that forgets them sooner, can then be waited for.
+BENCH_WARM_S is the interval in s at which connections are kept warm, and unused ones are trusted a little longer: an
+exchange that closes idle connections sooner than a real one, or a firewall that forgets them sooner, can then be waited
+for. None: as ever.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from functools import partial
 
 import worker.runner
 import worker.transport_asyncio
-import worker.wiring
 from worker.__main__ import start
-from worker.transport import IDLE_BOUND_S, Route
+from worker.transport import IDLE_BOUND_S
 from worker.transport_asyncio import AsyncioTransport
 
 
 def main() -> None:
     """Start the worker with all that in place."""
-    if ca_file := os.environ.get("BENCH_CA_FILE"):
-        vars(worker.wiring)["Route"] = partial(Route, ca_file=ca_file)
     if warm_s := os.environ.get("BENCH_WARM_S"):
         if "_WARM_S" not in vars(worker.runner):
             raise RuntimeError("worker.runner has no _WARM_S any more: the scaled measurement would measure nothing")
