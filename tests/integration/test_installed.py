@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import producer
-from tests.servers import scrubbed
+from tests.servers import ROOT, scrubbed
 
 SNIPPET = """
 from producer import AsyncCancelClient, CancelClient, Outcome, Ticket, Waited
@@ -49,6 +51,29 @@ def test_types_are_seen(tmp_path: Path) -> None:
 
     assert [line.partition(": error: ")[0] for line in done.stdout.splitlines()[:-1]] == ["bot.py:10"], done.stdout
     assert 'incompatible type "str"; expected "int | None"' in done.stdout
+
+
+def test_a_module_that_is_gone_is_not_shipped(tmp_path: Path) -> None:
+    """`pip install .` in a checkout leaves nothing there, and the next one ships what stands there then, types too."""
+    checkout, wheels = tmp_path / "checkout", tmp_path / "wheels"
+    checkout.mkdir()
+    for name in ("producer", "worker"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, checkout)
+    before = sorted(path.name for path in checkout.iterdir())
+    (checkout / "producer" / "gone.py").touch()
+    for name in ("first", "second"):
+        done = run(checkout, "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheels / name), ".")
+        assert done.returncode == 0, done.stderr
+        (checkout / "producer" / "gone.py").unlink(missing_ok=True)
+
+    assert sorted(path.name for path in checkout.iterdir()) == before
+    (wheel,) = (wheels / "second").iterdir()
+    shipped = zipfile.ZipFile(wheel).namelist()
+    assert "producer/gone.py" not in shipped
+    sources = {str(path.relative_to(ROOT)) for name in ("producer", "worker") for path in (ROOT / name).rglob("*.*")}
+    assert {name for name in sources if "__pycache__" not in name} == {n for n in shipped if ".dist-info/" not in n}
 
 
 def test_a_bot_s_own_names_are_noticed(tmp_path: Path) -> None:
