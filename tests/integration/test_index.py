@@ -355,3 +355,26 @@ def test_dead_workers_leave_rqs_sets(open_holder: OpenHolder, peek: Peek) -> Non
     tidied(open_holder())
 
     assert peek("SMEMBERS", peek.keys.workers) == peek("SMEMBERS", peek.keys.queue_workers) == ["rq:worker:alive"]
+
+
+# ---- a retry that is brought forward --------------------------------------------------------------------------------
+
+
+def test_only_what_waits_as_it_did_is_woken(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+    """After an outage a retry is due at once; one that is due at another time by now, or in work again, is let be."""
+    woken, moved, held = orders(client, 3)
+    holder, other = open_holder(), open_holder("other")
+    leases = holder.claim()
+    first_ms, second_ms, third_ms = holder.complete(*(later(lease, 60_000) for lease in leases))
+    peek("ZADD", peek.keys.unfinished, int(Band.RETRY), held.id)  # its time came early
+    peek("HSET", peek.keys.job_prefix + held.id, "c_due_at_ms", 1)
+    (lease,) = other.claim()
+    peek("HSET", peek.keys.job_prefix + held.id, "c_due_at_ms", third_ms)
+
+    known = [(leases[0].key, first_ms), (leases[1].key, second_ms + 1), (leases[2].key, third_ms)]
+    assert holder.ask(holder.store.wake(known)) == ()
+
+    assert (lease.id, band(peek, held.id), band(peek, moved.id)) == (held.id, Band.HELD, Band.RETRY)
+    assert int(peek.job(woken.id)["c_due_at_ms"]) <= peek.now_ms() < int(peek.job(moved.id)["c_due_at_ms"])
+    assert ids(holder.claim()) == [woken.id]
+    assert other.complete(ended(lease)) == [1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 JOB, ENQUEUE, RETRY = (f"producer/scripts/{name}.lua" for name in ("job", "enqueue", "retry"))
-COMMON, CLAIM, COMPLETE, BEAT, GATE, KEY, TIDY = (
-    f"worker/scripts/{name}.lua" for name in ("common", "claim", "complete", "beat", "gate", "key", "tidy")
+COMMON, CLAIM, COMPLETE, BEAT, GATE, KEY, TIDY, WAKE = (
+    f"worker/scripts/{name}.lua" for name in ("common", "claim", "complete", "beat", "gate", "key", "tidy", "wake")
 )
 
 
@@ -256,5 +256,13 @@ MUTANTS = (
         "else job.put_right(id, s) end",
         "end",
         "what a stock worker died with after its end stays for ever",
+    ),
+    Mutant(WAKE, "f[1] == ARGV[i + 1] and ", "", "a retry that is due at another time by now is woken"),
+    Mutant(WAKE, " and not f[2]", "", "a job in work is woken"),
+    Mutant(
+        WAKE,
+        "    redis.call('HSET', key, 'c_due_at_ms', now.text)\n",
+        "",
+        "a woken job is put back to wait for its time",
     ),
 )
