@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -83,6 +84,15 @@ class Side:
         )
         eventually(lambda: "event=started " in worker.output(), what=f"the {self.name} worker starts")
         return worker
+
+    def status(self) -> dict[str, Any]:
+        """What this version's command line says of the queue."""
+        command = [sys.executable, "-m", "producer", "status", "--json"]
+        done = subprocess.run(
+            command, cwd=self.code, env=self.environment, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
 
 
 @pytest.fixture
@@ -238,6 +248,36 @@ def test_goes_on_with_what_the_other_left(
     ledgers = [side.strategy.ledger() for side in sides.values()]
     assert ledgers[0] == ledgers[1]
     assert len(ledgers[0]) == len(expected)
+
+
+@pytest.mark.parametrize(("reader", "doer"), [("old", "new"), ("new", "old")])
+def test_status_of_the_other(
+    reader: str, doer: str, sides: dict[str, Side], exchange: RunningExchange, connection: redis.Redis, peek: Peek
+) -> None:
+    """`producer status` of one version reads a queue that the other serves: workers, failed, scheduled, in flight."""
+    stage = Stage(sides[doer], exchange, connection, peek)
+    sides[doer].start(concurrency=3, backoff_ms=60_000)
+    stage.ask(1, Fault.DISABLED_2011)
+    stage.ask(1, Fault.UNAVAILABLE_503)
+    eventually(lambda: peek("ZCARD", peek.keys.failed) == 1, what="one has failed")
+    in_a_while = peek.now_ms() / 1000 + 20
+    eventually(lambda: peek("ZCOUNT", peek.keys.scheduled, in_a_while, "+inf") == 1, what="one waits for its next try")
+    exchange.set_latency_ms(4000)
+    stage.ask(5)
+    eventually(lambda: exchange.stats().in_flight == 3, what="three are under way")
+
+    def shown() -> dict[str, Any] | None:  # a worker tells of itself twice a second
+        status = sides[reader].status()
+        return status if any(worker["in_flight"] for worker in status["workers"]) else None
+
+    status = eventually(shown, what="the worker and its load are shown")
+
+    assert isinstance(status, dict)
+    assert status["failed"] == 1
+    assert min(status["scheduled"], status["in_flight"]) >= 1  # what is silent for long may wait for its next try
+    assert sum(status[name] for name in ("scheduled", "queued", "in_flight")) >= 6
+    assert [worker["live"] for worker in status["workers"]] == [True]
+    assert status["outcomes_last_minute"] == {"refused": 1}
 
 
 # ---- both at once ----------------------------------------------------------------------------------------------------
