@@ -33,6 +33,13 @@ GREETINGS = ("NULL", "hello", "auth", "select", "client|")
 PRODUCER = "a-producer"
 
 
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    """A server to which nobody else has a connection left."""
+    with running_valkey("--appendonly", "no") as server:
+        yield server
+
+
 class Count:
     """Looks at CLIENT LIST all the time, and keeps the most connections of workers and of producers that it saw."""
 
