@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 from selenium import webdriver
-from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException, WebDriverException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys as Press
@@ -82,6 +82,10 @@ def words(browser: webdriver.Chrome) -> str:
     try:
         return " ".join(browser.find_element(By.TAG_NAME, "body").text.split())
     except (NoSuchElementException, StaleElementReferenceException):
+        return ""
+    except WebDriverException as error:  # the same, as another part of the browser puts it
+        if "does not belong to the document" not in str(error):
+            raise
         return ""
 
 
