@@ -149,8 +149,12 @@ class Driver:
         now_ms = world.now_ms()
         self._takes_for_abandoned(now_ms)
         for job_id, score in world.scores(index):
+            job = world.model.jobs.get(job_id)
             if score >= Band.RETRY:
                 self._falls_due(job_id, now_ms)
+            elif score < Band.WAITING and job is not None and job.is_deleted:
+                # The index knows the hold of a deleted job to its end, also when its holder has given it up.
+                world.plain.zadd(index, {job_id: now_ms}, xx=True)
 
     def _never_drained(self) -> Finding:
         world, keys = self.world, self.world.keys

@@ -30,6 +30,10 @@ class Witness(Protocol):
         """Keep what happened to a job."""
         ...
 
+    def check(self) -> None:
+        """Look at what stands in Redis."""
+        ...
+
 
 @dataclass(slots=True)
 class Hand:
@@ -95,6 +99,8 @@ class WatchedStore(Store):
     def _claimed_the_one(self, job_id: str, claimed: Claimed) -> None:
         self._witness.note(job_id, f"{self.holder} asks for it: {claimed.why_not or 'given'}")
         self._leased(claimed, is_paused=claimed.gate_until_ms > 0)
+        if not claimed.leases:
+            self._witness.check()  # a failed job that RQ was told to run again has begun its run all the same
 
     def _leased(self, claimed: Claimed, *, is_paused: bool) -> None:
         for lease in claimed.leases:

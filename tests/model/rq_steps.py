@@ -17,6 +17,7 @@ from rq.serializers import JSONSerializer
 from tests.model.holders import QUEUE
 from tests.model.interrupted import Killed, Life, open_for
 from tests.model.rules import FAILED
+from tests.model.rules import Job as ModelJob
 from tests.model.steps import Step
 from tests.model.world import World
 
@@ -106,13 +107,21 @@ def cancel(world: World) -> None:
     with visit(world, "Job.cancel") as connection:
         job = Job.fetch(job_id, connection=connection, serializer=JSONSerializer)
         world.note(job_id, "Job.cancel begins")
-        if (known := world.model.jobs.get(job_id)) is not None and not known.done:
-            known.is_recalled = True
-        with _leaving_failed(world, job_id):
-            job.cancel()
+        known = world.model.jobs.get(job_id)
+        _may_be_recalled(known)
+        try:
+            with _leaving_failed(world, job_id):
+                job.cancel()
+        finally:
+            _may_be_recalled(known)  # it had failed, and somebody else has had it run again since
         world.note(job_id, "Job.cancel is through")
         if known is not None:
             known.is_surely_recalled = known.is_recalled and world.depth == 0 and not world.model.is_blind
+
+
+def _may_be_recalled(job: ModelJob | None) -> None:
+    if job is not None and not job.done:
+        job.is_recalled = True
 
 
 def delete(world: World) -> None:

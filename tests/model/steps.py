@@ -272,7 +272,7 @@ def pause(world: World) -> None:
 
 def resume(world: World) -> None:
     """A person opens the gate and resumes RQ."""
-    world.plain.hset(world.keys.gate("all"), "until_ms", 0)
+    world.plain.delete(world.keys.gate("all"))
     world.plain.delete(world.keys.suspended)
 
 

@@ -108,7 +108,7 @@ class World:
         """The finding, and what happened to the jobs that it names, in order."""
         lines = [str(finding)]
         for job_id, trace in self._traces.items():
-            if job_id == finding.job_id or job_id in str(finding):
+            if job_id == finding.job_id or job_id[:8] in str(finding):
                 lines += [job_id[:8], *(f"  {line}" for line in trace)]
         return "\n  ".join(lines)
 
