@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from producer.aio import AsyncCancelClient, AsyncTicket
     from producer.client import CancelClient, Ticket
-    from producer.message import Attempt, CancelRequest, InvalidRequest, Outcome, OutcomeKind
+    from producer.message import Attempt, CancelRequest, Outcome, OutcomeKind
     from producer.protocol import (
         CancelQueueError,
         LedgerGap,
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         UnknownRequest,
         WaitTimeout,
     )
+    from producer.untrusted import InvalidRequest
     from producer.waiting import Waited
 
     __version__: str
@@ -44,7 +45,7 @@ __all__ = [
 _HOMES = {
     "aio": ("AsyncCancelClient", "AsyncTicket"),
     "client": ("CancelClient", "Ticket"),
-    "message": ("Attempt", "CancelRequest", "InvalidRequest", "Outcome", "OutcomeKind"),
+    "message": ("Attempt", "CancelRequest", "Outcome", "OutcomeKind"),
     "protocol": (
         "CancelQueueError",
         "LedgerGap",
@@ -53,6 +54,7 @@ _HOMES = {
         "UnknownRequest",
         "WaitTimeout",
     ),
+    "untrusted": ("InvalidRequest",),
     "waiting": ("Waited",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -24,17 +24,10 @@ from rq.job import JobStatus
 from producer import __version__, console
 from producer.client import CancelClient
 from producer.door import checked_ids, checked_position
-from producer.message import (
-    DEFAULT_ACCOUNT,
-    DEFAULT_QUEUE,
-    CancelRequest,
-    InvalidRequest,
-    MalformedMessage,
-    Outcome,
-    clean_text,
-)
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
 from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest
 from producer.status import Status, aligned
+from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
 from producer.waiting import look
 
 #: RQ's status of a job whose outcome is still to come.

@@ -18,7 +18,7 @@ import redis.asyncio as aio
 
 from producer.aio_link import AsyncLines
 from producer.door import checked_position, checked_timeout, checked_wait
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome, checked_flag
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
 from producer.place import Place, checked_url
 from producer.protocol import (
     IN_DOUBT,
@@ -31,6 +31,7 @@ from producer.protocol import (
     readable_entries,
 )
 from producer.status import Status
+from producer.untrusted import checked_flag
 from producer.waiting import (
     LOOK_S,
     End,

@@ -24,7 +24,7 @@ from rq.serializers import JSONSerializer
 
 from producer.door import checked_id, checked_position, checked_timeout, checked_wait
 from producer.link import Lines
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome, checked_flag
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
 from producer.place import Place, checked_url
 from producer.protocol import (
     IN_DOUBT,
@@ -37,6 +37,7 @@ from producer.protocol import (
     readable_entries,
 )
 from producer.status import Status
+from producer.untrusted import checked_flag
 from producer.waiting import (
     LOOK_S,
     End,

@@ -13,19 +13,14 @@ from typing import Any, BinaryIO, TypeVar
 from producer.client import CancelClient
 from producer.message import (
     MAX_ALGO_ID,
-    MAX_PAYLOAD_BYTES,
     VERSION,
     CancelRequest,
-    InvalidRequest,
-    MalformedMessage,
-    MessageError,
     Outcome,
-    clean_text,
     decode_request,
-    loads,
 )
 from producer.protocol import TicketFields
 from producer.redis_url import FORMS, OPTIONS, Address, BadRedisUrl
+from producer.untrusted import MAX_PAYLOAD_BYTES, InvalidRequest, MalformedMessage, MessageError, clean_text, loads
 from producer.waiting import LOOK_S, look
 
 C = TypeVar("C", bound=CancelClient)

@@ -9,7 +9,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from producer.message import MAX_ID_BYTES, CancelRequest, InvalidRequest, checked_seconds, not_a
+from producer.message import MAX_ID_BYTES, CancelRequest
+from producer.untrusted import InvalidRequest, checked_seconds, not_a
 
 #: Longest time-out of a call, s.
 MAX_TIMEOUT_S = 3600

@@ -1,21 +1,33 @@
 """The contract between strategies and workers: what is asked, what is recorded, and under which Redis keys.
 
-Producer and worker share this module and nothing else, so it imports the standard library only, reads no clock and
-talks to nobody. Every value is frozen once built, and every decoder answers bad input with one exception
+Producer and worker share this module (and :mod:`producer.untrusted` below it) and nothing else, so it imports the
+standard library only, reads no clock and talks to nobody. Every value is frozen once built, and every decoder answers bad input with one exception
 (:class:`InvalidRequest` or :class:`MalformedMessage`) that says what was wrong.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import operator
 import re
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, SupportsFloat
+from typing import Any
+
+from producer.untrusted import (
+    CONTROL,
+    MAX_PAYLOAD_BYTES,
+    InvalidRequest,
+    MalformedMessage,
+    check_text,
+    checked_flag,
+    checked_seconds,
+    dumps,
+    inflate,
+    loads,
+    not_a,
+    shown,
+)
 
 VERSION = 1
 #: What RQ imports and calls for each job; a string, so that a producer never loads worker code.
@@ -28,13 +40,6 @@ MAX_ALGO_ID = 2**63 - 1
 MAX_DEADLINE_S = 7 * 86_400
 #: Longest id of a job, bytes: RQ's have 36. What is longer is dropped unread.
 MAX_ID_BYTES = 256
-#: Largest payload that is decoded, bytes, after decompression too: a request is a few hundred bytes.
-MAX_PAYLOAD_BYTES = 64 * 1024
-#: Deepest nesting that is parsed: no message of this contract has more than five levels, and what a parser, a `repr` or
-#: a comparison does with thousands of them differs from one Python to the next.
-MAX_DEPTH = 32
-#: Longest text kept of what the exchange said, characters.
-MAX_MSG_CHARS = 200
 
 #: What an attempt says whose worker never came back with its answer (`worker/scripts/common.lua` writes it).
 WORKER_LOST = "worker lost"
@@ -42,35 +47,6 @@ WORKER_LOST = "worker lost"
 _CLIENT_ALGO_ID = re.compile(r"[.A-Z:/a-z0-9_-]{1,36}")
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-#: A JSON text's brackets, and its strings as wholes: a bracket inside a string nests nothing. A string without an end
-#: is taken up to the end of the text, so that no text is gone through twice.
-_BRACKETS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
-
-
-class MessageError(ValueError):
-    """Base of what this module raises."""
-
-
-class InvalidRequest(MessageError):
-    """A request breaks a rule of the contract; nothing was enqueued or sent.
-
-    ``field`` names the offending field and ``value`` holds what was given.
-    """
-
-    def __init__(self, field: str, value: object, rule: str) -> None:
-        super().__init__(f"{field}={_shown(value)}: {rule}")
-        self.field = field
-        self.value = value
-        self.rule = rule
-
-    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
-        """Strategies hand errors from process to process."""
-        return InvalidRequest, (self.field, self.value, self.rule)
-
-
-class MalformedMessage(MessageError):
-    """Bytes from Redis are not a message of this contract (foreign job, other version, damaged, too large)."""
 
 
 class OutcomeKind(StrEnum):
@@ -147,8 +123,8 @@ class CancelRequest:
         if self.deadline_s is not None:
             object.__setattr__(self, "deadline_s", checked_seconds("deadline_s", self.deadline_s, MAX_DEADLINE_S))
         checked_flag("urgent", self.urgent)
-        _check_text("symbol", self.symbol, 32)
-        _check_text("tag", self.tag, 64)
+        check_text("symbol", self.symbol, 32)
+        check_text("tag", self.tag, 64)
 
     @property
     def order_key(self) -> str:
@@ -189,52 +165,6 @@ def _checked_ids(algo_id: object, client_algo_id: object) -> int | None:
     if not 1 <= number <= MAX_ALGO_ID:
         raise InvalidRequest("algo_id", algo_id, rule)
     return number
-
-
-def not_a(value: object, wanted: type, cure: str) -> str:
-    """What a rule adds where a value has not the type that it should have: which it has, and the way out."""
-    if type(value) is wanted:
-        return ""
-    return f", not {type(value).__name__}" + (f": {cure}" if cure else "")
-
-
-def checked_seconds(name: str, value: object, most_s: float, *, or_zero: bool = False) -> float:
-    """A length of time, s: of a number of any kind, or of a timedelta.
-
-    Raises:
-        InvalidRequest: it is none, or not within its bounds.
-    """
-    bounds = f"more than 0 and at most {most_s}"
-    if or_zero:
-        bounds = "0 or more" if most_s == math.inf else f"from 0 to {most_s}"
-    rule = f"must be {bounds} seconds"
-    if callable(span := getattr(value, "total_seconds", None)):
-        number = span()
-    elif isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
-        raise InvalidRequest(name, value, f"{rule}, not {type(value).__name__}: give a number or a timedelta")
-    else:
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-    if not 0 <= number <= most_s or (number == 0 and not or_zero):
-        raise InvalidRequest(name, value, rule)
-    return value if type(value) in (int, float) else number  # type: ignore[return-value]
-
-
-def checked_flag(name: str, value: object) -> bool:
-    """``value``, if it is true or false; raises InvalidRequest if it is neither."""
-    if not isinstance(value, bool):
-        raise InvalidRequest(name, value, "must be true or false" + not_a(value, bool, "give True or False"))
-    return value
-
-
-def _check_text(name: str, value: object, limit: int) -> None:
-    if value is None:
-        return
-    if not isinstance(value, str) or not 1 <= len(value) <= limit or _CONTROL.search(value):
-        rule = f"must be text of 1 to {limit} characters without control characters"
-        raise InvalidRequest(name, value, rule + not_a(value, str, ""))
 
 
 def check_queue_name(name: str) -> str:
@@ -314,7 +244,7 @@ class Outcome:
 
     def encode(self) -> str:
         """The record as it stands in Redis and on the command line's stdout."""
-        return _dumps(self.as_dict())
+        return dumps(self.as_dict())
 
 
 def encode_request(request: CancelRequest) -> dict[str, object]:
@@ -345,12 +275,12 @@ def decode_request(payload: object) -> CancelRequest:
         InvalidRequest: a field breaks its rule.
     """
     if not isinstance(payload, Mapping):
-        raise MalformedMessage(f"a cancel request is a JSON object, not {_shown(payload)}")
+        raise MalformedMessage(f"a cancel request is a JSON object, not {shown(payload)}")
     if not _is_ours(payload):
-        raise MalformedMessage(f"v={_shown(payload.get('v'))}: this side speaks version {VERSION}")
+        raise MalformedMessage(f"v={shown(payload.get('v'))}: this side speaks version {VERSION}")
     extra = sorted(str(name) for name in payload if name not in _REQUEST_FIELDS)
     if extra:
-        raise MalformedMessage(f"unknown field {_shown(extra[0])}")
+        raise MalformedMessage(f"unknown field {shown(extra[0])}")
     return CancelRequest(**{name: value for name, value in payload.items() if name != "v"})
 
 
@@ -359,7 +289,7 @@ def encode_call(request: CancelRequest) -> bytes:
 
     RQ reads it uncompressed as well as compressed (rq.job.Job.restore), and so short a text does not shrink.
     """
-    return _dumps([TASK, None, [encode_request(request)], {}]).encode()
+    return dumps([TASK, None, [encode_request(request)], {}]).encode()
 
 
 def decode_call(data: bytes) -> CancelRequest:
@@ -369,12 +299,12 @@ def decode_call(data: bytes) -> CancelRequest:
         MalformedMessage: too large, not JSON (a pickle, say), another function, other arguments.
         InvalidRequest: a field of the request breaks its rule.
     """
-    call = loads(_inflate(data))
+    call = loads(inflate(data))
     if not isinstance(call, list) or len(call) != 4 or not isinstance(call[2], list) or not isinstance(call[3], dict):
         raise MalformedMessage("the job is not a call of this contract")
     function, instance, args, kwargs = call
     if function != TASK or instance is not None:
-        raise MalformedMessage(f"function {_shown(function)} is not allowed here; only {TASK} is")
+        raise MalformedMessage(f"function {shown(function)} is not allowed here; only {TASK} is")
     if kwargs or len(args) != 1:
         raise MalformedMessage(f"{TASK} takes one request, not {len(args)} arguments and {len(kwargs)} by name")
     return decode_request(args[0])
@@ -382,7 +312,7 @@ def decode_call(data: bytes) -> CancelRequest:
 
 def encode_attempts(attempts: Iterable[Attempt]) -> str:
     """Attempts as the job hash keeps them: JSON objects joined by commas, so that a script can append one."""
-    return ",".join(_dumps(attempt.as_dict()) for attempt in attempts)
+    return ",".join(dumps(attempt.as_dict()) for attempt in attempts)
 
 
 def decode_attempts(text: str | bytes | None) -> tuple[Attempt, ...]:
@@ -417,7 +347,7 @@ def decode_outcome(text: str | bytes) -> Outcome:
             **{name: _typed(record[name], kind) for name, kind in _PLAIN_OUTCOME_FIELDS.items() if name in record},
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MalformedMessage(f"not an outcome record: {type(error).__name__} {_shown(str(error))}") from None
+        raise MalformedMessage(f"not an outcome record: {type(error).__name__} {shown(str(error))}") from None
 
 
 _PLAIN_OUTCOME_FIELDS: dict[str, type] = {
@@ -429,7 +359,7 @@ _PLAIN_OUTCOME_FIELDS: dict[str, type] = {
 
 def _typed(value: Any, kind: type) -> Any:
     if value is not None and type(value) is not kind:
-        raise TypeError(f"{_shown(value)} is not {kind.__name__}")
+        raise TypeError(f"{shown(value)} is not {kind.__name__}")
     if isinstance(value, str):
         value.encode()  # JSON can spell half a character, which nobody could write again
     return value
@@ -457,18 +387,18 @@ def _attempts(rows: object) -> tuple[Attempt, ...]:
             for row in rows
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MalformedMessage(f"not an attempt: {type(error).__name__} {_shown(str(error))}") from None
+        raise MalformedMessage(f"not an attempt: {type(error).__name__} {shown(str(error))}") from None
 
 
 def _int(value: Any) -> int:
     if type(value) is not int:
-        raise TypeError(f"{_shown(value)} is not a whole number")
+        raise TypeError(f"{shown(value)} is not a whole number")
     return value
 
 
 def _plain_text(value: Any) -> str:
-    if not isinstance(value, str) or _CONTROL.search(value):
-        raise TypeError(f"{_shown(value)} is not text without control characters")
+    if not isinstance(value, str) or CONTROL.search(value):
+        raise TypeError(f"{shown(value)} is not text without control characters")
     return value
 
 
@@ -481,7 +411,7 @@ class Pin:
 
     def encode(self) -> str:
         """As the job hash keeps it."""
-        return _dumps({"algo_id": self.algo_id, "symbol": self.symbol})
+        return dumps({"algo_id": self.algo_id, "symbol": self.symbol})
 
 
 def decode_pin(text: str | bytes | None) -> Pin | None:
@@ -497,102 +427,5 @@ def decode_pin(text: str | bytes | None) -> Pin | None:
     if not isinstance(fields, dict) or set(fields) != {"algo_id", "symbol"} or fields["algo_id"] is None:
         raise MalformedMessage("not the pin of an order")
     _checked_ids(fields["algo_id"], None)
-    _check_text("symbol", fields["symbol"], 32)
+    check_text("symbol", fields["symbol"], 32)
     return Pin(**fields)
-
-
-def loads(text: str | bytes, limit: int = MAX_PAYLOAD_BYTES, *, once: bool = False) -> Any:
-    """Parse JSON from a stranger: bounded in size and depth, no NaN, no number beyond 64 bits.
-
-    ``once``: no field may stand in an object twice. Else the last one holds, as for RQ.
-
-    Raises:
-        MalformedMessage: any of that, or not JSON.
-    """
-    if len(text) > limit:
-        raise MalformedMessage(f"{len(text)} bytes are too many; {limit} is the most")
-    try:
-        decoded = text.decode() if isinstance(text, bytes) else text
-        _check_depth(decoded)
-        return (_ONCE if once else _DECODER).decode(decoded)
-    except MalformedMessage:
-        raise
-    except ValueError as error:
-        raise MalformedMessage(f"not JSON: {_shown(str(error))}") from None
-
-
-def _check_depth(text: str) -> None:
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return
-    depth = 0
-    for token in _BRACKETS.finditer(text):
-        if token[0] in "[{":
-            depth += 1
-        elif token[0] in "]}":
-            depth -= 1
-        if depth > MAX_DEPTH:
-            raise MalformedMessage("nested too deeply")
-
-
-def _constant(name: str) -> float:
-    raise MalformedMessage(f"{name} is not a number of JSON")
-
-
-def _int64(digits: str) -> int:
-    if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**63:
-        raise MalformedMessage(f"{_shown(digits)} does not fit in 64 bits")
-    return number
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise MalformedMessage(f"field {_shown(twice)} stands there twice")
-    return fields
-
-
-_DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_int64)
-_ONCE = json.JSONDecoder(parse_constant=_constant, parse_int=_int64, object_pairs_hook=_once)
-
-
-def _inflate(data: bytes) -> bytes:
-    """RQ compresses a job's data and reads it uncompressed too; a small bomb must not become a large string."""
-    if data.startswith(b"["):  # no zlib stream begins so
-        return data
-    inflater = zlib.decompressobj()
-    try:
-        plain = inflater.decompress(data, MAX_PAYLOAD_BYTES + 1)
-    except zlib.error:
-        return data
-    if len(plain) > MAX_PAYLOAD_BYTES:
-        raise MalformedMessage(f"the payload inflates beyond {MAX_PAYLOAD_BYTES} bytes")
-    if data and not inflater.eof:
-        raise MalformedMessage("the compressed payload is cut off")
-    return plain
-
-
-def clean_text(words: object, limit: int = MAX_MSG_CHARS) -> str:
-    """A stranger's words made fit for records, logs and terminals, the one way for all of them: one line of at most
-    ``limit`` characters, a blank in the place of each that cannot be printed or turns the line around."""
-    text = words.decode("utf-8", "replace") if isinstance(words, bytes) else str(words)
-    cleaned = text[: 4 * limit]
-    if not cleaned.isprintable():
-        cleaned = "".join(character if character.isprintable() else " " for character in cleaned)
-    cleaned = cleaned.strip()
-    return cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"
-
-
-def _shown(value: object) -> str:
-    try:
-        return clean_text(repr(value), 80)
-    except (ValueError, RecursionError):  # a whole number too long for Python to print, or a caller's endless list
-        return f"<{type(value).__name__}>"
-
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def _dumps(value: object) -> str:
-    return _ENCODER.encode(value)

@@ -28,7 +28,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from producer.client import CancelClient
-from producer.message import DEFAULT_ACCOUNT, Attempt, MalformedMessage, Outcome, OutcomeKind
+from producer.message import DEFAULT_ACCOUNT, Attempt, Outcome, OutcomeKind
 from producer.protocol import (
     Conversation,
     QueueUnavailable,
@@ -41,6 +41,7 @@ from producer.protocol import (
     text,
 )
 from producer.status import Gate, Status
+from producer.untrusted import MalformedMessage
 
 #: Distinct accounts, verdicts, and answers of the exchange that get series of their own; further ones are `other`.
 MAX_ACCOUNTS = 64

@@ -17,9 +17,9 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from producer.message import InvalidRequest, not_a
 from producer.protocol import TIMEOUT_S
 from producer.redis_url import FORMS, Address, BadRedisUrl
+from producer.untrusted import InvalidRequest, not_a
 
 #: Connections of redis-py that can be replaced by ours, which find the primary and know when it is none any more.
 _STANDARD = (

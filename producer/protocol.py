@@ -30,16 +30,13 @@ from producer.keys import ENDLESS_RETRIES, FAILURE_TTL_S, RESULT_TTL_S, JobField
 from producer.message import (
     TASK,
     CancelRequest,
-    InvalidRequest,
-    MalformedMessage,
     Outcome,
     check_queue_name,
-    checked_flag,
-    clean_text,
     decode_outcome,
     encode_call,
 )
 from producer.redis_url import is_refused, why
+from producer.untrusted import InvalidRequest, MalformedMessage, checked_flag, clean_text
 
 T = TypeVar("T")
 C = TypeVar("C")

@@ -32,7 +32,7 @@ from redis.connection import parse_url
 from redis.retry import Retry
 from redis.sentinel import SentinelConnectionPool
 
-from producer.message import clean_text
+from producer.untrusted import clean_text
 
 FORMS = (
     "redis://[user:password@]host[:port][/database], the same with rediss:// for TLS, unix:///path, or "

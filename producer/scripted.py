@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from producer.message import (
-    MAX_MSG_CHARS,
-    Call,
-    CancelRequest,
-    InvalidRequest,
-    OutcomeKind,
-    checked_seconds,
-    clean_text,
-)
+from producer.message import Call, CancelRequest, OutcomeKind
+from producer.untrusted import MAX_MSG_CHARS, InvalidRequest, checked_seconds, clean_text
 
 #: Where ids that the exchange would have given begin.
 FIRST_ALGO_ID = 2_000_000_000_000_000

@@ -15,8 +15,9 @@ from rq.defaults import DEFAULT_WORKER_TTL
 from rq.utils import utcparse
 
 from producer.keys import Band, BreakerField, Keys, WorkerField, suspect_of
-from producer.message import MAX_MSG_CHARS, MalformedMessage, Outcome, OutcomeKind, clean_text
+from producer.message import Outcome, OutcomeKind
 from producer.protocol import Command, Conversation, entry_outcome, fields_of, good, is_wrong_type, stream_entries, text
+from producer.untrusted import MAX_MSG_CHARS, MalformedMessage, clean_text
 
 #: The window of the figures about outcomes, s.
 WINDOW_S = 60

@@ -42,11 +42,8 @@ from producer.message import (
     Attempt,
     Call,
     CancelRequest,
-    InvalidRequest,
     Outcome,
     OutcomeKind,
-    checked_flag,
-    checked_seconds,
     decode_outcome,
     encode_call,
     may_be_live,
@@ -65,6 +62,7 @@ from producer.protocol import (
 )
 from producer.scripted import CONFIRMED, FIRST_ALGO_ID, HELD, MAX_STEP_S, STORIES, Line
 from producer.status import WINDOW_S, Gate, Percentiles, Status
+from producer.untrusted import InvalidRequest, checked_flag, checked_seconds
 from producer.waiting import End, QueueWire, closed
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from producer.door import checked_id, checked_ids
 from producer.keys import Band, JobField, Keys
-from producer.message import CancelRequest, InvalidRequest, MalformedMessage, Outcome, clean_text, decode_outcome
+from producer.message import CancelRequest, Outcome, decode_outcome
 from producer.protocol import (
     ENDED,
     NO_ANSWER,
@@ -39,6 +39,7 @@ from producer.protocol import (
 )
 from producer.redis_url import passes
 from producer.status import Status, is_served, read_status
+from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
 
 _log = logging.getLogger("producer")
 

@@ -12,16 +12,14 @@ from producer.message import (
     DEFAULT_ACCOUNT,
     MAX_ALGO_ID,
     MAX_DEADLINE_S,
-    MAX_MSG_CHARS,
-    MAX_PAYLOAD_BYTES,
     TASK,
     Attempt,
     Call,
     CancelRequest,
     Outcome,
     OutcomeKind,
-    clean_text,
 )
+from producer.untrusted import MAX_MSG_CHARS, MAX_PAYLOAD_BYTES, clean_text
 
 PROFILE = settings(derandomize=True, deadline=None, max_examples=25)
 

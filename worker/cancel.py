@@ -21,7 +21,6 @@ from producer.message import (
     Attempt,
     Call,
     CancelRequest,
-    MessageError,
     Outcome,
     OutcomeKind,
     Pin,
@@ -30,6 +29,7 @@ from producer.message import (
     decode_pin,
     may_be_live,
 )
+from producer.untrusted import MessageError
 from worker import log
 from worker.classify import GATED, STATUS_MEANS, Means, OrderRef, Reply, Verdict, classify
 from worker.clock import RedisClock, ServerClock, local_ns, minus

@@ -18,8 +18,8 @@ import redis
 from rq.command import PUBSUB_CHANNEL_TEMPLATE
 
 from producer.keys import Keys
-from producer.message import clean_text
 from producer.redis_url import NotPrimary, NotSupported, code_of, passes, why
+from producer.untrusted import clean_text
 from worker.store import ANSWER_WITHIN_S
 
 __all__ = ["Fault", "Finding", "look_at_redis"]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from producer.message import Call, clean_text
+from producer.message import Call
+from producer.untrusted import clean_text
 
 
 class Means(StrEnum):

@@ -14,15 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from producer.message import (
-    MAX_MSG_CHARS,
-    Attempt,
-    Call,
-    MalformedMessage,
-    OutcomeKind,
-    clean_text,
-    decode_attempts,
-)
+from producer.message import Attempt, Call, OutcomeKind, decode_attempts
+from producer.untrusted import MAX_MSG_CHARS, MalformedMessage, clean_text
 from worker.classify import GATED, SILENCE, STATUS_MEANS, Means, OrderView, Verdict
 
 #: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody

@@ -17,7 +17,7 @@ import time
 from functools import lru_cache
 from typing import Any
 
-from producer.message import clean_text
+from producer.untrusted import clean_text
 from worker.output import Output, write_now
 
 _MAX_VALUE_CHARS = 400

@@ -18,8 +18,8 @@ from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker, WorkerStatus
 
 from producer.keys import WorkerField
-from producer.message import MalformedMessage, clean_text, loads
 from producer.redis_url import passes, why
+from producer.untrusted import MalformedMessage, clean_text, loads
 from worker import log
 from worker.daemon import WorkerLoop, in_daemon_thread
 from worker.engine import Engine, where

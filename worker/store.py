@@ -18,7 +18,8 @@ import redis
 from rq.defaults import RQ_KEY_PREFIX
 
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, WorkerField, suspect_of
-from producer.message import MAX_PAYLOAD_BYTES, Attempt, Outcome, encode_attempts
+from producer.message import Attempt, Outcome, encode_attempts
+from producer.untrusted import MAX_PAYLOAD_BYTES
 from worker.clock import RedisClock
 
 __all__ = ["Beat", "Claimed", "Done", "Lease", "Release", "Request", "Retry", "Row", "Store", "Suspect"]

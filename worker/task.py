@@ -17,7 +17,8 @@ import rq
 from rq import get_current_job
 from rq.job import Job
 
-from producer.message import TASK, CancelRequest, MessageError, decode_outcome, decode_request
+from producer.message import TASK, CancelRequest, decode_outcome, decode_request
+from producer.untrusted import MessageError
 from worker import log
 from worker.cancel import Canceller
 from worker.clock import ServerClock, SleepWatch, local_ns

@@ -25,8 +25,9 @@ from werkzeug.exceptions import (
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from producer.client import CancelClient
-from producer.message import OutcomeKind, clean_text
+from producer.message import OutcomeKind
 from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
+from producer.untrusted import clean_text
 from producer.web import queries
 from producer.web.access import (
     MIN_TOKEN_CHARS,

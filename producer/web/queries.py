@@ -22,21 +22,17 @@ from rq.utils import utcparse
 from producer.keys import Band, JobField, Keys
 from producer.message import (
     DEFAULT_ACCOUNT,
-    MAX_PAYLOAD_BYTES,
     Attempt,
     CancelRequest,
-    InvalidRequest,
-    MalformedMessage,
-    MessageError,
     Outcome,
     OutcomeKind,
-    clean_text,
     decode_attempts,
     decode_call,
     decode_outcome,
 )
 from producer.protocol import Command, Conversation, good, is_requeued, pages, stream_entries, text
 from producer.status import readable
+from producer.untrusted import MAX_PAYLOAD_BYTES, InvalidRequest, MalformedMessage, MessageError, clean_text
 
 #: Rows of one page.
 PAGE = 50

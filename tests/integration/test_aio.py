@@ -25,7 +25,7 @@ from producer import (
     WaitTimeout,
 )
 from producer.keys import Keys
-from producer.message import MalformedMessage
+from producer.untrusted import MalformedMessage
 from tests.exporting import append, record
 from tests.servers import Proxy, Valkey, Workers, confirms_durability, running_valkey, stopped
 from tests.strategies import CONNECTIONS

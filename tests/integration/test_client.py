@@ -24,8 +24,9 @@ from producer import (
     WaitTimeout,
 )
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys
-from producer.message import TASK, MalformedMessage, encode_request
+from producer.message import TASK, encode_request
 from producer.protocol import Wire, text
+from producer.untrusted import MalformedMessage
 from tests.exporting import append, record
 from tests.servers import Proxy, Valkey, Workers, confirms_durability, eventually, running_valkey, stopped
 from tests.strategies import CONNECTIONS, PASSWORD, blocked, calls, rqs_fields

@@ -16,7 +16,8 @@ import redis.asyncio
 
 from producer import AsyncCancelClient, CancelClient, OutcomeKind, QueueUnavailable
 from producer.keys import JobField, Keys
-from producer.message import MalformedMessage, Outcome
+from producer.message import Outcome
+from producer.untrusted import MalformedMessage
 from tests.exporting import append
 from tests.fault.proxy import Proxy
 from tests.servers import Valkey, Workers, eventually

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.message import MAX_MSG_CHARS, Call, clean_text
+from producer.message import Call
+from producer.untrusted import MAX_MSG_CHARS, clean_text
 from worker.classify import CODE_MEANS, HTTP_FALLBACK, HTTP_MEANS, Failure, Means, OrderRef, Reply, classify
 
 PROFILE = settings(derandomize=True, deadline=None, max_examples=25)

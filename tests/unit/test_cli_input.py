@@ -16,7 +16,8 @@ from producer.console import (
     connect,
     read_requests,
 )
-from producer.message import MAX_PAYLOAD_BYTES, CancelRequest, InvalidRequest
+from producer.message import CancelRequest
+from producer.untrusted import MAX_PAYLOAD_BYTES, InvalidRequest
 
 DEFAULTS: dict[str, Any] = {"account": "desk2", "symbol": "BTCUSDT", "tag": None, "urgent": True, "deadline_s": 30.0}
 PASSWORD = "password-of-the-tests"

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.message import MAX_MSG_CHARS, Attempt, Call, Outcome, OutcomeKind, decode_outcome, encode_attempts
+from producer.message import (
+    Attempt,
+    Call,
+    Outcome,
+    OutcomeKind,
+    decode_outcome,
+    encode_attempts,
+)
+from producer.untrusted import MAX_MSG_CHARS
 from worker.classify import SILENCE, Means, Verdict
 from worker.decide import (
     MAX_HISTORY,

@@ -18,10 +18,8 @@ from producer.message import (
     TASK,
     Attempt,
     Call,
-    MessageError,
     Outcome,
     OutcomeKind,
-    clean_text,
     decode_attempts,
     decode_call,
     decode_outcome,
@@ -30,6 +28,7 @@ from producer.message import (
     encode_call,
     encode_request,
 )
+from producer.untrusted import MessageError, clean_text
 from worker.classify import OrderRef, Reply, classify
 from worker.decide import (
     Again,

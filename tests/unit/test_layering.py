@@ -89,7 +89,7 @@ def test_producer_imports_nothing_of_the_worker(source: Path) -> None:
 def test_worker_imports_only_the_contract(source: Path) -> None:
     """Of the producer a worker knows the contract and the way to Redis; the sandbox, which plays a strategy, its public
     names."""
-    allowed = {"producer.message", "producer.keys", "producer.redis_url"} | (
+    allowed = {"producer.message", "producer.untrusted", "producer.keys", "producer.redis_url"} | (
         {"producer"} if PLAYS_A_STRATEGY in source.parents else set()
     )
 
@@ -99,10 +99,11 @@ def test_worker_imports_only_the_contract(source: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "beside"),
     [
-        ("producer/message.py", set()),
-        ("producer/keys.py", {"producer.message"}),
-        ("worker/classify.py", {"producer.message"}),
-        ("worker/decide.py", {"producer.message", "worker.classify"}),
+        ("producer/untrusted.py", set()),
+        ("producer/message.py", {"producer.untrusted"}),
+        ("producer/keys.py", {"producer.message", "producer.untrusted"}),
+        ("worker/classify.py", {"producer.message", "producer.untrusted"}),
+        ("worker/decide.py", {"producer.message", "producer.untrusted", "worker.classify"}),
     ],
 )
 def test_pure_modules_import_the_standard_library(source: str, beside: set[str]) -> None:

@@ -26,9 +26,6 @@ from producer.message import (
     Attempt,
     Call,
     CancelRequest,
-    InvalidRequest,
-    MalformedMessage,
-    MessageError,
     Outcome,
     OutcomeKind,
     Pin,
@@ -43,6 +40,7 @@ from producer.message import (
     encode_request,
     may_be_live,
 )
+from producer.untrusted import InvalidRequest, MalformedMessage, MessageError
 from tests.messages import (
     ATTEMPT,
     ATTEMPTS,

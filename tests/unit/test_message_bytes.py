@@ -13,17 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.message import (
+from producer.message import CancelRequest, decode_attempts, decode_call, decode_outcome
+from producer.untrusted import (
     MAX_DEPTH,
     MAX_MSG_CHARS,
     MAX_PAYLOAD_BYTES,
-    CancelRequest,
     MalformedMessage,
     MessageError,
     clean_text,
-    decode_attempts,
-    decode_call,
-    decode_outcome,
     loads,
 )
 from tests.messages import (

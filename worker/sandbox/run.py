@@ -28,7 +28,8 @@ import redis
 from rq.worker import BaseWorker
 
 from producer import CancelClient, CancelQueueError, Outcome, Ticket
-from producer.message import DEFAULT_ACCOUNT, MessageError
+from producer.message import DEFAULT_ACCOUNT
+from producer.untrusted import MessageError
 from worker.sandbox.control import ControlError, ExchangeConfig, start_exchange
 from worker.sandbox.faults import FaultTiming
 from worker.sandbox.orders import SECOND_ACCOUNT, Twice, Wanted, plan
