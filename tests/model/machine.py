@@ -35,6 +35,7 @@ NUMBERS = st.integers(0, 30)
 REQUESTS = st.one_of(
     st.integers(1, 4).map(lambda n: CancelRequest(algo_id=n)),
     st.integers(1, 4).map(lambda n: CancelRequest(algo_id=n, urgent=True, deadline_s=400)),
+    st.integers(1, 4).map(lambda n: CancelRequest(algo_id=n, on_trigger="cancel_child")),
     st.sampled_from("xy").map(lambda name: CancelRequest(client_algo_id=name)),
 )
 ENDS = st.sampled_from(("cancelled", "triggered", "unknown", "refused", "retry now", "retry later", "release", "tried"))
