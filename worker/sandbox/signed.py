@@ -198,6 +198,20 @@ def read_order_ids(parameters: dict[str, str]) -> tuple[int | None, str | None]:
     return algo_id, client_algo_id
 
 
+def read_child(parameters: dict[str, str]) -> tuple[str, int | str]:
+    """Symbol and id, or client order id, of a normal order. Which id wins when both are sent: here it is orderId.
+
+    Raises:
+        Refusal: as the exchange words it.
+    """
+    symbol = _mandatory(parameters, "symbol")
+    if "orderId" in parameters:
+        return symbol, _integer("orderId", parameters["orderId"])
+    if not parameters.get("origClientOrderId"):
+        raise Refusal.of(-1102, "Param 'origClientOrderId' or 'orderId' must be sent, but both were empty/null!")
+    return symbol, parameters["origClientOrderId"]
+
+
 def read_terms(parameters: dict[str, str]) -> OrderTerms:
     """The terms of a new order.
 
