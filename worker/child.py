@@ -161,28 +161,35 @@ def _told(child: Child, history: Sequence[Attempt]) -> Stop:
     view = child.view
     if view is None:
         return child.parent
-    is_ours = view.status == "CANCELED" and any(map(_may_have_cancelled, _since_trigger(history)))
-    return replace(child.parent, child=view, child_cancelled=is_ours if view.status in CHILD_ENDED else None)
+    return replace(child.parent, child=view, child_cancelled=_by_us(view, history))
+
+
+def _by_us(view: ChildView, history: Sequence[Attempt]) -> bool | None:
+    if view.status != "CANCELED":
+        return False if view.status in CHILD_ENDED else None
+    tried = [attempt for attempt in history if _may_have_cancelled(attempt)]
+    # Which call a lost worker had made nobody knows.
+    return None if tried and all(attempt.msg == WORKER_LOST for attempt in tried) else bool(tried)
 
 
 def _refused(child: Child, history: Sequence[Attempt], verdict: Verdict, policy: Policy) -> Stop:
     said = " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))
     kind = OutcomeKind.UNKNOWN if _in_doubt(history, policy) else OutcomeKind.REFUSED
     error = f"the child of the triggered order is not cancelled: {said}"
-    return replace(child.parent, kind=kind, child=child.view, error=error)
+    return replace(child.parent, kind=kind, child=child.view or _last_seen(history), error=error)
 
 
 def bound(child: Child, history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
     """The end of a request that is out of time or of attempts while its child may be live."""
     kind = OutcomeKind.UNKNOWN if _in_doubt(history, policy) else OutcomeKind.GAVE_UP
     error = f"{why}; the child of the triggered order may be live"
-    return replace(child.parent, kind=kind, child=child.view, error=error)
+    return replace(child.parent, kind=kind, child=child.view or _last_seen(history), error=error)
 
 
-def _since_trigger(history: Sequence[Attempt]) -> Sequence[Attempt]:
-    seen = (Means.TRIGGERED, Means.FINISHED)
-    first = next((at for at, a in enumerate(history) if a.call is Call.QUERY and a.verdict in seen), len(history))
-    return history[first:]
+def _last_seen(history: Sequence[Attempt]) -> ChildView | None:
+    """Of what an earlier holder saw the history has the state alone."""
+    seen = [a.msg for a in history if a.call is Call.QUERY_CHILD and a.verdict in (Means.OPEN, Means.ENDED)]
+    return ChildView(seen[-1], None, None) if seen else None
 
 
 def _may_have_cancelled(attempt: Attempt) -> bool:
@@ -196,7 +203,7 @@ def _in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
     """Whether a cancel of the child may have worked, or may still work, without a look at it having settled that."""
     opened = [a.at_ms for a in history if a.call is Call.QUERY_CHILD and a.verdict == Means.OPEN]
     seen_ms = max(opened, default=0)
-    tried = [attempt for attempt in _since_trigger(history) if _may_have_cancelled(attempt)]
+    tried = [attempt for attempt in history if _may_have_cancelled(attempt)]
     return any(accepted_until_ms(attempt, policy) > seen_ms for attempt in tried)
 
 
