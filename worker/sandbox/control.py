@@ -221,10 +221,8 @@ def _move(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
         raise ValueError(f"order {order.algo_id} is {order.status}: it has no child")
     match move, order.child:
         case "trigger", _:
-            # Without a word about it a MARKET child fills at once, and a LIMIT child rests.
-            by_itself = {"finished_after_ms": 0 if order.terms.at_market else None}
             times = {name: asked[name] for name in _TRIGGER_TIMES if name in asked}
-            moved = book.trigger(order, now_ms, **(by_itself | times))
+            moved = book.trigger(order, now_ms, **({"finished_after_ms": order.terms.fills_after_ms} | times))
         case "fill", Child() as child:
             moved = book.fill(child, now_ms, asked.get("quantity"), asked.get("price"))
         case "end_child", Child() as child if status == "CANCELED":
@@ -255,6 +253,10 @@ def _known_order(exchange: ExchangeServer, asked: dict[str, Any]) -> Order:
 
 
 def _set(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    if "mark_price" in asked:
+        exchange.set_price(asked["symbol"], asked["mark_price"])
+    if "hedge_mode" in asked:
+        exchange.state.dual[asked.get("account") or next(iter(exchange.config.accounts))] = bool(asked["hedge_mode"])
     if "clock_skew_ms" in asked:
         exchange.book.clock_skew_ms = int(asked["clock_skew_ms"])
     if "latency_ms" in asked:
@@ -504,6 +506,14 @@ class RunningExchange:
     def end_faults(self) -> None:
         """Inject no more faults, scripted ones included; what has begun runs its course."""
         self._call("POST", "set", end_faults=True)
+
+    def set_mark_price(self, symbol: str, price: str) -> None:
+        """Set a symbol's price; orders whose condition it meets are triggered as the market does it."""
+        self._call("POST", "set", symbol=symbol, mark_price=price)
+
+    def set_hedge_mode(self, on: bool = True, *, account: str | None = None) -> None:
+        """Set the position mode of the first account, or of the one named."""
+        self._call("POST", "set", hedge_mode=on, account=account)
 
     def set_clock_skew_ms(self, skew_ms: int) -> None:
         """Set exchange time minus local time."""
