@@ -27,6 +27,7 @@ from worker.sandbox.faults import FAULT_SETS, Answer, Call, Fault, FaultTiming
 if TYPE_CHECKING:
     from worker.sandbox.server import ExchangeServer
 
+HOST = "127.0.0.1"
 PREFIX = "/_sandbox/"
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 5.0
@@ -210,7 +211,8 @@ def _counted(target: Order | Child) -> dict[str, object]:
 def _script(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
     order = _known_order(exchange, asked)
     faults = [None if name is None else Fault(name) for name in asked["faults"]]
-    exchange.plan.script(order.algo_id, Call(asked["call"]), faults, repeat_last=asked["repeat_last"])
+    call, repeat_last = Call(asked.get("call", "cancel")), asked.get("repeat_last", False)
+    exchange.plan.script(order.algo_id, call, faults, repeat_last=repeat_last)
     return {}
 
 
@@ -270,7 +272,7 @@ def _incident(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
     fault = Fault(asked["fault"])
     if not fault.spec.gates:
         raise ValueError(f"{fault} does not stop an IP")
-    exchange.edge.start(asked["peer"], fault, exchange.local_ms(), asked["duration_ms"])
+    exchange.edge.start(asked.get("peer", HOST), fault, exchange.local_ms(), asked.get("duration_ms"))
     return {}
 
 
@@ -499,7 +501,7 @@ class RunningExchange:
         """Have the matching engine refuse the order."""
         self._move(algo_id, "reject")
 
-    def start_incident(self, fault: Fault | str, *, duration_ms: int | None = None, peer: str = "127.0.0.1") -> None:
+    def start_incident(self, fault: Fault | str, *, duration_ms: int | None = None, peer: str = HOST) -> None:
         """Stop every request of an IP with this fault's answer; without a duration, for the configured one."""
         self._call("POST", "incident", fault=fault, duration_ms=duration_ms, peer=peer)
 

@@ -26,7 +26,7 @@ from os import read
 from worker.sandbox import control
 from worker.sandbox.arrivals import Arrivals
 from worker.sandbox.book import AlgoStatus, Child, Order, OrderBook, OrderTerms
-from worker.sandbox.control import ConfigError, ExchangeConfig
+from worker.sandbox.control import HOST, ConfigError, ExchangeConfig
 from worker.sandbox.edge import Edge
 from worker.sandbox.endpoints import ENDPOINTS, Asked, Security, State
 from worker.sandbox.fault_plan import FaultPlan
@@ -58,7 +58,6 @@ from worker.sandbox.wire import Connection, Reply, Request
 EXIT_OK = 0
 EXIT_BAD_CONFIG = 78
 
-HOST = "127.0.0.1"
 ALGO_ORDER = "/fapi/v1/algoOrder"
 CHILD_ORDER = "/fapi/v1/order"
 #: The calls that faults are for.
