@@ -72,12 +72,62 @@ class OrderTerms:
     quantity: str = "0.01"
     trigger_price: str = "9000.0"
     client_algo_id: str = ""  # empty: the exchange makes one
-    price: str = ""  # empty: the trigger price
+    price: str = ""  # of a LIMIT child; empty: the trigger price
+    position_side: str = "BOTH"
+    time_in_force: str = "GTC"
+    working_type: str = "CONTRACT_PRICE"
+    price_match: str = "NONE"
+    close_position: bool = False  # then there is no quantity
+    price_protect: bool = False
+    reduce_only: bool = False
+    activate_price: str = ""  # these two: of a trailing order, which has no trigger price
+    callback_rate: str = ""
+    stp_mode: str = "EXPIRE_MAKER"
+    good_till_date: int = 0
 
     @property
     def at_market(self) -> bool:
         """Whether it becomes a MARKET order, which fills at once, and not a LIMIT order, which can rest."""
         return self.order_type.endswith("MARKET")
+
+    @property
+    def trailing(self) -> bool:
+        """Whether the price that triggers it follows the market."""
+        return self.order_type == "TRAILING_STOP_MARKET"
+
+    @property
+    def fills_after_ms(self) -> int | None:
+        """How its child fares where nobody says otherwise: at market it fills at once, with a limit it rests."""
+        return 0 if self.at_market else None
+
+    @property
+    def limit_price(self) -> str:
+        """What its child is filled at, unless somebody says otherwise; empty for a trailing order."""
+        return self.price or self.trigger_price
+
+    def is_met_by(self, price: Decimal) -> bool:
+        """Whether this price triggers it; a trailing order is not asked."""
+        if self.trailing:
+            return False
+        # A stop to sell and a target to buy wait for a price below.
+        below = self.order_type.startswith("STOP") == (self.side == "SELL")
+        return price <= Decimal(self.trigger_price) if below else price >= Decimal(self.trigger_price)
+
+    def shown(self) -> dict[str, object]:
+        """The part of an order's JSON that its creator chose, as it was sent."""
+        return {
+            "symbol": self.symbol,
+            "side": self.side,
+            "positionSide": self.position_side,
+            "timeInForce": self.time_in_force,
+            "selfTradePreventionMode": self.stp_mode,
+            "workingType": self.working_type,
+            "priceMatch": self.price_match,
+            "closePosition": self.close_position,
+            "priceProtect": self.price_protect,
+            "reduceOnly": self.reduce_only,
+            "goodTillDate": self.good_till_date,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,29 +198,18 @@ class Child(_Counted):
     def _shown(self) -> dict[str, object]:
         terms = self.order.terms
         order_type = "MARKET" if terms.at_market else "LIMIT"
-        return {
+        return terms.shown() | {
             "clientOrderId": self.client_order_id,
             "cumQuote": f"{self.cum_quote:.5f}",
             "executedQty": _plain(self.executed_qty),
             "orderId": self.order_id,
             "origQty": _plain(self.orig_qty),
             "origType": order_type,  # or the parent's type, as before the algo service: UNCONFIRMED
-            "price": "0" if terms.at_market else terms.price or terms.trigger_price,
-            "reduceOnly": False,
-            "side": terms.side,
-            "positionSide": "BOTH",
+            "price": "0" if terms.at_market else terms.limit_price,
             "status": self.status.value,
             "stopPrice": "0",
-            "closePosition": False,
-            "symbol": terms.symbol,
-            "timeInForce": "GTC",
             "type": order_type,
             "updateTime": self.update_time_ms,
-            "workingType": "CONTRACT_PRICE",
-            "priceProtect": False,
-            "priceMatch": "NONE",
-            "selfTradePreventionMode": "EXPIRE_MAKER",
-            "goodTillDate": 0,
         }
 
 
@@ -192,6 +231,7 @@ class Order(_Counted):
     decoy: bool = False  # made by a fault, nobody's request: a correct client leaves it NEW
     trigger: _Trigger | None = field(default=None, repr=False)
     child: Child | None = None
+    extreme: Decimal | None = None  # the best price since a trailing order was activated
 
     def as_cancel_answer(self) -> dict[str, object]:
         """The JSON object that DELETE /fapi/v1/algoOrder answers: `code` is a string."""
@@ -200,36 +240,43 @@ class Order(_Counted):
     def as_query_answer(self) -> dict[str, object]:
         """The JSON object that GET /fapi/v1/algoOrder answers (exchange.md 1.3, "Query one")."""
         terms = self.terms
-        return {
+        # What a trailing order shows of these, and a closing one as its quantity, is UNCONFIRMED.
+        trail = {"activatePrice": terms.activate_price, "callbackRate": terms.callback_rate} if terms.trailing else {}
+        shown = {
             "algoId": self.algo_id,
             "clientAlgoId": self.client_algo_id,
             "algoType": "CONDITIONAL",
             "orderType": terms.order_type,
-            "symbol": terms.symbol,
-            "side": terms.side,
-            "positionSide": "BOTH",
-            "timeInForce": "GTC",
-            "quantity": terms.quantity,
+            "quantity": terms.quantity or "0",
             "algoStatus": self.status.value,
             "actualOrderId": self.actual_order_id,
             "actualPrice": f"{self.child.avg_price if self.child else 0:.5f}",
             "actualType": "MARKET" if terms.at_market else "LIMIT",
-            "actualQty": terms.quantity,
+            "actualQty": terms.quantity or "0",
             "triggerPrice": terms.trigger_price,
-            "price": "0.00000" if terms.at_market else terms.price or terms.trigger_price,
+            "price": "0.00000" if terms.at_market else terms.limit_price,
             "icebergQuantity": None,
             "tpOrderType": "",
-            "selfTradePreventionMode": "EXPIRE_MAKER",
-            "workingType": "CONTRACT_PRICE",
-            "priceMatch": "NONE",
-            "closePosition": False,
-            "priceProtect": False,
-            "reduceOnly": False,
             "createTime": self.create_time_ms,
             "updateTime": self.update_time_ms,
             "triggerTime": self.trigger_time_ms,
-            "goodTillDate": 0,
         }
+        return terms.shown() | shown | trail
+
+    def sees(self, price: Decimal) -> bool:
+        """Take note of a price of the symbol; whether it triggers the order."""
+        terms = self.terms
+        if not terms.trailing:
+            return terms.is_met_by(price)
+        sells = terms.side == "SELL"
+        if self.extreme is None and terms.activate_price:
+            activates = Decimal(terms.activate_price)
+            if price < activates if sells else price > activates:
+                return False
+        best = max if sells else min
+        self.extreme = price if self.extreme is None else best(self.extreme, price)
+        distance = self.extreme * Decimal(terms.callback_rate) / 100
+        return price <= self.extreme - distance if sells else price >= self.extreme + distance
 
 
 class OrderBook:
@@ -295,17 +342,6 @@ class OrderBook:
     def orders(self, now_ms: int) -> Iterable[Order]:
         """Every order that was ever opened, oldest first."""
         return (self._settled(order, now_ms) for order in self._by_id.values())
-
-    def open_orders(self, account: str, now_ms: int, symbol: str | None = None) -> list[Order]:
-        """The account's orders that rest in the book and are not forgotten for now."""
-        return [
-            order
-            for order in self.orders(now_ms)
-            if order.account == account
-            and order.status is AlgoStatus.NEW
-            and (symbol is None or order.terms.symbol == symbol)
-            and not order.is_hidden(now_ms)
-        ]
 
     def cancel(self, target: Order | Child, now_ms: int, *, by_request: bool = True) -> bool:
         """Cancel an order that is NEW or a child that is live; False, without a change, for any other.
@@ -413,7 +449,7 @@ class OrderBook:
         if not 0 < executed <= left:
             raise ValueError(f"{left} of {child.orig_qty} are left to fill, not {executed}")
         child.executed_qty += executed
-        child.cum_quote += executed * Decimal(price or terms.price or terms.trigger_price)
+        child.cum_quote += executed * Decimal(price or terms.limit_price or child.order.extreme or 1)
         if executed == left:
             self._end_child(child, ChildStatus.FILLED, at_ms)
         else:

@@ -27,6 +27,7 @@ from worker.sandbox.faults import FAULT_SETS, Answer, Call, Fault, FaultTiming
 if TYPE_CHECKING:
     from worker.sandbox.server import ExchangeServer
 
+HOST = "127.0.0.1"
 PREFIX = "/_sandbox/"
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 5.0
@@ -210,7 +211,8 @@ def _counted(target: Order | Child) -> dict[str, object]:
 def _script(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
     order = _known_order(exchange, asked)
     faults = [None if name is None else Fault(name) for name in asked["faults"]]
-    exchange.plan.script(order.algo_id, Call(asked["call"]), faults, repeat_last=asked["repeat_last"])
+    call, repeat_last = Call(asked.get("call", "cancel")), asked.get("repeat_last", False)
+    exchange.plan.script(order.algo_id, call, faults, repeat_last=repeat_last)
     return {}
 
 
@@ -221,10 +223,8 @@ def _move(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
         raise ValueError(f"order {order.algo_id} is {order.status}: it has no child")
     match move, order.child:
         case "trigger", _:
-            # Without a word about it a MARKET child fills at once, and a LIMIT child rests.
-            by_itself = {"finished_after_ms": 0 if order.terms.at_market else None}
             times = {name: asked[name] for name in _TRIGGER_TIMES if name in asked}
-            moved = book.trigger(order, now_ms, **(by_itself | times))
+            moved = book.trigger(order, now_ms, **({"finished_after_ms": order.terms.fills_after_ms} | times))
         case "fill", Child() as child:
             moved = book.fill(child, now_ms, asked.get("quantity"), asked.get("price"))
         case "end_child", Child() as child if status == "CANCELED":
@@ -255,6 +255,10 @@ def _known_order(exchange: ExchangeServer, asked: dict[str, Any]) -> Order:
 
 
 def _set(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    if "mark_price" in asked:
+        exchange.set_price(asked["symbol"], asked["mark_price"])
+    if "hedge_mode" in asked:
+        exchange.state.dual[asked.get("account") or next(iter(exchange.config.accounts))] = bool(asked["hedge_mode"])
     if "clock_skew_ms" in asked:
         exchange.book.clock_skew_ms = int(asked["clock_skew_ms"])
     if "latency_ms" in asked:
@@ -268,7 +272,7 @@ def _incident(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
     fault = Fault(asked["fault"])
     if not fault.spec.gates:
         raise ValueError(f"{fault} does not stop an IP")
-    exchange.edge.start(asked["peer"], fault, exchange.local_ms(), asked["duration_ms"])
+    exchange.edge.start(asked.get("peer", HOST), fault, exchange.local_ms(), asked.get("duration_ms"))
     return {}
 
 
@@ -497,13 +501,21 @@ class RunningExchange:
         """Have the matching engine refuse the order."""
         self._move(algo_id, "reject")
 
-    def start_incident(self, fault: Fault | str, *, duration_ms: int | None = None, peer: str = "127.0.0.1") -> None:
+    def start_incident(self, fault: Fault | str, *, duration_ms: int | None = None, peer: str = HOST) -> None:
         """Stop every request of an IP with this fault's answer; without a duration, for the configured one."""
         self._call("POST", "incident", fault=fault, duration_ms=duration_ms, peer=peer)
 
     def end_faults(self) -> None:
         """Inject no more faults, scripted ones included; what has begun runs its course."""
         self._call("POST", "set", end_faults=True)
+
+    def set_mark_price(self, symbol: str, price: str) -> None:
+        """Set a symbol's price; orders whose condition it meets are triggered as the market does it."""
+        self._call("POST", "set", symbol=symbol, mark_price=price)
+
+    def set_hedge_mode(self, on: bool = True, *, account: str | None = None) -> None:
+        """Set the position mode of the first account, or of the one named."""
+        self._call("POST", "set", hedge_mode=on, account=account)
 
     def set_clock_skew_ms(self, skew_ms: int) -> None:
         """Set exchange time minus local time."""

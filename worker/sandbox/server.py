@@ -25,9 +25,10 @@ from os import read
 
 from worker.sandbox import control
 from worker.sandbox.arrivals import Arrivals
-from worker.sandbox.book import Child, DuplicateClientId, Order, OrderBook, OrderTerms
-from worker.sandbox.control import ConfigError, ExchangeConfig
+from worker.sandbox.book import AlgoStatus, Child, Order, OrderBook, OrderTerms
+from worker.sandbox.control import HOST, ConfigError, ExchangeConfig
 from worker.sandbox.edge import Edge
+from worker.sandbox.endpoints import ENDPOINTS, Asked, Security, State
 from worker.sandbox.fault_plan import FaultPlan
 from worker.sandbox.faults import (
     BAD_SIGNATURE,
@@ -47,20 +48,25 @@ from worker.sandbox.signed import (
     Account,
     Refusal,
     authenticated,
+    keyed,
     read_child,
     read_order_ids,
     read_parameters,
-    read_terms,
 )
 from worker.sandbox.wire import Connection, Reply, Request
 
 EXIT_OK = 0
 EXIT_BAD_CONFIG = 78
 
-HOST = "127.0.0.1"
 ALGO_ORDER = "/fapi/v1/algoOrder"
 CHILD_ORDER = "/fapi/v1/order"
-OPEN_ALGO_ORDERS = "/fapi/v1/openAlgoOrders"
+#: The calls that faults are for.
+ABOUT_ONE = {
+    ("DELETE", ALGO_ORDER): Call.CANCEL,
+    ("GET", ALGO_ORDER): Call.QUERY,
+    ("DELETE", CHILD_ORDER): Call.CANCEL_CHILD,
+    ("GET", CHILD_ORDER): Call.QUERY_CHILD,
+}
 
 MAX_LABELS = 200
 _SILENT = frozenset({Delivery.CLOSED, Delivery.RESET, Delivery.NOT_HTTP})
@@ -95,17 +101,6 @@ class ExchangeServer:
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self.book = OrderBook()
-        self._routes: dict[tuple[str, str], Callable[[Request, int], Reply]] = {
-            ("DELETE", ALGO_ORDER): partial(self._about_order, Call.CANCEL),
-            ("GET", ALGO_ORDER): partial(self._about_order, Call.QUERY),
-            ("DELETE", CHILD_ORDER): partial(self._about_order, Call.CANCEL_CHILD),
-            ("GET", CHILD_ORDER): partial(self._about_order, Call.QUERY_CHILD),
-            ("POST", ALGO_ORDER): self._create,
-            ("GET", OPEN_ALGO_ORDERS): self._open_orders,
-            ("GET", "/fapi/v1/time"): self._time,
-            ("GET", "/fapi/v1/ping"): self._ping,
-            ("GET", "/fapi/v1/exchangeInfo"): self._exchange_info,
-        }
         self.reset()
 
     def reset(self) -> None:
@@ -114,6 +109,7 @@ class ExchangeServer:
         self.latency_ms = config.latency_ms
         self.book = OrderBook(self.book, clock_skew_ms=config.clock_skew_ms)
         self.edge = Edge(config.weight_limit_per_minute, config.timing)
+        self.state = State(self.book, config.weight_limit_per_minute, self.open_order)
         self.tally = _Tally()
         self.arrivals: Arrivals = Arrivals()
         fault_set = FAULT_SETS[config.faults]
@@ -174,7 +170,7 @@ class ExchangeServer:
         return self._stamped(request, reply)
 
     def _note(self, request: Request) -> None:
-        if request.path in (ALGO_ORDER, CHILD_ORDER) and request.method in ("DELETE", "GET"):
+        if (request.method, request.path) in ABOUT_ONE:
             with suppress(Refusal, ValueError):
                 said, parent = read_parameters(request), None
                 if request.path == CHILD_ORDER:
@@ -195,6 +191,24 @@ class ExchangeServer:
         order = self.book.add(account, terms, now_ms)
         self.plan.admit([order.algo_id])
         return order
+
+    def set_price(self, symbol: str, price: str) -> None:
+        """Set a symbol's price and trigger the orders whose condition it meets.
+
+        Raises:
+            ValueError: no such symbol, or no price.
+        """
+        value, now_ms, timing = self.state.prices.set(symbol, price), self.local_ms(), self.config.timing
+        for order in self.book.orders(now_ms):
+            if order.terms.symbol == symbol and order.status is AlgoStatus.NEW and order.sees(value):
+                self.book.trigger(
+                    order,
+                    now_ms,
+                    triggered_after_ms=timing.triggering_ms,
+                    finished_after_ms=order.terms.fills_after_ms,
+                    id_after_ms=timing.child_id_lag_ms,
+                    child_after_ms=timing.child_lag_ms,
+                )
 
     def statistics(self) -> dict[str, object]:
         """The fields of `control.ExchangeStats`."""
@@ -226,17 +240,29 @@ class ExchangeServer:
     def _reply(self, request: Request) -> Reply:
         now_ms = self.local_ms()
         skew_ms = self.book.clock_skew_ms
-        incident = self.edge.admit(request.peer, now_ms, now_ms + skew_ms, _weight(request))
+        route = (request.method, request.path)
+        endpoint, weight = ENDPOINTS.get(route), 1
+        if endpoint is not None:
+            is_of_all = b"symbol=" not in request.query + request.body and endpoint.weight_of_all is not None
+            weight = endpoint.weight_of_all or 1 if is_of_all else endpoint.weight
+        incident = self.edge.admit(request.peer, now_ms, now_ms + skew_ms, weight)
         if incident is not None:
             return Reply(self.edge.answer(incident, now_ms, skew_ms))
-        route = self._routes.get((request.method, request.path))
-        if route is None:
-            text = f"Path {request.path}, Method {request.method} is invalid"
-            return Reply(Answer.error(404, -5000, text))
         try:
-            return route(request, now_ms)
+            if (call := ABOUT_ONE.get(route)) is not None:
+                return self._about_order(call, request, now_ms)
+            if endpoint is not None:
+                return Reply(Answer.of(endpoint.answer(self._asked(endpoint.security, request, now_ms))))
         except Refusal as refusal:
             return Reply(refusal.answer)
+        return Reply(Answer.error(404, -5000, f"Path {request.path}, Method {request.method} is invalid"))
+
+    def _asked(self, security: Security, request: Request, now_ms: int) -> Asked:
+        if security.signature:
+            account, said = self._authenticated(request, now_ms)
+            return Asked(self.state, account.name, said, now_ms)
+        name = keyed(request, self._accounts).name if security.key else ""
+        return Asked(self.state, name, read_parameters(request), now_ms)
 
     def _stamped(self, request: Request, reply: Reply) -> Reply:
         reply.used_weight = self.edge.used_weight(request.peer, self.local_ms() + self.book.clock_skew_ms)
@@ -354,62 +380,11 @@ class ExchangeServer:
             child_after_ms=timing.child_lag_ms,
         )
 
-    def _create(self, request: Request, now_ms: int) -> Reply:
-        account, parameters = self._authenticated(request, now_ms)
-        try:
-            order = self.open_order(account.name, read_terms(parameters), now_ms)
-        except DuplicateClientId:
-            raise Refusal.of(-4116, "ClientOrderId is duplicated.") from None
-        unknown_yet = ("actualOrderId", "actualPrice", "actualType", "actualQty", "tpOrderType")
-        shown = {name: value for name, value in order.as_query_answer().items() if name not in unknown_yet}
-        return Reply(Answer.of(shown | {"activatePrice": "", "callbackRate": ""}))
-
-    def _open_orders(self, request: Request, now_ms: int) -> Reply:
-        account, parameters = self._authenticated(request, now_ms)
-        orders = self.book.open_orders(account.name, now_ms, parameters.get("symbol"))
-        old_fields = dict.fromkeys(("tpTriggerPrice", "tpPrice", "slTriggerPrice", "slPrice"), "0.000")
-        return Reply(Answer.of([order.as_query_answer() | old_fields for order in orders]))
-
-    def _time(self, _: Request, now_ms: int) -> Reply:
-        return Reply(Answer.of({"serverTime": now_ms + self.book.clock_skew_ms}))
-
-    def _ping(self, _request: Request, _now_ms: int) -> Reply:
-        return Reply(Answer.of({}))
-
-    def _exchange_info(self, _: Request, now_ms: int) -> Reply:
-        limits = [
-            ("REQUEST_WEIGHT", "MINUTE", 1, self.config.weight_limit_per_minute),
-            ("ORDERS", "MINUTE", 1, 1_200),
-            ("ORDERS", "SECOND", 10, 300),
-        ]
-        names = ("rateLimitType", "interval", "intervalNum", "limit")
-        # This answer's time has been seen five days old; a client must not set its clock by it.
-        stale_ms = now_ms - 5 * 86_400_000
-        return Reply(
-            Answer.of(
-                {
-                    "timezone": "UTC",
-                    "serverTime": stale_ms,
-                    "futuresType": "U_MARGINED",
-                    "rateLimits": [dict(zip(names, limit, strict=True)) for limit in limits],
-                    "exchangeFilters": [],
-                    "assets": [],
-                    "symbols": [],
-                }
-            )
-        )
-
     def _sweep(self) -> None:
         idle_s = self.config.idle_close_s
         for connection in list(self.connections):
             connection.close_if_idle(idle_s)
         self._sweeper = asyncio.get_running_loop().call_later(min(max(idle_s / 10, 0.02), 1.0), self._sweep)
-
-
-def _weight(request: Request) -> int:
-    if request.path == OPEN_ALGO_ORDERS and b"symbol=" not in request.query:
-        return 40
-    return 0 if request.method == "POST" and request.path == ALGO_ORDER else 1
 
 
 def _twisted(answer: Answer, delivery: Delivery, huge_body_bytes: int) -> Answer:
