@@ -181,6 +181,7 @@ def _entry(exchange: ExchangeServer, order: Order) -> dict[str, object]:
         "algo_id": order.algo_id,
         "client_algo_id": order.client_algo_id,
         "symbol": order.terms.symbol,
+        "order_type": order.terms.order_type,
         "status": order.status,
         "actual_order_id": order.actual_order_id,
         "decoy": order.decoy,
@@ -338,6 +339,7 @@ class BookEntry:
     gets: int
     delete_arrivals_ns: list[int]  # local time since the epoch, the first ones only
     faults: list[str]  # as its calls and its child's met them
+    order_type: str = "STOP_MARKET"
     child: ChildEntry | None = None  # as it is, whether calls find it by now or not
 
 
