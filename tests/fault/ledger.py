@@ -216,7 +216,7 @@ def recoveries_ms(kills: Iterable[Kill], records: Iterable[Outcome]) -> list[int
     """
     attempts: dict[str, list[Attempt]] = defaultdict(list)
     for record in records:  # of every run
-        attempts[record.id] += record.attempts
+        attempts[record.id] += record.history()
     found = []
     for kill in kills:
         for job_id in kill.held:

@@ -263,7 +263,7 @@ def test_a_signal_s_handler_may_cancel(client: CancelClient) -> None:
 
 
 def test_an_answer_to_an_earlier_question_ends_no_later_wait(connection: redis.Redis) -> None:
-    """Who waits for a request that was just retried is not told what somebody else was about to hear of its last run."""
+    """Who waits for a request that was retried is not told what somebody else was about to hear of its last run."""
     connection.set(KEYS.outcome_prefix + "a", record(id="a"))
     waiters = Waiters(QueueWire("cancels"))
     with waiters.waiting(["a"], lambda: None) as early:

@@ -219,7 +219,7 @@ class Report:
     @cached_property
     def attempts(self) -> dict[str, float]:
         """Signed calls: in total, most for one request, mean for a request."""
-        lengths = [len(outcome.attempts) for outcome in self.outcomes]
+        lengths = [len(outcome.history()) for outcome in self.outcomes]
         mean = sum(lengths) / len(lengths) if lengths else 0.0
         return {"total": sum(lengths), "max": max(lengths, default=0), "mean": round(mean, 2)}
 
