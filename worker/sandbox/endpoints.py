@@ -20,6 +20,7 @@ DAY_MS = 86_400_000
 WINDOW_MS = 7 * DAY_MS  # the longest between startTime and endTime, and what is looked through without them
 LIMIT, MAX_LIMIT = 500, 1_000  # of rows in a list; the twin of portfolio margin documents them (exchange.md 1.2)
 MAX_OPEN = 200  # open conditional orders of an account (exchange.md 1.1)
+OPEN_ALGO_ORDERS = "/fapi/v1/openAlgoOrders"
 ALL_CANCELLED = {"code": 200, "msg": "The operation of cancel all open order is done."}
 
 
@@ -32,6 +33,7 @@ class State:
     open_order: Callable[..., Order]
     prices: Prices = field(default_factory=Prices)
     dual: dict[str, bool] = field(default_factory=dict)  # by account: hedge mode
+    list_lag_ms: int = 0  # open orders stand in their list only so long after they were opened
     listen_keys: dict[str, str] = field(default_factory=dict)  # by account
 
 
@@ -125,7 +127,9 @@ def _open_algo_orders(asked: Asked) -> object:
     return [
         order.as_query_answer() | old_fields
         for order in asked.orders()
-        if order.status is AlgoStatus.NEW and wanted in (0, order.algo_id)
+        if order.status is AlgoStatus.NEW
+        and wanted in (0, order.algo_id)
+        and order.create_time_ms + asked.state.list_lag_ms <= asked.server_ms
     ]
 
 
@@ -255,7 +259,7 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("GET", "/fapi/v1/ticker/price"): Endpoint(_ticker_price, PUBLIC, 1, 2),
     ("GET", "/fapi/v2/ticker/price"): Endpoint(_ticker_price, PUBLIC, 1, 2),
     ("POST", "/fapi/v1/algoOrder"): Endpoint(_create, SIGNED, 0),
-    ("GET", "/fapi/v1/openAlgoOrders"): Endpoint(_open_algo_orders, SIGNED, 1, 40),
+    ("GET", OPEN_ALGO_ORDERS): Endpoint(_open_algo_orders, SIGNED, 1, 40),
     ("GET", "/fapi/v1/allAlgoOrders"): Endpoint(_all_algo_orders, SIGNED, 5),
     ("DELETE", "/fapi/v1/algoOpenOrders"): Endpoint(_cancel_all),
     ("POST", "/fapi/v1/order"): Endpoint(_normal_order, SIGNED, 0),
