@@ -388,6 +388,7 @@ class _Run:
             urgent=request.urgent,
             symbol=request.symbol,
             tag=request.tag,
+            on_trigger=request.on_trigger,
         )
         self._note(ticket, algo_id)
 
