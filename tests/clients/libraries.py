@@ -79,6 +79,15 @@ class Library(Protocol):
     def steps(self, symbol: str) -> tuple[float, float]:
         """Its tick and its step, as the library reads exchangeInfo."""
 
+    def open_listen_key(self) -> str:
+        """Open a key for a stream of one's own data."""
+
+    def keep_listen_key(self, listen_key: str) -> None:
+        """Keep it alive."""
+
+    def close_listen_key(self, listen_key: str) -> None:
+        """Close it."""
+
 
 class OfficialSdk:
     """`binance-sdk-derivatives-trading-usds-futures`."""
@@ -92,7 +101,7 @@ class OfficialSdk:
             DerivativesTradingUsdsFutures,
         )
 
-        self.errors = dict.fromkeys((-2011, -2013, -2021, -4061, -4116, -1121), BadRequestError)
+        self.errors = dict.fromkeys((-2011, -2013, -2021, -4061, -4116, -1121, -1125), BadRequestError)
         timeout_ms = TIMEOUT_S * 1_000
         configuration = ConfigurationRestAPI(key, secret, base_path=url, timeout=timeout_ms, retries=0)
         self._api: Any = DerivativesTradingUsdsFutures(config_rest_api=configuration).rest_api
@@ -144,6 +153,15 @@ class OfficialSdk:
         filters = {each.filter_type: each for each in row.filters}
         return float(filters["PRICE_FILTER"].tick_size), float(filters["LOT_SIZE"].step_size)
 
+    def open_listen_key(self) -> str:
+        return str(self._api.start_user_data_stream().data().listen_key)
+
+    def keep_listen_key(self, listen_key: str) -> None:
+        self._api.keepalive_user_data_stream()
+
+    def close_listen_key(self, listen_key: str) -> None:
+        self._api.close_user_data_stream()
+
     @staticmethod
     def _order(row: Any) -> Order:
         return Order(str(row.algo_id), row.client_algo_id, row.algo_status)
@@ -171,6 +189,7 @@ class Ccxt:
             -4061: ccxt.ExchangeError,
             -4116: ccxt.ExchangeError,
             -1121: ccxt.BadSymbol,
+            -1125: ccxt.AuthenticationError,
         }
         paths = ("fapiPublic", "fapiPrivate", "fapiPublicV2", "fapiPrivateV2", "fapiPublicV3", "fapiPrivateV3")
         versions = {name: f"{url}/fapi/v{name[-1] if 'V' in name else 1}" for name in paths}
@@ -233,6 +252,15 @@ class Ccxt:
         precision = self._api.market(UNIFIED[symbol])["precision"]
         return float(precision["price"]), float(precision["amount"])
 
+    def open_listen_key(self) -> str:
+        return str(self._api.fapiPrivatePostListenKey()["listenKey"])
+
+    def keep_listen_key(self, listen_key: str) -> None:
+        self._api.fapiPrivatePutListenKey()
+
+    def close_listen_key(self, listen_key: str) -> None:
+        self._api.fapiPrivateDeleteListenKey()
+
     @staticmethod
     def _order(row: Any) -> Order:
         return Order(row["id"], row["clientOrderId"], row["status"])
@@ -251,7 +279,7 @@ class PythonBinance:
         from binance.client import Client
         from binance.exceptions import BinanceAPIException
 
-        self.errors = dict.fromkeys((-2011, -2013, -2021, -4061, -4116, -1121), BinanceAPIException)
+        self.errors = dict.fromkeys((-2011, -2013, -2021, -4061, -4116, -1121, -1125), BinanceAPIException)
 
         class Local(Client):  # type: ignore[misc]
             API_URL = f"{url}/api"
@@ -302,6 +330,15 @@ class PythonBinance:
         (row,) = [row for row in self._api.futures_exchange_info()["symbols"] if row["symbol"] == symbol]
         filters = {each["filterType"]: each for each in row["filters"]}
         return float(filters["PRICE_FILTER"]["tickSize"]), float(filters["LOT_SIZE"]["stepSize"])
+
+    def open_listen_key(self) -> str:
+        return str(self._api.futures_stream_get_listen_key())
+
+    def keep_listen_key(self, listen_key: str) -> None:
+        self._api.futures_stream_keepalive(listen_key)
+
+    def close_listen_key(self, listen_key: str) -> None:
+        self._api.futures_stream_close(listen_key)
 
     @staticmethod
     def _order(row: Any) -> Order:
