@@ -76,6 +76,12 @@ class Library(Protocol):
     def mark_price(self, symbol: str) -> float:
         """A symbol's price."""
 
+    def last_price(self, symbol: str) -> float:
+        """A symbol's last price, as bots of this library ask for it."""
+
+    def positions(self, symbol: str) -> list[Any]:
+        """What is held of it."""
+
     def steps(self, symbol: str) -> tuple[float, float]:
         """Its tick and its step, as the library reads exchangeInfo."""
 
@@ -147,6 +153,12 @@ class OfficialSdk:
 
     def mark_price(self, symbol: str) -> float:
         return float(self._api.mark_price(symbol).data().actual_instance.mark_price)
+
+    def last_price(self, symbol: str) -> float:
+        return float(self._api.symbol_price_ticker_v2(symbol).data().actual_instance.price)
+
+    def positions(self, symbol: str) -> list[Any]:
+        return list(self._api.position_information_v3(symbol=symbol).data())
 
     def steps(self, symbol: str) -> tuple[float, float]:
         (row,) = [row for row in self._api.exchange_information().data().symbols if row.symbol == symbol]
@@ -248,6 +260,12 @@ class Ccxt:
     def mark_price(self, symbol: str) -> float:
         return float(self._api.fetch_mark_price(UNIFIED[symbol])["markPrice"])
 
+    def last_price(self, symbol: str) -> float:
+        return float(self._api.fetch_ticker(UNIFIED[symbol])["last"])
+
+    def positions(self, symbol: str) -> list[Any]:
+        return list(self._api.fetch_positions([UNIFIED[symbol]]))
+
     def steps(self, symbol: str) -> tuple[float, float]:
         precision = self._api.market(UNIFIED[symbol])["precision"]
         return float(precision["price"]), float(precision["amount"])
@@ -285,7 +303,7 @@ class PythonBinance:
             API_URL = f"{url}/api"
             FUTURES_URL = f"{url}/fapi"
 
-        self._api: Any = Local(key, secret, {"timeout": TIMEOUT_S}, ping=False)
+        self._api: Any = Local(key, secret, {"timeout": TIMEOUT_S})
 
     def place(self, **terms: Any) -> Order:
         return self._order(self._api.futures_create_order(**terms))
@@ -325,6 +343,12 @@ class PythonBinance:
 
     def mark_price(self, symbol: str) -> float:
         return float(self._api.futures_mark_price(symbol=symbol)["markPrice"])
+
+    def last_price(self, symbol: str) -> float:
+        return float(self._api.futures_symbol_ticker(symbol=symbol)["price"])
+
+    def positions(self, symbol: str) -> list[Any]:
+        return list(self._api.futures_position_information(symbol=symbol))
 
     def steps(self, symbol: str) -> tuple[float, float]:
         (row,) = [row for row in self._api.futures_exchange_info()["symbols"] if row["symbol"] == symbol]

@@ -145,10 +145,11 @@ def test_refusals_are_what_the_library_makes_of_them(market: RunningExchange, li
 
 
 def test_what_a_library_asks_for_on_its_way_is_there(market: RunningExchange, library: Library) -> None:
-    """Symbols with tick and step, the mark price, and the position mode are read, and the mode is changed."""
+    """Symbols with tick and step, prices, positions and the position mode are read, and the mode is changed."""
     assert library.steps("BTCUSDT") == (0.1, 0.001)
     market.set_mark_price("BTCUSDT", "61234.5")
-    assert library.mark_price("BTCUSDT") == 61234.5
+    assert library.mark_price("BTCUSDT") == library.last_price("BTCUSDT") == 61234.5
+    assert library.positions("BTCUSDT") == []
     assert not library.is_hedged()
     library.set_hedged(True)
     assert library.is_hedged()
