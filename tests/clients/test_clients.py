@@ -145,11 +145,22 @@ def test_refusals_are_what_the_library_makes_of_them(market: RunningExchange, li
 
 
 def test_what_a_library_asks_for_on_its_way_is_there(market: RunningExchange, library: Library) -> None:
-    """Symbols with tick and step, the mark price, and the position mode are read, and the mode is changed."""
+    """Symbols with tick and step, prices, positions and the position mode are read, and the mode is changed."""
     assert library.steps("BTCUSDT") == (0.1, 0.001)
     market.set_mark_price("BTCUSDT", "61234.5")
-    assert library.mark_price("BTCUSDT") == 61234.5
+    assert library.mark_price("BTCUSDT") == library.last_price("BTCUSDT") == 61234.5
+    assert library.positions("BTCUSDT") == []
     assert not library.is_hedged()
     library.set_hedged(True)
     assert library.is_hedged()
     assert library.place(**STOP, positionSide="LONG").status == library.words.get("NEW", "NEW")
+
+
+def test_a_listen_key_is_opened_kept_and_closed(market: RunningExchange, library: Library) -> None:
+    """The key for a stream of one's own data lives until it is closed; keeping one that is gone fails."""
+    listen_key = library.open_listen_key()
+    assert listen_key
+    library.keep_listen_key(listen_key)
+    library.close_listen_key(listen_key)
+    with pytest.raises(library.errors[-1125], match="listenKey does not exist"):
+        library.keep_listen_key(listen_key)
