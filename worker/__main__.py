@@ -215,7 +215,9 @@ def rehearse_command(symbol: str, account: str, as_json: bool) -> None:
     """
     settings = _settings(logs=False)
     from worker.rehearse import rehearse
+    from worker.secrecy import keep_memory_private
 
+    keep_memory_private()
     log.tell_warnings_on_stderr()
     say = partial(_say, to_stderr=as_json)
     sys.exit(rehearse(settings, symbol, account, say=say, tell=_say if as_json else None))

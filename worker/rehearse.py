@@ -24,7 +24,6 @@ from worker.rehearse_exchange import DemoExchange, Ended, Exit
 from worker.rehearse_order import Stop, Unusable, far_stop, verdict
 from worker.rehearse_queue import NAME, OwnQueue, OwnWorker
 from worker.sandbox.run import Interrupted, Interrupts
-from worker.secrecy import keep_memory_private
 from worker.setting_values import base_url
 from worker.settings import Settings
 from worker.signing import Credential
@@ -58,7 +57,6 @@ def rehearse(
     settings: Settings, symbol: str, account: str, *, say: Callable[[str], None], tell: Callable[[str], None] | None
 ) -> int:
     """Rehearse once; gives the exit code. ``say`` is given lines for people, ``tell`` (if any) the whole as JSON."""
-    keep_memory_private()
     transcript = Transcript(say)
     report: dict[str, Any] = {"exchange": settings.base_url, "account": account, "symbol": symbol}
     with Interrupts() as interrupts:
@@ -128,15 +126,15 @@ class _Rehearsal:
         self._transcript.note(f"rehearsal {self._queue.name} at {where}")
         self._meet_redis()
         self._exchange.meet()
-        stop = self._stop()
         self._clear_orders()
+        stop = self._stop()
         algo_id = self._exchange.place(stop, self._queue.name)
         placed_s = time.monotonic()
         self._report["algo_id"] = algo_id
         outcome = self._cancelled(algo_id)
         seen = self._exchange.state(OrderRef(algo_id))
         self._report["order_status"] = seen.order.status if seen.order is not None else None
-        if seen.means not in (Means.OPEN, Means.TRIGGERING) and seen.order is not None:
+        if seen.means is not Means.OPEN and seen.order is not None:  # nobody can cancel one that is TRIGGERING
             self._exchange.open_order = None
         if self._queue.name in self._exchange.open_orders():
             return "failed", f"the order still stands among the open ones; the outcome is {outcome and outcome.kind}"

@@ -39,7 +39,7 @@ _TRIES, _PAUSE_S = 5, 0.5
 #: clear answer, s.
 _GRACE_S = 1.0
 #: How long the end of an order is waited for, and how long its removal is tried, s.
-_SETTLE_S, _REMOVE_S = 5.0, 10.0
+_SETTLE_S, _REMOVE_S = 3.0, 10.0
 #: The states in which an order is over here; a triggered one lives on as another.
 _OVER = frozenset(STATUS_MEANS.values()) - {Means.OPEN, Means.TRIGGERING}
 #: The exchange has not done what it was asked, and may do it in a moment.
@@ -204,9 +204,10 @@ class DemoExchange:
             time.sleep(_PAUSE_S)
         if seen.order is not None:
             return self._placed(seen.order.algo_id, ref.client_algo_id or "")
+        # What can be accepted no more hardly comes, and cancels of nothing get an address blocked (exchange.md 3).
+        self.open_order = None
         said = words_of(verdict)
         if is_refusal:
-            self.open_order = None
             way_out = REFUSALS.get(code, "look it up in the exchange's list of errors")
             raise Ended(Exit.FAILED, f"the order is refused: {said}; {way_out}")
         raise Ended(
@@ -231,14 +232,15 @@ class DemoExchange:
         return self._until_over(ref, _REMOVE_S, cancels=True)
 
     def _until_over(self, ref: OrderRef, within_s: float, *, cancels: bool) -> Verdict:
-        ends_at_s = time.monotonic() + within_s
+        ends_at_s, pause_s = time.monotonic() + within_s, _PAUSE_S / 4
         while True:
             if cancels:
                 self._call(Call.CANCEL, ref)
             verdict = self.look(ref)
             if verdict.means in _OVER | GATED or time.monotonic() > ends_at_s:
                 return verdict
-            time.sleep(_PAUSE_S)
+            time.sleep(pause_s)
+            pause_s *= 2
 
     def _call(self, call: Call, ref: OrderRef) -> Verdict:
         answer = asyncio.run(self._exchange.call(call, self._credential, ref))

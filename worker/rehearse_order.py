@@ -188,7 +188,7 @@ def verdict(outcome: Outcome | None, state: Means, said: str, seconds: float) ->
     """
     kind = None if outcome is None else outcome.kind
     if state is Means.TRIGGERING:
-        return "inconclusive", "the order is stuck TRIGGERING: the demo exchange has done that for hours; repeat later"
+        return "inconclusive", "the order is stuck TRIGGERING, as has been seen on demo for hours: look at it; repeat"
     if kind is OutcomeKind.CANCELLED and state is Means.CANCELED:
         return "passed", "the order was placed, cancelled through the queue, and is gone"
     if kind in (OutcomeKind.ALREADY_CANCELLED, OutcomeKind.EXPIRED) and state in (Means.CANCELED, Means.EXPIRED):
