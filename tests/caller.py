@@ -28,6 +28,7 @@ TIMING = FaultTiming(
     drip_interval_ms=1,
 )
 ALGO_ORDER = "/fapi/v1/algoOrder"
+CHILD_ORDER = "/fapi/v1/order"
 OPEN_ORDERS = "/fapi/v1/openAlgoOrders"
 
 

@@ -250,7 +250,22 @@ def sandbox_command(stay: bool, port: int | None, redis_port: int | None, **opti
     """See it all work: a Redis, an exchange that misbehaves, workers and a producer on this machine alone.
 
     Opens orders at the exchange, cancels all of them, and holds every outcome against the exchange's own book. Needs no
-    setting and no key. With --serve it opens the orders and leaves the cancels to you, until Ctrl-C or SIGTERM.
+    setting and no key. With --serve it opens the orders and leaves the cancels to you, until Ctrl-C or SIGTERM; it
+    prints where everything is, and an API key and secret for your own library, which are worth nothing elsewhere.
+    It behaves as we read the exchange's documents: that a program agrees with it proves nothing of the exchange.
+
+    \b
+    With --serve, to POST to $BINANCE_BASE_URL/_sandbox/NAME (worker/docs/sandbox.md has all):
+      orders  {"orders": [{"symbol": "BTCUSDT", "order_type": "STOP"}]}
+      move    {"algo_id": N, "move": "trigger"}, also "cancel", "expire", "reject", and of the child of a
+              triggered one "fill" ("quantity", "price") and "end_child" ("status"); lag: "child_after_ms"
+      set     {"symbol": "BTCUSDT", "mark_price": "50000"}, {"hedge_mode": true}, {"latency_ms": 50}
+      script  {"algo_id": N, "call": "cancel", "faults": ["drop_after"]}
+
+    \b
+    Examples:
+      python -m worker sandbox --faults all --seed 7
+      python -m worker sandbox --serve --faults none --orders 5 --port 8001 --redis-port 6380
 
     \b
     Exit codes: 0 all as in the book, 1 something is not, 2 bad usage, 69 a part did not start,

@@ -344,18 +344,19 @@ def client_of(scene: Scene) -> Iterator[CancelClient]:
 
 
 def trouble(scene: Scene) -> list[CancelRequest]:
-    """A request for each fault of the exchange on a cancel, and one for each on a query, with all kinds of keys."""
+    """A request for each fault of the exchange on a cancel, on a query, and on a child's, with all kinds of keys."""
     accounts = ["default", "rsa", "ed"]
     requests = []
     # Those that stop an address stop every request: they come as incidents, below.
     faults = [fault for fault in Fault if not fault.spec.gates and not fault.spec.pauses]
     for number, fault in enumerate(faults):
         account = accounts[number % 3]
-        for call in fault.spec.calls:
+        # What the order meets first, so that the call is made.
+        before = {Call.CANCEL: fault, Call.QUERY: Fault.DROP_AFTER, Call.QUERY_CHILD: Fault.TRIGGERED_BEFORE}
+        for call in fault.spec.calls & before.keys():
             (order,) = scene.exchange.add_orders(1, account=account)
-            script = [Fault.DROP_AFTER] if call is Call.QUERY else []
-            scene.exchange.script_faults(order.algo_id, [*script, *([fault] if call is Call.CANCEL else [])])
-            if call is Call.QUERY:
+            scene.exchange.script_faults(order.algo_id, [before[call]])
+            if call is not Call.CANCEL:
                 scene.exchange.script_faults(order.algo_id, [fault, fault], call=call)
             requests.append(CancelRequest(algo_id=order.algo_id, account=account))
     requests += [CancelRequest(algo_id=n, account="lost") for n in range(1, 8)]

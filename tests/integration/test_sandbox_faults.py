@@ -13,9 +13,9 @@ from functools import partial
 
 import pytest
 
-from tests.caller import ACCOUNTS, OPEN_ORDERS, TIMING, Caller
+from tests.caller import ACCOUNTS, CHILD_ORDER, OPEN_ORDERS, TIMING, Caller
 from tests.servers import eventually
-from worker.sandbox.control import ControlError, ExchangeConfig, RunningExchange, start_exchange
+from worker.sandbox.control import ChildEntry, ControlError, ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Call, Fault
 
 
@@ -72,7 +72,10 @@ ON_CANCEL = {
     "disconnected_1001_unknown": "400 code -1001",
     "unlisted_code": "400 code -7999",
     **dict.fromkeys(["forgotten", "late_book", "trigger_rejected", "trigger_stuck"], "400 code -2011"),
-    **{f"{how}_before": "400 code -2011" for how in ("triggered", "cancelled", "expired", "rejected")},
+    **{
+        f"{how}_before": "400 code -2011"
+        for how in ("triggered", "cancelled", "expired", "rejected", "filled", "match_expired")
+    },
     "path_404": "404 html",
     "method_405": "405 html",
     "region_451": "451 code 0",
@@ -101,9 +104,12 @@ def on_cancel(fault: Fault) -> str:
     return ON_CANCEL.get(name) or f"400 code -{name.rpartition('_')[2]}"
 
 
-def observed(caller: Caller, method: str, algo_id: int) -> str:
+def observed(caller: Caller, method: str, algo_id: int, order_id: int | None = None) -> str:
     try:
-        seen = caller.call(method, algoId=algo_id)
+        if order_id is None:
+            seen = caller.call(method, algoId=algo_id)
+        else:
+            seen = caller.call(method, CHILD_ORDER, symbol="BTCUSDT", orderId=order_id)
     except http.client.RemoteDisconnected:
         return "closed"
     except ConnectionResetError:
@@ -112,26 +118,26 @@ def observed(caller: Caller, method: str, algo_id: int) -> str:
         return "cut"
     except http.client.BadStatusLine:
         return "not http"
-    return f"{seen.status} {described(seen.body, algo_id)}"
+    return f"{seen.status} {described(seen.body, order_id or algo_id)}"
 
 
-def described(body: bytes, algo_id: int) -> str:
+def described(body: bytes, named: int) -> str:
     if not body:
         return "empty"
     if body.startswith(b"<html"):
         return "html"
     if body.startswith(b"\x1f\x8b"):
-        return f"gzip {described(gzip.decompress(body), algo_id)}"
+        return f"gzip {described(gzip.decompress(body), named)}"
     try:
         answer = json.loads(body)
     except RecursionError:
         return "deep"
     if len(body) > 64 * 1024:
         return "huge"
-    if answer.get("algoId", algo_id) != algo_id:
+    if answer.get("algoId", answer.get("orderId", named)) != named:
         return "wrong id"
-    if "algoStatus" in answer:
-        return f"status {answer['algoStatus']}"
+    if "algoStatus" in answer or "status" in answer:
+        return f"status {answer.get('algoStatus') or answer['status']}"
     return f"code {answer['code']}" if "code" in answer else "undecided"
 
 
@@ -158,6 +164,51 @@ def test_a_query_meets_the_fault(market: RunningExchange, caller: Caller, fault:
     assert observed(caller, "GET", order.algo_id) == wanted
     entry = market.book()[order.algo_id]
     assert (entry.status, entry.gets, entry.deletes_effective) == ("NEW", 1, 0)
+
+
+ON_CHILD = {
+    **dict.fromkeys(["answer_late", "execute_late", "close_after_answer", "drip"], "200 status CANCELED"),
+    "gzip": "200 gzip status CANCELED",
+    "partly_filled_before": "200 status CANCELED",
+}
+ON_CHILD_QUERY = {name: said.replace("CANCELED", "NEW") for name, said in ON_CHILD.items()}
+CHILD_ENDS_AS = {
+    "filled_before": "FILLED",
+    "match_expired_before": "EXPIRED_IN_MATCH",
+    "rejected_before": "REJECTED",
+    "cancelled_before": "CANCELED",
+    "expired_before": "EXPIRED",
+}
+
+
+@pytest.mark.parametrize("call", [Call.CANCEL_CHILD, Call.QUERY_CHILD])
+@pytest.mark.parametrize("fault", list(Fault))
+def test_a_childs_call_meets_the_fault(market: RunningExchange, caller: Caller, fault: Fault, call: Call) -> None:
+    """What can go wrong with an order's calls can with its child's, and the book says what became of the child."""
+    order = market.add_orders()[0]
+    market.trigger(order.algo_id)
+    if call not in fault.spec.calls:
+        with pytest.raises(ControlError, match=f"is not a fault of a {call}"):
+            market.script_faults(order.algo_id, [fault], call=call)
+        return
+    market.script_faults(order.algo_id, [fault], call=call)
+    order_id = int(child_of(market, order.algo_id).order_id)
+    seen = ON_CHILD if call.cancels else ON_CHILD_QUERY | {"unknown_status_200": "200 status PAUSED"}
+    method = "DELETE" if call.cancels else "GET"
+    assert observed(caller, method, order.algo_id, order_id) == seen.get(fault, on_cancel(fault))
+    executes = fault.spec.executes and call.cancels
+    wanted = "NEW" if not call.cancels else CHILD_ENDS_AS.get(fault, "CANCELED" if executes else "NEW")
+    eventually(lambda: child_of(market, order.algo_id).status == wanted, what=wanted)
+    child = child_of(market, order.algo_id)
+    assert (child.deletes, child.gets, child.deletes_effective) == (call.cancels, not call.cancels, executes)
+    assert child.executed_qty == {"filled_before": "0.01", "partly_filled_before": "0.005"}.get(fault, "0")
+    assert market.book()[order.algo_id].faults == [fault]
+
+
+def child_of(market: RunningExchange, algo_id: int) -> ChildEntry:
+    child = market.book([algo_id])[algo_id].child
+    assert child is not None
+    return child
 
 
 def was_deleted(market: RunningExchange, algo_id: int) -> bool:

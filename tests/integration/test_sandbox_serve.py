@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from producer import CancelClient, OutcomeKind
+from tests.caller import OPEN_ORDERS, Caller
 from tests.servers import ROOT, eventually, free_port, scrubbed
 
 START_S = 30.0
@@ -101,6 +103,9 @@ def test_a_strategy_works_with_it(tmp_path: Path) -> None:
     with serving(tmp_path, "--orders", "3", "--json") as sandbox:
         place = sandbox.place()
         ids = [order["algo_id"] for order in place["orders"]]
+        own = Caller(place["binance_base_url"], place["binance_api_key"], place["binance_api_secret"])
+        assert [order["algoId"] for order in own.call("GET", OPEN_ORDERS).json] == sorted(ids)
+        own.connection.close()
         (more,) = ask(place["control_url"] + "orders", {"orders": [{"symbol": "BTCUSDT", "client_algo_id": ""}]})
         ask(place["control_url"] + "move", {"algo_id": ids[1], "move": "expire"})
         with CancelClient.from_url(place["redis_url"]) as client:
@@ -108,6 +113,7 @@ def test_a_strategy_works_with_it(tmp_path: Path) -> None:
         code, said = sandbox.stop(signal.SIGTERM)
 
     kind = OutcomeKind.CANCELLED
+    assert place["binance_api_secret"] not in said
     assert kinds == [kind, OutcomeKind.EXPIRED, kind, kind, OutcomeKind.NOT_FOUND]
     assert (code, said) == (0, "sandbox: stopped\n")
 
@@ -115,17 +121,53 @@ def test_a_strategy_works_with_it(tmp_path: Path) -> None:
 def test_a_shell_can_evaluate_it(tmp_path: Path) -> None:
     """Without --json it prints variables and comments, in which a shell finds all it needs."""
     with serving(tmp_path, "--orders", "2", "--seed", "7") as sandbox:
-        lines = sandbox.lines(7)
-        script = "\n".join([*lines, 'echo "$REDIS_URL $BINANCE_BASE_URL"'])
-        done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=10, check=True)
-        redis_url, base_url = done.stdout.split()
+        lines = sandbox.lines(11)
+        script = "\n".join([*lines, 'echo "$REDIS_URL $BINANCE_BASE_URL $BINANCE_API_KEY $BINANCE_API_SECRET"'])
+        done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=20, check=True)
+        redis_url, base_url, key, secret = done.stdout.split()
+        caller = Caller(base_url, key, secret)
+        assert len(caller.call("GET", OPEN_ORDERS).json) == 2
+        caller.connection.close()
         with CancelClient.from_url(redis_url) as client:
             assert len(client.status().workers) == 1
-        numbers = [int(word) for word in lines[2].partition(":")[2].split()]
+        numbers = [int(word) for word in lines[5].partition(":")[2].split()]
         with urllib.request.urlopen(urllib.request.Request(f"{base_url}/_sandbox/book"), timeout=10) as answer:
             assert [order["algo_id"] for order in json.load(answer)] == numbers
         assert len(numbers) == 2
         assert all(line.startswith(("export ", "# ")) for line in lines)
+
+
+def test_its_secret_goes_to_stdout_alone(tmp_path: Path) -> None:
+    """Neither Redis, nor the workers' logs, nor any process' command line has the key that is printed."""
+    logs = tmp_path / "logs"
+    with serving(tmp_path, "--orders", "1", "--json", "--keep-logs", str(logs)) as sandbox:
+        place = sandbox.place()
+        with CancelClient.from_url(place["redis_url"]) as client:
+            client.cancel(algo_id=place["orders"][0]["algo_id"]).wait(30)
+        with redis.Redis.from_url(place["redis_url"]) as connection:
+            stored = [connection.dump(key) or b"" for key in connection.scan_iter()]
+        told = [Path(f"/proc/{number}/cmdline").read_bytes() for number in sandbox.parts()]
+        sandbox.stop(signal.SIGTERM)
+    written = [path.read_bytes() for path in logs.iterdir()]
+    assert stored
+    assert written
+    for name in ("binance_api_key", "binance_api_secret"):
+        assert not any(place[name].encode() in text for text in (*stored, *told, *written))
+
+
+def test_its_help_names_the_controls() -> None:
+    """--help says how orders are triggered, filled and broken, and what agreement with the sandbox does not prove."""
+    done = subprocess.run(
+        [sys.executable, "-m", "worker", "sandbox", "--serve", "--help"],
+        cwd=ROOT,
+        env=scrubbed(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    for word in ("trigger", "fill", "expire", "reject", "end_child", "mark_price", "child_after_ms", "proves nothing"):
+        assert word in done.stdout
 
 
 @pytest.fixture

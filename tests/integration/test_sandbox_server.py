@@ -13,6 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from tests.caller import ACCOUNTS, ALGO_ORDER, KEY, OPEN_ORDERS, TIMING, Caller, Seen
+from tests.caller import ACCOUNTS, ALGO_ORDER, CHILD_ORDER, KEY, OPEN_ORDERS, TIMING, Caller, Seen
 from tests.servers import eventually
 from worker.sandbox.control import ControlError, ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
@@ -251,6 +252,103 @@ def test_orders_are_moved_by_hand(market: RunningExchange, caller: Caller) -> No
             move(order.algo_id)
     with pytest.raises(ControlError, match="no order 1"):
         market.expire(1)
+
+
+def triggered(market: RunningExchange, **times: int) -> tuple[int, str]:
+    """Algo id and child's id of an order that has triggered; its child rests."""
+    order = market.add_orders()[0]
+    market.trigger(order.algo_id, **times)
+    child = market.book()[order.algo_id].child
+    assert child is not None
+    return order.algo_id, child.order_id
+
+
+def test_a_child_is_queried_and_cancelled(market: RunningExchange, caller: Caller) -> None:
+    """The order that a trigger made answers to symbol and orderId; a cancel of it answers the order, without a code."""
+    algo_id, order_id = triggered(market)
+    assert caller.call("GET", algoId=algo_id).json["actualOrderId"] == order_id
+    shown = caller.call("GET", CHILD_ORDER, symbol="BTCUSDT", orderId=order_id).json
+    assert (str(shown["orderId"]), shown["status"], shown["type"]) == (order_id, "NEW", "MARKET")
+    market.fill(algo_id, "0.004", "9100")
+    by_name: dict[str, Any] = {"symbol": "BTCUSDT", "origClientOrderId": shown["clientOrderId"]}
+    shown = caller.call("GET", CHILD_ORDER, **by_name).json
+    assert (shown["status"], shown["executedQty"], shown["avgPrice"]) == ("PARTIALLY_FILLED", "0.004", "9100.00000")
+    answer = caller.call("DELETE", CHILD_ORDER, **by_name).json
+    assert (answer["status"], answer["executedQty"], "code" in answer) == ("CANCELED", "0.004", False)
+    again = caller.call("DELETE", CHILD_ORDER, symbol="BTCUSDT", orderId=order_id)
+    assert again.error == (400, -2011, "Unknown order sent.")
+    assert caller.status(algo_id) == "FINISHED"
+    child = market.book()[algo_id].child
+    assert child is not None
+    assert (child.status, child.executed_qty, child.avg_price) == ("CANCELED", "0.004", "9100.00000")
+    assert (child.deletes, child.deletes_effective, child.gets) == (2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("named", "code"),
+    [
+        ({"symbol": "BTCUSDT", "orderId": 5}, None),
+        ({"symbol": "ETHUSDT"}, None),
+        ({"symbol": ""}, -1102),
+        ({"orderId": "x"}, -1100),
+        ({"orderId": ""}, -1102),
+    ],
+)
+def test_a_child_has_to_be_named_rightly(
+    market: RunningExchange, caller: Caller, named: dict[str, Any], code: int | None
+) -> None:
+    """An unknown id and another symbol are no such order; without symbol or id the request is refused."""
+    algo_id, order_id = triggered(market)
+    parameters = {"symbol": "BTCUSDT", "orderId": order_id} | named
+    if parameters["orderId"] == "":
+        del parameters["orderId"]
+    assert caller.call("GET", CHILD_ORDER, **parameters).error[1] == (code or -2013)
+    assert caller.call("DELETE", CHILD_ORDER, **parameters).error[1] == (code or -2011)
+    child = market.book()[algo_id].child
+    assert child is not None
+    assert (child.status, child.deletes) == ("NEW", 0)
+
+
+def test_a_child_lags_behind(market: RunningExchange, caller: Caller) -> None:
+    """For a while after TRIGGERED the order names no child, and calls do not find the one that is there."""
+    algo_id, order_id = triggered(market, id_after_ms=60_000, child_after_ms=60_000)
+    shown = caller.call("GET", algoId=algo_id).json
+    assert (shown["algoStatus"], shown["actualOrderId"]) == ("TRIGGERED", "")
+    for method, code in (("GET", -2013), ("DELETE", -2011)):
+        assert caller.call(method, CHILD_ORDER, symbol="BTCUSDT", orderId=order_id).error[1] == code
+    algo_id, order_id = triggered(market, id_after_ms=50, child_after_ms=50)
+    eventually(lambda: caller.call("GET", algoId=algo_id).json["actualOrderId"] == order_id, what="its name")
+    asked: dict[str, Any] = {"symbol": "BTCUSDT", "orderId": order_id}
+    eventually(lambda: caller.call("GET", CHILD_ORDER, **asked).status == 200, what="the child")
+
+
+@pytest.mark.parametrize(("order_type", "status"), [("STOP_MARKET", "FINISHED"), ("TAKE_PROFIT", "TRIGGERED")])
+def test_left_to_itself_a_market_child_fills_and_a_limit_child_rests(
+    market: RunningExchange, order_type: str, status: str
+) -> None:
+    """The control that triggers, without a word about times, does as the exchange is known to do."""
+    order = market.add_orders(order_type=order_type)[0]
+    request = urllib.request.Request(
+        f"{market.url}/_sandbox/move", json.dumps({"algo_id": order.algo_id, "move": "trigger"}).encode()
+    )
+    urllib.request.urlopen(request, timeout=20).close()
+    assert market.book()[order.algo_id].status == status
+
+
+@pytest.mark.parametrize("status", ["CANCELED", "EXPIRED", "EXPIRED_IN_MATCH", "REJECTED"])
+def test_a_child_is_ended_by_hand(market: RunningExchange, caller: Caller, status: str) -> None:
+    """The control ends a live child as somebody else would, once; the end is none of the requests'."""
+    algo_id, order_id = triggered(market)
+    market.end_child(algo_id, status)
+    assert caller.call("GET", CHILD_ORDER, symbol="BTCUSDT", orderId=order_id).json["status"] == status
+    child = market.book()[algo_id].child
+    assert child is not None
+    assert child.deletes_effective == 0
+    for move in (market.end_child, market.fill):
+        with pytest.raises(ControlError, match="FINISHED: too late"):
+            move(algo_id)
+    with pytest.raises(ControlError, match="it has no child"):
+        market.fill(market.add_orders()[0].algo_id)
 
 
 # --- limits and incidents ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from itertools import pairwise
 
 import pytest
@@ -75,6 +76,84 @@ def test_a_trigger_runs_its_course_as_time_passes() -> None:
     assert order.trigger_time_ms == NOW_MS
 
 
+@pytest.mark.parametrize(
+    ("order_type", "kind", "price"), [("STOP_MARKET", "MARKET", "0"), ("TAKE_PROFIT", "LIMIT", "749.000")]
+)
+def test_a_triggered_order_has_a_child(order_type: str, kind: str, price: str) -> None:
+    """From TRIGGERED on a normal order stands in the book: LIMIT for the types with a price, MARKET for the others."""
+    book = OrderBook()
+    terms = OrderTerms("BNBUSDT", "BUY", order_type, "0.01", "750.000", price="749.000")
+    order = book.add("default", terms, NOW_MS)
+    book.trigger(order, NOW_MS, triggered_after_ms=10)
+    assert found(book, order, NOW_MS + 9).child is None
+    child = found(book, order, NOW_MS + 10).child
+    assert child is not None
+    assert book.find_child("default", "BNBUSDT", child.order_id, NOW_MS + 10) is child
+    assert book.find_child("default", "BNBUSDT", child.client_order_id, NOW_MS + 10) is child
+    assert book.find_child("default", "BTCUSDT", child.order_id, NOW_MS + 10) is None
+    assert book.find_child("other", "BNBUSDT", child.order_id, NOW_MS + 10) is None
+    wanted = {
+        "orderId": child.order_id,
+        "status": "NEW",
+        "type": kind,
+        "price": price,
+        "origQty": "0.01",
+        "executedQty": "0",
+        "cumQty": "0",
+        "side": "BUY",
+        "updateTime": NOW_MS + 10,
+    }
+    shown = child.as_cancel_answer()
+    assert {name: shown[name] for name in wanted} == wanted
+    assert "code" not in shown
+    queried = child.as_query_answer()
+    assert (queried["avgPrice"], queried["time"]) == ("0.00000", NOW_MS + 10)
+
+
+def test_a_child_is_filled_in_parts_and_its_end_is_its_parents() -> None:
+    """Executed quantity and mean price follow the fills; the parent is FINISHED when the child ends, not before."""
+    book = OrderBook()
+    order = opened(book)
+    book.trigger(order, NOW_MS)
+    child = order.child
+    assert child is not None
+    assert book.fill(child, NOW_MS + 1, "0.004", "100")
+    assert (child.status, child.executed_qty, order.status) == ("PARTIALLY_FILLED", Decimal("0.004"), "TRIGGERED")
+    with pytest.raises(ValueError, match="left to fill"):
+        book.fill(child, NOW_MS + 1, "0.007")
+    assert book.fill(child, NOW_MS + 2, price="200")
+    shown = child.as_query_answer()
+    assert (shown["status"], shown["executedQty"], shown["avgPrice"]) == ("FILLED", "0.01", "160.00000")
+    assert (order.status, order.update_time_ms) == (AlgoStatus.FINISHED, NOW_MS + 2)
+    assert not book.cancel(child, NOW_MS + 3)
+    assert not book.fill(child, NOW_MS + 3)
+
+
+def test_a_child_is_cancelled_with_what_was_filled() -> None:
+    """A cancel ends a live child once and leaves what was executed; a fill that was to come does not come any more."""
+    book = OrderBook()
+    order = opened(book)
+    book.trigger(order, NOW_MS, finished_after_ms=100)
+    child = order.child
+    assert child is not None
+    book.fill(child, NOW_MS + 1, "0.004")
+    assert book.cancel(child, NOW_MS + 2)
+    assert not book.cancel(child, NOW_MS + 3)
+    assert found(book, order, NOW_MS + 200).status is AlgoStatus.FINISHED
+    assert (child.status, child.executed_qty, child.deletes_effective) == ("CANCELED", Decimal("0.004"), 1)
+
+
+def test_a_child_can_lag_behind_its_trigger() -> None:
+    """Calls do not find the child, and the order does not name it, each for its own time after TRIGGERED."""
+    book = OrderBook()
+    order = opened(book)
+    book.trigger(order, NOW_MS, id_after_ms=20, child_after_ms=30)
+    child = order.child
+    assert child is not None
+    shown = [(bool(found(book, order, NOW_MS + t).actual_order_id), child.is_hidden(NOW_MS + t)) for t in (19, 20, 30)]
+    assert shown == [(False, True), (True, True), (True, False)]
+
+
 def test_a_client_id_is_unique_among_open_orders_only() -> None:
     """A client id is refused while an order that bears it is NEW or TRIGGERING, and free afterwards."""
     book = OrderBook()
@@ -131,9 +210,9 @@ def _apply(book: OrderBook, order: Order, move: str, now_ms: int) -> bool:
         case "cancel_by_hand":
             return book.cancel(order, now_ms, by_request=False)
         case "expire":
-            return book.expire(order, now_ms)
+            return book.end(order, "EXPIRED", now_ms)
         case "reject":
-            return book.reject(order, now_ms)
+            return book.end(order, "REJECTED", now_ms)
         case "trigger":
             return book.trigger(order, now_ms, triggered_after_ms=10, finished_after_ms=20)
         case "stick":

@@ -17,9 +17,10 @@ class Arrival:
     at_ns: int
     method: str
     port: int  # of the caller's connection
-    algo_id: int | None  # as the request named the order, like the next
+    algo_id: int | None  # as the request named the order, like the next; for a child, its parent's
     client_algo_id: str | None
     signed_ms: int  # its timestamp, as far as the caller knew the exchange's clock
+    order_id: int | None = None  # of the child that the request was about
 
 
 class Arrivals:
@@ -31,12 +32,22 @@ class Arrivals:
     def __iter__(self) -> Iterator[Arrival]:
         return iter(self._kept)
 
-    def note(self, at_ns: int, method: str, port: int, said: Mapping[str, str], clock_skew_ms: int) -> None:
-        """Keep one; ``said`` are its parameters, ``clock_skew_ms`` is exchange time minus local time.
+    def note(
+        self,
+        at_ns: int,
+        method: str,
+        port: int,
+        said: Mapping[str, str],
+        clock_skew_ms: int,
+        parent: int | None = None,
+    ) -> None:
+        """Keep one; ``said`` are its parameters, ``clock_skew_ms`` is exchange time minus local time, ``parent`` the
+        algo id of the order whose child it names.
 
         Raises:
             ValueError: a number of the parameters is none; nothing is kept.
         """
-        algo_id = int(said["algoId"]) if "algoId" in said else None
+        algo_id = int(said["algoId"]) if "algoId" in said else parent
+        order_id = int(said["orderId"]) if "orderId" in said else None
         signed_ms = int(said.get("timestamp", 0)) - clock_skew_ms
-        self._kept.append(Arrival(at_ns, method, port, algo_id, said.get("clientAlgoId"), signed_ms))
+        self._kept.append(Arrival(at_ns, method, port, algo_id, said.get("clientAlgoId"), signed_ms, order_id))

@@ -21,12 +21,13 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from worker.sandbox.arrivals import Arrival
-from worker.sandbox.book import Order, OrderTerms
+from worker.sandbox.book import Child, Order, OrderTerms
 from worker.sandbox.faults import FAULT_SETS, Answer, Call, Fault, FaultTiming
 
 if TYPE_CHECKING:
     from worker.sandbox.server import ExchangeServer
 
+HOST = "127.0.0.1"
 PREFIX = "/_sandbox/"
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 5.0
@@ -174,52 +175,77 @@ def _book(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
 
 
 def _entry(exchange: ExchangeServer, order: Order) -> dict[str, object]:
+    child = order.child
     return {
         "account": order.account,
         "algo_id": order.algo_id,
         "client_algo_id": order.client_algo_id,
         "symbol": order.terms.symbol,
+        "order_type": order.terms.order_type,
         "status": order.status,
         "actual_order_id": order.actual_order_id,
-        "create_time_ms": order.create_time_ms,
-        "update_time_ms": order.update_time_ms,
         "decoy": order.decoy,
-        "deletes": order.deletes,
-        "deletes_effective": order.deletes_effective,
-        "gets": order.gets,
-        "delete_arrivals_ns": order.delete_arrivals_ns,
         "faults": exchange.plan.met(order.algo_id),
+        **_counted(order),
+        "child": child
+        and {
+            "order_id": str(child.order_id),
+            "status": child.status,
+            "executed_qty": child.as_cancel_answer()["executedQty"],
+            "avg_price": child.as_query_answer()["avgPrice"],
+            **_counted(child),
+        },
+    }
+
+
+def _counted(target: Order | Child) -> dict[str, object]:
+    return {
+        "create_time_ms": target.create_time_ms,
+        "update_time_ms": target.update_time_ms,
+        "deletes": target.deletes,
+        "deletes_effective": target.deletes_effective,
+        "gets": target.gets,
+        "delete_arrivals_ns": target.delete_arrivals_ns,
     }
 
 
 def _script(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
     order = _known_order(exchange, asked)
     faults = [None if name is None else Fault(name) for name in asked["faults"]]
-    exchange.plan.script(order.algo_id, Call(asked["call"]), faults, repeat_last=asked["repeat_last"])
+    call, repeat_last = Call(asked.get("call", "cancel")), asked.get("repeat_last", False)
+    exchange.plan.script(order.algo_id, call, faults, repeat_last=repeat_last)
     return {}
 
 
 def _move(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
     order, now_ms, book = _known_order(exchange, asked), exchange.local_ms(), exchange.book
-    match asked["move"]:
-        case "trigger":
-            moved = book.trigger(
-                order,
-                now_ms,
-                triggered_after_ms=asked["triggered_after_ms"],
-                finished_after_ms=asked["finished_after_ms"],
-            )
-        case "cancel":
+    move, status = asked["move"], asked.get("status", "CANCELED")
+    if move in ("fill", "end_child") and order.child is None:
+        raise ValueError(f"order {order.algo_id} is {order.status}: it has no child")
+    match move, order.child:
+        case "trigger", _:
+            times = {name: asked[name] for name in _TRIGGER_TIMES if name in asked}
+            moved = book.trigger(order, now_ms, **({"finished_after_ms": order.terms.fills_after_ms} | times))
+        case "fill", Child() as child:
+            moved = book.fill(child, now_ms, asked.get("quantity"), asked.get("price"))
+        case "end_child", Child() as child if status == "CANCELED":
+            moved = book.cancel(child, now_ms, by_request=False)
+        case "end_child", Child() as child:
+            moved = book.end(child, status, now_ms)
+        case "cancel", _:
             moved = book.cancel(order, now_ms, by_request=False)
-        case "expire":
-            moved = book.expire(order, now_ms)
-        case "reject":
-            moved = book.reject(order, now_ms)
-        case other:
-            raise ValueError(f"no move {other!r}")
+        case "expire", _:
+            moved = book.end(order, "EXPIRED", now_ms)
+        case "reject", _:
+            moved = book.end(order, "REJECTED", now_ms)
+        case _:
+            raise ValueError(f"no move {move!r}")
     if not moved:
-        raise ValueError(f"order {order.algo_id} is {order.status}: too late to {asked['move']}")
+        raise ValueError(f"order {order.algo_id} is {order.status}: too late to {move}")
     return {}
+
+
+_TRIGGER_TIMES = ("triggered_after_ms", "finished_after_ms", "id_after_ms", "child_after_ms")
 
 
 def _known_order(exchange: ExchangeServer, asked: dict[str, Any]) -> Order:
@@ -230,6 +256,10 @@ def _known_order(exchange: ExchangeServer, asked: dict[str, Any]) -> Order:
 
 
 def _set(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    if "mark_price" in asked:
+        exchange.set_price(asked["symbol"], asked["mark_price"])
+    if "hedge_mode" in asked:
+        exchange.state.dual[asked.get("account") or next(iter(exchange.config.accounts))] = bool(asked["hedge_mode"])
     if "clock_skew_ms" in asked:
         exchange.book.clock_skew_ms = int(asked["clock_skew_ms"])
     if "latency_ms" in asked:
@@ -243,7 +273,7 @@ def _incident(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
     fault = Fault(asked["fault"])
     if not fault.spec.gates:
         raise ValueError(f"{fault} does not stop an IP")
-    exchange.edge.start(asked["peer"], fault, exchange.local_ms(), asked["duration_ms"])
+    exchange.edge.start(asked.get("peer", HOST), fault, exchange.local_ms(), asked.get("duration_ms"))
     return {}
 
 
@@ -276,6 +306,22 @@ class PlacedOrder(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class ChildEntry:
+    """The normal order that a triggered one has become; decimal numbers are strings, as on the wire."""
+
+    order_id: str
+    status: str
+    executed_qty: str
+    avg_price: str
+    create_time_ms: int  # exchange time, like the next
+    update_time_ms: int
+    deletes: int
+    deletes_effective: int
+    gets: int
+    delete_arrivals_ns: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class BookEntry:
     """An order in the exchange's book. A decoy was made by a fault: a correct client leaves it NEW."""
 
@@ -292,7 +338,9 @@ class BookEntry:
     deletes_effective: int
     gets: int
     delete_arrivals_ns: list[int]  # local time since the epoch, the first ones only
-    faults: list[str]  # as its calls met them
+    faults: list[str]  # as its calls and its child's met them
+    order_type: str = "STOP_MARKET"
+    child: ChildEntry | None = None  # as it is, whether calls find it by now or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,18 +426,24 @@ class RunningExchange:
         count: int = 1,
         *,
         account: str | None = None,
-        symbol: str = "BTCUSDT",
         client_algo_ids: Iterable[str] | None = None,
+        **terms: str,
     ) -> list[PlacedOrder]:
-        """Open `count` orders, or one for each client id, for the first account or the one named."""
+        """Open `count` orders, or one for each client id, for the first account or the one named.
+
+        `terms` are other fields of `OrderTerms`, such as symbol or order_type.
+        """
         ids = [""] * count if client_algo_ids is None else list(client_algo_ids)
-        orders = [{"symbol": symbol, "client_algo_id": client_algo_id} for client_algo_id in ids]
+        orders = [terms | {"client_algo_id": client_algo_id} for client_algo_id in ids]
         return [PlacedOrder(*pair) for pair in self._call("POST", "orders", account=account, orders=orders)]
 
     def book(self, algo_ids: Iterable[int] | None = None) -> dict[int, BookEntry]:
         """Every order that was ever opened, by algo id, oldest first; or those named, as far as there are such."""
         asked = {} if algo_ids is None else {"algo_ids": list(algo_ids)}
-        return {entry["algo_id"]: BookEntry(**entry) for entry in self._call("GET", "book", **asked)}
+        entries = self._call("GET", "book", **asked)
+        for entry in entries:
+            entry["child"] = entry["child"] and ChildEntry(**entry["child"])
+        return {entry["algo_id"]: BookEntry(**entry) for entry in entries}
 
     def arrivals(self) -> list[Arrival]:
         """Requests about orders in the order in which they came; the newest, if there were very many."""
@@ -416,10 +470,26 @@ class RunningExchange:
         self._call("POST", "script", algo_id=algo_id, faults=list(faults), call=call, repeat_last=repeat_last)
 
     def trigger(
-        self, algo_id: int, *, triggered_after_ms: int | None = 0, finished_after_ms: int | None = None
+        self,
+        algo_id: int,
+        *,
+        triggered_after_ms: int | None = 0,
+        finished_after_ms: int | None = None,
+        id_after_ms: int = 0,
+        child_after_ms: int = 0,
     ) -> None:
-        """Start the order's trigger; it is TRIGGERED after the one time and FINISHED the other after that, or never."""
-        self._move(algo_id, "trigger", triggered_after_ms=triggered_after_ms, finished_after_ms=finished_after_ms)
+        """Start the order's trigger: TRIGGERED after so long (None: never), and then, counted from there, its child is
+        named by the order, found by calls, and filled (None: it rests until `fill` or `end_child`)."""
+        times = (triggered_after_ms, finished_after_ms, id_after_ms, child_after_ms)
+        self._move(algo_id, "trigger", **dict(zip(_TRIGGER_TIMES, times, strict=True)))
+
+    def fill(self, algo_id: int, quantity: str | None = None, price: str | None = None) -> None:
+        """Execute so much of the order's child, or all that is left, at this price or at the order's."""
+        self._move(algo_id, "fill", quantity=quantity, price=price)
+
+    def end_child(self, algo_id: int, status: str = "CANCELED") -> None:
+        """End the order's child as somebody else or the exchange would: CANCELED, EXPIRED, EXPIRED_IN_MATCH..."""
+        self._move(algo_id, "end_child", status=status)
 
     def cancel(self, algo_id: int) -> None:
         """Cancel the order as if its owner had pressed a button."""
@@ -433,13 +503,21 @@ class RunningExchange:
         """Have the matching engine refuse the order."""
         self._move(algo_id, "reject")
 
-    def start_incident(self, fault: Fault | str, *, duration_ms: int | None = None, peer: str = "127.0.0.1") -> None:
+    def start_incident(self, fault: Fault | str, *, duration_ms: int | None = None, peer: str = HOST) -> None:
         """Stop every request of an IP with this fault's answer; without a duration, for the configured one."""
         self._call("POST", "incident", fault=fault, duration_ms=duration_ms, peer=peer)
 
     def end_faults(self) -> None:
         """Inject no more faults, scripted ones included; what has begun runs its course."""
         self._call("POST", "set", end_faults=True)
+
+    def set_mark_price(self, symbol: str, price: str) -> None:
+        """Set a symbol's price; orders whose condition it meets are triggered as the market does it."""
+        self._call("POST", "set", symbol=symbol, mark_price=price)
+
+    def set_hedge_mode(self, on: bool = True, *, account: str | None = None) -> None:
+        """Set the position mode of the first account, or of the one named."""
+        self._call("POST", "set", hedge_mode=on, account=account)
 
     def set_clock_skew_ms(self, skew_ms: int) -> None:
         """Set exchange time minus local time."""

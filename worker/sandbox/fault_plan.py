@@ -134,11 +134,11 @@ class FaultPlan:
         return fault
 
     def _share(self, algo_id: int, call: Call) -> int:
-        """How many of the order's faults its cancels may meet; the rest is for its queries."""
+        """How many of the order's faults its cancels may meet; the rest is for its queries. A child has as many."""
         if self.max_per_order == 0:
             return 0
         for_queries = _draw(self.seed, algo_id, "share", 0)[0] % self.max_per_order
-        return for_queries if call is Call.QUERY else self.max_per_order - for_queries
+        return self.max_per_order - for_queries if call.cancels else for_queries
 
     def _is_struck(self, algo_id: int) -> bool:
         allowed = min(self.max_incidents, self._admitted // ORDERS_PER_INCIDENT)

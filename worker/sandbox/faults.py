@@ -12,32 +12,44 @@ from enum import Enum, StrEnum, auto
 
 
 class Call(StrEnum):
-    """The two calls that a canceller makes about an order."""
+    """The calls that a canceller makes about an order, and about the child that a triggered one has become."""
 
     CANCEL = "cancel"  # DELETE /fapi/v1/algoOrder
     QUERY = "query"  # GET /fapi/v1/algoOrder
+    CANCEL_CHILD = "cancel_child"  # DELETE /fapi/v1/order
+    QUERY_CHILD = "query_child"  # GET /fapi/v1/order
+
+    @property
+    def cancels(self) -> bool:
+        """Whether it is one of the DELETEs."""
+        return self in CANCELS
 
 
-class Effect(Enum):
-    """What a DELETE that meets the fault does to its order; a GET never does anything."""
+class Effect(StrEnum):
+    """What a DELETE that meets the fault does to its order or child; a GET never does anything."""
 
     NONE = auto()
     CANCEL = auto()
     CANCEL_LATER = auto()
     CANCEL_AND_REUSE_CLIENT_ID = auto()
     SOMEBODY_CANCELS = auto()
-    EXPIRE = auto()
-    REJECT = auto()
+    EXPIRE = "EXPIRED"  # these three: as the status is called
+    REJECT = "REJECTED"
+    EXPIRE_IN_MATCH = "EXPIRED_IN_MATCH"
     FORGET = auto()
     HIDE = auto()  # from queries, until the next DELETE
     TRIGGER = auto()
     TRIGGER_AT_ONCE = auto()
     TRIGGER_STUCK = auto()
     TRIGGER_REJECTED = auto()
+    FILL = auto()
+    FILL_PART_AND_CANCEL = auto()
 
 
 #: The effects by which the requested cancel is carried out, now or later.
-EXECUTING = frozenset({Effect.CANCEL, Effect.CANCEL_LATER, Effect.CANCEL_AND_REUSE_CLIENT_ID})
+EXECUTING = frozenset(
+    {Effect.CANCEL, Effect.CANCEL_LATER, Effect.CANCEL_AND_REUSE_CLIENT_ID, Effect.FILL_PART_AND_CANCEL}
+)
 
 
 class Delivery(Enum):
@@ -111,9 +123,12 @@ _TEXT_THROTTLED = "Request throttled by system-level protection. Please try agai
 _TEXT_TIMEOUT = "Timeout waiting for response from backend server. Send status unknown; execution status unknown."
 _UNKNOWN_503 = Answer.error(503, -1000, _TEXT_UNKNOWN)
 
-CANCELS = frozenset({Call.CANCEL})
-QUERIES = frozenset({Call.QUERY})
+OF_CHILD = frozenset({Call.CANCEL_CHILD, Call.QUERY_CHILD})
+CANCELS = frozenset({Call.CANCEL, Call.CANCEL_CHILD})
+QUERIES = frozenset(Call) - CANCELS
 BOTH = frozenset(Call)
+PARENT = frozenset({Call.CANCEL})
+CHILD = frozenset({Call.CANCEL_CHILD})
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +242,9 @@ class Fault(StrEnum):
     EXPIRED_BEFORE = "expired_before"
     REJECTED_BEFORE = "rejected_before"
     CLIENT_ID_REUSED = "client_id_reused"
+    FILLED_BEFORE = "filled_before"
+    PARTLY_FILLED_BEFORE = "partly_filled_before"
+    MATCH_EXPIRED_BEFORE = "match_expired_before"
 
     PATH_404 = "path_404"
     METHOD_405 = "method_405"
@@ -269,10 +287,24 @@ def _gate(meaning: str, answer: Answer, reach: Reach = Reach.RARE) -> FaultSpec:
 
 
 def _on_cancel(
-    meaning: str, effect: Effect, answer: Answer | None = UNKNOWN_ORDER, reach: Reach = Reach.RARE
+    meaning: str,
+    effect: Effect,
+    answer: Answer | None = UNKNOWN_ORDER,
+    reach: Reach = Reach.RARE,
+    calls: frozenset[Call] = CANCELS,
 ) -> FaultSpec:
     """Something happens to the order around the time of its DELETE."""
-    return FaultSpec(meaning, answer, CANCELS, effect, reach=reach)
+    return FaultSpec(meaning, answer, calls, effect, reach=reach)
+
+
+def _on_parent(
+    meaning: str, effect: Effect, answer: Answer | None = UNKNOWN_ORDER, reach: Reach = Reach.RARE
+) -> FaultSpec:
+    return _on_cancel(meaning, effect, answer, reach, PARENT)
+
+
+def _on_child(meaning: str, effect: Effect, answer: Answer | None = UNKNOWN_ORDER) -> FaultSpec:
+    return _on_cancel(meaning, effect, answer, Reach.COMMON, CHILD)
 
 
 _CONNECTION = {
@@ -391,17 +423,17 @@ _ORDER_STATES = {
         "-2011, and unknown to queries until the next DELETE", Effect.HIDE, reach=Reach.SCRIPTED
     ),
     Fault.FORGOTTEN: _on_cancel("the order is unknown to every call for a while", Effect.FORGET),
-    Fault.FALSE_4117: _on_cancel(
+    Fault.FALSE_4117: _on_parent(
         "-4117 about an order that stays NEW", Effect.NONE, Answer.error(400, -4117, "Stop order is triggering.")
     ),
-    Fault.TRIGGER_4117: _on_cancel(
+    Fault.TRIGGER_4117: _on_parent(
         "-4117: the order triggers", Effect.TRIGGER, Answer.error(400, -4117, "Stop order is triggering.")
     ),
-    Fault.TRIGGER_2011: _on_cancel("-2011: the order triggers", Effect.TRIGGER, reach=Reach.COMMON),
-    Fault.TRIGGER_503: _on_cancel("503 that leaves it open: the order triggers", Effect.TRIGGER, _UNKNOWN_503),
-    Fault.TRIGGER_REJECTED: _on_cancel("-2011: triggers, then refused by the engine", Effect.TRIGGER_REJECTED),
-    Fault.TRIGGER_STUCK: _on_cancel("-2011: TRIGGERING for ever", Effect.TRIGGER_STUCK, reach=Reach.SCRIPTED),
-    Fault.TRIGGERED_BEFORE: _on_cancel("-2011: triggered just before", Effect.TRIGGER_AT_ONCE),
+    Fault.TRIGGER_2011: _on_parent("-2011: the order triggers", Effect.TRIGGER, reach=Reach.COMMON),
+    Fault.TRIGGER_503: _on_parent("503 that leaves it open: the order triggers", Effect.TRIGGER, _UNKNOWN_503),
+    Fault.TRIGGER_REJECTED: _on_parent("-2011: triggers, then refused by the engine", Effect.TRIGGER_REJECTED),
+    Fault.TRIGGER_STUCK: _on_parent("-2011: TRIGGERING for ever", Effect.TRIGGER_STUCK, reach=Reach.SCRIPTED),
+    Fault.TRIGGERED_BEFORE: _on_parent("-2011: triggered just before", Effect.TRIGGER_AT_ONCE),
     Fault.CANCELLED_BEFORE: _on_cancel(
         "-2011: cancelled by somebody else", Effect.SOMEBODY_CANCELS, reach=Reach.COMMON
     ),
@@ -410,10 +442,15 @@ _ORDER_STATES = {
     Fault.CLIENT_ID_REUSED: FaultSpec(
         "cancelled without an answer, and a new order bears the same client id",
         None,
-        CANCELS,
+        PARENT,
         Effect.CANCEL_AND_REUSE_CLIENT_ID,
         Delivery.CLOSED,
     ),
+    Fault.FILLED_BEFORE: _on_child("-2011: the child was filled just before", Effect.FILL),
+    Fault.PARTLY_FILLED_BEFORE: _on_child(
+        "a half of the child is filled, the rest cancelled", Effect.FILL_PART_AND_CANCEL, None
+    ),
+    Fault.MATCH_EXPIRED_BEFORE: _on_child("-2011: the child expired in match", Effect.EXPIRE_IN_MATCH),
 }
 
 _EDGE = {
@@ -511,7 +548,9 @@ class FaultTiming:
     late_execution_ms: int = 1_000
     forgotten_ms: int = 1_500
     triggering_ms: int = 10  # seen live (exchange.md 1.5)
-    finished_after_ms: int | None = 1_000  # None: the child order stays open
+    finished_after_ms: int | None = 1_000  # then the child is filled; None: it rests
+    child_id_lag_ms: int = 0  # after TRIGGERED the order names no child, and calls for it do not find it, for so long
+    child_lag_ms: int = 0
     retry_after_s: int = 1
     ban_s: int = 2
     firewall_ms: int = 1_000
@@ -539,6 +578,8 @@ class FaultTiming:
             forgotten_ms=times(self.forgotten_ms),
             triggering_ms=times(self.triggering_ms),
             finished_after_ms=None if self.finished_after_ms is None else times(self.finished_after_ms),
+            child_id_lag_ms=times(self.child_id_lag_ms),
+            child_lag_ms=times(self.child_lag_ms),
             retry_after_s=times(self.retry_after_s, 1),
             ban_s=times(self.ban_s, 1),
             firewall_ms=times(self.firewall_ms),

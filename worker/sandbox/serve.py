@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
@@ -59,12 +59,21 @@ class Place:
     redis_url: str
     base_url: str
     orders: list[PlacedOrder]
+    #: For a strategy's own library. Made for this run, known to its exchange and workers, worth nothing elsewhere.
+    keys: RunKeys = field(repr=False)
+
+    @property
+    def _exports(self) -> dict[str, str]:
+        return {
+            "REDIS_URL": self.redis_url,
+            "BINANCE_BASE_URL": self.base_url,
+            **{name: self.keys.variables[name] for name in ("BINANCE_API_KEY", "BINANCE_API_SECRET")},
+        }
 
     def as_dict(self) -> dict[str, object]:
         """For a program; names are those of the variables, in lower case."""
         return {
-            "redis_url": self.redis_url,
-            "binance_base_url": self.base_url,
+            **{name.lower(): value for name, value in self._exports.items()},
             "orders": [order._asdict() for order in self.orders],
             "control_url": self.base_url + PREFIX,
         }
@@ -73,15 +82,16 @@ class Place:
         """For a person, who pastes the exports into another terminal while this one serves; the rest is comments."""
         control = f"curl -s $BINANCE_BASE_URL{PREFIX}"
         order = '{"orders": [{"symbol": "BTCUSDT", "client_algo_id": ""}]}'
-        move = f'{{"algo_id": {self.orders[0].algo_id}, "move": "expire"}}'
+        move = f'{{"algo_id": {self.orders[0].algo_id}, "move": "trigger"}}'
         return "\n".join(
             (
-                f"export REDIS_URL={self.redis_url}",
-                f"export BINANCE_BASE_URL={self.base_url}",
+                *(f"export {name}={value}" for name, value in self._exports.items()),
+                "# the key is made for this sandbox and ends with it",
                 f"# open orders: {' '.join(str(order.algo_id) for order in self.orders)}",
                 f"# open another: {control}orders -d '{order}'",
-                f"# cancel, expire or reject one behind the strategy's back: {control}move -d '{move}'",
+                f"# trigger, cancel, expire or reject one behind the strategy's back: {control}move -d '{move}'",
                 f"# what became of them: {control}book",
+                "# all that can be moved and broken: worker/docs/sandbox.md, python -m worker sandbox --help",
                 "# stop: Ctrl-C",
             )
         )
@@ -128,7 +138,7 @@ def _stay(
     parts.callback(fleet.kill)
     start_workers(fleet, options.workers, valkey, interrupts)
     parts.callback(fleet.stop)
-    place = Place(valkey.url, exchange.url, _open_orders(options, exchange))
+    place = Place(valkey.url, exchange.url, _open_orders(options, exchange), keys)
     sys.stdout.write((json.dumps(place.as_dict()) if options.as_json else place.as_text()) + "\n")
     sys.stdout.flush()
     while True:

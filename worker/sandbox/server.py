@@ -25,14 +25,16 @@ from os import read
 
 from worker.sandbox import control
 from worker.sandbox.arrivals import Arrivals
-from worker.sandbox.book import DuplicateClientId, Order, OrderBook, OrderTerms
-from worker.sandbox.control import ConfigError, ExchangeConfig
+from worker.sandbox.book import AlgoStatus, Child, Order, OrderBook, OrderTerms
+from worker.sandbox.control import HOST, ConfigError, ExchangeConfig
 from worker.sandbox.edge import Edge
+from worker.sandbox.endpoints import ENDPOINTS, Asked, Security, State
 from worker.sandbox.fault_plan import FaultPlan
 from worker.sandbox.faults import (
     BAD_SIGNATURE,
     FAULT_SETS,
     NO_SUCH_ORDER,
+    OF_CHILD,
     UNKNOWN_ORDER,
     Answer,
     Call,
@@ -42,15 +44,29 @@ from worker.sandbox.faults import (
     FaultSet,
     FaultSpec,
 )
-from worker.sandbox.signed import Account, Refusal, authenticated, read_order_ids, read_parameters, read_terms
+from worker.sandbox.signed import (
+    Account,
+    Refusal,
+    authenticated,
+    keyed,
+    read_child,
+    read_order_ids,
+    read_parameters,
+)
 from worker.sandbox.wire import Connection, Reply, Request
 
 EXIT_OK = 0
 EXIT_BAD_CONFIG = 78
 
-HOST = "127.0.0.1"
 ALGO_ORDER = "/fapi/v1/algoOrder"
-OPEN_ALGO_ORDERS = "/fapi/v1/openAlgoOrders"
+CHILD_ORDER = "/fapi/v1/order"
+#: The calls that faults are for.
+ABOUT_ONE = {
+    ("DELETE", ALGO_ORDER): Call.CANCEL,
+    ("GET", ALGO_ORDER): Call.QUERY,
+    ("DELETE", CHILD_ORDER): Call.CANCEL_CHILD,
+    ("GET", CHILD_ORDER): Call.QUERY_CHILD,
+}
 
 MAX_LABELS = 200
 _SILENT = frozenset({Delivery.CLOSED, Delivery.RESET, Delivery.NOT_HTTP})
@@ -85,23 +101,15 @@ class ExchangeServer:
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self.book = OrderBook()
-        self._routes: dict[tuple[str, str], Callable[[Request, int], Reply]] = {
-            ("DELETE", ALGO_ORDER): self._cancel,
-            ("GET", ALGO_ORDER): self._query,
-            ("POST", ALGO_ORDER): self._create,
-            ("GET", OPEN_ALGO_ORDERS): self._open_orders,
-            ("GET", "/fapi/v1/time"): self._time,
-            ("GET", "/fapi/v1/ping"): self._ping,
-            ("GET", "/fapi/v1/exchangeInfo"): self._exchange_info,
-        }
         self.reset()
 
     def reset(self) -> None:
         """Empty the book and all counters and take the configuration's settings again. Algo ids are not given twice."""
         config = self.config
         self.latency_ms = config.latency_ms
-        self.book = OrderBook(first_algo_id=self.book.next_algo_id, clock_skew_ms=config.clock_skew_ms)
+        self.book = OrderBook(self.book, clock_skew_ms=config.clock_skew_ms)
         self.edge = Edge(config.weight_limit_per_minute, config.timing)
+        self.state = State(self.book, config.weight_limit_per_minute, self.open_order)
         self.tally = _Tally()
         self.arrivals: Arrivals = Arrivals()
         fault_set = FAULT_SETS[config.faults]
@@ -162,11 +170,13 @@ class ExchangeServer:
         return self._stamped(request, reply)
 
     def _note(self, request: Request) -> None:
-        if request.path == ALGO_ORDER and request.method in ("DELETE", "GET"):
+        if (request.method, request.path) in ABOUT_ONE:
             with suppress(Refusal, ValueError):
-                said = read_parameters(request)
+                said, parent = read_parameters(request), None
+                if request.path == CHILD_ORDER:
+                    parent = self.book.parent(int(said.get("orderId", 0)))
                 skew_ms = self.book.clock_skew_ms
-                self.arrivals.note(request.arrival_ns, request.method, request.port, said, skew_ms)
+                self.arrivals.note(request.arrival_ns, request.method, request.port, said, skew_ms, parent)
 
     def request_ended(self, request: Request) -> None:
         """A request that `handle` was given is over."""
@@ -181,6 +191,24 @@ class ExchangeServer:
         order = self.book.add(account, terms, now_ms)
         self.plan.admit([order.algo_id])
         return order
+
+    def set_price(self, symbol: str, price: str) -> None:
+        """Set a symbol's price and trigger the orders whose condition it meets.
+
+        Raises:
+            ValueError: no such symbol, or no price.
+        """
+        value, now_ms, timing = self.state.prices.set(symbol, price), self.local_ms(), self.config.timing
+        for order in self.book.orders(now_ms):
+            if order.terms.symbol == symbol and order.status is AlgoStatus.NEW and order.sees(value):
+                self.book.trigger(
+                    order,
+                    now_ms,
+                    triggered_after_ms=timing.triggering_ms,
+                    finished_after_ms=order.terms.fills_after_ms,
+                    id_after_ms=timing.child_id_lag_ms,
+                    child_after_ms=timing.child_lag_ms,
+                )
 
     def statistics(self) -> dict[str, object]:
         """The fields of `control.ExchangeStats`."""
@@ -212,17 +240,29 @@ class ExchangeServer:
     def _reply(self, request: Request) -> Reply:
         now_ms = self.local_ms()
         skew_ms = self.book.clock_skew_ms
-        incident = self.edge.admit(request.peer, now_ms, now_ms + skew_ms, _weight(request))
+        route = (request.method, request.path)
+        endpoint, weight = ENDPOINTS.get(route), 1
+        if endpoint is not None:
+            is_of_all = b"symbol=" not in request.query + request.body and endpoint.weight_of_all is not None
+            weight = endpoint.weight_of_all or 1 if is_of_all else endpoint.weight
+        incident = self.edge.admit(request.peer, now_ms, now_ms + skew_ms, weight)
         if incident is not None:
             return Reply(self.edge.answer(incident, now_ms, skew_ms))
-        route = self._routes.get((request.method, request.path))
-        if route is None:
-            text = f"Path {request.path}, Method {request.method} is invalid"
-            return Reply(Answer.error(404, -5000, text))
         try:
-            return route(request, now_ms)
+            if (call := ABOUT_ONE.get(route)) is not None:
+                return self._about_order(call, request, now_ms)
+            if endpoint is not None:
+                return Reply(Answer.of(endpoint.answer(self._asked(endpoint.security, request, now_ms))))
         except Refusal as refusal:
             return Reply(refusal.answer)
+        return Reply(Answer.error(404, -5000, f"Path {request.path}, Method {request.method} is invalid"))
+
+    def _asked(self, security: Security, request: Request, now_ms: int) -> Asked:
+        if security.signature:
+            account, said = self._authenticated(request, now_ms)
+            return Asked(self.state, account.name, said, now_ms)
+        name = keyed(request, self._accounts).name if security.key else ""
+        return Asked(self.state, name, read_parameters(request), now_ms)
 
     def _stamped(self, request: Request, reply: Reply) -> Reply:
         reply.used_weight = self.edge.used_weight(request.peer, self.local_ms() + self.book.clock_skew_ms)
@@ -236,87 +276,92 @@ class ExchangeServer:
             self.tally.bad_signatures += refusal.answer is BAD_SIGNATURE
             raise
 
-    def _cancel(self, request: Request, now_ms: int) -> Reply:
-        self.tally.deletes_on_fresh_connections += request.on_fresh_connection
-        return self._about_order(Call.CANCEL, request, now_ms)
-
-    def _query(self, request: Request, now_ms: int) -> Reply:
-        return self._about_order(Call.QUERY, request, now_ms)
-
     def _about_order(self, call: Call, request: Request, now_ms: int) -> Reply:
+        if call is Call.CANCEL:
+            self.tally.deletes_on_fresh_connections += request.on_fresh_connection
         account, parameters = self._authenticated(request, now_ms)
-        algo_id, client_algo_id = read_order_ids(parameters)
-        order = self.book.find(account.name, now_ms, algo_id=algo_id, client_algo_id=client_algo_id)
-        if order is not None and call is Call.CANCEL:
-            order.note_delete(request.arrival_ns)
-            order.unseen = False
-        elif order is not None:
-            order.gets += 1
-        if order is None or order.unseen or order.is_hidden(now_ms):
-            return Reply(UNKNOWN_ORDER if call is Call.CANCEL else NO_SUCH_ORDER)
-        fault = self.plan.meet(order.algo_id, call, now_ms, by_client_id=algo_id is None)
+        target = self._meant(call, account.name, parameters, now_ms)
+        if target is not None and call.cancels:
+            target.note_delete(request.arrival_ns)
+        elif target is not None:
+            target.gets += 1
+        if target is None or target.is_hidden(now_ms):
+            return Reply(UNKNOWN_ORDER if call.cancels else NO_SUCH_ORDER)
+        algo_id = target.algo_id if isinstance(target, Order) else target.order.algo_id
+        fault = self.plan.meet(algo_id, call, now_ms, by_client_id="algoId" not in parameters)
         if fault is None:
-            return Reply(self._own_answer(call, order, Effect.CANCEL, now_ms))
+            return Reply(self._own_answer(call, target, Effect.CANCEL, now_ms))
         if fault.spec.gates:
             incident = self.edge.start(request.peer, fault, now_ms)
             return Reply(self.edge.answer(incident, now_ms, self.book.clock_skew_ms))
-        return self._faulty(call, order, fault.spec, now_ms)
+        return self._faulty(call, target, fault.spec, now_ms)
 
-    def _faulty(self, call: Call, order: Order, spec: FaultSpec, now_ms: int) -> Reply:
+    def _meant(self, call: Call, account: str, parameters: dict[str, str], now_ms: int) -> Order | Child | None:
+        if call in OF_CHILD:
+            symbol, name = read_child(parameters)
+            return self.book.find_child(account, symbol, name, now_ms)
+        algo_id, client_algo_id = read_order_ids(parameters)
+        return self.book.find(account, now_ms, algo_id=algo_id, client_algo_id=client_algo_id)
+
+    def _faulty(self, call: Call, target: Order | Child, spec: FaultSpec, now_ms: int) -> Reply:
         timing = self.config.timing
         if spec.delivery is Delivery.HELD:
             held = Reply(UNKNOWN_ORDER, delay_ms=timing.late_execution_ms)
-            held.resume = lambda: self._held(call, order, held)
+            held.resume = lambda: self._held(call, target, held)
             return held
-        own = self._own_answer(call, order, spec.effect, now_ms)
+        own = self._own_answer(call, target, spec.effect, now_ms)
         answer = spec.answer or _twisted(own, spec.delivery, timing.huge_body_bytes)
         if spec.delivery is Delivery.COMPRESSED:
             answer = replace(answer, body=gzip.compress(answer.body), headers=(("Content-Encoding", "gzip"),))
         return Reply(answer, spec.delivery, timing.late_answer_ms if spec.delivery is Delivery.LATE else 0.0)
 
-    def _held(self, call: Call, order: Order, held: Reply) -> Reply:
-        answer = self._own_answer(call, order, Effect.CANCEL, self.local_ms())
+    def _held(self, call: Call, target: Order | Child, held: Reply) -> Reply:
+        answer = self._own_answer(call, target, Effect.CANCEL, self.local_ms())
         return Reply(answer, used_weight=held.used_weight)
 
-    def _own_answer(self, call: Call, order: Order, effect: Effect, now_ms: int) -> Answer:
+    def _own_answer(self, call: Call, target: Order | Child, effect: Effect, now_ms: int) -> Answer:
         """The exchange's true answer after the effect; with no effect on a cancel, the success that it was not."""
-        if call is Call.QUERY:
-            return Answer.of(order.as_query_answer())
-        done = self._cancel_with(order, effect, now_ms)
-        if not done:
-            return UNKNOWN_ORDER
-        return Answer.of(
-            {"algoId": order.algo_id, "clientAlgoId": order.client_algo_id, "code": "200", "msg": "success"}
-        )
+        if not call.cancels:
+            return Answer.of(target.as_query_answer())
+        # What DELETE answers for a child that has ended is UNCONFIRMED; for a conditional order it has been seen.
+        return Answer.of(target.as_cancel_answer()) if self._cancel_with(target, effect, now_ms) else UNKNOWN_ORDER
 
-    def _cancel_with(self, order: Order, effect: Effect, now_ms: int) -> bool:
+    def _cancel_with(self, target: Order | Child, effect: Effect, now_ms: int) -> bool:
         book, timing = self.book, self.config.timing
         match effect:
             case Effect.NONE:
                 return True
             case Effect.CANCEL:
-                return book.cancel(order, now_ms)
+                return book.cancel(target, now_ms)
             case Effect.CANCEL_LATER:
                 delay_s = timing.late_execution_ms / 1_000
-                asyncio.get_running_loop().call_later(delay_s, lambda: book.cancel(order, self.local_ms()))
-            case Effect.CANCEL_AND_REUSE_CLIENT_ID:
-                if book.cancel(order, now_ms):
-                    terms = OrderTerms(order.terms.symbol, client_algo_id=order.client_algo_id)
-                    # A millisecond later: a client that pins ids by time can tell the two apart.
-                    book.add(order.account, terms, now_ms + 1, decoy=True)
+                asyncio.get_running_loop().call_later(delay_s, lambda: book.cancel(target, self.local_ms()))
             case Effect.SOMEBODY_CANCELS:
-                book.cancel(order, now_ms, by_request=False)
-            case Effect.EXPIRE:
-                book.expire(order, now_ms)
-            case Effect.REJECT:
-                book.reject(order, now_ms)
+                book.cancel(target, now_ms, by_request=False)
+            case Effect.EXPIRE | Effect.REJECT | Effect.EXPIRE_IN_MATCH:
+                book.end(target, effect.value, now_ms)
             case Effect.HIDE:
-                order.unseen = True
+                target.unseen = True
             case Effect.FORGET:
-                book.forget(order, now_ms + timing.forgotten_ms)
+                book.forget(target, now_ms + timing.forgotten_ms)
+            case _ if isinstance(target, Child):
+                return self._execute(target, effect, now_ms)
+            case Effect.CANCEL_AND_REUSE_CLIENT_ID:
+                if book.cancel(target, now_ms):
+                    terms = OrderTerms(target.terms.symbol, client_algo_id=target.client_algo_id)
+                    # A millisecond later: a client that pins ids by time can tell the two apart.
+                    book.add(target.account, terms, now_ms + 1, decoy=True)
             case _:
-                self._trigger_with(order, effect, now_ms)
+                self._trigger_with(target, effect, now_ms)
         return False
+
+    def _execute(self, child: Child, effect: Effect, now_ms: int) -> bool:
+        """Fill the child, or a half of what is left and then cancel it."""
+        if effect is Effect.FILL:
+            self.book.fill(child, now_ms)
+            return False
+        half = (child.orig_qty - child.executed_qty) / 2
+        return self.book.fill(child, now_ms, str(half)) and self.book.cancel(child, now_ms)
 
     def _trigger_with(self, order: Order, effect: Effect, now_ms: int) -> None:
         timing = self.config.timing
@@ -331,51 +376,8 @@ class ExchangeServer:
             triggered_after_ms=after_ms,
             finished_after_ms=timing.finished_after_ms,
             rejected=effect is Effect.TRIGGER_REJECTED,
-        )
-
-    def _create(self, request: Request, now_ms: int) -> Reply:
-        account, parameters = self._authenticated(request, now_ms)
-        try:
-            order = self.open_order(account.name, read_terms(parameters), now_ms)
-        except DuplicateClientId:
-            raise Refusal.of(-4116, "ClientOrderId is duplicated.") from None
-        unknown_yet = ("actualOrderId", "actualPrice", "actualType", "actualQty", "tpOrderType")
-        shown = {name: value for name, value in order.as_query_answer().items() if name not in unknown_yet}
-        return Reply(Answer.of(shown | {"activatePrice": "", "callbackRate": ""}))
-
-    def _open_orders(self, request: Request, now_ms: int) -> Reply:
-        account, parameters = self._authenticated(request, now_ms)
-        orders = self.book.open_orders(account.name, now_ms, parameters.get("symbol"))
-        old_fields = dict.fromkeys(("tpTriggerPrice", "tpPrice", "slTriggerPrice", "slPrice"), "0.000")
-        return Reply(Answer.of([order.as_query_answer() | old_fields for order in orders]))
-
-    def _time(self, _: Request, now_ms: int) -> Reply:
-        return Reply(Answer.of({"serverTime": now_ms + self.book.clock_skew_ms}))
-
-    def _ping(self, _request: Request, _now_ms: int) -> Reply:
-        return Reply(Answer.of({}))
-
-    def _exchange_info(self, _: Request, now_ms: int) -> Reply:
-        limits = [
-            ("REQUEST_WEIGHT", "MINUTE", 1, self.config.weight_limit_per_minute),
-            ("ORDERS", "MINUTE", 1, 1_200),
-            ("ORDERS", "SECOND", 10, 300),
-        ]
-        names = ("rateLimitType", "interval", "intervalNum", "limit")
-        # This answer's time has been seen five days old; a client must not set its clock by it.
-        stale_ms = now_ms - 5 * 86_400_000
-        return Reply(
-            Answer.of(
-                {
-                    "timezone": "UTC",
-                    "serverTime": stale_ms,
-                    "futuresType": "U_MARGINED",
-                    "rateLimits": [dict(zip(names, limit, strict=True)) for limit in limits],
-                    "exchangeFilters": [],
-                    "assets": [],
-                    "symbols": [],
-                }
-            )
+            id_after_ms=timing.child_id_lag_ms,
+            child_after_ms=timing.child_lag_ms,
         )
 
     def _sweep(self) -> None:
@@ -383,12 +385,6 @@ class ExchangeServer:
         for connection in list(self.connections):
             connection.close_if_idle(idle_s)
         self._sweeper = asyncio.get_running_loop().call_later(min(max(idle_s / 10, 0.02), 1.0), self._sweep)
-
-
-def _weight(request: Request) -> int:
-    if request.path == OPEN_ALGO_ORDERS and b"symbol=" not in request.query:
-        return 40
-    return 0 if request.method == "POST" and request.path == ALGO_ORDER else 1
 
 
 def _twisted(answer: Answer, delivery: Delivery, huge_body_bytes: int) -> Answer:
@@ -400,12 +396,13 @@ def _twisted(answer: Answer, delivery: Delivery, huge_body_bytes: int) -> Answer
         case Delivery.HUGE:
             shown["padding"] = "x" * huge_body_bytes
         case Delivery.WRONG_ID:
-            shown |= {"algoId": shown["algoId"] + 1, "clientAlgoId": "somebody-elses"}
+            name = "algoId" if "algoId" in shown else "orderId"
+            shown |= {name: shown[name] + 1, "clientAlgoId": "somebody-elses"}
         case Delivery.UNDECIDED:
-            shown.pop("code", None)
-            shown.pop("algoStatus", None)
+            for name in ("code", "algoStatus", "status"):
+                shown.pop(name, None)
         case Delivery.UNKNOWN_STATUS:
-            shown["algoStatus"] = "PAUSED"
+            shown["algoStatus" if "algoStatus" in shown else "status"] = "PAUSED"
         case _:
             return answer
     return Answer.of(shown)

@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from urllib.parse import unquote
 
-from worker.sandbox.book import OrderTerms
 from worker.sandbox.control import ConfigError
 from worker.sandbox.faults import BAD_SIGNATURE, CLOCK_AHEAD, CLOCK_OUTSIDE, KEY_FORMAT, KEY_REFUSED, Answer
+from worker.sandbox.market import SYMBOLS
 from worker.sandbox.wire import Request
 
 DEFAULT_RECV_WINDOW_MS = 5_000
@@ -24,8 +24,6 @@ MAX_ALGO_ID = 2**63 - 1
 #: What a query may consist of once names and values are percent-encoded as RFC 3986 says.
 _ENCODED = re.compile(rb"(?:(?:[\w.~-]++|%[0-9A-Fa-f]{2})++=(?:[\w.~-]++|%[0-9A-Fa-f]{2})*+(?:&|$))++")
 _CLIENT_ALGO_ID = re.compile(r"[.A-Z:/a-z0-9_-]{1,36}")
-_DECIMAL = re.compile(r"(?=.*[1-9])[0-9]{1,20}(\.[0-9]{1,20})?")
-_ORDER_TYPES = frozenset({"STOP", "STOP_MARKET", "TAKE_PROFIT", "TAKE_PROFIT_MARKET", "TRAILING_STOP_MARKET"})
 
 
 class Refusal(Exception):
@@ -90,11 +88,11 @@ def _public_key_check(name: str, pem: bytes) -> Callable[[bytes, str], bool]:
     return check
 
 
-def authenticated(request: Request, accounts: Mapping[str, Account], server_ms: int) -> tuple[Account, dict[str, str]]:
-    """Whose request it is, by API key, and what it says, once its key, signature and time are right.
+def keyed(request: Request, accounts: Mapping[str, Account]) -> Account:
+    """Whose request it is, by API key alone.
 
     Raises:
-        Refusal: they are not.
+        Refusal: there is none, or an unknown one.
     """
     api_key = request.headers.get(b"x-mbx-apikey", b"").decode("latin-1")
     if not api_key:
@@ -102,6 +100,16 @@ def authenticated(request: Request, accounts: Mapping[str, Account], server_ms: 
     account = accounts.get(api_key)
     if account is None:
         raise Refusal(KEY_REFUSED)
+    return account
+
+
+def authenticated(request: Request, accounts: Mapping[str, Account], server_ms: int) -> tuple[Account, dict[str, str]]:
+    """Whose request it is, by API key, and what it says, once its key, signature and time are right.
+
+    Raises:
+        Refusal: they are not.
+    """
+    account = keyed(request, accounts)
     payload, signature = _split_signature(request)
     if not payload or not signature:
         raise Refusal.of(-1102, "Mandatory parameter 'signature' was not sent, was empty/null, or malformed.")
@@ -147,14 +155,23 @@ def _text(raw: bytes) -> str:
     return unquote(raw, errors="strict") if b"%" in raw else raw.decode("ascii")
 
 
-def _mandatory(parameters: dict[str, str], name: str) -> str:
+def mandatory(parameters: dict[str, str], name: str) -> str:
+    """The parameter's value. Raises Refusal where it was not sent or is empty."""
     value = parameters.get(name, "")
     if not value:
         raise Refusal.of(-1102, f"Mandatory parameter '{name}' was not sent, was empty/null, or malformed.")
     return value
 
 
-def _integer(name: str, value: str) -> int:
+def known_symbol(parameters: dict[str, str]) -> str:
+    """The symbol that a call must name. Raises Refusal where it does not, or where the exchange does not list it."""
+    if (name := mandatory(parameters, "symbol")) not in SYMBOLS:
+        raise Refusal.of(-1121, "Invalid symbol.")
+    return name
+
+
+def integer(name: str, value: str) -> int:
+    """A parameter's value as a number. Raises Refusal where it is none."""
     if not (value.isascii() and value.isdigit() and len(value) <= 20):
         raise Refusal.of(-1100, f"Illegal characters found in parameter '{name}'; legal range is '^[0-9]{{1,20}}$'.")
     return int(value)
@@ -166,8 +183,8 @@ def check_time(parameters: dict[str, str], server_ms: int) -> None:
     Raises:
         Refusal: -1021 with one of its two texts, or -1102, -1100 or -1130 for parameters that are missing or wrong.
     """
-    timestamp = _integer("timestamp", _mandatory(parameters, "timestamp"))
-    window_ms = _integer("recvWindow", parameters.get("recvWindow", str(DEFAULT_RECV_WINDOW_MS)))
+    timestamp = integer("timestamp", mandatory(parameters, "timestamp"))
+    window_ms = integer("recvWindow", parameters.get("recvWindow", str(DEFAULT_RECV_WINDOW_MS)))
     if not 1 <= window_ms <= MAX_RECV_WINDOW_MS:
         raise Refusal.of(-1130, "Invalid data sent for parameter 'recvWindow'.")
     if timestamp >= server_ms + 1_000:
@@ -176,7 +193,8 @@ def check_time(parameters: dict[str, str], server_ms: int) -> None:
         raise Refusal(CLOCK_OUTSIDE)
 
 
-def _client_algo_id(value: str) -> str:
+def read_client_algo_id(value: str) -> str:
+    """The client's id for an order. Raises Refusal where it may not be one."""
     if len(value) > 36:
         raise Refusal.of(-4015, "Client order id length should be less than 36 chars.")
     if not _CLIENT_ALGO_ID.fullmatch(value):
@@ -188,29 +206,25 @@ def read_order_ids(parameters: dict[str, str]) -> tuple[int | None, str | None]:
     """The ids that name an order. Which one wins when both are sent is not documented: here it is algoId."""
     algo_id = client_algo_id = None
     if "algoId" in parameters:
-        algo_id = _integer("algoId", parameters["algoId"])
+        algo_id = integer("algoId", parameters["algoId"])
         if not 1 <= algo_id <= MAX_ALGO_ID:
             raise Refusal.of(-1100, "Illegal characters found in parameter 'algoId'.")
     if "clientAlgoId" in parameters:
-        client_algo_id = _client_algo_id(parameters["clientAlgoId"])
+        client_algo_id = read_client_algo_id(parameters["clientAlgoId"])
     if algo_id is None and client_algo_id is None:
         raise Refusal.of(-1102, "Param 'algoId' or 'clientAlgoId' must be sent, but both were empty/null!")
     return algo_id, client_algo_id
 
 
-def read_terms(parameters: dict[str, str]) -> OrderTerms:
-    """The terms of a new order.
+def read_child(parameters: dict[str, str]) -> tuple[str, int | str]:
+    """Symbol and id, or client order id, of a normal order. Which id wins when both are sent: here it is orderId.
 
     Raises:
         Refusal: as the exchange words it.
     """
-    symbol, side, order_type = (_mandatory(parameters, name) for name in ("symbol", "side", "type"))
-    if side not in {"BUY", "SELL"}:
-        raise Refusal.of(-1117, "Invalid side.")
-    if order_type not in _ORDER_TYPES:
-        raise Refusal.of(-1116, "Invalid orderType.")
-    quantity, trigger_price = (_mandatory(parameters, name) for name in ("quantity", "triggerPrice"))
-    if not (_DECIMAL.fullmatch(quantity) and _DECIMAL.fullmatch(trigger_price)):
-        raise Refusal.of(-1130, "Invalid data sent for parameter 'quantity' or 'triggerPrice'.")
-    client_algo_id = _client_algo_id(parameters["clientAlgoId"]) if "clientAlgoId" in parameters else ""
-    return OrderTerms(symbol, side, order_type, quantity, trigger_price, client_algo_id)
+    symbol = known_symbol(parameters)
+    if "orderId" in parameters:
+        return symbol, integer("orderId", parameters["orderId"])
+    if not parameters.get("origClientOrderId"):
+        raise Refusal.of(-1102, "Param 'origClientOrderId' or 'orderId' must be sent, but both were empty/null!")
+    return symbol, parameters["origClientOrderId"]
