@@ -120,9 +120,6 @@ class DemoExchange:
         )
         if rules is None:
             raise Ended(Exit.USAGE, f"--symbol {shown(self._symbol)}: the exchange does not list it")
-        if rules.status != "TRADING":
-            said = f"--symbol {self._symbol} is {shown(rules.status)}: choose one that is TRADING"
-            raise Ended(Exit.FAILED, said)
         return rules
 
     def mark(self) -> Decimal:
@@ -166,7 +163,7 @@ class DemoExchange:
                 except MalformedMessage as error:  # demo has answered so (exchange.md 4.1)
                     said = f"GET {path}: {error}"
                 except Unusable as error:
-                    raise Ended(Exit.FAILED, f"GET {path} is not answered as documented: {error}") from None
+                    raise Ended(Exit.FAILED, f"GET {path}: {error}") from None
                 continue
             verdict = self._passing(f"GET {path}", _NO_ORDER, answer)
             if verdict.means is Means.DENIED:

@@ -12,6 +12,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal, localcontext
 from typing import Any
 
 from producer.message import Outcome, OutcomeKind
+from producer.untrusted import shown
 from worker.classify import Means
 
 __all__ = ["REFUSALS", "Stop", "SymbolRules", "Unusable", "far_stop", "mark_price", "rules_of", "verdict"]
@@ -66,7 +67,6 @@ class SymbolRules:
     """What an order on a symbol must keep to; prices in the quote asset, quantities in the base asset."""
 
     symbol: str
-    status: str
     tick: Decimal
     least_price: Decimal
     step: Decimal
@@ -103,7 +103,7 @@ class Stop:
 def _number(source: Mapping[str, Any], name: str, *, may_be_zero: bool = False) -> Decimal:
     value = source.get(name)
     if not isinstance(value, str) or not _DECIMAL.fullmatch(value):
-        raise Unusable(f"{name} is {value!r}, not a decimal number as text")
+        raise Unusable(f"{name} is {shown(value)}, not a decimal number as text")
     number = Decimal(value)
     if not number and not may_be_zero:
         raise Unusable(f"{name} is {value!r}")
@@ -122,6 +122,8 @@ def rules_of(info: Any, symbol: str) -> SymbolRules | None:
     entry = next((each for each in symbols if isinstance(each, dict) and each.get("symbol") == symbol), None)
     if entry is None:
         return None
+    if entry.get("status") != "TRADING":
+        raise Unusable(f"{symbol} is {shown(entry.get('status'))}, not TRADING: choose another --symbol")
     listed = entry.get("filters")
     filters = {each.get("filterType"): each for each in listed if isinstance(each, dict)} if listed else {}
     try:
@@ -131,7 +133,6 @@ def rules_of(info: Any, symbol: str) -> SymbolRules | None:
         raise Unusable(f"{symbol} has no filter {error.args[0]}") from None
     return SymbolRules(
         symbol=symbol,
-        status=str(entry.get("status")),
         tick=_number(price, "tickSize"),
         least_price=_number(price, "minPrice", may_be_zero=True),
         step=max(_number(lot, "stepSize") for lot in lots),

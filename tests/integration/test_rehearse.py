@@ -27,13 +27,7 @@ ORDER, OPEN_ORDERS, TIME = "/fapi/v1/algoOrder", "/fapi/v1/openAlgoOrders", "/fa
 MODE, INFO, MARK = "/fapi/v1/positionSide/dual", "/fapi/v1/exchangeInfo", "/fapi/v1/premiumIndex"
 NAME = re.compile(r"acq-rehearsal-[0-9a-f]{16}")
 LEFT = "acq-rehearsal-0123456789abcdef"
-FILTERS = [
-    {"filterType": "PRICE_FILTER", "minPrice": "556.80", "maxPrice": "4529764", "tickSize": "0.10"},
-    {"filterType": "LOT_SIZE", "minQty": "0.001", "maxQty": "1000", "stepSize": "0.001"},
-    {"filterType": "MARKET_LOT_SIZE", "minQty": "0.001", "maxQty": "120", "stepSize": "0.001"},
-    {"filterType": "MIN_NOTIONAL", "notional": "100"},
-]
-SYMBOL = {"symbol": "BTCUSDT", "status": "TRADING", "filters": FILTERS}
+SYMBOL = {"symbol": "BTCUSDT", "status": "TRADING", "filters": []}
 
 GoOn = Callable[[], bytes]
 Hook = Callable[[GoOn], bytes]
@@ -58,9 +52,6 @@ class Relay:
 
     def __post_init__(self) -> None:
         self.server = Server(self._serve)
-        self.answer("GET", MODE, said({"dualSidePosition": False}))
-        self.answer("GET", MARK, said({"symbol": "BTCUSDT", "markPrice": "86421.37000000"}))
-        self.answer("GET", INFO, said({"symbols": [SYMBOL]}))
 
     @property
     def url(self) -> str:
@@ -178,18 +169,15 @@ def test_an_order_is_placed_cancelled_and_gone(
     assert any(re.match(r'#\d+ < 200 .*"code": ?"200"', line) for line in lines)
     assert any("outcome: cancelled" in line for line in lines)
     placed = next(line for line in lines if "> POST" in line)
-    assert "side=SELL type=STOP_MARKET quantity=0.003 triggerPrice=43210.6" in placed
+    assert "side=SELL type=STOP_MARKET quantity=0.002 triggerPrice=30000" in placed
     assert "workingType=MARK_PRICE reduceOnly=true" in placed
     assert "positionSide" not in placed
     assert "timestamp" not in done.stdout
 
 
 def test_a_hedged_account_reduces_by_its_position_side(environment: dict[str, str], relay: Relay) -> None:
-    """In hedge mode the order sells from the long side, without the flag that is refused there; the symbol is found
-    however long the exchange's list is."""
-    others = [SYMBOL | {"symbol": f"OTHER{n}USDT"} for n in range(500)]
-    relay.answer("GET", INFO, said({"symbols": [*others, SYMBOL]}))
-    relay.answer("GET", MODE, said({"dualSidePosition": True}))
+    """In hedge mode the order sells from the long side, without the flag that is refused there."""
+    relay.exchange.set_hedge_mode()
 
     code, text = run(environment)
 
@@ -198,6 +186,23 @@ def test_a_hedged_account_reduces_by_its_position_side(environment: dict[str, st
     assert "positionSide=LONG" in placed
     assert "side=SELL" in placed
     assert "reduceOnly" not in placed
+
+
+def test_any_symbol_is_found(environment: dict[str, str], relay: Relay) -> None:
+    """The symbol's rules are found however long the exchange's list is, and whatever letters its name has."""
+
+    def longer(go_on: GoOn) -> bytes:
+        told = json.loads(go_on().partition(b"\r\n\r\n")[2])
+        others = [told["symbols"][0] | {"symbol": f"OTHER{n}USDT"} for n in range(1_000)]
+        return said({"symbols": [*others, *told["symbols"]]})
+
+    relay.once("GET", INFO, longer)
+
+    code, text = run(environment, "币安人生USDT")
+
+    assert code == 0, text
+    assert "sell 67 币安人生USDT at 0.075," in text
+    assert relay.order().symbol == "币安人生USDT"
 
 
 def test_json_is_one_object(environment: dict[str, str], relay: Relay) -> None:
@@ -318,9 +323,6 @@ def test_a_redirect_is_not_followed(environment: dict[str, str], relay: Relay) -
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        (-2021, "it would trigger at once"),
-        (-4061, "does not fit the account's position mode"),
-        (-1106, "does not fit the account's position mode"),
         (-2019, "the margin is not sufficient: fund the account"),
         (-2022, "wants a position that it can reduce"),
         (-1013, "break a rule of the symbol"),
@@ -343,6 +345,29 @@ def test_a_refused_order_is_explained(code: int, says: str, environment: dict[st
 
 
 @pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        (lambda exchange: exchange.set_mark_price("BTCUSDT", "100"), -2021, "it would trigger at once"),
+        (lambda exchange: exchange.set_hedge_mode(), -4061, "does not fit the account's position mode"),
+    ],
+    ids=["price", "mode"],
+)
+def test_what_changes_before_the_order_is_placed_is_explained(
+    change: Callable[[RunningExchange], None], code: int, says: str, environment: dict[str, str], relay: Relay
+) -> None:
+    """A price that falls, or a position mode that changes, after it was read: the refusal says so."""
+    relay.before("POST", ORDER, lambda: change(relay.exchange))
+
+    ended, text = run(environment)
+
+    assert ended == 1, text
+    last = text.splitlines()[-1]
+    assert last.startswith(f"failed: the order is refused: 400 {code} ")
+    assert says in last
+    assert relay.exchange.book() == {}
+
+
+@pytest.mark.parametrize(
     ("method", "path", "answer", "code", "says"),
     [
         ("GET", OPEN_ORDERS, refusal(-2015, status="401 No"), 78, "the key of default is refused: 401 -2015"),
@@ -352,8 +377,8 @@ def test_a_refused_order_is_explained(code: int, says: str, environment: dict[st
         ("POST", ORDER, refusal(-1003, status="418 No"), 69, "this address is banned"),
         ("GET", MODE, said({"dualSidePosition": "false"}), 1, "neither true nor false"),
         ("GET", MARK, said({"symbol": "BTCUSDT", "markPrice": "0.0"}), 1, "markPrice is '0.0'"),
-        ("GET", INFO, said({"symbols": [SYMBOL | {"filters": []}]}), 1, "no filter PRICE_FILTER"),
-        ("GET", INFO, said({"symbols": [SYMBOL | {"status": "SETTLING"}]}), 1, "--symbol BTCUSDT is 'SETTLING'"),
+        ("GET", INFO, said({"symbols": [SYMBOL]}), 1, "no filter PRICE_FILTER"),
+        ("GET", INFO, said({"symbols": [SYMBOL | {"status": "SETTLING"}]}), 1, "BTCUSDT is 'SETTLING', not TRADING"),
         ("GET", INFO, said({"symbols": []}), 2, "--symbol 'BTCUSDT': the exchange does not list it"),
     ],
 )
@@ -633,7 +658,12 @@ def test_another_rehearsal_at_work_is_left_alone(
 def test_a_redis_that_goes_away_leaves_no_order(environment: dict[str, str], relay: Relay) -> None:
     """Where Redis dies once the order is placed, the order is taken back past the queue."""
     with running_valkey() as server:
-        relay.once("POST", ORDER, lambda go_on: (go_on(), server.stop(signal.SIGKILL))[0])
+
+        def die(go_on: GoOn) -> bytes:
+            server.stop(signal.SIGKILL)
+            return go_on()
+
+        relay.once("POST", ORDER, die)
         code, text = run(environment | {"REDIS_URL": server.url})
 
     assert code == 69, text
