@@ -213,6 +213,8 @@ def rehearse_command(symbol: str, account: str, as_json: bool) -> None:
     Redis behind; what a killed rehearsal has left on the symbol it cancels first. Goes to demo-fapi.binance.com,
     testnet.binancefuture.com and loopback, and nowhere else: nothing changes that.
     """
+    if not symbol.isprintable() or not 1 <= len(symbol) <= 32:
+        raise click.UsageError(f"--symbol {ascii(symbol)[:80]} names no symbol, as BTCUSDT does")
     settings = _settings(logs=False)
     from worker.rehearse import rehearse
     from worker.secrecy import keep_memory_private
@@ -220,7 +222,7 @@ def rehearse_command(symbol: str, account: str, as_json: bool) -> None:
     keep_memory_private()
     log.tell_warnings_on_stderr()
     say = partial(_say, to_stderr=as_json)
-    sys.exit(rehearse(settings, symbol, account, say=say, tell=_say if as_json else None))
+    sys.exit(rehearse(settings, symbol.upper(), account, say=say, tell=_say if as_json else None))
 
 
 @main.command("sandbox")

@@ -17,7 +17,7 @@ import redis
 from producer import CancelQueueError, Outcome
 from producer.keys import Keys
 from producer.redis_url import why
-from producer.untrusted import shown
+from producer.untrusted import MessageError, shown
 from worker.check_redis import Fault, look_at_redis
 from worker.classify import Means, OrderRef
 from worker.rehearse_exchange import DemoExchange, Ended, Exit
@@ -68,8 +68,10 @@ def rehearse(
         except Ended as end:
             word, said, code = end.code.name.lower(), str(end), int(end.code)
         except (redis.RedisError, CancelQueueError) as error:
-            reason = why(error) if isinstance(error, redis.RedisError) else str(error)
-            word, said, code = "unreachable", f"Redis does not answer ({reason})", int(Exit.UNREACHABLE)
+            reason = f"Redis: {why(error)}" if isinstance(error, redis.RedisError) else str(error)
+            word, said, code = "unreachable", reason, int(Exit.UNREACHABLE)
+        except MessageError as error:
+            word, said, code = "failed", f"the outcome's record is damaged: {error}", int(Exit.FAILED)
     said = transcript.shown(said)
     say(f"{word}: {said}")
     if tell is not None:
@@ -126,7 +128,7 @@ class _Rehearsal:
         self._transcript.note(f"rehearsal {self._queue.name} at {where}")
         self._meet_redis()
         self._exchange.meet()
-        self._clear_orders()
+        self._clear_leftovers()
         stop = self._stop()
         algo_id = self._exchange.place(stop, self._queue.name)
         placed_s = time.monotonic()
@@ -136,6 +138,8 @@ class _Rehearsal:
         self._report["order_status"] = seen.order.status if seen.order is not None else None
         if seen.means is not Means.OPEN and seen.order is not None:  # nobody can cancel one that is TRIGGERING
             self._exchange.open_order = None
+        if self._exchange.is_gated:
+            raise Ended(Exit.UNREACHABLE, f"the order could not be looked at: {seen.means} {seen.msg}")
         if self._queue.name in self._exchange.open_orders():
             return "failed", f"the order still stands among the open ones; the outcome is {outcome and outcome.kind}"
         return verdict(outcome, seen.means, seen.msg, time.monotonic() - placed_s)
@@ -161,7 +165,7 @@ class _Rehearsal:
         if (ref := self._exchange.open_order) is None:
             return
         self._transcript.note("taking the order back")
-        seen = self._exchange.remove(ref)
+        seen = self._exchange.state(ref, cancels=True)
         which = f"client id {self._queue.name}, algo id {ref.algo_id or 'unknown'}"
         if seen.order is None or seen.means in (Means.OPEN, Means.TRIGGERING):
             way_out = "look at the account's open orders; the next rehearsal on this symbol tries again"
@@ -171,7 +175,7 @@ class _Rehearsal:
     # -- before the order
 
     def _meet_redis(self) -> None:
-        """See that a worker can work there, be known to live, and clear away what killed rehearsals have left."""
+        """See that a worker can work there, and be known to live."""
         queue, connection = self._queue, self._queue.connection
         for finding in look_at_redis(connection, self._settings.display_redis_url, queue.name):
             if finding.fault is Fault.UNREACHABLE:
@@ -179,26 +183,34 @@ class _Rehearsal:
         if connection.exists(Keys().suspended):
             raise Ended(Exit.UNREACHABLE, "`rq suspend` holds on this Redis: `rq resume`, or set another REDIS_URL")
         queue.open()
-        for name in queue.left_behind():
-            queue.remove(name)
-            self._transcript.note(f"leftover: the queue {name} of a killed rehearsal is removed")
-            self._report["leftovers"].append({"queue": name})
 
-    def _clear_orders(self) -> None:
-        """Cancel the orders that killed rehearsals have left on the symbol."""
-        for name, algo_id in self._exchange.open_orders().items():
-            if not NAME.fullmatch(name):
-                continue
+    def _clear_leftovers(self) -> None:
+        """Cancel what killed rehearsals have left on the symbol, or on any symbol if their queue is left too."""
+        queues = self._queue.left_behind()
+        open_orders = self._exchange.open_orders()
+        for name in dict.fromkeys([*queues, *filter(NAME.fullmatch, open_orders)]):
             if self._queue.lives(name):
                 self._transcript.note(f"{name} is the order of another rehearsal, which is at work: left alone")
                 continue
-            self._transcript.note(f"leftover: cancelling {algo_id}, the order of a killed rehearsal ({name})")
-            seen = self._exchange.remove(OrderRef(algo_id))
-            entry = {"client_algo_id": name, "algo_id": algo_id, "order_status": seen.order and seen.order.status}
+            entry = {"rehearsal": name, "order_status": self._clear_order(name, name in open_orders)}
+            if name in queues:
+                self._queue.remove(name)
+            self._transcript.note(f"leftover of a killed rehearsal: {name}, its order is {entry['order_status']} now")
             self._report["leftovers"].append(entry)
+
+    def _clear_order(self, name: str, is_listed: bool) -> str | None:
+        """Cancel a leftover order if it is there; gives its status, if it is known."""
+        ref = OrderRef(None, name)
+        seen = self._exchange.look(ref)
+        if is_listed or seen.means in (Means.OPEN, Means.TRIGGERING):
+            seen = self._exchange.state(ref, cancels=True)
             if seen.order is None or seen.means is Means.OPEN:
-                said = f"a leftover, {algo_id}, could not be cancelled ({seen.means} {seen.msg})"
+                said = f"{name}, the order of a killed rehearsal, could not be cancelled ({seen.means} {seen.msg})"
                 raise Ended(Exit.FAILED, f"{said}: cancel it at the exchange")
+        if seen.order is None and seen.means is not Means.NO_SUCH_ORDER:
+            said = f"{name}, the order of a killed rehearsal, could not be looked up ({seen.means} {seen.msg})"
+            raise Ended(Exit.UNREACHABLE, f"{said}: repeat")
+        return seen.order.status if seen.order is not None else None
 
     def _stop(self) -> Stop:
         exchange = self._exchange

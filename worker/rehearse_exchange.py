@@ -88,6 +88,8 @@ class DemoExchange:
         self._exchange = Exchange(self._transport, recv_window_ms=settings.recv_window_ms, clock=self.clock)
         #: The order that may be there, and is not known to be over.
         self.open_order: OrderRef | None = None
+        #: This address was told to be quiet: a ban is not made worse, not even for an order.
+        self.is_gated = False
 
     def close(self) -> None:
         """Part with it."""
@@ -119,7 +121,7 @@ class DemoExchange:
             "/fapi/v1/exchangeInfo", [], lambda told: rules_of(told, self._symbol), is_signed=False, patience_s=_LONG_S
         )
         if rules is None:
-            raise Ended(Exit.USAGE, f"--symbol {shown(self._symbol)}: the exchange does not list it")
+            raise Ended(Exit.USAGE, f"--symbol {shown(self._symbol)}: the exchange does not know it")
         return rules
 
     def mark(self) -> Decimal:
@@ -128,17 +130,13 @@ class DemoExchange:
         take = lambda told: mark_price(told, self._symbol)  # noqa: E731
         return self._asked("/fapi/v1/premiumIndex", pairs, take, is_signed=False)
 
-    def open_orders(self) -> dict[str, int]:
-        """Client ids of the symbol's open conditional orders, with their algo ids."""
+    def open_orders(self) -> list[str]:
+        """Client ids of the symbol's open conditional orders."""
 
-        def take(told: Any) -> dict[str, int]:
+        def take(told: Any) -> list[str]:
             if not isinstance(told, list) or not all(isinstance(order, dict) for order in told):
                 raise Unusable("the open orders are no list")
-            return {
-                order["clientAlgoId"]: order["algoId"]
-                for order in told
-                if isinstance(order.get("clientAlgoId"), str) and type(order.get("algoId")) is int
-            }
+            return [str(order.get("clientAlgoId")) for order in told]
 
         return self._asked("/fapi/v1/openAlgoOrders", [("symbol", self._symbol)], take)
 
@@ -166,6 +164,8 @@ class DemoExchange:
                     raise Ended(Exit.FAILED, f"GET {path}: {error}") from None
                 continue
             verdict = self._passing(f"GET {path}", _NO_ORDER, answer)
+            if verdict.code == -1121:
+                raise Ended(Exit.USAGE, f"--symbol {shown(self._symbol)}: the exchange does not know it")
             if verdict.means is Means.DENIED:
                 raise Ended(Exit.FAILED, f"GET {path} is refused: {words_of(verdict)}")
             said = f"GET {path}: {why_no_answer(answer, 'not answered as expected')}"
@@ -220,28 +220,25 @@ class DemoExchange:
         """What a query shows."""
         return self._call(Call.QUERY, ref)
 
-    def state(self, ref: OrderRef) -> Verdict:
-        """The same as soon as the order is over, or after some seconds."""
-        return self._until_over(ref, _SETTLE_S, cancels=False)
-
-    def remove(self, ref: OrderRef) -> Verdict:
-        """Cancel an order until a query shows that it is over, or for some seconds; gives what was shown last."""
-        return self._until_over(ref, _REMOVE_S, cancels=True)
-
-    def _until_over(self, ref: OrderRef, within_s: float, *, cancels: bool) -> Verdict:
-        ends_at_s, pause_s = time.monotonic() + within_s, _PAUSE_S / 4
+    def state(self, ref: OrderRef, *, cancels: bool = False) -> Verdict:
+        """What a query shows as soon as the order is over, or after some seconds; with ``cancels`` it is cancelled
+        before each look."""
+        ends_at_s, pause_s = time.monotonic() + (_REMOVE_S if cancels else _SETTLE_S), _PAUSE_S / 4
         while True:
             if cancels:
                 self._call(Call.CANCEL, ref)
             verdict = self.look(ref)
-            if verdict.means in _OVER | GATED or time.monotonic() > ends_at_s:
+            if self.is_gated or verdict.means in _OVER or time.monotonic() > ends_at_s:
                 return verdict
             time.sleep(pause_s)
             pause_s *= 2
 
     def _call(self, call: Call, ref: OrderRef) -> Verdict:
+        if self.is_gated:
+            return Verdict(Means.LIMITED, msg="nothing is sent as long as this address is to be quiet")
         answer = asyncio.run(self._exchange.call(call, self._credential, ref))
         verdict = classify(call, ref, answer or Failure(False, "not sent"))
+        self.is_gated = verdict.means in GATED
         if verdict.means is Means.CLOCK:
             asyncio.run(self._exchange.sync_time())
         return verdict
@@ -252,6 +249,7 @@ class DemoExchange:
         """What an answer means that may be another one next time; raises where it will not."""
         verdict = classify(Call.QUERY, ref, answer)
         if verdict.means in GATED:
+            self.is_gated = True
             raise Ended(Exit.UNREACHABLE, f"{what}: {why_no_answer(answer, 'this address is blocked: wait')}")
         if verdict.means is Means.KEY_REFUSED:
             advice = KEY_CODES.get(verdict.code or 0, "it must be a key of this host, which may trade futures")

@@ -46,8 +46,8 @@ _LOOK_S, _BEAT_S = 0.1, 0.5
 _END_S = 5.0
 #: The worker's requests in flight.
 _FLIGHT = 4
-#: Most jobs that are looked for; a rehearsal has one.
-_MOST = 100
+#: Most jobs that are looked for (a rehearsal has one), and most queues of a Redis.
+_MOST, _MOST_QUEUES = 100, 10_000
 
 
 class OwnQueue:
@@ -76,8 +76,8 @@ class OwnQueue:
 
     def left_behind(self) -> list[str]:
         """Queues of rehearsals that were killed."""
-        queues = (str(entry.decode("utf-8", "replace")) for entry in self._redis.sscan_iter(Keys().queues, count=1000))
-        names = (queue.removeprefix(Keys("").waiting) for queue in queues)
+        queues = self._asked("SRANDMEMBER", Keys().queues, _MOST_QUEUES) or []
+        names = (queue.decode("utf-8", "replace").removeprefix(Keys("").waiting) for queue in queues)
         return [name for name in names if NAME.fullmatch(name) and name != self.name and not self.lives(name)]
 
     def remove(self, name: str) -> None:
@@ -104,10 +104,13 @@ class OwnQueue:
     def _keys_of(self, keys: Keys) -> list[Any]:
         ids = {*self._ids("ZRANGE", keys.unfinished, keys.scheduled, keys.finished, keys.failed, keys.canceled)}
         ids |= {*self._ids("LRANGE", keys.waiting, keys.claiming, keys.intermediate)}
-        prefixes = (keys.job_prefix, keys.result_prefix, keys.outcome_prefix)
-        of_jobs = [prefix.encode() + each for prefix in prefixes for each in ids]
-        orders = [self._asked("HGET", keys.job_prefix.encode() + each, JobField.ORDER) for each in ids]
-        pointers = [keys.order_prefix.encode() + order for order in orders if isinstance(order, bytes)]
+        of_jobs: list[bytes] = []
+        for each in ids:
+            told = self._asked("HMGET", keys.job_prefix.encode() + each, "origin", JobField.ORDER) or [None, None]
+            if told[0] in (keys.queue.encode(), None):  # whatever somebody wrote there, another queue's job stays
+                prefixes = (keys.job_prefix, keys.result_prefix, keys.outcome_prefix)
+                of_jobs += [prefix.encode() + each for prefix in prefixes]
+                of_jobs.append(keys.order_prefix.encode() + (told[1] or b""))
         suspects = self._asked("SRANDMEMBER", keys.suspects, _MOST) or []
         prints = [suspect_of(member)[1].decode("utf-8", "replace") for member in suspects]
         shared = (
@@ -115,7 +118,7 @@ class OwnQueue:
             *(keys.started, keys.scheduled, keys.finished, keys.failed, keys.canceled, keys.queue_workers),
             *(keys.durable, keys.gate(keys.queue)),
         )
-        return [*shared, *map(keys.breaker, prints), *map(keys.held, prints), *of_jobs, *pointers]
+        return [*shared, *map(keys.breaker, prints), *map(keys.held, prints), *of_jobs]
 
     def _ids(self, command: str, *keys: str) -> Iterator[bytes]:
         for key in keys:

@@ -379,7 +379,8 @@ def test_what_changes_before_the_order_is_placed_is_explained(
         ("GET", MARK, said({"symbol": "BTCUSDT", "markPrice": "0.0"}), 1, "markPrice is '0.0'"),
         ("GET", INFO, said({"symbols": [SYMBOL]}), 1, "no filter PRICE_FILTER"),
         ("GET", INFO, said({"symbols": [SYMBOL | {"status": "SETTLING"}]}), 1, "BTCUSDT is 'SETTLING', not TRADING"),
-        ("GET", INFO, said({"symbols": []}), 2, "--symbol 'BTCUSDT': the exchange does not list it"),
+        ("GET", OPEN_ORDERS, refusal(-1121), 2, "--symbol 'BTCUSDT': the exchange does not know it"),
+        ("GET", INFO, said({"symbols": []}), 2, "--symbol 'BTCUSDT': the exchange does not know it"),
     ],
 )
 def test_what_keeps_the_order_from_being_placed_is_named(
@@ -608,11 +609,12 @@ def test_who_stops_it_leaves_nothing(
     assert connection.dbsize() == 0
 
 
+@pytest.mark.parametrize("symbol", ["BTCUSDT", "SOLUSDT"])
 def test_what_a_killed_rehearsal_left_is_cleared_by_the_next(
-    environment: dict[str, str], relay: Relay, connection: redis.Redis
+    symbol: str, environment: dict[str, str], relay: Relay, connection: redis.Redis
 ) -> None:
-    """After SIGKILL the order rests and keys stand in Redis, for a while only; the next start cancels and removes them,
-    says so, and leaves all other orders alone."""
+    """After SIGKILL the order rests and keys stand in Redis, for a while only; the next start, on whatever symbol,
+    cancels and removes them, says so, and leaves all other orders alone."""
     others = relay.exchange.add_orders(client_algo_ids=["mine", "acq-rehearsal-of-mine", f"x{LEFT}"])
     others += relay.exchange.add_orders(client_algo_ids=[LEFT], symbol="ETHUSDT")
     here, held = threading.Event(), threading.Event()
@@ -633,15 +635,72 @@ def test_what_a_killed_rehearsal_left_is_cleared_by_the_next(
     assert relay.order().status == "NEW"
     assert connection.dbsize() > 0
 
-    code, text = run(environment)
+    code, text = run(environment, symbol)
 
     assert code == 0, text
-    assert f"leftover: cancelling {order.algo_id}" in text
-    assert f"leftover: the queue {order.client_algo_id} of a killed rehearsal is removed" in text
+    assert f"leftover of a killed rehearsal: {order.client_algo_id}, its order is CANCELED now" in text
     book = relay.exchange.book()
     assert book[order.algo_id].status == "CANCELED"
     assert {book[other.algo_id].status for other in others} == {"NEW"}
     assert connection.dbsize() == 0
+
+
+def test_an_order_that_was_left_without_a_queue_is_cleared(environment: dict[str, str], relay: Relay) -> None:
+    """An order on the symbol that bears a rehearsal's name, of which nobody knows any more, is cancelled and told."""
+    (left,) = relay.exchange.add_orders(client_algo_ids=[LEFT])
+
+    code, text = run(environment)
+
+    assert code == 0, text
+    assert f"leftover of a killed rehearsal: {LEFT}, its order is CANCELED now" in text
+    assert relay.exchange.book()[left.algo_id].status == "CANCELED"
+
+
+def test_other_queues_jobs_are_no_leftovers(environment: dict[str, str], relay: Relay, connection: redis.Redis) -> None:
+    """The job of another queue that somebody wrote into a dead rehearsal's keys is not removed with them."""
+    keys = Keys(LEFT)
+    connection.sadd(keys.queues, keys.waiting)
+    connection.zadd(keys.unfinished, {"a-job": 1})
+    connection.set(keys.waiting, "damaged")
+    connection.hset(f"{keys.job_prefix}a-job", "origin", "cancels")
+
+    code, text = run(environment)
+
+    assert code == 0, text
+    assert LEFT in text
+    assert set(connection.scan_iter()) == {f"{keys.job_prefix}a-job".encode()}
+
+
+def test_a_reader_that_leaves_ends_nothing(environment: dict[str, str], relay: Relay) -> None:
+    """Where stdout is closed in the middle, the order is cancelled all the same, and the exit code tells."""
+    process = started(environment)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+
+    assert process.wait(60) == 0
+    assert relay.order().status == "CANCELED"
+
+
+def test_a_ban_is_not_made_worse(environment: dict[str, str], relay: Relay) -> None:
+    """Once the exchange has said that this address is to be quiet, nothing more is sent, and the order that is left is
+    named."""
+    banned = refusal(-1003, "Too many requests.", "429 No")
+
+    def ban(_: GoOn) -> bytes:
+        relay.answer("DELETE", ORDER, banned)
+        relay.answer("GET", ORDER, banned)
+        relay.answer("GET", OPEN_ORDERS, banned)
+        return banned
+
+    relay.hooks["DELETE", ORDER] = ban
+
+    code, text = run(environment | {"CANCEL_DEADLINE_S": "2"})
+
+    assert code == 1, text
+    assert relay.order().client_algo_id in text.splitlines()[-1]
+    assert len(relay.asked("DELETE")) == 1
+    assert len([target for target in relay.asked("GET") if target.startswith(ORDER)]) == 1
 
 
 def test_another_rehearsal_at_work_is_left_alone(
@@ -652,6 +711,7 @@ def test_another_rehearsal_at_work_is_left_alone(
     keys = Keys(LEFT)
     connection.sadd(keys.queues, keys.waiting)
     connection.rpush(keys.waiting, "its-job")
+    connection.hset(f"{keys.job_prefix}its-job", "origin", LEFT)
     with connection.pubsub(ignore_subscribe_messages=True) as alive:
         alive.subscribe(keys.outcome_prefix + LEFT)
         alive.get_message(timeout=20)

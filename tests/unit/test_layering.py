@@ -153,6 +153,7 @@ def test_orders_are_placed_in_one_place(source: Path) -> None:
     said = {text for _, text in literals(source)}
     if source != Path("worker/rehearse_exchange.py"):
         assert "POST" not in said
+        assert "place" not in {node.name for node in ast.walk(tree(source)) if isinstance(node, ast.FunctionDef)}
     if source != Path("worker/rehearse_order.py"):
         assert not {"algoType", "triggerPrice", "reduceOnly", "closePosition"} & said
 
