@@ -172,6 +172,7 @@ class OwnWorker:
                     check()
                     queue.make_mortal()
                     await asyncio.sleep(_LOOK_S)
+                queue.make_mortal()
                 return outcome
         finally:
             engine.stop()
