@@ -24,7 +24,7 @@ from rq.job import JobStatus
 from producer import __version__, console
 from producer.client import CancelClient
 from producer.door import checked_ids, checked_position
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, OnTrigger, Outcome
 from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest
 from producer.status import Status, aligned
 from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
@@ -182,6 +182,13 @@ def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> floa
 @click.option("--tag", metavar="T", help="Carried into the outcome.")
 @click.option("--deadline", type=float, metavar="S", help="How long the cancel is worth pursuing, seconds.")
 @click.option("--urgent", is_flag=True, help="Go before what waits already.")
+@click.option(
+    "--on-trigger",
+    type=click.Choice([what.value for what in OnTrigger]),
+    default=OnTrigger.REPORT.value,
+    help="What to do where an order has triggered: report the order that it became, or cancel that, too. A triggered "
+    "stop is your exit in progress; cancelling it leaves the position open. This is for entries.",
+)
 @click.option("--durable", is_flag=True, help="Wait until the server's append-only file holds the requests.")
 @click.option("--wait", type=float, metavar="S", callback=_seconds, help="Wait up to S seconds for the outcomes.")
 @_common
@@ -214,7 +221,7 @@ def cancel(
 def _requests(given: Sequence[str], options: Mapping[str, Any]) -> list[CancelRequest]:
     """What the command line asks for, in its order."""
     words = {name: iter(options[name]) for name in ("algo_id", "client_algo_id", "from_file")}
-    defaults = {name: options[name] for name in ("account", "symbol", "tag", "urgent")}
+    defaults = {name: options[name] for name in ("account", "symbol", "tag", "urgent", "on_trigger")}
     defaults["deadline_s"] = options["deadline"]
     requests: list[CancelRequest] = []
     try:

@@ -18,7 +18,7 @@ import redis.asyncio as aio
 
 from producer.aio_link import AsyncLines
 from producer.door import checked_position, checked_timeout, checked_wait
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, OnTrigger, Outcome
 from producer.place import Place, checked_url
 from producer.protocol import (
     IN_DOUBT,
@@ -117,6 +117,7 @@ class AsyncCancelClient:
         urgent: bool = False,
         symbol: str | None = None,
         tag: str | None = None,
+        on_trigger: OnTrigger | str = OnTrigger.REPORT,
         durable: bool = False,
     ) -> AsyncTicket:
         """Enqueue one cancel and return at once. The fields are those of :class:`CancelRequest`.
@@ -129,7 +130,7 @@ class AsyncCancelClient:
                 job, which means the order that has the id then).
             NotDurable: the request is on the queue, but this server cannot promise that it survives a crash.
         """
-        request = CancelRequest(algo_id, client_algo_id, account, deadline_s, urgent, symbol, tag)
+        request = CancelRequest(algo_id, client_algo_id, account, deadline_s, urgent, symbol, tag, on_trigger)
         return (await self.cancel_many([request], durable=durable))[0]
 
     async def cancel_many(self, requests: Iterable[CancelRequest], *, durable: bool = False) -> list[AsyncTicket]:
@@ -247,7 +248,8 @@ class AsyncCancelClient:
         with lines.waiters.waiting(job_ids, came.set) as waiter:
             await lines.listener()
             # What came before the listener was there, it does not hear of.
-            lines.waiters.tell(await self.converse(self._wire.look(job_ids)))
+            asked = lines.waiters.came
+            lines.waiters.tell(await self.converse(self._wire.look(job_ids)), asked)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(ends_at):
                     await came.wait()

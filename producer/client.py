@@ -24,7 +24,7 @@ from rq.serializers import JSONSerializer
 
 from producer.door import checked_id, checked_position, checked_timeout, checked_wait
 from producer.link import Lines
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, Outcome
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, OnTrigger, Outcome
 from producer.place import Place, checked_url
 from producer.protocol import (
     IN_DOUBT,
@@ -130,6 +130,7 @@ class CancelClient:
         urgent: bool = False,
         symbol: str | None = None,
         tag: str | None = None,
+        on_trigger: OnTrigger | str = OnTrigger.REPORT,
         durable: bool = False,
     ) -> Ticket:
         """Enqueue one cancel and return at once. The fields are those of :class:`CancelRequest`.
@@ -142,7 +143,7 @@ class CancelClient:
                 job, which means the order that has the id then).
             NotDurable: the request is on the queue, but this server cannot promise that it survives a crash.
         """
-        request = CancelRequest(algo_id, client_algo_id, account, deadline_s, urgent, symbol, tag)
+        request = CancelRequest(algo_id, client_algo_id, account, deadline_s, urgent, symbol, tag, on_trigger)
         return self.cancel_many([request], durable=durable)[0]
 
     def cancel_many(self, requests: Iterable[CancelRequest], *, durable: bool = False) -> list[Ticket]:
@@ -256,7 +257,8 @@ class CancelClient:
         with lines.waiters.waiting(job_ids, came.set) as waiter:
             lines.listener()
             # What came before the listener was there, it does not hear of.
-            lines.waiters.tell(self.converse(self._wire.look(job_ids)))
+            asked = lines.waiters.came
+            lines.waiters.tell(self.converse(self._wire.look(job_ids)), asked)
             came.wait(None if ends_at is None else max(0.0, ends_at - time.monotonic()))
             return dict(waiter.ends)
 

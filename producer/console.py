@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
@@ -15,6 +16,7 @@ from producer.message import (
     MAX_ALGO_ID,
     VERSION,
     CancelRequest,
+    OnTrigger,
     Outcome,
     decode_request,
 )
@@ -112,7 +114,9 @@ def request_of(line: str, defaults: Mapping[str, Any]) -> CancelRequest | None:
     if not word or word.startswith("#"):
         return None
     if word.startswith("{"):
-        return decode_request({"v": VERSION, **defaults, **loads(word, once=True)})
+        fields = {"v": VERSION, **defaults, **loads(word, once=True)}
+        on_trigger = fields.pop("on_trigger", OnTrigger.REPORT)  # stands beside the call, not in it
+        return replace(decode_request(fields), on_trigger=on_trigger)
     if word.isdigit():
         return CancelRequest(algo_id=algo_id_of(word), **defaults)
     return CancelRequest(client_algo_id=word, **defaults)
@@ -282,6 +286,9 @@ def outcome_cells(outcome: Outcome) -> tuple[str, ...]:
         details.append(f"now order {outcome.actual_order_id}{symbol}")
     if outcome.order_status:
         details.append(f"status {outcome.order_status}")
+    if outcome.child_status:
+        by = " by us" if outcome.child_cancelled else ""
+        details.append(f"which is {outcome.child_status}{by}, executed {outcome.child_executed_qty or '?'}")
     if outcome.error:
         details.append(outcome.error)
     words = (outcome.id, _order(outcome.algo_id, outcome.client_algo_id), outcome.kind.value, live, ", ".join(details))

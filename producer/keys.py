@@ -236,6 +236,7 @@ class JobField:
     RUN = "c_run"
     ORDER = "c_order"  # the order's key, to find its pointer; absent where it has none
     URGENT = "c_urgent"
+    ON_TRIGGER = "c_on_trigger"  # cancel_child, if a request wants that
     ATTEMPTS = "c_attempts"
     PIN = "c_pin"  # what was learned of the order: algo id, symbol
     LEASE = "c_lease"

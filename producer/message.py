@@ -1,8 +1,8 @@
 """The contract between strategies and workers: what is asked, what is recorded, and under which Redis keys.
 
 Producer and worker share this module (and :mod:`producer.untrusted` below it) and nothing else, so it imports the
-standard library only, reads no clock and talks to nobody. Every value is frozen once built, and every decoder answers bad input with one exception
-(:class:`InvalidRequest` or :class:`MalformedMessage`) that says what was wrong.
+standard library only, reads no clock and talks to nobody. Every value is frozen once built, and every decoder answers
+bad input with one exception (:class:`InvalidRequest` or :class:`MalformedMessage`) that says what was wrong.
 """
 
 from __future__ import annotations
@@ -82,18 +82,42 @@ _OFF_THE_BOOK = frozenset(
 )
 
 
-def may_be_live(kind: OutcomeKind, order_status: str | None = None) -> bool:
+#: States in which a child order rests no more, in the exchange's spelling (exchange.md 1.8). Any other may be live.
+CHILD_ENDED = frozenset({"FILLED", "CANCELED", "EXPIRED", "EXPIRED_IN_MATCH", "REJECTED"})
+_NOTHING = re.compile(r"0+(\.0*)?")
+
+
+def may_be_live(kind: OutcomeKind, order_status: str | None = None, child_status: str | None = None) -> bool:
     """Whether the order, or the order it turned into, may still act in the market."""
-    if kind is OutcomeKind.TRIGGERED:
-        return order_status != "FINISHED"
-    return not kind.off_the_book
+    if kind is not OutcomeKind.TRIGGERED:
+        return not kind.off_the_book
+    return order_status != "FINISHED" if child_status is None else child_status not in CHILD_ENDED
+
+
+class OnTrigger(StrEnum):
+    """What is done where the order turns out to have triggered: the order that it became is its child."""
+
+    REPORT = "report"  # the child is read once, and told
+    CANCEL_CHILD = "cancel_child"  # the child is cancelled, too
 
 
 class Call(StrEnum):
-    """The two signed calls that an attempt can be."""
+    """The signed calls that an attempt can be."""
 
     CANCEL = "cancel"  # DELETE /fapi/v1/algoOrder
     QUERY = "query"  # GET /fapi/v1/algoOrder
+    CANCEL_CHILD = "cancel_child"  # DELETE /fapi/v1/order
+    QUERY_CHILD = "query_child"  # GET /fapi/v1/order
+
+    @property
+    def of_child(self) -> bool:
+        """Whether it is about the order that a triggered one became."""
+        return self in (Call.CANCEL_CHILD, Call.QUERY_CHILD)
+
+    @property
+    def cancels(self) -> bool:
+        """Whether it asks for a cancel; else it asks for a state."""
+        return self in (Call.CANCEL, Call.CANCEL_CHILD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +127,10 @@ class CancelRequest:
     Needs ``algo_id`` or ``client_algo_id``; with both, ``algo_id`` is what the exchange is asked by. ``deadline_s`` is
     how long the request is worth pursuing, in seconds (or a timedelta) from the enqueueing (None: the worker's
     ``CANCEL_DEADLINE_S``). ``symbol`` and ``tag`` are carried into the outcome; the exchange needs neither.
+
+    ``on_trigger`` says what to do where the order has triggered: ``"report"`` the child order that it became, or
+    ``"cancel_child"``. *A triggered stop is your exit in progress: cancelling its child leaves the position open. This
+    is for entries.*
 
     Raises:
         InvalidRequest: a field breaks its rule.
@@ -115,6 +143,7 @@ class CancelRequest:
     urgent: bool = False
     symbol: str | None = None
     tag: str | None = None
+    on_trigger: OnTrigger | str = OnTrigger.REPORT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "algo_id", _checked_ids(self.algo_id, self.client_algo_id))
@@ -125,6 +154,9 @@ class CancelRequest:
         checked_flag("urgent", self.urgent)
         check_text("symbol", self.symbol, 32)
         check_text("tag", self.tag, 64)
+        if self.on_trigger not in tuple(OnTrigger):
+            raise InvalidRequest("on_trigger", self.on_trigger, 'must be "report" or "cancel_child"')
+        object.__setattr__(self, "on_trigger", OnTrigger(self.on_trigger))
 
     @property
     def order_key(self) -> str:
@@ -217,15 +249,30 @@ class Outcome:
     finished_at_ms: int = 0
     worker: str = ""
     error: str | None = None
+    child_status: str | None = None  # of the order that it became by triggering; what was not proven is None
+    child_executed_qty: str | None = None  # as the exchange writes it
+    child_avg_price: str | None = None
+    child_cancelled: bool | None = None  # by us; False: it ended otherwise
+    child_attempts: tuple[Attempt, ...] = field(default=())  # the calls about it, numbered along with the others
 
     @property
     def off_the_book(self) -> bool:
-        """Whether the order is known to be gone without having become another order."""
-        return self.kind.off_the_book
+        """Whether nothing rests and nothing was executed: the order is gone, or what it became is, unfilled."""
+        if self.kind is not OutcomeKind.TRIGGERED:
+            return self.kind.off_the_book
+        is_unfilled = _NOTHING.fullmatch(self.child_executed_qty or "") is not None
+        return is_unfilled and self.child_status in CHILD_ENDED
+
+    def history(self) -> tuple[Attempt, ...]:
+        """All calls, in their order."""
+        return tuple(sorted((*self.attempts, *self.child_attempts), key=lambda attempt: attempt.n))
 
     def as_dict(self) -> dict[str, object]:
         """The record: one JSON object, version first."""
         order = {name: getattr(self, name) for name in ("account", "algo_id", "client_algo_id", "symbol", "tag")}
+        child = {name: getattr(self, name) for name in _CHILD_FIELDS if getattr(self, name) is not None}
+        if self.child_attempts:
+            child["child_attempts"] = [attempt.as_dict() for attempt in self.child_attempts]
         return {
             "v": VERSION,
             "id": self.id,
@@ -240,6 +287,7 @@ class Outcome:
             "finished_at_ms": self.finished_at_ms,
             "worker": self.worker,
             "error": self.error,
+            **child,
         }
 
     def encode(self) -> str:
@@ -248,7 +296,10 @@ class Outcome:
 
 
 def encode_request(request: CancelRequest) -> dict[str, object]:
-    """The one argument of the job function: only what is set, so that a job stays small."""
+    """The one argument of the job function: only what is set, so that a job stays small.
+
+    What to do with a child is a field of the job, as requests for one order share a job (``c_on_trigger``).
+    """
     payload: dict[str, object] = {"v": VERSION, "account": request.account}
     for name in ("algo_id", "client_algo_id", "deadline_s", "symbol", "tag"):
         value = getattr(request, name)
@@ -343,6 +394,7 @@ def decode_outcome(text: str | bytes) -> Outcome:
             run=int(record["run"]),
             kind=OutcomeKind(record["kind"]),
             attempts=_attempts(record.get("attempts", [])),
+            child_attempts=_attempts(record.get("child_attempts", [])),
             finished_at_ms=int(record.get("finished_at_ms", 0)),
             **{name: _typed(record[name], kind) for name, kind in _PLAIN_OUTCOME_FIELDS.items() if name in record},
         )
@@ -350,7 +402,12 @@ def decode_outcome(text: str | bytes) -> Outcome:
         raise MalformedMessage(f"not an outcome record: {type(error).__name__} {shown(str(error))}") from None
 
 
+_CHILD_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("child_status", "child_executed_qty", "child_avg_price"), str),
+    "child_cancelled": bool,
+}
 _PLAIN_OUTCOME_FIELDS: dict[str, type] = {
+    **_CHILD_FIELDS,
     **dict.fromkeys(("account", "client_algo_id", "symbol", "tag"), str),
     **dict.fromkeys(("order_status", "actual_order_id", "worker", "error"), str),
     **{"algo_id": int, "enqueued_at_ms": int, "may_be_live": bool},

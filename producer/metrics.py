@@ -131,7 +131,7 @@ class Tally:
         account = NONE if outcome.account is None else self._account(outcome.account)
         self._expect(account)
         self._outcomes[outcome.kind.value, account] += 1
-        for attempt in outcome.attempts:
+        for attempt in outcome.history():
             self._attempts[self._call(str(attempt.call)), self._verdict(attempt.verdict)] += 1
             self._replies[self._reply(attempt)] += 1
         self._time(outcome)

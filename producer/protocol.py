@@ -30,6 +30,7 @@ from producer.keys import ENDLESS_RETRIES, FAILURE_TTL_S, RESULT_TTL_S, JobField
 from producer.message import (
     TASK,
     CancelRequest,
+    OnTrigger,
     Outcome,
     check_queue_name,
     decode_outcome,
@@ -393,7 +394,8 @@ class Wire:
             deadline_ms = "" if request.deadline_s is None else math.ceil(request.deadline_s * 1000)
             urgent = "1" if request.urgent else ""
             order = request.order_key if request.joins else ""
-            words += (row.id, order, encode_call(request), request.describe(), deadline_ms, urgent)
+            child = "1" if request.on_trigger == OnTrigger.CANCEL_CHILD else ""
+            words += (row.id, order, encode_call(request), request.describe(), deadline_ms, urgent, child)
         return words
 
     def newest(self) -> Conversation[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
-from producer.message import Call, CancelRequest, OutcomeKind
+from producer.message import CHILD_ENDED, Call, CancelRequest, OnTrigger, OutcomeKind
 from producer.untrusted import MAX_MSG_CHARS, InvalidRequest, checked_seconds, clean_text
 
 #: Where ids that the exchange would have given begin.
@@ -41,6 +41,18 @@ STORIES: dict[OutcomeKind, tuple[tuple[str | None, ...], tuple[Answer, ...], str
 }
 
 
+class Said(TypedDict, total=False):
+    """What an outcome says beside its kind."""
+
+    order_status: str | None
+    actual_order_id: str | None
+    symbol: str | None
+    error: str | None
+    child_status: str | None
+    child_executed_qty: str | None
+    child_avg_price: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """What becomes of one run of a request."""
@@ -51,6 +63,9 @@ class Line:
     symbol: str | None = None
     error: str | None = None
     after_s: float = 0.0
+    child_status: str | None = None
+    child_executed_qty: str | None = None
+    child_avg_price: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for what no worker would record."""
@@ -64,6 +79,8 @@ class Line:
         if self.symbol is not None:
             CancelRequest(FIRST_ALGO_ID, symbol=self.symbol)  # one rule for both
         self._check("actual_order_id", self.kind is OutcomeKind.TRIGGERED, _MAX_ORDER_ID_CHARS)
+        for name in ("child_status", "child_executed_qty", "child_avg_price"):
+            self._check(name, self.kind is OutcomeKind.TRIGGERED, _MAX_ORDER_ID_CHARS)
         self._check("error", OutcomeKind(self.kind).failed, _MAX_ERROR_CHARS)
 
     def _check(self, name: str, is_apt: bool, limit: int) -> None:
@@ -79,6 +96,13 @@ class Line:
     def status(self) -> str | None:
         """The state of the order."""
         return self.order_status or STORIES[self.kind][0][0]
+
+    def child(self, on_trigger: OnTrigger | str) -> dict[str, Any]:
+        """What the outcome of a request says of the order that this one became."""
+        names = ("child_status", "child_executed_qty", "child_avg_price")
+        is_ours = self.child_status == "CANCELED" and on_trigger == OnTrigger.CANCEL_CHILD
+        ended = {"child_cancelled": is_ours} if self.child_status in CHILD_ENDED else {}
+        return {name: getattr(self, name) for name in names} | ended
 
     @property
     def answers(self) -> tuple[Answer, ...]:

@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, Unpack, cast
 
 import redis
 from rq.job import JobStatus
@@ -60,7 +60,7 @@ from producer.protocol import (
     entry_parts,
     rows,
 )
-from producer.scripted import CONFIRMED, FIRST_ALGO_ID, HELD, MAX_STEP_S, STORIES, Line
+from producer.scripted import CONFIRMED, FIRST_ALGO_ID, HELD, MAX_STEP_S, STORIES, Line, Said
 from producer.status import WINDOW_S, Gate, Percentiles, Status
 from producer.untrusted import InvalidRequest, checked_flag, checked_seconds
 from producer.waiting import End, QueueWire, closed
@@ -361,7 +361,7 @@ class _Play(QueueWire):
             client_algo_id=request.client_algo_id,
             symbol=request.symbol or line.symbol or ("BTCUSDT" if shown else None),
             tag=request.tag,
-            may_be_live=may_be_live(kind, line.status),
+            may_be_live=may_be_live(kind, line.status, line.child_status),
             order_status=line.status,
             actual_order_id=became,
             attempts=attempts,
@@ -369,6 +369,7 @@ class _Play(QueueWire):
             finished_at_ms=at_ms,
             worker="fake",
             error=error,
+            **line.child(request.on_trigger),
         )
         job.outcome = decode_outcome(outcome.encode())  # what no client could read is not given here either
         self._file(job, job.outcome)
@@ -429,33 +430,24 @@ class _Scripted:
         algo_id: int | None = None,
         client_algo_id: str | None = None,
         account: str | None = None,
-        order_status: str | None = None,
-        actual_order_id: str | None = None,
-        symbol: str | None = None,
-        error: str | None = None,
         after_s: float = 0.0,
         runs: int | None = None,
+        **said: Unpack[Said],
     ) -> None:
         """Say what becomes of a request for this order; without an id, of any for ``account`` or of any at all.
 
         What is said last holds, for ever or for so many ``runs`` (requests and retries), after which that holds again
         what was said before; an order's own script goes before its account's. Where nothing is said an order is
-        ``cancelled``. ``order_status`` FINISHED goes with ``triggered``, TRIGGERING with ``gave_up``. The outcome comes
-        after ``after_s`` seconds of the double's time, a century at the most.
+        ``cancelled``. ``said`` are fields of the outcome (:class:`producer.scripted.Said`): ``order_status`` FINISHED
+        goes with ``triggered``, TRIGGERING with ``gave_up``, what is said of a child with ``triggered``. The outcome
+        comes after ``after_s`` seconds of the double's time, a century at the most.
 
         Raises:
             InvalidRequest: no request can name that order, no worker would record that, or ``after_s`` or ``runs`` is
                 no such number.
         """
         count = _checked_count("runs", runs)
-        line = Line(
-            kind=kind,
-            order_status=order_status,
-            actual_order_id=actual_order_id,
-            symbol=symbol,
-            error=error,
-            after_s=after_s,
-        )
+        line = Line(kind=kind, after_s=after_s, **said)
         self._play.script(_key(algo_id, client_algo_id, account), line, count)
 
     def hold(
@@ -472,11 +464,7 @@ class _Scripted:
         self,
         ticket_or_id: TicketFields | str,
         kind: OutcomeKind = OutcomeKind.CANCELLED,
-        *,
-        order_status: str | None = None,
-        actual_order_id: str | None = None,
-        symbol: str | None = None,
-        error: str | None = None,
+        **said: Unpack[Said],
     ) -> Outcome:
         """Record the outcome of a request now, and wake those who wait for it.
 
@@ -485,14 +473,7 @@ class _Scripted:
             ValueError: the request is unknown or has its outcome.
         """
         job_id = checked_id(ticket_or_id)
-        line = Line(
-            kind=kind,
-            order_status=order_status,
-            actual_order_id=actual_order_id,
-            symbol=symbol,
-            error=error,
-        )
-        return self._play.settle(job_id, line)
+        return self._play.settle(job_id, Line(kind=kind, **said))
 
     def advance(self, seconds: float) -> None:
         """Let time pass: what is due by then gets its outcome.

@@ -10,28 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
 
 from producer.message import (
     WORKER_LOST,
     Attempt,
     Call,
     CancelRequest,
-    Outcome,
     OutcomeKind,
-    Pin,
-    decode_attempts,
     decode_call,
     decode_pin,
-    may_be_live,
 )
 from producer.untrusted import MessageError
 from worker import log
-from worker.classify import GATED, STATUS_MEANS, Means, OrderRef, Reply, Verdict, classify
+from worker.child import Child, ChildCase, after_child, child_step
+from worker.child import bound as child_bound
+from worker.classify import GATED, STATUS_MEANS, ChildRef, Means, OrderRef, Reply, Verdict, child_of, classify
 from worker.clock import RedisClock, ServerClock, local_ns, minus
 from worker.decide import (
     Again,
@@ -40,22 +36,22 @@ from worker.decide import (
     Span,
     Stop,
     accepted_until_ms,
-    as_known,
+    bound,
     bounded,
     first_step,
     looks_up_a_silence,
     next_number,
     next_step,
-    read_history,
     silent_until_ms,
 )
 from worker.exchange import Answer, Exchange, Sent
+from worker.job import CancelJob, Hold, history_of, refusal
 from worker.key_breaker import KeyBreaker
 from worker.rate_gate import Gate, LookUps, ms_to_next_minute
 from worker.recovery import Recovery
 from worker.settings import Settings
 from worker.signing import Credential
-from worker.store import TOO_LARGE, Done, Lease, Release, Retry, Row, Suspect
+from worker.store import Done, Lease, Release, Retry, Row, Suspect
 
 _NS_PER_MS = 1_000_000
 #: When to look again whether the exchange tells its time, ms.
@@ -65,16 +61,6 @@ _NOT_MEASURED = "the clocks are not measured, so the order's age is not known"
 _TURN_S = 1.0
 #: Late answers after which nothing more needs to be known of the order.
 _ENDS = frozenset({Means.CONFIRMED, *STATUS_MEANS.values()}) - {Means.OPEN, Means.TRIGGERING}
-
-
-class Hold(Protocol):
-    """What a job's holder knows while it works on the job."""
-
-    def is_valid(self) -> bool:
-        """Whether the job is still ours: else nothing more may be sent for it."""
-
-    async def renew(self) -> None:
-        """Trust no lease that was given so far, as this host may have stood still, and ask Redis whose the job is."""
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -87,45 +73,6 @@ def policy_of(settings: Settings) -> Policy:
         recv_window_ms=settings.recv_window_ms,
         waf_pause_ms=settings.waf_pause_s * 1000,
     )
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One request while it is worked on.
-
-    ``silent`` are the numbers of attempts whose answer may still come, ``late`` the answers that came.
-    """
-
-    lease: Lease
-    hold: Hold
-    request: CancelRequest
-    credential: Credential
-    history: list[Attempt]
-    algo_id: int | None
-    symbol: str | None
-    pinned: bool
-    began_ns: int = 0  # the last attempt
-    strikes_until_ns: int = 0  # a cancel by client id that left here may meet the id's next order, if it is unclear
-    silent: set[int] = field(default_factory=set)
-    late: deque[tuple[int, Verdict]] = field(default_factory=deque)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def ref(self) -> OrderRef:
-        return OrderRef(self.algo_id, self.request.client_algo_id)
-
-    def is_open(self) -> bool:
-        """Whether a call of it may still be answered or, by client id, be accepted."""
-        return bool(self.silent) or local_ns() < self.strikes_until_ns
-
-    def learn(self, verdict: Verdict) -> None:
-        """Keep what an answer told about the order: its algo id, so that a reused client id is never hit."""
-        if verdict.order is not None:
-            self.pinned = self.pinned or self.algo_id is None
-            self.algo_id = verdict.order.algo_id
-            self.symbol = self.symbol or verdict.order.symbol
-
-    def pin(self) -> str:
-        return Pin(self.algo_id, self.symbol).encode() if self.pinned and self.algo_id is not None else ""
 
 
 class Canceller:
@@ -153,7 +100,7 @@ class Canceller:
         self._sends_late = sends_late
         self._look_ups = LookUps(flight)
         self.recovery = Recovery(flight)
-        self._in_hand: set[_Job] = set()
+        self._in_hand: set[CancelJob] = set()
         self._lingering = 0
         self._is_leaving = False
         self._exchange = exchange
@@ -176,12 +123,12 @@ class Canceller:
         try:
             job = self._take_up(lease, hold, request)
         except MessageError as error:
-            return self._refuse(lease, _if_legible(lease, request), f"not a job of this queue: {error}")
+            return self._refused(lease, _if_legible(lease, request), f"not a job of this queue: {error}")
         if job is None:
             request = request or decode_call(lease.data)
-            return self._refuse(lease, request, f"account {request.account!r} has no key in this worker")
+            return self._refused(lease, request, f"account {request.account!r} has no key in this worker")
         if lease.fault.startswith("recalled"):
-            return self._recall(job)
+            return self._done(job, job.recalled())
         if job.history and job.history[-1].msg == WORKER_LOST:
             lost = job.history[-1]
             log.warning("recovered", id=lease.id, n=lost.n, began_at_ms=lost.at_ms, **{"count#cancel.recovered": 1})
@@ -236,15 +183,20 @@ class Canceller:
     def _ahead(self) -> Span | None:
         return minus(self._redis_clock, self._server_clock)
 
-    def _case(self, job: _Job, means: Means | None = None) -> Case:
+    def _case(self, job: CancelJob, means: Means | None = None) -> Case:
         """The request as a decision sees it; the clocks are compared where something that the exchange dates counts."""
         lease, by_client_id = job.lease, job.algo_id is None
         ahead = self._ahead() if by_client_id or means in GATED else None
         is_old = lease.run > 1 or self._sends_late
         strikes_ms = self._strikes_until_ms(job)
-        return Case(by_client_id, lease.meant_at_ms, lease.deadline_at_ms, ahead, is_old, strikes_ms)
+        bounds = (lease.meant_at_ms, lease.deadline_at_ms)
+        return Case(by_client_id, *bounds, ahead, is_old, strikes_ms, lease.cancels_child)
 
-    def _strikes_until_ms(self, job: _Job) -> int:
+    def _child_case(self, job: CancelJob) -> ChildCase:
+        lease = job.lease
+        return ChildCase(lease.cancels_child, lease.deadline_at_ms, lease.run > 1, self._ahead())
+
+    def _strikes_until_ms(self, job: CancelJob) -> int:
         """See :class:`worker.decide.Case`: a cancel by client id is the first call of all, if it was made."""
         may_be = job.request.algo_id is None and job.lease.run == 1 and job.history
         first = job.history[0] if may_be else None
@@ -254,10 +206,12 @@ class Canceller:
             return self._latest_ms() + (job.strikes_until_ns - local_ns()) // _NS_PER_MS + 1
         return accepted_until_ms(first, self._policy)
 
-    def _first_step(self, job: _Job) -> Stop | Again:
+    def _first_step(self, job: CancelJob) -> Stop | Again:
+        if job.child is not None:
+            return child_step(self._child_case(job), job.child, job.history, self._policy, self._latest_ms())
         return first_step(self._case(job), job.history, self._policy, self._latest_ms())
 
-    async def _pursue(self, job: _Job) -> Row:
+    async def _pursue(self, job: CancelJob) -> Row:
         step = self._first_step(job)
         while isinstance(step, Again) or await self._may_be_cleared_up(job, step):
             if isinstance(step, Stop):
@@ -270,6 +224,9 @@ class Canceller:
                 if step.resync:
                     await self.resync(job.began_ns, job.hold)
                 delay_ms = await self._held_back_ms(job, step)
+            if (delay_ms > 0 or not self._may_send(job)) and (stop := self._instead(job, step)) is not None:
+                step = stop
+                continue
             if delay_ms > 0 and (left_ms := await self._lingered(job, delay_ms)) > 0:
                 log.info("again", id=job.lease.id, call=step.call, delay_ms=left_ms, attempts=len(job.history))
                 return Retry(job.lease, tuple(job.history), left_ms, job.pin())
@@ -281,15 +238,32 @@ class Canceller:
                 # The job goes back as it is. If somebody else has it by now, its lease sees to it.
                 return Release(job.lease, tuple(job.history), job.pin())
             step = following
-        return Done(job.lease, self._outcome(job, self._with_key_reason(job, step)), job.pin())
+        return self._done(job, self._with_key_reason(job, step))
 
-    async def _may_be_cleared_up(self, job: _Job, stop: Stop) -> bool:
+    def _instead(self, job: CancelJob, step: Again) -> Stop | None:
+        """The outcome of a request whose next call cannot go now, and would be waited for in vain."""
+        if job.child is not None and job.is_only_told(step):
+            return job.child.parent
+        if self._latest_ms() < job.lease.deadline_at_ms or not self._gate.closed(self._now_ms()):
+            return None
+        why = "the deadline passed"
+        if job.child is not None:
+            return child_bound(job.child, job.history, self._policy, why)
+        return bound(job.history, self._policy, why)
+
+    def _done(self, job: CancelJob, stop: Stop) -> Done:
+        return Done(job.lease, job.outcome(stop, self._now_ms(), self._holder), job.pin())
+
+    def _refused(self, lease: Lease, request: CancelRequest | None, error: str) -> Done:
+        return Done(lease, refusal(lease, request, self._latest_ms(), self._now_ms(), self._holder, error))
+
+    async def _may_be_cleared_up(self, job: CancelJob, stop: Stop) -> bool:
         """Whether a late answer has come that may tell what else would be ``unknown`` for good; it is waited for."""
         if stop.kind is OutcomeKind.UNKNOWN and job.silent:
             await self._lingered(job, self._policy.recv_window_ms)
         return bool(job.late)
 
-    async def _lingered(self, job: _Job, delay_ms: int) -> int:
+    async def _lingered(self, job: CancelJob, delay_ms: int) -> int:
         """Wait while an answer may still come, or a cancel strike; gives what is left, ms: that is waited in the queue.
 
         Few jobs do so at a time, that those of one account which is silent leave the slots to others.
@@ -307,7 +281,7 @@ class Canceller:
             self._lingering -= 1
         return 0 if job.late else max(-(-left_ns // _NS_PER_MS), 0)
 
-    def _take_up(self, lease: Lease, hold: Hold, request: CancelRequest | None) -> _Job | None:
+    def _take_up(self, lease: Lease, hold: Hold, request: CancelRequest | None) -> CancelJob | None:
         what, _, field = lease.fault.partition(" ")
         if field == "data":
             raise MessageError("its payload is larger than any request")
@@ -320,26 +294,20 @@ class Canceller:
         credential = self._credential_for(request.account)
         if credential is None:
             return None
-        history = self._history(lease)
+        history = history_of(lease, self._latest_ms())
         pin = decode_pin(lease.pin)
         algo_id = pin.algo_id if pin and request.algo_id is None else request.algo_id
         symbol = pin.symbol if pin and request.symbol is None else request.symbol
-        return _Job(lease, hold, request, credential, history, algo_id, symbol, pin is not None)
+        return CancelJob(lease, hold, request, credential, history, algo_id, symbol, pin is not None)
 
-    def _history(self, lease: Lease) -> list[Attempt]:
-        if lease.attempts != TOO_LARGE:
-            return bounded(as_known(decode_attempts(lease.attempts)))
-        log.warning("damaged", id=lease.id, field="c_attempts", reason="larger than any history: taken for a doubt")
-        return read_history(lease.attempts, self._latest_ms())
-
-    async def _held_back_ms(self, job: _Job, step: Again) -> int:
+    async def _held_back_ms(self, job: CancelJob, step: Again) -> int:
         """How long the request has to wait for its key, for the budget or for the exchange's time, ms; 0: it may go.
 
         It is no attempt.
         """
         now_ms, wait_ms = self._now_ms(), 0
         used, server_ms = self._exchange.last_used_weight(), self._server_clock.now_ms()
-        is_look_up = step.call is Call.QUERY and looks_up_a_silence(job.history)
+        is_look_up = not step.call.cancels and looks_up_a_silence(job.history)
         has_room = self._gate.allows(step.call, used)
         if not has_room or (is_look_up and not self._gate.allows_look_up(used, server_ms // 60_000)):
             wait_ms = ms_to_next_minute(server_ms)
@@ -357,7 +325,7 @@ class Canceller:
             await self.resync(self._resynced_ns)
         return self._ahead() is not None
 
-    def _with_key_reason(self, job: _Job, stop: Stop) -> Stop:
+    def _with_key_reason(self, job: CancelJob, stop: Stop) -> Stop:
         """A request that its key kept waiting until the deadline was refused, for that reason."""
         reason = self._keys.reason(job.credential)
         # A doubt that is a silence alone, and cannot strike any more, is none beside what the exchange says since then.
@@ -369,17 +337,17 @@ class Canceller:
             stop, kind=OutcomeKind.REFUSED, error=f"held back until the deadline: the key is refused: {reason}"
         )
 
-    def _may_send(self, job: _Job) -> bool:
+    def _may_send(self, job: CancelJob) -> bool:
         return job.hold.is_valid() and not self._gate.closed(self._now_ms())
 
-    def _may_go(self, job: _Job, step: Again) -> bool:
+    def _may_go(self, job: CancelJob, step: Again) -> bool:
         """Asked right before the first byte: what had to wait (for a connection, a clock, Redis) is decided anew."""
         if not self._may_send(job):
             return False
         now = self._first_step(job)
         return isinstance(now, Again) and now.call == step.call
 
-    async def _made(self, job: _Job, step: Again) -> Stop | Again | None:
+    async def _made(self, job: CancelJob, step: Again) -> Stop | Again | None:
         """Make the call of a step; None: nothing may be sent now.
 
         What only a silence asks for waits for its turn. Where most are silent, the exchange is slow for everybody:
@@ -387,7 +355,7 @@ class Canceller:
         """
         if not self._may_send(job):
             return None
-        if not (step.call is Call.QUERY and looks_up_a_silence(job.history)):
+        if step.call.cancels or not looks_up_a_silence(job.history):
             return await self._attempt(job, step)
         if self._is_leaving:  # what is in flight is finished; who comes next looks it up
             await self._lingered(job, self._policy.recv_window_ms)
@@ -405,9 +373,9 @@ class Canceller:
         finally:
             self._look_ups.end()
 
-    async def _attempt(self, job: _Job, step: Again) -> Stop | Again:
+    async def _attempt(self, job: CancelJob, step: Again) -> Stop | Again:
         """Make one signed call, note it, and decide what follows."""
-        n, ref = next_number(job.history), job.ref()
+        n, ref = next_number(job.history), job.ref(step.call)
         sent = Sent(late=partial(self._came_late, job, n, step.call, ref))
         at_ms, job.began_ns = self._now_ms(), local_ns()
         self._calling += 1
@@ -419,26 +387,43 @@ class Canceller:
             return self._first_step(job)
         if sent.is_open:
             job.silent.add(n)
-        if step.call is Call.CANCEL and ref.algo_id is None:
+        if step.call is Call.CANCEL and job.algo_id is None:
             job.strikes_until_ns = sent.accepted_until_ns
         took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
         verdict = await self._comparable(job, classify(step.call, ref, answer))
         self._note_attempt(job, n, step.call, at_ms, took_ms, verdict)
         await self._note_pauses(job.credential, verdict)
         late = await self._settled(job)
-        return late if isinstance(late, Stop) else self._decided(job, verdict)
+        return late if isinstance(late, Stop) else self._decided(job, step.call, verdict)
 
-    def _decided(self, job: _Job, verdict: Verdict) -> Stop | Again:
+    def _decided(self, job: CancelJob, call: Call, verdict: Verdict) -> Stop | Again:
+        decision = (self._decided_of_child if call.of_child else self._decided_of_order)(job, verdict)
+        job.history[:] = bounded(job.history)
+        return decision
+
+    def _decided_of_child(self, job: CancelJob, verdict: Verdict) -> Stop | Again:
+        if job.child is None:
+            raise RuntimeError("a call about a child that nobody knows")
+        job.child.is_asked = True
+        job.child.learn(verdict)
+        now_ms, case = self._latest_ms(), self._child_case(job)
+        return after_child(case, job.child, job.history, verdict, self._policy, now_ms, random.random())
+
+    def _decided_of_order(self, job: CancelJob, verdict: Verdict) -> Stop | Again:
         case = self._case(job, verdict.means)
         decision = next_step(case, job.history, verdict, self._policy, self._latest_ms(), random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
             job.learn(verdict)  # an order that is left alone is not the one that was meant
-        job.history[:] = bounded(job.history)
+        ref = child_of(verdict.order)
+        if isinstance(decision, Stop) and decision.kind is OutcomeKind.TRIGGERED and ref is not None:
+            job.child = job.child or Child(ref, decision)
+            job.child.parent = decision
+            return self._first_step(job)
         return decision
 
     # -- answers that nobody waits for any more --
 
-    def _came_late(self, job: _Job, n: int, call: Call, ref: OrderRef, answer: Answer) -> None:
+    def _came_late(self, job: CancelJob, n: int, call: Call, ref: OrderRef | ChildRef, answer: Answer) -> None:
         """Take in what came of a call that was silent; the job may have ended."""
         job.silent.discard(n)
         if isinstance(answer, Reply):
@@ -449,7 +434,7 @@ class Canceller:
             job.late.append((n, verdict))
         job.news.set()
 
-    async def _settled(self, job: _Job) -> Stop | Again | None:
+    async def _settled(self, job: CancelJob) -> Stop | Again | None:
         """Put late answers where their attempts stand; gives what follows from them, None: nothing new."""
         decision: Stop | Again | None = None
         while job.late and not isinstance(decision, Stop):
@@ -457,8 +442,10 @@ class Canceller:
             if verdict.order is not None and job.algo_id not in (None, verdict.order.algo_id):
                 continue  # found by client id, it is another order than the one that the id was found to mean
             verdict = await self._comparable(job, verdict)
+            call = Call.QUERY
             for at, silent in enumerate(job.history):
-                if silent.n == n:
+                if silent.n == n and isinstance(silent.call, Call):
+                    call = silent.call
                     ms = max(self._now_ms() - silent.at_ms, silent.ms)
                     told = Attempt(
                         n, silent.at_ms, silent.call, verdict.http, verdict.code, verdict.msg, verdict.means.value, ms
@@ -469,10 +456,10 @@ class Canceller:
                 verdict.order is not None and job.algo_id is None
             )  # whether it is the one that was meant is decided
             if verdict.means in _ENDS or is_found or job.history[-1].n == n:
-                decision = self._decided(job, verdict)
+                decision = self._decided(job, call, verdict)
         return decision
 
-    async def _comparable(self, job: _Job, verdict: Verdict) -> Verdict:
+    async def _comparable(self, job: CancelJob, verdict: Verdict) -> Verdict:
         """An answer about an order that was found by client id tells something only where its date can be compared.
 
         The clocks may have been doubted since the question was asked. Where they cannot be measured now, it is asked
@@ -484,7 +471,7 @@ class Canceller:
         return verdict if is_known else Verdict(Means.UNCLEAR, verdict.http, msg=_NOT_MEASURED)
 
     @staticmethod
-    def _note_attempt(job: _Job, n: int, call: Call, at_ms: int, took_ms: int, verdict: Verdict) -> None:
+    def _note_attempt(job: CancelJob, n: int, call: Call, at_ms: int, took_ms: int, verdict: Verdict) -> None:
         attempt = Attempt(n, at_ms, call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
         job.history.append(attempt)
         if verdict.means is not Means.CONFIRMED:
@@ -504,61 +491,8 @@ class Canceller:
         if self._keys.concerns(credential, verdict):
             await self._keys.tell(credential, verdict)
 
-    # -- outcomes --
 
-    def _outcome(self, job: _Job, stop: Stop) -> Outcome:
-        request, lease = job.request, job.lease
-        return Outcome(
-            id=lease.id,
-            run=lease.run,
-            kind=stop.kind,
-            account=request.account,
-            algo_id=job.algo_id,
-            client_algo_id=request.client_algo_id,
-            symbol=job.symbol,
-            tag=request.tag,
-            may_be_live=may_be_live(stop.kind, stop.order_status),
-            order_status=stop.order_status,
-            actual_order_id=stop.actual_order_id,
-            attempts=tuple(job.history),
-            enqueued_at_ms=lease.enqueued_at_ms,
-            finished_at_ms=self._now_ms(),
-            worker=self._holder,
-            error=stop.error,
-        )
-
-    def _recall(self, job: _Job) -> Done:
-        """The outcome of a job that a person took back through RQ: nothing more is sent for it."""
-        status = job.lease.fault.partition(" ")[2]
-        kind = OutcomeKind.UNKNOWN if _in_doubt(job.history) else OutcomeKind.GAVE_UP
-        log.warning("recalled", id=job.lease.id, status=status)
-        return Done(job.lease, self._outcome(job, Stop(kind, error=f"the job was {status} through RQ")), job.pin())
-
-    def _refuse(self, lease: Lease, request: CancelRequest | None, error: str) -> Done:
-        """The outcome of a job that this worker can do nothing for; nothing is known of a foreign job's order."""
-        log.warning("refused", id=lease.id, error=error)
-        attempts: Sequence[Attempt] = ()
-        known: dict[str, Any] = {}
-        if request is not None:
-            with contextlib.suppress(MessageError):
-                attempts = self._history(lease)
-            known = {"account": request.account, "algo_id": request.algo_id, "may_be_live": True}
-            known |= {"client_algo_id": request.client_algo_id, "symbol": request.symbol, "tag": request.tag}
-        outcome = Outcome(
-            id=lease.id,
-            run=lease.run,
-            kind=OutcomeKind.UNKNOWN if _in_doubt(attempts) else OutcomeKind.REFUSED,
-            attempts=tuple(attempts),
-            enqueued_at_ms=lease.enqueued_at_ms,
-            finished_at_ms=self._now_ms(),
-            worker=self._holder,
-            error=error,
-            **known,
-        )
-        return Done(lease, outcome)
-
-
-async def _news(job: _Job, timeout_s: float) -> None:
+async def _news(job: CancelJob, timeout_s: float) -> None:
     job.news.clear()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
@@ -568,10 +502,6 @@ async def _news(job: _Job, timeout_s: float) -> None:
 def _tell_attempt(event: str, job_id: str, attempt: Attempt) -> None:
     said = {name: value for name, value in attempt.as_dict().items() if name not in ("at_ms", "counted_before")}
     log.info(event, id=job_id, **said)
-
-
-def _in_doubt(history: Sequence[Attempt]) -> bool:
-    return any(attempt.verdict == Means.UNCLEAR for attempt in history)
 
 
 def _if_legible(lease: Lease, request: CancelRequest | None) -> CancelRequest | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from producer.message import Call
+from producer.message import CHILD_ENDED, Call
 from producer.untrusted import clean_text
 
 
@@ -31,6 +31,8 @@ class Means(StrEnum):
     EXPIRED = "expired"
     REJECTED = "rejected"
     ODD_STATUS = "odd_status"  # a state that the exchange did not have when this was written
+    # an answer about the order that a triggered one became (its child): open as above, confirmed as above, or
+    ENDED = "ended"  # it rests no more
     # either's
     NO_SUCH_ORDER = "no_such_order"  # not done, and no proof of anything: it must be asked again
     UNCLEAR = "unclear"  # a cancel may have been executed; a query told nothing
@@ -66,6 +68,14 @@ class OrderRef:
 
 
 @dataclass(frozen=True, slots=True)
+class ChildRef:
+    """The order that a triggered one became, by the exchange's own words."""
+
+    symbol: str
+    order_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """An answer of the exchange, as far as a decision needs it."""
 
@@ -97,6 +107,15 @@ class OrderView:
 
 
 @dataclass(frozen=True, slots=True)
+class ChildView:
+    """What an answer told about a child; None: it did not say. Amounts as the exchange writes them."""
+
+    status: str
+    executed_qty: str | None
+    avg_price: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The meaning of one reply or failure."""
 
@@ -105,6 +124,7 @@ class Verdict:
     code: int | None = None
     msg: str = ""
     order: OrderView | None = None
+    child: ChildView | None = None
     retry_after_ms: int | None = None
     banned_until_ms: int | None = None  # the exchange's clock, ms since the epoch
 
@@ -180,10 +200,11 @@ _PERMANENT_2011 = (
 )
 #: Part of the text of -2010 and -2011 in maintenance, folded.
 _MAINTENANCE = "trading is not enabled"
+_AMOUNT = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
 _BAN_EPOCH = re.compile(r"banned until (\d{13})(?!\d)")
 
 
-def classify(call: Call, ref: OrderRef, answer: Reply | Failure) -> Verdict:
+def classify(call: Call, ref: OrderRef | ChildRef, answer: Reply | Failure) -> Verdict:
     """What ``answer`` to ``call`` about ``ref`` means. Total: any answer gets a verdict (exchange.md 4.1, 4.2)."""
     if isinstance(answer, Failure):
         return Verdict(Means.UNCLEAR if answer.seen else Means.NOT_SENT, msg=clean_text(answer.reason))
@@ -192,6 +213,8 @@ def classify(call: Call, ref: OrderRef, answer: Reply | Failure) -> Verdict:
     if answer.challenge:
         return Verdict(Means.BLOCKED, answer.http, code, msg or "challenge by the firewall")
     if 200 <= answer.http < 300:
+        if isinstance(ref, ChildRef):
+            return _classify_child(call, ref, answer, body, code, msg)
         return _classify_success(call, ref, answer, body, code, msg)
     ban = _BAN_EPOCH.search(msg)
     return Verdict(
@@ -241,6 +264,39 @@ def _classify_success(
         return unclear
     means = STATUS_MEANS.get(view.status, Means.ODD_STATUS)
     return Verdict(means, 200, code, clean_text(view.status), order=view)
+
+
+def _classify_child(
+    call: Call, ref: ChildRef, answer: Reply, body: dict[str, Any] | None, code: int | None, msg: str
+) -> Verdict:
+    """Both calls answer with the order itself, without a code (exchange.md 1.8). A state that nobody knows is a live
+    one, and a cancel is confirmed by the state alone."""
+    status = _text(body.get("status")) if body is not None and answer.http == 200 else None
+    if (
+        body is None
+        or status is None
+        or (_whole(body.get("orderId")), body.get("symbol")) != (ref.order_id, ref.symbol)
+    ):
+        return Verdict(Means.UNCLEAR, answer.http, code, msg)
+    view = ChildView(status, _amount(body.get("executedQty")), _amount(body.get("avgPrice")))
+    if call is Call.CANCEL_CHILD and status == "CANCELED":
+        means = Means.CONFIRMED
+    elif status in CHILD_ENDED:
+        means = Means.ENDED
+    else:
+        means = Means.OPEN if call is Call.QUERY_CHILD else Means.UNCLEAR
+    return Verdict(means, 200, code, status, child=view)
+
+
+def _amount(value: object) -> str | None:
+    return value if isinstance(value, str) and _AMOUNT.fullmatch(value) else None
+
+
+def child_of(order: OrderView | None) -> ChildRef | None:
+    """The child that an answer about a triggered order names, if it does."""
+    if order is None or order.symbol is None or not re.fullmatch(r"[0-9]{1,19}", order.actual_order_id or ""):
+        return None
+    return ChildRef(order.symbol, int(order.actual_order_id or ""))
 
 
 def _same_order(ref: OrderRef, view: OrderView) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from producer.message import Attempt, Call, OutcomeKind, decode_attempts
 from producer.untrusted import MAX_MSG_CHARS, MalformedMessage, clean_text
-from worker.classify import GATED, SILENCE, STATUS_MEANS, Means, OrderView, Verdict
+from worker.classify import GATED, SILENCE, STATUS_MEANS, ChildView, Means, OrderView, Verdict, child_of
 
 #: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody
 #: has learned that the order is gone, and opened another one under its id.
@@ -25,6 +25,8 @@ BLIND_CANCEL_MS = 100
 MAX_RESYNCS = 3
 #: First wait before an order that is just being triggered is looked at again, ms: a trigger takes about ten.
 TRIGGER_POLL_MS = 10
+#: So many answers without the id of its child end the waiting for it where nothing hangs on the child.
+MAX_CHILD_POLLS = 5
 #: How long after a silence the order is looked up, ms, by chance up to this: whoever met the same silence asks, too.
 LOOK_UP_WITHIN_MS = 20
 #: The longest pause before an order that is open after an unclear cancel is cancelled again, ms; at least half of it.
@@ -86,6 +88,7 @@ class Case:
     ahead: Span | None = None  # Redis' clock minus the exchange's, ms; None: not known
     retried: bool = False  # an earlier run has ended, whose calls the history lacks; or calls may leave late
     strikes_until_ms: int = 0  # until then a cancel by client id that got no clear answer may meet the id's next order
+    cancels_child: bool = False  # what the order becomes by triggering is to be cancelled, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class Stop:
     actual_order_id: str | None = None
     error: str | None = None
     is_left_alone: bool = False  # the order that the client id means now is not the one that was meant
+    child: ChildView | None = None  # the order that it became, as far as an answer told
+    child_cancelled: bool | None = None  # see producer.message.Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +122,14 @@ def first_step(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: i
     if now_ms >= case.deadline_at_ms:
         if not history:
             return Stop(OutcomeKind.OVERDUE, error="the deadline passed before anything was sent")
-        return _bound(history, policy, "the deadline passed")
+        status = last_status(history)
+        if status in _BECAME_ANOTHER and not case.cancels_child:
+            return Stop(OutcomeKind.TRIGGERED, status)
+        if status in _BECAME_ANOTHER and _may_look_again(case, history):
+            return Again(Call.QUERY)
+        return bound(history, policy, "the deadline passed")
     call = call_for(case, history, policy, now_ms)
-    return _attempts_left(history, policy, call) or Again(call)
+    return attempts_left(history, policy, call) or Again(call)
 
 
 def next_step(
@@ -135,14 +145,14 @@ def next_step(
     if verdict.order is not None:
         case = replace(case, by_client_id=False)  # the answer told the algo id, and the caller pins it
     if now_ms >= case.deadline_at_ms:
-        return _bound(history, policy, "the deadline passed")
+        return bound(history, policy, "the deadline passed")
     delay_ms = _delay(case, history, verdict, policy, now_ms, roll)
-    if (stop := _attempts_left(history, policy, call_for(case, history, policy, now_ms + delay_ms))) is not None:
+    if (stop := attempts_left(history, policy, call_for(case, history, policy, now_ms + delay_ms))) is not None:
         return stop
     left_ms = case.deadline_at_ms - now_ms
     if delay_ms >= left_ms:
         if verdict.means in GATED or left_ms <= LAST_TRY_MS:
-            return _bound(history, policy, "the deadline comes before the next try")
+            return bound(history, policy, "the deadline comes before the next try")
         delay_ms = left_ms - LAST_TRY_MS
     call = call_for(case, history, policy, now_ms + delay_ms)
     return Again(call, delay_ms, resync=verdict.means is Means.CLOCK)
@@ -156,6 +166,16 @@ def call_for(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int)
     # shows a time before the request was set back, and tells nothing.
     is_fresh = not history and not case.retried and 0 <= at_ms - case.meant_at_ms <= BLIND_CANCEL_MS
     return Call.CANCEL if is_fresh or not case.by_client_id else Call.QUERY
+
+
+#: States in which the order has become another one, the child.
+_BECAME_ANOTHER = frozenset({Means.TRIGGERED.name, Means.FINISHED.name})
+
+
+def _may_look_again(case: Case, history: Sequence[Attempt]) -> bool:
+    """Whether a child that was never cancelled is asked for once more after the deadline (:mod:`worker.child`)."""
+    is_tried = any(attempt.call is Call.CANCEL_CHILD and attempt.verdict not in NOT_DONE for attempt in history)
+    return not is_tried and not any(a.call is Call.QUERY and a.at_ms >= case.deadline_at_ms for a in history)
 
 
 def _asks(last: Attempt) -> bool:
@@ -175,7 +195,7 @@ def _wants_last_word(case: Case, history: Sequence[Attempt], policy: Policy, at_
     if first is None or case.by_client_id or not _misses_order(history[-1]) or at_ms >= case.deadline_at_ms:
         return False
     is_due = at_ms >= _horizon_ends(history, policy, at_ms)
-    return is_due and _last_cancel(history) <= first and _attempts_left(history, policy, Call.CANCEL) is None
+    return is_due and _last_cancel(history) <= first and attempts_left(history, policy, Call.CANCEL) is None
 
 
 def _last_cancel(history: Sequence[Attempt]) -> int:
@@ -197,6 +217,7 @@ def in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
 
 
 def _doubts(history: Sequence[Attempt], policy: Policy) -> list[Attempt]:
+    """The cancels in doubt; those of a child are :mod:`worker.child`'s."""
     open_at_ms = max((a.at_ms for a in history if _shows_state(a) and a.verdict == Means.OPEN), default=None)
     return [
         attempt
@@ -230,7 +251,7 @@ def _shows_state(attempt: Attempt) -> bool:
 
 
 def _misses_order(attempt: Attempt) -> bool:
-    return attempt.verdict == Means.NO_SUCH_ORDER and isinstance(attempt.call, Call)
+    return attempt.verdict == Means.NO_SUCH_ORDER and attempt.call in (Call.CANCEL, Call.QUERY)
 
 
 def counted(history: Sequence[Attempt]) -> int:
@@ -243,7 +264,7 @@ def counted(history: Sequence[Attempt]) -> int:
 
 
 #: Cleanly not done, whatever the call.
-_NOT_DONE = GATED | {Means.BUSY, Means.CLOCK, Means.NOT_SENT}
+NOT_DONE = GATED | {Means.BUSY, Means.CLOCK, Means.NOT_SENT}
 
 
 def _counts(history: Sequence[Attempt]) -> list[int]:
@@ -252,8 +273,8 @@ def _counts(history: Sequence[Attempt]) -> list[int]:
     for attempt in history:
         total = total if attempt.counted_before is None else attempt.counted_before
         counts.append(total)
-        is_repeat = attempt.verdict == Means.NO_SUCH_ORDER and attempt.call is Call.QUERY
-        total += attempt.verdict not in _NOT_DONE and not is_repeat
+        is_repeat = attempt.verdict == Means.NO_SUCH_ORDER and attempt.call in (Call.QUERY, Call.QUERY_CHILD)
+        total += attempt.verdict not in NOT_DONE and not is_repeat
     return [*counts, total]
 
 
@@ -271,13 +292,23 @@ def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Pol
     if order is not None and is_found and (doubt := _why_not_meant(case, order)):
         return Stop(OutcomeKind.UNKNOWN, error=f"{doubt}: left alone", is_left_alone=True)
     if means in _FREES_CLIENT_ID:
-        return None if now_ms < case.strikes_until_ms else _off_the_book(history, verdict)
+        if now_ms < case.strikes_until_ms or _awaits_child(case, history, verdict, now_ms):
+            return None
+        return _off_the_book(case, history, verdict)
     if means in _REFUSED or means is Means.NO_SUCH_ORDER:
         return _unless_in_doubt(case, history, verdict, policy, now_ms)
     return None
 
 
-def _off_the_book(history: Sequence[Attempt], verdict: Verdict) -> Stop:
+def _awaits_child(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int) -> bool:
+    """Whether the exchange has still to tell which order a triggered one became. It may be late (exchange.md 1.8)."""
+    if verdict.msg not in _BECAME_ANOTHER or child_of(verdict.order) is not None or now_ms >= case.deadline_at_ms:
+        return False
+    is_bound = verdict.means is Means.FINISHED or not case.cancels_child  # nothing of it rests, or nobody hangs on it
+    return not is_bound or trailing(history, verdict.means) <= MAX_CHILD_POLLS
+
+
+def _off_the_book(case: Case, history: Sequence[Attempt], verdict: Verdict) -> Stop:
     means, order = verdict.means, verdict.order
     if means is Means.CONFIRMED:
         return Stop(OutcomeKind.CANCELLED, "CANCELED")
@@ -285,6 +316,9 @@ def _off_the_book(history: Sequence[Attempt], verdict: Verdict) -> Stop:
         ours = any(_may_have_worked(attempt) or attempt.verdict == Means.CONFIRMED for attempt in history)
         return Stop(OutcomeKind.CANCELLED if ours else OutcomeKind.ALREADY_CANCELLED, "CANCELED")
     if means in (Means.TRIGGERED, Means.FINISHED):
+        is_unproven = case.cancels_child and means is Means.TRIGGERED and child_of(order) is None
+        if is_unproven:
+            return Stop(OutcomeKind.GAVE_UP, verdict.msg, error="the exchange named no child of the triggered order")
         return Stop(OutcomeKind.TRIGGERED, verdict.msg, order.actual_order_id if order else None)
     return Stop(OutcomeKind.EXPIRED if means is Means.EXPIRED else OutcomeKind.REJECTED, verdict.msg)
 
@@ -352,15 +386,16 @@ def _first_missed(history: Sequence[Attempt]) -> int | None:
     return first
 
 
-def _attempts_left(history: Sequence[Attempt], policy: Policy, call: Call) -> Stop | None:
+def attempts_left(history: Sequence[Attempt], policy: Policy, call: Call) -> Stop | None:
     """The bound on attempts; the last one is kept for the query that tells what the cancels before it did."""
     used = counted(history)
-    spare = 1 if call is Call.CANCEL and used > 0 else 0
+    spare = 1 if call.cancels and used > 0 else 0
     is_over = used + spare >= policy.max_attempts
-    return _bound(history, policy, f"{used} counted attempts were made") if is_over else None
+    return bound(history, policy, f"{used} counted attempts were made") if is_over else None
 
 
-def _bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
+def bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
+    """The end of a request that is out of time or of attempts."""
     kind = OutcomeKind.UNKNOWN if in_doubt(history, policy) else OutcomeKind.GAVE_UP
     said = f"; last: {history[-1].verdict} {history[-1].msg}".rstrip() if history else ""
     return Stop(kind, last_status(history), error=f"{why}{said}")
@@ -376,9 +411,9 @@ def _own_delay(
     case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float
 ) -> int:
     means, call = verdict.means, history[-1].call
-    if means is Means.CLOCK and _trailing(history, Means.CLOCK) <= MAX_RESYNCS:
+    if means is Means.CLOCK and trailing(history, Means.CLOCK) <= MAX_RESYNCS:
         return 0
-    if means in _FREES_CLIENT_ID:
+    if means in _FREES_CLIENT_ID and now_ms < case.strikes_until_ms:
         return case.strikes_until_ms - now_ms
     if means in _REFUSED:
         return max(silent_until_ms(history, policy) - now_ms, 0)
@@ -391,8 +426,8 @@ def _own_delay(
         return 0
     if means is Means.OPEN and not any(a.call is Call.CANCEL for a in history):
         return 0
-    if means in (Means.TRIGGER_RACE, Means.TRIGGERING):
-        doublings = min(_trailing(history, Means.TRIGGERING), 32)
+    if means in (Means.TRIGGER_RACE, Means.TRIGGERING, Means.TRIGGERED, Means.FINISHED):
+        doublings = 0 if means is Means.TRIGGER_RACE else min(trailing(history, means), 32)
         return int(min(TRIGGER_POLL_MS << doublings, policy.backoff_cap_ms) * (0.5 + roll / 2))
     delay_ms = backoff_ms(len(history), policy, roll)
     if means is Means.NO_SUCH_ORDER:  # one more look just when it would be believed
@@ -423,7 +458,8 @@ def backoff_ms(attempts: int, policy: Policy, roll: float) -> int:
     return int(ceiling * roll)
 
 
-def _trailing(history: Sequence[Attempt], means: Means) -> int:
+def trailing(history: Sequence[Attempt], means: Means) -> int:
+    """How many of the latest attempts in a row got this verdict."""
     count = 0
     for attempt in reversed(history):
         if attempt.verdict != means:
@@ -497,6 +533,8 @@ def _needed(history: Sequence[Attempt]) -> set[int]:
         next((at for at in places if history[at].call is Call.CANCEL), None),
         next((at for at in reversed(places) if history[at].call is Call.CANCEL), None),
         next((at for at in reversed(places) if _shows_state(history[at])), None),
+        next((at for at in reversed(places) if history[at].call is Call.CANCEL_CHILD), None),
+        next((at for at in places if history[at].call is Call.QUERY_CHILD), None),
         _first_missed(history),
         # the last to lose their doubt, of all and of those that are no silence,
         *(max(some, key=lambda at: history[at].at_ms + history[at].ms, default=None) for some in (unclear, answered)),

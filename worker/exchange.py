@@ -16,7 +16,7 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 from producer.message import Call
-from worker.classify import Failure, OrderRef, Reply
+from worker.classify import ChildRef, Failure, OrderRef, Reply
 from worker.clock import ServerClock, local_ns
 from worker.decide import AHEAD_MS
 from worker.patience import FIRST_S, FLOOR_S, Patience
@@ -31,8 +31,8 @@ MAX_RETRY_AFTER_MS = 3 * 24 * 3600 * 1000
 #: would no longer accept, and was most likely lost.
 _PART_OF_RECV_WINDOW = 0.8
 
-_METHODS = {Call.CANCEL: "DELETE", Call.QUERY: "GET"}
 _ORDER_PATH = "/fapi/v1/algoOrder"
+_CHILD_PATH = "/fapi/v1/order"
 _TIME_PATH = "/fapi/v1/time"
 _INFO_PATH = "/fapi/v1/exchangeInfo"
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
@@ -103,11 +103,11 @@ class Exchange:
         self,
         call: Call,
         credential: Credential,
-        ref: OrderRef,
+        ref: OrderRef | ChildRef,
         may_go: Callable[[], bool] = _always,
         sent: Sent | None = None,
     ) -> Answer | None:
-        """A signed call about ``ref``, by its algo id if there is one (exchange.md 1.2; weight 1).
+        """A signed call about ``ref``, an order by its algo id if there is one (exchange.md 1.2, 1.8; weight 1).
 
         ``may_go`` is asked right before the request is written, on a connection that stands. If it says no, nothing
         is sent and None is returned. Without ``sent`` the answer is waited for until the attempt's end.
@@ -122,14 +122,15 @@ class Exchange:
                 return None
             timestamp_ms, window_ms = self._clock.now_ms(), self._recv_window_ms
             patience_s = None if sent is None else self._patience.of(call)
-            if patience_s is not None and call is Call.CANCEL and ref.algo_id is None:
+            if patience_s is not None and call is Call.CANCEL and isinstance(ref, OrderRef) and ref.algo_id is None:
                 window_ms = min(window_ms, round(patience_s * 1000))
             query = signed_query(_id_of(ref), credential, timestamp_ms, window_ms)
             fields = (("X-MBX-APIKEY", check_api_key(credential.api_key)),)
             written_ns = local_ns()
             if sent is not None:
                 sent.accepted_until_ns = self._accepted_until_ns(timestamp_ms, window_ms)
-            return Request(_METHODS[call], f"{_ORDER_PATH}?{query}", fields, patience_s, late)
+            path = _CHILD_PATH if call.of_child else _ORDER_PATH
+            return Request("DELETE" if call.cancels else "GET", f"{path}?{query}", fields, patience_s, late)
 
         def late(came: Raw | Failed) -> None:
             self._learn(call, came)
@@ -279,7 +280,9 @@ def _tells_time(answer: Answer | None) -> bool:
     return isinstance(answer, Reply) and answer.http == 200 and _server_time_ms(answer.body) is not None
 
 
-def _id_of(ref: OrderRef) -> list[tuple[str, str | int]]:
+def _id_of(ref: OrderRef | ChildRef) -> list[tuple[str, str | int]]:
+    if isinstance(ref, ChildRef):
+        return [("symbol", ref.symbol), ("orderId", ref.order_id)]
     if ref.algo_id is not None:
         return [("algoId", ref.algo_id)]
     if ref.client_algo_id is not None:

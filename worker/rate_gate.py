@@ -110,7 +110,7 @@ class Gate:
 
     def allows(self, call: Call, used: int) -> bool:
         """Whether the budget has room for ``call``: cancels have the last quarter to themselves."""
-        return call is Call.CANCEL or used < NO_QUERIES_AT * self.weight_limit
+        return call.cancels or used < NO_QUERIES_AT * self.weight_limit
 
     def allows_look_up(self, used: int, minute: int) -> bool:
         """Whether it has room for a query that only a silence asks for: they have a part of what is left.

@@ -85,6 +85,7 @@ class Lease:
     pin: bytes
     meant_at_ms: int  # when the request was first made; a retry means the same order
     until_ns: int  # our own idea of its end (worker.clock.local_ns)
+    cancels_child: bool = False  # what a triggered order became is to be cancelled, too
     fault: str = ""  # why it cannot be read as it should: `number FIELD`, `size FIELD`, `recalled STATUS`
 
     @property
@@ -134,12 +135,14 @@ class Done:
         outcome, lease = self.outcome, self.lease
         failed = outcome.kind.failed
         by_deadline = outcome.kind in ("overdue", "gave_up", "unknown")
+        leaves_child = outcome.kind == "triggered" and not lease.cancels_child
         said = f"{outcome.kind.value}: {outcome.error}".encode()
         # RQ keeps a failure's text compressed, a return value as its serializer writes it (rq.results.Result).
         result = b64encode(zlib.compress(said) if failed else b'"%s"' % outcome.kind.value.encode())
-        attempts = encode_attempts(outcome.attempts) if by_deadline else ""
+        attempts = encode_attempts(outcome.history()) if by_deadline or leaves_child else ""
         decided_by = lease.deadline_at_ms if by_deadline else ""
-        return (*_head("done", lease), outcome.encode(), outcome.kind.value, result, decided_by, attempts, self.pin)
+        said_of = (outcome.encode(), outcome.kind.value, result, decided_by)
+        return (*_head("done", lease), *said_of, attempts, self.pin, "1" if leaves_child else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ class Retry:
 
     def words(self) -> Words:
         """The row of complete.lua."""
-        return (*_head("retry", self.lease), encode_attempts(self.attempts), self.pin, self.delay_ms, "", "", "")
+        return (*_head("retry", self.lease), encode_attempts(self.attempts), self.pin, self.delay_ms, "", "", "", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,7 @@ class Release:
     def words(self) -> Words:
         """The row of complete.lua."""
         attempts = "" if self.attempts is None else encode_attempts(self.attempts)
-        return (*_head("release", self.lease), attempts, self.pin, "", "", "", "")
+        return (*_head("release", self.lease), attempts, self.pin, "", "", "", "", "")
 
 
 #: How a hold ends.
@@ -420,7 +423,7 @@ def _raise(*answers: Any) -> None:
 
 
 def _lease(row: list[Any], until_ns: int) -> Lease:
-    key, token, data, enqueued_at, deadline_at, run, attempts, pin, fault, meant_at = row
+    key, token, data, enqueued_at, deadline_at, run, attempts, pin, fault, meant_at, cancels_child = row
     return Lease(
         key=key,
         token=token.decode(),
@@ -432,5 +435,6 @@ def _lease(row: list[Any], until_ns: int) -> Lease:
         pin=pin,
         meant_at_ms=int(meant_at),
         until_ns=until_ns,
+        cancels_child=cancels_child == b"1",
         fault=fault.decode(),
     )

@@ -1,7 +1,7 @@
 -- Enqueue cancel requests, or join them to the unfinished job of the same order. Safe to repeat: the caller makes ids.
--- ARGV  1 RQ's stamp of now, then for each request six words:
+-- ARGV  1 RQ's stamp of now, then for each request seven words:
 --       id, order key (empty: no earlier call's job may be joined), data, description, deadline in ms from now (empty:
---       the worker's default), urgent (1 or empty)
+--       the worker's default), urgent (1 or empty), whether a triggered order's child is to be cancelled (1 or empty)
 -- Gives the first request's id, which proves whose answer it is, then for each request: the id of the job that carries
 -- it, and 1 if another request had made that job.
 -- Requests for one order stand side by side under one id: inside one call they share a job.
@@ -40,7 +40,8 @@ function job.see_to_its_place(id, s, urgent)
 end
 
 -- The job is of that order (nil: whatever its order is), or it is not joined.
-function job.join(id, order, deadline_ms, urgent)
+function job.join(id, order, i)
+  local deadline_ms, urgent = ARGV[i + 4], ARGV[i + 5]
   local s, key = job.read(id), JOB_PREFIX .. id
   if not s or (order and s.order ~= order) or job.is_recalled(s) then return false end
   if s.done then
@@ -51,6 +52,7 @@ function job.join(id, order, deadline_ms, urgent)
   job.ask(key, s, deadline_ms)
   redis.call('PERSIST', key) -- RQ may have ended an earlier run of it late
   if urgent == '1' then redis.call('HSET', key, 'c_urgent', '1') end
+  if ARGV[i + 6] == '1' then redis.call('HSET', key, 'c_on_trigger', 'cancel_child') end
   if not fresh[id] then job.see_to_its_place(id, s, urgent) elseif urgent == '1' then on('LPUSH', WAITING, id) end
   return true
 end
@@ -64,6 +66,7 @@ function job.create(id, order, i)
   redis.call('HSET', JOB_PREFIX .. id, 'data', ARGV[i + 2], 'description', ARGV[i + 3], named, value, 'c_run', '1',
     'c_enqueued_at_ms', now.text, asked, at, 'created_at', stamp, 'enqueued_at', stamp, 'last_heartbeat', stamp,
     unpack(JOB_FIELDS))
+  if ARGV[i + 6] == '1' then redis.call('HSET', JOB_PREFIX .. id, 'c_on_trigger', 'cancel_child') end
   fresh[id] = true
   indexed[#indexed + 1] = waits_since
   indexed[#indexed + 1] = id
@@ -79,16 +82,16 @@ end
 local answer = {ARGV[2]}
 on('SADD', QUEUES, WAITING)
 local last_asked, last_id
-for i = 2, #ARGV, 6 do
+for i = 2, #ARGV, 7 do
   local asked, order = ARGV[i], ARGV[i + 1]
   local id, duplicate = asked, 0
   if asked == last_asked then
     -- Also where the job has ended meanwhile: this is a repeat then, and requests of one call share a ticket.
     id, duplicate = last_id, 1
-    job.join(id, nil, ARGV[i + 4], ARGV[i + 5])
+    job.join(id, nil, i)
   elseif redis.call('EXISTS', JOB_PREFIX .. id, OUTCOME_PREFIX .. id) == 0 then
     local other = job.is_shared(order) and job.pointed_to(order)
-    if other and job.join(other, order, ARGV[i + 4], ARGV[i + 5]) then
+    if other and job.join(other, order, i) then
       id, duplicate = other, 1
     else
       job.create(id, order, i)

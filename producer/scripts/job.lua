@@ -45,12 +45,13 @@ job.number_fields = {'c_enqueued_at_ms', 'c_asked_at_ms', 'c_deadline_at_ms', 'c
 -- The state of a job, numbers as they stand; nil where the key is no hash of a job. What should be a number and is
 -- none counts as absent and is named in `damaged`.
 function job.read(id)
-  local f = redis.pcall('HMGET', JOB_PREFIX .. id, 'status', 'c_done', 'c_lease', 'c_order', unpack(job.number_fields))
+  local f = redis.pcall('HMGET', JOB_PREFIX .. id, 'status', 'c_done', 'c_lease', 'c_order', 'c_on_trigger',
+    unpack(job.number_fields))
   if f.err then return nil end
-  local s = {status = f[1], done = f[2], lease = f[3], order = f[4]}
+  local s = {status = f[1], done = f[2], lease = f[3], order = f[4], cancels_child = f[5] == 'cancel_child'}
   local is_there = f[1] or f[2] or f[3] or f[4]
   for i, name in ipairs(job.numbers) do
-    local value = f[4 + i]
+    local value = f[5 + i]
     if value then
       is_there = true
       if job.whole(value) then s[name] = value else

@@ -243,7 +243,7 @@ def _with_outcome(seen: Seen, outcome: Outcome) -> Seen:
         kind=outcome.kind,
         error=outcome.error,
         run=outcome.run,
-        attempts=outcome.attempts,
+        attempts=outcome.history(),
         enqueued_at_ms=outcome.enqueued_at_ms,
         ended_at_ms=outcome.finished_at_ms,
     )

@@ -344,21 +344,21 @@ def client_of(scene: Scene) -> Iterator[CancelClient]:
 
 
 def trouble(scene: Scene) -> list[CancelRequest]:
-    """A request for each fault of the exchange on a cancel, on a query, and on a child's, with all kinds of keys."""
+    """A request for each fault of the exchange on each call that can meet it, with all kinds of keys."""
     accounts = ["default", "rsa", "ed"]
     requests = []
     # Those that stop an address stop every request: they come as incidents, below.
     faults = [fault for fault in Fault if not fault.spec.gates and not fault.spec.pauses]
     for number, fault in enumerate(faults):
         account = accounts[number % 3]
-        # What the order meets first, so that the call is made.
-        before = {Call.CANCEL: fault, Call.QUERY: Fault.DROP_AFTER, Call.QUERY_CHILD: Fault.TRIGGERED_BEFORE}
-        for call in fault.spec.calls & before.keys():
+        for call in fault.spec.calls:
             (order,) = scene.exchange.add_orders(1, account=account)
-            scene.exchange.script_faults(order.algo_id, [before[call]])
-            if call is not Call.CANCEL:
-                scene.exchange.script_faults(order.algo_id, [fault, fault], call=call)
-            requests.append(CancelRequest(algo_id=order.algo_id, account=account))
+            if call is Call.QUERY:
+                scene.exchange.script_faults(order.algo_id, [Fault.DROP_AFTER])
+            elif call is not Call.CANCEL:
+                scene.exchange.trigger(order.algo_id)
+            scene.exchange.script_faults(order.algo_id, [fault, fault][: 1 + (call is Call.QUERY)], call=call)
+            requests.append(CancelRequest(algo_id=order.algo_id, account=account, on_trigger="cancel_child"))
     requests += [CancelRequest(algo_id=n, account="lost") for n in range(1, 8)]
     return [*requests, CancelRequest(algo_id=1, account="nobody")]
 

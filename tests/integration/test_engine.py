@@ -24,8 +24,8 @@ from tests.fault.proxy import Proxy
 from tests.integration.conftest import Logged
 from tests.orders import at_first_try, cancel_all, opened, outcomes, steps
 from tests.servers import Peek, Valkey, eventually
-from worker.cancel import Hold
 from worker.clock import RedisClock, SleepWatch, local_ns
+from worker.job import Hold
 from worker.sandbox.control import RunningExchange
 from worker.store import Beat, Claimed, Completed, Lease, Request, Retry, Row
 

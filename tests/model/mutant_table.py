@@ -213,9 +213,15 @@ MUTANTS = (
     Mutant(COMPLETE, "'c_done', kind, ", "", "a job does not know that it has ended"),
     Mutant(
         COMPLETE,
-        "job.deadline_of(job.read(id)) > tonumber(decided_by_ms)",
-        "job.deadline_of(job.read(id)) < tonumber(decided_by_ms)",
+        "job.deadline_of(s) > tonumber(decided_by_ms)",
+        "job.deadline_of(s) < tonumber(decided_by_ms)",
         "a job ends by a deadline that has moved",
+    ),
+    Mutant(
+        COMPLETE,
+        "if leaves_child == '1' and s.cancels_child then return true end",
+        "",
+        "a child is left alone though a later request wants it cancelled",
     ),
     Mutant(COMPLETE, "  job.enter(record)\n", "", "outcomes are missing in the ledger"),
     Mutant(

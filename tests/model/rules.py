@@ -53,6 +53,7 @@ class Asked:
     order: str
     joins: bool
     deadline_ms: int | None  # from the moment of asking; None: the worker's
+    cancels_child: bool = False
 
 
 @dataclass(slots=True)
@@ -87,6 +88,7 @@ class Job:
     is_deleted: bool = False  # a person deleted it
     is_expired: bool = False  # its hash has run out, as it does after the end
     record_is_expired: bool = False
+    cancels_child: bool = False  # some request for it wanted what it becomes by triggering cancelled, too
 
     @property
     def is_counted_anew(self) -> bool:
@@ -147,11 +149,13 @@ class Model:
             if asked.joins and (other := self.pointers.get(asked.order)) and self.jobs[other].is_open:
                 raise self.finding(8, job_id, "stands beside the open job of its order", other[:8], asked.order)
             self.jobs[job_id] = job = Job(job_id, asked.order, asked.call, deadline_ms)
+            job.cancels_child = asked.cancels_child
             if asked.joins:
                 self.pointers[asked.order] = job_id
             return job
         if job.order != asked.order:
             raise self.finding(8, job_id, "is the ticket of another order", job.order, asked.order)
+        job.cancels_child = job.cancels_child or asked.cancels_child
         if asked.call != job.call:
             self._joined(job, asked, now_ms)
         elif is_repeat:
@@ -190,6 +194,8 @@ class Model:
         shown = len(decode_attempts(lease.attempts))
         if not job.is_deleted:
             self._may_be_given(job, lease, now_ms)
+            if lease.cancels_child != job.cancels_child:
+                raise self.finding(7, job.id, "is given without what was asked of its child", lease.cancels_child)
             if shown < job.attempts or (shown > job.attempts and not self.is_blind):
                 raise self.finding(5, job.id, f"is given with {shown} attempts, {job.attempts} were made")
         job.attempts, job.due_ms = shown, 0
@@ -260,10 +266,13 @@ class Model:
         else:
             kind = row.outcome.kind.value
             has_moved = kind in BY_DEADLINE and job.deadline_ms > lease.deadline_at_ms
-            if answer == 2 and kind in BY_DEADLINE:
+            leaves_child = kind == "triggered" and job.cancels_child and not lease.cancels_child
+            if answer == 2 and (kind in BY_DEADLINE or leaves_child):
                 job.attempts = len(row.outcome.attempts)
             elif answer == 2:
-                raise self.finding(1, job.id, f"is not recorded as {kind}, which hangs on no deadline")
+                raise self.finding(1, job.id, f"is not recorded as {kind}, which hangs on no later request")
+            elif leaves_child:
+                raise self.finding(7, job.id, "ends as triggered, though a child is to be cancelled")
             elif has_moved:
                 raise self.finding(7, job.id, f"ends as {kind} by a deadline that has moved")
             else:

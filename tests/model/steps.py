@@ -41,7 +41,8 @@ def a_request(world: World) -> CancelRequest:
     if chance.random() < 0.25:
         which = {"client_algo_id": chance.choice(world.client_ids)}
     deadline_s = chance.choice((None, None, None, 0.03, 0.2, 400.0))
-    return CancelRequest(**which, urgent=chance.random() < 0.25, deadline_s=deadline_s)
+    on_trigger = "cancel_child" if chance.random() < 0.1 else "report"
+    return CancelRequest(**which, urgent=chance.random() < 0.25, deadline_s=deadline_s, on_trigger=on_trigger)
 
 
 def requests(world: World) -> list[CancelRequest]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
 import redis
 
 from producer import CancelClient, CancelRequest
-from producer.message import decode_call, decode_outcome
+from producer.message import OnTrigger, decode_call, decode_outcome
 from producer.protocol import Wire
 from tests.model.holders import DEADLINE_MS, QUEUE, Hand, WatchedStore
 from tests.model.rules import Asked, Finding, Model, Seen
@@ -129,13 +129,15 @@ class World:
         (command,) = next(conversation)
         conversation.close()
         call = Call(self._calls, list(command), self.wire.enqueue_script.source)
-        for row in range(4, len(call.words), 6):
-            own_id, _, data, _, deadline, _ = call.words[row : row + 6]
-            call.rows.append((own_id, self._asked(call.number, decode_call(data), deadline)))
+        for row in range(4, len(call.words), 7):
+            own_id, _, data, _, deadline, _, child = call.words[row : row + 7]
+            asked = self._asked(call.number, decode_call(data), deadline)
+            call.rows.append((own_id, replace(asked, cancels_child=child == "1")))
         return call
 
     def _asked(self, number: int, request: CancelRequest, deadline: Any) -> Asked:
-        return Asked(number, request.order_key, request.joins, int(deadline) if deadline != "" else None)
+        child = request.on_trigger == OnTrigger.CANCEL_CHILD
+        return Asked(number, request.order_key, request.joins, int(deadline) if deadline != "" else None, child)
 
     def send(self, call: Call, *, is_heard: bool, is_repeat: bool = False) -> list[str]:
         """Send the words of a call, and tell the model what came of them; gives the ids of the carrying jobs."""

@@ -6,7 +6,8 @@
 -- Gives: now in ms, the gate's end in ms (0: open), suspended (1 or 0), names of keys that were set aside or entries
 -- that were dropped, why the one job was not leased (empty: it was, or nobody asked for one; `settled`, `held`, `gone`,
 -- `scheduled` and when it is due, `closed` and its deadline), then a row for each job:
--- id, lease, data, enqueued, deadline, run, attempts, pin, fault, when the order was first meant.
+-- id, lease, data, enqueued, deadline, run, attempts, pin, fault, when the order was first meant, whether a child is to be
+-- cancelled (1 or empty).
 local STEP = 100 -- entries of one kind brought back in one call: the server must not stand still
 local SWEEP = 500 -- waiting jobs looked at in one call during a pause
 local OVERLOOKED_MS = 5000 -- a job that waits so long while the queue is empty stands in no list
@@ -178,7 +179,7 @@ function job.lease(id, s, deadline_ms)
   local data, attempts = job.bounded(key, 'data', MAX_DATA_BYTES), job.bounded(key, 'c_attempts', MAX_ATTEMPTS_BYTES)
   local pin = job.bounded(key, 'c_pin', MAX_DATA_BYTES)
   return {id, token, data or '', s.enqueued_at, text(deadline_ms), run, attempts or TOO_LARGE, pin or '',
-    job.fault_of(s, data, pin), s.meant_at or s.enqueued_at}
+    job.fault_of(s, data, pin), s.meant_at or s.enqueued_at, s.cancels_child and '1' or ''}
 end
 
 function job.try(id, only_overdue)

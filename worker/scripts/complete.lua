@@ -1,15 +1,15 @@
 -- End holds: record outcomes, schedule retries, release jobs. One call for a group; each row is carried out whole or
 -- not at all, and one whose lease or run is another by now changes nothing.
--- ARGV  1 holder's name, then for each row ten words:
+-- ARGV  1 holder's name, then for each row eleven words:
 --       what (done, retry, release), id, lease, run, then
 --       done     record, kind, result (base64), deadline it was decided by in ms (empty: the decision does not hang on
---                the deadline), attempts, pin
---       retry    attempts, pin, delay in ms, three unused
---       release  attempts (empty: as they were), pin, four unused
+--                the deadline), attempts, pin, whether it leaves a triggered order's child alone (1 or empty)
+--       retry    attempts, pin, delay in ms, four unused
+--       release  attempts (empty: as they were), pin, five unused
 -- Gives names of keys that were set aside, and for each row: -1 its keys are damaged, 0 not ours any more, 1 done, 2 not
--- done because the deadline has moved (the job goes on), or for `retry` the due time in ms; where a row is repeated,
--- what it gave before.
-local ROW = 10
+-- done because more is asked for by now than it was decided by (the job goes on), or for `retry` the due time in ms;
+-- where a row is repeated, what it gave before.
+local ROW = 11
 -- What all rows of a group say of one key is written at the end, with one call.
 local out = {entries = {}, ended = {}, indexed = {}, scheduled = {}, finished = {}, failed = {}, unfailed = {}, over = {},
   front = {}, stamp = now.stamp(), ended_at = now.seconds(now.ms)}
@@ -65,13 +65,17 @@ function job.as_rq_does(id, lease, began_at, is_failed, result)
   if not is_failed then out.unfailed[#out.unfailed + 1] = id end -- RQ fails the job of a horse that was killed
 end
 
--- While it was decided that the deadline had passed, another strategy may have asked for the same order.
-function job.has_moved(id, decided_by_ms)
-  return decided_by_ms ~= '' and job.deadline_of(job.read(id)) > tonumber(decided_by_ms)
+-- While it was decided that the deadline had passed, or that a child is only told of, another strategy may have asked
+-- for the same order.
+function job.has_moved(id, decided_by_ms, leaves_child)
+  if decided_by_ms == '' and leaves_child == '' then return false end
+  local s = job.read(id)
+  if leaves_child == '1' and s.cancels_child then return true end
+  return decided_by_ms ~= '' and job.deadline_of(s) > tonumber(decided_by_ms)
 end
 
 function job.done(id, key, s, i)
-  if job.has_moved(id, ARGV[i + 7]) then
+  if job.has_moved(id, ARGV[i + 7], ARGV[i + 10]) then
     job.end_hold(key, s, '2', ARGV[i + 8], ARGV[i + 9], 'queued')
     job.to_front(id)
     return '2'

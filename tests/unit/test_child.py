@@ -1,0 +1,210 @@
+"""What is done about the child of a triggered order: rules that hold for any answers, and the steps of chosen ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from producer.message import CHILD_ENDED, WORKER_LOST, Attempt, Call, OutcomeKind
+from tests.decisions import (
+    BAD_KEY,
+    BAD_PARAM,
+    CHILD_ID,
+    GATEWAY,
+    GONE,
+    LATE_CLOCK,
+    LIMITED,
+    NO_CONNECTION,
+    NOT_THERE,
+    OVERLOAD,
+    SILENT,
+    T0,
+    TIMEOUT,
+    TOOK_MS,
+    Answer,
+)
+from worker.child import Child, ChildCase, after_child, child_step
+from worker.classify import ChildRef, ChildView, Means, Reply, classify
+from worker.decide import NOT_DONE, Again, Policy, Stop
+
+REF = ChildRef("BNBUSDT", int(CHILD_ID))
+POLICY = Policy()
+C, Q = "cancel_child", "query_child"
+
+
+def child(status: str, executed: str = "0", price: str | None = "0.00000", **other: object) -> Reply:
+    """The answer that shows the child in a state."""
+    order = {"orderId": REF.order_id, "symbol": REF.symbol, "status": status, "executedQty": executed} | other
+    return Reply(200, json.dumps(order | ({} if price is None else {"avgPrice": price})).encode())
+
+
+NEW, PART, FILLED = child("NEW"), child("PARTIALLY_FILLED", "0.4", "9.5"), child("FILLED", "1", "9.6")
+CANCELED, EXPIRED, ODD = child("CANCELED"), child("EXPIRED"), child("PENDING_NEW")
+PRICED = child("CANCELED", "0.4", "9.5")
+#: As a DELETE answers: without an average price.
+DONE, DONE_IN_PART = child("CANCELED", price=None), child("CANCELED", "0.4", None)
+
+
+@dataclasses.dataclass
+class Played:
+    """What was done about a child, and how it ended."""
+
+    calls: list[str] = dataclasses.field(default_factory=list)
+    delays: list[int] = dataclasses.field(default_factory=list)
+    history: list[Attempt] = dataclasses.field(default_factory=list)
+    stop: Stop = dataclasses.field(default_factory=lambda: Stop(OutcomeKind.UNKNOWN))
+
+
+def play(
+    answers: list[Answer],
+    *,
+    cancels: bool = True,
+    parent: str = "TRIGGERED",
+    left_ms: int = 300_000,
+    roll: float = 0.5,
+    before: tuple[Attempt, ...] = (),
+    retried: bool = False,
+) -> Played:
+    """Work on a child until it stops; the last answer is repeated for as long as calls are made."""
+    case = ChildCase(cancels, T0 + left_ms, retried)
+    known = Child(REF, Stop(OutcomeKind.TRIGGERED, parent, CHILD_ID))
+    played = Played(history=list(before))
+    now_ms, step = T0, child_step(case, known, before, POLICY, T0)
+    while isinstance(step, Again):
+        assert len(played.calls) < 2000, "it does not end"
+        played.calls.append(step.call.value)
+        verdict = classify(step.call, REF, answers[min(len(played.calls), len(answers)) - 1])
+        said = (verdict.http, verdict.code, verdict.msg, verdict.means.value, TOOK_MS)
+        played.history.append(Attempt(len(played.history) + 1, now_ms, step.call, *said))
+        now_ms += TOOK_MS
+        known.is_asked = True
+        known.learn(verdict)
+        step = after_child(case, known, played.history, verdict, POLICY, now_ms, roll)
+        if isinstance(step, Again):
+            played.delays.append(step.delay_ms)
+            now_ms += step.delay_ms
+    played.stop = step
+    return played
+
+
+ROWS: list[tuple[str, dict[str, object], list[Answer], list[str], str, str | None, bool | None]] = [
+    ("reported", {"cancels": False}, [NEW], [Q], "triggered", "NEW", None),
+    ("reported, whatever is said", {"cancels": False}, [BAD_KEY], [Q], "triggered", None, None),
+    ("reported late", {"cancels": False, "left_ms": -1}, [PART], [Q], "triggered", "PARTIALLY_FILLED", None),
+    ("filled", {}, [FILLED], [Q], "triggered", "FILLED", False),
+    ("cancelled before", {}, [CANCELED], [Q], "triggered", "CANCELED", False),
+    ("expired", {}, [EXPIRED], [Q], "triggered", "EXPIRED", False),
+    ("cancelled", {}, [NEW, DONE], [Q, C], "triggered", "CANCELED", True),
+    ("its price is read", {}, [NEW, DONE_IN_PART, PRICED], [Q, C, Q], "triggered", "CANCELED", True),
+    ("its price is not told", {}, [NEW, DONE_IN_PART, TIMEOUT], [Q, C, Q], "triggered", "CANCELED", True),
+    ("its price is known", {}, [PART, DONE_IN_PART], [Q, C], "triggered", "CANCELED", True),
+    ("unknown state", {}, [ODD, DONE], [Q, C], "triggered", "CANCELED", True),
+    ("filled meanwhile", {}, [NEW, GONE, FILLED], [Q, C, Q], "triggered", "FILLED", False),
+    ("a cancel that shows it filled", {}, [NEW, FILLED], [Q, C], "triggered", "FILLED", False),
+    ("a cancel that shows it live", {}, [NEW, NEW, CANCELED], [Q, C, Q], "triggered", "CANCELED", True),
+    ("no answer, done", {}, [NEW, SILENT, CANCELED], [Q, C, Q], "triggered", "CANCELED", True),
+    ("no answer, not done", {}, [NEW, TIMEOUT, NEW, DONE], [Q, C, Q, C], "triggered", "CANCELED", True),
+    ("not sent", {}, [NEW, NO_CONNECTION, DONE], [Q, C, C], "triggered", "CANCELED", True),
+    ("our clock", {}, [NEW, LATE_CLOCK, DONE], [Q, C, C], "triggered", "CANCELED", True),
+    ("limited", {}, [NEW, LIMITED, DONE], [Q, C, C], "triggered", "CANCELED", True),
+    ("lag", {}, [NOT_THERE, NOT_THERE, NEW, DONE], [Q, Q, Q, C], "triggered", "CANCELED", True),
+    ("key", {}, [NEW, BAD_KEY], [Q, C], "refused", "NEW", None),
+    ("refused after a doubt", {}, [NEW, TIMEOUT, BAD_PARAM], [Q, C, Q], "unknown", "NEW", None),
+    ("near the deadline", {"left_ms": 900}, [DONE], [C], "triggered", "CANCELED", True),
+    ("after the deadline", {"left_ms": 0}, [TIMEOUT, NEW], [C, Q], "unknown", "NEW", None),
+    ("after the deadline, gone", {"left_ms": 0}, [GONE, FILLED], [C, Q], "triggered", "FILLED", False),
+    ("after the deadline, not sent", {"left_ms": 0}, [OVERLOAD], [C], "gave_up", None, None),
+    ("after the deadline, limited", {"left_ms": 0}, [LIMITED], [C], "gave_up", None, None),
+    ("finished", {"parent": "FINISHED"}, [FILLED], [Q], "triggered", "FILLED", False),
+    ("finished, not told", {"parent": "FINISHED"}, [NOT_THERE], [Q], "triggered", None, None),
+    ("finished, and shown open", {"parent": "FINISHED"}, [NEW, DONE], [Q, C], "triggered", "CANCELED", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "answers", "calls", "kind", "status", "ours"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS]
+)
+def test_steps(
+    options: dict[str, object],
+    answers: list[Answer],
+    calls: list[str],
+    kind: str,
+    status: str | None,
+    ours: bool | None,
+) -> None:
+    """Each answer leads to these calls and this end."""
+    played = play(answers, **options)  # type: ignore[arg-type]
+
+    seen = played.stop.child
+    assert (played.calls, played.stop.kind.value) == (calls, kind)
+    assert (seen.status if seen else None, played.stop.child_cancelled) == (status, ours)
+    assert played.stop.actual_order_id == CHILD_ID
+
+
+@pytest.mark.parametrize(
+    "answers", [[NEW, SILENT], [NEW, OVERLOAD], [NEW, GONE, NEW, GONE, GATEWAY], [NOT_THERE], [LIMITED]]
+)
+def test_bounds(answers: list[Answer]) -> None:
+    """What never ends ends by the deadline, or where the exchange does not know the child, as what may be live."""
+    played = play(answers)
+
+    assert played.stop.kind in (OutcomeKind.GAVE_UP, OutcomeKind.UNKNOWN)
+    assert "may be live" in (played.stop.error or "")
+
+
+def test_whose_cancel_it_was_that_a_lost_worker_sent() -> None:
+    """A worker that was lost may have cancelled the child: then nobody knows."""
+    lost = Attempt(1, T0, Call.CANCEL, None, None, WORKER_LOST, Means.UNCLEAR.value, 5)
+
+    assert play([CANCELED], before=(lost,)).stop.child_cancelled is None
+    assert play([NEW, DONE], before=(lost,)).stop.child_cancelled is True
+    assert play([EXPIRED], before=(lost,)).stop.child_cancelled is False
+    assert play([CANCELED], retried=True).stop.child_cancelled is None  # by an earlier run's, perhaps
+
+
+def test_what_an_earlier_holder_saw() -> None:
+    """A history with what was seen of the child is gone on with, and told where nothing more is heard."""
+    seen = Attempt(1, T0, Call.QUERY_CHILD, 200, None, "PARTIALLY_FILLED", Means.OPEN.value, 5)
+
+    assert play([DONE], before=(seen,)).calls == [C]
+    assert play([NEW], before=(seen,), cancels=False).calls == [Q]
+    assert play([OVERLOAD], before=(seen,), left_ms=0).stop.child == ChildView("PARTIALLY_FILLED", None, None)
+
+
+ANSWERS = st.lists(
+    st.sampled_from(
+        [
+            *(NEW, PART, FILLED, CANCELED, EXPIRED, ODD, DONE, DONE_IN_PART, GONE, NOT_THERE, TIMEOUT, SILENT),
+            *(OVERLOAD, NO_CONNECTION, LATE_CLOCK, LIMITED, BAD_KEY, BAD_PARAM, GATEWAY),
+            *(child("NEW", orderId=7), Reply(200, b"{}")),
+        ]
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(
+    ANSWERS, st.booleans(), st.sampled_from(["TRIGGERED", "FINISHED"]), st.integers(-10, 20_000), st.floats(0, 0.999)
+)
+def test_rules(answers: list[Answer], cancels: bool, parent: str, left_ms: int, roll: float) -> None:
+    """A child is cancelled only where that was asked for, and then told as triggered only where it is proven to rest no
+    more; a cancel that may have worked is followed by a look; few calls pass the deadline."""
+    played = play(answers, cancels=cancels, parent=parent, left_ms=left_ms, roll=roll)
+
+    calls, stop = played.history, played.stop
+    assert cancels or played.calls == [Q]
+    if cancels and stop.kind is OutcomeKind.TRIGGERED:
+        assert parent == "FINISHED" or (stop.child is not None and stop.child.status in CHILD_ENDED)
+    if stop.child_cancelled:
+        assert any(a.call is Call.CANCEL_CHILD and a.verdict in ("unclear", "confirmed") for a in calls)
+    for before, after in itertools.pairwise(calls):
+        if before.call is Call.CANCEL_CHILD and before.verdict not in NOT_DONE:
+            assert after.call is Call.QUERY_CHILD
+    assert all(delay_ms >= 0 for delay_ms in played.delays)
+    assert sum(attempt.at_ms >= T0 + left_ms for attempt in calls) <= 2

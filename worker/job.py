@@ -1,0 +1,151 @@
+"""One job in the hands of a holder: what is known of it, and the record of its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from producer.message import Attempt, Call, CancelRequest, Outcome, OutcomeKind, Pin, decode_attempts, may_be_live
+from producer.untrusted import MalformedMessage
+from worker import log
+from worker.child import Child
+from worker.classify import ChildRef, Means, OrderRef, Verdict
+from worker.clock import local_ns
+from worker.decide import Again, Stop, as_known, bounded, read_history
+from worker.signing import Credential
+from worker.store import TOO_LARGE, Lease
+
+
+class Hold(Protocol):
+    """What a job's holder knows while it works on the job."""
+
+    def is_valid(self) -> bool:
+        """Whether the job is still ours: else nothing more may be sent for it."""
+
+    async def renew(self) -> None:
+        """Trust no lease that was given so far, as this host may have stood still, and ask Redis whose the job is."""
+
+
+@dataclass(slots=True, eq=False)
+class CancelJob:
+    """One request while it is worked on.
+
+    ``silent`` are the numbers of attempts whose answer may still come, ``late`` the answers that came.
+    """
+
+    lease: Lease
+    hold: Hold
+    request: CancelRequest
+    credential: Credential
+    history: list[Attempt]
+    algo_id: int | None
+    symbol: str | None
+    pinned: bool
+    began_ns: int = 0  # the last attempt
+    strikes_until_ns: int = 0  # a cancel by client id that left here may meet the id's next order, if it is unclear
+    silent: set[int] = field(default_factory=set)
+    late: deque[tuple[int, Verdict]] = field(default_factory=deque)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    child: Child | None = None  # what it became by triggering
+
+    def ref(self, call: Call) -> OrderRef | ChildRef:
+        if call.of_child and self.child is not None:
+            return self.child.ref
+        return OrderRef(self.algo_id, self.request.client_algo_id)
+
+    def is_only_told(self, step: Again) -> bool:
+        """Whether the step is a look at a child on which nothing hangs: it is taken now, or not at all."""
+        return step.call is Call.QUERY_CHILD and not self.lease.cancels_child
+
+    def is_open(self) -> bool:
+        """Whether a call of it may still be answered or, by client id, be accepted."""
+        return bool(self.silent) or local_ns() < self.strikes_until_ns
+
+    def learn(self, verdict: Verdict) -> None:
+        """Keep what an answer told about the order: its algo id, so that a reused client id is never hit."""
+        if verdict.order is not None:
+            self.pinned = self.pinned or self.algo_id is None
+            self.algo_id = verdict.order.algo_id
+            self.symbol = self.symbol or verdict.order.symbol
+
+    def pin(self) -> str:
+        return Pin(self.algo_id, self.symbol).encode() if self.pinned and self.algo_id is not None else ""
+
+    def outcome(self, stop: Stop, finished_at_ms: int, worker: str) -> Outcome:
+        """The record of its end."""
+        request, child = self.request, stop.child
+        return _outcome(
+            self.lease,
+            self.history,
+            kind=stop.kind,
+            account=request.account,
+            algo_id=self.algo_id,
+            client_algo_id=request.client_algo_id,
+            symbol=self.symbol,
+            tag=request.tag,
+            may_be_live=may_be_live(stop.kind, stop.order_status, child.status if child else None),
+            order_status=stop.order_status,
+            actual_order_id=stop.actual_order_id,
+            child_status=child.status if child else None,
+            child_executed_qty=child.executed_qty if child else None,
+            child_avg_price=child.avg_price if child else None,
+            child_cancelled=stop.child_cancelled,
+            finished_at_ms=finished_at_ms,
+            worker=worker,
+            error=stop.error,
+        )
+
+    def recalled(self) -> Stop:
+        """The end of a job that a person took back through RQ: nothing more is sent for it."""
+        status = self.lease.fault.partition(" ")[2]
+        log.warning("recalled", id=self.lease.id, status=status)
+        kind = OutcomeKind.UNKNOWN if _in_doubt(self.history) else OutcomeKind.GAVE_UP
+        return Stop(kind, error=f"the job was {status} through RQ")
+
+
+def refusal(
+    lease: Lease, request: CancelRequest | None, latest_ms: int, finished_at_ms: int, worker: str, error: str
+) -> Outcome:
+    """The outcome of a job that this worker can do nothing for; nothing is known of a foreign job's order."""
+    log.warning("refused", id=lease.id, error=error)
+    history: Sequence[Attempt] = ()
+    known: dict[str, Any] = {}
+    if request is not None:
+        with contextlib.suppress(MalformedMessage):
+            history = history_of(lease, latest_ms)
+        known = {"account": request.account, "algo_id": request.algo_id, "may_be_live": True}
+        known |= {"client_algo_id": request.client_algo_id, "symbol": request.symbol, "tag": request.tag}
+    kind = OutcomeKind.UNKNOWN if _in_doubt(history) else OutcomeKind.REFUSED
+    return _outcome(lease, history, kind=kind, finished_at_ms=finished_at_ms, worker=worker, error=error, **known)
+
+
+def history_of(lease: Lease, latest_ms: int) -> list[Attempt]:
+    """What was done for the job so far; ``latest_ms``: the latest that Redis' clock can show.
+
+    Raises:
+        MalformedMessage: it is no history.
+    """
+    if lease.attempts != TOO_LARGE:
+        return bounded(as_known(decode_attempts(lease.attempts)))
+    log.warning("damaged", id=lease.id, field="c_attempts", reason="larger than any history: taken for a doubt")
+    return read_history(lease.attempts, latest_ms)
+
+
+def _outcome(lease: Lease, history: Sequence[Attempt], **known: Any) -> Outcome:
+    of_child = [isinstance(attempt.call, Call) and attempt.call.of_child for attempt in history]
+    return Outcome(
+        id=lease.id,
+        run=lease.run,
+        attempts=tuple(attempt for attempt, is_childs in zip(history, of_child, strict=True) if not is_childs),
+        child_attempts=tuple(attempt for attempt, is_childs in zip(history, of_child, strict=True) if is_childs),
+        enqueued_at_ms=lease.enqueued_at_ms,
+        **known,
+    )
+
+
+def _in_doubt(history: Sequence[Attempt]) -> bool:
+    return any(attempt.verdict == Means.UNCLEAR for attempt in history)
