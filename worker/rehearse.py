@@ -140,7 +140,7 @@ class _Rehearsal:
             self._exchange.open_order = None
         if self._exchange.is_gated:
             raise Ended(Exit.UNREACHABLE, f"the order could not be looked at: {seen.means} {seen.msg}")
-        if self._queue.name in self._exchange.open_orders():
+        if self._exchange.lists(self._queue.name):
             return "failed", f"the order still stands among the open ones; the outcome is {outcome and outcome.kind}"
         return verdict(outcome, seen.means, seen.msg, time.monotonic() - placed_s)
 

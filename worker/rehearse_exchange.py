@@ -69,9 +69,10 @@ class Ended(Exception):
 
 
 class DemoExchange:
-    """The exchange for one rehearsal on one symbol; ``check`` is asked before each call whether to go on.
+    """The exchange for one rehearsal on one symbol.
 
-    All methods but :meth:`look` and :meth:`take_back` raise :class:`Ended`, and what ``check`` raises.
+    ``check`` is asked before calls whether to go on. All methods but :meth:`look` and :meth:`state`, which see to it
+    that nothing is left, raise :class:`Ended` and what ``check`` raises.
     """
 
     def __init__(
@@ -126,9 +127,12 @@ class DemoExchange:
 
     def mark(self) -> Decimal:
         """The symbol's mark price."""
-        pairs = [("symbol", self._symbol)]
-        take = lambda told: mark_price(told, self._symbol)  # noqa: E731
-        return self._asked("/fapi/v1/premiumIndex", pairs, take, is_signed=False)
+        return self._asked(
+            "/fapi/v1/premiumIndex",
+            [("symbol", self._symbol)],
+            lambda told: mark_price(told, self._symbol),
+            is_signed=False,
+        )
 
     def open_orders(self) -> list[str]:
         """Client ids of the symbol's open conditional orders."""
@@ -139,6 +143,14 @@ class DemoExchange:
             return [str(order.get("clientAlgoId")) for order in told]
 
         return self._asked("/fapi/v1/openAlgoOrders", [("symbol", self._symbol)], take)
+
+    def lists(self, client_algo_id: str) -> bool:
+        """Whether an order stands among the open ones, and does not leave them within some seconds."""
+        for _ in range(_TRIES):
+            if client_algo_id not in self.open_orders():
+                return False
+            time.sleep(_PAUSE_S)
+        return True
 
     def _asked(
         self,
@@ -154,6 +166,7 @@ class DemoExchange:
         for turn in range(_TRIES):
             if turn:
                 time.sleep(_PAUSE_S)
+            self._check()
             answer = self._send("GET", path, pairs, is_signed=is_signed, patience_s=patience_s)
             if isinstance(answer, Reply) and answer.http == 200 and not answer.truncated:
                 try:
@@ -268,8 +281,6 @@ class DemoExchange:
         is_signed: bool = True,
         patience_s: float = _PATIENCE_S,
     ) -> Answer:
-        self._check()
-
         def make() -> Request:
             if not is_signed:
                 return Request(method, f"{path}?{encode_params(pairs)}" if pairs else path)

@@ -537,6 +537,17 @@ def test_a_cancel_that_was_not_carried_out_is_a_failure(environment: dict[str, s
     assert relay.order().status == "CANCELED"
 
 
+def test_a_list_that_lags_is_read_again(environment: dict[str, str], relay: Relay) -> None:
+    """The order may stand among the open ones for a moment after a query has shown it cancelled."""
+    lists = iter([_pass, lambda _: said([{"clientAlgoId": relay.order().client_algo_id}])])
+    relay.hooks["GET", OPEN_ORDERS] = lambda go_on: next(lists, _pass)(go_on)
+
+    code, text = run(environment)
+
+    assert code == 0, text
+    assert len([target for target in relay.asked("GET") if target.startswith(OPEN_ORDERS)]) == 3
+
+
 # ---- what shows nothing ----------------------------------------------------------------------------------------------
 
 
