@@ -77,8 +77,8 @@ class Raw:
     """An answer whose head has come.
 
     ``headers`` has lower-case names, values of a repeated one joined by ", ". ``body`` is decoded and at most
-    :data:`BODY_LIMIT` bytes, and ``whole`` says whether that is all of it. ``sent_ns`` and ``received_ns`` (monotonic)
-    enclose the moment at which the exchange dealt with the request.
+    :data:`BODY_LIMIT` bytes, unless its transport was told otherwise, and ``whole`` says whether that is all of it.
+    ``sent_ns`` and ``received_ns`` (monotonic) enclose the moment at which the exchange dealt with the request.
     """
 
     status: int
@@ -105,8 +105,10 @@ class Failed:
 class Transport(Protocol):
     """A way to send requests to one exchange."""
 
-    #: Requests that have left or may have left, in part at least.
-    requests_sent: int
+    @property
+    def requests_sent(self) -> int:
+        """Requests that have left or may have left, in part at least."""
+        ...
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """Send one request and read its answer, within ``patience_s`` in all and half of it until it is written.
@@ -132,11 +134,11 @@ def named(phase: str, error: BaseException) -> str:
     return f"{phase}: {type(error).__name__}"
 
 
-def decoded(headers: Mapping[str, str], body: bytes, whole: bool) -> tuple[bytes, bool]:
+def decoded(headers: Mapping[str, str], body: bytes, whole: bool, limit: int = BODY_LIMIT) -> tuple[bytes, bool]:
     """The body without its content coding, and whether that is all of it.
 
-    Proxies compress though ``identity`` was asked for. What cannot be decoded, or not within :data:`BODY_LIMIT`, is
-    not whole.
+    Proxies compress though ``identity`` was asked for. What cannot be decoded, or not within ``limit`` bytes, is not
+    whole.
     """
     coding = headers.get("content-encoding", "").strip().lower()
     if coding in ("", "identity") or not body:
@@ -144,11 +146,11 @@ def decoded(headers: Mapping[str, str], body: bytes, whole: bool) -> tuple[bytes
     for header in _CODINGS.get(coding, ()):
         decoder = zlib.decompressobj(header)
         try:
-            text = decoder.decompress(body, BODY_LIMIT + 1)
+            text = decoder.decompress(body, limit + 1)
         except zlib.error:
             continue
-        is_all = decoder.eof and not decoder.unused_data and len(text) <= BODY_LIMIT
-        return text[:BODY_LIMIT], whole and is_all
+        is_all = decoder.eof and not decoder.unused_data and len(text) <= limit
+        return text[:limit], whole and is_all
     return b"", False
 
 

@@ -81,12 +81,13 @@ class _Session(requests.Session):
 class RequestsTransport:
     """Requests one after the other; see :class:`worker.transport.Transport`. The coroutine of a call waits in it.
 
-    ``idle_bound_s`` is how long its connection is kept when nobody uses it, seconds.
+    ``idle_bound_s`` is how long its connection is kept when nobody uses it, seconds; ``body_limit``: most bytes of a
+    body.
 
     The time that a name look-up takes is not bounded, nor how long a head may go on that comes byte by byte.
     """
 
-    def __init__(self, route: Route, *, idle_bound_s: float = IDLE_BOUND_S) -> None:
+    def __init__(self, route: Route, *, idle_bound_s: float = IDLE_BOUND_S, body_limit: int = BODY_LIMIT) -> None:
         for name in _TALKATIVE:
             logging.getLogger(f"urllib3.{name}").addFilter(_no_signed_url)
         self.requests_sent = 0
@@ -94,6 +95,7 @@ class RequestsTransport:
         # urllib3's TLS within TLS reads ahead, where nobody sees what came behind an answer.
         self._keeps = not (route.proxy is not None and route.proxy.secure)
         self._idle_bound_ns = round(idle_bound_s * 1e9)
+        self._body_limit = body_limit
         self._used_ns = local_ns()
         self._is_closed = False
         self._adapter = _Adapter(route)
@@ -147,12 +149,12 @@ class RequestsTransport:
         with self._session.send(prepared, stream=True, timeout=bound, allow_redirects=False) as response:  # type: ignore[arg-type]
             received_ns = local_ns()
             headers = {name.lower(): value.strip() for name, value in response.headers.items()}
-            body, is_whole = _body(response, ends_at_s)
+            body, is_whole = _body(response, self._body_limit, ends_at_s)
         is_whole = is_whole and not {"content-length", "transfer-encoding"} <= set(headers)
         if response.status_code < 200 or not (is_whole and self._keeps):
             # The true answer may still come, and must not be taken for the next one's.
             self._adapter.close()
-        body, is_whole = decoded(headers, body, is_whole)
+        body, is_whole = decoded(headers, body, is_whole, self._body_limit)
         return Raw(response.status_code, headers, body, is_whole, sent_ns, received_ns)
 
 
@@ -171,17 +173,19 @@ def _session(route: Route, adapter: HTTPAdapter) -> requests.Session:
     return session
 
 
-def _body(response: requests.Response, ends_at_s: float) -> tuple[bytes, bool]:
+def _body(response: requests.Response, limit: int, ends_at_s: float) -> tuple[bytes, bool]:
     """What there is of the body, as it came, and whether that is all: one that breaks off has a status all the same."""
-    body = b""
+    body = bytearray()
+    is_whole = True
     try:
         while data := response.raw.read1(_READ_SIZE, decode_content=False):
             body += data
-            if len(body) > BODY_LIMIT or time.monotonic() > ends_at_s:
-                return body[:BODY_LIMIT], False
+            if len(body) > limit or time.monotonic() > ends_at_s:
+                is_whole = False
+                break
     except (requests.RequestException, HTTPError, OSError):
-        return body, False
-    return body, True
+        is_whole = False
+    return bytes(body[:limit]), is_whole
 
 
 def _failed(error: Exception, outer: BaseException | None) -> Failed:
