@@ -6,13 +6,13 @@ shown.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qsl
 
 from producer.untrusted import clean_text
+from worker.classify import without_signature
 from worker.clock import local_ns
 from worker.transport import Failed, Raw, Request, Transport
 
@@ -22,8 +22,6 @@ __all__ = ["Transcript", "Witness"]
 _NOISE = frozenset({"recvWindow", "timestamp", "signature"})
 #: Longest body that is shown whole, characters, and how much is shown of a longer one.
 _WHOLE, _BEGINNING = 2_000, 200
-#: An edge may quote the request in its answer, and our bound may cut the signature off in the middle.
-_SIGNATURE = re.compile(r"""(signature(?:["']?\s*[=:]\s*["']?|%3D))[\w%+/=-]+""", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -42,7 +40,7 @@ class Transcript:
         """A text without what is hidden, and without anything that is called a signature."""
         for secret in self._hidden:
             text = text.replace(secret, "***")
-        return _SIGNATURE.sub(r"\1***", text)
+        return without_signature(text)
 
     def shown(self, text: str) -> str:
         """A stranger's words without secrets, fit for a terminal."""
