@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 TIMEOUT_S = 30
-UNIFIED = {"BTCUSDT": "BTC/USDT:USDT", "ETHUSDT": "ETH/USDT:USDT", "NOSUCHUSDT": "NOSUCH/USDT:USDT"}
+UNIFIED = {"BTCUSDT": "BTC/USDT:USDT", "ETHUSDT": "ETH/USDT:USDT", "NOSUCHUSDT": "NOSUCH/USDT:USDT"} | {
+    "币安人生USDT": "币安人生/USDT:USDT"
+}
 
 
 class Order(NamedTuple):

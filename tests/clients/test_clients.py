@@ -107,6 +107,15 @@ def test_one_is_cancelled_by_its_client_id_and_the_rest_at_once(market: RunningE
     assert sorted(entry.status for entry in market.book().values()) == ["CANCELED", "CANCELED", "NEW"]
 
 
+def test_a_symbol_of_other_letters_is_one_too(market: RunningExchange, library: Library) -> None:
+    """Such symbols are listed and percent-encoded; an order on one is placed, listed, and cancelled with the rest."""
+    symbol = "币安人生USDT"
+    placed = library.place(**STOP | {"symbol": symbol, "triggerPrice": "0.1", "quantity": "100"})
+    assert library.open_orders(symbol) == [placed]
+    library.cancel_all(symbol)
+    assert [entry.status for entry in market.book().values()] == ["CANCELED"]
+
+
 def test_a_triggered_orders_child_is_queried_and_cancelled(market: RunningExchange, library: Library) -> None:
     """What a trigger made is a normal order to the library: partly filled, listed as open, cancelled, and gone."""
     placed = library.place(**STOP | {"type": "STOP", "price": "49900"})
