@@ -36,6 +36,7 @@ from rq.job import JobStatus
 from producer.aio import AsyncCancelClient
 from producer.client import CancelClient
 from producer.door import checked_id, checked_ids, checked_requests, checked_timeout
+from producer.job_fields import fields_of_job
 from producer.message import (
     DEFAULT_ACCOUNT,
     DEFAULT_QUEUE,
@@ -261,7 +262,7 @@ class _Play(QueueWire):
         job = self._jobs.get(job_id)
         if job is None:
             return {}
-        fields = {name.encode(): str(value).encode() for name, value in self.fields_of_job().items()}
+        fields = {name.encode(): str(value).encode() for name, value in fields_of_job(self.keys.queue).items()}
         told = {b"status": job.rq_status.value.encode(), b"description": job.request.describe().encode()}
         return fields | told | {b"data": encode_call(job.request), b"created_at": b"2025-01-01T00:00:00.000000Z"}
 
