@@ -1,4 +1,4 @@
-"""RQ's own hash of a job of this queue, for whoever enqueues one: strategies, and workers that list a symbol's orders."""
+"""RQ's own hash of a job, for whoever makes one: strategies, and workers that list the orders of a symbol."""
 
 from __future__ import annotations
 

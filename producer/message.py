@@ -22,6 +22,7 @@ from producer.untrusted import (
     check_text,
     checked_flag,
     checked_seconds,
+    clean_text,
     dumps,
     inflate,
     loads,

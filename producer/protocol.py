@@ -82,10 +82,12 @@ class QueueUnavailable(CancelQueueError):
 class WaitTimeout(CancelQueueError, TimeoutError):
     """No outcome yet: the request stands, and the same ticket can be waited for again.
 
-    ``is_served`` says whether a live worker serves the queue; None where nobody could tell.
+    ``is_served`` says whether a live worker serves the queue; None where nobody could tell. ``so_far``: of all open
+    orders of a symbol, what is known (:class:`producer.open_orders.OpenOutcome`).
     """
 
     is_served: bool | None = None
+    so_far: Any = None
 
 
 class NotDurable(CancelQueueError):
@@ -294,7 +296,7 @@ def rows(requests: Iterable[CancelRequest]) -> Iterator[list[list[Row]]]:
     the script then joins them whatever finishes meanwhile."""
     orders: dict[str, list[Row]] = {}
     for position, request in enumerate(requests):
-        group = orders.setdefault(request.order_key, [])
+        group = orders.setdefault(request.order_key or f"{position}", [])
         group.append(Row(position, group[0].id if group else os.urandom(16).hex(), request))
     chunk: list[list[Row]] = []
     batch: list[Row] = []

@@ -189,6 +189,11 @@ class Release:
 Row = Done | Retry | Release
 
 
+def is_alone(row: Row) -> bool:
+    """Whether it is written by a call of its own: it makes requests."""
+    return isinstance(row, Done) and bool(row.requests)
+
+
 def _head(what: str, lease: Lease) -> Words:
     return what, lease.key, lease.token, lease.run
 
