@@ -48,7 +48,7 @@ from worker.decide import (
 from worker.exchange import Answer, Exchange, Sent
 from worker.job import CancelJob, Hold, history_of, refusal
 from worker.key_breaker import KeyBreaker
-from worker.listing import after_listing, listing_step, unlisted
+from worker.listing import after_listing, has_untold, listing_step, unlisted
 from worker.rate_gate import Gate, LookUps, ms_to_next_minute
 from worker.recovery import Recovery
 from worker.settings import Settings
@@ -475,6 +475,12 @@ class Canceller:
         The clocks may have been doubted since the question was asked. Where they cannot be measured now, it is asked
         again later.
         """
+        listing = job.listing(self._ahead())
+        if listing is not None and has_untold(listing, verdict) and self._may_send(job):
+            # What was measured before has widened since; an order that is left alone may be one that was meant.
+            await job.hold.renew()
+            await self._exchange.sync_time(may_go=partial(self._may_send, job))
+            await self.heed_refusal()
         if verdict.means is Means.CONFIRMED or verdict.order is None or job.algo_id is not None:
             return verdict
         is_known = self._ahead() is not None or (self._may_send(job) and await self._knows_the_time())

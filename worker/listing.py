@@ -79,6 +79,13 @@ def unlisted(history: Sequence[Attempt], why: str) -> Stop:
     return Stop(OutcomeKind.GAVE_UP, error=f"{why}, so the open orders are not known{last}")
 
 
+def has_untold(case: ListingCase, verdict: Verdict) -> bool:
+    """Whether a list holds orders of which it cannot be told whether they were there, by what is known of the clocks."""
+    if case.ahead is None:
+        return bool(verdict.orders)
+    return bool(_listed(case.before_ms, case.ahead, verdict.orders).left_alone)
+
+
 def _listed(before_ms: int, ahead: Span, orders: Sequence[OrderView]) -> Stop:
     ages = [(order, was_before(order.create_time_ms, ahead, before_ms)) for order in orders]
     meant = tuple(order for order, was_there in ages if was_there)
