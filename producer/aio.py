@@ -313,7 +313,8 @@ class AsyncCancelClient:
         with lines.waiters.waiting(job_ids, came.set) as waiter:
             await lines.listener()
             # What came before the listener was there, it does not hear of.
-            lines.waiters.tell(await self.converse(self._wire.look(job_ids)))
+            asked = lines.waiters.came
+            lines.waiters.tell(await self.converse(self._wire.look(job_ids)), asked)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(ends_at):
                     await came.wait()

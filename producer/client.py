@@ -326,7 +326,8 @@ class CancelClient:
         with lines.waiters.waiting(job_ids, came.set) as waiter:
             lines.listener()
             # What came before the listener was there, it does not hear of.
-            lines.waiters.tell(self.converse(self._wire.look(job_ids)))
+            asked = lines.waiters.came
+            lines.waiters.tell(self.converse(self._wire.look(job_ids)), asked)
             came.wait(None if ends_at is None else max(0.0, ends_at - time.monotonic()))
             return dict(waiter.ends)
 

@@ -241,6 +241,7 @@ class Waiter:
 
     wanted: set[str]
     wake: Callable[[], object]  # called, from whatever thread listens, when something has come
+    number: int = 0  # in the order in which they came
     ends: dict[str, End] = field(default_factory=dict)
 
 
@@ -275,12 +276,15 @@ class Waiters:
         self._all: set[Waiter] = set()
         self._by_id: dict[str, list[Waiter]] = {}
         self._left_s = time.monotonic()
+        self._came = 0
 
     @contextlib.contextmanager
     def waiting(self, wanted: Iterable[str], wake: Callable[[], object]) -> Iterator[Waiter]:
         """Wait for the length of the block."""
         waiter = Waiter(set(wanted), wake)
         with self._lock:
+            self._came += 1
+            waiter.number = self._came
             self._all.add(waiter)
             for job_id in waiter.wanted:
                 self._by_id.setdefault(job_id, []).append(waiter)
@@ -306,14 +310,20 @@ class Waiters:
         with self._lock:
             return list(self._by_id)
 
-    def tell(self, ends: Mapping[str, End]) -> None:
-        """Hand out what came."""
+    @property
+    def came(self) -> int:
+        """How many have come so far."""
+        return self._came
+
+    def tell(self, ends: Mapping[str, End], came: int) -> None:
+        """Hand out what was asked for when so many had ``came``. Who came later may wait for a later run of the job."""
         told: set[Waiter] = set()
         with self._lock:
             for job_id, end in ends.items():
                 for waiter in self._by_id.get(job_id, ()):
-                    waiter.ends[job_id] = end
-                    told.add(waiter)
+                    if waiter.number <= came:
+                        waiter.ends[job_id] = end
+                        told.add(waiter)
         for waiter in told:
             if waiter.ends.keys() >= waiter.wanted:
                 waiter.wake()
@@ -370,12 +380,12 @@ class Waiters:
         look_at = 0.0
         entries: list[tuple[str, dict[Any, Any]]] = []
         while not self.are_few():
-            began, wanted = time.monotonic(), self.wanted()
+            began, came, wanted = time.monotonic(), self.came, self.wanted()
             if began < look_at:
                 hinted = {_hint(fields) for _, fields in entries}
                 wanted = [job_id for job_id in wanted if job_id in hinted]
             ends: Mapping[str, End] = yield from look(keys, wanted)
-            self.tell(ends)
+            self.tell(ends, came)
             if began >= look_at:
                 now = time.monotonic()
                 look_at = now + max(LOOK_S, 10 * (now - began))

@@ -22,7 +22,7 @@ FLOOR = 90.0
 #: files at a time, as most of their time is waiting. The faults by themselves: they play several scenes at a time of
 #: their own accord, and measure how soon somebody notices.
 UNIT = ("-n", "3", "--dist", "loadfile", "tests/unit")
-REST = (("-n", "6", "--dist", "loadfile", "tests/integration", "tests/model"), ("tests/fault",))
+REST = (("-n", "6", "--dist", "loadfile", "tests/integration", "tests/model", "tests/clients"), ("tests/fault",))
 #: What the tests of the page drive; `.ci/run` installs it.
 BROWSER = ("chromium", "chromedriver")
 NO_BROWSER = "LEFT OUT: the page in a real browser. For these tests: apt-get install chromium chromium-driver"

@@ -195,7 +195,8 @@ class Canceller:
         return Case(by_client_id, *bounds, ahead, is_old, strikes_ms, lease.cancels_child)
 
     def _child_case(self, job: CancelJob) -> ChildCase:
-        return ChildCase(job.lease.cancels_child, job.lease.deadline_at_ms, self._ahead())
+        lease = job.lease
+        return ChildCase(lease.cancels_child, lease.deadline_at_ms, lease.run > 1, self._ahead())
 
     def _strikes_until_ms(self, job: CancelJob) -> int:
         """See :class:`worker.decide.Case`: a cancel by client id is the first call of all, if it was made."""

@@ -61,6 +61,7 @@ class ChildCase:
 
     cancels: bool  # the child is to be cancelled, not only told of
     deadline_at_ms: int
+    retried: bool = False  # an earlier run has ended, whose calls the history lacks
     ahead: Span | None = None  # Redis' clock minus the exchange's, ms; None: not known
 
 
@@ -68,7 +69,7 @@ def child_step(case: ChildCase, child: Child, history: Sequence[Attempt], policy
     """What a worker does about a child before anything new was heard of it."""
     calls = _calls(history)
     if _is_told(case, child, calls):
-        return _told(child, history)
+        return _told(case, child, history)
     last = calls[-1] if calls else None
     if now_ms >= case.deadline_at_ms:
         call = _last_call(case, calls)
@@ -157,19 +158,20 @@ def _last_call(case: ChildCase, calls: Sequence[Attempt]) -> Call | None:
     return Call.QUERY_CHILD if calls[-1].call is Call.CANCEL_CHILD else None
 
 
-def _told(child: Child, history: Sequence[Attempt]) -> Stop:
+def _told(case: ChildCase, child: Child, history: Sequence[Attempt]) -> Stop:
     view = child.view
     if view is None:
         return child.parent
-    return replace(child.parent, child=view, child_cancelled=_by_us(view, history))
+    return replace(child.parent, child=view, child_cancelled=_by_us(case, view, history))
 
 
-def _by_us(view: ChildView, history: Sequence[Attempt]) -> bool | None:
+def _by_us(case: ChildCase, view: ChildView, history: Sequence[Attempt]) -> bool | None:
     if view.status != "CANCELED":
         return False if view.status in CHILD_ENDED else None
     tried = [attempt for attempt in history if _may_have_cancelled(attempt)]
-    # Which call a lost worker had made nobody knows.
-    return None if tried and all(attempt.msg == WORKER_LOST for attempt in tried) else bool(tried)
+    if all(attempt.msg == WORKER_LOST for attempt in tried):  # which call such a worker had made nobody knows
+        return None if tried or case.retried else False
+    return True
 
 
 def _refused(child: Child, history: Sequence[Attempt], verdict: Verdict, policy: Policy) -> Stop:

@@ -39,7 +39,6 @@ _UNTIL_HEARD_MS = 2_000
 
 Away = Sequence[tuple[float, float]]
 
-_METHODS = {Call.CANCEL: "DELETE", Call.QUERY: "GET"}
 #: The verdict of an attempt whose request has not left, not even in part.
 _NOT_SENT = "not_sent"
 
@@ -70,8 +69,8 @@ def sent_without_lease(
     holds: dict[int | None, list[_Span]] = defaultdict(list)
     for record in records:
         order = record.algo_id or order_of.get(record.client_algo_id or "")
-        attempts[order] += [_of(attempt, away_ms) for attempt in record.attempts if _was_sent(attempt)]
-        holds[order] += [_lost(attempt) for attempt in record.attempts if attempt.msg == WORKER_LOST]
+        attempts[order] += [_of(attempt, away_ms) for attempt in record.history() if _was_sent(attempt)]
+        holds[order] += [_lost(attempt) for attempt in record.history() if attempt.msg == WORKER_LOST]
     found = []
     for arrival in sorted(arrivals, key=lambda each: each.at_ns):
         order = arrival.algo_id or order_of.get(arrival.client_algo_id or "")
@@ -85,7 +84,7 @@ def sent_without_lease(
 
 def lost_holds(records: Iterable[Outcome]) -> int:
     """How often a lease was taken away from somebody."""
-    return sum(attempt.msg == WORKER_LOST for record in records for attempt in record.attempts)
+    return sum(attempt.msg == WORKER_LOST for record in records for attempt in record.history())
 
 
 def _was_sent(attempt: Attempt) -> bool:
@@ -95,7 +94,7 @@ def _was_sent(attempt: Attempt) -> bool:
 def _of(attempt: Attempt, away_ms: Away) -> _Span:
     held_up_ms = [to - since for since, to in away_ms if since - EARLY_MS <= attempt.at_ms <= to + _UNTIL_HEARD_MS]
     to_ms = attempt.at_ms + attempt.ms + max(held_up_ms, default=0) + LATE_MS
-    return _Span(attempt.at_ms - EARLY_MS, to_ms, _METHODS[Call(attempt.call)])
+    return _Span(attempt.at_ms - EARLY_MS, to_ms, "DELETE" if Call(attempt.call).cancels else "GET")
 
 
 def _lost(attempt: Attempt) -> _Span:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from producer.message import WORKER_LOST, Attempt, Call, Outcome, OutcomeKind
 from worker.sandbox.control import BookEntry, Incident
+from worker.sandbox.report import child_differs
 
 #: Kinds to which a request comes only if faults outlast its bounds.
 UNDECIDED = (OutcomeKind.UNKNOWN, OutcomeKind.GAVE_UP, OutcomeKind.OVERDUE)
@@ -196,6 +197,8 @@ def difference(record: Outcome, entry: BookEntry | None, *, is_alone: bool) -> s
         return f"{record.kind}, but the book says {entry.status}"
     if record.kind is OutcomeKind.TRIGGERED and record.actual_order_id != entry.actual_order_id:
         return f"triggered as {record.actual_order_id}, but the book says {entry.actual_order_id}"
+    if said := child_differs(record, entry.child, shared=not is_alone):
+        return said
     unclear = any(a.call is Call.CANCEL and a.verdict == "unclear" for a in record.attempts)
     if record.kind is OutcomeKind.CANCELLED and not entry.deletes_effective and not unclear:
         return "cancelled by us, but the book says by somebody else"
@@ -213,7 +216,7 @@ def recoveries_ms(kills: Iterable[Kill], records: Iterable[Outcome]) -> list[int
     """
     attempts: dict[str, list[Attempt]] = defaultdict(list)
     for record in records:  # of every run
-        attempts[record.id] += record.attempts
+        attempts[record.id] += record.history()
     found = []
     for kill in kills:
         for job_id in kill.held:

@@ -173,9 +173,10 @@ def requests_for(orders: Sequence[PlacedOrder], seed: int) -> list[list[CancelRe
     dice = random.Random(f"requests {seed}")
     shares: list[list[CancelRequest]] = [[] for _ in range(PRODUCERS)]
     for number, order in enumerate(orders):
-        request = CancelRequest(algo_id=order.algo_id, urgent=dice.random() < 0.1)
+        on_trigger = "cancel_child" if dice.random() < 0.3 else "report"
+        request = CancelRequest(algo_id=order.algo_id, urgent=dice.random() < 0.1, on_trigger=on_trigger)
         if dice.random() < 0.1:
-            request = CancelRequest(client_algo_id=order.client_algo_id)
+            request = CancelRequest(client_algo_id=order.client_algo_id, on_trigger=on_trigger)
         shares[number % PRODUCERS].append(request)
         if dice.random() < 0.05:
             shares[(number + 1) % PRODUCERS].append(request)

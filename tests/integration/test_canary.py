@@ -344,7 +344,7 @@ def client_of(scene: Scene) -> Iterator[CancelClient]:
 
 
 def trouble(scene: Scene) -> list[CancelRequest]:
-    """A request for each fault of the exchange on a cancel, and one for each on a query, with all kinds of keys."""
+    """A request for each fault of the exchange on each call that can meet it, with all kinds of keys."""
     accounts = ["default", "rsa", "ed"]
     requests = []
     # Those that stop an address stop every request: they come as incidents, below.
@@ -353,11 +353,12 @@ def trouble(scene: Scene) -> list[CancelRequest]:
         account = accounts[number % 3]
         for call in fault.spec.calls:
             (order,) = scene.exchange.add_orders(1, account=account)
-            script = [Fault.DROP_AFTER] if call is Call.QUERY else []
-            scene.exchange.script_faults(order.algo_id, [*script, *([fault] if call is Call.CANCEL else [])])
             if call is Call.QUERY:
-                scene.exchange.script_faults(order.algo_id, [fault, fault], call=call)
-            requests.append(CancelRequest(algo_id=order.algo_id, account=account))
+                scene.exchange.script_faults(order.algo_id, [Fault.DROP_AFTER])
+            elif call is not Call.CANCEL:
+                scene.exchange.trigger(order.algo_id)
+            scene.exchange.script_faults(order.algo_id, [fault, fault][: 1 + (call is Call.QUERY)], call=call)
+            requests.append(CancelRequest(algo_id=order.algo_id, account=account, on_trigger="cancel_child"))
     requests += [CancelRequest(algo_id=n, account="lost") for n in range(1, 8)]
     return [*requests, CancelRequest(algo_id=1, account="nobody")]
 

@@ -35,7 +35,7 @@ class Case:
     ended: str | None = None  # so it ended, before the request
     deadline_s: float | None = None
     times: dict[str, int] = field(default_factory=dict)
-    executed: str | None = "0"
+    executed: str | None = "0"  # "?": it hangs on who carries the job
     deletes: int | None = None  # of the child; None: any number
     is_off_the_book: bool = False
 
@@ -81,8 +81,8 @@ CASES = [
     Case("never there", "gave_up", None, None, times={"child_after_ms": 600_000}, executed=None, deletes=0),
     Case("never named", "gave_up", None, None, times={"id_after_ms": 600_000}, executed=None, deletes=0, deadline_s=2),
     Case("not allowed", "refused", "NEW", None, cancels=[Fault.DISABLED_2011], deletes=1),
-    Case("never answered", "unknown", "NEW", None, cancels=[Fault.DROP_BEFORE] * 99, deadline_s=3),
-    Case("always busy", "gave_up", "NEW", None, cancels=[Fault.UNAVAILABLE_503] * 99, executed=None, deadline_s=3),
+    Case("never answered", "unknown", "NEW", None, cancels=[Fault.DROP_BEFORE] * 99, executed="?", deadline_s=3),
+    Case("always busy", "gave_up", "NEW", None, cancels=[Fault.UNAVAILABLE_503] * 99, executed="?", deadline_s=3),
 ]
 
 
@@ -114,7 +114,7 @@ def agrees(case: Case, outcome: Outcome, child: ChildEntry) -> None:
         case.child_status,
         case.cancelled,
     ), (case.name, outcome)
-    assert outcome.child_executed_qty == case.executed, (case.name, outcome)
+    assert case.executed in ("?", outcome.child_executed_qty), (case.name, outcome)
     assert outcome.child_status in (None, child.status), case.name
     assert case.deletes in (None, child.deletes), (case.name, child)
     if outcome.child_executed_qty not in (None, "0"):
@@ -157,7 +157,7 @@ def test_a_failed_request_goes_on_with_the_child(
     client.retry([ticket.id])
 
     outcome = ticket.wait(20)
-    assert (outcome.kind, outcome.child_cancelled) == (OutcomeKind.TRIGGERED, True)
+    assert (outcome.kind, outcome.child_cancelled) == (OutcomeKind.TRIGGERED, True), outcome
     assert child_of(exchange, algo_id).status == "CANCELED"
 
 

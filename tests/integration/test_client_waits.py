@@ -27,6 +27,7 @@ from producer import (
     WaitTimeout,
 )
 from producer.keys import Keys
+from producer.waiting import QueueWire, Waiters
 from tests.exporting import append, record
 from tests.fault.proxy import Proxy
 from tests.servers import Valkey, Workers, confirms_durability, eventually, running_valkey
@@ -259,3 +260,18 @@ def test_a_signal_s_handler_may_cancel(client: CancelClient) -> None:
         signal.signal(signal.SIGALRM, before)
     assert len({ticket.id for ticket in tickets} | set(handled)) == 1000 + len(handled)
     assert len(handled) > 10
+
+
+def test_an_answer_to_an_earlier_question_ends_no_later_wait(connection: redis.Redis) -> None:
+    """Who waits for a request that was retried is not told what somebody else was about to hear of its last run."""
+    connection.set(KEYS.outcome_prefix + "a", record(id="a"))
+    waiters = Waiters(QueueWire("cancels"))
+    with waiters.waiting(["a"], lambda: None) as early:
+        listener = waiters.listen(lambda: None, "here")
+        asked: Any = next(listener)
+        while asked[0][0] != "MGET":  # what is recorded
+            asked = listener.send([connection.execute_command(*command) for command in asked])
+        answers = [connection.execute_command(*command) for command in asked]
+        with waiters.waiting(["a"], lambda: None) as late:
+            listener.send(answers)
+            assert (list(early.ends), list(late.ends)) == (["a"], [])

@@ -58,11 +58,13 @@ def test_real_outcomes_are_counted_exactly(
         ("cancel", "confirmed"): 4,
         ("cancel", "no_such_order"): 1,
         ("query", "triggered"): 1,
+        ("query_child", "open"): 1,
     }
     assert total("cancel_exchange_replies_total") == {
         ("cancel", "200", "200"): 4,
         ("cancel", "-2011", "400"): 1,
         ("query", "none", "200"): 1,
+        ("query_child", "none", "200"): 1,
     }
     assert seen["cancel_first_attempt_seconds_count", ()] == 5
     assert seen["cancel_outcome_seconds_count", ()] == 6

@@ -212,7 +212,9 @@ def test_an_order_that_is_not_off_the_book_ends_with_1(
 
     assert (done.returncode, done.stderr) == (1, "")
     lines = done.stdout.splitlines()
-    assert re.search(r"triggered +not live +now order \d+ BTCUSDT, status FINISHED$", lines[0])
+    assert re.search(
+        r"triggered +not live +now order \d+ BTCUSDT, status FINISHED, which is FILLED, executed 0.01$", lines[0]
+    )
     assert re.search(r"cancelled +not live", lines[1])
     assert re.search(r"algo_id=5 +- +MAY BE LIVE +no outcome yet$", lines[2])
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from producer.message import DEFAULT_ACCOUNT, CancelRequest
+from producer.message import DEFAULT_ACCOUNT, CancelRequest, OnTrigger
 
 SECOND_ACCOUNT = "second"
 SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT")
@@ -39,6 +39,7 @@ class Wanted:
     alone: bool  # by a call of its own
     urgent: bool
     twice: Twice
+    on_trigger: OnTrigger
 
     def request(self, algo_id: int) -> CancelRequest:
         """The request, once the exchange has named the order."""
@@ -49,6 +50,7 @@ class Wanted:
             urgent=self.urgent,
             symbol=self.symbol,
             tag="sandbox",
+            on_trigger=self.on_trigger,
         )
 
 
@@ -73,4 +75,5 @@ def _wanted(draw: random.Random, client_algo_id: str) -> Wanted:
         alone=alone and twice is not Twice.AT_ONCE,
         urgent=draw.random() < 0.1,
         twice=twice,
+        on_trigger=draw.choices(list(OnTrigger), (60, 40))[0],
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from enum import StrEnum
 from functools import cached_property
 
-from producer.message import Call, Outcome, OutcomeKind
+from producer.message import CHILD_ENDED, WORKER_LOST, Call, Outcome, OutcomeKind
 from worker.classify import Means
 from worker.sandbox.book import AlgoStatus
-from worker.sandbox.control import BookEntry, ExchangeStats
+from worker.sandbox.control import BookEntry, ChildEntry, ExchangeStats
 from worker.sandbox.faults import Fault
 
 #: Every worker knows of a pause this long after it began, ms: the gate is cached for a second at most.
@@ -58,6 +59,7 @@ class Rule(StrEnum):
     OTHER_ORDER = "other_order"  # the outcome is about another order than the one that was meant
     BOOK_STATUS = "book_status"  # the book shows the order in a state that the kind rules out
     CHILD_ORDER = "child_order"  # the live order is another than the outcome says
+    CHILD_STATE = "child_state"  # what became of it, or whose cancel that was, is not what the book has
     DELETES = "deletes"  # whose cancel it was, ours or somebody else's, is not what the book counted
     NEWER_ORDER_HIT = "newer_order_hit"  # a cancel reached an order that took over the client id
 
@@ -115,8 +117,33 @@ def _against_book(
         yield Rule.BOOK_STATUS, f"outcome {outcome.kind}, book {entry.status}"
     if outcome.kind is OutcomeKind.TRIGGERED and outcome.actual_order_id != entry.actual_order_id:
         yield Rule.CHILD_ORDER, f"outcome says {outcome.actual_order_id}, book {entry.actual_order_id or None}"
+    if said := child_differs(outcome, entry.child, shared=shared):
+        yield Rule.CHILD_STATE, said
     if not _deletes_agree(outcome, entry, shared):
         yield Rule.DELETES, f"outcome {outcome.kind}, DELETEs with an effect: {entry.deletes_effective}"
+
+
+def child_differs(outcome: Outcome, child: ChildEntry | None, *, shared: bool) -> str:
+    """Where an outcome contradicts the book about the child of a triggered order; empty: nowhere. ``shared``: another
+    job was about the same order."""
+    calls = [a for a in outcome.history() if a.call is Call.CANCEL_CHILD or a.msg == WORKER_LOST]
+    if child is None:
+        return "it tells of a child, but there is none" if outcome.child_status else ""
+    if child.deletes and not calls and not shared and outcome.run == 1:
+        return f"{child.deletes} DELETEs of a child that nobody wanted cancelled"
+    if outcome.kind is OutcomeKind.TRIGGERED and calls and child.status not in CHILD_ENDED:
+        return f"its child was to be cancelled, and is {child.status}"
+    if outcome.child_status not in CHILD_ENDED:
+        return ""
+    if outcome.child_status != child.status:
+        return f"its child is told as {outcome.child_status}, book {child.status}"
+    if outcome.child_executed_qty is not None and Decimal(outcome.child_executed_qty) != Decimal(child.executed_qty):
+        return f"executed is told as {outcome.child_executed_qty}, book {child.executed_qty}"
+    if outcome.child_cancelled is False and child.deletes_effective and not shared:
+        return "its child is told as not cancelled by us, but the book says so"
+    is_unclear = any(attempt.verdict == Means.UNCLEAR for attempt in calls)
+    is_unproven = outcome.child_cancelled and not child.deletes_effective and not is_unclear
+    return "its child is told as cancelled by us, but the book says by somebody else" if is_unproven else ""
 
 
 def _deletes_agree(outcome: Outcome, entry: BookEntry, shared: bool) -> bool:
@@ -192,7 +219,7 @@ class Report:
     @cached_property
     def attempts(self) -> dict[str, float]:
         """Signed calls: in total, most for one request, mean for a request."""
-        lengths = [len(outcome.attempts) for outcome in self.outcomes]
+        lengths = [len(outcome.history()) for outcome in self.outcomes]
         mean = sum(lengths) / len(lengths) if lengths else 0.0
         return {"total": sum(lengths), "max": max(lengths, default=0), "mean": round(mean, 2)}
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from rq.worker import BaseWorker
 from producer import CancelClient, CancelQueueError, Outcome, Ticket
 from producer.message import DEFAULT_ACCOUNT
 from producer.untrusted import MessageError
-from worker.sandbox.control import ControlError, ExchangeConfig, start_exchange
+from worker.sandbox.control import ControlError, ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import FaultTiming
 from worker.sandbox.orders import SECOND_ACCOUNT, Twice, Wanted, plan
 from worker.sandbox.report import Asked, Report
@@ -277,6 +277,32 @@ def start_workers(fleet: Fleet, count: int, valkey: Valkey, interrupts: Interrup
             time.sleep(0.02)
 
 
+def exchange_config(options: Options, keys: RunKeys, **more: Any) -> ExchangeConfig:
+    """The exchange of a run or of `--serve`; ``more`` are other fields."""
+    return ExchangeConfig(
+        keys.accounts,
+        faults=options.faults,
+        seed=options.seed,
+        timing=options.timing,
+        max_incidents=MAX_INCIDENTS[options.faults],
+        weight_limit_per_minute=WEIGHT_LIMIT,
+        latency_ms=LATENCY_MS,
+        **more,
+    )
+
+
+def worker_settings(options: Options, keys: RunKeys, valkey: Valkey, exchange: RunningExchange) -> dict[str, str]:
+    """The variables of its workers."""
+    return {
+        **QUICK_SETTINGS,
+        **keys.variables,
+        "REDIS_URL": valkey.url,
+        "BINANCE_BASE_URL": exchange.url,
+        "BINANCE_RECV_WINDOW_MS": str(options.recv_window_ms),
+        "WORKER_CONCURRENCY": str(options.concurrency),
+    }
+
+
 class _Run:
     """One run, from the first process to the report."""
 
@@ -300,8 +326,13 @@ class _Run:
         keys = RunKeys.make()
         data = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="cancel-sandbox-")))
         valkey = parts.enter_context(Valkey(binary, data))
-        self._exchange = parts.enter_context(start_exchange(self._exchange_config(keys)))
-        self._fleet = Fleet(self._logs, {**environment, **self._worker_settings(keys, valkey)})
+        self._exchange = parts.enter_context(
+            start_exchange(exchange_config(self._options, keys, faults_for_ms=self._options.deadline_s * 1_000 // 3))
+        )
+        deadline_s, ledger = self._options.deadline_s, max(4 * self._options.orders, 1_000)
+        bounds = {"CANCEL_DEADLINE_S": str(deadline_s), "LEDGER_MAXLEN": str(ledger)}
+        settings = worker_settings(self._options, keys, valkey, self._exchange)
+        self._fleet = Fleet(self._logs, {**environment, **settings, **bounds})
         parts.callback(self._fleet.kill)
         start_workers(self._fleet, self._options.workers, valkey, self._interrupts)
         self._client = parts.enter_context(CancelClient.from_url(valkey.url, timeout_s=10.0))
@@ -313,32 +344,6 @@ class _Run:
         self._read_ledger()
         return self._report(exit_codes, time.monotonic() - began_s)
 
-    def _exchange_config(self, keys: RunKeys) -> ExchangeConfig:
-        options = self._options
-        return ExchangeConfig(
-            keys.accounts,
-            faults=options.faults,
-            seed=options.seed,
-            faults_for_ms=options.deadline_s * 1_000 // 3,
-            timing=options.timing,
-            max_incidents=MAX_INCIDENTS[options.faults],
-            weight_limit_per_minute=WEIGHT_LIMIT,
-            latency_ms=LATENCY_MS,
-        )
-
-    def _worker_settings(self, keys: RunKeys, valkey: Valkey) -> dict[str, str]:
-        options = self._options
-        return {
-            **QUICK_SETTINGS,
-            **keys.variables,
-            "REDIS_URL": valkey.url,
-            "BINANCE_BASE_URL": self._exchange.url,
-            "BINANCE_RECV_WINDOW_MS": str(options.recv_window_ms),
-            "WORKER_CONCURRENCY": str(options.concurrency),
-            "CANCEL_DEADLINE_S": str(options.deadline_s),
-            "LEDGER_MAXLEN": str(max(4 * options.orders, 1_000)),
-        }
-
     def _open_orders(self) -> list[tuple[Wanted, int]]:
         """The orders of the plan with the ids that the exchange gave them."""
         self._screen.say("opening orders")
@@ -348,7 +353,9 @@ class _Run:
         opened = []
         for (account, symbol), group in sorted(groups.items()):
             names = [wanted.client_algo_id for wanted in group]
-            placed = self._exchange.add_orders(account=account, symbol=symbol, client_algo_ids=names)
+            # Longer than what is not known of the clocks: of a younger order nobody can tell whether a request by
+            # client id meant it.
+            placed = self._exchange.add_orders(account=account, symbol=symbol, client_algo_ids=names, age_ms=60_000)
             opened += [(wanted, order.algo_id) for wanted, order in zip(group, placed, strict=True)]
         random.Random(self._options.seed).shuffle(opened)
         return opened
@@ -381,6 +388,7 @@ class _Run:
             urgent=request.urgent,
             symbol=request.symbol,
             tag=request.tag,
+            on_trigger=request.on_trigger,
         )
         self._note(ticket, algo_id)
 
@@ -440,28 +448,45 @@ def run(options: Options, server: str | None, environment: Mapping[str, str]) ->
     ``server`` names a Redis server to run instead of the embedded one. ``environment`` is what the workers get beside
     their settings; it must hold none of those.
     """
+
+    def body(binary: str, logs: Path, interrupts: Interrupts, parts: ExitStack) -> int:
+        with parts, progress() as screen:
+            report = _Run(options, logs, screen, interrupts)(binary, environment, parts)
+        _print(report, options)
+        return EXIT_OK if report.ok else EXIT_FAILED
+
+    return supervised(options, server, body)
+
+
+def supervised(
+    options: Options, server: str | None, body: Callable[[str, Path, Interrupts, ExitStack], int], *, ends_well: int = 0
+) -> int:
+    """Run ``body`` with a server's binary, a directory for logs, the signals, and a stack that stops what it started.
+
+    Gives the exit code; logs are kept where it was asked for, and where something went wrong. ``ends_well`` is a signal
+    that is no interruption, if any.
+    """
     with Interrupts() as interrupts:
-        logs: Path | None = None
-        keep = options.keep_logs is not None
+        logs, keep = None, options.keep_logs is not None
         try:
             binary = server_binary(server)
             logs = log_directory(options)
-            report = _reckoned(options, logs, interrupts, binary, environment)
-            keep = keep or not report.ok
+            with ExitStack() as parts:
+                code = body(binary, logs, interrupts, parts)
+            keep = keep or code != EXIT_OK
         except Interrupted:
-            note("interrupted: everything is stopped")
-            return interrupts.exit_code
+            note("stopped" if ends_well else "interrupted: everything is stopped")
+            code = EXIT_OK if interrupts.received == ends_well else interrupts.exit_code
         except (CannotStart, ControlError, CancelQueueError, redis.RedisError, MessageError) as error:
             keep = True
             note(f"error: {str(error) or type(error).__name__}")
-            return EXIT_FAILED if isinstance(error, MessageError) else EXIT_UNAVAILABLE
+            code = EXIT_FAILED if isinstance(error, MessageError) else EXIT_UNAVAILABLE
         finally:
             if logs is not None and keep and any(logs.iterdir()):
                 note(f"the workers' logs are in {logs}")
             elif logs is not None and options.keep_logs is None:
                 shutil.rmtree(logs, ignore_errors=True)
-    _print(report, options)
-    return EXIT_OK if report.ok else EXIT_FAILED
+    return code
 
 
 def log_directory(options: Options) -> Path:
@@ -473,13 +498,6 @@ def log_directory(options: Options) -> Path:
     except OSError as error:
         raise CannotStart(f"--keep-logs {options.keep_logs}: {error.strerror}") from None
     return options.keep_logs.resolve()
-
-
-def _reckoned(
-    options: Options, logs: Path, interrupts: Interrupts, binary: str, environment: Mapping[str, str]
-) -> Report:
-    with ExitStack() as parts, progress() as screen:
-        return _Run(options, logs, screen, interrupts)(binary, environment, parts)
 
 
 def _print(report: Report, options: Options) -> None:

@@ -6,7 +6,6 @@ The parts are those of a run (:mod:`worker.sandbox.run`); nobody but the strateg
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 import tempfile
@@ -16,27 +15,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import redis
-
-from worker.sandbox.control import PREFIX, ControlError, ExchangeConfig, PlacedOrder, RunningExchange, start_exchange
+from worker.sandbox.control import PREFIX, ControlError, PlacedOrder, RunningExchange, start_exchange
 from worker.sandbox.orders import plan
 from worker.sandbox.run import (
-    EXIT_OK,
-    EXIT_UNAVAILABLE,
-    LATENCY_MS,
-    MAX_INCIDENTS,
-    QUICK_SETTINGS,
-    WEIGHT_LIMIT,
     Fleet,
-    Interrupted,
     Interrupts,
     Options,
     RunKeys,
-    log_directory,
+    exchange_config,
     start_workers,
+    supervised,
+    worker_settings,
 )
-from worker.sandbox.show import note
-from worker.sandbox.valkey import CannotStart, Valkey, server_binary
+from worker.sandbox.valkey import Valkey
 
 #: Between two looks at signals and at the parts, s.
 _LOOK_S = 0.05
@@ -99,82 +90,29 @@ class Place:
 
 def serve(options: ServeOptions, server: str | None, environment: Mapping[str, str]) -> int:
     """Keep the parts up until a signal comes; gives the exit code: 0 on SIGTERM. Arguments as of ``run``."""
-    with Interrupts() as interrupts:
-        logs: Path | None = None
-        keep = options.keep_logs is not None
-        try:
-            binary = server_binary(server)
-            logs = log_directory(options)
-            with ExitStack() as parts:
-                _stay(options, logs, binary, environment, interrupts, parts)
-        except Interrupted:
-            note("stopped")
-            return EXIT_OK if interrupts.received == signal.SIGTERM else interrupts.exit_code
-        except (CannotStart, ControlError, redis.RedisError) as error:
-            keep = True
-            note(f"error: {str(error) or type(error).__name__}")
-        finally:
-            if logs is not None and keep and any(logs.iterdir()):
-                note(f"the workers' logs are in {logs}")
-            elif logs is not None and options.keep_logs is None:
-                shutil.rmtree(logs, ignore_errors=True)
-    return EXIT_UNAVAILABLE
 
+    def stay(binary: str, logs: Path, interrupts: Interrupts, parts: ExitStack) -> int:
+        keys = RunKeys.make()
+        data = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="cancel-sandbox-")))
+        valkey = parts.enter_context(Valkey(binary, data, options.redis_port))
+        exchange = parts.enter_context(start_exchange(exchange_config(options, keys, port=options.port)))
+        horizon = {"NOT_FOUND_HORIZON_S": _HONEST_HORIZON_S} if options.faults == "none" else {}
+        fleet = Fleet(logs, {**environment, **worker_settings(options, keys, valkey, exchange), **horizon})
+        parts.callback(fleet.kill)
+        start_workers(fleet, options.workers, valkey, interrupts)
+        parts.callback(fleet.stop)
+        place = Place(valkey.url, exchange.url, _open_orders(options, exchange), keys)
+        sys.stdout.write((json.dumps(place.as_dict()) if options.as_json else place.as_text()) + "\n")
+        sys.stdout.flush()
+        while True:
+            interrupts.check()
+            fleet.check()
+            valkey.check()
+            if exchange.process.poll() is not None:
+                raise ControlError("the local exchange ended by itself")
+            time.sleep(_LOOK_S)
 
-def _stay(
-    options: ServeOptions,
-    logs: Path,
-    binary: str,
-    environment: Mapping[str, str],
-    interrupts: Interrupts,
-    parts: ExitStack,
-) -> None:
-    """Start everything, say where it is, and wait for a signal; ``parts`` stops what was started."""
-    keys = RunKeys.make()
-    data = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="cancel-sandbox-")))
-    valkey = parts.enter_context(Valkey(binary, data, options.redis_port))
-    exchange = parts.enter_context(start_exchange(_exchange_config(options, keys)))
-    fleet = Fleet(logs, {**environment, **_worker_settings(options, keys, valkey, exchange)})
-    parts.callback(fleet.kill)
-    start_workers(fleet, options.workers, valkey, interrupts)
-    parts.callback(fleet.stop)
-    place = Place(valkey.url, exchange.url, _open_orders(options, exchange), keys)
-    sys.stdout.write((json.dumps(place.as_dict()) if options.as_json else place.as_text()) + "\n")
-    sys.stdout.flush()
-    while True:
-        interrupts.check()
-        fleet.check()
-        valkey.check()
-        if exchange.process.poll() is not None:
-            raise ControlError("the local exchange ended by itself")
-        time.sleep(_LOOK_S)
-
-
-def _exchange_config(options: ServeOptions, keys: RunKeys) -> ExchangeConfig:
-    return ExchangeConfig(
-        keys.accounts,
-        faults=options.faults,
-        seed=options.seed,
-        timing=options.timing,
-        max_incidents=MAX_INCIDENTS[options.faults],
-        weight_limit_per_minute=WEIGHT_LIMIT,
-        latency_ms=LATENCY_MS,
-        port=options.port,
-    )
-
-
-def _worker_settings(options: ServeOptions, keys: RunKeys, valkey: Valkey, exchange: RunningExchange) -> dict[str, str]:
-    settings = {
-        **QUICK_SETTINGS,
-        **keys.variables,
-        "REDIS_URL": valkey.url,
-        "BINANCE_BASE_URL": exchange.url,
-        "BINANCE_RECV_WINDOW_MS": str(options.recv_window_ms),
-        "WORKER_CONCURRENCY": str(options.concurrency),
-    }
-    if options.faults == "none":
-        settings["NOT_FOUND_HORIZON_S"] = _HONEST_HORIZON_S
-    return settings
+    return supervised(options, server, stay, ends_well=signal.SIGTERM)
 
 
 def _open_orders(options: ServeOptions, exchange: RunningExchange) -> list[PlacedOrder]:
