@@ -80,7 +80,7 @@ def unlisted(history: Sequence[Attempt], why: str) -> Stop:
 
 
 def has_untold(case: ListingCase, verdict: Verdict) -> bool:
-    """Whether a list holds orders of which it cannot be told whether they were there, by what is known of the clocks."""
+    """Whether a list holds orders of which the clocks, as they are known, cannot tell whether they were there."""
     if case.ahead is None:
         return bool(verdict.orders)
     return bool(_listed(case.before_ms, case.ahead, verdict.orders).left_alone)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import time
 
 import pytest
 
-from producer import CancelClient, OpenOutcome, OutcomeKind
+from producer import CancelClient
 from tests.orders import PROVEN_S
-from tests.servers import Peek, Workers, eventually
+from tests.servers import Workers
 from worker.sandbox.control import RunningExchange
 
 
