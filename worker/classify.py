@@ -311,10 +311,10 @@ def _classify_listing(ref: SymbolRef, answer: Reply, value: object, code: int | 
     """One entry that cannot be read, or is about another symbol, and the list proves nothing: an order that was open
     may be missing from it."""
     if isinstance(value, list) and len(value) <= MAX_LISTED and answer.http == 200:
-        views = {view.algo_id: view for row in value if isinstance(row, dict) and (view := _order_view(row))}
-        if len(views) == len(value) and all(id_ > 0 and view.symbol == ref.symbol for id_, view in views.items()):
-            count = f"{len(views)} open"
-            return Verdict(Means.LISTED, 200, None, count, orders=tuple(views.values()))
+        views = [view for row in value if isinstance(row, dict) and (view := _order_view(row))]
+        if len(views) == len(value) and all(view.algo_id > 0 and view.symbol == ref.symbol for view in views):
+            orders = {view.algo_id: view for view in views}
+            return Verdict(Means.LISTED, 200, None, f"{len(orders)} open", orders=tuple(orders.values()))
         msg = "not a list of that symbol's orders"
     return Verdict(Means.UNCLEAR, answer.http, code, msg)
 
