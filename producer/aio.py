@@ -182,7 +182,7 @@ class AsyncCancelClient:
         accepted = await self.converse(self._wire.enqueue([request], durable=False), doubt=OPEN_IN_DOUBT)
         return AsyncOpenTicket(*accepted.carried[0], _client=self)
 
-    async def outcome(self, ticket_or_id: AsyncTicket | AsyncOpenTicket | str) -> Outcome | None:
+    async def outcome(self, ticket_or_id: TicketFields | str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S).
 
         Raises:
@@ -193,7 +193,7 @@ class AsyncCancelClient:
         ends = await self.converse(self._wire.look([job_id], for_the_gone=False))
         return outcome_or_raise(proven(ends[job_id], request)) if job_id in ends else None
 
-    async def outcomes_of(self, tickets_or_ids: Iterable[AsyncTicket | str]) -> dict[str, Outcome]:
+    async def outcomes_of(self, tickets_or_ids: Iterable[TicketFields | str]) -> dict[str, Outcome]:
         """Those outcomes that are there, by id; one round trip for each 1,000, two where some failed.
 
         A record that is no outcome of this version, or not about the ticket, is left out and logged with its id.
@@ -320,7 +320,7 @@ class AsyncCancelClient:
                     await came.wait()
             return dict(waiter.ends)
 
-    async def retry(self, tickets_or_ids: Iterable[AsyncTicket | str], *, missing_ok: bool = False) -> list[str]:
+    async def retry(self, tickets_or_ids: Iterable[TicketFields | str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.
 
         ``missing_ok`` leaves out the ids that cannot be retried (any more) instead of raising.
@@ -336,7 +336,7 @@ class AsyncCancelClient:
         """Ids of the requests that ended in a failed kind and can be retried, oldest first."""
         return await self.converse(self._wire.failed_ids())
 
-    async def statuses(self, tickets_or_ids: Iterable[AsyncTicket | str]) -> list[str | None]:
+    async def statuses(self, tickets_or_ids: Iterable[TicketFields | str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
         return await self.converse(self._wire.statuses(tickets_or_ids))
 

@@ -203,7 +203,7 @@ class CancelClient:
         accepted = self.converse(self._wire.enqueue([request], durable=False), doubt=OPEN_IN_DOUBT)
         return OpenTicket(*accepted.carried[0], _client=self)
 
-    def outcome(self, ticket_or_id: Ticket | OpenTicket | str) -> Outcome | None:
+    def outcome(self, ticket_or_id: TicketFields | str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S).
 
         Raises:
@@ -214,7 +214,7 @@ class CancelClient:
         ends = self.converse(self._wire.look([job_id], for_the_gone=False))
         return outcome_or_raise(proven(ends[job_id], request)) if job_id in ends else None
 
-    def outcomes_of(self, tickets_or_ids: Iterable[Ticket | str]) -> dict[str, Outcome]:
+    def outcomes_of(self, tickets_or_ids: Iterable[TicketFields | str]) -> dict[str, Outcome]:
         """Those outcomes that are there, by id; one round trip for each 1,000, two where some failed.
 
         A record that is no outcome of this version, or not about the ticket, is left out and logged with its id.
@@ -331,7 +331,7 @@ class CancelClient:
             came.wait(None if ends_at is None else max(0.0, ends_at - time.monotonic()))
             return dict(waiter.ends)
 
-    def retry(self, tickets_or_ids: Iterable[Ticket | str], *, missing_ok: bool = False) -> list[str]:
+    def retry(self, tickets_or_ids: Iterable[TicketFields | str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.
 
         ``missing_ok`` leaves out the ids that cannot be retried (any more) instead of raising.
@@ -347,7 +347,7 @@ class CancelClient:
         """Ids of the requests that ended in a failed kind and can be retried, oldest first."""
         return self.converse(self._wire.failed_ids())
 
-    def statuses(self, tickets_or_ids: Iterable[Ticket | str]) -> list[str | None]:
+    def statuses(self, tickets_or_ids: Iterable[TicketFields | str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
         return self.converse(self._wire.statuses(tickets_or_ids))
 
@@ -355,7 +355,7 @@ class CancelClient:
         """How the queue stands, in three round trips; see :class:`producer.status.Status`."""
         return self.converse(self._wire.status())
 
-    def job(self, ticket_or_id: Ticket | str) -> Job:
+    def job(self, ticket_or_id: TicketFields | str) -> Job:
         """RQ's job of a request, for those who look at the queue through RQ.
 
         What RQ asks of it later goes over the connection that the client was made of, which must not decode answers.
