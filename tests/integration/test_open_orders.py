@@ -124,8 +124,8 @@ def test_under_all_faults_and_a_dead_worker_it_agrees_with_the_book(valkey: Valk
 def test_a_worker_killed_between_list_and_completion(
     valkey: Valkey, workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
-    """Killed when the orders were listed and nothing was recorded, or its last words were lost, it leaves a listing that
-    the next worker does once more, for the moment of the request."""
+    """Killed when the orders were listed and nothing was recorded, or its last words were lost, it leaves a listing
+    that the next worker does once more, for the moment of the request."""
     victim = workers.start(LEASE_S="2")
     before = opened(exchange, 3)
     exchange.set_latency_ms(400)
