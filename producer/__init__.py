@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from producer.aio import AsyncCancelClient, AsyncTicket
-    from producer.client import CancelClient, Ticket
+    from producer.aio import AsyncCancelClient, AsyncOpenTicket, AsyncTicket
+    from producer.client import CancelClient, OpenTicket, Ticket
     from producer.message import Attempt, CancelRequest, Outcome, OutcomeKind
+    from producer.open_orders import OpenOrder, OpenOutcome
     from producer.protocol import (
         CancelQueueError,
         LedgerGap,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncCancelClient",
+    "AsyncOpenTicket",
     "AsyncTicket",
     "Attempt",
     "CancelClient",
@@ -32,6 +34,9 @@ __all__ = [
     "InvalidRequest",
     "LedgerGap",
     "NotDurable",
+    "OpenOrder",
+    "OpenOutcome",
+    "OpenTicket",
     "Outcome",
     "OutcomeKind",
     "QueueUnavailable",
@@ -43,9 +48,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "aio": ("AsyncCancelClient", "AsyncTicket"),
-    "client": ("CancelClient", "Ticket"),
+    "aio": ("AsyncCancelClient", "AsyncOpenTicket", "AsyncTicket"),
+    "client": ("CancelClient", "OpenTicket", "Ticket"),
     "message": ("Attempt", "CancelRequest", "Outcome", "OutcomeKind"),
+    "open_orders": ("OpenOrder", "OpenOutcome"),
     "protocol": (
         "CancelQueueError",
         "LedgerGap",

@@ -8,13 +8,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -24,8 +21,10 @@ from rq.job import JobStatus
 from producer import __version__, console
 from producer.client import CancelClient
 from producer.door import checked_ids, checked_position
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, OnTrigger, Outcome
-from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest
+from producer.message import DEFAULT_QUEUE, CancelRequest, Outcome
+from producer.open_orders import WARNING, OpenOutcome
+from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest, WaitTimeout
+from producer.shell import ExitCode, Failure, InOrder, about_request, dumped, epilog, print_line, print_lines, say
 from producer.status import Status, aligned
 from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
 from producer.waiting import look
@@ -40,57 +39,6 @@ _WATCH_S = 1.0
 
 C = TypeVar("C", bound=CancelClient)
 F = TypeVar("F", bound=Callable[..., object])
-
-
-class ExitCode(IntEnum):
-    """What the shell is told."""
-
-    DONE = 0  # every order is known to be off the book, or without --wait every request was accepted
-    NOT_OFF_THE_BOOK = 1  # some order is not known to be off the book; stronger than TIMED_OUT
-    USAGE = 2  # bad usage or input; nothing was done
-    TIMED_OUT = 3  # no outcome yet; the requests go on
-    UNREACHABLE = 4  # Redis did not answer, or refused
-    INTERRUPTED = 130  # Ctrl-C; requests that were accepted go on
-
-
-_EXIT_CODES = """\b
-Exit codes:
-  0    all orders are known to be off the book (cancelled, already_cancelled,
-       expired, rejected); without --wait: all requests were accepted
-  1    some are not known to be off the book (triggered, even when FINISHED,
-       and every failed kind), or an id is unknown; stronger than 3
-  2    bad usage or input; nothing was done
-  3    no outcome yet
-  4    Redis cannot be reached, or refuses
-  130  interrupted; what was accepted goes on
-"""
-_ENVIRONMENT = """\b
-Environment: REDIS_URL, CANCEL_QUEUE; for rediss:// also
-REDIS_TLS_VERIFY (required or none) and REDIS_TLS_CA (a PEM file).
-"""
-
-
-def _epilog(*examples: str) -> str:
-    lines = "\n".join(f"  {example}" for example in examples)
-    return f"\b\nExamples:\n{lines}\n\n{_EXIT_CODES}\n{_ENVIRONMENT}"
-
-
-class _Failure(click.ClickException):
-    """One line on stderr and an exit code."""
-
-    def __init__(self, message: str, code: ExitCode) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class _InOrder(click.Command):
-    """Remembers in which order its options were given, which click sorts by name."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, keeping the sequence of options under ``given``."""
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta["given"] = [parameter.name for parameter in given]
-        return super().parse_args(ctx, args)
 
 
 def _common(function: F) -> F:
@@ -123,17 +71,17 @@ def _client_as(kind: type[C], redis_url: str, queue: str) -> Iterator[C]:
             kind, redis_url, queue, os.environ.get("REDIS_TLS_VERIFY", ""), os.environ.get("REDIS_TLS_CA", "")
         )
     except (console.BadSetting, InvalidRequest) as error:
-        raise _Failure(str(error), ExitCode.USAGE) from None
+        raise Failure(str(error), ExitCode.USAGE) from None
     with client:
         try:
             yield client
         except QueueUnavailable as error:
-            raise _Failure(str(error), ExitCode.UNREACHABLE) from None
+            raise Failure(str(error), ExitCode.UNREACHABLE) from None
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=_epilog(
+    epilog=epilog(
         "python -m producer cancel --algo-id 2146760 --wait 5",
         "python -m producer outcomes --follow --json",
         "python -m producer status --watch",
@@ -146,21 +94,15 @@ def cli() -> None:
     found = importlib.util.find_spec("worker")
     place = None if found is None or found.origin is None else Path(found.origin)
     if place is not None and place.parent.parent != Path(__file__).parent.parent:
-        _say(f"Note: here `worker` is {place}, not this project's: start workers in another directory")
+        say(f"Note: here `worker` is {place}, not this project's: start workers in another directory")
 
 
 # --- cancel -------------------------------------------------------------------------------------------------------
 
 
-def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
-    if value is not None and (math.isnan(value) or value < 0):
-        raise click.BadParameter("must be a number of seconds, 0 or more")
-    return value
-
-
 @cli.command(
-    cls=_InOrder,
-    epilog=_epilog(
+    cls=InOrder,
+    epilog=epilog(
         "python -m producer cancel --algo-id 2146760",
         "python -m producer cancel --client-algo-id stop-17 --urgent --deadline 30 --wait 5",
         "python -m producer cancel --from-file ids.txt --account desk2 --wait 60 --json",
@@ -177,20 +119,9 @@ def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> floa
     "CancelRequest, or anything else as a client algo id. Blank lines and # comments are skipped. One bad line and "
     "nothing of it is enqueued; a file without an id is an error.",
 )
-@click.option("--account", default=DEFAULT_ACCOUNT, show_default=True, metavar="A")
 @click.option("--symbol", metavar="S", help="Carried into the outcome.")
-@click.option("--tag", metavar="T", help="Carried into the outcome.")
-@click.option("--deadline", type=float, metavar="S", help="How long the cancel is worth pursuing, seconds.")
-@click.option("--urgent", is_flag=True, help="Go before what waits already.")
-@click.option(
-    "--on-trigger",
-    type=click.Choice([what.value for what in OnTrigger]),
-    default=OnTrigger.REPORT.value,
-    help="What to do where an order has triggered: report the order that it became, or cancel that, too. A triggered "
-    "stop is your exit in progress; cancelling it leaves the position open. This is for entries.",
-)
+@about_request
 @click.option("--durable", is_flag=True, help="Wait until the server's append-only file holds the requests.")
-@click.option("--wait", type=float, metavar="S", callback=_seconds, help="Wait up to S seconds for the outcomes.")
 @_common
 @click.pass_context
 def cancel(
@@ -208,13 +139,13 @@ def cancel(
             tickets: Sequence[TicketFields] = client.cancel_many(requests, durable=durable)
         except NotDurable as error:
             tickets, not_durable = error.tickets, error
-            _say(str(error))
+            say(str(error))
         if wait is not None:
             return _wait(client, tickets, wait, as_json)
     if as_json:
-        _print_lines(_dump(ticket.as_dict()) for ticket in tickets)
+        print_lines(dumped(ticket.as_dict()) for ticket in tickets)
     else:
-        _print_lines(aligned([console.ticket_cells(ticket) for ticket in tickets]))
+        print_lines(aligned([console.ticket_cells(ticket) for ticket in tickets]))
     return ExitCode.DONE if not_durable is None else ExitCode.NOT_OFF_THE_BOOK
 
 
@@ -234,7 +165,7 @@ def _requests(given: Sequence[str], options: Mapping[str, Any]) -> list[CancelRe
             elif name == "from_file":
                 requests += _requests_of_file(next(words[name]), defaults)
     except (InvalidRequest, console.BadFile) as error:
-        raise _Failure(str(error), ExitCode.USAGE) from None
+        raise Failure(str(error), ExitCode.USAGE) from None
     if not requests:
         raise click.UsageError("give --algo-id, --client-algo-id or --from-file")
     return requests
@@ -261,15 +192,15 @@ def _wait(client: CancelClient, tickets: Sequence[TicketFields], timeout_s: floa
         rest = _NOT_YET
     except KeyboardInterrupt:
         rest = "interrupted; the request goes on"
-        _say("interrupted; the requests go on")
+        say("interrupted; the requests go on")
         return ExitCode.INTERRUPTED
     finally:
         # However the waiting ended: without its id nobody could ask for an outcome later.
         words = {job_id: _why(in_vain[job_id]) if job_id in in_vain else rest for job_id in job_ids}
         if as_json:
-            _print_lines(_outcome_json(ticket.id, found, words[ticket.id]) for ticket in tickets)
+            print_lines(_outcome_json(ticket.id, found, words[ticket.id]) for ticket in tickets)
         else:
-            _print_lines(aligned([_cells(ticket.id, found, ticket.request, words[ticket.id]) for ticket in tickets]))
+            print_lines(aligned([_cells(ticket.id, found, ticket.request, words[ticket.id]) for ticket in tickets]))
     return _judged(job_ids, found, in_vain)
 
 
@@ -280,7 +211,7 @@ def _why(error: Exception) -> str:
 
 def _judged(job_ids: Sequence[str], found: Mapping[str, Outcome], in_vain: Mapping[str, Exception]) -> ExitCode:
     for error in in_vain.values():
-        _say(str(error))
+        say(str(error))
     if in_vain or any(not outcome.off_the_book for outcome in found.values()):
         return ExitCode.NOT_OFF_THE_BOOK
     return ExitCode.DONE if all(job_id in found for job_id in job_ids) else ExitCode.TIMED_OUT
@@ -290,7 +221,7 @@ def _outcome_json(job_id: str, found: Mapping[str, Outcome], why: str, **more: o
     """The record, or that there is none; ``why`` is said unless it is only that it takes longer."""
     outcome = found.get(job_id)
     bare = {"id": job_id, "kind": None, **more} | ({} if why == _NOT_YET else {"error": why})
-    return _dump(bare if outcome is None else outcome.as_dict())
+    return dumped(bare if outcome is None else outcome.as_dict())
 
 
 def _words(status: str | None) -> str:
@@ -306,11 +237,64 @@ def _cells(job_id: str, found: Mapping[str, Outcome], order: CancelRequest | Non
     return console.missing_cells(job_id, order, words, known=words != _UNKNOWN)
 
 
+# --- cancel-open --------------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    "cancel-open",
+    short_help="Enqueue cancels of all open conditional orders of a symbol.",
+    epilog=epilog(
+        "python -m producer cancel-open --symbol BTCUSDT --wait 10",
+        "python -m producer cancel-open --symbol BTCUSDT --account desk2 --urgent --deadline 60 --wait 60 --json",
+    ),
+)
+@click.option("--symbol", required=True, metavar="S", help="The symbol, as BTCUSDT.")
+@about_request
+@_common
+def cancel_open(
+    redis_url: str, queue: str, as_json: bool, wait: float | None, deadline: float | None, **options: Any
+) -> ExitCode:
+    """Enqueue cancels of all conditional orders of a symbol that are open now.
+
+    THIS REMOVES PROTECTION; POSITIONS AND NORMAL ORDERS STAY. A worker lists the orders and makes a request for each;
+    orders opened later, other symbols and other accounts are left alone. Prints the id of the request or, with --wait,
+    a line for each order; --json prints one object, whose kind is that of the worst of them. Where no order was seen
+    the exit code is 0. An order of which the clocks cannot tell whether it was open is left alone and named: then the
+    kind is unknown, and the exit code 1.
+    """
+    with _client(redis_url, queue) as client:
+        try:
+            ticket = client.cancel_open(**options, deadline_s=deadline)
+        except InvalidRequest as error:
+            raise Failure(str(error), ExitCode.USAGE) from None
+        say(f"{clean_text(options['symbol'])}: {WARNING}")
+        if wait is None:
+            print_line(dumped(ticket.as_dict()) if as_json else clean_text(ticket.id))
+            return ExitCode.DONE
+        seen, code = OpenOutcome(ticket.id, None, True), ExitCode.INTERRUPTED
+        try:
+            seen = client.wait(ticket, wait)
+            code = ExitCode.DONE if seen.off_the_book else ExitCode.NOT_OFF_THE_BOOK
+        except WaitTimeout as error:
+            seen = error.so_far or seen
+            say(str(error))
+            is_bad = any(order.kind is not None and not order.off_the_book for order in seen.orders)
+            code = ExitCode.NOT_OFF_THE_BOOK if is_bad or seen.error else ExitCode.TIMED_OUT
+        except KeyboardInterrupt:
+            say("interrupted; the requests go on")
+        except UnknownRequest as error:
+            say(str(error))
+            code = ExitCode.NOT_OFF_THE_BOOK
+        finally:
+            print_lines([dumped(seen.as_dict())] if as_json else console.open_lines(seen))
+    return code
+
+
 # --- outcome, outcomes --------------------------------------------------------------------------------------------
 
 
 @cli.command(
-    epilog=_epilog(
+    epilog=epilog(
         "python -m producer outcome 4c7e0f1a3d5b4e6f8a9b0c1d2e3f4a5b",
         "python -m producer outcome ID1 ID2 --json",
     )
@@ -327,7 +311,7 @@ def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> 
     try:
         checked_ids(ids)
     except InvalidRequest as error:
-        raise _Failure(str(error), ExitCode.USAGE) from None
+        raise Failure(str(error), ExitCode.USAGE) from None
     with _client(redis_url, queue) as client:
         # In this order: a request that ends in between is found.
         statuses = dict(zip(ids, client.statuses(ids), strict=True))
@@ -338,9 +322,9 @@ def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> 
     if as_json:
         faults = dict.fromkeys(unreadable, _UNREADABLE)
         lines = (_outcome_json(job_id, found, faults.get(job_id, _NOT_YET), status=statuses[job_id]) for job_id in ids)
-        _print_lines(lines)
+        print_lines(lines)
     else:
-        _print_lines(aligned([_cells(job_id, found, None, words[job_id]) for job_id in ids]))
+        print_lines(aligned([_cells(job_id, found, None, words[job_id]) for job_id in ids]))
     judged = _judged(ids, found, unreadable)
     if any(job_id not in found and status not in _OPEN for job_id, status in statuses.items()):
         return ExitCode.NOT_OFF_THE_BOOK
@@ -348,7 +332,7 @@ def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> 
 
 
 @cli.command(
-    epilog=_epilog(
+    epilog=epilog(
         "python -m producer outcomes",
         "python -m producer outcomes --after '$' --follow",
         "python -m producer outcomes --after 1763797200000-0 --json | jq .kind",
@@ -373,18 +357,18 @@ def outcomes(redis_url: str, queue: str, as_json: bool, after: str, follow: bool
     try:
         checked_position(after)
     except InvalidRequest as error:
-        raise _Failure(str(error), ExitCode.USAGE) from None
+        raise Failure(str(error), ExitCode.USAGE) from None
     with _client(redis_url, queue) as client:
         while True:
             try:
                 for entry, ended in client.outcomes(after, follow=follow):
                     if as_json:
-                        _print(_dump({**ended.as_dict(), "entry": entry}))
+                        print_line(dumped({**ended.as_dict(), "entry": entry}))
                     else:
-                        _print(console.streamed((entry, *console.outcome_cells(ended))))
+                        print_line(console.streamed((entry, *console.outcome_cells(ended))))
                 return ExitCode.DONE
             except LedgerGap as gap:
-                _say(str(gap))
+                say(str(gap))
                 after = gap.resume
 
 
@@ -393,7 +377,7 @@ def outcomes(redis_url: str, queue: str, as_json: bool, after: str, follow: bool
 
 @cli.command(
     short_help="Start new runs of requests that ended in a failed kind.",
-    epilog=_epilog(
+    epilog=epilog(
         "python -m producer retry 4c7e0f1a3d5b4e6f8a9b0c1d2e3f4a5b",
         "python -m producer retry --failed",
     ),
@@ -412,10 +396,10 @@ def retry(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...], faile
         try:
             started = client.retry(client.failed_ids() if failed else ids, missing_ok=failed)
         except UnknownRequest as error:
-            raise _Failure(f"{error}; nothing was retried", ExitCode.USAGE) from None
-    _print_lines(_dump({"id": job_id}) if as_json else clean_text(job_id, 80) for job_id in started)
+            raise Failure(f"{error}; nothing was retried", ExitCode.USAGE) from None
+    print_lines(dumped({"id": job_id}) if as_json else clean_text(job_id, 80) for job_id in started)
     if not started:
-        _say("there is nothing to retry")
+        say("there is nothing to retry")
     return ExitCode.DONE
 
 
@@ -424,7 +408,7 @@ def retry(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...], faile
 
 @cli.command(
     short_help="Show how a queue stands.",
-    epilog=_epilog("python -m producer status", "python -m producer status --watch --queue cancels"),
+    epilog=epilog("python -m producer status", "python -m producer status --watch --queue cancels"),
 )
 @click.option("--watch", is_flag=True, help="Look again every second until Ctrl-C; full-screen on a terminal.")
 @_common
@@ -433,12 +417,12 @@ def status(redis_url: str, queue: str, as_json: bool, watch: bool) -> ExitCode:
     with _client(redis_url, queue) as client:
         seen = client.status()
         if not watch:
-            _print_lines([_dump(seen.as_dict())] if as_json else seen.lines())
+            print_lines([dumped(seen.as_dict())] if as_json else seen.lines())
             return ExitCode.DONE
         if not as_json and (full_screen := _full_screen()) is not None:
             full_screen(seen, client.status, str)
         while True:
-            _print_lines([_dump(seen.as_dict())] if as_json else [*seen.lines(), ""])
+            print_lines([dumped(seen.as_dict())] if as_json else [*seen.lines(), ""])
             seen = _next_look(client)
 
 
@@ -449,7 +433,7 @@ def _next_look(client: CancelClient) -> Status:
             return client.status()
         except QueueUnavailable as error:
             # Whoever watches wants to see it come back.
-            _say(str(error))
+            say(str(error))
 
 
 def _full_screen() -> Callable[..., NoReturn] | None:
@@ -466,7 +450,7 @@ def _full_screen() -> Callable[..., NoReturn] | None:
 
 @cli.command(
     short_help="Serve Prometheus metrics of a queue.",
-    epilog=_epilog("python -m producer metrics", "python -m producer metrics --port 9464 --host 0.0.0.0"),
+    epilog=epilog("python -m producer metrics", "python -m producer metrics --port 9464 --host 0.0.0.0"),
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=9464, show_default=True, help="Port to listen on; 0: any free one."
@@ -485,16 +469,16 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
-        raise _Failure("metrics needs prometheus-client: pip install prometheus-client", ExitCode.USAGE) from None
+        raise Failure("metrics needs prometheus-client: pip install prometheus-client", ExitCode.USAGE) from None
     with _client_as(LedgerClient, redis_url, queue) as client:
         try:
             server = Server(QueueCollector(client), host, port)
         except OSError as error:
             why = error.strerror or type(error).__name__
-            raise _Failure(f"cannot listen on {host} port {port}: {why}", ExitCode.USAGE) from None
+            raise Failure(f"cannot listen on {host} port {port}: {why}", ExitCode.USAGE) from None
         with server:
             server.start()
-            _print(f"metrics of queue {queue} on {server.url}")
+            print_line(f"metrics of queue {queue} on {server.url}")
             return ExitCode.INTERRUPTED if server.wait() else ExitCode.DONE
 
 
@@ -503,7 +487,7 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
 
 @cli.command(
     short_help="Serve a page about a queue for operators.",
-    epilog=_epilog(
+    epilog=epilog(
         "python -m producer web",
         'export WEB_TOKEN=$(openssl rand -hex 16); echo "$WEB_TOKEN"',
         "python -m producer web --host 0.0.0.0",
@@ -535,43 +519,24 @@ def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> 
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("flask", "jinja2", "werkzeug", "itsdangerous", "waitress"):
             raise
-        raise _Failure("web needs Flask and waitress: pip install flask waitress", ExitCode.USAGE) from None
+        raise Failure("web needs Flask and waitress: pip install flask waitress", ExitCode.USAGE) from None
     try:
         access.check_start(host, token, public_read)
     except access.UnsafeStart as error:
-        raise _Failure(str(error), ExitCode.USAGE) from None
+        raise Failure(str(error), ExitCode.USAGE) from None
     local_names_only = token is None and not public_read
     with _client(redis_url, queue) as client:
         pages = app.create_app(client, token, local_names_only=local_names_only)
         mode = "read-only" if token is None else "login by WEB_TOKEN"
         try:
-            interrupted = serving.serve(pages, host, port, lambda url: _print(f"queue {queue} on {url} ({mode})"))
+            interrupted = serving.serve(pages, host, port, lambda url: print_line(f"queue {queue} on {url} ({mode})"))
         except OSError as error:
             why = error.strerror or type(error).__name__
-            raise _Failure(f"cannot listen on {host} port {port}: {why}", ExitCode.USAGE) from None
+            raise Failure(f"cannot listen on {host} port {port}: {why}", ExitCode.USAGE) from None
     return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE
 
 
 # --- the way out --------------------------------------------------------------------------------------------------
-
-
-def _print(line: str) -> None:
-    """One line on stdout, at once: whoever reads it through a pipe acts on it."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    sys.stdout.flush()
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _dump(value: Mapping[str, object]) -> str:
-    return json.dumps(value, separators=(",", ":"))  # in ASCII: whatever words stand in it cannot act on a terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -584,9 +549,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
         error.show()
-        return error.code if isinstance(error, _Failure) else error.exit_code
+        return error.code if isinstance(error, Failure) else error.exit_code
     except MalformedMessage as error:
-        _say(f"Error: {error}")
+        say(f"Error: {error}")
         return ExitCode.NOT_OFF_THE_BOOK
     except BrokenPipeError:
         # The reader has left (`| head`); nothing is to be said, not by the interpreter's last flush either.

@@ -11,14 +11,15 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import redis
 import redis.asyncio as aio
 
 from producer.aio_link import AsyncLines
 from producer.door import checked_position, checked_timeout, checked_wait
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, OnTrigger, Outcome
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, OnTrigger, OpenRequest, Outcome
+from producer.open_orders import OPEN_IN_DOUBT, OpenOutcome, OpenTicketFields, pursue
 from producer.place import Place, checked_url
 from producer.protocol import (
     IN_DOUBT,
@@ -38,6 +39,7 @@ from producer.waiting import (
     QueueWire,
     Waited,
     closed,
+    many_wanted,
     one_wanted,
     outcome_or_raise,
     proven,
@@ -59,6 +61,20 @@ class AsyncTicket(TicketFields):
 
     async def wait(self, timeout_s: float | timedelta | None = None) -> Outcome:
         """Wait until the outcome is recorded; see :meth:`producer.client.Ticket.wait`."""
+        return await self.needed(self._client).wait(self, timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncOpenTicket(OpenTicketFields):
+    """A request for all open conditional orders of a symbol that is on the queue. A pickled copy has no client."""
+
+    _client: AsyncCancelClient | None = field(default=None, repr=False, compare=False)
+
+    async def wait(self, timeout_s: float | timedelta | None = None) -> OpenOutcome:
+        """Wait until the orders were listed, all their requests have ended, and a second look found no more.
+
+        Raises as `wait` of one request; the WaitTimeout has in ``so_far`` what is known.
+        """
         return await self.needed(self._client).wait(self, timeout_s)
 
 
@@ -145,7 +161,28 @@ class AsyncCancelClient:
             raise accepted.not_durable
         return tickets
 
-    async def outcome(self, ticket_or_id: AsyncTicket | str) -> Outcome | None:
+    async def cancel_open(
+        self,
+        symbol: str,
+        *,
+        account: str = DEFAULT_ACCOUNT,
+        deadline_s: float | None = None,
+        urgent: bool = False,
+        tag: str | None = None,
+        on_trigger: OnTrigger | str = OnTrigger.REPORT,
+    ) -> AsyncOpenTicket:
+        """See :meth:`producer.client.CancelClient.cancel_open`."""
+        return await self._list_open(
+            OpenRequest(
+                symbol=symbol, account=account, deadline_s=deadline_s, urgent=urgent, tag=tag, on_trigger=on_trigger
+            )
+        )
+
+    async def _list_open(self, request: OpenRequest) -> AsyncOpenTicket:
+        accepted = await self.converse(self._wire.enqueue([request], durable=False), doubt=OPEN_IN_DOUBT)
+        return AsyncOpenTicket(*accepted.carried[0], _client=self)
+
+    async def outcome(self, ticket_or_id: TicketFields | str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S).
 
         Raises:
@@ -156,7 +193,7 @@ class AsyncCancelClient:
         ends = await self.converse(self._wire.look([job_id], for_the_gone=False))
         return outcome_or_raise(proven(ends[job_id], request)) if job_id in ends else None
 
-    async def outcomes_of(self, tickets_or_ids: Iterable[AsyncTicket | str]) -> dict[str, Outcome]:
+    async def outcomes_of(self, tickets_or_ids: Iterable[TicketFields | str]) -> dict[str, Outcome]:
         """Those outcomes that are there, by id; one round trip for each 1,000, two where some failed.
 
         A record that is no outcome of this version, or not about the ticket, is left out and logged with its id.
@@ -207,8 +244,17 @@ class AsyncCancelClient:
         with lines.waiters.waiting((), news.set):
             yield goes_on_after
 
-    async def wait(self, ticket_or_id: AsyncTicket | str, timeout_s: float | timedelta | None = None) -> Outcome:
-        """Block until a request has an outcome; see :meth:`AsyncTicket.wait`."""
+    @overload
+    async def wait(self, ticket_or_id: AsyncTicket | str, timeout_s: float | timedelta | None = None) -> Outcome: ...
+    @overload
+    async def wait(self, ticket_or_id: AsyncOpenTicket, timeout_s: float | timedelta | None = None) -> OpenOutcome: ...
+    async def wait(
+        self, ticket_or_id: AsyncTicket | AsyncOpenTicket | str, timeout_s: float | timedelta | None = None
+    ) -> Outcome | OpenOutcome:
+        """Block until a request has an outcome; see :meth:`AsyncTicket.wait`. For a ticket of `cancel_open`, until all
+        its orders have theirs; by its id alone, until they are listed."""
+        if isinstance(ticket_or_id, OpenTicketFields):
+            return await self._wait_for_open(ticket_or_id, checked_wait(timeout_s))
         return outcome_or_raise(*(await self._ends(one_wanted(ticket_or_id), timeout_s)).values())
 
     async def wait_many(
@@ -220,7 +266,26 @@ class AsyncCancelClient:
         What stands is given with what `wait` would raise for it: WaitTimeout, UnknownRequest, MalformedMessage or
         QueueUnavailable.
         """
-        return split(await self._ends(wanted_of(tickets_or_ids), timeout_s))
+        return split(await self._ends(many_wanted(tickets_or_ids), timeout_s))
+
+    async def _wait_for_open(self, ticket: OpenTicketFields, timeout_s: float | None) -> OpenOutcome:
+        began_at = asyncio.get_running_loop().time()
+        conversation = pursue(ticket, self.keys.queue)
+        try:
+            step = next(conversation)
+            while True:
+                if isinstance(step, OpenRequest):
+                    step = conversation.send((await self._list_open(step)).id)
+                else:
+                    left_s = (
+                        None
+                        if timeout_s is None
+                        else max(began_at + timeout_s - asyncio.get_running_loop().time(), 0.0)
+                    )
+                    step = conversation.send(await self._ends(dict(step), left_s))
+        except StopIteration as end:
+            outcome: OpenOutcome = end.value
+            return outcome
 
     async def _ends(self, wanted: dict[str, CancelRequest | None], timeout: object) -> dict[str, End]:
         timeout_s = checked_wait(timeout)
@@ -255,7 +320,7 @@ class AsyncCancelClient:
                     await came.wait()
             return dict(waiter.ends)
 
-    async def retry(self, tickets_or_ids: Iterable[AsyncTicket | str], *, missing_ok: bool = False) -> list[str]:
+    async def retry(self, tickets_or_ids: Iterable[TicketFields | str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.
 
         ``missing_ok`` leaves out the ids that cannot be retried (any more) instead of raising.
@@ -271,7 +336,7 @@ class AsyncCancelClient:
         """Ids of the requests that ended in a failed kind and can be retried, oldest first."""
         return await self.converse(self._wire.failed_ids())
 
-    async def statuses(self, tickets_or_ids: Iterable[AsyncTicket | str]) -> list[str | None]:
+    async def statuses(self, tickets_or_ids: Iterable[TicketFields | str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
         return await self.converse(self._wire.statuses(tickets_or_ids))
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import redis
 import redis.asyncio as aio
@@ -24,7 +24,8 @@ from rq.serializers import JSONSerializer
 
 from producer.door import checked_id, checked_position, checked_timeout, checked_wait
 from producer.link import Lines
-from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, OnTrigger, Outcome
+from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, OnTrigger, OpenRequest, Outcome
+from producer.open_orders import OPEN_IN_DOUBT, OpenOutcome, OpenTicketFields, pursue
 from producer.place import Place, checked_url
 from producer.protocol import (
     IN_DOUBT,
@@ -44,6 +45,7 @@ from producer.waiting import (
     QueueWire,
     Waited,
     closed,
+    many_wanted,
     one_wanted,
     outcome_or_raise,
     proven,
@@ -71,6 +73,20 @@ class Ticket(TicketFields):
             UnknownRequest: nobody knows the request (any more): it was removed, or its outcome has expired.
             MalformedMessage: its record is not an outcome of this version, or not about this order.
             QueueUnavailable: Redis did not answer.
+        """
+        return self.needed(self._client).wait(self, timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTicket(OpenTicketFields):
+    """A request for all open conditional orders of a symbol that is on the queue. A pickled copy has no client."""
+
+    _client: CancelClient | None = field(default=None, repr=False, compare=False)
+
+    def wait(self, timeout_s: float | timedelta | None = None) -> OpenOutcome:
+        """Block until the orders were listed, all their requests have ended, and a second look found no more.
+
+        Raises as `wait` of one request; the WaitTimeout has in ``so_far`` what is known.
         """
         return self.needed(self._client).wait(self, timeout_s)
 
@@ -158,7 +174,36 @@ class CancelClient:
             raise accepted.not_durable
         return tickets
 
-    def outcome(self, ticket_or_id: Ticket | str) -> Outcome | None:
+    def cancel_open(
+        self,
+        symbol: str,
+        *,
+        account: str = DEFAULT_ACCOUNT,
+        deadline_s: float | None = None,
+        urgent: bool = False,
+        tag: str | None = None,
+        on_trigger: OnTrigger | str = OnTrigger.REPORT,
+    ) -> OpenTicket:
+        """Ask for all conditional orders of ``symbol`` that are open now to be cancelled, and return at once.
+
+        *This removes protection; positions and normal orders stay.* A worker lists the orders and makes an ordinary
+        request for each; what is opened from now on is left alone, and so is what the clocks cannot tell.
+
+        Raises:
+            InvalidRequest: a field breaks its rule; nothing was enqueued.
+            QueueUnavailable: Redis did not answer in time; a repeat means the orders that are open then.
+        """
+        return self._list_open(
+            OpenRequest(
+                symbol=symbol, account=account, deadline_s=deadline_s, urgent=urgent, tag=tag, on_trigger=on_trigger
+            )
+        )
+
+    def _list_open(self, request: OpenRequest) -> OpenTicket:
+        accepted = self.converse(self._wire.enqueue([request], durable=False), doubt=OPEN_IN_DOUBT)
+        return OpenTicket(*accepted.carried[0], _client=self)
+
+    def outcome(self, ticket_or_id: TicketFields | str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S).
 
         Raises:
@@ -169,7 +214,7 @@ class CancelClient:
         ends = self.converse(self._wire.look([job_id], for_the_gone=False))
         return outcome_or_raise(proven(ends[job_id], request)) if job_id in ends else None
 
-    def outcomes_of(self, tickets_or_ids: Iterable[Ticket | str]) -> dict[str, Outcome]:
+    def outcomes_of(self, tickets_or_ids: Iterable[TicketFields | str]) -> dict[str, Outcome]:
         """Those outcomes that are there, by id; one round trip for each 1,000, two where some failed.
 
         A record that is no outcome of this version, or not about the ticket, is left out and logged with its id.
@@ -218,8 +263,17 @@ class CancelClient:
         with lines.waiters.waiting((), news.set):
             yield goes_on_after
 
-    def wait(self, ticket_or_id: Ticket | str, timeout_s: float | timedelta | None = None) -> Outcome:
-        """Block until a request has an outcome; see :meth:`Ticket.wait`."""
+    @overload
+    def wait(self, ticket_or_id: Ticket | str, timeout_s: float | timedelta | None = None) -> Outcome: ...
+    @overload
+    def wait(self, ticket_or_id: OpenTicket, timeout_s: float | timedelta | None = None) -> OpenOutcome: ...
+    def wait(
+        self, ticket_or_id: Ticket | OpenTicket | str, timeout_s: float | timedelta | None = None
+    ) -> Outcome | OpenOutcome:
+        """Block until a request has an outcome; see :meth:`Ticket.wait`. For a ticket of `cancel_open`, until all
+        its orders have theirs; by its id alone, until they are listed."""
+        if isinstance(ticket_or_id, OpenTicketFields):
+            return self._wait_for_open(ticket_or_id, checked_wait(timeout_s))
         return outcome_or_raise(*self._ends(one_wanted(ticket_or_id), timeout_s).values())
 
     def wait_many(self, tickets_or_ids: Iterable[Ticket | str], timeout_s: float | timedelta | None = None) -> Waited:
@@ -229,7 +283,22 @@ class CancelClient:
         What stands is given with what `wait` would raise for it: WaitTimeout, UnknownRequest, MalformedMessage or
         QueueUnavailable.
         """
-        return split(self._ends(wanted_of(tickets_or_ids), timeout_s))
+        return split(self._ends(many_wanted(tickets_or_ids), timeout_s))
+
+    def _wait_for_open(self, ticket: OpenTicketFields, timeout_s: float | None) -> OpenOutcome:
+        began_at = time.monotonic()
+        conversation = pursue(ticket, self.keys.queue)
+        try:
+            step = next(conversation)
+            while True:
+                if isinstance(step, OpenRequest):
+                    step = conversation.send((self._list_open(step)).id)
+                else:
+                    left_s = None if timeout_s is None else max(began_at + timeout_s - time.monotonic(), 0.0)
+                    step = conversation.send(self._ends(dict(step), left_s))
+        except StopIteration as end:
+            outcome: OpenOutcome = end.value
+            return outcome
 
     def _ends(self, wanted: dict[str, CancelRequest | None], timeout: object) -> dict[str, End]:
         timeout_s = checked_wait(timeout)
@@ -262,7 +331,7 @@ class CancelClient:
             came.wait(None if ends_at is None else max(0.0, ends_at - time.monotonic()))
             return dict(waiter.ends)
 
-    def retry(self, tickets_or_ids: Iterable[Ticket | str], *, missing_ok: bool = False) -> list[str]:
+    def retry(self, tickets_or_ids: Iterable[TicketFields | str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.
 
         ``missing_ok`` leaves out the ids that cannot be retried (any more) instead of raising.
@@ -278,7 +347,7 @@ class CancelClient:
         """Ids of the requests that ended in a failed kind and can be retried, oldest first."""
         return self.converse(self._wire.failed_ids())
 
-    def statuses(self, tickets_or_ids: Iterable[Ticket | str]) -> list[str | None]:
+    def statuses(self, tickets_or_ids: Iterable[TicketFields | str]) -> list[str | None]:
         """RQ's status of each job, None where there is no such job; one round trip for each 1,000."""
         return self.converse(self._wire.statuses(tickets_or_ids))
 
@@ -286,7 +355,7 @@ class CancelClient:
         """How the queue stands, in three round trips; see :class:`producer.status.Status`."""
         return self.converse(self._wire.status())
 
-    def job(self, ticket_or_id: Ticket | str) -> Job:
+    def job(self, ticket_or_id: TicketFields | str) -> Job:
         """RQ's job of a request, for those who look at the queue through RQ.
 
         What RQ asks of it later goes over the connection that the client was made of, which must not decode answers.

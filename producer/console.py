@@ -18,10 +18,13 @@ from producer.message import (
     CancelRequest,
     OnTrigger,
     Outcome,
+    OutcomeKind,
     decode_request,
 )
+from producer.open_orders import OpenOrder, OpenOutcome
 from producer.protocol import TicketFields
 from producer.redis_url import FORMS, OPTIONS, Address, BadRedisUrl
+from producer.status import aligned
 from producer.untrusted import MAX_PAYLOAD_BYTES, InvalidRequest, MalformedMessage, MessageError, clean_text, loads
 from producer.waiting import LOOK_S, look
 
@@ -292,6 +295,31 @@ def outcome_cells(outcome: Outcome) -> tuple[str, ...]:
     if outcome.error:
         details.append(outcome.error)
     words = (outcome.id, _order(outcome.algo_id, outcome.client_algo_id), outcome.kind.value, live, ", ".join(details))
+    return tuple(clean_text(word) for word in words)
+
+
+def open_lines(outcome: OpenOutcome) -> list[str]:
+    """What became of all open orders of a symbol, for people: how many were seen, and a line for each."""
+    count = len(outcome.orders)
+    lines = [f"{clean_text(outcome.id, 80)}  {count} order{'' if count == 1 else 's'} seen"]
+    if count or outcome.kind is not OutcomeKind.LISTED:
+        lines[0] += f"  {outcome.kind or 'no outcome yet'}"
+    if outcome.may_be_live:
+        lines[0] += "  MAY BE LIVE"
+    if outcome.error:
+        lines.append(clean_text(outcome.error))
+    if outcome.left_alone:
+        named = ", ".join(map(str, outcome.left_alone))
+        lines.append(f"left alone, as the clocks cannot tell whether they were open then: algo_id={named}")
+    return lines + aligned([_open_cells(order) for order in outcome.orders])
+
+
+def _open_cells(order: OpenOrder) -> tuple[str, ...]:
+    details = [f"now order {order.actual_order_id}"] if order.actual_order_id else []
+    details += [f"status {order.order_status}"] if order.order_status else []
+    details += [order.error] if order.error else []
+    live = "MAY BE LIVE" if order.may_be_live else "not live"
+    words = (order.id, _order(order.algo_id, None), order.kind or "no outcome yet", live, ", ".join(details))
     return tuple(clean_text(word) for word in words)
 
 

@@ -22,6 +22,7 @@ from producer.untrusted import (
     check_text,
     checked_flag,
     checked_seconds,
+    clean_text,
     dumps,
     inflate,
     loads,
@@ -62,6 +63,7 @@ class OutcomeKind(StrEnum):
     OVERDUE = "overdue"  # the deadline passed before anything was sent
     GAVE_UP = "gave_up"  # a bound was reached and no cancel of ours can have worked
     UNKNOWN = "unknown"  # a bound was reached while a cancel of ours may have worked
+    LISTED = "listed"  # the open orders of a symbol were read, and a request made for each; it says nothing of them
 
     @property
     def failed(self) -> bool:
@@ -108,6 +110,7 @@ class Call(StrEnum):
     QUERY = "query"  # GET /fapi/v1/algoOrder
     CANCEL_CHILD = "cancel_child"  # DELETE /fapi/v1/order
     QUERY_CHILD = "query_child"  # GET /fapi/v1/order
+    LIST_OPEN = "list_open"  # GET /fapi/v1/openAlgoOrders
 
     @property
     def of_child(self) -> bool:
@@ -146,7 +149,7 @@ class CancelRequest:
     on_trigger: OnTrigger | str = OnTrigger.REPORT
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "algo_id", _checked_ids(self.algo_id, self.client_algo_id))
+        object.__setattr__(self, "algo_id", self._checked_ids())
         if not isinstance(self.account, str) or not _ACCOUNT.fullmatch(self.account):
             raise InvalidRequest("account", self.account, "must match ^[a-z0-9][a-z0-9_-]{0,31}$")
         if self.deadline_s is not None:
@@ -158,9 +161,13 @@ class CancelRequest:
             raise InvalidRequest("on_trigger", self.on_trigger, 'must be "report" or "cancel_child"')
         object.__setattr__(self, "on_trigger", OnTrigger(self.on_trigger))
 
+    def _checked_ids(self) -> int | None:
+        return _checked_ids(self.algo_id, self.client_algo_id)
+
     @property
     def order_key(self) -> str:
-        """What makes two requests the same order: the account and the id that the exchange is asked by."""
+        """What makes two requests the same order: the account and the id that the exchange is asked by. Empty: no two
+        requests are."""
         by = f"a:{self.algo_id}" if self.algo_id is not None else f"c:{self.client_algo_id}"
         return f"{self.account}:{by}"
 
@@ -173,6 +180,45 @@ class CancelRequest:
         """One line for RQ's job description; it holds no secret because a request holds none."""
         by = f"algo_id={self.algo_id}" if self.algo_id is not None else f"client_algo_id={self.client_algo_id}"
         return f"cancel {by} account={self.account}"
+
+
+#: A symbol may hold letters of any script (exchange.md 2), and nothing that is not shown.
+_SYMBOL = re.compile(r"\S{1,32}")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest(CancelRequest):
+    """All conditional orders of ``symbol`` that were open when it was made: a worker lists them, and makes a request
+    for each.
+
+    ``before_ms``: or at an earlier moment, ms by Redis' clock: it only ever narrows.
+
+    Raises:
+        InvalidRequest: a field breaks its rule.
+    """
+
+    before_ms: int | None = field(default=None, kw_only=True)
+
+    def _checked_ids(self) -> int | None:
+        if self.algo_id is not None or self.client_algo_id is not None:
+            raise InvalidRequest("algo_id", self.algo_id, "all orders of a symbol are meant: give no id")
+        symbol = self.symbol
+        if not isinstance(symbol, str) or not _SYMBOL.fullmatch(symbol) or not symbol.isprintable():
+            rule = "must be the name of one symbol, as BTCUSDT: text of 1 to 32 characters without blanks"
+            raise InvalidRequest("symbol", symbol, rule + not_a(symbol, str, "give text"))
+        moment_ms = self.before_ms
+        if moment_ms is not None and (type(moment_ms) is not int or not 0 <= moment_ms < 10**14):
+            raise InvalidRequest("before_ms", moment_ms, "must be ms since the epoch")
+        return None
+
+    @property
+    def order_key(self) -> str:
+        """See :attr:`CancelRequest.order_key`: each call means the orders of its own moment."""
+        return ""
+
+    def describe(self) -> str:
+        """See :meth:`CancelRequest.describe`."""
+        return f"cancel open orders of {clean_text(self.symbol)} account={self.account}"
 
 
 def _checked_ids(algo_id: object, client_algo_id: object) -> int | None:
@@ -230,6 +276,14 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class ListedOrder:
+    """An order that was open, and the id of the request that carries its cancel."""
+
+    algo_id: int
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """The end of one request: recorded once for each id and run, never changed."""
 
@@ -254,10 +308,15 @@ class Outcome:
     child_avg_price: str | None = None
     child_cancelled: bool | None = None  # by us; False: it ended otherwise
     child_attempts: tuple[Attempt, ...] = field(default=())  # the calls about it, numbered along with the others
+    orders: tuple[ListedOrder, ...] | None = None  # of a listing: what was open when it was asked for
+    left_alone: tuple[int, ...] = ()  # ... and algo ids of which the clocks cannot tell whether they were
+    before_ms: int | None = None  # ... that is: before this moment, Redis' clock
 
     @property
     def off_the_book(self) -> bool:
         """Whether nothing rests and nothing was executed: the order is gone, or what it became is, unfilled."""
+        if self.kind is OutcomeKind.LISTED:
+            return not self.orders and not self.left_alone
         if self.kind is not OutcomeKind.TRIGGERED:
             return self.kind.off_the_book
         is_unfilled = _NOTHING.fullmatch(self.child_executed_qty or "") is not None
@@ -273,6 +332,10 @@ class Outcome:
         child = {name: getattr(self, name) for name in _CHILD_FIELDS if getattr(self, name) is not None}
         if self.child_attempts:
             child["child_attempts"] = [attempt.as_dict() for attempt in self.child_attempts]
+        listing: dict[str, object] = {}
+        if self.orders is not None:
+            listing["orders"] = [{"algo_id": order.algo_id, "id": order.id} for order in self.orders]
+            listing |= {"left_alone": list(self.left_alone), "before_ms": self.before_ms}
         return {
             "v": VERSION,
             "id": self.id,
@@ -288,6 +351,7 @@ class Outcome:
             "worker": self.worker,
             "error": self.error,
             **child,
+            **listing,
         }
 
     def encode(self) -> str:
@@ -301,10 +365,11 @@ def encode_request(request: CancelRequest) -> dict[str, object]:
     What to do with a child is a field of the job, as requests for one order share a job (``c_on_trigger``).
     """
     payload: dict[str, object] = {"v": VERSION, "account": request.account}
-    for name in ("algo_id", "client_algo_id", "deadline_s", "symbol", "tag"):
+    is_open = isinstance(request, OpenRequest)
+    for name in ("algo_id", "client_algo_id", "deadline_s", "symbol", "tag", *(("before_ms",) if is_open else ())):
         value = getattr(request, name)
         if value is not None:
-            payload[name] = value
+            payload["cancel_open" if is_open and name == "symbol" else name] = value
     if request.urgent:
         payload["urgent"] = True
     return payload
@@ -315,24 +380,37 @@ def _is_ours(record: Mapping[Any, Any]) -> bool:
     return version == VERSION and type(version) is int  # to Python, true is 1
 
 
-_REQUEST_FIELDS = frozenset({"v", "account", "algo_id", "client_algo_id", "deadline_s", "symbol", "tag", "urgent"})
+_COMMON_FIELDS = frozenset({"v", "account", "deadline_s", "tag", "urgent"})
+_REQUEST_FIELDS = _COMMON_FIELDS | {"algo_id", "client_algo_id", "symbol"}
+_OPEN_FIELDS = _COMMON_FIELDS | {"cancel_open", "before_ms"}
 
 
 def decode_request(payload: object) -> CancelRequest:
-    """Rebuild the request from the job function's argument.
+    """Rebuild the request for one order from the job function's argument.
 
     Raises:
         MalformedMessage: not an object of this version, or with fields that this version does not have.
         InvalidRequest: a field breaks its rule.
     """
+    return CancelRequest(**_fields(payload, _REQUEST_FIELDS))
+
+
+def _decode_any(payload: object) -> CancelRequest:
+    if not isinstance(payload, Mapping) or "cancel_open" not in payload:
+        return decode_request(payload)
+    fields = _fields(payload, _OPEN_FIELDS)
+    return OpenRequest(symbol=fields.pop("cancel_open"), **fields)
+
+
+def _fields(payload: object, known: frozenset[str]) -> dict[str, Any]:
     if not isinstance(payload, Mapping):
         raise MalformedMessage(f"a cancel request is a JSON object, not {shown(payload)}")
     if not _is_ours(payload):
         raise MalformedMessage(f"v={shown(payload.get('v'))}: this side speaks version {VERSION}")
-    extra = sorted(str(name) for name in payload if name not in _REQUEST_FIELDS)
+    extra = sorted(str(name) for name in payload if name not in known)
     if extra:
         raise MalformedMessage(f"unknown field {shown(extra[0])}")
-    return CancelRequest(**{name: value for name, value in payload.items() if name != "v"})
+    return {name: value for name, value in payload.items() if name != "v"}
 
 
 def encode_call(request: CancelRequest) -> bytes:
@@ -344,7 +422,8 @@ def encode_call(request: CancelRequest) -> bytes:
 
 
 def decode_call(data: bytes) -> CancelRequest:
-    """Read a job's `data` (compressed or not), accepting the contract's function alone.
+    """Read a job's `data` (compressed or not), accepting the contract's function alone. Of all orders of a symbol it
+    gives an :class:`OpenRequest`.
 
     Raises:
         MalformedMessage: too large, not JSON (a pickle, say), another function, other arguments.
@@ -358,7 +437,7 @@ def decode_call(data: bytes) -> CancelRequest:
         raise MalformedMessage(f"function {shown(function)} is not allowed here; only {TASK} is")
     if kwargs or len(args) != 1:
         raise MalformedMessage(f"{TASK} takes one request, not {len(args)} arguments and {len(kwargs)} by name")
-    return decode_request(args[0])
+    return _decode_any(args[0])
 
 
 def encode_attempts(attempts: Iterable[Attempt]) -> str:
@@ -395,6 +474,8 @@ def decode_outcome(text: str | bytes) -> Outcome:
             kind=OutcomeKind(record["kind"]),
             attempts=_attempts(record.get("attempts", [])),
             child_attempts=_attempts(record.get("child_attempts", [])),
+            orders=_listed(record.get("orders")),
+            left_alone=tuple(_int(algo_id) for algo_id in record.get("left_alone", [])),
             finished_at_ms=int(record.get("finished_at_ms", 0)),
             **{name: _typed(record[name], kind) for name, kind in _PLAIN_OUTCOME_FIELDS.items() if name in record},
         )
@@ -410,7 +491,7 @@ _PLAIN_OUTCOME_FIELDS: dict[str, type] = {
     **_CHILD_FIELDS,
     **dict.fromkeys(("account", "client_algo_id", "symbol", "tag"), str),
     **dict.fromkeys(("order_status", "actual_order_id", "worker", "error"), str),
-    **{"algo_id": int, "enqueued_at_ms": int, "may_be_live": bool},
+    **{"algo_id": int, "enqueued_at_ms": int, "may_be_live": bool, "before_ms": int},
 }
 
 
@@ -420,6 +501,14 @@ def _typed(value: Any, kind: type) -> Any:
     if isinstance(value, str):
         value.encode()  # JSON can spell half a character, which nobody could write again
     return value
+
+
+def _listed(rows: object) -> tuple[ListedOrder, ...] | None:
+    if rows is None:
+        return None
+    if not isinstance(rows, list):
+        raise TypeError("orders must be a list")
+    return tuple(ListedOrder(_int(row["algo_id"]), _plain_text(row["id"])) for row in rows)
 
 
 _CALLS: dict[object, Call] = {call.value: call for call in Call}

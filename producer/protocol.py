@@ -20,15 +20,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple, Self, TypeAlias, TypeVar, cast
 
 import redis.exceptions
-from redis import Redis
 from rq.defaults import RQ_KEY_PREFIX
-from rq.job import Job, JobStatus, Retry
-from rq.serializers import JSONSerializer
+from rq.job import JobStatus
 
 from producer.door import checked_ids, checked_requests
-from producer.keys import ENDLESS_RETRIES, FAILURE_TTL_S, RESULT_TTL_S, JobField, Keys, Script
+from producer.job_fields import words_of_job
+from producer.keys import JobField, Keys, Script
 from producer.message import (
-    TASK,
     CancelRequest,
     OnTrigger,
     Outcome,
@@ -60,9 +58,6 @@ TIMEOUT_S = 2.0
 _DURABLE_MS = 1500
 #: How late the end of such a wait may come, ms: the server looks for it ten times a second.
 _LATENESS_MS = 250
-#: What a stock RQ worker allows one step, s: connect, send, answer, and a query after it.
-_STEP_TIMEOUT_S = 60
-
 #: RQ's status of a job that goes on only if somebody puts it back.
 ENDED = frozenset({JobStatus.FINISHED, JobStatus.FAILED, JobStatus.CANCELED, JobStatus.STOPPED})
 
@@ -87,10 +82,12 @@ class QueueUnavailable(CancelQueueError):
 class WaitTimeout(CancelQueueError, TimeoutError):
     """No outcome yet: the request stands, and the same ticket can be waited for again.
 
-    ``is_served`` says whether a live worker serves the queue; None where nobody could tell.
+    ``is_served`` says whether a live worker serves the queue; None where nobody could tell. ``so_far``: of all open
+    orders of a symbol, what is known (:class:`producer.open_orders.OpenOutcome`).
     """
 
     is_served: bool | None = None
+    so_far: Any = None
 
 
 class NotDurable(CancelQueueError):
@@ -299,7 +296,7 @@ def rows(requests: Iterable[CancelRequest]) -> Iterator[list[list[Row]]]:
     the script then joins them whatever finishes meanwhile."""
     orders: dict[str, list[Row]] = {}
     for position, request in enumerate(requests):
-        group = orders.setdefault(request.order_key, [])
+        group = orders.setdefault(request.order_key or f"{position}", [])
         group.append(Row(position, group[0].id if group else os.urandom(16).hex(), request))
     chunk: list[list[Row]] = []
     batch: list[Row] = []
@@ -333,29 +330,9 @@ class Wire:
         self.keys = Keys(check_queue_name(queue), RQ_KEY_PREFIX)
         self.timeout_s = timeout_s
         #: What no call changes stands in the script itself: it is not made, packed, sent and parsed at each call.
-        fields = [word for field in self.fields_of_job().items() for word in field]
-        self.enqueue_script = Script(self.keys.lua() | {"JOB_FIELDS": fields}, "producer/enqueue.lua")
+        constants = self.keys.lua() | words_of_job(queue)
+        self.enqueue_script = Script(constants, "producer/place.lua", "producer/enqueue.lua")
         self._retry_script = Script(self.keys.lua(), "producer/retry.lua")
-
-    def fields_of_job(self) -> dict[str, Any]:
-        """RQ's own hash of such a job, made by RQ, without what differs from request to request."""
-        job = Job.create(
-            func=TASK,
-            connection=Redis(),  # RQ wants one; it is never opened
-            serializer=JSONSerializer,
-            origin=self.keys.queue,
-            timeout=_STEP_TIMEOUT_S,
-            result_ttl=RESULT_TTL_S,
-            failure_ttl=FAILURE_TTL_S,
-            retry=Retry(max=ENDLESS_RETRIES),
-            status=JobStatus.QUEUED,
-            description="-",
-        )
-        fields = job.to_dict()
-        for name in ("data", "description", "created_at"):
-            del fields[name]
-        known = {name: value.value if isinstance(value, JobStatus) else value for name, value in fields.items()}
-        return {name: value for name, value in known.items() if value != ""}  # to RQ, what is absent is empty
 
     def enqueue(self, requests: Iterable[CancelRequest], durable: bool) -> Conversation[Accepted]:
         """Put requests on the queue, one round trip for each :data:`CHUNK`."""

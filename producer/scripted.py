@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict
 
-from producer.message import CHILD_ENDED, Call, CancelRequest, OnTrigger, OutcomeKind
+from rq.job import JobStatus
+
+from producer.message import (
+    CHILD_ENDED,
+    Attempt,
+    Call,
+    CancelRequest,
+    ListedOrder,
+    OnTrigger,
+    Outcome,
+    OutcomeKind,
+    may_be_live,
+)
 from producer.untrusted import MAX_MSG_CHARS, InvalidRequest, checked_seconds, clean_text
 
 #: Where ids that the exchange would have given begin.
 FIRST_ALGO_ID = 2_000_000_000_000_000
+#: How long a signed call takes at the exchange that is played here, ms.
+CALL_MS = 5
 #: Longest step of the double's time, s (a century): a record's times must fit in 64 bits.
 MAX_STEP_S = 100 * 365 * 86_400
 #: Longest id of a child order that a worker records, characters (`worker.classify`).
@@ -70,8 +85,8 @@ class Line:
     def __post_init__(self) -> None:
         """Raises InvalidRequest for what no worker would record."""
         object.__setattr__(self, "after_s", checked_seconds("after_s", self.after_s, MAX_STEP_S, or_zero=True))
-        if self.kind not in list(OutcomeKind):
-            raise InvalidRequest("kind", self.kind, f"must be one of {', '.join(OutcomeKind)}")
+        if self.kind not in STORIES:
+            raise InvalidRequest("kind", self.kind, f"must be one of {', '.join(STORIES)}")
         statuses = STORIES[self.kind][0]
         if self.order_status not in (None, *statuses):
             named = " or ".join(status for status in statuses if status) or "left out"
@@ -116,3 +131,71 @@ class Line:
 
 #: Nothing, until it is settled by hand.
 HELD = Line()
+
+
+@dataclass(slots=True)
+class FakeJob:
+    """A job of the double: open while it has no outcome."""
+
+    id: str
+    request: CancelRequest
+    enqueued_at_ms: int
+    run: int = 1
+    line: Line = field(default_factory=Line)
+    due_ms: int | None = None  # None: held
+    outcome: Outcome | None = None
+
+    @property
+    def rq_status(self) -> JobStatus:
+        if self.outcome is None:
+            return JobStatus.QUEUED
+        return JobStatus.FAILED if self.outcome.kind.failed else JobStatus.FINISHED
+
+
+def became(job: FakeJob, at_ms: int, algo_id: int, order_id: int) -> Outcome:
+    """The record of a request for one order; ``algo_id`` is what the exchange would show, ``order_id`` of a child."""
+    request, line, kind = job.request, job.line, OutcomeKind(job.line.kind)
+    answers = line.answers
+    attempts = tuple(
+        Attempt(n, at_ms - CALL_MS * (len(answers) + 1 - n), *answer, CALL_MS) for n, answer in enumerate(answers, 1)
+    )
+    shown = any(call is Call.QUERY and http == 200 for call, http, *_ in answers)
+    found = shown or CONFIRMED in answers
+    return Outcome(
+        id=job.id,
+        run=job.run,
+        kind=kind,
+        account=request.account,
+        algo_id=algo_id if found else request.algo_id,
+        client_algo_id=request.client_algo_id,
+        symbol=request.symbol or line.symbol or ("BTCUSDT" if shown else None),
+        tag=request.tag,
+        may_be_live=may_be_live(kind, line.status, line.child_status),
+        order_status=line.status,
+        actual_order_id=line.actual_order_id or str(order_id) if kind == "triggered" else None,
+        attempts=attempts,
+        enqueued_at_ms=job.enqueued_at_ms,
+        finished_at_ms=at_ms,
+        worker="fake",
+        error=line.error or (STORIES[kind][2] or "").format(*(answers[-1] if answers else ())) or None,
+        **line.child(request.on_trigger),
+    )
+
+
+def listed(job: FakeJob, at_ms: int, orders: Sequence[ListedOrder]) -> Outcome:
+    """The record of a request for all open orders of a symbol."""
+    request = job.request
+    return Outcome(
+        id=job.id,
+        run=job.run,
+        kind=OutcomeKind.LISTED,
+        account=request.account,
+        symbol=request.symbol,
+        tag=request.tag,
+        may_be_live=True if orders else None,
+        enqueued_at_ms=job.enqueued_at_ms,
+        finished_at_ms=at_ms,
+        worker="fake",
+        orders=tuple(orders),
+        before_ms=job.enqueued_at_ms,
+    )

@@ -21,32 +21,31 @@ import asyncio
 import contextlib
 import heapq
 import math
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack, cast
 
 import redis
-from rq.job import JobStatus
 
 from producer.aio import AsyncCancelClient
 from producer.client import CancelClient
 from producer.door import checked_id, checked_ids, checked_requests, checked_timeout
+from producer.job_fields import fields_of_job
 from producer.message import (
     DEFAULT_ACCOUNT,
     DEFAULT_QUEUE,
-    Attempt,
-    Call,
     CancelRequest,
+    ListedOrder,
+    OpenRequest,
     Outcome,
     OutcomeKind,
     decode_outcome,
     encode_call,
-    may_be_live,
 )
 from producer.place import checked_url
 from producer.protocol import (
@@ -60,7 +59,7 @@ from producer.protocol import (
     entry_parts,
     rows,
 )
-from producer.scripted import CONFIRMED, FIRST_ALGO_ID, HELD, MAX_STEP_S, STORIES, Line, Said
+from producer.scripted import CALL_MS, FIRST_ALGO_ID, HELD, MAX_STEP_S, FakeJob, Line, Said, became, listed
 from producer.status import WINDOW_S, Gate, Percentiles, Status
 from producer.untrusted import InvalidRequest, checked_flag, checked_seconds
 from producer.waiting import End, QueueWire, closed
@@ -69,7 +68,6 @@ T = TypeVar("T")
 
 __all__ = ["AsyncFakeCancelClient", "FakeCancelClient"]
 
-_CALL_MS = 5  # how long a signed call takes at the exchange that is played here
 _FIRST_ORDER_ID = 8_800_000_000
 
 
@@ -82,25 +80,6 @@ def _checked_count(name: str, value: object) -> float:
 
 
 # --- the queue, its worker and its exchange ---------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _FakeJob:
-    """A job of the double: open while it has no outcome."""
-
-    id: str
-    request: CancelRequest
-    enqueued_at_ms: int
-    run: int = 1
-    line: Line = field(default_factory=Line)
-    due_ms: int | None = None  # None: held
-    outcome: Outcome | None = None
-
-    @property
-    def rq_status(self) -> JobStatus:
-        if self.outcome is None:
-            return JobStatus.QUEUED
-        return JobStatus.FAILED if self.outcome.kind.failed else JobStatus.FINISHED
 
 
 class _Play(QueueWire):
@@ -116,13 +95,15 @@ class _Play(QueueWire):
         self.undurable = False
         self.is_closed = False
         self.news = threading.Condition(threading.RLock())
-        self._jobs: dict[str, _FakeJob] = {}
+        self._jobs: dict[str, FakeJob] = {}
         self._open: dict[str, str] = {}  # order key to the job that pursues it
         self._failed: dict[str, None] = {}
         self._ledger: list[tuple[tuple[int, int], Outcome]] = []
         self._due: list[tuple[int, int, str, int]] = []  # when, in which order, job and its run
         #: By order, account, or empty for all: what becomes of it, and for how many runs; the last one holds.
         self._lines: dict[str, list[tuple[Line, float]]] = {}
+        #: What is open on an account's symbol, for the next listing of it.
+        self.opened: dict[tuple[str, str], list[int]] = {}
         self.outage_calls = 0.0  # how many calls the outage still lasts
         self.is_carried_out = False
         self._algo_ids: dict[str, int] = {}
@@ -159,7 +140,7 @@ class _Play(QueueWire):
             job_id = carrying_id if row.id == asked_id else self._open.get(row.request.order_key, "")
             carried[row.position] = (job_id or row.id, row.request, bool(job_id))
             if not job_id:
-                self._jobs[row.id] = job = _FakeJob(row.id, row.request, self.now_ms)
+                self._jobs[row.id] = job = FakeJob(row.id, row.request, self.now_ms)
                 at_once = max(at_once, self._begin(job))
             asked_id, carrying_id = row.id, job_id or row.id
         self.move_to(at_once)
@@ -261,7 +242,7 @@ class _Play(QueueWire):
         job = self._jobs.get(job_id)
         if job is None:
             return {}
-        fields = {name.encode(): str(value).encode() for name, value in self.fields_of_job().items()}
+        fields = {name.encode(): str(value).encode() for name, value in fields_of_job(self.keys.queue).items()}
         told = {b"status": job.rq_status.value.encode(), b"description": job.request.describe().encode()}
         return fields | told | {b"data": encode_call(job.request), b"created_at": b"2025-01-01T00:00:00.000000Z"}
 
@@ -280,7 +261,7 @@ class _Play(QueueWire):
             if job.outcome is not None:
                 raise ValueError(f"{job_id} has its outcome already: {job.outcome.kind}")
             job.line = line
-            self.now_ms += _CALL_MS * len(line.answers)
+            self.now_ms += CALL_MS * len(line.answers)
             return self._record(job, self.now_ms)
 
     def move_to(self, now_ms: int) -> None:
@@ -317,20 +298,22 @@ class _Play(QueueWire):
 
     # how it comes about
 
-    def _begin(self, job: _FakeJob) -> int:
+    def _begin(self, job: FakeJob) -> int:
         """Start a run as its script says; gives when it ends if that is at once, else now."""
         if job.request.joins:
             self._open.setdefault(job.request.order_key, job.id)
         job.line, job.due_ms = self._line_for(job.request), None
         if job.line is HELD:
             return self.now_ms
-        least_ms = _CALL_MS * len(job.line.answers)
+        least_ms = CALL_MS * len(job.line.answers)
         job.due_ms = self.now_ms + max(round(job.line.after_s * 1000), least_ms)
         self._counted += 1
         heapq.heappush(self._due, (job.due_ms, self._counted, job.id, job.run))
         return self.now_ms if job.line.after_s else job.due_ms
 
     def _line_for(self, request: CancelRequest) -> Line:
+        if isinstance(request, OpenRequest):
+            return Line()
         keys = [request.order_key, request.account, ""]
         if request.client_algo_id is not None:
             keys.insert(1, CancelRequest(client_algo_id=request.client_algo_id, account=request.account).order_key)
@@ -341,41 +324,32 @@ class _Play(QueueWire):
                 return line
         return Line()
 
-    def _record(self, job: _FakeJob, at_ms: int) -> Outcome:
-        request, line, kind = job.request, job.line, OutcomeKind(job.line.kind)
-        answers = line.answers
-        attempts = tuple(
-            Attempt(n, at_ms - _CALL_MS * (len(answers) + 1 - n), *answer, _CALL_MS)
-            for n, answer in enumerate(answers, 1)
-        )
-        shown = any(call is Call.QUERY and http == 200 for call, http, *_ in answers)
-        found = shown or CONFIRMED in answers
-        error = line.error or (STORIES[kind][2] or "").format(*(answers[-1] if answers else ())) or None
-        became = line.actual_order_id or str(_FIRST_ORDER_ID + len(self._ledger)) if kind == "triggered" else None
-        outcome = Outcome(
-            id=job.id,
-            run=job.run,
-            kind=kind,
-            account=request.account,
-            algo_id=self._algo_id(request) if found else request.algo_id,
-            client_algo_id=request.client_algo_id,
-            symbol=request.symbol or line.symbol or ("BTCUSDT" if shown else None),
-            tag=request.tag,
-            may_be_live=may_be_live(kind, line.status, line.child_status),
-            order_status=line.status,
-            actual_order_id=became,
-            attempts=attempts,
-            enqueued_at_ms=job.enqueued_at_ms,
-            finished_at_ms=at_ms,
-            worker="fake",
-            error=error,
-            **line.child(request.on_trigger),
-        )
+    def _listed(self, job: FakeJob, at_ms: int) -> Outcome:
+        """The end of a listing: each order that is open gets a request, or joins the one that it has."""
+        asked = job.request
+        names = ("account", "symbol", "tag")
+        known: dict[str, Any] = {name: getattr(asked, name) for name in names}
+        orders: list[ListedOrder] = []
+        for algo_id in self.opened.pop((asked.account, asked.symbol or ""), []):
+            request = CancelRequest(algo_id, urgent=asked.urgent, on_trigger=asked.on_trigger, **known)
+            job_id = self._open.get(request.order_key) or os.urandom(16).hex()
+            orders.append(ListedOrder(algo_id, job_id))
+            self.requests.append(request)
+            if job_id not in self._jobs:
+                self._jobs[job_id] = made = FakeJob(job_id, request, at_ms)
+                self._begin(made)
+        return listed(job, at_ms, orders)
+
+    def _record(self, job: FakeJob, at_ms: int) -> Outcome:
+        if isinstance(job.request, OpenRequest):
+            outcome = self._listed(job, at_ms)
+        else:
+            outcome = became(job, at_ms, self._algo_id(job.request), _FIRST_ORDER_ID + len(self._ledger))
         job.outcome = decode_outcome(outcome.encode())  # what no client could read is not given here either
         self._file(job, job.outcome)
         return job.outcome
 
-    def _file(self, job: _FakeJob, outcome: Outcome) -> None:
+    def _file(self, job: FakeJob, outcome: Outcome) -> None:
         if self._open.get(job.request.order_key) == job.id:
             del self._open[job.request.order_key]
         if outcome.kind.failed:
@@ -459,6 +433,18 @@ class _Scripted:
             InvalidRequest: no request can name that order.
         """
         self._play.script(_key(algo_id, client_algo_id, account), HELD, math.inf)
+
+    def opened(self, symbol: str, *algo_ids: int, account: str = DEFAULT_ACCOUNT) -> None:
+        """Say which orders are open on ``symbol``: the next `cancel_open` of it lists them, once. What becomes of each
+        is said by :meth:`will`.
+
+        Raises:
+            InvalidRequest: no request can name that symbol, account or order.
+        """
+        OpenRequest(symbol=symbol, account=account)
+        for algo_id in algo_ids:
+            CancelRequest(algo_id)
+        self._play.opened.setdefault((account, symbol), []).extend(algo_ids)
 
     def settle(
         self,

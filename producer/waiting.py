@@ -18,7 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from producer.door import checked_id, checked_ids
 from producer.keys import Band, JobField, Keys
-from producer.message import CancelRequest, Outcome, decode_outcome
+from producer.message import CancelRequest, OpenRequest, Outcome, decode_outcome
 from producer.protocol import (
     ENDED,
     NO_ANSWER,
@@ -146,6 +146,8 @@ def proven(end: End, request: CancelRequest | None) -> End:
     if not isinstance(end, Outcome) or request is None:
         return end
     name = "algo_id" if request.joins else "client_algo_id"
+    if isinstance(request, OpenRequest):
+        name = "symbol"
     for field_name in ("account", name):
         said, asked = getattr(end, field_name), getattr(request, field_name)
         if said != asked and not (said is None and end.kind.failed):
@@ -162,6 +164,21 @@ def wanted_of(values: Any) -> dict[str, CancelRequest | None]:
     """
     tickets = list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else values
     return dict(zip(checked_ids(tickets), (getattr(each, "request", None) for each in tickets), strict=True))
+
+
+def many_wanted(values: Any) -> dict[str, CancelRequest | None]:
+    """As :func:`wanted_of`, for a wait for many.
+
+    Raises:
+        InvalidRequest: one of them is for all open orders of a symbol: it has no outcome of its own.
+    """
+    tickets = list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else values
+    wanted = wanted_of(tickets)
+    for job_id, request in wanted.items():
+        if isinstance(request, OpenRequest):
+            rule = "is for all open orders of a symbol: wait for it alone, as client.wait(ticket)"
+            raise InvalidRequest("ids", job_id, rule)
+    return wanted
 
 
 def one_wanted(value: Any) -> dict[str, CancelRequest | None]:
@@ -197,10 +214,16 @@ def closed(client: object) -> InvalidRequest:
 
 def timed_out(job_id: str, timeout_s: float | None, queue: str, served: bool | None) -> WaitTimeout:
     """What a wait ends with whose time is up."""
-    who = {True: "a live worker serves", False: "NO LIVE WORKER serves", None: "nobody can tell who serves"}[served]
-    error = WaitTimeout(f"no outcome of {job_id} within {timeout_s} s; the request goes on: {who} queue {queue}")
+    words = f"no outcome of {job_id} within {timeout_s} s; the request goes on: {who_serves(served, queue)}"
+    error = WaitTimeout(words)
     error.is_served = served
     return error
+
+
+def who_serves(served: bool | None, queue: str) -> str:
+    """Whether a live worker serves the queue, in words."""
+    who = {True: "a live worker serves", False: "NO LIVE WORKER serves", None: "nobody can tell who serves"}[served]
+    return f"{who} queue {queue}"
 
 
 def _hint(fields: Mapping[Any, Any]) -> str:

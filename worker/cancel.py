@@ -19,6 +19,7 @@ from producer.message import (
     Attempt,
     Call,
     CancelRequest,
+    OpenRequest,
     OutcomeKind,
     decode_call,
     decode_pin,
@@ -27,7 +28,7 @@ from producer.untrusted import MessageError
 from worker import log
 from worker.child import Child, ChildCase, after_child, child_step
 from worker.child import bound as child_bound
-from worker.classify import GATED, STATUS_MEANS, ChildRef, Means, OrderRef, Reply, Verdict, child_of, classify
+from worker.classify import GATED, STATUS_MEANS, Means, OrderRef, Ref, Reply, Verdict, child_of, classify
 from worker.clock import RedisClock, ServerClock, local_ns, minus
 from worker.decide import (
     Again,
@@ -47,6 +48,7 @@ from worker.decide import (
 from worker.exchange import Answer, Exchange, Sent
 from worker.job import CancelJob, Hold, history_of, refusal
 from worker.key_breaker import KeyBreaker
+from worker.listing import after_listing, has_untold, listing_step, unlisted
 from worker.rate_gate import Gate, LookUps, ms_to_next_minute
 from worker.recovery import Recovery
 from worker.settings import Settings
@@ -60,7 +62,7 @@ _NOT_MEASURED = "the clocks are not measured, so the order's age is not known"
 #: How often who waits for a turn looks at deadline and gate, s.
 _TURN_S = 1.0
 #: Late answers after which nothing more needs to be known of the order.
-_ENDS = frozenset({Means.CONFIRMED, *STATUS_MEANS.values()}) - {Means.OPEN, Means.TRIGGERING}
+_ENDS = frozenset({Means.CONFIRMED, Means.LISTED, *STATUS_MEANS.values()}) - {Means.OPEN, Means.TRIGGERING}
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -209,6 +211,8 @@ class Canceller:
     def _first_step(self, job: CancelJob) -> Stop | Again:
         if job.child is not None:
             return child_step(self._child_case(job), job.child, job.history, self._policy, self._latest_ms())
+        if (listing := job.listing(None)) is not None:
+            return listing_step(listing, job.history, self._policy, self._latest_ms())
         return first_step(self._case(job), job.history, self._policy, self._latest_ms())
 
     async def _pursue(self, job: CancelJob) -> Row:
@@ -249,10 +253,13 @@ class Canceller:
         why = "the deadline passed"
         if job.child is not None:
             return child_bound(job.child, job.history, self._policy, why)
+        if job.listing(None) is not None:
+            return unlisted(job.history, why)
         return bound(job.history, self._policy, why)
 
     def _done(self, job: CancelJob, stop: Stop) -> Done:
-        return Done(job.lease, job.outcome(stop, self._now_ms(), self._holder), job.pin())
+        requests = job.requests(stop)
+        return Done(job.lease, job.outcome(stop, self._now_ms(), self._holder, requests), job.pin(), requests)
 
     def _refused(self, lease: Lease, request: CancelRequest | None, error: str) -> Done:
         return Done(lease, refusal(lease, request, self._latest_ms(), self._now_ms(), self._holder, error))
@@ -295,7 +302,7 @@ class Canceller:
         if credential is None:
             return None
         history = history_of(lease, self._latest_ms())
-        pin = decode_pin(lease.pin)
+        pin = None if isinstance(request, OpenRequest) else decode_pin(lease.pin)
         algo_id = pin.algo_id if pin and request.algo_id is None else request.algo_id
         symbol = pin.symbol if pin and request.symbol is None else request.symbol
         return CancelJob(lease, hold, request, credential, history, algo_id, symbol, pin is not None)
@@ -397,7 +404,11 @@ class Canceller:
         return late if isinstance(late, Stop) else self._decided(job, step.call, verdict)
 
     def _decided(self, job: CancelJob, call: Call, verdict: Verdict) -> Stop | Again:
-        decision = (self._decided_of_child if call.of_child else self._decided_of_order)(job, verdict)
+        if (listing := job.listing(self._ahead())) is not None:
+            latest_ms = self._latest_ms()
+            decision = after_listing(listing, job.history, verdict, self._policy, latest_ms, random.random())
+        else:
+            decision = (self._decided_of_child if call.of_child else self._decided_of_order)(job, verdict)
         job.history[:] = bounded(job.history)
         return decision
 
@@ -423,7 +434,7 @@ class Canceller:
 
     # -- answers that nobody waits for any more --
 
-    def _came_late(self, job: CancelJob, n: int, call: Call, ref: OrderRef | ChildRef, answer: Answer) -> None:
+    def _came_late(self, job: CancelJob, n: int, call: Call, ref: Ref, answer: Answer) -> None:
         """Take in what came of a call that was silent; the job may have ended."""
         job.silent.discard(n)
         if isinstance(answer, Reply):
@@ -465,6 +476,12 @@ class Canceller:
         The clocks may have been doubted since the question was asked. Where they cannot be measured now, it is asked
         again later.
         """
+        listing = job.listing(self._ahead())
+        if listing is not None and has_untold(listing, verdict) and self._may_send(job):
+            # What was measured before has widened since; an order that is left alone may be one that was meant.
+            await job.hold.renew()
+            await self._exchange.sync_time(may_go=partial(self._may_send, job))
+            await self.heed_refusal()
         if verdict.means is Means.CONFIRMED or verdict.order is None or job.algo_id is not None:
             return verdict
         is_known = self._ahead() is not None or (self._may_send(job) and await self._knows_the_time())

@@ -33,6 +33,8 @@ class Means(StrEnum):
     ODD_STATUS = "odd_status"  # a state that the exchange did not have when this was written
     # an answer about the order that a triggered one became (its child): open as above, confirmed as above, or
     ENDED = "ended"  # it rests no more
+    # a listing's answer
+    LISTED = "listed"  # the open orders of the symbol
     # either's
     NO_SUCH_ORDER = "no_such_order"  # not done, and no proof of anything: it must be asked again
     UNCLEAR = "unclear"  # a cancel may have been executed; a query told nothing
@@ -73,6 +75,17 @@ class ChildRef:
 
     symbol: str
     order_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SymbolRef:
+    """All conditional orders of a symbol."""
+
+    symbol: str
+
+
+#: Whatever a call can be about.
+Ref = OrderRef | ChildRef | SymbolRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,7 @@ class Verdict:
     msg: str = ""
     order: OrderView | None = None
     child: ChildView | None = None
+    orders: tuple[OrderView, ...] = ()  # of a listing
     retry_after_ms: int | None = None
     banned_until_ms: int | None = None  # the exchange's clock, ms since the epoch
 
@@ -186,6 +200,8 @@ HTTP_MEANS: dict[int, Means] = {
 #: Statuses that decide where the body holds no listed code: whoever knows none of the exchange's codes is not the
 #: exchange, and what an edge says of a path it says of no order.
 HTTP_FALLBACK: dict[int, Means] = {401: Means.KEY_REFUSED, 404: Means.BUSY, 405: Means.BUSY}
+#: Most orders that a listing is believed to hold; the exchange allows 200 to be open (exchange.md 1.1).
+MAX_LISTED = 1000
 #: Codes that are believed in a 5xx answer; any other refusal from a failing server proves nothing.
 _TRUSTED_IN_5XX = frozenset({-1003, -1008, -1016})
 #: The whole texts, folded, by which a 503 or -1001 says that nothing was done.
@@ -206,17 +222,20 @@ _SIGNATURE = re.compile(r"""(signature(?:["']?\s*[=:]\s*["']?|%3D))[\w%+/=-]+"""
 _BAN_EPOCH = re.compile(r"banned until (\d{13})(?!\d)")
 
 
-def classify(call: Call, ref: OrderRef | ChildRef, answer: Reply | Failure) -> Verdict:
+def classify(call: Call, ref: Ref, answer: Reply | Failure) -> Verdict:
     """What ``answer`` to ``call`` about ``ref`` means. Total: any answer gets a verdict (exchange.md 4.1, 4.2)."""
     if isinstance(answer, Failure):
         return Verdict(Means.UNCLEAR if answer.seen else Means.NOT_SENT, msg=clean_text(answer.reason))
-    body = _json_object(answer)
+    value = _json(answer)
+    body = value if isinstance(value, dict) else None
     code, msg = _code_and_msg(answer, body)
     if answer.challenge:
         return Verdict(Means.BLOCKED, answer.http, code, msg or "challenge by the firewall")
     if 200 <= answer.http < 300:
         if isinstance(ref, ChildRef):
             return _classify_child(call, ref, answer, body, code, msg)
+        if isinstance(ref, SymbolRef):
+            return _classify_listing(ref, answer, value, code, msg)
         return _classify_success(call, ref, answer, body, code, msg)
     ban = _BAN_EPOCH.search(msg)
     return Verdict(
@@ -290,6 +309,18 @@ def _classify_child(
     return Verdict(means, 200, code, status, child=view)
 
 
+def _classify_listing(ref: SymbolRef, answer: Reply, value: object, code: int | None, msg: str) -> Verdict:
+    """One entry that cannot be read, or is about another symbol, and the list proves nothing: an order that was open
+    may be missing from it."""
+    if isinstance(value, list) and len(value) <= MAX_LISTED and answer.http == 200:
+        views = [view for row in value if isinstance(row, dict) and (view := _order_view(row))]
+        if len(views) == len(value) and all(view.algo_id > 0 and view.symbol == ref.symbol for view in views):
+            orders = {view.algo_id: view for view in views}
+            return Verdict(Means.LISTED, 200, None, f"{len(orders)} open", orders=tuple(orders.values()))
+        msg = "not a list of that symbol's orders"
+    return Verdict(Means.UNCLEAR, answer.http, code, msg)
+
+
 def _amount(value: object) -> str | None:
     return value if isinstance(value, str) and _AMOUNT.fullmatch(value) else None
 
@@ -307,14 +338,13 @@ def _same_order(ref: OrderRef, view: OrderView) -> bool:
     return view.client_algo_id == ref.client_algo_id
 
 
-def _json_object(answer: Reply) -> dict[str, Any] | None:
+def _json(answer: Reply) -> Any:
     if answer.truncated or not answer.body:
         return None
     try:
-        value = json.loads(answer.body)
+        return json.loads(answer.body)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def without_signature(text: str) -> str:

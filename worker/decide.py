@@ -102,6 +102,8 @@ class Stop:
     is_left_alone: bool = False  # the order that the client id means now is not the one that was meant
     child: ChildView | None = None  # the order that it became, as far as an answer told
     child_cancelled: bool | None = None  # see producer.message.Outcome
+    orders: tuple[OrderView, ...] | None = None  # of a listing: those that were open when it was asked for
+    left_alone: tuple[int, ...] = ()  # ... and those of which that cannot be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,11 +362,18 @@ def _why_not_meant(case: Case, order: OrderView) -> str:
         return f"{untold}: it has no time of creation"
     if ahead is None:
         return f"{untold}: the clocks are not measured"
-    if created_ms + ahead.hi <= case.meant_at_ms:
-        return ""
-    if created_ms + ahead.lo > case.meant_at_ms:
-        return "the client id belongs to an order created after the request"
+    if (is_older := was_before(created_ms, ahead, case.meant_at_ms)) is not None:
+        return "" if is_older else "the client id belongs to an order created after the request"
     return f"{untold}: the clocks are known to {ahead.hi - ahead.lo} ms"
+
+
+def was_before(created_ms: int | None, ahead: Span, at_ms: int) -> bool | None:
+    """Whether an order that the exchange's clock dates was there at a moment of Redis' clock; None: not to be told."""
+    if created_ms is None:
+        return None
+    if created_ms + ahead.hi <= at_ms:
+        return True
+    return False if created_ms + ahead.lo > at_ms else None
 
 
 def _horizon_ends(history: Sequence[Attempt], policy: Policy, now_ms: int) -> int:

@@ -23,7 +23,7 @@ from worker.cancel import Canceller
 from worker.clock import SleepWatch, local_ns
 from worker.rate_gate import Gate
 from worker.redis_link import AsyncLink, Outage, is_about_rows
-from worker.store import Claimed, Done, Lease, Release, Retry, Row, Store
+from worker.store import Claimed, Done, Lease, Release, Retry, Row, Store, is_alone
 
 __all__ = ["Engine", "tell_damaged", "tell_outcome", "where"]
 
@@ -405,7 +405,9 @@ class Engine:
     async def _complete(self) -> None:
         """Write what came up together in one call (group commit); a repeat of a write that worked changes nothing."""
         await self._to_complete.wait()
-        group = [self._outbox.popleft() for _ in range(min(len(self._outbox), _GROUP))]
+        group = [self._outbox.popleft()]
+        while self._outbox and len(group) < _GROUP and not (is_alone(group[0]) or is_alone(self._outbox[0])):
+            group.append(self._outbox.popleft())
         try:
             await self._write(group)
         except redis.RedisError:

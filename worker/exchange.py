@@ -16,12 +16,12 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 from producer.message import Call
-from worker.classify import ChildRef, Failure, OrderRef, Reply
+from worker.classify import ChildRef, Failure, OrderRef, Ref, Reply, SymbolRef
 from worker.clock import ServerClock, local_ns
 from worker.decide import AHEAD_MS
 from worker.patience import FIRST_S, FLOOR_S, Patience
 from worker.signing import Credential, check_api_key, signed_query
-from worker.transport import Failed, Raw, Request, Transport
+from worker.transport import BODY_LIMIT, Failed, Raw, Request, Transport
 
 __all__ = ["MAX_RETRY_AFTER_MS", "Answer", "Exchange", "Sent", "UsedWeight"]
 
@@ -33,6 +33,13 @@ _PART_OF_RECV_WINDOW = 0.8
 
 _ORDER_PATH = "/fapi/v1/algoOrder"
 _CHILD_PATH = "/fapi/v1/order"
+_PATHS = {
+    Call.CANCEL_CHILD: _CHILD_PATH,
+    Call.QUERY_CHILD: _CHILD_PATH,
+    Call.LIST_OPEN: "/fapi/v1/openAlgoOrders",
+}
+#: Most bytes of a list of open orders that are read: 200 orders, the most that the exchange allows, take 150 kB.
+_LIST_LIMIT = 512 * 1024
 _TIME_PATH = "/fapi/v1/time"
 _INFO_PATH = "/fapi/v1/exchangeInfo"
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
@@ -103,11 +110,12 @@ class Exchange:
         self,
         call: Call,
         credential: Credential,
-        ref: OrderRef | ChildRef,
+        ref: Ref,
         may_go: Callable[[], bool] = _always,
         sent: Sent | None = None,
     ) -> Answer | None:
-        """A signed call about ``ref``, an order by its algo id if there is one (exchange.md 1.2, 1.8; weight 1).
+        """A signed call about ``ref``, an order by its algo id if there is one, or all conditional orders of a symbol
+        (exchange.md 1.2, 1.8; weight 1).
 
         ``may_go`` is asked right before the request is written, on a connection that stands. If it says no, nothing
         is sent and None is returned. Without ``sent`` the answer is waited for until the attempt's end.
@@ -129,8 +137,10 @@ class Exchange:
             written_ns = local_ns()
             if sent is not None:
                 sent.accepted_until_ns = self._accepted_until_ns(timestamp_ms, window_ms)
-            path = _CHILD_PATH if call.of_child else _ORDER_PATH
-            return Request("DELETE" if call.cancels else "GET", f"{path}?{query}", fields, patience_s, late)
+            method, path, limit = "DELETE" if call.cancels else "GET", _PATHS.get(call, _ORDER_PATH), BODY_LIMIT
+            if call is Call.LIST_OPEN:
+                limit = _LIST_LIMIT
+            return Request(method, f"{path}?{query}", fields, patience_s, late, limit)
 
         def late(came: Raw | Failed) -> None:
             self._learn(call, came)
@@ -280,7 +290,9 @@ def _tells_time(answer: Answer | None) -> bool:
     return isinstance(answer, Reply) and answer.http == 200 and _server_time_ms(answer.body) is not None
 
 
-def _id_of(ref: OrderRef | ChildRef) -> list[tuple[str, str | int]]:
+def _id_of(ref: Ref) -> list[tuple[str, str | int]]:
+    if isinstance(ref, SymbolRef):
+        return [("symbol", ref.symbol)]
     if isinstance(ref, ChildRef):
         return [("symbol", ref.symbol), ("orderId", ref.order_id)]
     if ref.algo_id is not None:

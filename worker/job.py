@@ -8,14 +8,27 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from uuid import uuid4
 
-from producer.message import Attempt, Call, CancelRequest, Outcome, OutcomeKind, Pin, decode_attempts, may_be_live
+from producer.message import (
+    Attempt,
+    Call,
+    CancelRequest,
+    ListedOrder,
+    OpenRequest,
+    Outcome,
+    OutcomeKind,
+    Pin,
+    decode_attempts,
+    may_be_live,
+)
 from producer.untrusted import MalformedMessage
 from worker import log
 from worker.child import Child
-from worker.classify import ChildRef, Means, OrderRef, Verdict
+from worker.classify import Means, OrderRef, Ref, SymbolRef, Verdict
 from worker.clock import local_ns
-from worker.decide import Again, Stop, as_known, bounded, read_history
+from worker.decide import Again, Span, Stop, as_known, bounded, read_history
+from worker.listing import ListingCase
 from worker.signing import Credential
 from worker.store import TOO_LARGE, Lease
 
@@ -52,7 +65,17 @@ class CancelJob:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     child: Child | None = None  # what it became by triggering
 
-    def ref(self, call: Call) -> OrderRef | ChildRef:
+    def listing(self, ahead: Span | None) -> ListingCase | None:
+        """What there is to decide of a request for all open orders of a symbol; None: it is for one order. A retry
+        means the moment of the first run."""
+        if not isinstance(self.request, OpenRequest):
+            return None
+        moments_ms = [self.lease.meant_at_ms, self.request.before_ms]
+        return ListingCase(min(ms for ms in moments_ms if ms is not None), self.lease.deadline_at_ms, ahead)
+
+    def ref(self, call: Call) -> Ref:
+        if call is Call.LIST_OPEN:
+            return SymbolRef(self.request.symbol or "")
         if call.of_child and self.child is not None:
             return self.child.ref
         return OrderRef(self.algo_id, self.request.client_algo_id)
@@ -75,9 +98,25 @@ class CancelJob:
     def pin(self) -> str:
         return Pin(self.algo_id, self.symbol).encode() if self.pinned and self.algo_id is not None else ""
 
-    def outcome(self, stop: Stop, finished_at_ms: int, worker: str) -> Outcome:
+    def requests(self, stop: Stop) -> tuple[tuple[str, CancelRequest], ...]:
+        """What a listing asks for, each with the id of its job."""
+        asked = self.request
+        common: dict[str, Any] = {"account": asked.account, "urgent": asked.urgent, "tag": asked.tag}
+        return tuple(
+            (uuid4().hex, CancelRequest(algo_id=order.algo_id, symbol=asked.symbol, **common))
+            for order in stop.orders or ()
+        )
+
+    def outcome(
+        self, stop: Stop, finished_at_ms: int, worker: str, requests: Sequence[tuple[str, CancelRequest]] = ()
+    ) -> Outcome:
         """The record of its end."""
         request, child = self.request, stop.child
+        is_live: bool | None = may_be_live(stop.kind, stop.order_status, child.status if child else None)
+        orders, listing = None, self.listing(None)
+        if stop.orders is not None:
+            orders = tuple(ListedOrder(each.algo_id or 0, job_id) for job_id, each in requests)
+            is_live = True if orders or stop.left_alone else None
         return _outcome(
             self.lease,
             self.history,
@@ -87,13 +126,16 @@ class CancelJob:
             client_algo_id=request.client_algo_id,
             symbol=self.symbol,
             tag=request.tag,
-            may_be_live=may_be_live(stop.kind, stop.order_status, child.status if child else None),
+            may_be_live=is_live,
             order_status=stop.order_status,
             actual_order_id=stop.actual_order_id,
             child_status=child.status if child else None,
             child_executed_qty=child.executed_qty if child else None,
             child_avg_price=child.avg_price if child else None,
             child_cancelled=stop.child_cancelled,
+            orders=orders,
+            left_alone=stop.left_alone,
+            before_ms=listing.before_ms if listing and orders is not None else None,
             finished_at_ms=finished_at_ms,
             worker=worker,
             error=stop.error,
@@ -103,7 +145,7 @@ class CancelJob:
         """The end of a job that a person took back through RQ: nothing more is sent for it."""
         status = self.lease.fault.partition(" ")[2]
         log.warning("recalled", id=self.lease.id, status=status)
-        kind = OutcomeKind.UNKNOWN if _in_doubt(self.history) else OutcomeKind.GAVE_UP
+        kind = OutcomeKind.UNKNOWN if _in_doubt(self.history, self.request) else OutcomeKind.GAVE_UP
         return Stop(kind, error=f"the job was {status} through RQ")
 
 
@@ -119,7 +161,7 @@ def refusal(
             history = history_of(lease, latest_ms)
         known = {"account": request.account, "algo_id": request.algo_id, "may_be_live": True}
         known |= {"client_algo_id": request.client_algo_id, "symbol": request.symbol, "tag": request.tag}
-    kind = OutcomeKind.UNKNOWN if _in_doubt(history) else OutcomeKind.REFUSED
+    kind = OutcomeKind.UNKNOWN if _in_doubt(history, request) else OutcomeKind.REFUSED
     return _outcome(lease, history, kind=kind, finished_at_ms=finished_at_ms, worker=worker, error=error, **known)
 
 
@@ -147,5 +189,6 @@ def _outcome(lease: Lease, history: Sequence[Attempt], **known: Any) -> Outcome:
     )
 
 
-def _in_doubt(history: Sequence[Attempt]) -> bool:
-    return any(attempt.verdict == Means.UNCLEAR for attempt in history)
+def _in_doubt(history: Sequence[Attempt], request: CancelRequest | None) -> bool:
+    """A listing is a read, and leaves none."""
+    return not isinstance(request, OpenRequest) and any(attempt.verdict == Means.UNCLEAR for attempt in history)

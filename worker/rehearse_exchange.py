@@ -84,7 +84,7 @@ class DemoExchange:
         check: Callable[[], None],
     ) -> None:
         self._settings, self._credential, self._symbol, self._check = settings, credential, symbol, check
-        self._transport = Witness(RequestsTransport(route_of(settings), body_limit=_BODY_LIMIT), transcript)
+        self._transport = Witness(RequestsTransport(route_of(settings)), transcript)
         self.clock = ServerClock()
         self._exchange = Exchange(self._transport, recv_window_ms=settings.recv_window_ms, clock=self.clock)
         #: The order that may be there, and is not known to be over.
@@ -283,9 +283,11 @@ class DemoExchange:
     ) -> Answer:
         def make() -> Request:
             if not is_signed:
-                return Request(method, f"{path}?{encode_params(pairs)}" if pairs else path)
+                target = f"{path}?{encode_params(pairs)}" if pairs else path
+                return Request(method, target, body_limit=_BODY_LIMIT)
             query = signed_query(pairs, self._credential, self.clock.now_ms(), self._settings.recv_window_ms)
-            return Request(method, f"{path}?{query}", (("X-MBX-APIKEY", check_api_key(self._credential.api_key)),))
+            fields = (("X-MBX-APIKEY", check_api_key(self._credential.api_key)),)
+            return Request(method, f"{path}?{query}", fields, body_limit=_BODY_LIMIT)
 
         came = asyncio.run(self._transport.send(make, patience_s))
         if not isinstance(came, Raw):

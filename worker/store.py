@@ -17,8 +17,9 @@ from uuid import uuid4
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
+from producer.job_fields import words_of_job
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, WorkerField, suspect_of
-from producer.message import Attempt, Outcome, encode_attempts
+from producer.message import Attempt, CancelRequest, Outcome, encode_attempts, encode_call
 from producer.untrusted import MAX_PAYLOAD_BYTES
 from worker.clock import RedisClock
 
@@ -124,11 +125,13 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of a job: its outcome."""
+    """The end of a job: its outcome. ``requests`` are put on the queue by the same call, each with the id that its job
+    gets where it does not join another's."""
 
     lease: Lease
     outcome: Outcome
     pin: str = ""
+    requests: tuple[tuple[str, CancelRequest], ...] = ()
 
     def words(self) -> Words:
         """The row of complete.lua."""
@@ -143,6 +146,15 @@ class Done:
         decided_by = lease.deadline_at_ms if by_deadline else ""
         said_of = (outcome.encode(), outcome.kind.value, result, decided_by)
         return (*_head("done", lease), *said_of, attempts, self.pin, "1" if leaves_child else "")
+
+    def request_words(self) -> Words:
+        """The rows of place.lua: what the request of the job was given goes on to those that it makes."""
+        deadline, child = f"@{self.lease.deadline_at_ms}", "1" if self.lease.cancels_child else ""
+        rows = (
+            (job_id, each.order_key, encode_call(each), each.describe(), deadline, "1" if each.urgent else "", child)
+            for job_id, each in self.requests
+        )
+        return tuple(word for row in rows for word in row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +187,11 @@ class Release:
 
 #: How a hold ends.
 Row = Done | Retry | Release
+
+
+def is_alone(row: Row) -> bool:
+    """Whether it is written by a call of its own: it makes requests."""
+    return isinstance(row, Done) and bool(row.requests)
 
 
 def _head(what: str, lease: Lease) -> Words:
@@ -239,7 +256,12 @@ class Store:
             "MAX_ATTEMPTS_BYTES": MAX_ATTEMPTS_BYTES,
         }
         names = ("claim", "complete", "beat", "gate", "key", "tidy", "wake")
-        self._scripts = {name: Script(constants, "worker/common.lua", f"worker/{name}.lua") for name in names}
+        before = {"complete": ("worker/ending.lua",)}
+        self._scripts = {
+            name: Script(constants, "worker/common.lua", *before.get(name, ()), f"worker/{name}.lua") for name in names
+        }
+        parts = ("worker/common.lua", "producer/place.lua", "worker/ending.lua", "worker/spread.lua")
+        self._scripts["spread"] = Script(constants | words_of_job(queue), *parts)
 
     def _call(self, name: str, *words: Any) -> Words:
         return ("EVALSHA", self._scripts[name].sha, 0, *words)
@@ -305,9 +327,13 @@ class Store:
     # -- what follows a claim --
 
     def complete(self, rows: Sequence[Row]) -> Request[Completed]:
-        """End holds; to be repeated with the same rows where no answer came: that does no harm."""
-        words = (word for row in rows for word in row.words())
-        return self._request("complete", (self._holder, *words), partial(_completed, len(rows)))
+        """End holds; to be repeated with the same rows where no answer came: that does no harm. What makes requests
+        is a call of its own."""
+        if isinstance(row := rows[0], Done) and row.requests:
+            words = (self._holder, *row.words(), *row.request_words())
+            return self._request("spread", words, partial(_completed, 1))
+        rest = (word for row in rows for word in row.words())
+        return self._request("complete", (self._holder, *rest), partial(_completed, len(rows)))
 
     def beat(self, held: Sequence[Lease], figures: Mapping[str, Any] | None, life_s: int) -> Request[Beat]:
         """Prolong leases and, with ``figures``, tell RQ and people that this worker lives for another ``life_s``."""

@@ -62,7 +62,7 @@ class Request:
 
     ``patience_s`` is how long its answer is waited for, counted from when it is written; None: until the attempt's
     end. Then the call fails, and ``late`` is given what comes of it until the attempt's end; so it is where the
-    transport can wait beside other calls.
+    transport can wait beside other calls. ``body_limit``: most bytes of the answer's body that are read.
     """
 
     method: str
@@ -70,15 +70,16 @@ class Request:
     fields: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     patience_s: float | None = field(default=None, repr=False)
     late: Callable[[Raw | Failed], None] | None = field(default=None, repr=False)
+    body_limit: int = BODY_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
 class Raw:
     """An answer whose head has come.
 
-    ``headers`` has lower-case names, values of a repeated one joined by ", ". ``body`` is decoded and at most
-    :data:`BODY_LIMIT` bytes, unless its transport was told otherwise, and ``whole`` says whether that is all of it.
-    ``sent_ns`` and ``received_ns`` (monotonic) enclose the moment at which the exchange dealt with the request.
+    ``headers`` has lower-case names, values of a repeated one joined by ", ". ``body`` is decoded and within
+    the request's limit, and ``whole`` says whether that is all of it. ``sent_ns`` and ``received_ns`` (monotonic)
+    enclose the moment at which the exchange dealt with the request.
     """
 
     status: int
@@ -134,11 +135,11 @@ def named(phase: str, error: BaseException) -> str:
     return f"{phase}: {type(error).__name__}"
 
 
-def decoded(headers: Mapping[str, str], body: bytes, whole: bool, limit: int = BODY_LIMIT) -> tuple[bytes, bool]:
+def decoded(headers: Mapping[str, str], body: bytes, whole: bool, limit: int) -> tuple[bytes, bool]:
     """The body without its content coding, and whether that is all of it.
 
-    Proxies compress though ``identity`` was asked for. What cannot be decoded, or not within ``limit`` bytes, is not
-    whole.
+    Proxies compress though ``identity`` was asked for. What cannot be decoded, or not within ``limit`` bytes, is
+    not whole.
     """
     coding = headers.get("content-encoding", "").strip().lower()
     if coding in ("", "identity") or not body:

@@ -51,6 +51,7 @@ class _Connection(asyncio.BufferedProtocol):
         "_poll",
         "_taken",
         "_transport",
+        "body_limit",
         "error",
         "idle_since_ns",
         "late",
@@ -70,6 +71,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._taken = 0
         self._transport: asyncio.Transport | None = None
         self._is_dropped = False
+        self.body_limit = BODY_LIMIT
         self.reader = ResponseReader(BODY_LIMIT)
         self.error: BaseException | None = None
         self.late: asyncio.Future[None] | None = None  # of a request under way that is waited for no more
@@ -84,12 +86,12 @@ class _Connection(asyncio.BufferedProtocol):
         self._poll = select.poll()
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
-    def ask(self, data: bytes, silent_at_s: float, ends_at_s: float) -> asyncio.Future[None]:
+    def ask(self, data: bytes, silent_at_s: float, ends_at_s: float, body_limit: int) -> asyncio.Future[None]:
         """Write a request. The future is done when :attr:`reader` has the answer, or :attr:`error` says why not.
 
         It is done at ``silent_at_s`` at the latest. If that is before ``ends_at_s``, :attr:`late` then stands for it.
         """
-        self.reader = ResponseReader(BODY_LIMIT)
+        self.body_limit, self.reader = body_limit, ResponseReader(body_limit)
         self.error, self.late, self._taken, self.received_ns = None, None, 0, 0
         self._done = done = self._loop.create_future()
         self._ends_at_s = ends_at_s
@@ -412,12 +414,12 @@ class AsyncioTransport:
         silent_at_s = ends_at_s
         if request.patience_s is not None:
             silent_at_s = asyncio.get_running_loop().time() + request.patience_s
-        return connection.ask(data, silent_at_s, ends_at_s), request.late
+        return connection.ask(data, silent_at_s, ends_at_s, request.body_limit), request.late
 
     def _answer(self, connection: _Connection) -> Raw | Failed:
         reader, error = connection.reader, connection.error
         self._pool.give_back(connection)
         if not reader.status:
             return Failed(True, named(NO_ANSWER, error or ConnectionAbortedError()))
-        body, whole = decoded(reader.headers, reader.body, reader.whole)
+        body, whole = decoded(reader.headers, reader.body, reader.whole, connection.body_limit)
         return Raw(reader.status, reader.headers, body, whole, connection.sent_ns, connection.received_ns)

@@ -23,7 +23,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from worker.classify import NO_ANSWER
 from worker.clock import local_ns
-from worker.transport import BODY_LIMIT, FIELDS, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
+from worker.transport import FIELDS, IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
 
 __all__ = ["RequestsTransport"]
 
@@ -81,13 +81,12 @@ class _Session(requests.Session):
 class RequestsTransport:
     """Requests one after the other; see :class:`worker.transport.Transport`. The coroutine of a call waits in it.
 
-    ``idle_bound_s`` is how long its connection is kept when nobody uses it, seconds; ``body_limit``: most bytes of a
-    body.
+    ``idle_bound_s`` is how long its connection is kept when nobody uses it, seconds.
 
     The time that a name look-up takes is not bounded, nor how long a head may go on that comes byte by byte.
     """
 
-    def __init__(self, route: Route, *, idle_bound_s: float = IDLE_BOUND_S, body_limit: int = BODY_LIMIT) -> None:
+    def __init__(self, route: Route, *, idle_bound_s: float = IDLE_BOUND_S) -> None:
         for name in _TALKATIVE:
             logging.getLogger(f"urllib3.{name}").addFilter(_no_signed_url)
         self.requests_sent = 0
@@ -95,7 +94,6 @@ class RequestsTransport:
         # urllib3's TLS within TLS reads ahead, where nobody sees what came behind an answer.
         self._keeps = not (route.proxy is not None and route.proxy.secure)
         self._idle_bound_ns = round(idle_bound_s * 1e9)
-        self._body_limit = body_limit
         self._used_ns = local_ns()
         self._is_closed = False
         self._adapter = _Adapter(route)
@@ -112,13 +110,13 @@ class RequestsTransport:
             prepared = None if request is None else self._prepared(request)
         except (ValueError, TypeError, OSError) as error:  # its text may hold what it was to sign
             return Failed(False, named("not sent", error))
-        if prepared is None:
+        if request is None or prepared is None:
             return None
         if local_ns() - self._used_ns > self._idle_bound_ns:
             self._adapter.close()
         self.requests_sent += 1
         try:
-            return self._exchanged(prepared, patience_s)
+            return self._exchanged(prepared, patience_s, request.body_limit)
         except (requests.RequestException, HTTPError, OSError) as error:
             failed = _failed(error, outer)
             self.requests_sent -= not failed.seen
@@ -141,7 +139,7 @@ class RequestsTransport:
         prepared.headers.pop("Content-Length", None)  # requests tells the length of a body that is not there
         return prepared
 
-    def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float) -> Raw:
+    def _exchanged(self, prepared: requests.PreparedRequest, patience_s: float, body_limit: int) -> Raw:
         ends_at_s = time.monotonic() + patience_s
         sent_ns = local_ns()
         # What is sent shall have time to be answered: a request that never left can be tried again without doubt.
@@ -149,12 +147,12 @@ class RequestsTransport:
         with self._session.send(prepared, stream=True, timeout=bound, allow_redirects=False) as response:  # type: ignore[arg-type]
             received_ns = local_ns()
             headers = {name.lower(): value.strip() for name, value in response.headers.items()}
-            body, is_whole = _body(response, self._body_limit, ends_at_s)
+            body, is_whole = _body(response, ends_at_s, body_limit)
         is_whole = is_whole and not {"content-length", "transfer-encoding"} <= set(headers)
         if response.status_code < 200 or not (is_whole and self._keeps):
             # The true answer may still come, and must not be taken for the next one's.
             self._adapter.close()
-        body, is_whole = decoded(headers, body, is_whole, self._body_limit)
+        body, is_whole = decoded(headers, body, is_whole, body_limit)
         return Raw(response.status_code, headers, body, is_whole, sent_ns, received_ns)
 
 
@@ -173,7 +171,7 @@ def _session(route: Route, adapter: HTTPAdapter) -> requests.Session:
     return session
 
 
-def _body(response: requests.Response, limit: int, ends_at_s: float) -> tuple[bytes, bool]:
+def _body(response: requests.Response, ends_at_s: float, limit: int) -> tuple[bytes, bool]:
     """What there is of the body, as it came, and whether that is all: one that breaks off has a status all the same."""
     body = bytearray()
     is_whole = True

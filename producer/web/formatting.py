@@ -29,6 +29,7 @@ MEANINGS: Mapping[OutcomeKind, str] = {
     OutcomeKind.UNKNOWN: "Deadline or attempts ran out, or a refusal came, while a cancel of ours may have worked. "
     "Treat it as live until you have looked.",
     OutcomeKind.OVERDUE: "The deadline passed before anything was sent. Treat it as live; see why no worker was there.",
+    OutcomeKind.LISTED: "The open orders of the symbol were read, and each has a request of its own.",
 }
 
 
@@ -105,6 +106,8 @@ def tone(kind: Any) -> str:
     try:
         known = OutcomeKind(kind)
     except ValueError:
+        return "plain"
+    if known is OutcomeKind.LISTED:
         return "plain"
     return "good" if known.off_the_book else "bad" if known.failed else "late"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-JOB, ENQUEUE, RETRY = (f"producer/scripts/{name}.lua" for name in ("job", "enqueue", "retry"))
-COMMON, CLAIM, COMPLETE, BEAT, GATE, KEY, TIDY, WAKE = (
-    f"worker/scripts/{name}.lua" for name in ("common", "claim", "complete", "beat", "gate", "key", "tidy", "wake")
+JOB, PLACE, RETRY = (f"producer/scripts/{name}.lua" for name in ("job", "place", "retry"))
+COMMON, CLAIM, ENDING, BEAT, GATE, KEY, TIDY, WAKE = (
+    f"worker/scripts/{name}.lua" for name in ("common", "claim", "ending", "beat", "gate", "key", "tidy", "wake")
 )
 
 
@@ -61,38 +61,36 @@ MUTANTS = (
         "what RQ saves over a deleted hash runs again",
     ),
     # -- enqueueing --
+    Mutant(PLACE, "if at_ms > tonumber(s.deadline_at", "if at_ms < tonumber(s.deadline_at", "a deadline gets shorter"),
     Mutant(
-        ENQUEUE, "if at_ms > tonumber(s.deadline_at", "if at_ms < tonumber(s.deadline_at", "a deadline gets shorter"
-    ),
-    Mutant(
-        ENQUEUE,
+        PLACE,
         "    redis.call('HSET', key, 'c_asked_at_ms', now.text)\n",
         "    key = key\n",
         "a request that leaves its deadline to the worker does not move it",
     ),
-    Mutant(ENQUEUE, " or job.is_recalled(s) then", " then", "a job that a person cancelled is joined"),
-    Mutant(ENQUEUE, "(order and s.order ~= order)", "false", "a pointer to the job of another order is followed"),
+    Mutant(PLACE, " or job.is_recalled(s) then", " then", "a job that a person cancelled is joined"),
+    Mutant(PLACE, "(order and s.order ~= order)", "false", "a pointer to the job of another order is followed"),
     Mutant(
-        ENQUEUE,
+        PLACE,
         "if not job.is_requeued(id, s) then return false end",
         "if s.done == nil then return false end",
         "a job that has ended is joined",
     ),
-    Mutant(ENQUEUE, "      on('RPUSH', WAITING, id)\n", "      id = id\n", "a join does not see to the job's place"),
+    Mutant(PLACE, "      on('RPUSH', WAITING, id)\n", "      id = id\n", "a join does not see to the job's place"),
     Mutant(
-        ENQUEUE,
-        "if #indexed > 0 then on('ZADD', UNFINISHED, unpack(indexed)) end\n",
+        PLACE,
+        "  if #placed.indexed > 0 then on('ZADD', UNFINISHED, unpack(placed.indexed)) end\n",
         "",
         "a new job stands nowhere in the index",
     ),
     Mutant(
-        ENQUEUE,
-        "  redis.call('SET', ORDER_PREFIX .. pointer[1], pointer[2], 'EX', POINTER_LIFE_S)\n",
+        PLACE,
+        "    redis.call('SET', ORDER_PREFIX .. pointer[1], pointer[2], 'EX', POINTER_LIFE_S)\n",
         "",
         "no order leads to its job",
     ),
     Mutant(
-        ENQUEUE,
+        PLACE,
         "redis.call('EXISTS', JOB_PREFIX .. id, OUTCOME_PREFIX .. id)",
         "redis.call('EXISTS', JOB_PREFIX .. id)",
         "words that are sent again after the job's end make it anew",
@@ -181,62 +179,60 @@ MUTANTS = (
     Mutant(COMMON, "return math.max(by_default,", "return math.min(by_default,", "the earlier deadline holds"),
     # -- completing --
     Mutant(
-        COMPLETE,
+        ENDING,
         "if f[1] ~= lease or (f[2] or '1') ~= run then",
         "if (f[2] or '1') ~= run then",
         "a completion under a lost lease counts",
     ),
     Mutant(
-        COMPLETE,
+        ENDING,
         "if f[1] ~= lease or (f[2] or '1') ~= run then",
         "if f[1] ~= lease then",
         "a completion of another run counts",
     ),
     Mutant(
-        COMPLETE,
+        ENDING,
         "  redis.call('HSET', key, 'c_ended', s.lease .. ' ' .. answer, 'status',",
         "  redis.call('HSET', key, 'status',",
         "a repeated row is not answered alike",
     ),
     Mutant(
-        COMPLETE,
+        ENDING,
         "  redis.call('HDEL', key, 'c_lease', 'c_open_at_ms', 'c_due_at_ms')\n",
         "  redis.call('HDEL', key, 'c_open_at_ms', 'c_due_at_ms')\n",
         "a retry or a release leaves the lease",
     ),
     Mutant(
-        COMPLETE,
+        ENDING,
         "  if attempts ~= '' then redis.call('HSET', key, 'c_attempts', attempts) end\n",
         "",
         "attempts are forgotten",
     ),
-    Mutant(COMPLETE, "'c_done', kind, ", "", "a job does not know that it has ended"),
+    Mutant(ENDING, "'c_done', kind, ", "", "a job does not know that it has ended"),
     Mutant(
-        COMPLETE,
+        ENDING,
         "job.deadline_of(s) > tonumber(decided_by_ms)",
         "job.deadline_of(s) < tonumber(decided_by_ms)",
         "a job ends by a deadline that has moved",
     ),
     Mutant(
-        COMPLETE,
+        ENDING,
         "if leaves_child == '1' and s.cancels_child then return true end",
         "",
         "a child is left alone though a later request wants it cancelled",
     ),
-    Mutant(COMPLETE, "  job.enter(record)\n", "", "outcomes are missing in the ledger"),
+    Mutant(ENDING, "  job.enter(record)\n", "", "outcomes are missing in the ledger"),
     Mutant(
-        COMPLETE,
+        ENDING,
         "  if job.pointed_to(order) == id then out.over[#out.over + 1] = ORDER_PREFIX .. order end\n",
         "",
         "an order leads to a job that has ended well",
     ),
-    Mutant(COMPLETE, "  redis.call('EXPIRE', JOB_PREFIX .. id, life_s)\n", "", "ended jobs stay for ever"),
-    Mutant(COMPLETE, "write('ZREM', UNFINISHED, out.ended)\n", "", "ended jobs stay in the index"),
+    Mutant(ENDING, "  redis.call('EXPIRE', JOB_PREFIX .. id, life_s)\n", "", "ended jobs stay for ever"),
+    Mutant(ENDING, "  write('ZREM', UNFINISHED, out.ended)\n", "", "ended jobs stay in the index"),
+    Mutant(ENDING, "text(RETRY_BAND + due_ms)", "text(WAITING_BAND + due_ms)", "retries stand among the waiting jobs"),
     Mutant(
-        COMPLETE, "text(RETRY_BAND + due_ms)", "text(WAITING_BAND + due_ms)", "retries stand among the waiting jobs"
-    ),
-    Mutant(
-        COMPLETE,
+        ENDING,
         "  if before then return before == ARGV[i + 4] and '1' or '0' end\n",
         "",
         "a deleted job ends twice",
