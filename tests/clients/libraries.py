@@ -5,6 +5,7 @@ Ids go in and out as text and terms are named as the exchange names them, so tha
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -96,6 +97,9 @@ class Library(Protocol):
     def close_listen_key(self, listen_key: str) -> None:
         """Close it."""
 
+    def close(self) -> None:
+        """Leave nothing open."""
+
 
 class OfficialSdk:
     """`binance-sdk-derivatives-trading-usds-futures`."""
@@ -175,6 +179,9 @@ class OfficialSdk:
 
     def close_listen_key(self, listen_key: str) -> None:
         self._api.close_user_data_stream()
+
+    def close(self) -> None:
+        pass  # its session has no end of its own
 
     @staticmethod
     def _order(row: Any) -> Order:
@@ -281,6 +288,9 @@ class Ccxt:
     def close_listen_key(self, listen_key: str) -> None:
         self._api.fapiPrivateDeleteListenKey()
 
+    def close(self) -> None:
+        self._api.close()
+
     @staticmethod
     def _order(row: Any) -> Order:
         return Order(row["id"], row["clientOrderId"], row["status"])
@@ -305,6 +315,9 @@ class PythonBinance:
             API_URL = f"{url}/api"
             FUTURES_URL = f"{url}/fapi"
 
+        # It takes the thread's event loop, or makes one that nobody closes.
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
         self._api: Any = Local(key, secret, {"timeout": TIMEOUT_S})
 
     def place(self, **terms: Any) -> Order:
@@ -365,6 +378,11 @@ class PythonBinance:
 
     def close_listen_key(self, listen_key: str) -> None:
         self._api.futures_stream_close(listen_key)
+
+    def close(self) -> None:
+        self._api.close_connection()
+        self._loop.close()
+        asyncio.set_event_loop(None)
 
     @staticmethod
     def _order(row: Any) -> Order:

@@ -50,10 +50,11 @@ def shared_exchange() -> Iterator[RunningExchange]:
 
 
 @pytest.fixture(scope="module", params=[OfficialSdk, Ccxt, PythonBinance], ids=lambda kind: kind.__name__)
-def library(request: pytest.FixtureRequest, shared_exchange: RunningExchange) -> Library:
+def library(request: pytest.FixtureRequest, shared_exchange: RunningExchange) -> Iterator[Library]:
     """Each library in turn, pointed at the exchange by its own options."""
     made: Library = request.param(shared_exchange.url, KEY, SECRET)
-    return made
+    yield made
+    made.close()
 
 
 @pytest.fixture
