@@ -70,7 +70,7 @@ class Request:
     fields: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     patience_s: float | None = field(default=None, repr=False)
     late: Callable[[Raw | Failed], None] | None = field(default=None, repr=False)
-    body_limit: int = BODY_LIMIT
+    body_limit: int = field(default=BODY_LIMIT, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
