@@ -139,6 +139,6 @@ def test_a_symbol_is_checked_at_every_door() -> None:
     for wrong in ("", " ", "A B", "A\n", "A" * 33, None, 5):
         for door in (fake.cancel_open, fake.opened):
             with pytest.raises(InvalidRequest, match="symbol"):
-                door(wrong)  # type: ignore[operator]
+                door(wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="kind"):
         fake.will(kind=OutcomeKind.LISTED)
