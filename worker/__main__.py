@@ -17,6 +17,7 @@ import io
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ Examples:
   python -m worker --burst                  work off what is there, then leave
   python -m worker check                    is everything there, and are the keys accepted?
   python -m worker health                   for probes: 0 while a worker of this host is alive
+  python -m worker rehearse                 place and cancel an order on the exchange's demo host, and show it
   python -m worker sandbox --faults all     see it work against a local exchange that misbehaves
   python -m worker sandbox --serve          keep it up for a strategy under development
   python -m worker metrics --port 9464      Prometheus metrics of the queue
@@ -79,14 +81,15 @@ def _say(text: str, *, to_stderr: bool = False) -> None:
         output.silence(2 if to_stderr else 1)
 
 
-def _settings(queue: str | None = None, concurrency: str | None = None) -> Settings:
+def _settings(queue: str | None = None, concurrency: str | None = None, *, logs: bool = True) -> Settings:
     try:
         settings = Settings.from_env().overridden(queue=queue, concurrency=concurrency)
     except SettingsError as error:
         for problem in error.problems:
             _say(f"error: {problem}", to_stderr=True)
         sys.exit(EX_CONFIG)
-    log.configure(settings.log_level, settings.log_format)
+    if logs:
+        log.configure(settings.log_level, settings.log_format)
     return settings
 
 
@@ -181,6 +184,45 @@ def health_command(queue: str | None) -> None:
     if (reason := why_unhealthy(place)) is not None:
         _say(reason)
         sys.exit(EX_UNHEALTHY)
+
+
+_REHEARSE_EPILOG = """
+\b
+Examples:
+  export REDIS_URL=redis://localhost:6379/0 BINANCE_API_KEY=... BINANCE_API_SECRET=...
+  export BINANCE_BASE_URL=https://demo-fapi.binance.com     keys of the demo site
+  python -m worker rehearse
+  python -m worker rehearse --symbol ETHUSDT --json > rehearsal.json
+
+\b
+Exit codes: 0 passed, 1 failed, 2 bad usage, 69 something cannot be reached or worked with, 75 inconclusive: the demo
+exchange dropped the order by itself or left it TRIGGERING, 78 bad settings, a refused key, or a host that is neither
+demo nor loopback, 129 after SIGHUP, 130 after Ctrl-C, 143 after SIGTERM: the order is taken back first.
+"""
+
+
+@main.command("rehearse", epilog=_REHEARSE_EPILOG)
+@click.option("--symbol", metavar="S", default="BTCUSDT", show_default=True, help="Symbol to place the order on.")
+@click.option("--account", metavar="A", default="default", show_default=True, help="Account whose key is used.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout at the end, the rest on stderr.")
+def rehearse_command(symbol: str, account: str, as_json: bool) -> None:
+    """See a cancel work on the exchange's demo host: place a stop, cancel it through a queue, look whether it is gone.
+
+    Places one reducing STOP_MARKET far from the market, as small as the symbol allows, cancels it through a queue and a
+    worker of its own, and shows each request and answer without key and signature. Leaves neither orders nor keys in
+    Redis behind; what a killed rehearsal has left on the symbol it cancels first. Goes to demo-fapi.binance.com,
+    testnet.binancefuture.com and loopback, and nowhere else: nothing changes that.
+    """
+    if not symbol.isprintable() or not 1 <= len(symbol) <= 32:
+        raise click.UsageError(f"--symbol {ascii(symbol)[:80]} names no symbol, as BTCUSDT does")
+    settings = _settings(logs=False)
+    from worker.rehearse import rehearse
+    from worker.secrecy import keep_memory_private
+
+    keep_memory_private()
+    log.tell_warnings_on_stderr()
+    say = partial(_say, to_stderr=as_json)
+    sys.exit(rehearse(settings, symbol.upper(), account, say=say, tell=_say if as_json else None))
 
 
 @main.command("sandbox")

@@ -19,7 +19,7 @@ from worker.settings import Settings
 from worker.signing import Credential
 from worker.wiring import open_exchange, open_redis
 
-__all__ = ["Fault", "Finding", "check"]
+__all__ = ["KEY_CODES", "Fault", "Finding", "check", "why_no_answer", "words_of"]
 
 #: An id that no order has: the largest that the field can hold.
 _NO_ORDER = OrderRef(MAX_ALGO_ID)
@@ -43,7 +43,7 @@ _FAILURES = {
 }
 #: What an answer means that is not the exchange's time, by its status.
 _STATUSES = {
-    200: "not the exchange's time but something else: a proxy or a login page stands in between",
+    200: "not the exchange's answer but something else: a proxy or a login page stands in between",
     403: "its firewall blocks this address: wait some minutes, and do not repeat this in a loop",
     404: "no such path there: is BINANCE_BASE_URL the host of USD-M futures?",
     407: "a proxy wants a login: EGRESS_PROXY_URL=http://user:password@host:port, percent-encoded",
@@ -52,7 +52,7 @@ _STATUSES = {
     451: "this region is refused: let the worker run elsewhere, or send through EGRESS_PROXY_URL",
 }
 #: What to mend where a key is refused, by the exchange's code.
-_KEY_CODES = {
+KEY_CODES = {
     -1022: "the secret (or private key) does not belong to this API key",
     -2008: "the exchange does not know this API key: is it one of this host's (production and demo have their own)?",
     -2014: "this is no API key: paste it again",
@@ -95,15 +95,18 @@ def _time(settings: Settings, exchange: Exchange, clock: ServerClock) -> Finding
         asyncio.run(exchange.sync_time())
         said = f"{settings.base_url} answers; its clock is {clock.offset_ms:+d} ms from this host's"
         return Finding("exchange", said)
-    return Finding("exchange", f"{settings.base_url}: {_why_not(answer)}", Fault.UNREACHABLE)
+    return Finding(
+        "exchange", f"{settings.base_url}: {why_no_answer(answer, 'it does not tell its time')}", Fault.UNREACHABLE
+    )
 
 
-def _why_not(answer: Answer | None) -> str:
-    """Why the exchange does not tell its time, in its words or the network's, with the way out."""
+def why_no_answer(answer: Answer | None, otherwise: str) -> str:
+    """Why the exchange does not tell what it was asked, in its words or the network's, with the way out; ``otherwise``:
+    what is said of an answer that means nothing in particular."""
     if isinstance(answer, Reply):
         verdict = classify(Call.QUERY, _NO_ORDER, answer)
-        meaning = _STATUSES.get(answer.http, "it does not tell its time")
-        return f"{meaning} ({_words(verdict)})"
+        meaning = _STATUSES.get(answer.http, otherwise)
+        return f"{meaning} ({words_of(verdict)})"
     reason = answer.reason if isinstance(answer, Failure) else "not sent"
     return f"{_FAILURES.get(reason.rpartition(': ')[2], 'it cannot be reached')} ({reason})"
 
@@ -122,14 +125,15 @@ def _key(account: str, credential: Credential, exchange: Exchange) -> Finding:
 
 
 def _bad_key(what: str, verdict: Verdict, may_read: bool) -> Finding:
-    said = _words(verdict)
+    said = words_of(verdict)
     if verdict.means not in (Means.KEY_REFUSED, Means.DENIED):
         return Finding(what, f"not answered as expected: {verdict.means} {said}", Fault.UNREACHABLE)
     if may_read and verdict.means is Means.KEY_REFUSED:
         return Finding(what, f"may read but not trade: {said}; enable futures for this API key", Fault.SETTINGS)
-    advice = _KEY_CODES.get(verdict.code or 0)
+    advice = KEY_CODES.get(verdict.code or 0)
     return Finding(what, f"refused: {said}" + (f"; {advice}" if advice else ""), Fault.SETTINGS)
 
 
-def _words(verdict: Verdict) -> str:
+def words_of(verdict: Verdict) -> str:
+    """Status, code and text of an answer."""
     return " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))

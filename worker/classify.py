@@ -217,6 +217,8 @@ _PERMANENT_2011 = (
 #: Part of the text of -2010 and -2011 in maintenance, folded.
 _MAINTENANCE = "trading is not enabled"
 _AMOUNT = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
+#: Our bound may cut it off in the middle.
+_SIGNATURE = re.compile(r"""(signature(?:["']?\s*[=:]\s*["']?|%3D))[\w%+/=-]+""", re.IGNORECASE)
 _BAN_EPOCH = re.compile(r"banned until (\d{13})(?!\d)")
 
 
@@ -345,13 +347,22 @@ def _json(answer: Reply) -> Any:
         return None
 
 
+def without_signature(text: str) -> str:
+    """A text without what is called a signature in it: an edge may quote the request that it refuses."""
+    return _SIGNATURE.sub(r"\1***", text)
+
+
+def _said(words: str) -> str:
+    return clean_text(without_signature(words))
+
+
 def _code_and_msg(answer: Reply, body: dict[str, Any] | None) -> tuple[int | None, str]:
     if body is None:
         if answer.truncated:  # half a text may be equal to a whole one that says something else
             return None, ""
-        return None, clean_text(answer.body[:1000].decode("utf-8", "replace"))
+        return None, _said(answer.body[:1000].decode("utf-8", "replace"))
     msg = body.get("msg")
-    return _whole(body.get("code")), clean_text(msg) if isinstance(msg, str) else ""
+    return _whole(body.get("code")), _said(msg) if isinstance(msg, str) else ""
 
 
 def _order_view(body: dict[str, Any]) -> OrderView | None:

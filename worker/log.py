@@ -172,6 +172,14 @@ def configure(level: str, style: str, *, wait_for_each: bool = False) -> None:
         _stdout.start(_tell_lost, wait_for_each=wait_for_each)
 
 
+def tell_warnings_on_stderr() -> None:
+    """For a command that says on stdout what it does: events that somebody should look at, and nothing else."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogfmtFormatter())
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+
+
 def configure_unless_done(level: str, style: str, *, wait_for_each: bool = False) -> None:
     """The same where somebody else's command line (`rq worker -w …`) started the process and knows nothing of us."""
     if not logger.hasHandlers():

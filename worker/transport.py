@@ -70,7 +70,7 @@ class Request:
     fields: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     patience_s: float | None = field(default=None, repr=False)
     late: Callable[[Raw | Failed], None] | None = field(default=None, repr=False)
-    body_limit: int = BODY_LIMIT
+    body_limit: int = field(default=BODY_LIMIT, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,10 @@ class Failed:
 class Transport(Protocol):
     """A way to send requests to one exchange."""
 
-    #: Requests that have left or may have left, in part at least.
-    requests_sent: int
+    @property
+    def requests_sent(self) -> int:
+        """Requests that have left or may have left, in part at least."""
+        ...
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """Send one request and read its answer, within ``patience_s`` in all and half of it until it is written.

@@ -173,15 +173,17 @@ def _session(route: Route, adapter: HTTPAdapter) -> requests.Session:
 
 def _body(response: requests.Response, ends_at_s: float, limit: int) -> tuple[bytes, bool]:
     """What there is of the body, as it came, and whether that is all: one that breaks off has a status all the same."""
-    body = b""
+    body = bytearray()
+    is_whole = True
     try:
         while data := response.raw.read1(_READ_SIZE, decode_content=False):
             body += data
             if len(body) > limit or time.monotonic() > ends_at_s:
-                return body[:limit], False
+                is_whole = False
+                break
     except (requests.RequestException, HTTPError, OSError):
-        return body, False
-    return body, True
+        is_whole = False
+    return bytes(body[:limit]), is_whole
 
 
 def _failed(error: Exception, outer: BaseException | None) -> Failed:

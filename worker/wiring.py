@@ -34,10 +34,13 @@ def open_redis(settings: Settings) -> redis.Redis:
 def open_exchange(settings: Settings, *, one_at_a_time: bool = False) -> tuple[Exchange, ServerClock]:
     """The client of the exchange and its clock, which is not measured yet; ``one_at_a_time``: for who has no loop."""
     clock = ServerClock()
-    route = Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url, ca_file=settings.exchange_tls_ca)
-    return Exchange(
-        _transport(route, settings, one_at_a_time), recv_window_ms=settings.recv_window_ms, clock=clock
-    ), clock
+    transport = _transport(route_of(settings), settings, one_at_a_time)
+    return Exchange(transport, recv_window_ms=settings.recv_window_ms, clock=clock), clock
+
+
+def route_of(settings: Settings) -> Route:
+    """The way to the exchange."""
+    return Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url, ca_file=settings.exchange_tls_ca)
 
 
 def _transport(route: Route, settings: Settings, one_at_a_time: bool) -> Transport:
@@ -50,12 +53,12 @@ def _transport(route: Route, settings: Settings, one_at_a_time: bool) -> Transpo
     return AsyncioTransport(route, pool_size=settings.concurrency + 2)
 
 
-def open_store(settings: Settings, holder: str, queue: str) -> Store:
-    """The holder's view of the queue."""
+def open_store(settings: Settings, holder: str, queue: str, *, gate_scope: str | None = None) -> Store:
+    """The holder's view of the queue; ``gate_scope``: a gate of its own in place of the one that the settings say."""
     return Store(
         queue,
         holder,
-        gate_scope="all" if settings.rate_limit_scope == "all" else socket.gethostname(),
+        gate_scope=gate_scope or ("all" if settings.rate_limit_scope == "all" else socket.gethostname()),
         lease_ms=round(lease_of(settings) * 1000),
         deadline_ms=round(settings.deadline_s * 1000),
         outcome_ttl_s=settings.outcome_ttl_s,

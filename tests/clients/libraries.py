@@ -5,12 +5,15 @@ Ids go in and out as text and terms are named as the exchange names them, so tha
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 TIMEOUT_S = 30
-UNIFIED = {"BTCUSDT": "BTC/USDT:USDT", "ETHUSDT": "ETH/USDT:USDT", "NOSUCHUSDT": "NOSUCH/USDT:USDT"}
+UNIFIED = {"BTCUSDT": "BTC/USDT:USDT", "ETHUSDT": "ETH/USDT:USDT", "NOSUCHUSDT": "NOSUCH/USDT:USDT"} | {
+    "币安人生USDT": "币安人生/USDT:USDT"
+}
 
 
 class Order(NamedTuple):
@@ -76,8 +79,26 @@ class Library(Protocol):
     def mark_price(self, symbol: str) -> float:
         """A symbol's price."""
 
+    def last_price(self, symbol: str) -> float:
+        """A symbol's last price, as bots of this library ask for it."""
+
+    def positions(self, symbol: str) -> list[Any]:
+        """What is held of it."""
+
     def steps(self, symbol: str) -> tuple[float, float]:
         """Its tick and its step, as the library reads exchangeInfo."""
+
+    def open_listen_key(self) -> str:
+        """Open a key for a stream of one's own data."""
+
+    def keep_listen_key(self, listen_key: str) -> None:
+        """Keep it alive."""
+
+    def close_listen_key(self, listen_key: str) -> None:
+        """Close it."""
+
+    def close(self) -> None:
+        """Leave nothing open."""
 
 
 class OfficialSdk:
@@ -92,7 +113,7 @@ class OfficialSdk:
             DerivativesTradingUsdsFutures,
         )
 
-        self.errors = dict.fromkeys((-2011, -2013, -2021, -4061, -4116, -1121), BadRequestError)
+        self.errors = dict.fromkeys((-2011, -2013, -2021, -4061, -4116, -1121, -1125), BadRequestError)
         timeout_ms = TIMEOUT_S * 1_000
         configuration = ConfigurationRestAPI(key, secret, base_path=url, timeout=timeout_ms, retries=0)
         self._api: Any = DerivativesTradingUsdsFutures(config_rest_api=configuration).rest_api
@@ -139,10 +160,28 @@ class OfficialSdk:
     def mark_price(self, symbol: str) -> float:
         return float(self._api.mark_price(symbol).data().actual_instance.mark_price)
 
+    def last_price(self, symbol: str) -> float:
+        return float(self._api.symbol_price_ticker_v2(symbol).data().actual_instance.price)
+
+    def positions(self, symbol: str) -> list[Any]:
+        return list(self._api.position_information_v3(symbol=symbol).data())
+
     def steps(self, symbol: str) -> tuple[float, float]:
         (row,) = [row for row in self._api.exchange_information().data().symbols if row.symbol == symbol]
         filters = {each.filter_type: each for each in row.filters}
         return float(filters["PRICE_FILTER"].tick_size), float(filters["LOT_SIZE"].step_size)
+
+    def open_listen_key(self) -> str:
+        return str(self._api.start_user_data_stream().data().listen_key)
+
+    def keep_listen_key(self, listen_key: str) -> None:
+        self._api.keepalive_user_data_stream()
+
+    def close_listen_key(self, listen_key: str) -> None:
+        self._api.close_user_data_stream()
+
+    def close(self) -> None:
+        pass  # its session has no end of its own
 
     @staticmethod
     def _order(row: Any) -> Order:
@@ -171,6 +210,7 @@ class Ccxt:
             -4061: ccxt.ExchangeError,
             -4116: ccxt.ExchangeError,
             -1121: ccxt.BadSymbol,
+            -1125: ccxt.AuthenticationError,
         }
         paths = ("fapiPublic", "fapiPrivate", "fapiPublicV2", "fapiPrivateV2", "fapiPublicV3", "fapiPrivateV3")
         versions = {name: f"{url}/fapi/v{name[-1] if 'V' in name else 1}" for name in paths}
@@ -229,9 +269,27 @@ class Ccxt:
     def mark_price(self, symbol: str) -> float:
         return float(self._api.fetch_mark_price(UNIFIED[symbol])["markPrice"])
 
+    def last_price(self, symbol: str) -> float:
+        return float(self._api.fetch_ticker(UNIFIED[symbol])["last"])
+
+    def positions(self, symbol: str) -> list[Any]:
+        return list(self._api.fetch_positions([UNIFIED[symbol]]))
+
     def steps(self, symbol: str) -> tuple[float, float]:
         precision = self._api.market(UNIFIED[symbol])["precision"]
         return float(precision["price"]), float(precision["amount"])
+
+    def open_listen_key(self) -> str:
+        return str(self._api.fapiPrivatePostListenKey()["listenKey"])
+
+    def keep_listen_key(self, listen_key: str) -> None:
+        self._api.fapiPrivatePutListenKey()
+
+    def close_listen_key(self, listen_key: str) -> None:
+        self._api.fapiPrivateDeleteListenKey()
+
+    def close(self) -> None:
+        self._api.close()
 
     @staticmethod
     def _order(row: Any) -> Order:
@@ -251,13 +309,16 @@ class PythonBinance:
         from binance.client import Client
         from binance.exceptions import BinanceAPIException
 
-        self.errors = dict.fromkeys((-2011, -2013, -2021, -4061, -4116, -1121), BinanceAPIException)
+        self.errors = dict.fromkeys((-2011, -2013, -2021, -4061, -4116, -1121, -1125), BinanceAPIException)
 
         class Local(Client):  # type: ignore[misc]
             API_URL = f"{url}/api"
             FUTURES_URL = f"{url}/fapi"
 
-        self._api: Any = Local(key, secret, {"timeout": TIMEOUT_S}, ping=False)
+        # It takes the thread's event loop, or makes one that nobody closes.
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        self._api: Any = Local(key, secret, {"timeout": TIMEOUT_S})
 
     def place(self, **terms: Any) -> Order:
         return self._order(self._api.futures_create_order(**terms))
@@ -298,10 +359,30 @@ class PythonBinance:
     def mark_price(self, symbol: str) -> float:
         return float(self._api.futures_mark_price(symbol=symbol)["markPrice"])
 
+    def last_price(self, symbol: str) -> float:
+        return float(self._api.futures_symbol_ticker(symbol=symbol)["price"])
+
+    def positions(self, symbol: str) -> list[Any]:
+        return list(self._api.futures_position_information(symbol=symbol))
+
     def steps(self, symbol: str) -> tuple[float, float]:
         (row,) = [row for row in self._api.futures_exchange_info()["symbols"] if row["symbol"] == symbol]
         filters = {each["filterType"]: each for each in row["filters"]}
         return float(filters["PRICE_FILTER"]["tickSize"]), float(filters["LOT_SIZE"]["stepSize"])
+
+    def open_listen_key(self) -> str:
+        return str(self._api.futures_stream_get_listen_key())
+
+    def keep_listen_key(self, listen_key: str) -> None:
+        self._api.futures_stream_keepalive(listen_key)
+
+    def close_listen_key(self, listen_key: str) -> None:
+        self._api.futures_stream_close(listen_key)
+
+    def close(self) -> None:
+        self._api.close_connection()
+        self._loop.close()
+        asyncio.set_event_loop(None)
 
     @staticmethod
     def _order(row: Any) -> Order:

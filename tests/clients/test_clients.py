@@ -50,10 +50,11 @@ def shared_exchange() -> Iterator[RunningExchange]:
 
 
 @pytest.fixture(scope="module", params=[OfficialSdk, Ccxt, PythonBinance], ids=lambda kind: kind.__name__)
-def library(request: pytest.FixtureRequest, shared_exchange: RunningExchange) -> Library:
+def library(request: pytest.FixtureRequest, shared_exchange: RunningExchange) -> Iterator[Library]:
     """Each library in turn, pointed at the exchange by its own options."""
     made: Library = request.param(shared_exchange.url, KEY, SECRET)
-    return made
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -107,6 +108,15 @@ def test_one_is_cancelled_by_its_client_id_and_the_rest_at_once(market: RunningE
     assert sorted(entry.status for entry in market.book().values()) == ["CANCELED", "CANCELED", "NEW"]
 
 
+def test_a_symbol_of_other_letters_is_one_too(market: RunningExchange, library: Library) -> None:
+    """Such symbols are listed and percent-encoded; an order on one is placed, listed, and cancelled with the rest."""
+    symbol = "币安人生USDT"
+    placed = library.place(**STOP | {"symbol": symbol, "triggerPrice": "0.1", "quantity": "100"})
+    assert library.open_orders(symbol) == [placed]
+    library.cancel_all(symbol)
+    assert [entry.status for entry in market.book().values()] == ["CANCELED"]
+
+
 def test_a_triggered_orders_child_is_queried_and_cancelled(market: RunningExchange, library: Library) -> None:
     """What a trigger made is a normal order to the library: partly filled, listed as open, cancelled, and gone."""
     placed = library.place(**STOP | {"type": "STOP", "price": "49900"})
@@ -145,11 +155,22 @@ def test_refusals_are_what_the_library_makes_of_them(market: RunningExchange, li
 
 
 def test_what_a_library_asks_for_on_its_way_is_there(market: RunningExchange, library: Library) -> None:
-    """Symbols with tick and step, the mark price, and the position mode are read, and the mode is changed."""
+    """Symbols with tick and step, prices, positions and the position mode are read, and the mode is changed."""
     assert library.steps("BTCUSDT") == (0.1, 0.001)
     market.set_mark_price("BTCUSDT", "61234.5")
-    assert library.mark_price("BTCUSDT") == 61234.5
+    assert library.mark_price("BTCUSDT") == library.last_price("BTCUSDT") == 61234.5
+    assert library.positions("BTCUSDT") == []
     assert not library.is_hedged()
     library.set_hedged(True)
     assert library.is_hedged()
     assert library.place(**STOP, positionSide="LONG").status == library.words.get("NEW", "NEW")
+
+
+def test_a_listen_key_is_opened_kept_and_closed(market: RunningExchange, library: Library) -> None:
+    """The key for a stream of one's own data lives until it is closed; keeping one that is gone fails."""
+    listen_key = library.open_listen_key()
+    assert listen_key
+    library.keep_listen_key(listen_key)
+    library.close_listen_key(listen_key)
+    with pytest.raises(library.errors[-1125], match="listenKey does not exist"):
+        library.keep_listen_key(listen_key)

@@ -6,14 +6,17 @@ import contextlib
 import gzip
 import http.client
 import json
+import re
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
-from tests.caller import ACCOUNTS, CHILD_ORDER, OPEN_ORDERS, TIMING, Caller
+from tests.caller import ACCOUNTS, ALGO_ORDER, CHILD_ORDER, OPEN_ORDERS, TIMING, Caller
 from tests.servers import eventually
 from worker.sandbox.control import ChildEntry, ControlError, ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Call, Fault
@@ -104,10 +107,10 @@ def on_cancel(fault: Fault) -> str:
     return ON_CANCEL.get(name) or f"400 code -{name.rpartition('_')[2]}"
 
 
-def observed(caller: Caller, method: str, algo_id: int, order_id: int | None = None) -> str:
+def observed(caller: Caller, method: str, algo_id: int, order_id: int | None = None, path: str = ALGO_ORDER) -> str:
     try:
         if order_id is None:
-            seen = caller.call(method, algoId=algo_id)
+            seen = caller.call(method, path, algoId=algo_id)
         else:
             seen = caller.call(method, CHILD_ORDER, symbol="BTCUSDT", orderId=order_id)
     except http.client.RemoteDisconnected:
@@ -134,6 +137,8 @@ def described(body: bytes, named: int) -> str:
         return "deep"
     if len(body) > 64 * 1024:
         return "huge"
+    if isinstance(answer, list):
+        return f"list {len(answer)}"
     if answer.get("algoId", answer.get("orderId", named)) != named:
         return "wrong id"
     if "algoStatus" in answer or "status" in answer:
@@ -203,6 +208,59 @@ def test_a_childs_call_meets_the_fault(market: RunningExchange, caller: Caller, 
     assert (child.deletes, child.gets, child.deletes_effective) == (call.cancels, not call.cancels, executes)
     assert child.executed_qty == {"filled_before": "0.01", "partly_filled_before": "0.005"}.get(fault, "0")
     assert market.book()[order.algo_id].faults == [fault]
+
+
+@pytest.mark.parametrize("fault", [fault for fault in Fault if Call.LIST in fault.spec.calls])
+def test_a_list_meets_the_fault(market: RunningExchange, caller: Caller, fault: Fault) -> None:
+    """The list of open orders can go wrong as other reads do, once; then it is what it should be."""
+    order = market.add_orders()[0]
+    market.script_faults(0, [fault], call=Call.LIST)
+    wanted = {
+        **dict.fromkeys(["answer_late", "close_after_answer"], "200 list 1"),
+        "gzip": "200 gzip list 1",
+    }
+    assert observed(caller, "GET", order.algo_id, path=OPEN_ORDERS) == wanted.get(fault, on_cancel(fault))
+    caller.connection.close()  # what the fault left of it; the next call opens another
+    if not fault.spec.gates:
+        assert observed(caller, "GET", order.algo_id, path=OPEN_ORDERS) == "200 list 1"
+    assert market.book()[order.algo_id].status == "NEW"
+
+
+def test_a_list_lags_behind(market: RunningExchange, caller: Caller) -> None:
+    """With a lag an order that has just been opened is queried and cancelled, and stands in no list for a while."""
+    market.set_list_lag_ms(60_000)
+    market.add_orders(age_ms=60_000)
+    (younger,) = market.add_orders()
+    assert caller.status(younger.algo_id) == "NEW"
+    assert len(caller.call("GET", OPEN_ORDERS, symbol="BTCUSDT").json) == 1
+    market.set_list_lag_ms(0)
+    assert len(caller.call("GET", OPEN_ORDERS, symbol="BTCUSDT").json) == 2
+
+
+@pytest.mark.parametrize(
+    ("move", "said"),
+    [
+        ({"move": "fill", "quantity": "much"}, "InvalidOperation|ConversionSyntax"),
+        ({"move": "fill", "quantity": "0.02"}, "0.01 of 0.01 are left"),
+        ({"move": "fill", "quantity": "NaN"}, "InvalidOperation"),
+        ({"move": "end_child", "status": "NEW"}, "NEW ends nothing"),
+        ({"move": "end_child", "status": "GONE"}, "GONE"),
+        ({"move": "explode"}, "no move"),
+    ],
+)
+def test_moves_that_cannot_be_are_refused(market: RunningExchange, move: dict[str, str], said: str) -> None:
+    """A control call that makes no sense gets a text that says why, and nothing moves."""
+    order = market.add_orders()[0]
+    market.trigger(order.algo_id)
+    request = urllib.request.Request(
+        f"{market.url}/_sandbox/move", json.dumps({"algo_id": order.algo_id} | move).encode()
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    assert refused.value.status == 400
+    assert re.search(said, json.loads(refused.value.read())["error"])
+    refused.value.close()
+    assert child_of(market, order.algo_id).status == "NEW"
 
 
 def child_of(market: RunningExchange, algo_id: int) -> ChildEntry:

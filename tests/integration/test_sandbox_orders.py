@@ -219,8 +219,8 @@ def test_all_orders_of_a_symbol_are_cancelled_at_once(market: RunningExchange, c
 
 def test_weights_are_the_documented_ones(market: RunningExchange, caller: Caller) -> None:
     """Each call costs its own, and more without a symbol where the exchange says so."""
-    market.set_clock_skew_ms(10_000 - int(time.time() * 1_000) % 60_000)
     ahead_ms = 10_000 - int(time.time() * 1_000) % 60_000
+    market.set_clock_skew_ms(ahead_ms)
     seen: list[int] = []
     for path, asked in (
         (ALL_ORDERS, {"symbol": "BTCUSDT"}),

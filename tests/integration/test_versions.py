@@ -327,3 +327,27 @@ def test_old_stock_worker_is_left_at_work(
 
     assert [attempt["verdict"] for attempt in outcome["attempts"]] == ["confirmed"]
     assert [(entry.deletes, entry.gets) for entry in exchange.book().values()] == [(1, 0)]
+
+
+@pytest.mark.parametrize("worker", ["old", "new"])
+def test_a_triggered_order_between_versions(worker: str, sides: dict[str, Side], exchange: RunningExchange) -> None:
+    """Both versions' strategies read what either worker records of a triggered order. The old one leaves a child alone,
+    and says that it may be live; the new one tells what became of it, and cancels it where that is asked for."""
+    for entry in exchange.add_orders(2, order_type="STOP", price="9000"):
+        exchange.trigger(entry.algo_id)
+    plain, wanted = sorted(exchange.book())
+    sides[worker].start()
+
+    (by_old,) = sides["old"].strategy.cancel({"algo_id": plain})
+    (by_new,) = sides["new"].strategy.cancel({"algo_id": wanted, "on_trigger": "cancel_child"})
+
+    is_new = worker == "new"
+    for reader in sides.values():
+        for job_id, is_wanted in ((by_old, False), (by_new, True)):
+            outcome = reader.strategy.waited_for(job_id)
+            assert outcome["kind"] == "triggered"
+            assert outcome["may_be_live"] is not (is_new and is_wanted)
+            if reader.name == "new" and is_new:
+                assert outcome["child_status"] == ("CANCELED" if is_wanted else "NEW")
+    children = [entry.child.status for _, entry in sorted(exchange.book().items()) if entry.child]
+    assert children == ["NEW", "CANCELED" if is_new else "NEW"]

@@ -530,3 +530,16 @@ def test_any_answer_gets_a_verdict(call: Call, ref: OrderRef, answer: Reply | Fa
     if verdict.means in (Means.CONFIRMED, *set(STATES.values())):
         assert verdict.order is not None
         assert (verdict.means is Means.CONFIRMED) is (call is Call.CANCEL)
+
+
+@pytest.mark.parametrize("quoted", ["signature=%s", "&signature=%s HTTP/1.1", 'signature": "%s"', "Signature%%3D%s"])
+def test_an_answer_that_quotes_the_request_tells_no_signature(quoted: str) -> None:
+    """An edge may show the request that it refuses: what is recorded of that has no signature."""
+    secret = "3c661234138461fcc7a7d8746c6558c9842d4e10870d2ecbedf7777cad694af9"
+    page = f"<p>DELETE /fapi/v1/algoOrder?algoId=7&{quoted % secret}</p>"
+    answers = [Reply(502, page.encode()), Reply(400, json.dumps({"code": -1000, "msg": page}).encode())]
+
+    for answer in answers:
+        verdict = classify(Call.CANCEL, OrderRef(7), answer)
+        assert secret[:16] not in verdict.msg
+        assert "algoId=7" in verdict.msg

@@ -22,8 +22,8 @@ PACKAGES = ("producer", "worker")
 SOURCES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.lua"))
 MAX_BODY_LINES = 40
-#: The sandbox plays a strategy too, so it may use what a strategy uses, and nothing behind that.
-PLAYS_A_STRATEGY = Path("worker/sandbox")
+#: Sandbox and rehearsal play a strategy too, so they may use what a strategy uses, and nothing behind that.
+PLAY_A_STRATEGY = (Path("worker/sandbox"), Path("worker/rehearse.py"), Path("worker/rehearse_queue.py"))
 
 
 def tree(source: Path) -> ast.Module:
@@ -88,9 +88,10 @@ def test_producer_imports_nothing_of_the_worker(source: Path) -> None:
 @pytest.mark.parametrize("source", [path for path in SOURCES if path.parts[0] == "worker"], ids=str)
 def test_worker_imports_only_the_contract(source: Path) -> None:
     """Of the producer a worker knows the contract, the way to Redis, and what a job is made of, as it enqueues requests
-    itself; the sandbox, which plays a strategy, its public names."""
+    itself; who plays a strategy, its public names."""
     names = ("message", "untrusted", "keys", "redis_url", "job_fields")
-    allowed = {f"producer.{name}" for name in names} | ({"producer"} if PLAYS_A_STRATEGY in source.parents else set())
+    plays = bool({source, *source.parents} & {*PLAY_A_STRATEGY})
+    allowed = {f"producer.{name}" for name in names} | ({"producer"} if plays else set())
 
     assert {name for name in imports(source) if top(name) == "producer"} <= allowed
 
@@ -120,6 +121,43 @@ def test_one_module_knows_an_http_client(source: Path) -> None:
     """Whoever makes one call at a time does it through one module; the worker's loop needs no library for it."""
     if source != Path("worker/transport_requests.py"):
         assert not {"requests", "urllib3", "httpx", "aiohttp"} & set(map(top, imports(source)))
+
+
+def reached(module: str) -> set[str]:
+    """Modules of the project that it imports, itself or through others, packages on the way there too."""
+    found: set[str] = set()
+    ahead = {module}
+    while ahead:
+        name = ahead.pop()
+        if not is_module(name) or name in found:
+            continue
+        found.add(name)
+        path = ROOT.joinpath(*name.split("."))
+        source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+        ahead |= imports(source.relative_to(ROOT)) | {name.rpartition(".")[0]}
+    return found
+
+
+@pytest.mark.parametrize("module", ["runner", "engine", "cancel", "exchange", "task", "wiring", "check", "health"])
+def test_what_works_on_a_queue_cannot_place_an_order(module: str) -> None:
+    """What places an order is reached from the command `rehearse` alone, never from the worker's loop or a job."""
+    reaches = reached(f"worker.{module}")
+
+    assert f"worker.{module}" in reaches
+    assert not {name for name in reaches if name.startswith("worker.rehearse")}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_orders_are_placed_in_one_place(source: Path) -> None:
+    """Of what speaks to an exchange one module alone can send POST, and one makes an order's terms."""
+    if PLAY_A_STRATEGY[0] in source.parents or source.parts[0] == "producer":  # the local exchange; the page
+        return
+    said = {text for _, text in literals(source)}
+    if source != Path("worker/rehearse_exchange.py"):
+        assert "POST" not in said
+        assert "place" not in {node.name for node in ast.walk(tree(source)) if isinstance(node, ast.FunctionDef)}
+    if source != Path("worker/rehearse_order.py"):
+        assert not {"algoType", "triggerPrice", "reduceOnly", "closePosition"} & said
 
 
 #: Documented, whatever their first letter says.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 from tests.servers import ROOT
+from worker.sandbox.endpoints import ENDPOINTS
+from worker.sandbox.server import ORDER_CALLS
 from worker.settings import SETTINGS
 
 TEXT = (ROOT / "worker/docs/operating.md").read_text("utf-8")
@@ -40,3 +42,15 @@ def test_the_rules_name_metrics_that_there_are() -> None:
     known = set(re.findall(r"\"(cancel_[a-z_]+?)(?:_total)?\"", source))
     known |= {f"cancel_{name}" for name in re.findall(r"\"([a-z_]+?)(?:_total)?\"", source)}
     assert named <= known
+
+
+def test_the_sandboxs_document_names_every_call_and_control() -> None:
+    """Whoever develops against the sandbox finds each of its exchange's calls, moves and settings in one place."""
+    text = (ROOT / "worker/docs/sandbox.md").read_text("utf-8")
+    calls = {path.rpartition("/")[2] for _, path in (*ENDPOINTS, *ORDER_CALLS)}
+    assert {name for name in calls if name not in text} <= {"dual", "leverageBracket"}
+    source = (ROOT / "worker/sandbox/control.py").read_text("utf-8")
+    controls = {*re.findall(r'\("(?:GET|POST)", "(\w+)"\):', source), *re.findall(r'case "(\w+)"', source)}
+    controls |= {*re.findall(r'if "(\w+)" in asked:', source), *re.findall(r'asked\.get\("(end_faults)"\)', source)}
+    assert len(controls) > 15
+    assert {name for name in controls if f"`{name}`" not in text and f'"{name}"' not in text} == set()

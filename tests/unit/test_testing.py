@@ -255,6 +255,8 @@ ANY_NUMBER = st.integers() | st.floats() | st.booleans()
             "actual_order_id": ANY_TEXT | ANY_NUMBER,
             "symbol": ANY_TEXT | ANY_NUMBER,
             "error": ANY_TEXT | ANY_NUMBER,
+            "child_status": st.sampled_from(["NEW", "FILLED", "CANCELED"]) | ANY_TEXT,
+            "child_executed_qty": ANY_TEXT | ANY_NUMBER,
             "after_s": ANY_NUMBER,
             "runs": ANY_NUMBER,
         },
@@ -272,7 +274,7 @@ def test_what_is_accepted_can_be_read_back(options: dict[str, Any]) -> None:
 
     assert decode_outcome(outcome.encode()) == outcome
     assert outcome.kind is options["kind"]
-    for name in ("symbol", "error", "actual_order_id", "order_status"):
+    for name in ("symbol", "error", "actual_order_id", "order_status", "child_status", "child_executed_qty"):
         assert name not in options or getattr(outcome, name) == options[name]
 
 

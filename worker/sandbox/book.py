@@ -357,11 +357,16 @@ class OrderBook:
         """Have a live child, a NEW order, or one that is TRIGGERING and now REJECTED, go on to this status; else False.
 
         So the exchange EXPIRES a reducing order without a position, and the matching engine REJECTS what it refuses.
+
+        Raises:
+            ValueError: no such status, or one in which a child lives on.
         """
         if isinstance(target, Child):
             self._settled(target.order, now_ms)
             if not target.status.live:
                 return False
+            if ChildStatus(status).live:
+                raise ValueError(f"{status} ends nothing")
             self._end_child(target, ChildStatus(status), now_ms)
             return True
         leaves = OPEN_STATES if status == AlgoStatus.REJECTED else {AlgoStatus.NEW}

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from worker.sandbox.arrivals import Arrival
 from worker.sandbox.book import Child, Order, OrderTerms
+from worker.sandbox.fault_plan import EVERY_LIST
 from worker.sandbox.faults import FAULT_SETS, Answer, Call, Fault, FaultTiming
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def answer(exchange: ExchangeServer, method: str, path: str, body: bytes) -> Ans
         return Answer.of({"error": f"no control call {method} {path}"}, 404)
     try:
         return Answer.of(handler(exchange, json.loads(body or b"{}")))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         return Answer.of({"error": f"{type(error).__name__}: {error}"}, 400)
 
 
@@ -183,10 +184,10 @@ def _counted(target: Order | Child) -> dict[str, object]:
 
 
 def _script(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
-    order = _known_order(exchange, asked)
+    call = Call(asked.get("call", "cancel"))
+    key = EVERY_LIST if call is Call.LIST else _known_order(exchange, asked).algo_id
     faults = [None if name is None else Fault(name) for name in asked["faults"]]
-    call, repeat_last = Call(asked.get("call", "cancel")), asked.get("repeat_last", False)
-    exchange.plan.script(order.algo_id, call, faults, repeat_last=repeat_last)
+    exchange.plan.script(key, call, faults, repeat_last=asked.get("repeat_last", False))
     return {}
 
 
@@ -235,6 +236,8 @@ def _set(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
         exchange.state.dual[asked.get("account") or next(iter(exchange.config.accounts))] = bool(asked["hedge_mode"])
     if "clock_skew_ms" in asked:
         exchange.book.clock_skew_ms = int(asked["clock_skew_ms"])
+    if "list_lag_ms" in asked:
+        exchange.state.list_lag_ms = int(asked["list_lag_ms"])
     if "latency_ms" in asked:
         exchange.latency_ms = float(asked["latency_ms"])
     if asked.get("end_faults"):
@@ -441,7 +444,8 @@ class RunningExchange:
     ) -> None:
         """Have the order's next calls of this kind meet these faults in turn (None: no fault).
 
-        With `repeat_last` the last one is met for ever.
+        With `repeat_last` the last one is met for ever. With `Call.LIST` it is the next lists of open orders, whoever
+        asks for them; the id does not matter.
         """
         self._call("POST", "script", algo_id=algo_id, faults=list(faults), call=call, repeat_last=repeat_last)
 
@@ -498,6 +502,10 @@ class RunningExchange:
     def set_clock_skew_ms(self, skew_ms: int) -> None:
         """Set exchange time minus local time."""
         self._call("POST", "set", clock_skew_ms=skew_ms)
+
+    def set_list_lag_ms(self, lag_ms: int) -> None:
+        """Have lists of open orders show an order only so long after it was opened."""
+        self._call("POST", "set", list_lag_ms=lag_ms)
 
     def set_latency_ms(self, latency_ms: float) -> None:
         """Set the time between a request's execution and its answer."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from worker.sandbox.book import AlgoStatus, Child, DuplicateClientId, Order, OrderBook
+from worker.sandbox.faults import NO_SUCH_ORDER
 from worker.sandbox.market import ORDER_TYPES, SYMBOLS, Prices
-from worker.sandbox.signed import Refusal, integer, known_symbol, mandatory
+from worker.sandbox.signed import Refusal, integer, known_symbol, mandatory, read_child
 from worker.sandbox.terms import read_terms
 
 _Target = TypeVar("_Target", Order, Child)
@@ -20,6 +21,7 @@ DAY_MS = 86_400_000
 WINDOW_MS = 7 * DAY_MS  # the longest between startTime and endTime, and what is looked through without them
 LIMIT, MAX_LIMIT = 500, 1_000  # of rows in a list; the twin of portfolio margin documents them (exchange.md 1.2)
 MAX_OPEN = 200  # open conditional orders of an account (exchange.md 1.1)
+OPEN_ALGO_ORDERS = "/fapi/v1/openAlgoOrders"
 ALL_CANCELLED = {"code": 200, "msg": "The operation of cancel all open order is done."}
 
 
@@ -32,6 +34,7 @@ class State:
     open_order: Callable[..., Order]
     prices: Prices = field(default_factory=Prices)
     dual: dict[str, bool] = field(default_factory=dict)  # by account: hedge mode
+    list_lag_ms: int = 0  # open orders stand in their list only so long after they were opened
     listen_keys: dict[str, str] = field(default_factory=dict)  # by account
 
 
@@ -125,7 +128,9 @@ def _open_algo_orders(asked: Asked) -> object:
     return [
         order.as_query_answer() | old_fields
         for order in asked.orders()
-        if order.status is AlgoStatus.NEW and wanted in (0, order.algo_id)
+        if order.status is AlgoStatus.NEW
+        and wanted in (0, order.algo_id)
+        and order.create_time_ms + asked.state.list_lag_ms <= asked.server_ms
     ]
 
 
@@ -206,10 +211,28 @@ def _premium_index(asked: Asked) -> object:
     return _for_symbols(asked, shown)
 
 
-def _ticker_price(asked: Asked) -> object:
-    return _for_symbols(
-        asked, lambda name: {"symbol": name, "price": str(asked.state.prices[name]), "time": asked.server_ms}
-    )
+def _ticker(asked: Asked, prices: tuple[str, ...], **rest: object) -> object:
+    """A ticker in which these fields are the price: nothing is traded here, so it is first, last, highest and best."""
+
+    def shown(name: str) -> dict[str, object]:
+        return {"symbol": name} | dict.fromkeys(prices, str(asked.state.prices[name])) | rest
+
+    return _for_symbols(asked, shown)
+
+
+def _day_ticker(asked: Asked) -> object:
+    prices = ("weightedAvgPrice", "lastPrice", "openPrice", "highPrice", "lowPrice")
+    nothing = dict.fromkeys(("priceChange", "priceChangePercent", "lastQty", "volume", "quoteVolume"), "0")
+    times = {"openTime": asked.server_ms - DAY_MS, "closeTime": asked.server_ms}
+    return _ticker(asked, prices, **nothing, **times, firstId=0, lastId=0, count=0)
+
+
+def _open_order(asked: Asked) -> object:
+    symbol, name = read_child(asked.said)
+    child = asked.state.book.find_child(asked.account, symbol, name, asked.now_ms)
+    if child is None or child.is_hidden(asked.now_ms) or not child.status.live:
+        raise Refusal(NO_SUCH_ORDER)
+    return child.as_query_answer()
 
 
 def _exchange_info(asked: Asked) -> object:
@@ -248,22 +271,41 @@ def _closed_listen_key(asked: Asked) -> object:
 
 
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
-    ("GET", "/fapi/v1/ping"): Endpoint(lambda _: {}, PUBLIC),
-    ("GET", "/fapi/v1/time"): Endpoint(lambda asked: {"serverTime": asked.server_ms}, PUBLIC),
+    # python-binance calls the spot exchange's when it is made.
+    **dict.fromkeys([("GET", "/fapi/v1/ping"), ("GET", "/api/v3/ping")], Endpoint(lambda _: {}, PUBLIC)),
+    **dict.fromkeys(
+        [("GET", "/fapi/v1/time"), ("GET", "/api/v3/time")],
+        Endpoint(lambda asked: {"serverTime": asked.server_ms}, PUBLIC),
+    ),
     ("GET", "/fapi/v1/exchangeInfo"): Endpoint(_exchange_info, PUBLIC),
     ("GET", "/fapi/v1/premiumIndex"): Endpoint(_premium_index, PUBLIC, 1, 10),
-    ("GET", "/fapi/v1/ticker/price"): Endpoint(_ticker_price, PUBLIC, 1, 2),
-    ("GET", "/fapi/v2/ticker/price"): Endpoint(_ticker_price, PUBLIC, 1, 2),
+    **dict.fromkeys(
+        [("GET", "/fapi/v1/ticker/price"), ("GET", "/fapi/v2/ticker/price")],
+        Endpoint(lambda asked: _ticker(asked, ("price",), time=asked.server_ms), PUBLIC, 1, 2),
+    ),
+    ("GET", "/fapi/v1/ticker/24hr"): Endpoint(_day_ticker, PUBLIC, 1, 40),
+    ("GET", "/fapi/v1/ticker/bookTicker"): Endpoint(
+        lambda asked: _ticker(asked, ("bidPrice", "askPrice"), bidQty="1", askQty="1", time=asked.server_ms),
+        PUBLIC,
+        2,
+        5,
+    ),
     ("POST", "/fapi/v1/algoOrder"): Endpoint(_create, SIGNED, 0),
-    ("GET", "/fapi/v1/openAlgoOrders"): Endpoint(_open_algo_orders, SIGNED, 1, 40),
+    ("GET", OPEN_ALGO_ORDERS): Endpoint(_open_algo_orders, SIGNED, 1, 40),
     ("GET", "/fapi/v1/allAlgoOrders"): Endpoint(_all_algo_orders, SIGNED, 5),
     ("DELETE", "/fapi/v1/algoOpenOrders"): Endpoint(_cancel_all),
     ("POST", "/fapi/v1/order"): Endpoint(_normal_order, SIGNED, 0),
+    ("GET", "/fapi/v1/openOrder"): Endpoint(_open_order),
     ("GET", "/fapi/v1/openOrders"): Endpoint(
         lambda asked: [child.as_query_answer() for child in asked.children() if child.status.live], SIGNED, 1, 40
     ),
     ("GET", "/fapi/v1/allOrders"): Endpoint(_all_orders, SIGNED, 5),
     ("DELETE", "/fapi/v1/allOpenOrders"): Endpoint(_cancel_all_children),
+    # There are no positions; ccxt reads the brackets on its way to them.
+    **dict.fromkeys(
+        [("GET", f"/fapi/{path}") for path in ("v2/positionRisk", "v3/positionRisk", "v1/leverageBracket")],
+        Endpoint(lambda _: [], SIGNED, 5),
+    ),
     ("GET", "/fapi/v1/positionSide/dual"): Endpoint(lambda asked: {"dualSidePosition": asked.dual}, SIGNED, 30),
     ("POST", "/fapi/v1/positionSide/dual"): Endpoint(_set_mode),
     ("POST", "/fapi/v1/listenKey"): Endpoint(_listen_key, KEYED),

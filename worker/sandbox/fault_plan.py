@@ -12,6 +12,8 @@ from worker.sandbox.faults import Call, Fault, FaultSet
 
 #: Seeded plans leave an order alone after this many calls of a kind, so that every order comes to an end.
 LAST_SEEDED_TURN = 8
+#: What stands for the algo id where lists of open orders meet faults: they are about no order of their own.
+EVERY_LIST = 0
 #: One incident for every so many orders, up to the plan's maximum: a small run is not one long ban.
 ORDERS_PER_INCIDENT = 50
 

@@ -14,12 +14,13 @@ from typing import Literal, Self
 
 
 class Call(StrEnum):
-    """The calls that a canceller makes about an order, and about the child that a triggered one has become."""
+    """The calls that a canceller makes: about an order, about the child that a triggered one has become, for a list."""
 
     CANCEL = "cancel"  # DELETE /fapi/v1/algoOrder
     QUERY = "query"  # GET /fapi/v1/algoOrder
     CANCEL_CHILD = "cancel_child"  # DELETE /fapi/v1/order
     QUERY_CHILD = "query_child"  # GET /fapi/v1/order
+    LIST = "list"  # GET /fapi/v1/openAlgoOrders
 
     @property
     def cancels(self) -> bool:
@@ -132,8 +133,9 @@ _RETRY = (("Retry-After", "1"),)
 
 OF_CHILD = frozenset({Call.CANCEL_CHILD, Call.QUERY_CHILD})
 CANCELS = frozenset({Call.CANCEL, Call.CANCEL_CHILD})
-QUERIES = frozenset(Call) - CANCELS
-BOTH = frozenset(Call)
+QUERIES = frozenset({Call.QUERY, Call.QUERY_CHILD})
+ABOUT_ONE = CANCELS | QUERIES
+ANY = frozenset(Call)
 PARENT = frozenset({Call.CANCEL})
 CHILD = frozenset({Call.CANCEL_CHILD})
 
@@ -171,7 +173,7 @@ def _row(
     evidence: Evidence,
     answer: Answer | None = None,
     *,
-    on: frozenset[Call] = BOTH,
+    on: frozenset[Call] = ANY,
     does: Effect = Effect.NONE,
     how: Delivery = Delivery.WHOLE,
     gates: bool = False,
@@ -214,8 +216,8 @@ class Fault(StrEnum):
     EXECUTE_AFTER_DROP = _rare("execute_after_drop", "NET", on=CANCELS, does=Effect.CANCEL_LATER, how=Delivery.CLOSED)
     BODY_CUT = _rare("body_cut", "NET", how=Delivery.CUT_SHORT)
     BODY_CUT_EXECUTED = _executed(BODY_CUT)
-    DRIP = _rare("drip", "NET", does=Effect.CANCEL, how=Delivery.DRIPPED)
-    HUGE_BODY = _rare("huge_body", "NET", does=Effect.CANCEL, how=Delivery.HUGE)
+    DRIP = _rare("drip", "NET", on=ABOUT_ONE, does=Effect.CANCEL, how=Delivery.DRIPPED)
+    HUGE_BODY = _rare("huge_body", "NET", on=ABOUT_ONE, does=Effect.CANCEL, how=Delivery.HUGE)
     GZIP = _rare("gzip", "NET", does=Effect.CANCEL, how=Delivery.COMPRESSED)
     NOT_HTTP = _rare("not_http", "NET", how=Delivery.NOT_HTTP)
     CLOSE_AFTER_ANSWER = _common("close_after_answer", "NET", does=Effect.CANCEL, how=Delivery.THEN_CLOSED)
@@ -225,9 +227,9 @@ class Fault(StrEnum):
     EMPTY_200_EXECUTED = _executed(EMPTY_200)
     HTML_200 = _rare("html_200", "C", _page(200, "Please wait"))
     HTML_200_EXECUTED = _executed(HTML_200)
-    NO_CODE_200 = _rare("no_code_200", "INFERRED", how=Delivery.UNDECIDED)
+    NO_CODE_200 = _rare("no_code_200", "INFERRED", on=ABOUT_ONE, how=Delivery.UNDECIDED)
     NO_CODE_200_EXECUTED = _executed(NO_CODE_200)
-    WRONG_ID_200 = _rare("wrong_id_200", "INFERRED", how=Delivery.WRONG_ID)
+    WRONG_ID_200 = _rare("wrong_id_200", "INFERRED", on=ABOUT_ONE, how=Delivery.WRONG_ID)
     WRONG_ID_200_EXECUTED = _executed(WRONG_ID_200)
     DEEP_JSON_200 = _rare("deep_json_200", "INFERRED", Answer(200, b"[" * 20_000 + b"]" * 20_000))
     UNKNOWN_STATUS_200 = _rare("unknown_status_200", "INFERRED", on=QUERIES, how=Delivery.UNKNOWN_STATUS)
@@ -284,14 +286,14 @@ class Fault(StrEnum):
     WINDOW_5028 = _rare(
         "window_5028", "D", _error(-5028, "Timestamp for this request is outside of the ME recvWindow.")
     )
-    ALGO_20124 = _rare("algo_20124", "C", _error(-20124, "Algo order not found or already completed."))
+    ALGO_20124 = _rare("algo_20124", "C", _error(-20124, "Algo order not found or already completed."), on=ABOUT_ONE)
     UNLISTED_CODE = _rare("unlisted_code", "INFERRED", _error(-7999, "Something that is in no document."))
     UNLISTED_CODE_EXECUTED = _executed(UNLISTED_CODE)
 
     # What an order can be found as: it stays, is forgotten, triggers, was ended by others, or has a namesake.
     FALSE_2011 = _common("false_2011", "I", UNKNOWN_ORDER, on=CANCELS)
     OTHER_TEXT_2011 = _rare("other_text_2011", "INFERRED", _error(-2011, "Cancel is not possible now."), on=CANCELS)
-    NOT_FOUND_2013 = _rare("not_found_2013", "I", NO_SUCH_ORDER)
+    NOT_FOUND_2013 = _rare("not_found_2013", "I", NO_SUCH_ORDER, on=ABOUT_ONE)
     MAINTENANCE_2011 = _rare("maintenance_2011", "I", _error(-2011, "Rest API trading is not enabled."))
     FORGOTTEN = _rare("forgotten", "I", UNKNOWN_ORDER, on=CANCELS, does=Effect.FORGET)
     LATE_BOOK = _scripted("late_book", "I", UNKNOWN_ORDER, on=CANCELS, does=Effect.HIDE)

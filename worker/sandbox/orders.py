@@ -40,6 +40,8 @@ class Wanted:
     urgent: bool
     twice: Twice
     on_trigger: OnTrigger
+    order_type: str
+    triggered: bool  # before its cancel is asked for, in a run with faults
 
     def request(self, algo_id: int) -> CancelRequest:
         """The request, once the exchange has named the order."""
@@ -76,4 +78,6 @@ def _wanted(draw: random.Random, client_algo_id: str) -> Wanted:
         urgent=draw.random() < 0.1,
         twice=twice,
         on_trigger=draw.choices(list(OnTrigger), (60, 40))[0],
+        order_type=draw.choices(("STOP_MARKET", "STOP"), (70, 30))[0],
+        triggered=draw.random() < 0.05,
     )

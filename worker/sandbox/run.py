@@ -70,6 +70,8 @@ QUICK_SETTINGS = {
 _TIMING = FaultTiming(
     forgotten_ms=1_000,
     finished_after_ms=500,
+    child_id_lag_ms=30,
+    child_lag_ms=60,
     retry_after_s=2,
     ban_s=3,
     firewall_ms=2_000,
@@ -347,16 +349,22 @@ class _Run:
     def _open_orders(self) -> list[tuple[Wanted, int]]:
         """The orders of the plan with the ids that the exchange gave them."""
         self._screen.say("opening orders")
-        groups: dict[tuple[str, str], list[Wanted]] = {}
+        groups: dict[tuple[str, str, str], list[Wanted]] = {}
         for wanted in plan(self._options.orders, self._options.seed):
-            groups.setdefault((wanted.account, wanted.symbol), []).append(wanted)
+            groups.setdefault((wanted.account, wanted.symbol, wanted.order_type), []).append(wanted)
         opened = []
-        for (account, symbol), group in sorted(groups.items()):
+        for (account, symbol, order_type), group in sorted(groups.items()):
             names = [wanted.client_algo_id for wanted in group]
             # Longer than what is not known of the clocks: of a younger order nobody can tell whether a request by
             # client id meant it.
-            placed = self._exchange.add_orders(account=account, symbol=symbol, client_algo_ids=names, age_ms=60_000)
+            placed = self._exchange.add_orders(
+                account=account, symbol=symbol, client_algo_ids=names, age_ms=60_000, order_type=order_type
+            )
             opened += [(wanted, order.algo_id) for wanted, order in zip(group, placed, strict=True)]
+        for wanted, algo_id in opened:
+            if wanted.triggered and self._options.faults != "none":
+                rests = wanted.order_type == "STOP"
+                self._exchange.trigger(algo_id, finished_after_ms=None if rests else _TIMING.finished_after_ms)
         random.Random(self._options.seed).shuffle(opened)
         return opened
 

@@ -28,8 +28,8 @@ from worker.sandbox.arrivals import Arrivals
 from worker.sandbox.book import AlgoStatus, Child, Order, OrderBook, OrderTerms
 from worker.sandbox.control import HOST, ConfigError, ExchangeConfig
 from worker.sandbox.edge import Edge
-from worker.sandbox.endpoints import ENDPOINTS, Asked, Security, State
-from worker.sandbox.fault_plan import FaultPlan
+from worker.sandbox.endpoints import ENDPOINTS, OPEN_ALGO_ORDERS, Asked, Security, State
+from worker.sandbox.fault_plan import EVERY_LIST, FaultPlan
 from worker.sandbox.faults import (
     BAD_SIGNATURE,
     FAULT_SETS,
@@ -42,7 +42,6 @@ from worker.sandbox.faults import (
     Effect,
     Fault,
     FaultSet,
-    FaultSpec,
 )
 from worker.sandbox.signed import (
     Account,
@@ -61,7 +60,7 @@ EXIT_BAD_CONFIG = 78
 ALGO_ORDER = "/fapi/v1/algoOrder"
 CHILD_ORDER = "/fapi/v1/order"
 #: The calls that faults are for.
-ABOUT_ONE = {
+ORDER_CALLS = {
     ("DELETE", ALGO_ORDER): Call.CANCEL,
     ("GET", ALGO_ORDER): Call.QUERY,
     ("DELETE", CHILD_ORDER): Call.CANCEL_CHILD,
@@ -170,7 +169,7 @@ class ExchangeServer:
         return self._stamped(request, reply)
 
     def _note(self, request: Request) -> None:
-        if (request.method, request.path) in ABOUT_ONE:
+        if (request.method, request.path) in ORDER_CALLS:
             with suppress(Refusal, ValueError):
                 said, parent = read_parameters(request), None
                 if request.path == CHILD_ORDER:
@@ -249,10 +248,13 @@ class ExchangeServer:
         if incident is not None:
             return Reply(self.edge.answer(incident, now_ms, skew_ms))
         try:
-            if (call := ABOUT_ONE.get(route)) is not None:
+            if (call := ORDER_CALLS.get(route)) is not None:
                 return self._about_order(call, request, now_ms)
             if endpoint is not None:
-                return Reply(Answer.of(endpoint.answer(self._asked(endpoint.security, request, now_ms))))
+                answer = Answer.of(endpoint.answer(self._asked(endpoint.security, request, now_ms)))
+                lists = route == ("GET", OPEN_ALGO_ORDERS)
+                fault = self.plan.meet(EVERY_LIST, Call.LIST, now_ms) if lists else None
+                return self._met(request.peer, fault, lambda _: answer)
         except Refusal as refusal:
             return Reply(refusal.answer)
         return Reply(Answer.error(404, -5000, f"Path {request.path}, Method {request.method} is invalid"))
@@ -289,12 +291,7 @@ class ExchangeServer:
             return Reply(UNKNOWN_ORDER if call.cancels else NO_SUCH_ORDER)
         algo_id = target.algo_id if isinstance(target, Order) else target.order.algo_id
         fault = self.plan.meet(algo_id, call, now_ms, by_client_id="algoId" not in parameters)
-        if fault is None:
-            return Reply(self._own_answer(call, target, Effect.CANCEL, now_ms))
-        if fault.spec.gates:
-            incident = self.edge.start(request.peer, fault, now_ms)
-            return Reply(self.edge.answer(incident, now_ms, self.book.clock_skew_ms))
-        return self._faulty(call, target, fault.spec, now_ms)
+        return self._met(request.peer, fault, partial(self._own_answer, call, target))
 
     def _meant(self, call: Call, account: str, parameters: dict[str, str], now_ms: int) -> Order | Child | None:
         if call in OF_CHILD:
@@ -303,24 +300,28 @@ class ExchangeServer:
         algo_id, client_algo_id = read_order_ids(parameters)
         return self.book.find(account, now_ms, algo_id=algo_id, client_algo_id=client_algo_id)
 
-    def _faulty(self, call: Call, target: Order | Child, spec: FaultSpec, now_ms: int) -> Reply:
-        timing = self.config.timing
-        if spec.delivery is Delivery.HELD:
+    def _met(self, peer: str, fault: Fault | None, own: Callable[[Effect], Answer]) -> Reply:
+        """The reply to a call that meets this fault, if any; ``own`` is the exchange's true answer after an effect."""
+        timing, now_ms = self.config.timing, self.local_ms()
+        if fault is None:
+            return Reply(own(Effect.CANCEL))
+        if fault.spec.gates:
+            incident = self.edge.start(peer, fault, now_ms)
+            return Reply(self.edge.answer(incident, now_ms, self.book.clock_skew_ms))
+        delivery = fault.spec.delivery
+        if delivery is Delivery.HELD:
             held = Reply(UNKNOWN_ORDER, delay_ms=timing.late_execution_ms)
-            held.resume = lambda: self._held(call, target, held)
+            held.resume = lambda: Reply(own(Effect.CANCEL), used_weight=held.used_weight)
             return held
-        own = self._own_answer(call, target, spec.effect, now_ms)
-        answer = spec.answer or _twisted(own, spec.delivery, timing.huge_body_bytes)
-        if spec.delivery is Delivery.COMPRESSED:
+        true = own(fault.spec.effect)  # called in any case: this is what carries the effect out
+        answer = fault.spec.answer or _twisted(true, delivery, timing.huge_body_bytes)
+        if delivery is Delivery.COMPRESSED:
             answer = replace(answer, body=gzip.compress(answer.body), headers=(("Content-Encoding", "gzip"),))
-        return Reply(answer, spec.delivery, timing.late_answer_ms if spec.delivery is Delivery.LATE else 0.0)
+        return Reply(answer, delivery, timing.late_answer_ms if delivery is Delivery.LATE else 0.0)
 
-    def _held(self, call: Call, target: Order | Child, held: Reply) -> Reply:
-        answer = self._own_answer(call, target, Effect.CANCEL, self.local_ms())
-        return Reply(answer, used_weight=held.used_weight)
-
-    def _own_answer(self, call: Call, target: Order | Child, effect: Effect, now_ms: int) -> Answer:
+    def _own_answer(self, call: Call, target: Order | Child, effect: Effect) -> Answer:
         """The exchange's true answer after the effect; with no effect on a cancel, the success that it was not."""
+        now_ms = self.local_ms()
         if not call.cancels:
             return Answer.of(target.as_query_answer())
         # What DELETE answers for a child that has ended is UNCONFIRMED; for a conditional order it has been seen.
