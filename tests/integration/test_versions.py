@@ -25,8 +25,10 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
+from producer import CancelClient
 from producer.message import WORKER_LOST
 from tests.conftest import API_KEY, API_SECRET
+from tests.orders import PROVEN_S
 from tests.servers import ROOT, Peek, Valkey, Worker, Workers, eventually, scrubbed
 from tests.strategy import Strategy
 from worker.sandbox.control import RunningExchange
@@ -351,3 +353,35 @@ def test_a_triggered_order_between_versions(worker: str, sides: dict[str, Side],
                 assert outcome["child_status"] == ("CANCELED" if is_wanted else "NEW")
     children = [entry.child.status for _, entry in sorted(exchange.book().items()) if entry.child]
     assert children == ["NEW", "CANCELED" if is_new else "NEW"]
+
+
+def test_open_orders_of_a_symbol_between_versions(
+    sides: dict[str, Side], exchange: RunningExchange, valkey: Valkey
+) -> None:
+    """A worker of 0.1 refuses to list them and touches none; a worker of this version joins what 0.1 has asked for, and
+    0.1 reads what became of each order."""
+    ids = [order.algo_id for order in exchange.add_orders(2)]
+    time.sleep(PROVEN_S)
+    old = sides["old"].start()
+    with CancelClient.from_url(valkey.url) as client:
+        refused = client.cancel_open("BTCUSDT").wait(60)
+        assert (refused.kind, refused.may_be_live, refused.orders) == ("refused", True, ())
+        assert "unknown field" in (refused.error or "")
+        assert {entry.status for entry in exchange.book(ids).values()} == {"NEW"}
+        old.stop()
+        exchange.script_faults(ids[0], [Fault.UNAVAILABLE_503], repeat_last=True)
+        (under_way,) = sides["old"].strategy.cancel({"algo_id": ids[0]})
+        sides["new"].start()
+        eventually(lambda: exchange.book(ids[:1])[ids[0]].deletes, what="it is under way")
+        ticket = client.cancel_open("BTCUSDT")
+        eventually(lambda: client.outcome(ticket), what="they are listed")
+        exchange.end_faults()
+
+        outcome = ticket.wait(60)
+
+    rows = {order.algo_id: order.id for order in outcome.orders}
+    assert (outcome.kind, set(rows)) == ("cancelled", set(ids))
+    assert rows[ids[0]] == under_way
+    read = sides["old"].strategy.outcomes(rows.values())
+    assert {record["kind"] for record in read.values()} == {"cancelled"}
+    assert len(read) == len(ids)

@@ -29,7 +29,7 @@ from tests.decisions import (
 )
 from worker.classify import MAX_LISTED, Means, Reply, SymbolRef, Verdict, classify
 from worker.decide import Again, Span, Stop
-from worker.listing import ListingCase, after_listing, listing_step
+from worker.listing import ListingCase, after_listing, has_untold, listing_step
 
 CASE = ListingCase(T0, T0 + 60_000, Span(-5, 5))
 
@@ -151,3 +151,25 @@ def test_a_pause_is_not_cut_short() -> None:
 
     stop, delays = play([CHALLENGE, told()])
     assert (stop.kind, delays) == (OutcomeKind.GAVE_UP, [])
+
+
+def test_attempts_are_bounded() -> None:
+    """What was answered unclearly so often as the settings allow is given up before the deadline."""
+    case = replace(CASE, deadline_at_ms=T0 + 7 * 86_400_000)
+
+    stop, delays = play([GATEWAY], case)
+
+    assert (stop.kind, len(delays)) == (OutcomeKind.GAVE_UP, POLICY.max_attempts - 1)
+    assert f"{POLICY.max_attempts} counted attempts" in (stop.error or "")
+
+
+@pytest.mark.parametrize(
+    ("created_ms", "ahead", "is_untold"),
+    [(T0, Span(-5, 5), True), (T0 - 5, Span(-5, 5), False), (T0 + 6, Span(-5, 5), False), (T0 - 60_000, None, True)],
+)
+def test_what_a_better_clock_might_tell(created_ms: int, ahead: Span | None, is_untold: bool) -> None:
+    """The clocks are measured anew where an order is neither older than the request nor younger, as far as they tell."""
+    case = replace(CASE, ahead=ahead)
+
+    assert has_untold(case, verdict_of(told(order(1, created_ms)))) is is_untold
+    assert not has_untold(case, verdict_of(told()))

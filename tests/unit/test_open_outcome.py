@@ -9,7 +9,7 @@ import pickle
 import pytest
 
 from producer import InvalidRequest, OpenOutcome, OutcomeKind, WaitTimeout
-from producer.message import OpenRequest, decode_call, encode_call
+from producer.message import OpenRequest, decode_call, decode_outcome, encode_call
 from producer.testing import AsyncFakeCancelClient, FakeCancelClient
 from producer.untrusted import MessageError
 
@@ -131,6 +131,23 @@ def test_an_odd_listing_is_no_request(fields: str) -> None:
 
     with pytest.raises(MessageError):
         decode_call(call.encode())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ['"orders":7', '"orders":[7]', '"orders":[{"id":"x"}]', '"orders":[],"left_alone":["x"]', '"before_ms":"1"'],
+)
+def test_a_damaged_listing_is_no_outcome(fields: str) -> None:
+    """A record whose rows cannot be read is malformed, and not a listing of fewer orders."""
+    with pytest.raises(MessageError):
+        decode_outcome('{"v":1,"id":"x","run":1,"kind":"listed",' + fields + "}")
+
+
+def test_a_listing_is_of_no_order() -> None:
+    """An id beside the symbol is refused: it would say that one order is meant."""
+    with pytest.raises(InvalidRequest, match="algo_id"):
+        OpenRequest(symbol="BTCUSDT", algo_id=7)
+    assert "BTCUSDT" in OpenRequest(symbol="BTCUSDT").describe()
 
 
 def test_a_symbol_is_checked_at_every_door() -> None:
