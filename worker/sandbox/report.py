@@ -131,7 +131,8 @@ def child_differs(outcome: Outcome, child: ChildEntry | None, *, shared: bool) -
         return "it tells of a child, but there is none" if outcome.child_status else ""
     if child.deletes and not calls and not shared and outcome.run == 1:
         return f"{child.deletes} DELETEs of a child that nobody wanted cancelled"
-    if outcome.kind is OutcomeKind.TRIGGERED and calls and child.status not in CHILD_ENDED:
+    is_wanted = any(attempt.call is Call.CANCEL_CHILD for attempt in calls)
+    if outcome.kind is OutcomeKind.TRIGGERED and is_wanted and child.status not in CHILD_ENDED:
         return f"its child was to be cancelled, and is {child.status}"
     if outcome.child_status not in CHILD_ENDED:
         return ""
