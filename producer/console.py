@@ -287,6 +287,10 @@ def outcome_cells(outcome: Outcome) -> tuple[str, ...]:
     if outcome.actual_order_id:
         symbol = f" {outcome.symbol}" if outcome.symbol else ""
         details.append(f"now order {outcome.actual_order_id}{symbol}")
+    if outcome.orders is not None:
+        details.append(f"{len(outcome.orders)} open on {outcome.symbol}, each with a request of its own")
+    if outcome.left_alone:
+        details.append(f"left alone: {', '.join(map(str, outcome.left_alone))}")
     if outcome.order_status:
         details.append(f"status {outcome.order_status}")
     if outcome.child_status:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from producer.message import Call
 from tests.loopback import Behaviour, Server
-from worker.classify import Failure, OrderRef, Reply
+from worker.classify import Failure, OrderRef, Ref, Reply
 from worker.clock import ServerClock
 from worker.daemon import WorkerLoop
 from worker.exchange import Answer, Exchange, Sent
@@ -63,7 +63,7 @@ class Client:
         """Have something done in the loop."""
         return self._runner.run(work)
 
-    def call(self, call: Call, credential: Credential, ref: OrderRef = REF) -> Reply | Failure:
+    def call(self, call: Call, credential: Credential, ref: Ref = REF) -> Reply | Failure:
         """One signed call that may go."""
         answer = self.run(self.exchange.call(call, credential, ref))
         assert answer is not None

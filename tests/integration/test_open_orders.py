@@ -148,6 +148,30 @@ def test_a_worker_killed_between_list_and_completion(
     assert {entry.deletes for entry in exchange.book(before).values()} == {1}
 
 
+def test_a_list_that_is_not_answered_is_asked_for_again(
+    workers: Workers, client: CancelClient, exchange: RunningExchange
+) -> None:
+    """A silent exchange, and one that calls our clock wrong, cost the listing time and nothing else: it leaves no
+    doubt, and means the orders of its own moment."""
+    workers.start(BINANCE_RECV_WINDOW_MS="1000")
+    before = opened(exchange, 3)
+    exchange.process.send_signal(signal.SIGSTOP)
+    ticket = client.cancel_open("BTCUSDT")
+    time.sleep(2)  # longer than an attempt may take
+    exchange.process.send_signal(signal.SIGCONT)
+    exchange.set_clock_skew_ms(5_000)
+    later = opened(exchange, 2)
+
+    outcome = ticket.wait(60)
+
+    listing = client.outcome(ticket)
+    assert listing is not None
+    assert (listing.kind, {attempt.call for attempt in listing.attempts}) == (OutcomeKind.LISTED, {"list_open"})
+    assert "unclear" in {attempt.verdict for attempt in listing.attempts}
+    assert outcome.kind is OutcomeKind.CANCELLED
+    agrees(exchange, outcome, before, later)
+
+
 def test_a_retry_of_a_failed_listing_means_the_same_moment(
     workers: Workers, client: CancelClient, exchange: RunningExchange
 ) -> None:

@@ -168,7 +168,7 @@ def test_attempts_are_bounded() -> None:
     [(T0, Span(-5, 5), True), (T0 - 5, Span(-5, 5), False), (T0 + 6, Span(-5, 5), False), (T0 - 60_000, None, True)],
 )
 def test_what_a_better_clock_might_tell(created_ms: int, ahead: Span | None, is_untold: bool) -> None:
-    """The clocks are measured anew where an order is neither older than the request nor younger, as far as they tell."""
+    """The clocks are measured anew where they tell of an order neither that it is older nor that it is younger."""
     case = replace(CASE, ahead=ahead)
 
     assert has_untold(case, verdict_of(told(order(1, created_ms)))) is is_untold

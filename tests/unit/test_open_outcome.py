@@ -9,7 +9,7 @@ import pickle
 import pytest
 
 from producer import InvalidRequest, OpenOutcome, OutcomeKind, WaitTimeout
-from producer.message import OpenRequest, decode_call, decode_outcome, encode_call
+from producer.message import ListedOrder, OpenRequest, Outcome, decode_call, decode_outcome, encode_call
 from producer.testing import AsyncFakeCancelClient, FakeCancelClient
 from producer.untrusted import MessageError
 
@@ -141,6 +141,16 @@ def test_a_damaged_listing_is_no_outcome(fields: str) -> None:
     """A record whose rows cannot be read is malformed, and not a listing of fewer orders."""
     with pytest.raises(MessageError):
         decode_outcome('{"v":1,"id":"x","run":1,"kind":"listed",' + fields + "}")
+
+
+@pytest.mark.parametrize(("seen", "is_off"), [({}, True), ({"orders": 1}, False), ({"left_alone": 1}, False)])
+def test_a_listings_own_outcome_says_nothing_of_its_orders(seen: dict[str, int], is_off: bool) -> None:
+    """It is off the book only where nothing was seen: what became of each order its own request says."""
+    orders = (ListedOrder(7, "x"),) * seen.get("orders", 0)
+    outcome = Outcome("i", 1, OutcomeKind.LISTED, orders=orders, left_alone=(8,) * seen.get("left_alone", 0))
+
+    assert outcome.off_the_book is is_off
+    assert decode_outcome(outcome.encode()) == outcome
 
 
 def test_a_listing_is_of_no_order() -> None:
