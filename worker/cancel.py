@@ -62,7 +62,7 @@ _NOT_MEASURED = "the clocks are not measured, so the order's age is not known"
 #: How often who waits for a turn looks at deadline and gate, s.
 _TURN_S = 1.0
 #: Late answers after which nothing more needs to be known of the order.
-_ENDS = frozenset({Means.CONFIRMED, Means.LISTED, *STATUS_MEANS.values()}) - {Means.OPEN, Means.TRIGGERING}
+_ENDS = frozenset({Means.CONFIRMED, Means.ENDED, Means.LISTED, *STATUS_MEANS.values()}) - {Means.OPEN, Means.TRIGGERING}
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -442,21 +442,19 @@ class Canceller:
             self.recovery.note(verdict.means)
             if verdict.means in GATED:
                 self._gate.close_for(verdict, self._policy, self._now_ms(), self._ahead())
-            job.late.append((n, verdict))
+            job.late.append((n, call, verdict))
         job.news.set()
 
     async def _settled(self, job: CancelJob) -> Stop | Again | None:
         """Put late answers where their attempts stand; gives what follows from them, None: nothing new."""
         decision: Stop | Again | None = None
         while job.late and not isinstance(decision, Stop):
-            n, verdict = job.late.popleft()
+            n, call, verdict = job.late.popleft()
             if verdict.order is not None and job.algo_id not in (None, verdict.order.algo_id):
                 continue  # found by client id, it is another order than the one that the id was found to mean
             verdict = await self._comparable(job, verdict)
-            call = Call.QUERY
             for at, silent in enumerate(job.history):
-                if silent.n == n and isinstance(silent.call, Call):
-                    call = silent.call
+                if silent.n == n:
                     ms = max(self._now_ms() - silent.at_ms, silent.ms)
                     told = Attempt(
                         n, silent.at_ms, silent.call, verdict.http, verdict.code, verdict.msg, verdict.means.value, ms

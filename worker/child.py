@@ -21,6 +21,7 @@ from worker.decide import (
     NOT_DONE,
     QUICK_DOUBTS,
     TRIGGER_POLL_MS,
+    UNREADABLE,
     Again,
     Policy,
     Span,
@@ -68,13 +69,13 @@ class ChildCase:
 def child_step(case: ChildCase, child: Child, history: Sequence[Attempt], policy: Policy, now_ms: int) -> Stop | Again:
     """What a worker does about a child before anything new was heard of it."""
     calls = _calls(history)
-    if _is_told(case, child, calls):
-        return _told(case, child, history)
+    if _is_told(case, child, history, policy):
+        return _told(case, child, history, policy)
     last = calls[-1] if calls else None
     if now_ms >= case.deadline_at_ms:
-        call = _last_call(case, calls)
+        call = _last_call(case, child, calls)
         return Again(call) if call is not None else bound(child, history, policy, "the deadline passed")
-    call = _call_after(case, last, now_ms)
+    call = _call_after(case, child, last, now_ms)
     stop = attempts_left(history, policy, call)
     return bound(child, history, policy, stop.error or "") if stop is not None else Again(call)
 
@@ -108,7 +109,7 @@ def after_child(
 def _refused_or_lost(
     case: ChildCase, child: Child, history: Sequence[Attempt], verdict: Verdict, policy: Policy
 ) -> Stop | None:
-    if not case.cancels or _is_told(case, child, _calls(history)):
+    if not case.cancels or _is_told(case, child, history, policy):
         return None
     if verdict.means in _REFUSED:
         return _refused(child, history, verdict, policy)
@@ -121,25 +122,30 @@ def _calls(history: Sequence[Attempt]) -> list[Attempt]:
     return [attempt for attempt in history if attempt.call in (Call.CANCEL_CHILD, Call.QUERY_CHILD)]
 
 
-def _is_told(case: ChildCase, child: Child, calls: Sequence[Attempt]) -> bool:
+def _is_told(case: ChildCase, child: Child, history: Sequence[Attempt], policy: Policy) -> bool:
     """Whether nothing more is to be asked."""
-    view = child.view
+    view, calls = child.view, _calls(history)
     if view is not None and view.status in CHILD_ENDED:
         is_priced = view.avg_price is not None or not _was_filled(view)
         return is_priced or calls[-1].call is Call.QUERY_CHILD
     if not case.cancels:
         return child.is_asked
-    # The exchange calls the parent finished once its child was filled or cancelled; only what it shows open is not.
-    is_over = child.parent.order_status == Means.FINISHED.name and child.is_asked
-    return is_over and calls[-1].call is Call.QUERY_CHILD and calls[-1].verdict != Means.OPEN
+    is_in_vain = child.is_asked and (calls[-1].verdict in _REFUSED or _is_lost(history, policy))
+    return is_in_vain and _is_surely_over(child, calls)
+
+
+def _is_surely_over(child: Child, calls: Sequence[Attempt]) -> bool:
+    """Whether nothing of it rests though nobody saw its end: the exchange calls a parent finished once its child was
+    filled or cancelled. What was seen open is looked at."""
+    return child.parent.order_status == Means.FINISHED.name and all(a.verdict != Means.OPEN for a in calls)
 
 
 def _was_filled(view: ChildView) -> bool:
     return view.executed_qty is None or bool(view.executed_qty.strip("0."))
 
 
-def _call_after(case: ChildCase, last: Attempt | None, now_ms: int) -> Call:
-    if not case.cancels:
+def _call_after(case: ChildCase, child: Child, last: Attempt | None, now_ms: int) -> Call:
+    if not case.cancels or (last is None and _is_surely_over(child, ())):
         return Call.QUERY_CHILD
     if last is None:  # late, there is time for no more than a cancel, and a look whether it worked
         return Call.CANCEL_CHILD if case.deadline_at_ms - now_ms <= LAST_TRY_MS else Call.QUERY_CHILD
@@ -148,42 +154,47 @@ def _call_after(case: ChildCase, last: Attempt | None, now_ms: int) -> Call:
     return Call.CANCEL_CHILD if last.verdict == Means.OPEN else Call.QUERY_CHILD
 
 
-def _last_call(case: ChildCase, calls: Sequence[Attempt]) -> Call | None:
+def _last_call(case: ChildCase, child: Child, calls: Sequence[Attempt]) -> Call | None:
     """What is done after the deadline: a child that was seen late gets one cancel, and a look whether it worked."""
     if not case.cancels:
         return Call.QUERY_CHILD
+    if _is_surely_over(child, calls):
+        is_asked = any(attempt.at_ms >= case.deadline_at_ms for attempt in calls)
+        return None if is_asked else Call.QUERY_CHILD
     cancels = [attempt for attempt in calls if attempt.call is Call.CANCEL_CHILD]
     if not any(attempt.verdict not in NOT_DONE for attempt in cancels):
         return None if any(attempt.at_ms >= case.deadline_at_ms for attempt in cancels) else Call.CANCEL_CHILD
     return Call.QUERY_CHILD if calls[-1].call is Call.CANCEL_CHILD else None
 
 
-def _told(case: ChildCase, child: Child, history: Sequence[Attempt]) -> Stop:
+def _told(case: ChildCase, child: Child, history: Sequence[Attempt], policy: Policy) -> Stop:
     view = child.view
     if view is None:
         return child.parent
-    return replace(child.parent, child=view, child_cancelled=_by_us(case, view, history))
+    return replace(child.parent, child=view, child_cancelled=_by_us(case, view, history, policy))
 
 
-def _by_us(case: ChildCase, view: ChildView, history: Sequence[Attempt]) -> bool | None:
+def _by_us(case: ChildCase, view: ChildView, history: Sequence[Attempt], policy: Policy) -> bool | None:
     if view.status != "CANCELED":
         return False if view.status in CHILD_ENDED else None
-    tried = [attempt for attempt in history if _may_have_cancelled(attempt)]
-    if all(attempt.msg == WORKER_LOST for attempt in tried):  # which call such a worker had made nobody knows
-        return None if tried or case.retried else False
-    return True
+    tried = _unsettled(history, policy)
+    if any(attempt.call is Call.CANCEL_CHILD for attempt in tried):
+        return True
+    return None if tried or case.retried else False  # which call a lost worker had made nobody knows
 
 
 def _refused(child: Child, history: Sequence[Attempt], verdict: Verdict, policy: Policy) -> Stop:
     said = " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))
-    kind = OutcomeKind.UNKNOWN if _in_doubt(history, policy) else OutcomeKind.REFUSED
+    kind = OutcomeKind.UNKNOWN if _unsettled(history, policy) else OutcomeKind.REFUSED
     error = f"the child of the triggered order is not cancelled: {said}"
     return replace(child.parent, kind=kind, child=child.view or _last_seen(history), error=error)
 
 
 def bound(child: Child, history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
-    """The end of a request that is out of time or of attempts while its child may be live."""
-    kind = OutcomeKind.UNKNOWN if _in_doubt(history, policy) else OutcomeKind.GAVE_UP
+    """The end of a request that is out of time or of attempts, as one whose child may be live unless it is over."""
+    if _is_surely_over(child, _calls(history)):
+        return child.parent
+    kind = OutcomeKind.UNKNOWN if _unsettled(history, policy) else OutcomeKind.GAVE_UP
     error = f"{why}; the child of the triggered order may be live"
     return replace(child.parent, kind=kind, child=child.view or _last_seen(history), error=error)
 
@@ -195,18 +206,19 @@ def _last_seen(history: Sequence[Attempt]) -> ChildView | None:
 
 
 def _may_have_cancelled(attempt: Attempt) -> bool:
-    """Whether the call may have taken the child off the book; of a lost worker's nobody knows which one it was."""
+    """Whether the call may have taken the child off the book; of some nobody knows which one it was."""
     if attempt.call is Call.CANCEL_CHILD:
         return attempt.verdict in (Means.UNCLEAR, Means.CONFIRMED)
-    return attempt.msg == WORKER_LOST
+    return attempt.msg in (WORKER_LOST, UNREADABLE) or not isinstance(attempt.call, Call)
 
 
-def _in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
-    """Whether a cancel of the child may have worked, or may still work, without a look at it having settled that."""
+def _unsettled(history: Sequence[Attempt], policy: Policy) -> list[Attempt]:
+    """The calls that may have cancelled the child, or still may: a look that showed it open, asked for when a call
+    could be accepted no more, settles that one."""
     opened = [a.at_ms for a in history if a.call is Call.QUERY_CHILD and a.verdict == Means.OPEN]
     seen_ms = max(opened, default=0)
     tried = [attempt for attempt in history if _may_have_cancelled(attempt)]
-    return any(accepted_until_ms(attempt, policy) > seen_ms for attempt in tried)
+    return [a for a in tried if a.verdict == Means.CONFIRMED or accepted_until_ms(a, policy) > seen_ms]
 
 
 def _is_lost(history: Sequence[Attempt], policy: Policy) -> bool:
@@ -239,6 +251,8 @@ def _delay(
         own_ms = 0
     elif means is Means.OPEN and is_quick and cancels <= QUICK_DOUBTS:
         own_ms = int(DOUBT_PAUSE_MS * (0.5 + roll / 2)) if cancels else 0
+    elif means is Means.OPEN:  # cancels of what does not exist lead to a ban: never at once
+        own_ms = backoff_ms(cancels, policy, 0.5 + roll / 2)
     elif means is Means.NO_SUCH_ORDER:
         doublings = min(trailing(history, means), 32)
         own_ms = int(min(TRIGGER_POLL_MS << doublings, policy.backoff_cap_ms) * (0.5 + roll / 2))

@@ -174,10 +174,16 @@ def call_for(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int)
 _BECAME_ANOTHER = frozenset({Means.TRIGGERED.name, Means.FINISHED.name})
 
 
+def _was_done(attempt: Attempt) -> bool:
+    return attempt.verdict not in NOT_DONE
+
+
 def _may_look_again(case: Case, history: Sequence[Attempt]) -> bool:
-    """Whether a child that was never cancelled is asked for once more after the deadline (:mod:`worker.child`)."""
-    is_tried = any(attempt.call is Call.CANCEL_CHILD and attempt.verdict not in NOT_DONE for attempt in history)
-    return not is_tried and not any(a.call is Call.QUERY and a.at_ms >= case.deadline_at_ms for a in history)
+    """Whether a child that was never cancelled, or not looked at since, is asked for once more after the deadline
+    (:mod:`worker.child`)."""
+    calls = [a for a in history if a.call is Call.QUERY_CHILD or (a.call is Call.CANCEL_CHILD and _was_done(a))]
+    is_through = any(a.call is Call.CANCEL_CHILD for a in calls) and calls[-1].call is Call.QUERY_CHILD
+    return not is_through and not any(a.call is Call.QUERY and a.at_ms >= case.deadline_at_ms for a in history)
 
 
 def _asks(last: Attempt) -> bool:
@@ -405,7 +411,8 @@ def attempts_left(history: Sequence[Attempt], policy: Policy, call: Call) -> Sto
 
 def bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
     """The end of a request that is out of time or of attempts."""
-    kind = OutcomeKind.UNKNOWN if in_doubt(history, policy) else OutcomeKind.GAVE_UP
+    of_child = any(a.call is Call.CANCEL_CHILD and a.verdict == Means.UNCLEAR for a in history)
+    kind = OutcomeKind.UNKNOWN if of_child or in_doubt(history, policy) else OutcomeKind.GAVE_UP
     said = f"; last: {history[-1].verdict} {history[-1].msg}".rstrip() if history else ""
     return Stop(kind, last_status(history), error=f"{why}{said}")
 

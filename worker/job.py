@@ -61,7 +61,7 @@ class CancelJob:
     began_ns: int = 0  # the last attempt
     strikes_until_ns: int = 0  # a cancel by client id that left here may meet the id's next order, if it is unclear
     silent: set[int] = field(default_factory=set)
-    late: deque[tuple[int, Verdict]] = field(default_factory=deque)
+    late: deque[tuple[int, Call, Verdict]] = field(default_factory=deque)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     child: Child | None = None  # what it became by triggering
 

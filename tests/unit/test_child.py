@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from producer.message import CHILD_ENDED, WORKER_LOST, Attempt, Call, OutcomeKind
 from tests.decisions import (
+    ALGO_ID,
     BAD_KEY,
     BAD_PARAM,
     CHILD_ID,
@@ -27,10 +28,11 @@ from tests.decisions import (
     TIMEOUT,
     TOOK_MS,
     Answer,
+    state,
 )
 from worker.child import Child, ChildCase, after_child, child_step
-from worker.classify import ChildRef, ChildView, Means, Reply, classify
-from worker.decide import NOT_DONE, Again, Policy, Stop
+from worker.classify import SILENCE, ChildRef, ChildView, Means, OrderRef, Reply, classify
+from worker.decide import NOT_DONE, UNREADABLE, Again, Case, Policy, Stop, first_step, next_step
 
 REF = ChildRef("BNBUSDT", int(CHILD_ID))
 POLICY = Policy()
@@ -121,7 +123,10 @@ ROWS: list[tuple[str, dict[str, object], list[Answer], list[str], str, str | Non
     ("after the deadline, not sent", {"left_ms": 0}, [OVERLOAD], [C], "gave_up", None, None),
     ("after the deadline, limited", {"left_ms": 0}, [LIMITED], [C], "gave_up", None, None),
     ("finished", {"parent": "FINISHED"}, [FILLED], [Q], "triggered", "FILLED", False),
-    ("finished, not told", {"parent": "FINISHED"}, [NOT_THERE], [Q], "triggered", None, None),
+    ("finished, refused", {"parent": "FINISHED"}, [BAD_KEY], [Q], "triggered", None, None),
+    ("finished, told later", {"parent": "FINISHED"}, [OVERLOAD, FILLED], [Q, Q], "triggered", "FILLED", False),
+    ("finished, late", {"parent": "FINISHED", "left_ms": 0}, [OVERLOAD], [Q], "triggered", None, None),
+    ("finished, in doubt", {"parent": "FINISHED", "left_ms": 0}, [NEW, TIMEOUT], [Q, C, Q], "unknown", "NEW", None),
     ("finished, and shown open", {"parent": "FINISHED"}, [NEW, DONE], [Q, C], "triggered", "CANCELED", True),
 ]  # fmt: skip
 
@@ -167,6 +172,52 @@ def test_whose_cancel_it_was_that_a_lost_worker_sent() -> None:
     assert play([CANCELED], retried=True).stop.child_cancelled is None  # by an earlier run's, perhaps
 
 
+def test_a_finished_parent_is_believed_where_the_child_is_not_found() -> None:
+    """What the exchange never shows, and calls finished, rests no more; it is asked for until the horizon."""
+    played = play([NOT_THERE], parent="FINISHED")
+
+    assert (set(played.calls), played.stop.kind, played.stop.child) == ({Q}, OutcomeKind.TRIGGERED, None)
+    assert played.history[-1].at_ms - T0 >= POLICY.not_found_horizon_ms
+
+
+def test_what_nobody_can_read_may_have_been_a_cancel_of_ours() -> None:
+    """Neither a damaged history nor a newer version's call proves that somebody else cancelled the child."""
+    damaged = Attempt(1, T0, Call.CANCEL, None, None, UNREADABLE, Means.UNCLEAR.value, 0)
+    foreign = Attempt(1, T0, "amend_child", None, None, "", Means.UNCLEAR.value, 0)
+
+    for before in (damaged, foreign):
+        assert play([CANCELED], before=(before,)).stop.child_cancelled is None
+
+
+def test_a_cancel_that_was_proven_to_have_done_nothing_was_not_ours() -> None:
+    """A look that shows the child open, when the cancel could be accepted no more, takes it back."""
+    tried = Attempt(1, T0, Call.CANCEL_CHILD, None, None, SILENCE, Means.UNCLEAR.value, 5)
+    opened = Attempt(2, T0 + 60_000, Call.QUERY_CHILD, 200, None, "NEW", Means.OPEN.value, 5)
+
+    assert play([GONE, CANCELED], before=(tried, opened)).stop.child_cancelled is False
+    assert play([GONE, CANCELED], before=(tried,)).stop.child_cancelled is True
+
+
+def test_an_heir_after_the_deadline_looks_and_keeps_the_doubt() -> None:
+    """Who takes the job over past its deadline asks for the child once more; its doubtful cancel stays a doubt."""
+    case = Case(False, T0, T0 + 1_000, cancels_child=True)
+    seen = Attempt(1, T0, Call.QUERY, 200, None, "TRIGGERED", Means.TRIGGERED.value, 5)
+    tried = Attempt(2, T0 + 10, Call.CANCEL_CHILD, None, None, SILENCE, Means.UNCLEAR.value, 250)
+    asked = Attempt(3, T0 + 2_000, Call.QUERY, 503, None, "", Means.BUSY.value, 5)
+
+    assert first_step(case, [seen, tried], POLICY, T0 + 2_000) == Again(Call.QUERY)
+    stop = first_step(case, [seen, tried, asked], POLICY, T0 + 3_000)
+    assert isinstance(stop, Stop)
+    assert stop.kind is OutcomeKind.UNKNOWN
+
+
+def test_cancels_that_find_nothing_are_not_sent_at_once() -> None:
+    """An exchange that shows the child and does not find it is asked less and less often."""
+    played = play([NEW, *[GONE, NEW] * 300], roll=0.0, left_ms=60_000)
+
+    assert len(played.calls) < 60
+
+
 def test_what_an_earlier_holder_saw() -> None:
     """A history with what was seen of the child is gone on with, and told where nothing more is heard."""
     seen = Attempt(1, T0, Call.QUERY_CHILD, 200, None, "PARTIALLY_FILLED", Means.OPEN.value, 5)
@@ -200,11 +251,30 @@ def test_rules(answers: list[Answer], cancels: bool, parent: str, left_ms: int, 
     calls, stop = played.history, played.stop
     assert cancels or played.calls == [Q]
     if cancels and stop.kind is OutcomeKind.TRIGGERED:
-        assert parent == "FINISHED" or (stop.child is not None and stop.child.status in CHILD_ENDED)
+        is_over = parent == "FINISHED" and not any(attempt.verdict == "open" for attempt in calls)
+        assert is_over or (stop.child is not None and stop.child.status in CHILD_ENDED)
     if stop.child_cancelled:
         assert any(a.call is Call.CANCEL_CHILD and a.verdict in ("unclear", "confirmed") for a in calls)
     for before, after in itertools.pairwise(calls):
         if before.call is Call.CANCEL_CHILD and before.verdict not in NOT_DONE:
             assert after.call is Call.QUERY_CHILD
     assert all(delay_ms >= 0 for delay_ms in played.delays)
-    assert sum(attempt.at_ms >= T0 + left_ms for attempt in calls) <= 2
+    assert sum(attempt.at_ms >= T0 + left_ms for attempt in calls) <= 3
+
+
+def test_a_child_that_is_never_named_is_given_up_at_the_deadline() -> None:
+    """A triggered order whose child the exchange does not name is asked again until then, and told as what may be live;
+    where nothing hangs on the child, it is told as triggered after a few answers."""
+    seen = Attempt(1, T0 + 900, Call.QUERY, 200, None, "TRIGGERED", Means.TRIGGERED.value, 5)
+    verdict = classify(Call.QUERY, OrderRef(ALGO_ID), state("TRIGGERED"))
+    case = Case(False, T0, T0 + 1_000, cancels_child=True)
+
+    assert isinstance(next_step(case, [seen], verdict, POLICY, T0 + 905, 0.5), Again)
+    late = next_step(case, [seen], verdict, POLICY, T0 + 1_000, 0.5)
+    assert isinstance(late, Stop)
+    assert (late.kind, late.order_status) == (OutcomeKind.GAVE_UP, "TRIGGERED")
+    told = dataclasses.replace(case, cancels_child=False)
+    steps = [next_step(told, [seen] * count, verdict, POLICY, T0 + 905, 0.5) for count in (1, 6)]
+    assert isinstance(steps[0], Again)
+    assert isinstance(steps[1], Stop)
+    assert steps[1].kind is OutcomeKind.TRIGGERED
