@@ -16,6 +16,7 @@ from producer.web import access
 from producer.web.app import create_app
 from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
+from tests.rehearsing import demo, relay  # noqa: F401 - fixtures of the rehearsals
 from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import API_KEY, SECRET, WAYS, Bench
 from tests.webpages import TOKEN

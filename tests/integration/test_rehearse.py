@@ -2,160 +2,45 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import pytest
 import redis
 
 from producer.keys import Keys
-from tests.conftest import API_KEY, API_SECRET
 from tests.loopback import Peer, Server, free_port, http_answer
-from tests.servers import ROOT, Peek, Valkey, eventually, python, running_valkey, scrubbed
-from worker.rehearse import rehearse, why_not_there
-from worker.sandbox.control import BookEntry, RunningExchange
+from tests.rehearsing import (
+    INFO,
+    MARK,
+    MODE,
+    NAME,
+    OPEN_ORDERS,
+    ORDER,
+    SYMBOL,
+    TIME,
+    GoOn,
+    Hook,
+    Relay,
+    assert_no_secret,
+    lost,
+    pass_on,
+    refusal,
+    run,
+    said,
+)
+from tests.servers import ROOT, Peek, Valkey, python
+from worker.rehearse import why_not_there
+from worker.sandbox.control import RunningExchange
 from worker.settings import Settings, SettingsError
-
-ORDER, OPEN_ORDERS, TIME = "/fapi/v1/algoOrder", "/fapi/v1/openAlgoOrders", "/fapi/v1/time"
-MODE, INFO, MARK = "/fapi/v1/positionSide/dual", "/fapi/v1/exchangeInfo", "/fapi/v1/premiumIndex"
-NAME = re.compile(r"acq-rehearsal-[0-9a-f]{16}")
-LEFT = "acq-rehearsal-0123456789abcdef"
-SYMBOL = {"symbol": "BTCUSDT", "status": "TRADING", "filters": []}
-
-GoOn = Callable[[], bytes]
-Hook = Callable[[GoOn], bytes]
-
-
-def said(body: object, status: str = "200 OK") -> bytes:
-    """An answer of the exchange."""
-    return http_answer(json.dumps(body).encode(), status)
-
-
-def refusal(code: int, msg: str = "No.", status: str = "400 Bad Request") -> bytes:
-    """A refusal of the exchange."""
-    return said({"code": code, "msg": msg}, status)
-
-
-@dataclass
-class Relay:
-    """Stands in front of the exchange. A hook answers in its place; it may ask the exchange first."""
-
-    exchange: RunningExchange
-    hooks: dict[tuple[str, str], Hook] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.server = Server(self._serve)
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return self.server.url
-
-    def answer(self, method: str, path: str, answer: bytes) -> None:
-        """Answer each such request so."""
-        self.hooks[method, path] = lambda _: answer
-
-    def once(self, method: str, path: str, hook: Hook) -> None:
-        """Let a hook answer the first such request alone."""
-        first = iter([hook])
-        self.hooks[method, path] = lambda go_on: next(first, _pass)(go_on)
-
-    def before(self, method: str, path: str, do: Callable[[], object]) -> None:
-        """Do something once before the first such request goes on."""
-
-        def hook(go_on: GoOn) -> bytes:
-            do()
-            return go_on()
-
-        self.once(method, path, hook)
-
-    def asked(self, method: str) -> list[str]:
-        """The targets of all such requests."""
-        heads = [head.decode().split(" ", 2) for head in list(self.server.heads)]
-        return [target for verb, target, _ in heads if verb == method]
-
-    def order(self) -> BookEntry:
-        """The newest order that was placed."""
-        return list(self.exchange.book().values())[-1]
-
-    def _serve(self, peer: Peer) -> None:
-        port = int(self.exchange.url.rpartition(":")[2])
-        while head := peer.read_head().decode():
-            line, *fields = head.split("\r\n")
-            method, target, _ = line.split(" ", 2)
-
-            def go_on(method: str = method, target: str = target, fields: list[str] = fields) -> bytes:
-                onward = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-                try:
-                    onward.request(method, target, headers=dict(each.split(": ", 1) for each in fields))
-                    response = onward.getresponse()
-                    return http_answer(response.read(), f"{response.status} {response.reason}")
-                finally:
-                    onward.close()
-
-            peer.send(self.hooks.get((method, target.partition("?")[0]), _pass)(go_on))
-
-
-def _pass(go_on: GoOn) -> bytes:
-    return go_on()
-
-
-def lost(go_on: GoOn) -> bytes:
-    """The exchange does it, and its answer is lost."""
-    go_on()
-    raise ConnectionResetError
-
-
-@pytest.fixture
-def relay(exchange: RunningExchange) -> Iterator[Relay]:
-    """Between the rehearsal and the local exchange."""
-    relay = Relay(exchange)
-    yield relay
-    relay.server.close()
-
-
-@pytest.fixture
-def environment(valkey: Valkey, relay: Relay) -> dict[str, str]:
-    """Settings with which everything is in order."""
-    return {
-        "REDIS_URL": valkey.url,
-        "BINANCE_BASE_URL": relay.url,
-        "BINANCE_API_KEY": API_KEY,
-        "BINANCE_API_SECRET": API_SECRET,
-    }
-
-
-def run(environment: dict[str, str], symbol: str = "BTCUSDT", account: str = "default") -> tuple[int, str]:
-    """Exit code and what is said, of one rehearsal in this process."""
-    lines: list[str] = []
-    code = rehearse(Settings.from_env(environment), symbol, account, say=lines.append, tell=lines.append)
-    text = "\n".join(lines)
-    assert_no_secret(text)
-    return code, "\n".join(lines[:-1])
-
-
-def assert_no_secret(text: str) -> None:
-    """Neither key nor secret nor signature of a request is shown."""
-    assert API_SECRET not in text
-    assert API_KEY not in text
-    assert not re.search(r"signature=[0-9a-f]|Traceback", text)
-
 
 # ---- it works --------------------------------------------------------------------------------------------------------
 
 
-def test_an_order_is_placed_cancelled_and_gone(
-    environment: dict[str, str], relay: Relay, connection: redis.Redis
-) -> None:
+def test_an_order_is_placed_cancelled_and_gone(demo: dict[str, str], relay: Relay, connection: redis.Redis) -> None:
     """Each request and answer is shown, the cancel is a worker's DELETE, and neither order nor key is left."""
-    done = python("-m", "worker", "rehearse", **environment)
+    done = python("-m", "worker", "rehearse", **demo)
 
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert_no_secret(done.stdout)
@@ -175,11 +60,11 @@ def test_an_order_is_placed_cancelled_and_gone(
     assert "timestamp" not in done.stdout
 
 
-def test_a_hedged_account_reduces_by_its_position_side(environment: dict[str, str], relay: Relay) -> None:
+def test_a_hedged_account_reduces_by_its_position_side(demo: dict[str, str], relay: Relay) -> None:
     """In hedge mode the order sells from the long side, without the flag that is refused there."""
     relay.exchange.set_hedge_mode()
 
-    code, text = run(environment)
+    code, text = run(demo)
 
     assert code == 0, text
     (placed,) = relay.asked("POST")
@@ -188,7 +73,7 @@ def test_a_hedged_account_reduces_by_its_position_side(environment: dict[str, st
     assert "reduceOnly" not in placed
 
 
-def test_any_symbol_is_found(environment: dict[str, str], relay: Relay) -> None:
+def test_any_symbol_is_found(demo: dict[str, str], relay: Relay) -> None:
     """The symbol's rules are found however long the exchange's list is, and whatever letters its name has."""
 
     def longer(go_on: GoOn) -> bytes:
@@ -198,16 +83,16 @@ def test_any_symbol_is_found(environment: dict[str, str], relay: Relay) -> None:
 
     relay.once("GET", INFO, longer)
 
-    code, text = run(environment, "币安人生USDT")
+    code, text = run(demo, "币安人生USDT")
 
     assert code == 0, text
     assert "sell 67 币安人生USDT at 0.075," in text
     assert relay.order().symbol == "币安人生USDT"
 
 
-def test_json_is_one_object(environment: dict[str, str], relay: Relay) -> None:
+def test_json_is_one_object(demo: dict[str, str], relay: Relay) -> None:
     """With --json stdout holds one ASCII object with every call, the order and the outcome; people read stderr."""
-    done = python("-m", "worker", "rehearse", "--json", **environment)
+    done = python("-m", "worker", "rehearse", "--json", **demo)
 
     assert done.returncode == 0, done.stderr
     assert_no_secret(done.stdout + done.stderr)
@@ -256,10 +141,10 @@ def test_help_has_examples_and_exit_codes() -> None:
         ("https://demo-fapi.binance.com\\@fapi.binance.com", {}),
     ],
 )
-def test_no_other_host_is_asked(url: str, more: dict[str, str], environment: dict[str, str]) -> None:
+def test_no_other_host_is_asked(url: str, more: dict[str, str], demo: dict[str, str]) -> None:
     """Whatever is set, an order goes to demo hosts and loopback alone: production and look-alikes are refused."""
     try:
-        settings = Settings.from_env(environment | {"BINANCE_BASE_URL": url} | more)
+        settings = Settings.from_env(demo | {"BINANCE_BASE_URL": url} | more)
     except SettingsError:
         return
     assert (reason := why_not_there(settings)) is not None
@@ -273,9 +158,9 @@ def test_no_other_host_is_asked(url: str, more: dict[str, str], environment: dic
         *("http://localhost:8080", "http://127.0.0.1", "https://[::1]:1"),
     ],
 )
-def test_demo_hosts_and_loopback_are_asked(url: str, environment: dict[str, str]) -> None:
+def test_demo_hosts_and_loopback_are_asked(url: str, demo: dict[str, str]) -> None:
     """These are the hosts on which an order may be placed."""
-    assert why_not_there(Settings.from_env(environment | {"BINANCE_BASE_URL": url})) is None
+    assert why_not_there(Settings.from_env(demo | {"BINANCE_BASE_URL": url})) is None
 
 
 @pytest.mark.parametrize(
@@ -293,10 +178,10 @@ def test_demo_hosts_and_loopback_are_asked(url: str, environment: dict[str, str]
     ids=["production", "look-alike", "plain http", "no key"],
 )
 def test_a_wrong_setting_is_refused_before_anything_is_sent(
-    more: dict[str, str], names: str, environment: dict[str, str]
+    more: dict[str, str], names: str, demo: dict[str, str]
 ) -> None:
     """It ends with 78 and the setting's name, value and way out, before Redis or an exchange is asked."""
-    away = {name: value for name, value in environment.items() if name != "BINANCE_BASE_URL"}
+    away = {name: value for name, value in demo.items() if name != "BINANCE_BASE_URL"}
     done = python("-m", "worker", "rehearse", **away | {"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"} | more)
 
     assert done.returncode == 78, done.stdout + done.stderr
@@ -304,13 +189,13 @@ def test_a_wrong_setting_is_refused_before_anything_is_sent(
     assert " > " not in done.stdout
 
 
-def test_a_redirect_is_not_followed(environment: dict[str, str], relay: Relay) -> None:
+def test_a_redirect_is_not_followed(demo: dict[str, str], relay: Relay) -> None:
     """An answer that sends elsewhere is an answer like any other, and nobody is asked there."""
     elsewhere = Server(lambda peer: peer.send(http_answer(b"{}")))
     try:
         there = http_answer(b"", "307 Temporary Redirect", Location=f"{elsewhere.url}{ORDER}")
         relay.answer("POST", ORDER, there)
-        code, text = run(environment | {"BINANCE_RECV_WINDOW_MS": "1000"})
+        code, text = run(demo | {"BINANCE_RECV_WINDOW_MS": "1000"})
     finally:
         elsewhere.close()
     assert code == 69, text
@@ -331,11 +216,11 @@ def test_a_redirect_is_not_followed(environment: dict[str, str], relay: Relay) -
         (-4999, "look it up in the exchange's list of errors"),
     ],
 )
-def test_a_refused_order_is_explained(code: int, says: str, environment: dict[str, str], relay: Relay) -> None:
+def test_a_refused_order_is_explained(code: int, says: str, demo: dict[str, str], relay: Relay) -> None:
     """What a refusal of the order means stands beside the exchange's words, with the way out."""
     relay.answer("POST", ORDER, refusal(code, "Its words."))
 
-    ended, text = run(environment)
+    ended, text = run(demo)
 
     assert ended == 1, text
     last = text.splitlines()[-1]
@@ -353,12 +238,12 @@ def test_a_refused_order_is_explained(code: int, says: str, environment: dict[st
     ids=["price", "mode"],
 )
 def test_what_changes_before_the_order_is_placed_is_explained(
-    change: Callable[[RunningExchange], None], code: int, says: str, environment: dict[str, str], relay: Relay
+    change: Callable[[RunningExchange], None], code: int, says: str, demo: dict[str, str], relay: Relay
 ) -> None:
     """A price that falls, or a position mode that changes, after it was read: the refusal says so."""
     relay.before("POST", ORDER, lambda: change(relay.exchange))
 
-    ended, text = run(environment)
+    ended, text = run(demo)
 
     assert ended == 1, text
     last = text.splitlines()[-1]
@@ -384,20 +269,20 @@ def test_what_changes_before_the_order_is_placed_is_explained(
     ],
 )
 def test_what_keeps_the_order_from_being_placed_is_named(
-    method: str, path: str, answer: bytes, code: int, says: str, environment: dict[str, str], relay: Relay
+    method: str, path: str, answer: bytes, code: int, says: str, demo: dict[str, str], relay: Relay
 ) -> None:
     """A refused key, a ban, a strange answer: each has its exit code and its words, and no order is left."""
     relay.answer(method, path, answer)
 
-    ended, text = run(environment)
+    ended, text = run(demo)
 
     assert (ended, says in text) == (code, True), text
     assert relay.exchange.book() == {}
 
 
-def test_an_account_without_a_key_is_named(environment: dict[str, str]) -> None:
+def test_an_account_without_a_key_is_named(demo: dict[str, str]) -> None:
     """An account that this environment has no key for is a bad setting; those that it has are named."""
-    code, text = run(environment, account="desk")
+    code, text = run(demo, account="desk")
 
     assert code == 78
     assert "--account 'desk' has no key here" in text
@@ -405,35 +290,33 @@ def test_an_account_without_a_key_is_named(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("away", ["REDIS_URL", "BINANCE_BASE_URL"])
-def test_what_is_away_is_named(away: str, environment: dict[str, str]) -> None:
+def test_what_is_away_is_named(away: str, demo: dict[str, str]) -> None:
     """A Redis or an exchange that is not there ends it with 69 and a line."""
     port = free_port()
-    code, text = run(environment | {away: f"{'redis' if away == 'REDIS_URL' else 'http'}://127.0.0.1:{port}"})
+    code, text = run(demo | {away: f"{'redis' if away == 'REDIS_URL' else 'http'}://127.0.0.1:{port}"})
 
     assert code == 69
     assert f"127.0.0.1:{port}" in text.splitlines()[-1]
 
 
-def test_a_suspended_redis_is_named(environment: dict[str, str], connection: redis.Redis) -> None:
+def test_a_suspended_redis_is_named(demo: dict[str, str], connection: redis.Redis) -> None:
     """Where `rq suspend` holds no worker works: that is said before an order is placed."""
     connection.set(Keys().suspended, "1")
 
-    code, text = run(environment)
+    code, text = run(demo)
 
     assert code == 69
     assert "`rq suspend` holds" in text
 
 
 @pytest.mark.parametrize("added", ["", "~acq-rehearsal-* &acq-rehearsal-*"])
-def test_missing_rights_are_named(
-    added: str, environment: dict[str, str], valkey: Valkey, peek: Peek, relay: Relay
-) -> None:
+def test_missing_rights_are_named(added: str, demo: dict[str, str], valkey: Valkey, peek: Peek, relay: Relay) -> None:
     """A worker's user of Redis lacks rights on the rehearsal's own keys, and is told which; with those it works."""
     told = (ROOT / "worker/docs/operating.md").read_text("utf-8")
     ((rights),) = re.findall(r"^ACL SETUSER worker on >\S+ (.*)$", told, re.MULTILINE)
     peek("ACL", "SETUSER", "worker", "reset", "on", "nopass", *rights.split(), *added.split())
     try:
-        code, text = run(environment | {"REDIS_URL": valkey.url.replace("//", "//worker:any@")})
+        code, text = run(demo | {"REDIS_URL": valkey.url.replace("//", "//worker:any@")})
     finally:
         peek("ACL", "DELUSER", "worker")
     if added:
@@ -444,7 +327,7 @@ def test_missing_rights_are_named(
     assert relay.exchange.book() == {}
 
 
-def test_what_quotes_the_request_gives_nothing_away(environment: dict[str, str], relay: Relay) -> None:
+def test_what_quotes_the_request_gives_nothing_away(demo: dict[str, str], relay: Relay) -> None:
     """An edge that quotes the request, key and signature with it, and colours the terminal, is shown without."""
     told: list[str] = []
 
@@ -456,7 +339,7 @@ def test_what_quotes_the_request_gives_nothing_away(environment: dict[str, str],
 
     server = Server(quote)
     try:
-        code, text = run(environment | {"BINANCE_BASE_URL": server.url})
+        code, text = run(demo | {"BINANCE_BASE_URL": server.url})
     finally:
         server.close()
     assert code == 69
@@ -481,32 +364,32 @@ def test_what_quotes_the_request_gives_nothing_away(environment: dict[str, str],
     ids=["lost", "no JSON", "refused", "timeout"],
 )
 def test_an_order_that_was_placed_in_spite_of_its_answer_is_found(
-    hook: Hook, environment: dict[str, str], relay: Relay
+    hook: Hook, demo: dict[str, str], relay: Relay
 ) -> None:
     """Neither a lost answer to the placing nor a refusal is believed: the order is looked up, and the rehearsal goes
     on."""
     relay.once("POST", ORDER, hook)
 
-    code, text = run(environment)
+    code, text = run(demo)
 
     assert code == 0, text
     assert len(relay.asked("POST")) == 1
     assert relay.order().status == "CANCELED"
 
 
-def test_an_order_that_never_shows_up_is_no_verdict(environment: dict[str, str], relay: Relay) -> None:
+def test_an_order_that_never_shows_up_is_no_verdict(demo: dict[str, str], relay: Relay) -> None:
     """Where placing got no clear answer and the order does not show up, it is looked for until it can be accepted no
     more, and it is not placed again."""
     relay.answer("POST", ORDER, http_answer(b"", "504 Gateway Timeout"))
 
-    code, text = run(environment | {"BINANCE_RECV_WINDOW_MS": "1000"})
+    code, text = run(demo | {"BINANCE_RECV_WINDOW_MS": "1000"})
 
     assert code == 69, text
     assert "placing the order got no clear answer" in text
     assert len(relay.asked("POST")) == 1
 
 
-def test_passing_troubles_are_passed(environment: dict[str, str], relay: Relay) -> None:
+def test_passing_troubles_are_passed(demo: dict[str, str], relay: Relay) -> None:
     """Overload, a clock that is off and an answer without JSON are asked again."""
     relay.once("GET", OPEN_ORDERS, lambda _: refusal(-1021))
     relay.once("POST", ORDER, lambda _: refusal(-1008, status="503 Busy"))
@@ -514,13 +397,13 @@ def test_passing_troubles_are_passed(environment: dict[str, str], relay: Relay) 
     turns = iter([http_answer(b"<html>"), refusal(-1000, status="500 No")])
     relay.hooks["GET", MODE] = lambda _: next(turns, mode)
 
-    code, text = run(environment)
+    code, text = run(demo)
 
     assert code == 0, text
     assert len(relay.exchange.book()) == 1
 
 
-def test_a_cancel_that_was_not_carried_out_is_a_failure(environment: dict[str, str], relay: Relay) -> None:
+def test_a_cancel_that_was_not_carried_out_is_a_failure(demo: dict[str, str], relay: Relay) -> None:
     """An exchange that says it has cancelled, and shows the order open, fails the rehearsal; the order is taken
     back."""
 
@@ -530,19 +413,19 @@ def test_a_cancel_that_was_not_carried_out_is_a_failure(environment: dict[str, s
 
     relay.once("DELETE", ORDER, lie)
 
-    code, text = run(environment)
+    code, text = run(demo)
 
     assert code == 1, text
     assert text.splitlines()[-1].startswith("failed: ")
     assert relay.order().status == "CANCELED"
 
 
-def test_a_list_that_lags_is_read_again(environment: dict[str, str], relay: Relay) -> None:
+def test_a_list_that_lags_is_read_again(demo: dict[str, str], relay: Relay) -> None:
     """The order may stand among the open ones for a moment after a query has shown it cancelled."""
-    lists = iter([_pass, lambda _: said([{"clientAlgoId": relay.order().client_algo_id}])])
-    relay.hooks["GET", OPEN_ORDERS] = lambda go_on: next(lists, _pass)(go_on)
+    lists = iter([pass_on, lambda _: said([{"clientAlgoId": relay.order().client_algo_id}])])
+    relay.hooks["GET", OPEN_ORDERS] = lambda go_on: next(lists, pass_on)(go_on)
 
-    code, text = run(environment)
+    code, text = run(demo)
 
     assert code == 0, text
     assert len([target for target in relay.asked("GET") if target.startswith(OPEN_ORDERS)]) == 3
@@ -552,210 +435,31 @@ def test_a_list_that_lags_is_read_again(environment: dict[str, str], relay: Rela
 
 
 @pytest.mark.parametrize("move", ["expire", "cancel"])
-def test_an_order_that_vanished_by_itself_is_inconclusive(move: str, environment: dict[str, str], relay: Relay) -> None:
+def test_an_order_that_vanished_by_itself_is_inconclusive(move: str, demo: dict[str, str], relay: Relay) -> None:
     """What the demo exchange drops before our cancel shows neither that a cancel works nor that it does not."""
     relay.before("DELETE", ORDER, lambda: getattr(relay.exchange, move)(relay.order().algo_id))
 
-    code, text = run(environment)
+    code, text = run(demo)
 
     assert code == 75, text
     assert text.splitlines()[-1].startswith("inconclusive: the order was gone")
 
 
-def test_an_order_that_is_stuck_is_inconclusive(environment: dict[str, str], relay: Relay) -> None:
+def test_an_order_that_is_stuck_is_inconclusive(demo: dict[str, str], relay: Relay) -> None:
     """The same for one that stays TRIGGERING, as has happened on demo."""
     relay.before("DELETE", ORDER, lambda: relay.exchange.trigger(relay.order().algo_id, triggered_after_ms=None))
 
-    code, text = run(environment | {"CANCEL_DEADLINE_S": "1"})
+    code, text = run(demo | {"CANCEL_DEADLINE_S": "1"})
 
     assert code == 75, text
     assert "stuck TRIGGERING" in text.splitlines()[-1]
 
 
-def test_an_order_that_triggered_is_a_failure(environment: dict[str, str], relay: Relay) -> None:
+def test_an_order_that_triggered_is_a_failure(demo: dict[str, str], relay: Relay) -> None:
     """A stop that triggered far from the market is to be looked at, with the position."""
     relay.before("DELETE", ORDER, lambda: relay.exchange.trigger(relay.order().algo_id))
 
-    code, text = run(environment)
+    code, text = run(demo)
 
     assert code == 1, text
     assert "triggered" in text.splitlines()[-1]
-
-
-# ---- being stopped ---------------------------------------------------------------------------------------------------
-
-
-def started(environment: dict[str, str]) -> subprocess.Popen[str]:
-    """A rehearsal in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "worker", "rehearse"],
-        cwd=ROOT,
-        env=scrubbed() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize(("number", "method"), [(signal.SIGINT, "POST"), (signal.SIGTERM, "DELETE")])
-def test_who_stops_it_leaves_nothing(
-    number: signal.Signals, method: str, environment: dict[str, str], relay: Relay, connection: redis.Redis
-) -> None:
-    """A signal while the order is placed, or while it is cancelled: the order is taken back before the end."""
-    here = threading.Event()
-
-    def stop(go_on: GoOn) -> bytes:
-        assert here.wait(30)
-        process.send_signal(number)
-        return go_on() if method == "POST" else refusal(-1008, status="503 Busy")
-
-    relay.once(method, ORDER, stop)
-    process = started(environment)
-    here.set()
-    out, _ = process.communicate(timeout=60)
-
-    assert process.returncode == 128 + number, out
-    assert out.splitlines()[-1].startswith("interrupted: ")
-    assert relay.order().status == "CANCELED"
-    assert connection.dbsize() == 0
-
-
-@pytest.mark.parametrize("symbol", ["BTCUSDT", "SOLUSDT"])
-def test_what_a_killed_rehearsal_left_is_cleared_by_the_next(
-    symbol: str, environment: dict[str, str], relay: Relay, connection: redis.Redis
-) -> None:
-    """After SIGKILL the order rests and keys stand in Redis, for a while only; the next start, on whatever symbol,
-    cancels and removes them, says so, and leaves all other orders alone."""
-    others = relay.exchange.add_orders(client_algo_ids=["mine", "acq-rehearsal-of-mine", f"x{LEFT}"])
-    others += relay.exchange.add_orders(client_algo_ids=[LEFT], symbol="ETHUSDT")
-    here, held = threading.Event(), threading.Event()
-
-    def hold(go_on: GoOn) -> bytes:
-        here.set()
-        assert held.wait(60)
-        raise ConnectionResetError
-
-    relay.once("DELETE", ORDER, hold)
-    process = started(environment)
-    assert here.wait(60)
-    order = relay.order()
-    eventually(lambda: all(connection.ttl(key) > 0 for key in connection.scan_iter() if key != b"rq:queues"))
-    process.kill()
-    process.communicate(timeout=60)
-    held.set()
-    assert relay.order().status == "NEW"
-    assert connection.dbsize() > 0
-
-    code, text = run(environment, symbol)
-
-    assert code == 0, text
-    assert f"leftover of a killed rehearsal: {order.client_algo_id}, its order is CANCELED now" in text
-    book = relay.exchange.book()
-    assert book[order.algo_id].status == "CANCELED"
-    assert {book[other.algo_id].status for other in others} == {"NEW"}
-    assert connection.dbsize() == 0
-
-
-def test_an_order_that_was_left_without_a_queue_is_cleared(environment: dict[str, str], relay: Relay) -> None:
-    """An order on the symbol that bears a rehearsal's name, of which nobody knows any more, is cancelled and told."""
-    (left,) = relay.exchange.add_orders(client_algo_ids=[LEFT])
-
-    code, text = run(environment)
-
-    assert code == 0, text
-    assert f"leftover of a killed rehearsal: {LEFT}, its order is CANCELED now" in text
-    assert relay.exchange.book()[left.algo_id].status == "CANCELED"
-
-
-def test_other_queues_jobs_are_no_leftovers(environment: dict[str, str], relay: Relay, connection: redis.Redis) -> None:
-    """The job of another queue that somebody wrote into a dead rehearsal's keys is not removed with them."""
-    keys = Keys(LEFT)
-    connection.sadd(keys.queues, keys.waiting)
-    connection.zadd(keys.unfinished, {"a-job": 1})
-    connection.set(keys.waiting, "damaged")
-    connection.hset(f"{keys.job_prefix}a-job", "origin", "cancels")
-
-    code, text = run(environment)
-
-    assert code == 0, text
-    assert LEFT in text
-    assert set(connection.scan_iter()) == {f"{keys.job_prefix}a-job".encode()}
-
-
-def test_a_reader_that_leaves_ends_nothing(environment: dict[str, str], relay: Relay) -> None:
-    """Where stdout is closed in the middle, the order is cancelled all the same, and the exit code tells."""
-    process = started(environment)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.stdout.close()
-
-    assert process.wait(60) == 0
-    assert relay.order().status == "CANCELED"
-
-
-def test_a_ban_is_not_made_worse(environment: dict[str, str], relay: Relay) -> None:
-    """Once the exchange has said that this address is to be quiet, nothing more is sent, and the order that is left is
-    named."""
-    banned = refusal(-1003, "Too many requests.", "429 No")
-
-    def ban(_: GoOn) -> bytes:
-        relay.answer("DELETE", ORDER, banned)
-        relay.answer("GET", ORDER, banned)
-        relay.answer("GET", OPEN_ORDERS, banned)
-        return banned
-
-    relay.hooks["DELETE", ORDER] = ban
-
-    code, text = run(environment | {"CANCEL_DEADLINE_S": "2"})
-
-    assert code == 1, text
-    assert relay.order().client_algo_id in text.splitlines()[-1]
-    assert len(relay.asked("DELETE")) == 1
-    assert len([target for target in relay.asked("GET") if target.startswith(ORDER)]) == 1
-
-
-def test_another_rehearsal_at_work_is_left_alone(
-    environment: dict[str, str], relay: Relay, connection: redis.Redis
-) -> None:
-    """As long as a rehearsal lives nobody takes its order and its queue for leftovers."""
-    (order,) = relay.exchange.add_orders(client_algo_ids=[LEFT])
-    keys = Keys(LEFT)
-    connection.sadd(keys.queues, keys.waiting)
-    connection.rpush(keys.waiting, "its-job")
-    connection.hset(f"{keys.job_prefix}its-job", "origin", LEFT)
-    with connection.pubsub(ignore_subscribe_messages=True) as alive:
-        alive.subscribe(keys.outcome_prefix + LEFT)
-        alive.get_message(timeout=20)
-        code, text = run(environment)
-
-    assert code == 0, text
-    assert f"{LEFT} is the order of another rehearsal" in text
-    assert relay.exchange.book()[order.algo_id].status == "NEW"
-    assert connection.llen(keys.waiting) == 1
-
-
-def test_a_redis_that_goes_away_leaves_no_order(environment: dict[str, str], relay: Relay) -> None:
-    """Where Redis dies once the order is placed, the order is taken back past the queue."""
-    with running_valkey() as server:
-
-        def die(go_on: GoOn) -> bytes:
-            server.stop(signal.SIGKILL)
-            return go_on()
-
-        relay.once("POST", ORDER, die)
-        code, text = run(environment | {"REDIS_URL": server.url})
-
-    assert code == 69, text
-    assert relay.order().status == "CANCELED"
-
-
-def test_its_queue_is_its_own(environment: dict[str, str], relay: Relay, connection: redis.Redis) -> None:
-    """A closed gate and a waiting job of the fleet's neither hold a rehearsal up nor change."""
-    keys = Keys()
-    connection.hset(keys.gate("all"), "until_ms", "9999999999999")
-    connection.rpush(keys.waiting, "a-job")
-
-    code, text = run(environment)
-
-    assert code == 0, text
-    assert set(connection.scan_iter()) == {keys.gate("all").encode(), keys.waiting.encode()}
