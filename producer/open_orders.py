@@ -123,6 +123,7 @@ class _Look:
     end: End
     orders: Mapping[int, OpenOrder] = field(default_factory=dict)
     standing: Sequence[Exception] = ()
+    ended_at_ms: int = 0  # when the last of all had ended
 
     @property
     def is_whole(self) -> bool:
@@ -169,13 +170,15 @@ def _look(job_id: str, request: CancelRequest) -> Generator[Step, Any, _Look]:
     except (InvalidRequest, MalformedMessage) as error:
         return _Look(error if isinstance(error, MalformedMessage) else MalformedMessage(str(error)))
     ends: Mapping[str, End] = (yield wanted) if wanted else {}
-    rows, standing = {}, []
+    rows, standing, ended_at_ms = {}, [], end.finished_at_ms
     for order in listed:
         row_end = proven(ends[order.id], CancelRequest(order.algo_id, account=request.account))
         rows[order.algo_id] = _row(order, row_end)
         if isinstance(row_end, WaitTimeout | QueueUnavailable):
             standing.append(row_end)
-    return _Look(end, rows, standing)
+        elif isinstance(row_end, Outcome):
+            ended_at_ms = max(ended_at_ms, row_end.finished_at_ms)
+    return _Look(end, rows, standing, ended_at_ms)
 
 
 def _narrowed(request: OpenRequest, look: _Look) -> OpenRequest:
@@ -186,7 +189,7 @@ def _narrowed(request: OpenRequest, look: _Look) -> OpenRequest:
     before_ms = min(moments_ms, default=0)  # without any nothing can be told to have been there
     left_s = request.deadline_s
     if left_s is not None and first.enqueued_at_ms is not None:
-        used_s = (first.finished_at_ms - first.enqueued_at_ms) / 1000
+        used_s = (look.ended_at_ms - first.enqueued_at_ms) / 1000
         left_s = min(max(left_s - used_s, _LEAST_LOOK_S), left_s)
     return replace(request, before_ms=before_ms, deadline_s=left_s)
 

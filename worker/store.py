@@ -329,7 +329,9 @@ class Store:
     def complete(self, rows: Sequence[Row]) -> Request[Completed]:
         """End holds; to be repeated with the same rows where no answer came: that does no harm. What makes requests
         is a call of its own."""
-        if rows and isinstance(row := rows[0], Done) and row.requests:
+        if any(map(is_alone, rows)):
+            (row,) = rows
+            assert isinstance(row, Done)
             words = (self._holder, *row.words(), *row.request_words())
             return self._request("spread", words, partial(_completed, 1))
         rest = (word for row in rows for word in row.words())

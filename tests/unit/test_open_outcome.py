@@ -49,7 +49,8 @@ def test_what_the_first_list_lagged_behind_is_waited_for() -> None:
     """The second look finds an order that the first did not show, and its request is waited for, too."""
     fake = FakeCancelClient()
     fake.opened("BTCUSDT", 7)
-    ticket = fake.cancel_open("BTCUSDT", on_trigger="cancel_child", tag="t", urgent=True)
+    fake.will(algo_id=7, kind=OutcomeKind.CANCELLED, after_s=10)
+    ticket = fake.cancel_open("BTCUSDT", on_trigger="cancel_child", tag="t", urgent=True, deadline_s=30)
     fake.opened("BTCUSDT", 8)
     fake.will(algo_id=8, kind=OutcomeKind.ALREADY_CANCELLED, after_s=2)
 
@@ -62,6 +63,7 @@ def test_what_the_first_list_lagged_behind_is_waited_for() -> None:
     }
     first, second = (request for request in fake.requests if isinstance(request, OpenRequest))
     assert (first.before_ms, second.before_ms is not None) == (None, True)
+    assert 19 < (second.deadline_s or 0) <= 20  # what the first list and its requests have left
 
 
 def test_a_time_out_says_what_stands() -> None:
