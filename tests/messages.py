@@ -82,6 +82,11 @@ OUTCOMES = st.builds(
     finished_at_ms=INT64,
     worker=texts(least=0),
     error=st.none() | texts(least=0),
+    child_status=st.none() | texts(),
+    child_executed_qty=st.none() | texts(),
+    child_avg_price=st.none() | texts(),
+    child_cancelled=st.none() | st.booleans(),
+    child_attempts=st.lists(ATTEMPTS, max_size=2).map(tuple),
 )
 
 REQUEST = CancelRequest(

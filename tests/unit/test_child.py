@@ -111,6 +111,7 @@ ROWS: list[tuple[str, dict[str, object], list[Answer], list[str], str, str | Non
     ("a cancel that shows it live", {}, [NEW, NEW, CANCELED], [Q, C, Q], "triggered", "CANCELED", True),
     ("no answer, done", {}, [NEW, SILENT, CANCELED], [Q, C, Q], "triggered", "CANCELED", True),
     ("no answer, not done", {}, [NEW, TIMEOUT, NEW, DONE], [Q, C, Q, C], "triggered", "CANCELED", True),
+    ("missed for a while", {}, [NEW, TIMEOUT, NOT_THERE, CANCELED], [Q, C, Q, Q], "triggered", "CANCELED", True),
     ("not sent", {}, [NEW, NO_CONNECTION, DONE], [Q, C, C], "triggered", "CANCELED", True),
     ("our clock", {}, [NEW, LATE_CLOCK, DONE], [Q, C, C], "triggered", "CANCELED", True),
     ("limited", {}, [NEW, LIMITED, DONE], [Q, C, C], "triggered", "CANCELED", True),

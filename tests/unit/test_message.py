@@ -100,6 +100,35 @@ def test_the_record_has_exactly_the_documented_fields() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "status", "executed", "is_gone"),
+    [
+        ("triggered", "CANCELED", "0", True),
+        ("triggered", "EXPIRED", "0.000", True),
+        ("triggered", "CANCELED", "0.4", False),
+        ("triggered", "FILLED", "1", False),
+        ("triggered", "NEW", "0", False),
+        ("triggered", "CANCELED", None, False),
+        ("triggered", None, None, False),
+        ("cancelled", None, None, True),
+        ("gave_up", "CANCELED", "0", False),
+    ],
+)
+def test_off_the_book_is_what_neither_rests_nor_was_executed(
+    kind: str, status: str | None, executed: str | None, is_gone: bool
+) -> None:
+    """Of a triggered order that takes its child's proven end, and that nothing of it was executed."""
+    outcome = Outcome("j1", 1, OutcomeKind(kind), child_status=status, child_executed_qty=executed)
+
+    assert outcome.off_the_book is is_gone
+
+
+def test_only_two_calls_are_about_a_child() -> None:
+    """And two of all calls ask for a cancel."""
+    assert {call for call in Call if call.of_child} == {Call.CANCEL_CHILD, Call.QUERY_CHILD}
+    assert {call for call in Call if call.cancels} == {Call.CANCEL, Call.CANCEL_CHILD}
+
+
 def test_a_record_of_another_version_is_read() -> None:
     """Fields that came later are passed over, a call that did is kept as text, and fields not there yet are unset."""
     later = OUTCOME.as_dict() | {"child": {"status": "NEW"}}
@@ -172,6 +201,8 @@ BAD_REQUESTS: list[tuple[str, str, dict[str, Any], str]] = [
     ("deadline beyond any float", "deadline_s", {"algo_id": 1, "deadline_s": 10**400}, "at most 604800 seconds"),
     ("deadline true", "deadline_s", {"algo_id": 1, "deadline_s": True}, "more than 0"),
     ("deadline as text", "deadline_s", {"algo_id": 1, "deadline_s": "5"}, "more than 0"),
+    ("no such way", "on_trigger", {"algo_id": 1, "on_trigger": "cancel"}, "report"),
+    ("a flag as a way", "on_trigger", {"algo_id": 1, "on_trigger": True}, "cancel_child"),
     ("urgent as a number", "urgent", {"algo_id": 1, "urgent": 1}, "true or false"),
     ("symbol empty", "symbol", {"algo_id": 1, "symbol": ""}, "1 to 32 characters"),
     ("symbol of 33", "symbol", {"algo_id": 1, "symbol": "S" * 33}, "1 to 32 characters"),
