@@ -1,6 +1,7 @@
 """`python -m tests.versions [--pythons] [PYTEST ARGUMENTS]`: the suite, or what is named, with other versions.
 
-By default with the oldest versions of all dependencies that pyproject.toml allows, on this interpreter; with
+By default with the oldest versions of all dependencies that pyproject.toml allows, on this interpreter (but without the
+exchange's libraries of `tests/clients`, which ask for newer ones of what they share with us); with
 `--pythons` with the newest ones, on each interpreter that is found of those that it allows. Each run has an environment
 of its own, which is removed afterwards.
 """
@@ -43,9 +44,14 @@ def main(arguments: list[str]) -> int:
     return worst
 
 
+def _project() -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return project
+
+
 def oldest() -> Iterator[str]:
     """Each dependency at the lower end of its range."""
-    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    project = _project()
     optional = project["optional-dependencies"]
     for wanted in (*project["dependencies"], *(each for extra in EXTRAS for each in optional[extra])):
         if found := _LEAST.match(wanted):
@@ -62,18 +68,29 @@ def _pythons() -> Iterator[tuple[int, Path]]:
     yield sys.version_info.minor, Path(sys.executable)
 
 
+def _wanted(*, is_oldest: bool) -> tuple[str, ...]:
+    """What is installed."""
+    if not is_oldest:
+        return ("-e", f"{ROOT}[test]")
+    project = _project()
+    tools = [each for each in project["optional-dependencies"]["test"] if not each.startswith(project["name"])]
+    return ("-e", f"{ROOT}[{','.join(EXTRAS)}]", *tools)
+
+
 def _run(python: Path, constraints: str, arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         inside, pinned = str(home / "venv" / "bin" / "python"), home / "constraints.txt"
         pinned.write_text(constraints, "utf-8")
-        install = [inside, "-m", "pip", "install", "-q", "-c", str(pinned), "-e", f"{ROOT}[test]"]
+        wanted = _wanted(is_oldest=bool(constraints))
+        install = [inside, "-m", "pip", "install", "-q", "-c", str(pinned), *wanted]
         test = [inside, "-m", "pytest", *arguments] if arguments else [inside, "-m", "tests"]
         for command in ([str(python), "-m", "venv", str(home / "venv")], install):
             if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
                 _say(f"{python}: cannot be prepared")
                 return code
-        code = subprocess.run(test, cwd=ROOT, check=False).returncode
+        left_out = {"PYTEST_ADDOPTS": "--deselect tests/clients"} if constraints else {}
+        code = subprocess.run(test, cwd=ROOT, check=False, env=os.environ | left_out).returncode
         shown = "the oldest versions" if constraints else "the newest versions"
         version = subprocess.run([inside, "--version"], capture_output=True, text=True, check=False).stdout.strip()
         _say(f"{version} with {shown}: {'passed' if code == 0 else f'failed ({code})'}")
