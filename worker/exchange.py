@@ -23,7 +23,7 @@ from worker.patience import FIRST_S, FLOOR_S, Patience
 from worker.signing import Credential, check_api_key, signed_query
 from worker.transport import BODY_LIMIT, Failed, Raw, Request, Transport
 
-__all__ = ["MAX_RETRY_AFTER_MS", "Answer", "Exchange", "Sent", "UsedWeight"]
+__all__ = ["MAX_RETRY_AFTER_MS", "Answer", "Exchange", "Sent", "UsedWeight", "is_challenge"]
 
 #: Longest Retry-After that is believed, ms: the longest ban is three days (exchange.md 3).
 MAX_RETRY_AFTER_MS = 3 * 24 * 3600 * 1000
@@ -233,7 +233,7 @@ class Exchange:
         came = await self._transport.send(
             lambda: Request("GET", path, patience_s=patience_s) if may_go() else None, self._patience_s
         )
-        if isinstance(came, Raw) and (came.status in _GATE_STATUSES or _is_challenge(came)):
+        if isinstance(came, Raw) and (came.status in _GATE_STATUSES or is_challenge(came)):
             self._refusal = self._reply(came)
         return came
 
@@ -250,7 +250,7 @@ class Exchange:
             http=raw.status,
             body=raw.body,
             retry_after_ms=self._retry_after_ms(raw.headers.get("retry-after")),
-            challenge=_is_challenge(raw),
+            challenge=is_challenge(raw),
             truncated=not raw.whole,
         )
 
@@ -282,7 +282,8 @@ class Exchange:
         return min(max(asked_ms, 0), MAX_RETRY_AFTER_MS)
 
 
-def _is_challenge(raw: Raw) -> bool:
+def is_challenge(raw: Raw) -> bool:
+    """Whether the firewall answered, with a riddle for browsers (exchange.md 3)."""
     return raw.headers.get("x-amzn-waf-action", "").lower() == "challenge"
 
 

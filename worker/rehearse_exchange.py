@@ -17,7 +17,7 @@ from producer.untrusted import MalformedMessage, loads, shown
 from worker.check import KEY_CODES, why_no_answer, words_of
 from worker.classify import GATED, STATUS_MEANS, Failure, Means, OrderRef, Reply, Verdict, classify
 from worker.clock import ServerClock
-from worker.exchange import Answer, Exchange
+from worker.exchange import Answer, Exchange, is_challenge
 from worker.rehearse_order import REFUSALS, Stop, SymbolRules, Unusable, mark_price, rules_of
 from worker.settings import Settings
 from worker.signing import Credential, check_api_key, encode_params, signed_query
@@ -292,5 +292,4 @@ class DemoExchange:
         came = asyncio.run(self._transport.send(make, patience_s))
         if not isinstance(came, Raw):
             return Failure(came.seen, came.reason) if came is not None else Failure(False, "not sent")
-        is_challenge = came.headers.get("x-amzn-waf-action", "").lower() == "challenge"
-        return Reply(came.status, came.body, challenge=is_challenge, truncated=not came.whole)
+        return Reply(came.status, came.body, challenge=is_challenge(came), truncated=not came.whole)

@@ -14,12 +14,14 @@ from flask.testing import FlaskClient
 from producer import CancelClient
 from producer.web import access
 from producer.web.app import create_app
+from tests.caller import Caller
 from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
 from tests.rehearsing import demo, relay  # noqa: F401 - fixtures of the rehearsals
 from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import API_KEY, SECRET, WAYS, Bench
 from tests.webpages import TOKEN
+from worker.sandbox.control import RunningExchange
 from worker.signing import Credential
 
 
@@ -149,3 +151,18 @@ def logged(caplog: pytest.LogCaptureFixture) -> Logged:
     """The fields of what this process' engines have logged under a name."""
     caplog.set_level("INFO", "cancel")
     return lambda name: [vars(record)["fields"] for record in list(caplog.records) if record.msg == name]
+
+
+@pytest.fixture
+def market(shared_exchange: RunningExchange) -> RunningExchange:
+    """The exchange of a module about the sandbox, empty, without faults but scripted ones."""
+    shared_exchange.reset()
+    return shared_exchange
+
+
+@pytest.fixture
+def caller(market: RunningExchange) -> Iterator[Caller]:
+    """A client of it on one connection."""
+    caller = Caller(market.url)
+    yield caller
+    caller.connection.close()

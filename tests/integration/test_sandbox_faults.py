@@ -29,21 +29,6 @@ def shared_exchange() -> Iterator[RunningExchange]:
         yield running
 
 
-@pytest.fixture
-def market(shared_exchange: RunningExchange) -> RunningExchange:
-    """The exchange, empty, with short times and no faults but scripted ones."""
-    shared_exchange.reset()
-    return shared_exchange
-
-
-@pytest.fixture
-def caller(market: RunningExchange) -> Iterator[Caller]:
-    """A client on one connection."""
-    caller = Caller(market.url)
-    yield caller
-    caller.connection.close()
-
-
 #: What a client that waits 5 s sees of a DELETE: HTTP status and code, or what the network did. A fault whose name ends
 #: in a code, and maybe in whether the cancel was executed, is the exchange's refusal with that code.
 ON_CANCEL = {

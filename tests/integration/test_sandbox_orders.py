@@ -37,21 +37,6 @@ def shared_exchange() -> Iterator[RunningExchange]:
         yield running
 
 
-@pytest.fixture
-def market(shared_exchange: RunningExchange) -> RunningExchange:
-    """The exchange, empty."""
-    shared_exchange.reset()
-    return shared_exchange
-
-
-@pytest.fixture
-def caller(market: RunningExchange) -> Iterator[Caller]:
-    """A client on one connection."""
-    caller = Caller(market.url)
-    yield caller
-    caller.connection.close()
-
-
 def sent(terms: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in terms.items() if value is not None}
 

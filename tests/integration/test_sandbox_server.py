@@ -59,13 +59,6 @@ def shared_exchange() -> Iterator[RunningExchange]:
 
 
 @pytest.fixture
-def market(shared_exchange: RunningExchange) -> RunningExchange:
-    """The exchange, empty, with short times and no faults but scripted ones."""
-    shared_exchange.reset()
-    return shared_exchange
-
-
-@pytest.fixture
 def callers() -> Iterator[contextlib.ExitStack]:
     """Closes callers at the end of a test."""
     with contextlib.ExitStack() as stack:
