@@ -249,8 +249,10 @@ def _delay(
         own_ms = int(LOOK_UP_WITHIN_MS * roll)
     elif last.call is Call.CANCEL_CHILD and means not in NOT_DONE:
         own_ms = 0
+    elif means is Means.OPEN and not cancels:
+        own_ms = 0
     elif means is Means.OPEN and is_quick and cancels <= QUICK_DOUBTS:
-        own_ms = int(DOUBT_PAUSE_MS * (0.5 + roll / 2)) if cancels else 0
+        own_ms = int(DOUBT_PAUSE_MS * (0.5 + roll / 2))
     elif means is Means.OPEN:  # cancels of what does not exist lead to a ban: never at once
         own_ms = backoff_ms(cancels, policy, 0.5 + roll / 2)
     elif means is Means.NO_SUCH_ORDER:

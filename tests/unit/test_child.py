@@ -219,6 +219,14 @@ def test_cancels_that_find_nothing_are_not_sent_at_once() -> None:
     assert len(played.calls) < 60
 
 
+def test_the_first_cancel_waits_for_nothing_however_many_looks_were_in_doubt() -> None:
+    """A child that is seen open after many unanswered looks is cancelled at once: no cancel of it was sent yet."""
+    played = play([TIMEOUT] * 9 + [NEW, DONE, CANCELED], left_ms=60_000)
+
+    assert played.calls == [*[Q] * 10, C]
+    assert played.delays[-1] == 0
+
+
 def test_what_an_earlier_holder_saw() -> None:
     """A history with what was seen of the child is gone on with, and told where nothing more is heard."""
     seen = Attempt(1, T0, Call.QUERY_CHILD, 200, None, "PARTIALLY_FILLED", Means.OPEN.value, 5)
