@@ -12,15 +12,15 @@ import redis
 from hypothesis import settings
 
 from producer import CancelClient
+from tests.examples import examples
 from tests.servers import Valkey, Workers, running_valkey, scrubbed
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 
 # A runner in the background may have Ctrl-C ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# That a machine is slow is no finding.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+settings.register_profile("here", examples(100))
+settings.load_profile("here")
 
 API_KEY = "sandbox-key-of-the-tests"
 API_SECRET = "sandbox-secret-of-the-tests"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import zlib
 
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from producer.message import (
@@ -20,8 +19,9 @@ from producer.message import (
     OutcomeKind,
 )
 from producer.untrusted import MAX_MSG_CHARS, MAX_PAYLOAD_BYTES, clean_text
+from tests.examples import examples
 
-PROFILE = settings(derandomize=True, deadline=None, max_examples=25)
+PROFILE = examples(25)
 
 #: One of each kind that JSON, UTF-8 or a log could stumble over; drawing from all of Unicode costs seconds at first.
 PRINTABLE = "aZ09 _-.:/,'\"\\{}[]%\u00a0é币\u202e\ufeff\ufffd🙂\U0010ffff"

@@ -247,9 +247,7 @@ def _delay(
         own_ms = 0
     elif is_quick and is_silence(last):
         own_ms = int(LOOK_UP_WITHIN_MS * roll)
-    elif last.call is Call.CANCEL_CHILD and means not in NOT_DONE:
-        own_ms = 0
-    elif means is Means.OPEN and not cancels:
+    elif (means is Means.OPEN and not cancels) or (last.call is Call.CANCEL_CHILD and means not in NOT_DONE):
         own_ms = 0
     elif means is Means.OPEN and is_quick and cancels <= QUICK_DOUBTS:
         own_ms = int(DOUBT_PAUSE_MS * (0.5 + roll / 2))

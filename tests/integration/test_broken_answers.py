@@ -14,11 +14,12 @@ import zlib
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 
 from producer.message import Call
+from tests.examples import examples
 from tests.loopback import (
     DONE,
     LOOPBACK,
@@ -351,7 +352,7 @@ def test_long_body_of_a_redirect_is_read_in_part(bench: Bench, credential: Crede
 VALID = http_answer(Retry_After="3", X_MBX_USED_WEIGHT_1M="5")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150)
 @given(cut=st.integers(0, len(VALID)), junk=st.binary(max_size=12), resume=st.integers(0, len(VALID)))
 def test_any_bytes_are_an_answer_or_a_failure(
     bench: Bench, credential: Credential, cut: int, junk: bytes, resume: int

@@ -8,12 +8,13 @@ from datetime import UTC, datetime
 
 import pytest
 import redis
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rq.utils import utcformat
 
 from producer import CancelClient, OutcomeKind
 from producer.keys import Keys, Script
+from tests.examples import examples
 from tests.holders import Holder, OpenHolder, back, ended, ids, later, orders
 from tests.servers import Peek, TurnCounter, Valkey
 from worker.store import Suspect
@@ -115,7 +116,7 @@ def rq_time(_valkey_process: Valkey) -> Iterator[Callable[[int, int], str]]:
         yield lambda seconds, micros: str(spell(args=[seconds, micros]))
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(st.integers(0, 4_102_444_799), st.integers(0, 999_999))
 @example(0, 0)
 @example(951_782_400, 0)  # 2000-02-29

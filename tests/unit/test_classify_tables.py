@@ -6,14 +6,15 @@ import json
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.message import Call
 from producer.untrusted import MAX_MSG_CHARS, clean_text
+from tests.examples import examples
 from worker.classify import CODE_MEANS, HTTP_FALLBACK, HTTP_MEANS, Failure, Means, OrderRef, Reply, classify
 
-PROFILE = settings(derandomize=True, deadline=None, max_examples=25)
+PROFILE = examples(25)
 
 ALGO_ID = 2146760
 CLIENT_ID = "6B2I9XVcJpCjqPAJ4YoFX7"

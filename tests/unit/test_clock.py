@@ -6,9 +6,10 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.servers import python
 from worker.clock import (
     BEHIND_MS,
@@ -21,7 +22,7 @@ from worker.clock import (
     minus,
 )
 
-PROFILE = settings(derandomize=True, deadline=None, max_examples=100)
+PROFILE = examples(100)
 MS = 1_000_000
 START_MS = 1_760_000_000_000
 

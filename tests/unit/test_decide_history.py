@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.message import (
@@ -19,6 +19,7 @@ from producer.message import (
     encode_attempts,
 )
 from producer.untrusted import MAX_MSG_CHARS
+from tests.examples import examples
 from worker.classify import SILENCE, Means, Verdict
 from worker.decide import (
     MAX_HISTORY,
@@ -39,7 +40,7 @@ from worker.decide import (
     read_history,
 )
 
-PROFILE = settings(derandomize=True, deadline=None, max_examples=40)
+PROFILE = examples(40)
 T0 = 1_750_485_492_076
 CASE = Case(by_client_id=False, meant_at_ms=T0, deadline_at_ms=T0 + 7 * 86_400_000, ahead=Span(0, 0))
 C, Q = Call.CANCEL, Call.QUERY

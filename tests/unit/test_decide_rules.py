@@ -8,10 +8,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.message import Attempt, Call, OutcomeKind, decode_attempts, encode_attempts
+from tests.examples import examples
 from worker.classify import GATED, SILENCE, Failure, Means, OrderRef, Reply, Verdict, classify
 from worker.decide import (
     BLIND_CANCEL_MS,
@@ -28,7 +29,7 @@ from worker.decide import (
     pause_ms,
 )
 
-PROFILE = settings(derandomize=True, deadline=None, max_examples=30)
+PROFILE = examples(30)
 _T = TypeVar("_T")
 
 T0 = 1750485492076

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from http.client import RemoteDisconnected
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.message import (
@@ -29,6 +29,7 @@ from producer.message import (
     encode_request,
 )
 from producer.untrusted import MessageError, clean_text
+from tests.examples import examples
 from worker.classify import OrderRef, Reply, classify
 from worker.decide import (
     Again,
@@ -227,7 +228,7 @@ def _put(data: bytes, cuts: list[tuple[int, int, bytes]]) -> bytes:
     return data
 
 
-PROFILE = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+PROFILE = examples(300)
 
 
 @PROFILE

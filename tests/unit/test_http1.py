@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from worker.http1 import FIELD_LIMIT, FRAMING_LIMIT, MalformedResponse, ResponseReader
 
 LIMIT = 200
@@ -64,7 +65,7 @@ def standard(data: bytes) -> tuple[int, dict[str, str], bytes]:
 
 
 #: A busy machine is no error of the reader.
-PATIENT = settings(deadline=None, max_examples=150)
+PROFILE = examples(150)
 
 
 # ---- sound answers --------------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
-@PATIENT
+@PROFILE
 @given(sound_answers(), st.lists(st.integers(0, 400), max_size=12))
 def test_reads_what_the_standard_library_reads(sound: Sound, cuts: list[int]) -> None:
     """Any sound answer, cut into any pieces, gives the status, fields and body that http.client finds in it."""
@@ -145,7 +146,7 @@ def test_reads_what_the_standard_library_reads(sound: Sound, cuts: list[int]) ->
     assert (reader.ended, reader.whole, reader.reusable) == (True, True, sound.keeps)
 
 
-@PATIENT
+@PROFILE
 @given(sound_answers(), st.lists(st.integers(0, 400), max_size=6))
 def test_next_answer_is_never_touched(sound: Sound, cuts: list[int]) -> None:
     """Bytes behind an answer are no part of it, and forbid the connection's reuse if they came along with it."""
@@ -157,7 +158,7 @@ def test_next_answer_is_never_touched(sound: Sound, cuts: list[int]) -> None:
     assert (together.body, together.whole, together.reusable) == (sound.body, True, False)
 
 
-@PATIENT
+@PROFILE
 @given(sound_answers(), st.integers(0, 10_000), st.booleans())
 def test_cut_answer_is_not_whole(sound: Sound, place: int, in_pieces: bool) -> None:
     """Wherever the connection breaks, there is no answer, or one that is marked as cut and not reused."""

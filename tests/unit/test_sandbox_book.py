@@ -6,7 +6,7 @@ from decimal import Decimal
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.sandbox.book import AlgoStatus, DuplicateClientId, Order, OrderBook, OrderTerms
@@ -172,7 +172,6 @@ MOVES = st.sampled_from(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(MOVES, st.integers(0, 30)), max_size=25))
 def test_an_order_is_cancelled_at_most_once_and_never_after_triggering(moves: list[tuple[str, int]]) -> None:
     """In any history at most one cancel takes effect, only on a NEW order, and final states stay."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from producer import (
@@ -245,7 +245,6 @@ ANY_TEXT = st.text(max_size=50) | st.text(st.sampled_from("aZ9 \n\x00\ud800"), m
 ANY_NUMBER = st.integers() | st.floats() | st.booleans()
 
 
-@settings(deadline=None)
 @given(
     options=st.fixed_dictionaries(
         {"kind": st.sampled_from(OutcomeKind)},
