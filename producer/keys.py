@@ -165,6 +165,16 @@ class Keys:
         return f"{self.queue}:outcomes"
 
     @property
+    def counts(self) -> str:
+        """String of all that was ever counted of outcomes, see :mod:`producer.counts`."""
+        return f"{self.queue}:counts"
+
+    @property
+    def minutes(self) -> str:
+        """String with a ring of what :attr:`counts` was at the first outcome of each minute that had one."""
+        return f"{self.queue}:minutes"
+
+    @property
     def outcome_prefix(self) -> str:
         """Outcome records and the channels that announce them, followed by the id."""
         return f"{self.queue}:outcome:"
