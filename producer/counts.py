@@ -22,15 +22,17 @@ BUCKETS_MS = (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30
 _LONGEST_MS = 10**12
 
 # Positions. Workers of several versions write them: none is ever moved.
-MINUTE = 0  # the last outcome's, since the epoch
+# The first one is the minute, since the epoch, of the last outcome.
 _KINDS = 1  # by the order of OutcomeKind, with room for further ones
 _FIRST_ATTEMPT = 17
 _OUTCOME = 36
-SINCE = 55  # when counting began, ms since the epoch
+_SINCE = 55  # when counting began, ms since the epoch
 POSITIONS = 56
 SIZE = 8 * POSITIONS
 #: Minutes that the ring holds: a day, and what a reader that is late may still ask for.
 MINUTES_KEPT = 1500
+#: What the script must know of this.
+LAYOUT: dict[str, object] = {"MINUTES_KEPT": MINUTES_KEPT, "POSITIONS": POSITIONS, "SINCE": _SINCE}
 
 _NUMBERS = Struct(f">{POSITIONS}q")
 
@@ -93,8 +95,8 @@ class Counts:
         return cls(
             {kind: new[_KINDS + n] for kind, n in _POSITIONS_OF.items()},
             _times(new[_FIRST_ATTEMPT:_OUTCOME]),
-            _times(new[_OUTCOME:SINCE]),
-            max(0, now[SINCE]),
+            _times(new[_OUTCOME:_SINCE]),
+            max(0, now[_SINCE]),
         )
 
     @property
@@ -105,7 +107,7 @@ class Counts:
 
 def minute_of(numbers: bytes) -> int:
     """The minute, since the epoch, of which counts as they stand in Redis are."""
-    return _unpacked(numbers)[MINUTE]
+    return int.from_bytes(numbers[:8], "big", signed=True)
 
 
 def _unpacked(numbers: bytes) -> tuple[int, ...]:

@@ -211,6 +211,8 @@ class Keys:
             "UNFINISHED": self.unfinished,
             "SCHEDULED": self.scheduled,
             "FAILED": self.failed,
+            "COUNTS": self.counts,
+            "MINUTES": self.minutes,
             "ORDER_PREFIX": self.order_prefix,
             "OUTCOME_PREFIX": self.outcome_prefix,
             "POINTER_LIFE_S": POINTER_LIFE_S,

@@ -17,7 +17,7 @@ from uuid import uuid4
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from producer.counts import MINUTES_KEPT, POSITIONS, SINCE, counted
+from producer.counts import LAYOUT, counted
 from producer.job_fields import words_of_job
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, WorkerField, suspect_of
 from producer.message import Attempt, CancelRequest, Outcome, encode_attempts, encode_call
@@ -252,11 +252,6 @@ class Store:
             "WORKERS": keys.workers,
             "QUEUE_WORKERS": keys.queue_workers,
             "OUTCOMES": keys.outcomes,
-            "COUNTS": keys.counts,
-            "MINUTES": keys.minutes,
-            "MINUTES_KEPT": MINUTES_KEPT,
-            "POSITIONS": POSITIONS,
-            "SINCE": SINCE,
             "RESULT_PREFIX": keys.result_prefix,
             "SUSPECTS": keys.suspects,
             "BEAT_AT_MS": WorkerField.BEAT_AT_MS,
@@ -267,10 +262,10 @@ class Store:
             "DEADLINE_MS": deadline_ms,
             "OUTCOME_TTL_S": outcome_ttl_s,
             "LEDGER_MAXLEN": ledger_maxlen,
-            "RESULT_TTL_S": RESULT_TTL_S,
-            "FAILURE_TTL_S": FAILURE_TTL_S,
+            **{"RESULT_TTL_S": RESULT_TTL_S, "FAILURE_TTL_S": FAILURE_TTL_S},
             "MAX_DATA_BYTES": MAX_PAYLOAD_BYTES,
             "MAX_ATTEMPTS_BYTES": MAX_ATTEMPTS_BYTES,
+            **LAYOUT,
         }
         names = ("claim", "complete", "beat", "gate", "key", "tidy", "wake")
         before = {"complete": ("worker/ending.lua",)}

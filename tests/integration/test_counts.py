@@ -18,7 +18,7 @@ from producer.protocol import Conversation
 from producer.timeline import Timeline, read_counts, read_timeline
 from tests.holders import SPOILED, Holder, OpenHolder, back, ended, later, orders, tried
 from tests.servers import Peek
-from worker.store import Done, Lease
+from worker.store import Done, Lease, Row
 
 KEYS = Keys()
 NOON = 29_400_000  # a minute since the epoch that begins an interval of whatever length
@@ -35,7 +35,9 @@ def timed(lease: Lease, first_ms: int, took_ms: int, kind: OutcomeKind = Outcome
 
 def counts(connection: redis.Redis) -> Counts:
     """All that was counted."""
-    return told(connection, read_counts(KEYS))
+    found = told(connection, read_counts(KEYS))
+    assert isinstance(found, Counts)
+    return found
 
 
 def told(connection: redis.Redis, conversation: Conversation[Any], at_s: int | None = None) -> Any:
@@ -43,7 +45,7 @@ def told(connection: redis.Redis, conversation: Conversation[Any], at_s: int | N
     answers: list[Any] | None = None
     while True:
         try:
-            commands = conversation.send(answers) if answers is not None else next(conversation)  # type: ignore[arg-type]
+            commands = conversation.send(answers) if answers is not None else next(conversation)
         except StopIteration as end:
             return end.value
         with connection.pipeline(transaction=False) as pipeline:
@@ -105,7 +107,7 @@ def test_each_outcome_is_counted_once(
     holder = open_holder()
     orders(client, 6)
     one, two, three, four, five, six = holder.claim()
-    rows = [
+    rows: list[Row] = [
         timed(one, 0, 7),
         timed(two, 2, 70_000, DEAD),
         later(three),
