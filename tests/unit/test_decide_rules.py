@@ -27,6 +27,7 @@ from worker.decide import (
     first_step,
     next_step,
     pause_ms,
+    silent_until_ms,
 )
 
 PROFILE = examples(30)
@@ -234,12 +235,14 @@ def test_no_delay_reaches_the_deadline(run: Run) -> None:
 
 @any_run
 def test_no_delay_exceeds_what_asked_for_it(run: Run) -> None:
-    """A delay is at most the backoff's cap, or the time that the exchange asked for."""
+    """A delay is at most the backoff's cap, the time that the exchange asked for, or the window of a cancel, in which
+    it may still strike."""
     for turn, again in _planned(run):
         if turn.verdict.means in GATED:
             assert again.delay_ms == pause_ms(turn.verdict, run.policy, turn.now_ms, run.case.ahead)
         else:
-            assert again.delay_ms <= max(run.policy.backoff_cap_ms, turn.verdict.retry_after_ms or 0)
+            strikes_ms = max(silent_until_ms(turn.history, run.policy), turn.case.strikes_until_ms) - turn.now_ms
+            assert again.delay_ms <= max(run.policy.backoff_cap_ms, turn.verdict.retry_after_ms or 0, strikes_ms)
 
 
 _NOT_DONE = GATED | {Means.BUSY, Means.CLOCK, Means.NOT_SENT}
