@@ -248,12 +248,12 @@ def gauges(status: Status, account: Labels) -> Iterator[Metric]:
     """One look at the queue for Prometheus. Series of keys are there while the key is refused."""
     queue = status.queue
     yield _gauge("queue_depth", "Requests that wait for a worker.", queue, status.queued)
-    yield _gauge(
-        "queue_latency_seconds",
-        "For how long the oldest has waited; 0: none waits.",
-        queue,
-        status.oldest_queued_s or 0,
+    words = "For how long a request has waited for a worker since it was due, the oldest; 0: none waits."
+    yield _gauge("queue_latency_seconds", words, queue, status.oldest_queued_s or 0)
+    words = (
+        "The same of those that nobody may send now: gate closed, queue suspended, key refused; 0: none is held back."
     )
+    yield _gauge("queue_gated_seconds", words, queue, status.gated_s or 0)
     yield _gauge("in_flight", "Requests that a worker holds.", queue, status.in_flight)
     words = "Requests whose lease ran out, because their worker died or was cut off: to be taken over."
     yield _gauge("expired_leases", words, queue, status.to_be_taken_over)

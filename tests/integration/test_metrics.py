@@ -284,11 +284,17 @@ def test_gauges_are_the_status(exporter: Exporter, client: CancelClient, connect
     assert (seen["cancel_queue_depth", ()], seen["cancel_in_flight", ()], seen["cancel_scheduled", ()]) == (2, 1, 2)
     assert seen["cancel_expired_leases", ()] == 2
     assert (seen["cancel_failed", ()], seen["cancel_suspended", ()]) == (1, 1)
-    assert seen["cancel_queue_latency_seconds", ()] == pytest.approx(9.5, abs=2)
+    assert seen["cancel_queue_latency_seconds", ()] == 0
+    assert seen["cancel_queue_gated_seconds", ()] > 9
     assert seen["cancel_gate_seconds", (("scope", "all"),)] == pytest.approx(59, abs=2)
     held_back = {labels[0][1]: value for (name, labels), value in seen.items() if name == "cancel_key_held_back"}
     assert held_back == {"default": 1, "desk2": 0, "other": 1}
     assert seen["cancel_key_held_jobs", (("account", "default"),)] == 2
+    connection.delete(KEYS.suspended, Keys.gate("all"), KEYS.suspects)
+    connection.zrem(KEYS.unfinished, "lost", "lost too")
+    seen = exporter.scrape()
+    assert seen["cancel_queue_latency_seconds", ()] == pytest.approx(9.5, abs=5)
+    assert seen["cancel_queue_gated_seconds", ()] == 0
 
 
 def test_live_workers_alone_have_figures(
