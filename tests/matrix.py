@@ -23,7 +23,18 @@ from tests.servers import ROOT, scrubbed
 CONTRACT = tuple(
     f"tests/integration/test_{name}.py"
     for name in (
-        *("enqueue", "claim", "complete", "index", "leases", "runs", "script_costs", "gate_script", "damaged_keys"),
+        *(
+            "enqueue",
+            "claim",
+            "complete",
+            "index",
+            "leases",
+            "runs",
+            "script_costs",
+            "gate_script",
+            "damaged_keys",
+            "counts",
+        ),
         *("worker_outcomes", "stock_worker", "rq_interop", "client", "aio", "testing_contract"),
     )
 )
