@@ -255,7 +255,7 @@ class Canceller:
             return child_bound(job.child, job.history, self._policy, why)
         if job.listing(None) is not None:
             return unlisted(job.history, why)
-        return bound(job.history, self._policy, why)
+        return bound(self._case(job), job.history, self._policy, self._latest_ms(), why)
 
     def _done(self, job: CancelJob, stop: Stop) -> Done:
         requests = job.requests(stop)
