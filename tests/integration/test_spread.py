@@ -127,6 +127,21 @@ def test_a_listing_that_a_person_took_back_makes_no_request(
     assert (again.fault, decode_attempts(again.attempts)) == ("recalled canceled", (MADE,))
 
 
+def test_a_listing_whose_requests_cannot_be_made_does_not_end(
+    client: CancelClient, open_holder: OpenHolder, peek: Peek
+) -> None:
+    """A worker whose user may not do what they need records nothing; whoever may ends it with its requests."""
+    peek("ACL", "SETUSER", "poor", "on", "nopass", "~*", "&*", "+@all", "-sadd")
+    client.cancel_open("BTCUSDT")
+    holder, poor = open_holder(), open_holder("poor", connection={"username": "poor", "password": "any"})
+    (lease,) = holder.claim()
+
+    assert poor.complete(spread(lease, [7])) == [-1]
+    assert (peek.ledger(), peek.waiting()) == ([], [])
+    assert holder.complete(spread(lease, [7])) == [1]
+    assert peek.waiting() == PROPOSED[:1]
+
+
 def test_a_deleted_listing_ends_once(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
     """In hand when its hash was deleted, it is recorded with its requests all the same, once."""
     ticket = client.cancel_open("BTCUSDT")
