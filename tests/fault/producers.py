@@ -220,7 +220,8 @@ class Sweeper(Strategy):
         if faults := [dice.choice(self._faults) for _ in range(dice.randint(0, 2))]:
             self._exchange.script_faults(0, faults, call=Call.LIST)
         self.stopped.wait(dice.choice((0.0, 0.03, 0.1)))
-        self._cancel(orders[:1])
+        for order in orders[:2]:
+            self._cancel(order)
         deadline_s = dice.choice(_HASTY_S) if dice.random() < _HASTY_PART else None
         on_trigger = "cancel_child" if dice.random() < 0.3 else "report"
         how = {"urgent": dice.random() < 0.2, "deadline_s": deadline_s, "on_trigger": on_trigger}
@@ -233,16 +234,16 @@ class Sweeper(Strategy):
         self._to_ask -= 1
         self.asks.append(ask)
         self.standing.append((ticket, ask))
-        self._cancel(orders[1:2])
         self._exchange.add_orders(dice.randint(1, 3), symbol=symbol)
 
-    def _cancel(self, orders: Sequence[PlacedOrder]) -> None:
-        for order in orders:
-            try:
-                ticket_id = self._client.cancel(algo_id=order.algo_id).id
-            except QueueUnavailable:
-                ticket_id = None
-            self.asks.append(Ask(order.algo_id, ticket_id))
+    def _cancel(self, order: PlacedOrder) -> None:
+        """Ask for one order that is to be open, and its request on its way, while all are listed."""
+        self._exchange.script_faults(order.algo_id, [Fault.UNAVAILABLE_503] * self._dice.randint(1, 4))
+        try:
+            ticket_id = self._client.cancel(algo_id=order.algo_id).id
+        except QueueUnavailable:
+            ticket_id = None
+        self.asks.append(Ask(order.algo_id, ticket_id))
 
     def _look(self) -> None:
         for ticket, ask in list(self.standing):

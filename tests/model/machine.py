@@ -21,7 +21,7 @@ from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Band
 from producer.message import OpenRequest, decode_attempts
 from tests.model.holders import QUEUE, Hand, WatchedStore
 from tests.model.rules import FAILED, Job
-from tests.model.steps import attempts, done, is_listing, listed, resume, send_rows
+from tests.model.steps import attempts, calls_of, done, is_listing, listed, resume
 from tests.model.world import World
 from worker.store import Lease, Release, Retry, Row, Suspect
 
@@ -201,13 +201,14 @@ class QueueMachine(RuleBasedStateMachine):
         mine = [
             (hand, end) for hand, end in chosen.values() if (hand.store.holder == "stock") == (store.holder == "stock")
         ]
-        rows = [hand.sent or self._row(hand, end) for hand, end in mine]
-        jobs = [row.lease.id for row in rows]
-        expected = [self._last_answer(row) if jobs.count(row.lease.id) == 1 else None for row in rows]
-        answers = send_rows(self.world, store, rows)
-        for (hand, _), row, answer, before in zip(mine, rows, answers, expected, strict=True):
-            hand.sent = row
-            assert before is None or answer == before, (row, answer, before)
+        for pairs in calls_of([(hand, hand.sent or self._row(hand, end)) for hand, end in mine]):
+            rows = [row for _, row in pairs]
+            jobs = [row.lease.id for row in rows]
+            expected = [self._last_answer(row) if jobs.count(row.lease.id) == 1 else None for row in rows]
+            completed = self.world.link.ask_now(store.complete(rows))
+            for (hand, row), answer, before in zip(pairs, completed.answers, expected, strict=True):
+                hand.sent = row
+                assert before is None or answer == before, (row, answer, before)
         self.removed &= {job.id for job in self._jobs() if job.id not in self._listed()}
 
     def _last_answer(self, row: Row) -> int | None:

@@ -189,35 +189,34 @@ def complete(world: World) -> None:
 
 
 def complete_all(world: World, store: WatchedStore, hands: list[Hand], *, is_heard: bool = True) -> None:
-    """End these holds in one call."""
-    world.catch_up()
-    rows = [hand.sent or a_row(world, hand) for hand in hands]
+    """End these holds."""
     world.count["rows sent again"] += sum(hand.sent is not None for hand in hands)
-    lost = {hand.lease.id for hand in hands if not _is_held(world, hand)}
-    stale = {job_id for job_id in lost if sum(hand.lease.id == job_id for hand in hands) == 1}
+    for pairs in calls_of([(hand, hand.sent or a_row(world, hand)) for hand in hands]):
+        _complete(world, store, pairs, is_heard=is_heard)
+    ended = {id(hand) for hand in hands if hand.sent is None}
+    world.hands = [hand for hand in world.hands if id(hand) not in ended]
+
+
+def calls_of(pairs: list[tuple[Hand, Row]]) -> list[list[tuple[Hand, Row]]]:
+    """What makes requests is ended by a call of its own, all else by one."""
+    rest = [pair for pair in pairs if not is_alone(pair[1])]
+    return [*([pair] for pair in pairs if is_alone(pair[1])), *([rest] if rest else [])]
+
+
+def _complete(world: World, store: WatchedStore, pairs: list[tuple[Hand, Row]], *, is_heard: bool) -> None:
+    world.catch_up()
+    lost = [hand.lease.id for hand, _ in pairs if not _is_held(world, hand)]
+    stale = {job_id for job_id in lost if sum(hand.lease.id == job_id for hand, _ in pairs) == 1}
     before = {job_id: _written(world, job_id) for job_id in stale}
-    answers = send_rows(world, store, rows)
+    completed = world.link.ask_now(store.complete([row for _, row in pairs]))
     for job_id in stale:
         job = world.model.jobs.get(job_id)
         is_fair = not world.model.is_blind and job is not None and not job.is_deleted
         if is_fair and _written(world, job_id) != before[job_id]:
             raise world.model.finding(3, job_id, "is changed by a completion under a lease that was lost")
-    for hand, row, answer in zip(hands, rows, answers, strict=True):
+    for (hand, row), answer in zip(pairs, completed.answers, strict=True):
         world.count[_kind(row) if answer else "completions fenced off"] += 1
         hand.sent = None if is_heard else row
-    ended = {id(hand) for hand in hands if hand.sent is None}
-    world.hands = [hand for hand in world.hands if id(hand) not in ended]
-
-
-def send_rows(world: World, store: WatchedStore, rows: list[Row]) -> list[int]:
-    """End holds, those that make requests each in a call of its own; gives what each row was answered."""
-    alone = [[n] for n, row in enumerate(rows) if is_alone(row)]
-    rest = [n for n, row in enumerate(rows) if not is_alone(row)]
-    answers = dict[int, int]()
-    for group in (*alone, *([rest] if rest else [])):
-        completed = world.link.ask_now(store.complete([rows[n] for n in group]))
-        answers |= zip(group, completed.answers, strict=True)
-    return [answers[n] for n in range(len(rows))]
 
 
 def _is_held(world: World, hand: Hand) -> bool:
