@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from producer.message import Attempt, Call, Outcome, OutcomeKind
+from producer import OpenOutcome
+from producer.message import Attempt, Call, ListedOrder, Outcome, OutcomeKind
 from tests.fault.ledger import (
     Ask,
+    ExchangeSide,
     Kill,
     difference,
     exchange_side,
@@ -211,6 +213,77 @@ def test_no_other_reason_is_one() -> None:
     assert excused(left("busy")) == 0
     assert excused(left("no_such_order")) == 0, "it was a cancel of ours that worked"
     assert excused(left("unclear", algo_id=1)) == 0
+
+
+# ---- all open orders of a symbol ------------------------------------------------------------------------------------
+
+L, MOMENT_MS = "e" * 32, 5000
+
+
+def listing(*orders: tuple[int, str], left_alone: tuple[int, ...] = (), before_ms: int = MOMENT_MS) -> Outcome:
+    """The outcome of a request for all open orders."""
+    named = tuple(ListedOrder(*order) for order in orders)
+    known: dict[str, object] = {"orders": named, "left_alone": left_alone, "before_ms": before_ms}
+    return record(L, None, "listed", symbol="BTCUSDT", may_be_live=True, **known)
+
+
+def judged(*records: Outcome, is_told_live: bool | None = None, **states: str) -> ExchangeSide:
+    """The verdict, where orders 1 and 2 were open at the moment and 3 was opened later, the first one is asked for by
+    itself as well, and the rest is in the states of the book (NEW)."""
+    opened_ms = {1: MOMENT_MS - 10, 2: MOMENT_MS - 2, 3: MOMENT_MS + 2}
+    book = {i: entry(i, states.get(f"s{i}", "NEW"), deletes=int(f"s{i}" in states)) for i in opened_ms}
+    asks = [Ask("BTCUSDT", L, MOMENT_MS + 1), Ask(1, A)]
+    ends = {} if is_told_live is None else {L: OpenOutcome(L, OutcomeKind.LISTED, is_told_live)}
+    return exchange_side(asks, records, book, {}, (), opened_ms, ends)
+
+
+def test_a_listing_that_agrees_with_the_book() -> None:
+    """What was open is named and gone, whoever's request did it, or left alone; what came later stays."""
+    side = judged(listing((1, A), (2, B)), record(A), record(B, 2), s1="CANCELED", s2="CANCELED")
+    assert (side.differences, side.harmful) == ((), ())
+    assert (side.listings, side.named, side.joined, side.spared) == (1, 2, 1, 1)
+    assert judged(listing((1, A), left_alone=(2,)), record(A), is_told_live=True, s1="CANCELED").differences == ()
+
+
+@pytest.mark.parametrize(
+    ("side", "said"),
+    [
+        (judged(listing((1, A)), record(A), s1="CANCELED"), "says nothing of order 2"),
+        (
+            judged(listing((1, A), left_alone=(2,)), record(A), is_told_live=False, s1="CANCELED"),
+            "says nothing of order 2",
+        ),
+        (
+            judged(listing((2, B), (3, C)), record(B, 2), record(C, 3), s2="CANCELED", s3="CANCELED"),
+            "opened 2 ms after",
+        ),
+        (judged(listing((9, C)), record(C, 9)), "not of its symbol"),
+        (judged(listing((2, B)), record(B, 1), s2="CANCELED"), "is named for order 2"),
+        (judged(listing(before_ms=MOMENT_MS + 4)), "means a moment 3 ms after"),
+    ],
+)
+def test_a_listing_that_contradicts_the_book(side: ExchangeSide, said: str) -> None:
+    """An open order that is not told of, one that is named and was opened later, or a moment that is not its call's."""
+    assert any(said in difference for difference in side.differences), side
+
+
+def test_requests_of_a_listing_are_promised() -> None:
+    """Each must come out, and no others may; an order that no listing names is harmed by a DELETE."""
+    asks, ends = [Ask("BTCUSDT", L)], [listing((1, A), (2, B)), record(A)]
+    assert queue_side(asks, ends, {}).lost == (B,)
+    assert queue_side(asks, [*ends, record(B, 2), record(C, 3)], {}).unexpected == (C,)
+    assert queue_side([Ask("BTCUSDT", None)], [*ends, record(B, 2)], {}).recovered == 1
+    assert judged(listing(), s3="CANCELED").harmful == ("3 CANCELED 1 DELETEs",)
+
+
+def test_a_short_deadline_is_excused_where_it_was_decided_later() -> None:
+    """Of the listing and of what it made; and where the call told no id with which to try again."""
+    ends = [listing((1, A)), record(A, kind="overdue"), record(A, run=2)]
+    for asks, excused_ones in (([Ask("BTCUSDT", L, None, True)], 1), ([Ask("BTCUSDT", L)], 0)):
+        assert exchange_side(asks, ends, {1: entry()}, {}).hasty == excused_ones
+    assert exchange_side([Ask("BTCUSDT", L, None, True)], ends[:2], {1: entry()}, {}).undecided == 1
+    assert exchange_side([Ask("BTCUSDT", L, None, True)], [*ends[:2], record(B)], {1: entry()}, {}).undecided == 0
+    assert exchange_side([Ask("BTCUSDT", None, None, True)], ends[:2], {1: entry()}, {}).undecided == 0
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------

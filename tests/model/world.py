@@ -193,7 +193,10 @@ class World:
         now_ms, ledger, led_to, rows = self._looked(orders, ids)
         for position, fields in ledger:
             self._ledger_at = f"({position}"
-            model.recorded(decode_outcome(dict(zip(fields[::2], fields[1::2], strict=True))["outcome"]))
+            outcome = decode_outcome(dict(zip(fields[::2], fields[1::2], strict=True))["outcome"])
+            for named in outcome.orders or ():
+                self.note(named.id, f"is named by the listing {outcome.id[:8]} for order {named.algo_id}")
+            model.recorded(outcome)
         for seen in map(_seen, ids, rows):
             self._show(seen, now_ms)
         for order, job_id in zip(orders, led_to, strict=True):
