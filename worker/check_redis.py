@@ -17,7 +17,7 @@ from uuid import uuid4
 import redis
 from rq.command import PUBSUB_CHANNEL_TEMPLATE
 
-from producer.keys import Keys
+from producer.keys import Keys, set_aside
 from producer.redis_url import NotPrimary, NotSupported, code_of, passes, why
 from producer.untrusted import clean_text
 from worker.store import ANSWER_WITHIN_S
@@ -305,12 +305,12 @@ def _damaged(connection: redis.Redis, keys: Keys) -> Iterator[str]:
                 pipeline.type(key)
             found = pipeline.execute(raise_on_error=False)
             for key in expected:
-                pipeline.exists(f"{key}:set-aside")
+                pipeline.exists(set_aside(key))
             aside = pipeline.execute(raise_on_error=False)
     except redis.RedisError:
         return
     for (key, kind), told, was_set_aside in zip(expected.items(), found, aside, strict=True):
         if isinstance(told, bytes) and told.decode() not in (kind, "none"):
-            yield f"{key} is damaged: a {told.decode()} instead of a {kind}; a worker renames it to {key}:set-aside"
+            yield f"{key} is damaged: a {told.decode()} instead of a {kind}; a worker renames it to {set_aside(key)}"
         if was_set_aside == 1:
-            yield f"{key}:set-aside was damaged and set aside: look at it, then delete it"
+            yield f"{set_aside(key)} was damaged and set aside: look at it, then delete it"
