@@ -89,6 +89,7 @@ class Case:
     retried: bool = False  # an earlier run has ended, whose calls the history lacks; or calls may leave late
     strikes_until_ms: int = 0  # until then a cancel by client id that got no clear answer may meet the id's next order
     cancels_child: bool = False  # what the order becomes by triggering is to be cancelled, too
+    told_to: int = 0  # up to this attempt Redis tells what earlier holders did: no outcome rests on that alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +125,12 @@ def first_step(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: i
     if now_ms >= case.deadline_at_ms:
         if not history:
             return Stop(OutcomeKind.OVERDUE, error="the deadline passed before anything was sent")
-        status = last_status(history)
-        if status in _BECAME_ANOTHER and not case.cancels_child:
-            return Stop(OutcomeKind.TRIGGERED, status)
-        if status in _BECAME_ANOTHER and _may_look_again(case, history):
-            return Again(Call.QUERY)
+        seen = _last_seen(history)
+        if seen is not None and _MEANS_STATUS.get(seen.verdict) in _BECAME_ANOTHER:
+            if seen.n > case.told_to and not case.cancels_child:
+                return Stop(OutcomeKind.TRIGGERED, _MEANS_STATUS[seen.verdict])
+            if _may_look_again(case, history):
+                return Again(Call.QUERY)
         return bound(history, policy, "the deadline passed")
     call = call_for(case, history, policy, now_ms)
     return attempts_left(history, policy, call) or Again(call)
@@ -288,10 +290,12 @@ def _counts(history: Sequence[Attempt]) -> list[int]:
 
 def last_status(history: Sequence[Attempt]) -> str | None:
     """The order's state as last seen by a query, in the exchange's spelling."""
-    for attempt in reversed(history):
-        if _shows_state(attempt):
-            return _MEANS_STATUS.get(attempt.verdict, attempt.msg)
-    return None
+    seen = _last_seen(history)
+    return None if seen is None else _MEANS_STATUS.get(seen.verdict, seen.msg)
+
+
+def _last_seen(history: Sequence[Attempt]) -> Attempt | None:
+    return next((attempt for attempt in reversed(history) if _shows_state(attempt)), None)
 
 
 def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int) -> Stop | None:

@@ -40,7 +40,6 @@ MUTANTS = (
     Mutant(JOB, " or s.status == 'stopped' end", " end", "a job that RQ stopped is sent for again"),
     Mutant(JOB, " and not on('ZSCORE', FAILED, id)", "", "a copy saved late starts a run"),
     Mutant(JOB, "text((s.run or 1) + 1)", "text(s.run or 1)", "a new run has the number of the last"),
-    Mutant(JOB, "  redis.call('DEL', OUTCOME_PREFIX .. id)\n", "", "a new run goes on beside the record of the last"),
     Mutant(JOB, "  redis.call('PERSIST', key)\n", "", "a new run runs out with the hash"),
     Mutant(
         JOB,
