@@ -100,12 +100,8 @@ def _reader(keys: Keys) -> Rights:
 
 def _operator(keys: Keys) -> Rights:
     mine = _strategy(keys)
-    grants = (
-        Grant((keys.failed,), ("+zrem",)),
-        Grant((f"{keys.outcome_prefix}*",), ("+del",)),
-        Grant((keys.gate("*"),), ("+hset",)),
-    )
-    return replace(mine, reads=_reader(keys).reads, grants=mine.grants + grants)
+    grants = (*mine.grants, Grant((keys.failed,), ("+zrem",)), Grant((keys.gate("*"),), ("+hset",)))
+    return replace(mine, reads=_reader(keys).reads, grants=grants)
 
 
 def _worker(keys: Keys) -> Rights:

@@ -242,7 +242,8 @@ def _rehearse(connection: redis.Redis, keys: Keys) -> str | None:
         return _state(error) or f"a rehearsal failed: {why(error)}"
     if not missing:
         return None
-    return f"this user lacks rights that a worker needs: {', '.join(dict.fromkeys(missing))}; see its ACL"
+    lacking = ", ".join(dict.fromkeys(missing))
+    return f"this user lacks rights that a worker needs: {lacking}; `python -m producer acl` prints all of them"
 
 
 def _run(connection: redis.Redis, words: list[str]) -> list[bytes]:
