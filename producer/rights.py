@@ -117,7 +117,7 @@ def _worker(keys: Keys) -> Rights:
 
 
 def _stock(keys: Keys) -> Rights:
-    commands = (*_BASE, "+@write", "-@dangerous", *_WORKS, "+watch", "+unwatch")
+    commands = (*_BASE, "+@write", "-@dangerous", *_WORKS, "+script|exists", "+watch", "+unwatch")
     owns = (f"{keys.rq}:*", f"{keys.queue}:*", keys.gate("*"))
     return replace(_worker(keys), commands=commands, reads=(), owns=owns)
 

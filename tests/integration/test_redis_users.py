@@ -24,7 +24,7 @@ from tests.exporting import exporting
 from tests.orders import opened
 from tests.rehearsing import Relay
 from tests.servers import ROOT, Valkey, Workers, confirms_durability, eventually, python, running_valkey
-from tests.webpages import TOKEN, form_token
+from tests.webpages import TOKEN
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -72,9 +72,9 @@ def url_of(server: Valkey, name: str) -> str:
 
 def denied(server: Valkey) -> list[str]:
     """What was refused so far for want of a right."""
-    with redis.Redis(port=server.port) as connection:
-        log = connection.execute_command("ACL", "LOG")
-    return [f"{entry['username']}: {entry['reason']} {entry['object']}" for entry in log]
+    with redis.Redis(port=server.port, decode_responses=True) as connection:
+        log = connection.acl_log()
+    return [f"{entry['username']}: {entry['context']} {entry['reason']} {entry['object']}" for entry in log]
 
 
 # ---- each can do its part --------------------------------------------------------------------------------------------
@@ -122,17 +122,15 @@ def test_operators_readers_and_checks_do_their_part(guarded: Valkey, exchange: R
     with (
         CancelClient.from_url(url_of(guarded, "operator")) as operator,
         CancelClient.from_url(url_of(guarded, "reader")) as reader,
-        create_app(operator, TOKEN).test_client() as pages,
-        create_app(reader).test_client() as looks,
     ):
+        pages, looks = create_app(operator, TOKEN).test_client(), create_app(reader).test_client()
         tickets = operator.cancel_many([CancelRequest(first), CancelRequest(second)])
         assert {ticket.wait(30).kind for ticket in tickets} == {OutcomeKind.REFUSED}
         assert operator.retry([tickets[0]]) == [tickets[0].id]
         assert tickets[0].wait(30).kind is OutcomeKind.CANCELLED
         auth = {"Authorization": f"Bearer {TOKEN}"}
-        asked = pages.get(f"/retry?id={tickets[1].id}", headers=auth)
-        form = {"form_token": form_token(asked.text), "id": tickets[1].id}
-        assert pages.post("/retry/start", data=form, headers=auth).status_code == 303
+        assert pages.get(f"/retry?id={tickets[1].id}", headers=auth).status_code == 200
+        assert pages.post("/retry/start", data={"id": tickets[1].id}, headers=auth).status_code == 303
         assert tickets[1].wait(30).kind is OutcomeKind.CANCELLED
         for path in ("/", "/failed", f"/search?q={first}", f"/requests/{tickets[0].id}"):
             assert (pages.get(path, headers=auth).status_code, looks.get(path).status_code) == (200, 200)
@@ -274,7 +272,8 @@ def test_no_user_can_do_more(guarded: Valkey) -> None:
             except redis.ResponseError as error:
                 said = error
         assert isinstance(said, redis.ResponseError), (role, command)
-        assert re.search(r"no permissions|NOPERM|can't run this command", f"{said!r}"), (role, command, said)
+        is_refused = isinstance(said, redis.exceptions.NoPermissionError) or "can't run this command" in str(said)
+        assert is_refused or "No permissions" in str(said), (role, command, said)
 
 
 # ---- where they come from --------------------------------------------------------------------------------------------
@@ -298,7 +297,7 @@ def test_the_writes_are_those_of_the_scripts(connection: redis.Redis) -> None:
     begun = ("producer/scripts/job", "producer/scripts/place", "producer/scripts/enqueue")
     ours = tuple(str(path.relative_to(ROOT)).removesuffix(".lua") for path in (ROOT / "worker/scripts").glob("*.lua"))
     common = words_of(Role.READER) | {"eval", "evalsha"}
-    session = {"publish", "subscribe", "unsubscribe", "multi", "exec", "discard", "info"}
+    session = {"subscribe", "unsubscribe", "multi", "exec", "discard", "info"}
     assert words_of(Role.STRATEGY) - common == said_in(*begun) - {"rename"}
     assert words_of(Role.OPERATOR) - common == said_in(*begun, "producer/scripts/retry") - {"rename"}
     assert words_of(Role.WORKER) - common - session == said_in(*begun[:2], *ours) | {"blmove"}
