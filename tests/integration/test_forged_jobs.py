@@ -31,7 +31,7 @@ def history(*told: tuple[Call, str], count: int = 1) -> dict[str, str]:
     return {"c_attempts": encode_attempts(attempts)}
 
 
-PAST = {"c_deadline_at_ms": str(LONG_AGO_MS)}
+PAST = {"c_deadline_at_ms": str(LONG_AGO_MS), "c_asked_at_ms": str(LONG_AGO_MS)}
 #: What is written over the hash of a request whose order is live, and what may be recorded of it; None: nothing.
 FORGED: dict[str, tuple[dict[str, str], set[OutcomeKind | None]]] = {
     "a lease": ({"c_lease": "forged-1"}, {OutcomeKind.CANCELLED}),
@@ -158,5 +158,5 @@ def test_a_request_that_was_led_to_another_orders_job_is_told_so(
     for ticket in (changed, joined):
         with pytest.raises(MalformedMessage, match="about another order"):
             ticket.wait(60)
-    assert [event["kind"] for event in events(worker, "outcome")] == ["cancelled"]
+    eventually(lambda: [event["kind"] for event in events(worker, "outcome")] == ["cancelled"], 20, "it is told once")
     assert {exchange.book()[order.algo_id].status for order in (first, third)} == {"NEW"}

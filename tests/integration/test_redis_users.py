@@ -134,7 +134,13 @@ def test_operators_readers_and_checks_do_their_part(guarded: Valkey, exchange: R
         assert tickets[1].wait(30).kind is OutcomeKind.CANCELLED
         for path in ("/", "/failed", f"/search?q={first}", f"/requests/{tickets[0].id}"):
             assert (pages.get(path, headers=auth).status_code, looks.get(path).status_code) == (200, 200)
-        assert (reader.status().live_workers, reader.status().damaged) == (1, ())
+        with redis.Redis(port=guarded.port) as connection:  # a refused key has its own keys to be looked at
+            connection.sadd(KEYS.suspects, "default " + "0" * 16)
+            connection.hset(KEYS.breaker("0" * 16), "since_ms", 1)
+            connection.sadd(KEYS.held("0" * 16), "x")
+            connection.zadd(KEYS.scheduled, {"x": 2**40})
+        seen = reader.status()
+        assert (seen.live_workers, seen.damaged, [key.held for key in seen.keys]) == (1, (), [1])
         assert len(list(reader.outcomes())) == 4
     with redis.Redis.from_url(url_of(guarded, "operator")) as by_hand:
         by_hand.hset(KEYS.gate("all"), "until_ms", 0)
