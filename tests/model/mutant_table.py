@@ -146,6 +146,12 @@ MUTANTS = (
     Mutant(CLAIM, "  redis.call('PERSIST', key)\n", "", "a job in hand runs out"),
     Mutant(
         CLAIM,
+        "  if run ~= '1' then redis.call('DEL', OUTCOME_PREFIX .. id) end -- it is of the run before\n",
+        "",
+        "a new run goes on beside the record of the last",
+    ),
+    Mutant(
+        CLAIM,
         "local status = job.is_recalled(s) and s.status or 'started'",
         "local status = 'started'",
         "a job that a person cancelled goes on when its holder dies",
