@@ -60,7 +60,7 @@ class Rights:
 _BASE = ("+@connection", "+@read", "-@dangerous", "-@keyspace", "+exists", "+type", "+ttl", "+pttl", "+select", "+time")
 _SCRIPTS = ("+eval", "+evalsha")
 #: Redis 6.2 calls all of CLIENT dangerous; every library tells its name by it.
-_CLIENT_OF_6 = ("+client|setinfo", "+client|setname", "+client|info")
+_CLIENT_OF_6 = ("+client|setinfo", "+client|setname", "+client|info", "+client|maint_notifications")
 _WORKS = (*_SCRIPTS, "+script|load", "+publish", "+subscribe", "+unsubscribe", "+multi", "+exec", "+discard", "+info")
 _WORKERS_WRITES = (
     *("+del", "+expire", "+pexpire", "+persist", "+rename", "+hset", "+hdel", "+hincrby", "+set", "+xadd"),

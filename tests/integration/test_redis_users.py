@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_damage_lost_jobs_and_rqs_ways_need_no_more(guarded: Valkey, exchange: R
         exchange.set_latency_ms(3000)
         held = strategy.cancel(algo_id=other)
         eventually(lambda: connection.hget(KEYS.job_prefix + held.id, "c_lease"))
-        first.process.kill()
+        first.stop(signal.SIGKILL)
         exchange.set_latency_ms(0)
         with redis.Redis.from_url(url_of(guarded, "stock")) as tools:
             queue = Queue("cancels", connection=tools, serializer=JSONSerializer)
@@ -278,8 +279,10 @@ def test_no_user_can_do_more(guarded: Valkey) -> None:
             except redis.ResponseError as error:
                 said = error
         assert isinstance(said, redis.ResponseError), (role, command)
-        is_refused = isinstance(said, redis.exceptions.NoPermissionError) or "can't run this command" in str(said)
-        assert is_refused or "No permissions" in str(said), (role, command, said)
+        told = isinstance(said, redis.exceptions.NoPermissionError) or re.search(
+            r"permissions|can't (run|access)", str(said)
+        )
+        assert told, (role, command, said)
 
 
 # ---- where they come from --------------------------------------------------------------------------------------------
