@@ -89,6 +89,7 @@ class Case:
     retried: bool = False  # an earlier run has ended, whose calls the history lacks; or calls may leave late
     strikes_until_ms: int = 0  # until then a cancel by client id that got no clear answer may meet the id's next order
     cancels_child: bool = False  # what the order becomes by triggering is to be cancelled, too
+    told_to: int = 0  # up to this attempt Redis tells what earlier holders did: no outcome rests on that alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,13 @@ def first_step(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: i
     if now_ms >= case.deadline_at_ms:
         if not history:
             return Stop(OutcomeKind.OVERDUE, error="the deadline passed before anything was sent")
-        if case.cancels_child and last_status(history) in _BECAME_ANOTHER and _may_look_again(case, history):
+        seen = _last_seen(history)
+        is_told = seen is not None and seen.n <= case.told_to
+        if (
+            last_status(history) in _BECAME_ANOTHER
+            and (is_told or case.cancels_child)
+            and _may_look_again(case, history)
+        ):
             return Again(Call.QUERY)
         return bound(case, history, policy, now_ms, "the deadline passed")
     call = call_for(case, history, policy, now_ms)
@@ -286,10 +293,12 @@ def _counts(history: Sequence[Attempt]) -> list[int]:
 
 def last_status(history: Sequence[Attempt]) -> str | None:
     """The order's state as last seen by a query, in the exchange's spelling."""
-    for attempt in reversed(history):
-        if _shows_state(attempt):
-            return _MEANS_STATUS.get(attempt.verdict, attempt.msg)
-    return None
+    seen = _last_seen(history)
+    return None if seen is None else _MEANS_STATUS.get(seen.verdict, seen.msg)
+
+
+def _last_seen(history: Sequence[Attempt]) -> Attempt | None:
+    return next((attempt for attempt in reversed(history) if _shows_state(attempt)), None)
 
 
 def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int) -> Stop | None:
@@ -409,9 +418,10 @@ def spent(history: Sequence[Attempt], policy: Policy, call: Call) -> str:
 
 def bound(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: int, why: str) -> Stop:
     """The end of a request that is out of time or of attempts."""
-    status = last_status(history)
+    status, seen = last_status(history), _last_seen(history)
+    is_ours = seen is not None and seen.n > case.told_to
     # What an order has become is told, even where the exchange never said which one it is.
-    if status in _BECAME_ANOTHER and not case.cancels_child and now_ms >= case.strikes_until_ms:
+    if status in _BECAME_ANOTHER and is_ours and not case.cancels_child and now_ms >= case.strikes_until_ms:
         return Stop(OutcomeKind.TRIGGERED, status)
     of_child = any(a.call is Call.CANCEL_CHILD and a.verdict == Means.UNCLEAR for a in history)
     kind = OutcomeKind.UNKNOWN if of_child or in_doubt(history, policy) else OutcomeKind.GAVE_UP

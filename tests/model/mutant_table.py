@@ -41,7 +41,6 @@ MUTANTS = (
     Mutant(JOB, " or s.status == 'stopped' end", " end", "a job that RQ stopped is sent for again"),
     Mutant(JOB, " and not on('ZSCORE', FAILED, id)", "", "a copy saved late starts a run"),
     Mutant(JOB, "text((s.run or 1) + 1)", "text(s.run or 1)", "a new run has the number of the last"),
-    Mutant(JOB, "  redis.call('DEL', OUTCOME_PREFIX .. id)\n", "", "a new run goes on beside the record of the last"),
     Mutant(JOB, "  redis.call('PERSIST', key)\n", "", "a new run runs out with the hash"),
     Mutant(
         JOB,
@@ -146,6 +145,12 @@ MUTANTS = (
         "an entry of a list takes a job's backoff",
     ),
     Mutant(CLAIM, "  redis.call('PERSIST', key)\n", "", "a job in hand runs out"),
+    Mutant(
+        CLAIM,
+        "  if run ~= '1' then redis.call('DEL', OUTCOME_PREFIX .. id) end -- it is of the run before\n",
+        "",
+        "a new run goes on beside the record of the last",
+    ),
     Mutant(
         CLAIM,
         "local status = job.is_recalled(s) and s.status or 'started'",

@@ -423,7 +423,7 @@ class Model:
     def _is_open(self, job: Job, seen: Seen, now_ms: int) -> None:
         if seen.done:
             raise self.finding(1, job.id, "has an end without an outcome", seen.done)
-        if seen.has_record:
+        if seen.has_record and (job.run == 1 or seen.lease):  # that of the run before stands until the claim
             raise self.finding(1, job.id, f"run {job.run} goes on beside a record")
         if seen.score is None:
             raise self.finding(10, job.id, "goes on, but stands nowhere in the index", seen.status)
