@@ -27,7 +27,8 @@ from producer import (
 from producer.keys import Keys
 from producer.untrusted import MalformedMessage
 from tests.exporting import append, record
-from tests.servers import Proxy, Valkey, Workers, confirms_durability, running_valkey, stopped
+from tests.fault.proxy import Proxy
+from tests.servers import Valkey, Workers, confirms_durability, running_valkey, stopped
 from tests.strategies import CONNECTIONS
 from worker.sandbox.control import RunningExchange
 
@@ -254,14 +255,14 @@ def test_a_repeated_enqueue_finds_itself(valkey: Valkey, connection: redis.Redis
     """When the answer to an enqueue is lost, the client asks again and the request is on the queue once."""
 
     async def main(proxy: Proxy) -> AsyncTicket:
-        async with AsyncCancelClient.from_url(f"redis://127.0.0.1:{proxy.port}") as client:
+        async with AsyncCancelClient.from_url(proxy.redis_url) as client:
             await client.cancel(algo_id=1)
-            proxy.lose_answer_to = b"EVALSHA"
+            proxy.limit_data(b"EVALSHA")
             return await client.cancel(algo_id=17)
 
     with Proxy(valkey.port) as proxy:
         ticket = run(main(proxy))
-        assert proxy.lost == 1
+        assert proxy.count.replies_lost == 1
 
     assert not ticket.duplicate
     assert connection.lrange(KEYS.waiting, 1, -1) == [ticket.id.encode()]

@@ -28,7 +28,8 @@ from producer.message import TASK, encode_request
 from producer.protocol import Wire, text
 from producer.untrusted import MalformedMessage
 from tests.exporting import append, record
-from tests.servers import Proxy, Valkey, Workers, confirms_durability, eventually, running_valkey, stopped
+from tests.fault.proxy import Proxy
+from tests.servers import Valkey, Workers, confirms_durability, eventually, running_valkey, stopped
 from tests.strategies import CONNECTIONS, PASSWORD, blocked, calls, rqs_fields
 from worker.sandbox.control import RunningExchange
 
@@ -94,12 +95,12 @@ def test_nothing_is_sent_for_nothing(client: CancelClient, connection: redis.Red
 
 def test_a_repeated_enqueue_finds_itself(valkey: Valkey, connection: redis.Redis) -> None:
     """When the answer to an enqueue is lost, the client asks again and the request is on the queue once."""
-    with Proxy(valkey.port) as proxy, CancelClient.from_url(f"redis://127.0.0.1:{proxy.port}") as client:
+    with Proxy(valkey.port) as proxy, CancelClient.from_url(proxy.redis_url) as client:
         client.cancel(algo_id=1)
-        proxy.lose_answer_to = b"EVALSHA"
+        proxy.limit_data(b"EVALSHA")
         ticket, joined, other = client.cancel_many([CancelRequest(algo_id=algo_id) for algo_id in (17, 17, 18)])
 
-        assert proxy.lost == 1
+        assert proxy.count.replies_lost == 1
     assert [ticket.duplicate, joined.duplicate, other.duplicate] == [False, True, False]
     assert connection.lrange(KEYS.waiting, 1, -1) == [ticket.id.encode(), other.id.encode()]
     assert len(list(connection.scan_iter(f"{KEYS.job_prefix}*"))) == 3

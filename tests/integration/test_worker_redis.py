@@ -11,8 +11,8 @@ import pytest
 import redis
 
 from producer import CancelClient, OutcomeKind
+from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
-from tests.integration.test_redis_link import Relay
 from tests.orders import at_first_try, cancel_all, events, once_each, opened, outcomes, stayed_in_hand
 from tests.servers import Peek, Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
@@ -149,16 +149,16 @@ def test_leases_are_renewed_while_a_registration_hangs(
     workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, valkey: Valkey
 ) -> None:
     """A worker that RQ has forgotten keeps the jobs in its hands, however long it takes to make itself known again."""
-    with Relay(valkey.port) as relay:
-        workers.start(REDIS_URL=relay.url, LEASE_S="1")
+    with Proxy(valkey.port) as proxy:
+        workers.start(REDIS_URL=proxy.redis_url, LEASE_S="1")
         exchange.set_latency_ms(3000)
         (ticket,) = cancel_all(client, opened(exchange, 1))
         eventually(lambda: exchange.stats().in_flight == 1, what="it is under way")
-        relay.late_s = 8.0  # for new connections
+        proxy.opens_after_s = 8.0  # for new connections
         connection.delete(*connection.smembers("rq:workers"))
 
         assert stayed_in_hand(ticket.wait(20))
-        relay.late_s = 0.0
+        proxy.opens_after_s = 0.0
         eventually(lambda: connection.exists(*connection.smembers("rq:workers")), 20, "RQ knows it again")
 
 
