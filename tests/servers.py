@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from producer.keys import Band, Keys
 from producer.message import Outcome, decode_outcome
@@ -83,7 +85,7 @@ class Valkey:
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         if not wait:
             return
-        with redis.Redis(port=self.port) as client:
+        with redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0)) as client:
             eventually(lambda: _answers(client), what="Valkey answers")
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
