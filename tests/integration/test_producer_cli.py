@@ -24,7 +24,7 @@ from producer.keys import Keys
 from producer.message import decode_outcome
 from tests.exporting import append, record
 from tests.fault.proxy import Proxy
-from tests.integration.test_sandbox_server import certificate
+from tests.loopback import certificate
 from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
 from tests.strategies import PASSWORD, blocked, calls, fail
 from worker.sandbox.control import RunningExchange

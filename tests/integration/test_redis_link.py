@@ -16,7 +16,7 @@ import redis
 
 from producer import CancelClient, CancelRequest
 from tests.fault.proxy import Proxy
-from tests.integration.test_sandbox_server import certificate
+from tests.loopback import certificate
 from tests.servers import Peek, Valkey, eventually, running_valkey, stopped
 from worker.redis_link import AsyncLink, connect, open_link
 from worker.store import ANSWER_WITHIN_S, Claimed, Lease, Release, Request, Store

@@ -14,7 +14,7 @@ import pytest
 
 from producer import AsyncCancelClient, CancelClient, OutcomeKind, QueueUnavailable
 from tests.fault.proxy import Proxy
-from tests.integration.test_sandbox_server import certificate
+from tests.loopback import certificate
 from tests.servers import Valkey, Worker, Workers, eventually, python
 from worker.sandbox.control import RunningExchange
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from producer import CancelClient, OutcomeKind
 from tests.conftest import API_KEY, API_SECRET
 from tests.integration.conftest import NewFleet
-from tests.integration.test_sandbox_server import certificate
+from tests.loopback import certificate
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
 from tests.servers import ROOT, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
