@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -26,11 +27,13 @@ SCRIPTS = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROO
 PLAY_A_STRATEGY = (Path("worker/sandbox"), Path("worker/rehearse.py"), Path("worker/rehearse_queue.py"))
 
 
+@cache
 def tree(source: Path) -> ast.Module:
     """The module's syntax tree."""
     return ast.parse((ROOT / source).read_text("utf-8"), str(source))
 
 
+@cache
 def imports(source: Path) -> set[str]:
     """Every module that it imports anywhere, inside functions and for type checking too, by its full name."""
     found: set[str] = set()
