@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
+import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,28 +21,32 @@ from werkzeug.exceptions import (
     HTTPException,
     NotFound,
     ServiceUnavailable,
-    TooManyRequests,
 )
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from producer.client import CancelClient
+from producer.keys import Band
 from producer.message import OutcomeKind
 from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
 from producer.untrusted import clean_text
 from producer.web import queries
 from producer.web.access import (
+    LOGIN_PATH,
     MIN_TOKEN_CHARS,
     Access,
-    TooManyLogins,
+    bearer,
     forwarded,
     forwarded_in_clear,
     harden,
     is_foreign,
     named_locally,
     own_path,
+    whence,
 )
+from producer.web.filters import UNREADABLE, Wanted, wanted_of
 from producer.web.formatting import FILTERS, fit
-from producer.web.queries import PAGE, UNREADABLE, USABLE_ID, Seen, Wanted
+from producer.web.queries import PAGE, Standing
+from producer.web.seen import USABLE_ID, Seen
 
 #: Between two looks of a page that refreshes itself, s.
 REFRESH_S = 5
@@ -75,6 +80,14 @@ _CROWD = "Too many others wait for their turn to read the queue. Nothing was don
 #: What a foreign record can make of figures that are read as numbers and dates.
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
+#: The addresses of the lists of open requests.
+_BANDS = {"queued": Band.WAITING, "scheduled": Band.RETRY, "in-flight": Band.HELD}
+_ENDED = tuple(kind.value for kind in OutcomeKind)
+_FAILED = tuple(kind.value for kind in OutcomeKind if kind.failed)
+#: An entry of the ledger.
+_ENTRY = re.compile(r"[0-9]{1,15}-[0-9]{1,15}")
+_log = logging.getLogger("producer.web")
+
 T = TypeVar("T")
 Answer = Response | WerkzeugResponse | str | tuple[str, int]
 
@@ -95,7 +108,7 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     app.jinja_env.finalize = fit
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters.update(FILTERS)
-    access = Access(token)
+    app.extensions["access"] = access = Access(token)
     guard = _Guard(access, local_names_only)
     pages = _Pages(client, access)
     app.before_request(guard.check)
@@ -105,6 +118,8 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
             "queue": client.keys.queue if guard.has_let_in() else None,
             "login": guard.login(),
             "writable": access.enabled,
+            "live": _is_live(),
+            "standing": pages.standing,
         }
     )
     app.jinja_env.globals.update(form_token=access.form_token)
@@ -148,13 +163,13 @@ class _Guard:
             raise Forbidden("Another site made this request. Open the page here and repeat it.")
         if not self._access.enabled or request.endpoint in _OPEN_TO_ALL:
             return None
-        bearer = self._access.bearer(request)
-        if bearer is not None:
-            g.let_in = _accepted(self._access, bearer)
-            return None if g.let_in else _login_form(True)
+        token = bearer(request.headers.get("Authorization", ""))
+        if token is not None:
+            g.let_in = _accepted(self._access, token)
+            return None if g.let_in else _login_form()
         login = self.login()
         if login is None:
-            return _login_form(False)
+            return _login_form()
         g.let_in = True
         if changes and not self._access.is_form_of(login, request.form.get("form_token", "")):
             raise Forbidden("This form is not of the present login, or too old. Open the page again and repeat it.")
@@ -162,18 +177,19 @@ class _Guard:
 
 
 def _accepted(access: Access, token: str) -> bool:
-    try:
-        return access.accepts(token)
-    except TooManyLogins:
-        words = "That is not the token, and others were wrong just now. Try again in a few seconds."
-        raise TooManyRequests(words, retry_after=_AGAIN_S) from None
+    """Whether it is the token; a wrong one is logged. How long its answer takes is the server's affair."""
+    accepted = access.accepts(token)
+    if not accepted:
+        _log.warning("web: wrong token from %s", whence(request))
+    return accepted
 
 
-def _login_form(wrong: bool) -> Answer:
-    """The login, with 401, in place of the page that was asked for."""
-    asked = request.full_path.rstrip("?") if request.method == "GET" else None
+def _login_form() -> Answer:
+    """The login, with 401, in place of the page that was asked for: one answer to wrong tokens and to none."""
+    full_path = request.path if _is_live() else request.full_path.rstrip("?")
+    asked = full_path if request.method == "GET" else None
     page = request.form.get("next") if request.endpoint == "login" else asked
-    answer = make_response(render_template("login.html", next=own_path(page), wrong=wrong), 401)
+    answer = make_response(render_template("login.html", next=own_path(page), refused=True), 401)
     answer.headers["WWW-Authenticate"] = 'Bearer realm="algo-cancel-queue"'
     return answer
 
@@ -187,6 +203,7 @@ def _message(code: int, title: str, words: str, refresh: int | None = None) -> t
 
 def _away(error: QueueUnavailable) -> Answer:
     """Redis is away: say so, and look again by itself where that changes nothing."""
+    g.standing = None  # asking for it would only take as long again
     words = f"{error}."
     if request.method == "POST":
         words += " The retry may or may not have been started: those that were are no longer among the failed ones."
@@ -198,6 +215,8 @@ def _away(error: QueueUnavailable) -> Answer:
 
 
 def _http_error(error: HTTPException) -> Answer:
+    if error.code == ServiceUnavailable.code:
+        g.standing = None
     answer = make_response(_message(error.code or 500, error.name, error.description or ""))
     for name, value in error.get_headers():
         if name != "Content-Type":
@@ -211,7 +230,7 @@ def _broken(error: Exception) -> Answer:
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     where = "?" if place is None else f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
-    sys.stderr.write(f"web: {request.endpoint}: {type(error).__name__} at {where}\n")
+    _log.error("web: %s: %s at %s", request.endpoint, type(error).__name__, where)
     return _message(500, "This page is broken", "The process' log says where. The command line shows the same figures.")
 
 
@@ -277,12 +296,14 @@ class _Pages:
         """Address and method."""
         return {
             "/": self.status,
+            "/<any(queued, scheduled, 'in-flight'):state>": self.open_requests,
+            "/outcomes": self.outcomes,
             "/failed": self.failed,
             "/requests/<job_id>": self.one,
             "/search": self.search,
             "/retry": self.confirm,
             "/retry/start": self.start,
-            "/login": self.login,
+            LOGIN_PATH: self.login,
             "/logout": self.logout,
             "/healthz": self.healthz,
             "/style.css": self.style,
@@ -292,10 +313,22 @@ class _Pages:
         with self._turns.taken(heavy):
             return self._client.converse(conversation)
 
+    def standing(self) -> Standing | None:
+        """What holds up everything, for the banner of a page; None where it cannot be told."""
+        if "standing" not in g:
+            try:
+                g.standing = self._ask(queries.standing(self._keys))
+            except (QueueUnavailable, HTTPException, *_UNREADABLE):
+                g.standing = None
+        found: Standing | None = g.standing
+        return found
+
     # --- reading ---
 
     def status(self) -> Answer:
         """How the queue stands, as `python -m producer status` says it, and the newest outcomes."""
+        if _looks_again() and not _is_live():
+            return _frame("Status")
         try:
             with self._turns.taken(heavy=False):
                 seen, fault = self._client.status(), None
@@ -303,29 +336,49 @@ class _Pages:
             raise
         except _UNREADABLE as error:
             seen, fault = None, f"Something in Redis keeps these figures from being read ({type(error).__name__})."
+        if seen is not None:
+            unserved = seen.workers_known and not seen.live_workers
+            g.standing = Standing(seen.suspended, unserved, seen.unattended)
         rows = self._ask(queries.newest(self._keys, _NEWEST))
         now_ms = seen.at_ms if seen is not None else self._ask(queries.clock())
-        refresh = _refresh()
+        refresh = REFRESH_S if _looks_again() else None
         about = {"now_ms": now_ms, "refresh": refresh, "ledger": self._keys.outcomes}
         return render_template("status.html", s=seen, fault=fault, rows=rows, **about)
 
+    def open_requests(self, state: str) -> Answer:
+        """Those that wait for a worker, for their next attempt, or that a worker has in hand."""
+        page = min(_number("page", 1), queries.DEPTH // PAGE)
+        found = self._ask(queries.open_requests(self._keys, _BANDS[state], (page - 1) * PAGE))
+        return render_template("open.html", found=found, state=state, page=page, depth=queries.DEPTH)
+
+    def outcomes(self) -> Answer:
+        """The ledger, newest first."""
+        wanted = wanted_of(request.args, _ENDED)
+        before = request.args.get("before")
+        if before is not None and not _ENTRY.fullmatch(before):
+            raise BadRequest(f"before={before[:80]!r}: must be the id of an entry of the ledger, as 1763807442123-0.")
+        found = None
+        if wanted.fault is None:
+            found = self._ask(queries.outcomes(self._keys, wanted, before), heavy=not wanted.all)
+        return self._filtered("outcomes.html", wanted, _ENDED, found=found, before=before)
+
     def failed(self) -> Answer:
         """The failed requests, newest first."""
-        wanted = _wanted()
+        wanted = wanted_of(request.args, _FAILED)
         page = _number("page", 1)
-        found = self._ask(queries.failed(self._keys, wanted, (page - 1) * PAGE), heavy=not wanted.all)
-        pages = max(1, -(-found.matching // PAGE))
-        return render_template(
-            "failed.html",
-            found=found,
-            wanted=wanted,
-            page=page,
-            pages=pages,
-            kinds=[*(kind.value for kind in OutcomeKind if kind.failed), UNREADABLE],
-            most=CHUNK,
-            note=self._access.noted(request.args.get("note")),
-            depth=queries.DEPTH,
+        found, pages = None, 1
+        if wanted.fault is None:
+            found = self._ask(queries.failed(self._keys, wanted, (page - 1) * PAGE), heavy=not wanted.all)
+            pages = max(1, -(-found.matching // PAGE))
+        note = self._access.noted(request.args.get("note"))
+        return self._filtered(
+            "failed.html", wanted, _FAILED, found=found, page=page, pages=pages, most=CHUNK, note=note
         )
+
+    def _filtered(self, template: str, wanted: Wanted, kinds: Sequence[str], **about: Any) -> Answer:
+        """A page with a filter; with 400 if that has a fault."""
+        about |= {"wanted": wanted, "kinds": (*kinds, UNREADABLE), "depth": queries.DEPTH}
+        return render_template(template, **about), 200 if wanted.fault is None else 400
 
     def one(self, job_id: str) -> Answer:
         """One request in full."""
@@ -339,7 +392,9 @@ class _Pages:
             if not earlier:
                 raise NotFound("Nobody knows this request any more: neither a job, nor an outcome, nor the ledger.")
             seen = earlier[0]
-        refresh = _refresh() if seen.open else None
+        refresh = REFRESH_S if seen.open and _looks_again() else None
+        if refresh and not _is_live():
+            return _frame("Request")
         note = self._access.noted(request.args.get("note"))
         return render_template("request.html", seen=seen, now_ms=now_ms, refresh=refresh, note=note)
 
@@ -362,7 +417,9 @@ class _Pages:
             raise Forbidden(_READ_ONLY)
         now_ms = self._ask(queries.clock())
         ids = [job_id for job_id in request.args.getlist("id") if USABLE_ID.fullmatch(job_id)]
-        wanted = _wanted()
+        wanted = wanted_of(request.args, _FAILED)
+        if wanted.fault is not None:
+            raise BadRequest(wanted.fault)
         if ids:
             rows = self._ask(queries.requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
             matching, damaged = len(rows), tuple[str, ...]()
@@ -399,8 +456,7 @@ class _Pages:
         note = self._access.note(words)
         if len(ids) == 1:
             return redirect(url_for("one", job_id=ids[0], note=note), 303)
-        wanted = _wanted(request.form)
-        return redirect(url_for("failed", kind=wanted.kind, account=wanted.account, note=note), 303)
+        return redirect(url_for("failed", **wanted_of(request.form, _FAILED).typed, note=note), 303)
 
     # --- access and the rest ---
 
@@ -410,9 +466,9 @@ class _Pages:
             raise Forbidden(_READ_ONLY)
         if request.method != "POST":
             page = own_path(request.args.get("next"))
-            return render_template("login.html", next=page, wrong=False)
+            return render_template("login.html", next=page, refused=False)
         if not _accepted(self._access, request.form.get("token", "")):
-            return _login_form(True)
+            return _login_form()
         return self._access.let_in(make_response(redirect(own_path(request.form.get("next")), 303)), request)
 
     def logout(self) -> Answer:
@@ -431,22 +487,24 @@ class _Pages:
 _STYLE = files("producer.web").joinpath("static", "style.css").read_text("utf-8")
 
 
-def _wanted(given: Any = None) -> Wanted:
-    """The filter in the address, or in a form."""
-    source = request.args if given is None else given
-    kind = source.get("kind", "").strip() or None
-    account = source.get("account", "").strip() or None
-    known = {kind.value for kind in OutcomeKind if kind.failed} | {UNREADABLE}
-    if kind is not None and kind not in known:
-        raise BadRequest(f"kind must be one of {', '.join(sorted(known))}.")
-    return Wanted(kind, account)
-
-
 def _number(name: str, least: int) -> int:
     text = request.args.get(name, "")
     return max(least, int(text)) if text.isascii() and text.isdigit() and len(text) <= 9 else least
 
 
-def _refresh() -> int | None:
-    """After how many seconds the page looks again; ?refresh=0 stops that."""
-    return None if request.args.get("refresh") == "0" else REFRESH_S
+def _looks_again() -> bool:
+    """Whether a page that changes by itself is to look again; ?refresh=0 stops that."""
+    return request.args.get("refresh") != "0"
+
+
+def _is_live() -> bool:
+    """Whether this is the part of a page that looks again, without the rest around it."""
+    return request.args.get("live") == "1"
+
+
+def _frame(title: str) -> str:
+    """A page whose own part looks again by itself, in a frame: what is typed beside that is not lost."""
+    told = {"note": request.args.get("note"), "live": 1}
+    return render_template(
+        "frame.html", title=title, frame=url_for(str(request.endpoint), **(request.view_args or {}), **told)
+    )
