@@ -56,9 +56,10 @@ _WORKER_FIELDS = (
 _MAX_KEY_CHARS = 200
 #: What stands for the answer about a key of the wrong type, by the command.
 _NOTHING: Mapping[str, Any] = {
-    **dict.fromkeys(("LLEN", "ZCARD", "ZCOUNT", "SCARD"), 0),
+    **dict.fromkeys(("LLEN", "ZCARD", "ZCOUNT", "SCARD", "STRLEN"), 0),
     **dict.fromkeys(("LRANGE", "SRANDMEMBER", "XREVRANGE", "ZRANGEBYSCORE", "ZREVRANGE"), ()),
     "HGETALL": (),
+    "GETRANGE": b"",
 }
 #: Scores of those that wait for a worker.
 _WAITING = (int(Band.WAITING), f"({int(Band.RETRY)}")
@@ -394,11 +395,13 @@ class _First:
             ("ZRANGEBYSCORE", keys.unfinished, *_WAITING, "WITHSCORES", "LIMIT", 0, _HEAD),
             ("SRANDMEMBER", keys.queue_workers, _MAX_WORKERS),
             ("SRANDMEMBER", keys.suspects, _MAX_KEYS),
+            ("STRLEN", keys.counts),
+            ("STRLEN", keys.minutes),
         ]
 
     @classmethod
     def of(cls, answers: list[Any]) -> _First:
-        (seconds, micros), waiting, claiming, scheduled, failed, suspended, head, workers, suspects = answers
+        (seconds, micros), waiting, claiming, scheduled, failed, suspended, head, workers, suspects, *_ = answers
         return cls(
             now_ms=int(seconds) * 1000 + int(micros) // 1000,
             queued=waiting + claiming,

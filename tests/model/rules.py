@@ -18,6 +18,7 @@ time to time what stands in Redis. It raises :class:`Finding` where one of these
 11. While the queue is paused, only what needs nothing sent is given.
 12. What has ended does not stay in Redis for ever, and what has not does not run out.
 13. A job that a person cancelled through RQ is ended without another call, unless RQ itself says otherwise.
+14. The counts of outcomes by kind are those of the ledger.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ class Model:
         self.pointers: dict[str, str] = {}
         self._doubtful: set[str] = set()  # orders whose pointer hangs on what RQ calls a job
         self.ledger: set[tuple[str, int]] = set()
+        self.recorded_kinds = Counter[OutcomeKind]()
         self.forgotten: set[str] = set()  # ended, expired, and of no interest any more
         self.leaving = Counter[str]()  # RQ is about to take them off the FailedJobRegistry
         self.is_blind = False  # processes are at work that do not tell what they do
@@ -331,6 +333,7 @@ class Model:
 
     def recorded(self, outcome: Outcome) -> None:
         """The ledger has a new entry."""
+        self.recorded_kinds[outcome.kind] += 1
         key, job = (outcome.id, outcome.run), self._known(outcome.id)
         if key in self.ledger and not job.is_counted_anew:
             raise self.finding(2, outcome.id, f"run {outcome.run} stands in the ledger twice", outcome.kind)

@@ -87,9 +87,9 @@ def test_producer_imports_nothing_of_the_worker(source: Path) -> None:
 
 @pytest.mark.parametrize("source", [path for path in SOURCES if path.parts[0] == "worker"], ids=str)
 def test_worker_imports_only_the_contract(source: Path) -> None:
-    """Of the producer a worker knows the contract, the way to Redis, and what a job is made of, as it enqueues requests
-    itself; who plays a strategy, its public names."""
-    names = ("message", "untrusted", "keys", "redis_url", "job_fields")
+    """Of the producer a worker knows the contract, the way to Redis, what is counted of an outcome, and what a job is
+    made of, as it enqueues requests itself; who plays a strategy, its public names."""
+    names = ("message", "untrusted", "keys", "redis_url", "job_fields", "counts")
     plays = bool({source, *source.parents} & {*PLAY_A_STRATEGY})
     allowed = {f"producer.{name}" for name in names} | ({"producer"} if plays else set())
 
@@ -102,6 +102,7 @@ def test_worker_imports_only_the_contract(source: Path) -> None:
         ("producer/untrusted.py", set()),
         ("producer/message.py", {"producer.untrusted"}),
         ("producer/keys.py", {"producer.message"}),
+        ("producer/counts.py", {"producer.message"}),
         ("worker/classify.py", {"producer.message", "producer.untrusted"}),
         ("worker/decide.py", {"producer.message", "producer.untrusted", "worker.classify"}),
         ("worker/child.py", {"producer.message", "worker.classify", "worker.decide"}),
