@@ -28,6 +28,7 @@ from producer.client import CancelClient
 from producer.keys import Band
 from producer.message import OutcomeKind
 from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
+from producer.timeline import Timeline, read_timeline
 from producer.untrusted import clean_text
 from producer.web import queries
 from producer.web.access import (
@@ -45,11 +46,14 @@ from producer.web.access import (
 )
 from producer.web.filters import UNREADABLE, Wanted, wanted_of
 from producer.web.formatting import FILTERS, fit
+from producer.web.plots import plots_of, rows_of
 from producer.web.queries import PAGE, Standing
-from producer.web.seen import USABLE_ID, Seen
+from producer.web.seen import USABLE_ID, Seen, requests_of
 
-#: Between two looks of a page that refreshes itself, s.
-REFRESH_S = 5
+#: Between two looks of a page that refreshes itself, and of one that shows hours, s.
+REFRESH_S, HISTORY_REFRESH_S = 5, 30
+#: What is drawn: minutes, and how many of them make an interval.
+_HOUR, _DAY = (60, 1), (1440, 15)
 #: Outcomes below the status.
 _NEWEST = 25
 #: Largest form, bytes: :data:`CHUNK` ids and a little more.
@@ -291,6 +295,7 @@ class _Pages:
         self._keys = client.keys
         self._access = access
         self._turns = _Turns()
+        self._kept: dict[int, tuple[float, Timeline]] = {}
 
     def rules(self) -> Mapping[str, Any]:
         """Address and method."""
@@ -298,6 +303,7 @@ class _Pages:
             "/": self.status,
             "/<any(queued, scheduled, 'in-flight'):state>": self.open_requests,
             "/outcomes": self.outcomes,
+            "/history": self.history,
             "/failed": self.failed,
             "/requests/<job_id>": self.one,
             "/search": self.search,
@@ -342,8 +348,31 @@ class _Pages:
         rows = self._ask(queries.newest(self._keys, _NEWEST))
         now_ms = seen.at_ms if seen is not None else self._ask(queries.clock())
         refresh = REFRESH_S if _looks_again() else None
-        about = {"now_ms": now_ms, "refresh": refresh, "ledger": self._keys.outcomes}
+        hour = self._timeline(*_HOUR).intervals
+        about: dict[str, Any] = {"now_ms": now_ms, "refresh": refresh, "ledger": self._keys.outcomes}
+        about |= {"hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
         return render_template("status.html", s=seen, fault=fault, rows=rows, **about)
+
+    def history(self) -> Answer:
+        """What became of requests in the last hour and day."""
+        if _looks_again() and not _is_live():
+            return _frame("History")
+        hour, day = self._timeline(*_HOUR), self._timeline(*_DAY)
+        windows = [
+            ("Last hour", plots_of(hour.intervals, "minute", "last hour"), rows_of(hour.intervals)),
+            ("Last day", plots_of(day.intervals, "quarter of an hour", "last day"), rows_of(day.intervals)),
+        ]
+        refresh = HISTORY_REFRESH_S if _looks_again() else None
+        since_ms = hour.total.since_ms
+        return render_template("history.html", windows=windows, at_ms=hour.at_ms, since_ms=since_ms, refresh=refresh)
+
+    def _timeline(self, minutes: int, step: int) -> Timeline:
+        """What was counted, read anew after as much as a refresh takes: a day is a lot to read."""
+        kept = self._kept.get(minutes)
+        if kept is None or time.monotonic() - kept[0] >= REFRESH_S - 1:
+            timeline = self._ask(read_timeline(self._keys, minutes, step), heavy=step > 1)
+            self._kept[minutes] = kept = (time.monotonic(), timeline)
+        return kept[1]
 
     def open_requests(self, state: str) -> Answer:
         """Those that wait for a worker, for their next attempt, or that a worker has in hand."""
@@ -385,7 +414,7 @@ class _Pages:
         if not USABLE_ID.fullmatch(job_id):
             raise NotFound("No request can have this id.")
         now_ms = self._ask(queries.clock())
-        (seen,) = self._ask(queries.requests_of(self._keys, [job_id]))
+        (seen,) = self._ask(requests_of(self._keys, [job_id]))
         earlier: list[Seen] = []
         if seen.outcome is None and seen.status is None and not seen.faults:
             earlier = self._ask(queries.history(self._keys, job_id), heavy=True)
@@ -421,7 +450,7 @@ class _Pages:
         if wanted.fault is not None:
             raise BadRequest(wanted.fault)
         if ids:
-            rows = self._ask(queries.requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
+            rows = self._ask(requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
             matching, damaged = len(rows), tuple[str, ...]()
         else:
             found = self._ask(queries.failed(self._keys, wanted, 0, CHUNK), heavy=not wanted.all)
@@ -456,7 +485,8 @@ class _Pages:
         note = self._access.note(words)
         if len(ids) == 1:
             return redirect(url_for("one", job_id=ids[0], note=note), 303)
-        return redirect(url_for("failed", **wanted_of(request.form, _FAILED).typed, note=note), 303)
+        kept: Mapping[str, Any] = wanted_of(request.form, _FAILED).typed
+        return redirect(url_for("failed", **kept, note=note), 303)
 
     # --- access and the rest ---
 
@@ -504,7 +534,7 @@ def _is_live() -> bool:
 
 def _frame(title: str) -> str:
     """A page whose own part looks again by itself, in a frame: what is typed beside that is not lost."""
-    told = {"note": request.args.get("note"), "live": 1}
+    told: dict[str, Any] = {"note": request.args.get("note"), "live": 1}
     return render_template(
         "frame.html", title=title, frame=url_for(str(request.endpoint), **(request.view_args or {}), **told)
     )

@@ -23,7 +23,7 @@ RESULTS = 50
 #: Entries of the ledger, and ids of the failed registry, that a search or a filter looks at, newest first; and open
 #: requests of each state (waiting, to be retried, held) that a search or a list looks at.
 DEPTH = 20_000
-#: An outcome is recorded when Redis can be reached: how long after its end one is still looked for, ms.
+#: An outcome is recorded when Redis can be reached: how long after its end one is looked for in a longer ledger, ms.
 _LATE_MS = 600_000
 #: Accounts whose pointers a search tries at most.
 _ACCOUNTS = 200
@@ -140,11 +140,12 @@ def outcomes(keys: Keys, wanted: Wanted, before: str | None = None) -> Conversat
     """The newest outcomes that meet ``wanted``, of those before an entry if one is named: :data:`PAGE` at most, among
     :data:`DEPTH` entries."""
     damaged: dict[str, None] = {}
-    (time,) = yield from readable([("TIME",)], damaged)
+    time, length = yield [("TIME",), ("XLEN", keys.outcomes)]
     rows: list[Seen] = []
     read, last = 0, None
-    newest = "+" if wanted.until_ms is None else str(wanted.until_ms + _LATE_MS)
-    newest, oldest = f"({before}" if before else newest, str(wanted.since_ms or 0)
+    newest, oldest = f"({before}" if before else "+", str(wanted.since_ms or 0)
+    if wanted.until_ms is not None and not before and isinstance(length, int) and length > DEPTH:
+        newest = str(wanted.until_ms + _LATE_MS)
     size = PAGE + 1 if wanted.all else _ENTRIES
     while read < DEPTH:
         command = ("XREVRANGE", keys.outcomes, newest, oldest, "COUNT", min(size, DEPTH - read))

@@ -149,8 +149,9 @@ def _with_state(seen: Seen, index: Any) -> Seen:
         return replace(seen, state=seen.status) if seen.status in _STATES.values() else seen
     score = max(float(index), 0)
     band = max(band for band in _STATES if band <= score)
-    at_ms = {"lease_ends_at_ms": int(score)} if band is Band.HELD else {"due_at_ms": int(score) - band}
-    return replace(seen, state=_STATES[band].value, **({} if band is Band.WAITING else at_ms))
+    due_at_ms = int(score) - band if band is Band.RETRY else None
+    lease_ends_at_ms = int(score) if band is Band.HELD else None
+    return replace(seen, state=_STATES[band].value, due_at_ms=due_at_ms, lease_ends_at_ms=lease_ends_at_ms)
 
 
 def with_outcome(seen: Seen, outcome: Outcome) -> Seen:

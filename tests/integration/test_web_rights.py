@@ -122,7 +122,7 @@ def test_one_request_is_retried_after_a_confirmation(
     answer = operator.post("/retry/start", data=data)
 
     assert answer.status_code == 303
-    after = page(operator, answer.headers["Location"])
+    after = page(operator, answer.headers["Location"] + "&live=1")
     assert "Retried 1 of 1." in after
     assert "queued Waits for a worker." in cells(after)
     assert (client.failed_ids(), client.statuses([first, second])) == ([second], ["queued", "failed"])
