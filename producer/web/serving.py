@@ -116,7 +116,15 @@ def _make_room(server: Any) -> None:
     if crowd > 0:
         idle = [channel for channel in server.active_channels.values() if not channel.requests]
         for channel in sorted(idle, key=lambda channel: float(channel.creation_time))[:crowd]:
-            channel.handle_close()
+            _hang_up(channel, [channel.request])
+
+
+def _hang_up(channel: Any, unserved: list[Any]) -> None:
+    """Close a connection with the requests that no thread has in hand: a large one has a file."""
+    for request in unserved:
+        if request is not None:
+            request.close()
+    channel.handle_close()
 
 
 class _Log(logging.Handler):
@@ -191,15 +199,12 @@ class _Ends:
 
 
 def _close(server: Any, open_sockets: dict[int, Any]) -> None:
-    """End the threads as far as they do in time, and close whatever is open: a large request has a file."""
+    """End the threads as far as they do in time, and close whatever is open."""
     server.task_dispatcher.shutdown(timeout=_GRACE_S)
     for channel in list(server.active_channels.values()):
-        # What no thread has in hand: a request half received, and those that waited (the shutdown has cut them off).
+        # A request half received, and those that waited: the shutdown has cut off the ones that no thread had begun.
         waited = channel.requests[1:] if channel.connected else channel.requests
-        for request in (channel.request, *waited):
-            if request is not None:
-                request.close()
-        channel.handle_close()
+        _hang_up(channel, [channel.request, *waited])
     # The trigger last: a thread that still ran would write into whatever file had its number next.
     wasyncore.close_all(open_sockets)
 

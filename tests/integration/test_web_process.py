@@ -198,9 +198,7 @@ def test_wrong_tokens_are_alike_slow_and_logged_and_keep_nobody_out(valkey: Valk
         def guess(number: int) -> tuple[float, int, str, str | None]:
             began = time.monotonic()
             if number % 2:
-                answer = web(
-                    "/login", {"token": f"{TOKEN}-{number}", "next": "/failed"}, X_Forwarded_For="\x1b]0;x\x07é"
-                )
+                answer = web("/login", {"token": f"{TOKEN}-{number}", "next": "/failed"}, X_Forwarded_For="é" * 500)
             else:
                 answer = web("/failed", Authorization=f"Bearer {TOKEN}-{number}")
             return time.monotonic() - began, answer.status, answer.text, answer.headers.get("Retry-After")
@@ -216,7 +214,7 @@ def test_wrong_tokens_are_alike_slow_and_logged_and_keep_nobody_out(valkey: Valk
         assert min(took for took, *_ in answers) >= 1
         eventually(lambda: web.stderr().count("\n") == 60, what="each guess has its line")
         lines = set(web.stderr().splitlines())
-        assert lines == {"web: wrong token from 127.0.0.1", "web: wrong token from 127.0.0.1, which names ]0;x Ã©"}
+        assert lines == {f"web: wrong token from 127.0.0.1{rest}" for rest in ("", f", which names {'é' * 99}…")}
 
 
 def test_a_log_that_nobody_reads_holds_up_no_page(valkey: Valkey) -> None:
