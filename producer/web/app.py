@@ -116,7 +116,7 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     guard = _Guard(access, local_names_only)
     pages = _Pages(client, access)
     app.before_request(guard.check)
-    app.after_request(lambda response: harden(response, request))
+    app.after_request(_finished)
     app.context_processor(
         lambda: {
             "queue": client.keys.queue if guard.has_let_in() else None,
@@ -198,11 +198,18 @@ def _login_form() -> Answer:
     return answer
 
 
+def _finished(response: Response) -> Response:
+    """Add the headers that every answer carries; when to look again is one, so that a page's words need no element."""
+    if g.get("refresh"):
+        response.headers["Refresh"] = str(g.refresh)
+    return harden(response, request)
+
+
 # --- Errors -------------------------------------------------------------------------------------------------------
 
 
-def _message(code: int, title: str, words: str, refresh: int | None = None) -> tuple[str, int]:
-    return render_template("message.html", title=title, words=words, refresh=refresh), code
+def _message(code: int, title: str, words: str) -> tuple[str, int]:
+    return render_template("message.html", title=title, words=words), code
 
 
 def _away(error: QueueUnavailable) -> Answer:
@@ -211,9 +218,9 @@ def _away(error: QueueUnavailable) -> Answer:
     words = f"{error}."
     if request.method == "POST":
         words += " The retry may or may not have been started: those that were are no longer among the failed ones."
-    answer = make_response(
-        _message(503, "The queue cannot be read", words, REFRESH_S if request.method == "GET" else None)
-    )
+    if request.method == "GET":
+        g.refresh = REFRESH_S
+    answer = make_response(_message(503, "The queue cannot be read", words))
     answer.headers["Retry-After"] = str(REFRESH_S)
     return answer
 
@@ -333,8 +340,8 @@ class _Pages:
 
     def status(self) -> Answer:
         """How the queue stands, as `python -m producer status` says it, and the newest outcomes."""
-        if _looks_again() and not _is_live():
-            return _frame("Status")
+        if (frame := _frame("Status", REFRESH_S)) is not None:
+            return frame
         try:
             with self._turns.taken(heavy=False):
                 seen, fault = self._client.status(), None
@@ -347,24 +354,22 @@ class _Pages:
             g.standing = Standing(seen.suspended, unserved, seen.unattended)
         rows = self._ask(queries.newest(self._keys, _NEWEST))
         now_ms = seen.at_ms if seen is not None else self._ask(queries.clock())
-        refresh = REFRESH_S if _looks_again() else None
         hour = self._timeline(*_HOUR).intervals
-        about: dict[str, Any] = {"now_ms": now_ms, "refresh": refresh, "ledger": self._keys.outcomes}
+        about: dict[str, Any] = {"now_ms": now_ms, "ledger": self._keys.outcomes}
         about |= {"hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
         return render_template("status.html", s=seen, fault=fault, rows=rows, **about)
 
     def history(self) -> Answer:
         """What became of requests in the last hour and day."""
-        if _looks_again() and not _is_live():
-            return _frame("History")
+        if (frame := _frame("History", HISTORY_REFRESH_S)) is not None:
+            return frame
         hour, day = self._timeline(*_HOUR), self._timeline(*_DAY)
         windows = [
             ("Last hour", plots_of(hour.intervals, "minute", "last hour"), rows_of(hour.intervals)),
             ("Last day", plots_of(day.intervals, "quarter of an hour", "last day"), rows_of(day.intervals)),
         ]
-        refresh = HISTORY_REFRESH_S if _looks_again() else None
         since_ms = hour.total.since_ms
-        return render_template("history.html", windows=windows, at_ms=hour.at_ms, since_ms=since_ms, refresh=refresh)
+        return render_template("history.html", windows=windows, at_ms=hour.at_ms, since_ms=since_ms)
 
     def _timeline(self, minutes: int, step: int) -> Timeline:
         """What was counted, read anew after as much as a refresh takes: a day is a lot to read."""
@@ -421,11 +426,10 @@ class _Pages:
             if not earlier:
                 raise NotFound("Nobody knows this request any more: neither a job, nor an outcome, nor the ledger.")
             seen = earlier[0]
-        refresh = REFRESH_S if seen.open and _looks_again() else None
-        if refresh and not _is_live():
-            return _frame("Request")
+        if seen.open and (frame := _frame("Request", REFRESH_S)) is not None:
+            return frame
         note = self._access.noted(request.args.get("note"))
-        return render_template("request.html", seen=seen, now_ms=now_ms, refresh=refresh, note=note)
+        return render_template("request.html", seen=seen, now_ms=now_ms, note=note)
 
     def search(self) -> Answer:
         """By the id of an order or of a request."""
@@ -522,19 +526,21 @@ def _number(name: str, least: int) -> int:
     return max(least, int(text)) if text.isascii() and text.isdigit() and len(text) <= 9 else least
 
 
-def _looks_again() -> bool:
-    """Whether a page that changes by itself is to look again; ?refresh=0 stops that."""
-    return request.args.get("refresh") != "0"
-
-
 def _is_live() -> bool:
     """Whether this is the part of a page that looks again, without the rest around it."""
     return request.args.get("live") == "1"
 
 
-def _frame(title: str) -> str:
-    """A page whose own part looks again by itself, in a frame: what is typed beside that is not lost."""
+def _frame(title: str, every_s: int) -> str | None:
+    """A page with the part of it that looks again in a frame: what is typed beside that is not lost.
+
+    None where that part alone is asked for, which is told to come again, or ?refresh=0 says that nothing is to.
+    """
+    if request.args.get("refresh") == "0":
+        return None
+    if _is_live():
+        g.refresh = every_s
+        return None
     told: dict[str, Any] = {"note": request.args.get("note"), "live": 1}
-    return render_template(
-        "frame.html", title=title, frame=url_for(str(request.endpoint), **(request.view_args or {}), **told)
-    )
+    address = url_for(str(request.endpoint), **(request.view_args or {}), **told)
+    return render_template("frame.html", title=title, frame=address)
