@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -12,13 +11,13 @@ import pytest
 import redis
 from selenium import webdriver
 from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException, WebDriverException
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys as Press
 
 from producer import CancelClient
 from producer.message import OutcomeKind
+from tests.browser import chromium, look
 from tests.holders import OpenHolder, ended, later, orders
 from tests.servers import Valkey, Workers, eventually, stopped
 from tests.strategies import fail
@@ -26,13 +25,6 @@ from tests.webpages import HOSTILE, KEYS, LARGEST, TOKEN, WebProcess, attempt, o
 from worker.sandbox.control import RunningExchange
 
 pytestmark = pytest.mark.browser
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-OPTIONS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
-)
-
 
 #: Pages, and what is wrong with some addresses.
 PATHS = (
@@ -43,35 +35,17 @@ PATHS = (
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8")
 
 
-def _program(*names: str) -> str:
-    """Where one of these programs is."""
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.fail(f"{names[0]} is not installed; on Debian: apt-get install chromium chromium-driver", pytrace=False)
-    return found
-
-
 @pytest.fixture(scope="module")
 def _browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = _program(*BROWSERS)
-    for option in OPTIONS:
-        options.add_argument(option)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(_program("chromedriver")))
-    driver.set_page_load_timeout(30)
-    try:
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture
 def browser(_browser: webdriver.Chrome) -> webdriver.Chrome:
     """A real Chromium that knows nobody."""
     _browser.delete_all_cookies()
-    width(_browser, 1100)
+    look(_browser, 1100)
     _browser.get_log("browser")  # type: ignore[no-untyped-call]
     return _browser
 
@@ -81,12 +55,6 @@ def web(valkey: Valkey) -> Iterator[WebProcess]:
     """The real server, with a login."""
     with WebProcess(valkey.url, WEB_TOKEN=TOKEN) as process:
         yield process
-
-
-def width(browser: webdriver.Chrome, pixels: int) -> None:
-    """Make the window as wide as that."""
-    metrics = {"width": pixels, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 def words(browser: webdriver.Chrome) -> str:
@@ -233,7 +201,7 @@ def test_pages_fit_a_phone(
     settle(connection, outcome("r1", algo_id=LARGEST, attempts=(attempt(msg="m" * 200),) * 3, **long))
     settle(connection, outcome("w" * 200), raw="{" + "x" * 500)
     log_in(browser, web)
-    width(browser, 390)
+    look(browser, 390)
     for path in (*PATHS, "/requests/r1", "/retry", f"/search?q={LARGEST}"):
         browser.get(web.url + path)
         for details in browser.find_elements(By.CSS_SELECTOR, "details"):
@@ -304,21 +272,19 @@ def test_axe_finds_nothing(
     connection.hset(KEYS.worker_prefix + "dead", mapping=beat)
     connection.sadd(KEYS.queue_workers, KEYS.worker_prefix + "dead")
     looks = [("light", 390), ("dark", 1100)]
-    found = [violations(browser, web.url + path, *look) for path in ("/login", "/failed") for look in looks]
+    found = [violations(browser, web.url + path, *way) for path in ("/login", "/failed") for way in looks]
     log_in(browser, web)
     for path in (*PATHS, "/retry?id=r6", f"/requests/{tickets[1].id}?live=1", "/requests/r6", "/search?q=1&account=x"):
-        found += [violations(browser, web.url + path, *look) for look in looks]
+        found += [violations(browser, web.url + path, *way) for way in looks]
         looks = [(looks[1][0], looks[0][1]), (looks[0][0], looks[1][1])]  # the next page the other way about
     with stopped(valkey):
-        found += [violations(browser, web.url + "/failed", *look) for look in looks]
+        found += [violations(browser, web.url + "/failed", *way) for way in looks]
     assert [words for each in found for words in each] == []
 
 
 def violations(browser: webdriver.Chrome, address: str, scheme: str, pixels: int) -> list[str]:
     """What axe objects to on a page, all of it opened, in a colour scheme and at a width."""
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    width(browser, pixels)
+    look(browser, pixels, scheme)
     browser.get(address)
     browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
     browser.execute_script(AXE)
