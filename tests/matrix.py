@@ -23,19 +23,9 @@ from tests.servers import ROOT, scrubbed
 CONTRACT = tuple(
     f"tests/integration/test_{name}.py"
     for name in (
-        *(
-            "enqueue",
-            "claim",
-            "complete",
-            "index",
-            "leases",
-            "runs",
-            "script_costs",
-            "gate_script",
-            "damaged_keys",
-            "counts",
-        ),
-        *("worker_outcomes", "stock_worker", "rq_interop", "client", "aio", "testing_contract"),
+        *("enqueue", "claim", "complete", "index", "leases", "runs", "script_costs", "gate_script", "damaged_keys"),
+        *("worker_outcomes", "stock_worker", "rq_interop", "client", "aio", "testing_contract", "redis_users"),
+        "counts",
     )
 )
 PROGRAMS = ("redis-server", "valkey-server")

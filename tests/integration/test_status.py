@@ -20,8 +20,9 @@ from producer.keys import Band, Keys
 from producer.status import Status
 from producer.workers import FRESH_S, LIVE_S
 from tests.exporting import append, record
+from tests.fault.proxy import Proxy
 from tests.holders import OpenHolder, age, ended, later, orders
-from tests.servers import Peek, TurnCounter, Valkey, Workers, eventually
+from tests.servers import Peek, Valkey, Workers, eventually
 from tests.strategies import CONNECTIONS, now_ms
 from worker.sandbox.control import RunningExchange
 
@@ -36,13 +37,13 @@ def test_keys_and_gates_cost_no_further_round_trip(valkey: Valkey, connection: r
         connection.hset(KEYS.breaker(account), mapping={"failures": 5, "since_ms": 1, "probe_at_ms": 2})
         connection.sadd(KEYS.held(account), "waits")
     connection.zadd(KEYS.scheduled, {"waits": 4e9})
-    with TurnCounter(valkey.port) as counter, CancelClient.from_url(f"redis://127.0.0.1:{counter.port}/0") as client:
+    with Proxy(valkey.port) as counter, CancelClient.from_url(counter.redis_url) as client:
         client.status()  # the connection's own greeting
-        counter.turns = 0
+        counter.count.turns = 0
 
         seen = client.status()
 
-        assert counter.turns == 3
+        assert counter.count.turns == 3
     assert [(key.account, key.open, key.held) for key in seen.keys] == [(name, True, 1) for name in "abc"]
 
 

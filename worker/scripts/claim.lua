@@ -166,6 +166,7 @@ function job.lease(id, s, deadline_ms)
   local run = text(s.run or '1') -- as its holder will write it: somebody may have put zeros before it
   out.number, out.stamp = out.number + 1, out.stamp or now.stamp()
   redis.call('PERSIST', key)
+  if run ~= '1' then redis.call('DEL', OUTCOME_PREFIX .. id) end -- it is of the run before
   job.put_in_order(key, id, s)
   -- The attempt is noted before it is sent: should nobody come back with its answer, it counts as perhaps done.
   local status = job.is_recalled(s) and s.status or 'started'
