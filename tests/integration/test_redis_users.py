@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.web.app import create_app
 from tests.conftest import API_KEY, API_SECRET
 from tests.exporting import exporting
-from tests.orders import opened
+from tests.orders import PROVEN_S, opened
 from tests.servers import ROOT, Valkey, Workers, running_valkey
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -45,7 +46,8 @@ def denied(server: Valkey) -> list[str]:
 
 
 def test_each_user_can_do_its_part(guarded: Valkey, exchange: RunningExchange, tmp_path: Path) -> None:
-    """Worker, strategy, reader and operator live through an order's life, a retry and a pause without one refusal."""
+    """Worker, strategy, reader and operator live through an order's life, a retry, a pause and a cancel of all that is
+    open without one refusal."""
     assert {name for name, _ in LINES} == {"worker", "strategy", "operator", "reader"}
     environment = {
         "REDIS_URL": url_of(guarded, "worker"),
@@ -69,9 +71,12 @@ def test_each_user_can_do_its_part(guarded: Valkey, exchange: RunningExchange, t
                 for kind in (OutcomeKind.REFUSED, OutcomeKind.CANCELLED):  # the first time by its key
                     assert operator.retry([tickets[1]]) == [tickets[1].id]
                     assert tickets[1].wait(20).kind is kind
+            opened(exchange, 1)
+            time.sleep(PROVEN_S)
+            assert strategy.cancel_open("BTCUSDT").wait(30).kind is OutcomeKind.CANCELLED
         with CancelClient.from_url(url_of(guarded, "reader")) as reader:
             assert (reader.status().live_workers, reader.status().damaged) == (1, ())
-            assert len(list(reader.outcomes())) == 5
+            assert len(list(reader.outcomes())) == 8  # two of them listings
             with create_app(reader).test_client() as pages:
                 assert {pages.get(path).status_code for path in ("/", "/failed", f"/search?q={good}")} == {200}
         with exporting(url_of(guarded, "reader")) as exporter:
