@@ -276,7 +276,7 @@ def test_requests_of_a_listing_are_promised() -> None:
     assert judged(listing(), s3="CANCELED").harmful == ("3 CANCELED 1 DELETEs",)
 
 
-def test_a_short_deadline_is_excused_where_it_was_decided_later() -> None:
+def test_a_short_deadline_is_excused_where_another_request_decided() -> None:
     """Of the listing and of what it made; and where the call told no id with which to try again."""
     ends = [listing((1, A)), record(A, kind="overdue"), record(A, run=2)]
     for asks, excused_ones in (([Ask("BTCUSDT", L, None, True)], 1), ([Ask("BTCUSDT", L)], 0)):
