@@ -124,8 +124,8 @@ MUTANTS = (
     ),
     Mutant(
         CLAIM,
-        "text(RETRY_BAND + now.ms), 'LIMIT'",
-        "text(RETRY_BAND + now.ms + 100000), 'LIMIT'",
+        "text(RETRY_BAND + now.ms), 'WITHSCORES'",
+        "text(RETRY_BAND + now.ms + 100000), 'WITHSCORES'",
         "retries come before they are due",
     ),
     Mutant(
@@ -215,6 +215,8 @@ MUTANTS = (
         "",
         "attempts are forgotten",
     ),
+    Mutant(ENDING, "(out.counted[position] or 0) + number", "number", "a group is counted as one outcome"),
+    Mutant(ENDING, "  pcall(job.count)", "  out = out", "no outcome is counted"),
     Mutant(ENDING, "'c_done', kind, ", "", "a job does not know that it has ended"),
     Mutant(
         ENDING,

@@ -21,6 +21,7 @@ time to time what stands in Redis. It raises :class:`Finding` where one of these
     makes no request then.
 14. A listing of open orders ends together with a request for each order that it names, or with one that was open: that
     is made once, with its deadline and what it wants done with children.
+15. The counts of outcomes by kind are those of the ledger.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ class Model:
         self.pointers: dict[str, str] = {}
         self._doubtful: set[str] = set()  # orders whose pointer hangs on what RQ calls a job
         self.ledger: set[tuple[str, int]] = set()
+        self.recorded_kinds = Counter[OutcomeKind]()
         self.forgotten: set[str] = set()  # ended, expired, and of no interest any more
         self.leaving = Counter[str]()  # RQ is about to take them off the FailedJobRegistry
         self.is_blind = False  # processes are at work that do not tell what they do
@@ -338,6 +340,7 @@ class Model:
 
     def recorded(self, outcome: Outcome) -> None:
         """The ledger has a new entry."""
+        self.recorded_kinds[outcome.kind] += 1
         key, job = (outcome.id, outcome.run), self._known(outcome.id)
         if key in self.ledger and not job.is_counted_anew:
             raise self.finding(2, outcome.id, f"run {outcome.run} stands in the ledger twice", outcome.kind)
