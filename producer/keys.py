@@ -165,6 +165,16 @@ class Keys:
         return f"{self.queue}:outcomes"
 
     @property
+    def counts(self) -> str:
+        """String of all that was ever counted of outcomes, see :mod:`producer.counts`."""
+        return f"{self.queue}:counts"
+
+    @property
+    def minutes(self) -> str:
+        """String with a ring of what :attr:`counts` was at the first outcome of each minute that had one."""
+        return f"{self.queue}:minutes"
+
+    @property
     def outcome_prefix(self) -> str:
         """Outcome records and the channels that announce them, followed by the id."""
         return f"{self.queue}:outcome:"
@@ -201,6 +211,8 @@ class Keys:
             "UNFINISHED": self.unfinished,
             "SCHEDULED": self.scheduled,
             "FAILED": self.failed,
+            "COUNTS": self.counts,
+            "MINUTES": self.minutes,
             "ORDER_PREFIX": self.order_prefix,
             "OUTCOME_PREFIX": self.outcome_prefix,
             "POINTER_LIFE_S": POINTER_LIFE_S,
@@ -215,6 +227,11 @@ class Keys:
     def gate(scope: str) -> str:
         """The shared pause of one egress address: ``all``, or the host name of a worker that has its own."""
         return f"gate:{scope}"
+
+
+def set_aside(key: str) -> str:
+    """Where a key goes that all jobs share and that has another type than it should."""
+    return f"{key}:set-aside"
 
 
 _SUSPECT = re.compile(rb"(.*) ([0-9a-f]{16})", re.DOTALL)

@@ -322,6 +322,18 @@ class Outcome:
         is_unfilled = _NOTHING.fullmatch(self.child_executed_qty or "") is not None
         return is_unfilled and self.child_status in CHILD_ENDED
 
+    @property
+    def first_attempt_ms(self) -> int | None:
+        """From the enqueue to the first attempt, ms; None where one of them is not known, or there was none."""
+        if self.enqueued_at_ms is None or not self.attempts:
+            return None
+        return max(0, self.attempts[0].at_ms - self.enqueued_at_ms)
+
+    @property
+    def took_ms(self) -> int | None:
+        """From the enqueue to the outcome, ms; None where the enqueue is not known."""
+        return None if self.enqueued_at_ms is None else max(0, self.finished_at_ms - self.enqueued_at_ms)
+
     def history(self) -> tuple[Attempt, ...]:
         """All calls, in their order."""
         return tuple(sorted((*self.attempts, *self.child_attempts), key=lambda attempt: attempt.n))

@@ -83,7 +83,7 @@ def settle(connection: redis.Redis, ended: Outcome, data: bytes | None = None, r
 
 CSP = (
     "default-src 'none'; style-src 'self'; script-src 'none'; img-src 'self' data:; "
-    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    "frame-src 'self'; form-action 'self'; frame-ancestors 'self'; base-uri 'none'"
 )
 
 
@@ -132,15 +132,16 @@ class Reply:
 class WebProcess:
     """`python -m producer web` as a real process, and HTTP to it."""
 
-    def __init__(self, redis_url: str, *arguments: str, **environment: str) -> None:
+    def __init__(self, redis_url: str, *arguments: str, stderr: int | None = None, **environment: str) -> None:
         self._command = [sys.executable, "-W", "error", "-m", "producer", "web", "--port", "0", *arguments]
         self._environment = scrubbed() | {"REDIS_URL": redis_url} | environment
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self._stderr = self._said if stderr is None else stderr
         self.port = 0
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            self._command, cwd=ROOT, env=self._environment, stdout=subprocess.PIPE, stderr=self._said
+            self._command, cwd=ROOT, env=self._environment, stdout=subprocess.PIPE, stderr=self._stderr
         )
         assert self.process.stdout is not None
         watchdog = threading.Timer(20, self.process.kill)

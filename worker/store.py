@@ -17,6 +17,7 @@ from uuid import uuid4
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
+from producer.counts import LAYOUT, counted
 from producer.job_fields import words_of_job
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, WorkerField, suspect_of
 from producer.message import Attempt, CancelRequest, Outcome, encode_attempts, encode_call
@@ -142,10 +143,12 @@ class Done:
         said = f"{outcome.kind.value}: {outcome.error}".encode()
         # RQ keeps a failure's text compressed, a return value as its serializer writes it (rq.results.Result).
         result = b64encode(zlib.compress(said) if failed else b'"%s"' % outcome.kind.value.encode())
-        attempts = encode_attempts(outcome.history()) if by_deadline or leaves_child else ""
+        may_go_on = by_deadline or leaves_child or self.requests  # as what is asked for has changed meanwhile
+        attempts = encode_attempts(outcome.history()) if may_go_on else ""
         decided_by = lease.deadline_at_ms if by_deadline else ""
         said_of = (outcome.encode(), outcome.kind.value, result, decided_by)
-        return (*_head("done", lease), *said_of, attempts, self.pin, "1" if leaves_child else "")
+        leaves = "1" if leaves_child else ""
+        return (*_head("done", lease), *said_of, attempts, self.pin, leaves, counted(outcome))
 
     def request_words(self) -> Words:
         """The rows of place.lua: what the request of the job was given goes on to those that it makes."""
@@ -168,7 +171,17 @@ class Retry:
 
     def words(self) -> Words:
         """The row of complete.lua."""
-        return (*_head("retry", self.lease), encode_attempts(self.attempts), self.pin, self.delay_ms, "", "", "", "")
+        return (
+            *_head("retry", self.lease),
+            encode_attempts(self.attempts),
+            self.pin,
+            self.delay_ms,
+            "",
+            "",
+            "",
+            "",
+            "",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +195,7 @@ class Release:
     def words(self) -> Words:
         """The row of complete.lua."""
         attempts = "" if self.attempts is None else encode_attempts(self.attempts)
-        return (*_head("release", self.lease), attempts, self.pin, "", "", "", "", "")
+        return (*_head("release", self.lease), attempts, self.pin, "", "", "", "", "", "")
 
 
 #: How a hold ends.
@@ -250,10 +263,10 @@ class Store:
             "DEADLINE_MS": deadline_ms,
             "OUTCOME_TTL_S": outcome_ttl_s,
             "LEDGER_MAXLEN": ledger_maxlen,
-            "RESULT_TTL_S": RESULT_TTL_S,
-            "FAILURE_TTL_S": FAILURE_TTL_S,
+            **{"RESULT_TTL_S": RESULT_TTL_S, "FAILURE_TTL_S": FAILURE_TTL_S},
             "MAX_DATA_BYTES": MAX_PAYLOAD_BYTES,
             "MAX_ATTEMPTS_BYTES": MAX_ATTEMPTS_BYTES,
+            **LAYOUT,
         }
         names = ("claim", "complete", "beat", "gate", "key", "tidy", "wake")
         before = {"complete": ("worker/ending.lua",)}

@@ -11,13 +11,13 @@ import hmac
 import ipaddress
 import re
 import secrets
-import threading
-import time
 from typing import Any
 from urllib.parse import urlsplit
 
 from flask import Request, Response
 from itsdangerous import BadData, URLSafeTimedSerializer
+
+from producer.untrusted import clean_text
 
 #: Least length of WEB_TOKEN, characters.
 MIN_TOKEN_CHARS = 16
@@ -25,17 +25,17 @@ MIN_TOKEN_CHARS = 16
 MIN_TOKEN_KINDS = 8
 #: Life of a login, s.
 LOGIN_S = 12 * 3600
-#: How long a failed login waits, s.
-PENALTY_S = 1.0
-#: Failed logins that wait at a time; further ones are refused at once, so that they do not keep all threads.
-_WAITING = 4
+#: How long the answer to what may be a guess at the token is held back, s.
+GUESS_S = 1.0
+#: Where a login is sent to.
+LOGIN_PATH = "/login"
 #: How long the note after an action can be shown, s.
 _NOTE_S = 60
 COOKIE = "cancel_queue_login"
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'none'; img-src 'self' data:; "
-    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "frame-src 'self'; form-action 'self'; frame-ancestors 'self'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
@@ -50,10 +50,6 @@ _OWN_PATH = re.compile(r"/(?![/\\])[A-Za-z0-9._~%/?=&:@+-]*")
 
 class UnsafeStart(ValueError):
     """The pages would be open to people who should not see them, or the token is too weak. The text says what to do."""
-
-
-class TooManyLogins(Exception):
-    """The token is wrong, and so many failed logins wait already that this one is not kept waiting."""
 
 
 def check_start(host: str, token: str | None, public_read: bool) -> None:
@@ -114,6 +110,19 @@ def harden(response: Response, request: Request) -> Response:
     return response
 
 
+def bearer(authorization: str) -> str | None:
+    """The token of an Authorization header, if there is one."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+def whence(request: Request) -> str:
+    """Where a request says that it comes from, fit for a log."""
+    passed_on = request.headers.get("X-Forwarded-For")
+    by = clean_text(request.remote_addr or "?", 60)
+    return by if passed_on is None else f"{by}, which names {clean_text(passed_on, 100)}"
+
+
 def is_foreign(request: Request) -> bool:
     """Whether a browser says that another site made this request."""
     return request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none")
@@ -127,34 +136,21 @@ class Access:
         self._digest = _digest(token or secrets.token_hex())
         key = hashlib.pbkdf2_hmac("sha256", self._digest, b"algo-cancel-queue web", 100_000)
         self._signer = URLSafeTimedSerializer(key, signer_kwargs={"digest_method": hashlib.sha256})
-        self._lock = threading.Lock()
-        self._waiting = 0
 
     # --- logging in ---
 
     def accepts(self, token: str) -> bool:
-        """Whether this is the token, told at once if it is, whoever else waits; a wrong one waits :data:`PENALTY_S`.
+        """Whether this is the token."""
+        return hmac.compare_digest(_digest(token), self._digest) and self.enabled
 
-        Raises:
-            TooManyLogins: it is wrong, and others wait already.
+    def is_guess(self, method: str, path: str, authorization: str) -> bool:
+        """Whether a request may be a guess at the token: any login, so that the time tells nothing, and a wrong header.
+
+        Each is answered :data:`GUESS_S` late. None is refused for being one of many: the right token is among them.
         """
-        if hmac.compare_digest(_digest(token), self._digest) and self.enabled:
-            return True
-        with self._lock:
-            if self._waiting >= _WAITING:
-                raise TooManyLogins
-            self._waiting += 1
-        try:
-            time.sleep(PENALTY_S)
-        finally:
-            with self._lock:
-                self._waiting -= 1
-        return False
-
-    def bearer(self, request: Request) -> str | None:
-        """The token of the Authorization header, if there is one."""
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        return token.strip() if scheme.lower() == "bearer" else None
+        token = bearer(authorization)
+        is_login = method == "POST" and path.rstrip("/") == LOGIN_PATH
+        return self.enabled and (is_login or (token is not None and not self.accepts(token)))
 
     def let_in(self, response: Response, request: Request) -> Response:
         """Set the cookie of a new login."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
+import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,31 +21,39 @@ from werkzeug.exceptions import (
     HTTPException,
     NotFound,
     ServiceUnavailable,
-    TooManyRequests,
 )
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from producer.client import CancelClient
+from producer.keys import Band
 from producer.message import OutcomeKind
 from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
+from producer.timeline import Timeline, read_timeline
 from producer.untrusted import clean_text
 from producer.web import queries
 from producer.web.access import (
+    LOGIN_PATH,
     MIN_TOKEN_CHARS,
     Access,
-    TooManyLogins,
+    bearer,
     forwarded,
     forwarded_in_clear,
     harden,
     is_foreign,
     named_locally,
     own_path,
+    whence,
 )
+from producer.web.filters import UNREADABLE, Wanted, wanted_of
 from producer.web.formatting import FILTERS, fit
-from producer.web.queries import PAGE, UNREADABLE, USABLE_ID, Seen, Wanted
+from producer.web.plots import plots_of, rows_of
+from producer.web.queries import PAGE, Standing
+from producer.web.seen import USABLE_ID, Seen, requests_of
 
-#: Between two looks of a page that refreshes itself, s.
-REFRESH_S = 5
+#: Between two looks of a page that refreshes itself, and of one that shows hours, s.
+REFRESH_S, HISTORY_REFRESH_S = 5, 30
+#: What is drawn: minutes, and how many of them make an interval.
+_HOUR, _DAY = (60, 1), (1440, 15)
 #: Outcomes below the status.
 _NEWEST = 25
 #: Largest form, bytes: :data:`CHUNK` ids and a little more.
@@ -75,6 +84,14 @@ _CROWD = "Too many others wait for their turn to read the queue. Nothing was don
 #: What a foreign record can make of figures that are read as numbers and dates.
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
+#: The addresses of the lists of open requests.
+_BANDS = {"queued": Band.WAITING, "scheduled": Band.RETRY, "in-flight": Band.HELD}
+_ENDED = tuple(kind.value for kind in OutcomeKind)
+_FAILED = tuple(kind.value for kind in OutcomeKind if kind.failed)
+#: An entry of the ledger.
+_ENTRY = re.compile(r"[0-9]{1,15}-[0-9]{1,15}")
+_log = logging.getLogger("producer.web")
+
 T = TypeVar("T")
 Answer = Response | WerkzeugResponse | str | tuple[str, int]
 
@@ -95,16 +112,18 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     app.jinja_env.finalize = fit
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters.update(FILTERS)
-    access = Access(token)
+    app.extensions["access"] = access = Access(token)
     guard = _Guard(access, local_names_only)
     pages = _Pages(client, access)
     app.before_request(guard.check)
-    app.after_request(lambda response: harden(response, request))
+    app.after_request(_finished)
     app.context_processor(
         lambda: {
             "queue": client.keys.queue if guard.has_let_in() else None,
             "login": guard.login(),
             "writable": access.enabled,
+            "live": _is_live(),
+            "standing": pages.standing,
         }
     )
     app.jinja_env.globals.update(form_token=access.form_token)
@@ -148,13 +167,13 @@ class _Guard:
             raise Forbidden("Another site made this request. Open the page here and repeat it.")
         if not self._access.enabled or request.endpoint in _OPEN_TO_ALL:
             return None
-        bearer = self._access.bearer(request)
-        if bearer is not None:
-            g.let_in = _accepted(self._access, bearer)
-            return None if g.let_in else _login_form(True)
+        token = bearer(request.headers.get("Authorization", ""))
+        if token is not None:
+            g.let_in = _accepted(self._access, token)
+            return None if g.let_in else _login_form()
         login = self.login()
         if login is None:
-            return _login_form(False)
+            return _login_form()
         g.let_in = True
         if changes and not self._access.is_form_of(login, request.form.get("form_token", "")):
             raise Forbidden("This form is not of the present login, or too old. Open the page again and repeat it.")
@@ -162,42 +181,53 @@ class _Guard:
 
 
 def _accepted(access: Access, token: str) -> bool:
-    try:
-        return access.accepts(token)
-    except TooManyLogins:
-        words = "That is not the token, and others were wrong just now. Try again in a few seconds."
-        raise TooManyRequests(words, retry_after=_AGAIN_S) from None
+    """Whether it is the token; a wrong one is logged. How long its answer takes is the server's affair."""
+    accepted = access.accepts(token)
+    if not accepted:
+        _log.warning("web: wrong token from %s", whence(request))
+    return accepted
 
 
-def _login_form(wrong: bool) -> Answer:
-    """The login, with 401, in place of the page that was asked for."""
-    asked = request.full_path.rstrip("?") if request.method == "GET" else None
+def _login_form() -> Answer:
+    """The login, with 401, in place of the page that was asked for: one answer to wrong tokens and to none."""
+    full_path = request.path if _is_live() else request.full_path.rstrip("?")
+    asked = full_path if request.method == "GET" else None
     page = request.form.get("next") if request.endpoint == "login" else asked
-    answer = make_response(render_template("login.html", next=own_path(page), wrong=wrong), 401)
+    answer = make_response(render_template("login.html", next=own_path(page), refused=True), 401)
     answer.headers["WWW-Authenticate"] = 'Bearer realm="algo-cancel-queue"'
     return answer
+
+
+def _finished(response: Response) -> Response:
+    """Add the headers that every answer carries; when to look again is one, so that a page's words need no element."""
+    if g.get("refresh"):
+        response.headers["Refresh"] = str(g.refresh)
+    return harden(response, request)
 
 
 # --- Errors -------------------------------------------------------------------------------------------------------
 
 
-def _message(code: int, title: str, words: str, refresh: int | None = None) -> tuple[str, int]:
-    return render_template("message.html", title=title, words=words, refresh=refresh), code
+def _message(code: int, title: str, words: str) -> tuple[str, int]:
+    return render_template("message.html", title=title, words=words), code
 
 
 def _away(error: QueueUnavailable) -> Answer:
     """Redis is away: say so, and look again by itself where that changes nothing."""
+    g.standing = None  # asking for it would only take as long again
     words = f"{error}."
     if request.method == "POST":
         words += " The retry may or may not have been started: those that were are no longer among the failed ones."
-    answer = make_response(
-        _message(503, "The queue cannot be read", words, REFRESH_S if request.method == "GET" else None)
-    )
+    if request.method == "GET":
+        g.refresh = REFRESH_S
+    answer = make_response(_message(503, "The queue cannot be read", words))
     answer.headers["Retry-After"] = str(REFRESH_S)
     return answer
 
 
 def _http_error(error: HTTPException) -> Answer:
+    if error.code == ServiceUnavailable.code:
+        g.standing = None
     answer = make_response(_message(error.code or 500, error.name, error.description or ""))
     for name, value in error.get_headers():
         if name != "Content-Type":
@@ -211,7 +241,7 @@ def _broken(error: Exception) -> Answer:
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     where = "?" if place is None else f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
-    sys.stderr.write(f"web: {request.endpoint}: {type(error).__name__} at {where}\n")
+    _log.error("web: %s: %s at %s", request.endpoint, type(error).__name__, where)
     return _message(500, "This page is broken", "The process' log says where. The command line shows the same figures.")
 
 
@@ -272,17 +302,21 @@ class _Pages:
         self._keys = client.keys
         self._access = access
         self._turns = _Turns()
+        self._kept: dict[int, tuple[float, Timeline]] = {}
 
     def rules(self) -> Mapping[str, Any]:
         """Address and method."""
         return {
             "/": self.status,
+            "/<any(queued, scheduled, 'in-flight'):state>": self.open_requests,
+            "/outcomes": self.outcomes,
+            "/history": self.history,
             "/failed": self.failed,
             "/requests/<job_id>": self.one,
             "/search": self.search,
             "/retry": self.confirm,
             "/retry/start": self.start,
-            "/login": self.login,
+            LOGIN_PATH: self.login,
             "/logout": self.logout,
             "/healthz": self.healthz,
             "/style.css": self.style,
@@ -292,10 +326,22 @@ class _Pages:
         with self._turns.taken(heavy):
             return self._client.converse(conversation)
 
+    def standing(self) -> Standing | None:
+        """What holds up everything, for the banner of a page; None where it cannot be told."""
+        if "standing" not in g:
+            try:
+                g.standing = self._ask(queries.standing(self._keys))
+            except (QueueUnavailable, HTTPException, *_UNREADABLE):
+                g.standing = None
+        found: Standing | None = g.standing
+        return found
+
     # --- reading ---
 
     def status(self) -> Answer:
         """How the queue stands, as `python -m producer status` says it, and the newest outcomes."""
+        if (frame := _frame("Status", REFRESH_S)) is not None:
+            return frame
         try:
             with self._turns.taken(heavy=False):
                 seen, fault = self._client.status(), None
@@ -303,45 +349,87 @@ class _Pages:
             raise
         except _UNREADABLE as error:
             seen, fault = None, f"Something in Redis keeps these figures from being read ({type(error).__name__})."
+        if seen is not None:
+            unserved = seen.workers_known and not seen.live_workers
+            g.standing = Standing(seen.suspended, unserved, seen.unattended)
         rows = self._ask(queries.newest(self._keys, _NEWEST))
         now_ms = seen.at_ms if seen is not None else self._ask(queries.clock())
-        refresh = _refresh()
-        about = {"now_ms": now_ms, "refresh": refresh, "ledger": self._keys.outcomes}
+        hour = self._timeline(*_HOUR).intervals
+        about: dict[str, Any] = {"now_ms": now_ms, "ledger": self._keys.outcomes}
+        about |= {"hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
         return render_template("status.html", s=seen, fault=fault, rows=rows, **about)
+
+    def history(self) -> Answer:
+        """What became of requests in the last hour and day."""
+        if (frame := _frame("History", HISTORY_REFRESH_S)) is not None:
+            return frame
+        hour, day = self._timeline(*_HOUR), self._timeline(*_DAY)
+        windows = [
+            ("Last hour", plots_of(hour.intervals, "minute", "last hour"), rows_of(hour.intervals)),
+            ("Last day", plots_of(day.intervals, "quarter of an hour", "last day"), rows_of(day.intervals)),
+        ]
+        since_ms = hour.total.since_ms
+        return render_template("history.html", windows=windows, at_ms=hour.at_ms, since_ms=since_ms)
+
+    def _timeline(self, minutes: int, step: int) -> Timeline:
+        """What was counted, read anew after as much as a refresh takes: a day is a lot to read."""
+        kept = self._kept.get(minutes)
+        if kept is None or time.monotonic() - kept[0] >= REFRESH_S - 1:
+            timeline = self._ask(read_timeline(self._keys, minutes, step), heavy=step > 1)
+            self._kept[minutes] = kept = (time.monotonic(), timeline)
+        return kept[1]
+
+    def open_requests(self, state: str) -> Answer:
+        """Those that wait for a worker, for their next attempt, or that a worker has in hand."""
+        page = min(_number("page", 1), queries.DEPTH // PAGE)
+        found = self._ask(queries.open_requests(self._keys, _BANDS[state], (page - 1) * PAGE))
+        return render_template("open.html", found=found, state=state, page=page, depth=queries.DEPTH)
+
+    def outcomes(self) -> Answer:
+        """The ledger, newest first."""
+        wanted = wanted_of(request.args, _ENDED)
+        before = request.args.get("before")
+        if before is not None and not _ENTRY.fullmatch(before):
+            raise BadRequest(f"before={before[:80]!r}: must be the id of an entry of the ledger, as 1763807442123-0.")
+        found = None
+        if wanted.fault is None:
+            found = self._ask(queries.outcomes(self._keys, wanted, before), heavy=not wanted.all)
+        return self._filtered("outcomes.html", wanted, _ENDED, found=found, before=before)
 
     def failed(self) -> Answer:
         """The failed requests, newest first."""
-        wanted = _wanted()
+        wanted = wanted_of(request.args, _FAILED)
         page = _number("page", 1)
-        found = self._ask(queries.failed(self._keys, wanted, (page - 1) * PAGE), heavy=not wanted.all)
-        pages = max(1, -(-found.matching // PAGE))
-        return render_template(
-            "failed.html",
-            found=found,
-            wanted=wanted,
-            page=page,
-            pages=pages,
-            kinds=[*(kind.value for kind in OutcomeKind if kind.failed), UNREADABLE],
-            most=CHUNK,
-            note=self._access.noted(request.args.get("note")),
-            depth=queries.DEPTH,
+        found, pages = None, 1
+        if wanted.fault is None:
+            found = self._ask(queries.failed(self._keys, wanted, (page - 1) * PAGE), heavy=not wanted.all)
+            pages = max(1, -(-found.matching // PAGE))
+        note = self._access.noted(request.args.get("note"))
+        return self._filtered(
+            "failed.html", wanted, _FAILED, found=found, page=page, pages=pages, most=CHUNK, note=note
         )
+
+    def _filtered(self, template: str, wanted: Wanted, kinds: Sequence[str], **about: Any) -> Answer:
+        """A page with a filter; with 400 if that has a fault."""
+        about |= {"wanted": wanted, "kinds": (*kinds, UNREADABLE), "depth": queries.DEPTH}
+        return render_template(template, **about), 200 if wanted.fault is None else 400
 
     def one(self, job_id: str) -> Answer:
         """One request in full."""
         if not USABLE_ID.fullmatch(job_id):
             raise NotFound("No request can have this id.")
         now_ms = self._ask(queries.clock())
-        (seen,) = self._ask(queries.requests_of(self._keys, [job_id]))
+        (seen,) = self._ask(requests_of(self._keys, [job_id]))
         earlier: list[Seen] = []
         if seen.outcome is None and seen.status is None and not seen.faults:
             earlier = self._ask(queries.history(self._keys, job_id), heavy=True)
             if not earlier:
                 raise NotFound("Nobody knows this request any more: neither a job, nor an outcome, nor the ledger.")
             seen = earlier[0]
-        refresh = _refresh() if seen.open else None
+        if seen.open and (frame := _frame("Request", REFRESH_S)) is not None:
+            return frame
         note = self._access.noted(request.args.get("note"))
-        return render_template("request.html", seen=seen, now_ms=now_ms, refresh=refresh, note=note)
+        return render_template("request.html", seen=seen, now_ms=now_ms, note=note)
 
     def search(self) -> Answer:
         """By the id of an order or of a request."""
@@ -362,9 +450,11 @@ class _Pages:
             raise Forbidden(_READ_ONLY)
         now_ms = self._ask(queries.clock())
         ids = [job_id for job_id in request.args.getlist("id") if USABLE_ID.fullmatch(job_id)]
-        wanted = _wanted()
+        wanted = wanted_of(request.args, _FAILED)
+        if wanted.fault is not None:
+            raise BadRequest(wanted.fault)
         if ids:
-            rows = self._ask(queries.requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
+            rows = self._ask(requests_of(self._keys, list(dict.fromkeys(ids))[:CHUNK]))
             matching, damaged = len(rows), tuple[str, ...]()
         else:
             found = self._ask(queries.failed(self._keys, wanted, 0, CHUNK), heavy=not wanted.all)
@@ -399,8 +489,8 @@ class _Pages:
         note = self._access.note(words)
         if len(ids) == 1:
             return redirect(url_for("one", job_id=ids[0], note=note), 303)
-        wanted = _wanted(request.form)
-        return redirect(url_for("failed", kind=wanted.kind, account=wanted.account, note=note), 303)
+        kept: Mapping[str, Any] = wanted_of(request.form, _FAILED).typed
+        return redirect(url_for("failed", **kept, note=note), 303)
 
     # --- access and the rest ---
 
@@ -410,9 +500,9 @@ class _Pages:
             raise Forbidden(_READ_ONLY)
         if request.method != "POST":
             page = own_path(request.args.get("next"))
-            return render_template("login.html", next=page, wrong=False)
+            return render_template("login.html", next=page, refused=False)
         if not _accepted(self._access, request.form.get("token", "")):
-            return _login_form(True)
+            return _login_form()
         return self._access.let_in(make_response(redirect(own_path(request.form.get("next")), 303)), request)
 
     def logout(self) -> Answer:
@@ -431,22 +521,26 @@ class _Pages:
 _STYLE = files("producer.web").joinpath("static", "style.css").read_text("utf-8")
 
 
-def _wanted(given: Any = None) -> Wanted:
-    """The filter in the address, or in a form."""
-    source = request.args if given is None else given
-    kind = source.get("kind", "").strip() or None
-    account = source.get("account", "").strip() or None
-    known = {kind.value for kind in OutcomeKind if kind.failed} | {UNREADABLE}
-    if kind is not None and kind not in known:
-        raise BadRequest(f"kind must be one of {', '.join(sorted(known))}.")
-    return Wanted(kind, account)
-
-
 def _number(name: str, least: int) -> int:
     text = request.args.get(name, "")
     return max(least, int(text)) if text.isascii() and text.isdigit() and len(text) <= 9 else least
 
 
-def _refresh() -> int | None:
-    """After how many seconds the page looks again; ?refresh=0 stops that."""
-    return None if request.args.get("refresh") == "0" else REFRESH_S
+def _is_live() -> bool:
+    """Whether this is the part of a page that looks again, without the rest around it."""
+    return request.args.get("live") == "1"
+
+
+def _frame(title: str, every_s: int) -> str | None:
+    """A page with the part of it that looks again in a frame: what is typed beside that is not lost.
+
+    None where that part alone is asked for, which is told to come again, or ?refresh=0 says that nothing is to.
+    """
+    if request.args.get("refresh") == "0":
+        return None
+    if _is_live():
+        g.refresh = every_s
+        return None
+    told: dict[str, Any] = {"note": request.args.get("note"), "live": 1}
+    address = url_for(str(request.endpoint), **(request.view_args or {}), **told)
+    return render_template("frame.html", title=title, frame=address)

@@ -62,6 +62,11 @@ def clock(ms: Any, now_ms: int) -> Markup | str:
     return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(stamp, shown)
 
 
+def minute(ms: int) -> str:
+    """The minute of the day."""
+    return f"{datetime.fromtimestamp(ms / 1000, UTC):%H:%M}"
+
+
 def span(seconds: Any, coarse: bool = False) -> str:
     """A time, s, in the unit that fits; ``coarse``: not finer than a second."""
     try:
@@ -120,6 +125,7 @@ def meaning(kind: Any) -> str:
 FILTERS = {
     "when": when,
     "clock": clock,
+    "minute": minute,
     "span": span,
     "ago": ago,
     "between": between,

@@ -1,46 +1,30 @@
-"""What the pages ask of Redis, as conversations in the manner of :mod:`producer.protocol`.
-
-Operators look when something is wrong, so nothing here raises for what stands in Redis: a record, job or id that is
-not of this contract is shown with the reason why it cannot be read. Reading changes nothing.
-"""
+"""What the pages ask of Redis, as conversations in the manner of :mod:`producer.protocol`. Reading changes nothing."""
 
 from __future__ import annotations
 
-import binascii
-import json
 import re
-import zlib
-from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from rq.job import JobStatus
-from rq.utils import utcparse
-
-from producer.keys import Band, JobField, Keys
-from producer.message import (
-    DEFAULT_ACCOUNT,
-    Attempt,
-    CancelRequest,
-    Outcome,
-    OutcomeKind,
-    decode_attempts,
-    decode_call,
-    decode_outcome,
-)
-from producer.protocol import Command, Conversation, good, is_requeued, pages, stream_entries, text
-from producer.status import readable
-from producer.untrusted import MAX_PAYLOAD_BYTES, InvalidRequest, MalformedMessage, MessageError, clean_text
+from producer.keys import Band, Keys
+from producer.message import DEFAULT_ACCOUNT, CancelRequest, decode_outcome
+from producer.protocol import Command, Conversation, good, pages, stream_entries, text
+from producer.status import is_served, readable
+from producer.untrusted import InvalidRequest, MalformedMessage, dumps
+from producer.web.filters import Wanted, raw_field
+from producer.web.seen import USABLE_ID, Seen, requests_of, with_outcome
 
 #: Rows of one page.
 PAGE = 50
 #: Results of one search at most.
 RESULTS = 50
 #: Entries of the ledger, and ids of the failed registry, that a search or a filter looks at, newest first; and open
-#: requests of each state (waiting, to be retried, held) that a search looks at.
+#: requests of each state (waiting, to be retried, held) that a search or a list looks at.
 DEPTH = 20_000
+#: An outcome is recorded when Redis can be reached: how long after its end one is looked for in a longer ledger, ms.
+_LATE_MS = 600_000
 #: Accounts whose pointers a search tries at most.
 _ACCOUNTS = 200
 #: Entries of the ledger read at a time.
@@ -48,105 +32,7 @@ _ENTRIES = 1000
 #: Outcomes of one reading that are kept at most, newest first: far more than a page shows.
 _KEPT = 20 * RESULTS
 
-#: What an id must look like to stand in an address or a form; RQ itself allows less.
-USABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:~@+-]{0,199}")
-#: States of a job whose outcome is still to come, in RQ's words: what the index of unfinished jobs says of it.
-_STATES = {Band.HELD: JobStatus.STARTED, Band.WAITING: JobStatus.QUEUED, Band.RETRY: JobStatus.SCHEDULED}
-#: Stands for the kind of a failed request whose outcome nobody can read.
-UNREADABLE = "unreadable"
 _ACCOUNT = re.compile(rb'"account":"([a-z0-9][a-z0-9_-]{0,31})"')
-_JOB_FIELDS = (
-    "status",
-    "data",
-    "created_at",
-    "ended_at",
-    JobField.ENQUEUED_AT_MS,
-    JobField.DEADLINE_AT_MS,
-    JobField.RUN,
-    JobField.ATTEMPTS,
-    JobField.OPEN_AT_MS,
-    JobField.DONE,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What is known of one request: from its outcome, its job, or both. ``faults`` say what could not be read."""
-
-    id: str
-    entry: str | None = None  # the ledger's id of its outcome, where it was read there
-    outcome: Outcome | None = None
-    order: CancelRequest | None = None  # what the job asks for
-    kind: OutcomeKind | None = None
-    error: str | None = None
-    status: str | None = None  # RQ's; None where there is no job (any more)
-    state: str | None = None  # of a job whose outcome is still to come: queued, started or scheduled
-    in_failed: bool = False  # it stands in the failed registry
-    run: int | None = None
-    attempts: tuple[Attempt, ...] = ()
-    enqueued_at_ms: int | None = None
-    ended_at_ms: int | None = None
-    deadline_at_ms: int | None = None
-    sent_at_ms: int | None = None  # since when an attempt may be out
-    due_at_ms: int | None = None  # of the next attempt
-    faults: tuple[str, ...] = field(default=())
-
-    @property
-    def usable(self) -> bool:
-        """Whether the id can stand in an address and be retried from a page."""
-        return USABLE_ID.fullmatch(self.id) is not None
-
-    @property
-    def retryable(self) -> bool:
-        """Whether a new run can be started: it is among the failed ones, and its job is still there."""
-        return self.in_failed and self.status is not None and self.usable
-
-    @property
-    def open(self) -> bool:
-        """Whether its outcome is still to come."""
-        return self.state is not None
-
-    def of_order(self, name: str) -> Any:
-        """A field that the outcome and the request share; the outcome's says more (a symbol that was learned)."""
-        value = None if self.outcome is None else getattr(self.outcome, name)
-        return getattr(self.order, name) if value is None and self.order is not None else value
-
-
-def _field(name: str, value: str) -> bytes:
-    """A field as records hold it."""
-    return f'"{name}":{json.dumps(value)}'.encode()
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which failed requests are meant; None means any."""
-
-    kind: str | None = None  # an OutcomeKind value, or UNREADABLE
-    account: str | None = None
-
-    @property
-    def all(self) -> bool:
-        """Whether nothing is filtered out."""
-        return self.kind is None and self.account is None
-
-    def glance(self, record: bytes | None) -> bool | None:
-        """Whether the raw record is of one that is meant, which spares reading most of them; None if it cannot tell.
-
-        Inside a JSON text quotes are escaped, so nothing in it can look like a field.
-        """
-        if record is None:
-            return None
-        if self.account is not None and _field("account", self.account) not in record:
-            return False
-        if self.kind == UNREADABLE:
-            return False if any(_field("kind", kind.value) in record for kind in OutcomeKind) else None
-        return self.kind is None or _field("kind", self.kind) in record
-
-    def meets(self, seen: Seen) -> bool:
-        """Whether this one is meant."""
-        if self.kind is not None and self.kind != (seen.kind.value if seen.kind else UNREADABLE):
-            return False
-        return self.account is None or seen.of_order("account") == self.account
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +48,37 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Ledger:
+    """A part of the ledger, newest first."""
+
+    now_ms: int
+    rows: tuple[Seen, ...]
+    read: int  # entries that were looked at
+    last: str | None  # the oldest of them, where older ones may be meant too
+    damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A part of the open requests of one state."""
+
+    now_ms: int
+    rows: tuple[Seen, ...]
+    total: int  # that the index knows
+    more: bool  # there are more after these
+    damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What holds up everything."""
+
+    suspended: bool
+    unserved: bool  # there is no live worker
+    waiting: bool = False  # and there is work
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """What a search came to."""
 
@@ -171,160 +88,6 @@ class Found:
     partial: bool  # the ledger or the registry is longer than what was looked at
     more: bool  # there are more than RESULTS
     damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
-
-
-# --- One request --------------------------------------------------------------------------------------------------
-
-
-def requests_of(keys: Keys, job_ids: Sequence[str]) -> Conversation[list[Seen]]:
-    """What is known of each of these, in their order: two round trips for each thousand."""
-    found: list[Seen] = []
-    for page in pages(job_ids):
-        records, *rest = yield [
-            ("MGET", *(keys.outcome_prefix + job_id for job_id in page)),
-            *(command for job_id in page for command in _job_commands(keys, job_id)),
-        ]
-        good([records])
-        states = zip(page, records, rest[::3], rest[1::3], rest[2::3], strict=True)
-        seen = [_seen(*words) for words in states]
-        found += yield from _with_results(keys, seen)
-    return found
-
-
-def _job_commands(keys: Keys, job_id: str) -> list[Command]:
-    return [
-        ("HMGET", keys.job_prefix + job_id, *_JOB_FIELDS),
-        ("ZSCORE", keys.failed, job_id),
-        ("ZSCORE", keys.unfinished, job_id),
-    ]
-
-
-def _seen(job_id: str, record: Any, job: Any, failed: Any, index: Any) -> Seen:
-    faults: list[str] = []
-    seen = replace(_with_job(Seen(job_id), job, faults), in_failed=_there(failed))
-    done = None if isinstance(job, Exception) else job[-1]
-    outcome = _decoded(record, faults)
-    if outcome is not None and outcome.kind.failed and is_requeued((seen.status, done), failed):
-        seen = _with_state(seen, index)  # the record is of the run before
-    elif outcome is not None:
-        seen = _with_outcome(seen, outcome)
-    elif done is None and record is None:
-        seen = _with_state(seen, index)
-    return replace(seen, faults=tuple(faults))
-
-
-def _decoded(record: Any, faults: list[str]) -> Outcome | None:
-    try:
-        return None if record is None else decode_outcome(record)
-    except MalformedMessage as error:
-        faults.append(f"its outcome cannot be read: {error}")
-        return None
-
-
-def _there(answer: Any) -> bool:
-    return answer is not None and not isinstance(answer, Exception)
-
-
-def _with_state(seen: Seen, index: Any) -> Seen:
-    """Add where it stands: its score in the index tells, and RQ's status of what no worker has seen yet."""
-    if seen.status is None:
-        return seen
-    if not _there(index):
-        return replace(seen, state=seen.status) if seen.status in _STATES.values() else seen
-    score = max(float(index), 0)
-    band = max(band for band in _STATES if band <= score)
-    return replace(seen, state=_STATES[band].value, due_at_ms=int(score) - band if band is Band.RETRY else None)
-
-
-def _with_outcome(seen: Seen, outcome: Outcome) -> Seen:
-    return replace(
-        seen,
-        outcome=outcome,
-        kind=outcome.kind,
-        error=outcome.error,
-        run=outcome.run,
-        attempts=outcome.history(),
-        enqueued_at_ms=outcome.enqueued_at_ms,
-        ended_at_ms=outcome.finished_at_ms,
-    )
-
-
-def _with_job(seen: Seen, job: Any, faults: list[str]) -> Seen:
-    """Add what RQ's hash tells."""
-    if isinstance(job, Exception):
-        faults.append("its job is not a hash of RQ's")
-        return seen
-    status, data, created, ended, enqueued_ms, deadline_ms, run, attempts, sent_ms, _ = job
-    if status is None:
-        return seen
-    order: CancelRequest | None = None
-    tried: tuple[Attempt, ...] = ()
-    try:
-        order = decode_call(data or b"")
-    except MessageError as error:
-        faults.append(f"not a request of this contract: {error}")
-    try:
-        tried = decode_attempts(attempts)
-    except MalformedMessage as error:
-        faults.append(f"its attempts cannot be read: {error}")
-    return replace(
-        seen,
-        status=text(status),
-        order=order,
-        attempts=tried,
-        run=_whole(run),
-        enqueued_at_ms=_whole(enqueued_ms) or _stamp_ms(created),
-        ended_at_ms=_stamp_ms(ended),
-        deadline_at_ms=_whole(deadline_ms),
-        sent_at_ms=_whole(sent_ms),
-    )
-
-
-def _whole(value: Any) -> int | None:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _stamp_ms(value: Any) -> int | None:
-    """RQ's own stamp, by the clock of the host that wrote it."""
-    try:
-        return int(utcparse(text(value)).timestamp() * 1000) if value else None
-    except (ValueError, OverflowError):
-        return None
-
-
-def _with_results(keys: Keys, rows: Sequence[Seen]) -> Conversation[list[Seen]]:
-    """Add what RQ's own result says where the record of an outcome has run out before the job."""
-    bare = [seen for seen in rows if seen.outcome is None and seen.status is not None and not seen.open]
-    if not bare:
-        return list(rows)
-    answers = yield [("XREVRANGE", keys.result_prefix + seen.id, "+", "-", "COUNT", 1) for seen in bare]
-    told = {seen.id: _result(answer) for seen, answer in zip(bare, answers, strict=True)}
-    return [_with_result(seen, told[seen.id]) if seen.id in told else seen for seen in rows]
-
-
-def _result(answer: Any) -> str | None:
-    """The text of a failure as RQ keeps it: packed."""
-    if isinstance(answer, Exception) or not answer:
-        return None
-    try:
-        fields = {text(name): value for name, value in stream_entries(answer)[0][1].items()}
-        packed = b64decode(fields["exc_string"])
-        return zlib.decompressobj().decompress(packed, MAX_PAYLOAD_BYTES).decode("utf-8", "replace")
-    except (KeyError, TypeError, ValueError, binascii.Error, zlib.error):
-        return None
-
-
-def _with_result(seen: Seen, told: str | None) -> Seen:
-    if not told:
-        return seen
-    line = told.strip().splitlines()[-1] if told.strip() else ""
-    word, _, rest = line.partition(": ")
-    if word in [kind.value for kind in OutcomeKind]:
-        return replace(seen, kind=OutcomeKind(word), error=clean_text(rest) or None)
-    return replace(seen, error=clean_text(line) or None)
 
 
 # --- The ledger ---------------------------------------------------------------------------------------------------
@@ -340,8 +103,9 @@ def _of_entry(entry: str, fields: Mapping[Any, Any]) -> Seen:
     try:
         outcome = decode_outcome(_record(fields))
     except MalformedMessage as error:
-        return Seen("", entry, faults=(f"ledger entry {entry} cannot be read: {error}",))
-    return _with_outcome(Seen(outcome.id, entry), outcome)
+        fault = f"ledger entry {entry} cannot be read: {error}"
+        return Seen("", entry, ended_at_ms=int(entry.partition("-")[0]), faults=(fault,))
+    return with_outcome(Seen(outcome.id, entry), outcome)
 
 
 def _record(fields: Mapping[Any, Any]) -> bytes:
@@ -370,6 +134,78 @@ def _ledger(
             break
         before = f"({entries[-1][0]}"
     return found, min(read, DEPTH + 1)
+
+
+def outcomes(keys: Keys, wanted: Wanted, before: str | None = None) -> Conversation[Ledger]:
+    """The newest outcomes that meet ``wanted``, of those before an entry if one is named: :data:`PAGE` at most, among
+    :data:`DEPTH` entries."""
+    damaged: dict[str, None] = {}
+    time, length = yield [("TIME",), ("XLEN", keys.outcomes)]
+    rows: list[Seen] = []
+    read, last = 0, None
+    newest, oldest = f"({before}" if before else "+", str(wanted.since_ms or 0)
+    if wanted.until_ms is not None and not before and isinstance(length, int) and length > DEPTH:
+        newest = str(wanted.until_ms + _LATE_MS)
+    size = PAGE + 1 if wanted.all else _ENTRIES
+    while read < DEPTH:
+        command = ("XREVRANGE", keys.outcomes, newest, oldest, "COUNT", min(size, DEPTH - read))
+        entries = stream_entries((yield from readable([command], damaged))[0])
+        for entry_id, fields in entries:
+            if wanted.glance(_record(fields)) is not False and wanted.meets(seen := _of_entry(entry_id, fields)):
+                if len(rows) == PAGE:
+                    return Ledger(_now_ms(time), tuple(rows), read, last, tuple(damaged))
+                rows.append(seen)
+            read, last = read + 1, entry_id
+        if len(entries) < size:
+            return Ledger(_now_ms(time), tuple(rows), read, None if read < DEPTH else last, tuple(damaged))
+        newest = f"({last}"
+    return Ledger(_now_ms(time), tuple(rows), read, last, tuple(damaged))
+
+
+# --- Open requests ------------------------------------------------------------------------------------------------
+
+
+def open_requests(keys: Keys, band: Band, start: int = 0) -> Conversation[Open]:
+    """:data:`PAGE` open requests of a state from ``start`` on, by how the index orders them: who waits longest, is due
+    next, or whose lease ends first. Those that no worker has put into the index yet follow."""
+    damaged: dict[str, None] = {}
+    bounds = (int(band), f"({int(dict(pairwise(Band))[band])}")
+    commands: list[Command] = [("TIME",), ("ZCOUNT", keys.unfinished, *bounds)]
+    commands += [("ZRANGEBYSCORE", keys.unfinished, *bounds, "LIMIT", start, PAGE)]
+    time, total, known = yield from readable(commands, damaged)
+    rows = yield from requests_of(keys, [text(job_id) for job_id in known])
+    gone = ("its job is gone; a worker that looks for it drops it from the index",)
+    rows = [seen if seen.status or seen.outcome or seen.faults else replace(seen, faults=gone) for seen in rows]
+    more = total > start + PAGE
+    if not more:
+        others = yield from _unindexed(keys, band, damaged)
+        first, count = max(0, start - total), PAGE - len(rows)
+        hinted = yield from requests_of(keys, others[first : first + count])
+        rows += [seen for seen in hinted if seen.open or seen.faults]
+        more = len(others) > first + count
+    return Open(_now_ms(time), tuple(rows), total, more, tuple(damaged))
+
+
+def _unindexed(keys: Keys, band: Band, damaged: dict[str, None]) -> Conversation[list[str]]:
+    """Ids in RQ's own lists that the index does not know: what another program put there."""
+    commands: list[Command] = []
+    if band is Band.WAITING:
+        commands = [("LRANGE", key, 0, DEPTH - 1) for key in (keys.claiming, keys.waiting)]
+    elif band is Band.RETRY:
+        commands = [("ZRANGEBYSCORE", keys.scheduled, "-inf", "+inf", "LIMIT", 0, DEPTH)]
+    ids = dict.fromkeys(job_id for found in (yield from readable(commands, damaged)) for job_id in found)
+    others: list[str] = []
+    for page in pages(list(ids)):
+        scores = yield [("ZSCORE", keys.unfinished, job_id) for job_id in page]
+        unknown = [score is None or isinstance(score, Exception) for score in scores]
+        others += [text(job_id) for job_id, is_unknown in zip(page, unknown, strict=True) if is_unknown]
+    return others
+
+
+def standing(keys: Keys) -> Conversation[Standing]:
+    """Whether anything holds up everything."""
+    (suspended,) = good((yield [("EXISTS", keys.suspended)]))
+    return Standing(bool(suspended), (yield from is_served(keys)) is False)
 
 
 # --- Failed requests ----------------------------------------------------------------------------------------------
@@ -498,7 +334,7 @@ def _open_with_client_id(keys: Keys, words: str, damaged: dict[str, None]) -> Co
     bands = [(int(band), f"({int(end)}") for band, end in pairwise(Band)]
     places: list[Command] = [("ZRANGEBYSCORE", keys.unfinished, *band, "LIMIT", 0, DEPTH) for band in bands]
     states = yield from readable([*places, ("LRANGE", keys.waiting, 0, DEPTH - 1)], damaged)
-    named, likely = _field("client_algo_id", words), list[str]()
+    named, likely = raw_field("client_algo_id", words), list[str]()
     for page in pages(list(dict.fromkeys(text(job_id) for state in states for job_id in state))):
         calls = yield [("HGET", keys.job_prefix + job_id, "data") for job_id in page]
         likely += [job_id for job_id, call in zip(page, map(_raw, calls), strict=True) if call and named in call]
@@ -517,7 +353,7 @@ def order_keys(words: str, account: str) -> list[str]:
 
 def _may_hold(record: bytes, words: str) -> bool:
     """Whether ``words`` stand in a record as a text or as a number; a look at the raw record spares reading most."""
-    quoted = json.dumps(words, ensure_ascii=False).encode("utf-8", "replace")
+    quoted = dumps(words).encode("utf-8", "replace")
     return quoted in record or (words.isascii() and words.isdigit() and f":{words},".encode() in record)
 
 

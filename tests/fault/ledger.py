@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from producer import OpenOutcome
 from producer.message import WORKER_LOST, Attempt, Call, Outcome, OutcomeKind
 from worker.sandbox.control import BookEntry, Incident
 from worker.sandbox.report import child_differs
@@ -92,7 +93,7 @@ class ExchangeSide:
     differences: tuple[str, ...]
     kinds: Mapping[str, int] = field(default_factory=dict)
     left_alone: Mapping[str, int] = field(default_factory=dict)  # requests whose order's id was taken again, by reason
-    hasty: int = 0  # undecided by a deadline that was meant to be short, and decided by a later run
+    hasty: int = 0  # undecided by a deadline that was meant to be short, and decided later
     listings: int = 0  # of all open orders of a symbol
     named: int = 0  # orders in them
     joined: int = 0  # ... whose request was there before
@@ -131,12 +132,13 @@ def exchange_side(
     order_of: Mapping[str, int],
     reopened: Collection[int] = (),
     opened_ms: Mapping[int, int] = MappingProxyType({}),
+    told: Mapping[str, OpenOutcome] = MappingProxyType({}),
 ) -> ExchangeSide:
     """Judge the ledger's ``records`` against the exchange's own ``book``.
 
     ``order_of`` a client id is the order that was asked for by it; those in ``reopened`` have lost theirs to an order
     that was opened when they were CANCELED. ``opened_ms``: when orders of the symbols were opened that are listed,
-    Redis' clock.
+    Redis' clock; ``told``: what a listing's strategy was told in the end, by its id.
     """
     named = _named(records)
     asked = {ask.order for ask in asks} | {algo_id for algo_id, _ in named}
@@ -144,7 +146,11 @@ def exchange_side(
     for record in records:
         by_order[order_named(record, order_of)].append(record)
     listings = [record for record in records if record.kind is OutcomeKind.LISTED]
-    differences = [f"{listing.id} {said}" for listing in listings for said in _misread(listing, asks, book, opened_ms)]
+    differences = []
+    for listing in listings:
+        is_told_gone = listing.id in told and not told[listing.id].may_be_live
+        found = _misread(listing, asks, book, opened_ms, () if is_told_gone else listing.left_alone)
+        differences += [f"{listing.id} {said}" for said in found]
     job_orders = {record.id: order for order, of_order in by_order.items() for record in of_order}
     differences += [f"{i} is named for order {a}" for a, i in named if job_orders.get(i, a) != a]
     for algo_id, of_order in by_order.items():
@@ -179,20 +185,25 @@ def _named(records: Iterable[Outcome]) -> set[tuple[int, str]]:
 
 
 def _misread(
-    listing: Outcome, asks: Sequence[Ask], book: Mapping[int, BookEntry], opened_ms: Mapping[int, int]
+    listing: Outcome,
+    asks: Sequence[Ask],
+    book: Mapping[int, BookEntry],
+    opened_ms: Mapping[int, int],
+    may_stay: Collection[int],
 ) -> list[str]:
     """What is wrong with a listing: it must mean the moment of its call, in any run, and name what was open then, and
-    nothing that was opened later. What the clocks cannot tell may stand among what is left alone."""
+    nothing that was opened later. ``may_stay``: what it could not tell from later ones."""
     before_ms, found = listing.before_ms or 0, []
     for ask in asks:
         if ask.id == listing.id and ask.by_ms is not None and before_ms > ask.by_ms:
             found.append(f"means a moment {before_ms - ask.by_ms} ms after it was asked for")
     named = {order.algo_id for order in listing.orders or ()}
     for algo_id in sorted(named):
-        late_ms = opened_ms.get(algo_id, before_ms) - before_ms
-        if late_ms > ROUNDED_MS or algo_id not in book or book[algo_id].symbol != listing.symbol:
+        if algo_id not in opened_ms or book[algo_id].symbol != listing.symbol:
+            found.append(f"names order {algo_id}, which is not of its symbol")
+        elif (late_ms := opened_ms[algo_id] - before_ms) > ROUNDED_MS:
             found.append(f"names order {algo_id}, opened {late_ms} ms after the request")
-    for algo_id in opened_ms.keys() - named - set(listing.left_alone):
+    for algo_id in opened_ms.keys() - named - set(may_stay):
         entry = book[algo_id]
         was_open = entry.symbol == listing.symbol and opened_ms[algo_id] < before_ms - ROUNDED_MS
         if was_open and entry.status == "NEW":  # as at the end, so at any time before
@@ -201,12 +212,17 @@ def _misread(
 
 
 def _in_haste(asks: Sequence[Ask], records: Sequence[Outcome]) -> int:
-    """Undecided outcomes of requests with a short deadline, and of those that they made, which a later run decided."""
+    """Undecided outcomes of requests with a short deadline, and of those that they made: what they were about was
+    decided later, or nobody could have it tried again, as the call failed and told no id."""
+    acknowledged, untold = {ask.id for ask in asks}, {ask.order for ask in asks if ask.is_hasty and ask.id is None}
     hasty = {ask.id for ask in asks if ask.is_hasty}
+    lost = {record.id for record in records if record.id not in acknowledged and order_named(record, {}) in untold}
     hasty |= {job_id for _, job_id in _named(record for record in records if record.id in hasty)}
-    last = {record.id: record.run for record in sorted(records, key=lambda each: each.run)}
+    lost |= {job_id for _, job_id in _named(record for record in records if record.id in lost)}
+    last = {record.algo_id or record.id: record for record in records}
     undecided = [record for record in records if record.kind in UNDECIDED]
-    return sum(record.id in hasty and record.run < last[record.id] for record in undecided)
+    decided = {each.id for each in undecided if last[each.algo_id or each.id].kind not in UNDECIDED}
+    return sum(each.id in lost or each.id in hasty & decided for each in undecided)
 
 
 def left_alone(

@@ -12,7 +12,6 @@ import redis
 from flask.testing import FlaskClient
 
 from producer import CancelClient
-from producer.web import access
 from producer.web.app import create_app
 from tests.caller import ACCOUNTS, TIMING, Caller
 from tests.holders import Holder, OpenHolder
@@ -110,12 +109,6 @@ def durable() -> Iterator[Valkey]:
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick_logins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever shows a wrong token waits for no more than a moment."""
-    monkeypatch.setattr(access, "PENALTY_S", 0.01)
 
 
 @pytest.fixture

@@ -463,7 +463,17 @@ def test_status_is_one_object_or_a_page(shell: Shell, client: CancelClient, work
     assert (done.returncode, done.stderr) == (0, "")
     (seen,) = objects(done.stdout)
     assert list(seen) == [
-        *("queue", "at_ms", "queued", "oldest_queued_s", "in_flight", "to_be_taken_over", "scheduled", "failed"),
+        *(
+            "queue",
+            "at_ms",
+            "queued",
+            "oldest_queued_s",
+            "gated_s",
+            "in_flight",
+            "to_be_taken_over",
+            "scheduled",
+            "failed",
+        ),
         *(
             "suspended",
             "gates",

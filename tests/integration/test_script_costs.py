@@ -80,7 +80,8 @@ def test_a_drained_queue_leaves_a_constant_number_of_keys(
     once |= drain(1, 2)  # one of each sort
 
     assert drain(500, 1000) <= once | {peek.keys.failed, peek.keys.finished}
-    assert once <= {"rq:queues", peek.keys.failed, peek.keys.finished, peek.keys.outcomes}
+    keys = peek.keys
+    assert once <= {"rq:queues", keys.failed, keys.finished, keys.outcomes, keys.counts}
     assert holder.is_drained()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,55 +11,41 @@ import pytest
 import redis
 from selenium import webdriver
 from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException, WebDriverException
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys as Press
 
 from producer import CancelClient
 from producer.message import OutcomeKind
-from tests.servers import Valkey, Workers, eventually
+from tests.browser import chromium, look
+from tests.holders import OpenHolder, ended, later, orders
+from tests.servers import Valkey, Workers, eventually, stopped
 from tests.strategies import fail
 from tests.webpages import HOSTILE, KEYS, LARGEST, TOKEN, WebProcess, attempt, outcome, settle
 from worker.sandbox.control import RunningExchange
 
 pytestmark = pytest.mark.browser
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-OPTIONS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
+#: Pages, and what is wrong with some addresses.
+PATHS = (
+    *("/", "/?live=1", "/?refresh=0", "/queued", "/scheduled", "/in-flight", "/outcomes", "/outcomes?tag=none"),
+    *("/outcomes?from=x&kind=y", "/failed", "/history?refresh=0", "/search", "/search?q=x", "/nothing"),
 )
-
-
-def _program(*names: str) -> str:
-    """Where one of these programs is."""
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.fail(f"{names[0]} is not installed; on Debian: apt-get install chromium chromium-driver", pytrace=False)
-    return found
+#: The engine of axe, as a script.
+AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
 def _browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = _program(*BROWSERS)
-    for option in OPTIONS:
-        options.add_argument(option)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(_program("chromedriver")))
-    driver.set_page_load_timeout(30)
-    try:
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture
 def browser(_browser: webdriver.Chrome) -> webdriver.Chrome:
     """A real Chromium that knows nobody."""
     _browser.delete_all_cookies()
-    width(_browser, 1100)
+    look(_browser, 1100)
     _browser.get_log("browser")  # type: ignore[no-untyped-call]
     return _browser
 
@@ -71,22 +57,22 @@ def web(valkey: Valkey) -> Iterator[WebProcess]:
         yield process
 
 
-def width(browser: webdriver.Chrome, pixels: int) -> None:
-    """Make the window as wide as that."""
-    metrics = {"width": pixels, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
 def words(browser: webdriver.Chrome) -> str:
     """What a person can read, blanks made one; nothing while one page makes room for the next."""
     try:
-        return " ".join(browser.find_element(By.TAG_NAME, "body").text.split())
+        told = browser.find_element(By.TAG_NAME, "body").text
+        for frame in browser.find_elements(By.TAG_NAME, "iframe"):
+            browser.switch_to.frame(frame)
+            told += " " + browser.find_element(By.TAG_NAME, "body").text
+        return " ".join(told.split())
     except (NoSuchElementException, StaleElementReferenceException):
         return ""
     except WebDriverException as error:  # the same, as another part of the browser puts it
         if "does not belong to the document" not in str(error):
             raise
         return ""
+    finally:
+        browser.switch_to.default_content()
 
 
 def click(browser: webdriver.Chrome, selector: str, then: Callable[[str], object]) -> str:
@@ -183,7 +169,12 @@ def test_strangers_words_stay_words(
         for details in browser.find_elements(By.CSS_SELECTOR, "details"):
             browser.execute_script("arguments[0].open = true", details)
         assert browser.current_url.startswith(web.url)
-        assert browser.find_elements(By.CSS_SELECTOR, "main :is(script, img, svg, base, link, meta, iframe)") == []
+        assert (
+            browser.find_elements(
+                By.CSS_SELECTOR, "main :is(script, img, base, link, meta, iframe), main svg:not(figure svg)"
+            )
+            == []
+        )
         assert not browser.execute_script("return window.name || document.querySelector('[onload],[onerror]')")
     for bad in HOSTILE:
         browser.get(f"{web.url}/search")
@@ -210,13 +201,99 @@ def test_pages_fit_a_phone(
     settle(connection, outcome("r1", algo_id=LARGEST, attempts=(attempt(msg="m" * 200),) * 3, **long))
     settle(connection, outcome("w" * 200), raw="{" + "x" * 500)
     log_in(browser, web)
-    width(browser, 390)
-    for path in ("/?refresh=0", "/failed", "/requests/r1", "/retry", f"/search?q={LARGEST}", "/nothing"):
+    look(browser, 390)
+    for path in (*PATHS, "/requests/r1", "/retry", f"/search?q={LARGEST}"):
         browser.get(web.url + path)
         for details in browser.find_elements(By.CSS_SELECTOR, "details"):
             browser.execute_script("arguments[0].open = true", details)
         wide = browser.execute_script("return document.documentElement.scrollWidth")
         assert wide <= 390, path
+
+
+def test_what_is_typed_outlasts_the_refresh(browser: webdriver.Chrome, web: WebProcess, client: CancelClient) -> None:
+    """The figures look again beside the search box, on the status and on an open request: neither words nor focus are
+    lost, and where somebody has scrolled to stays."""
+    ticket = client.cancel(algo_id=LARGEST)
+    log_in(browser, web)
+    for path in ("/", f"/requests/{ticket.id}"):
+        browser.get(web.url + path)
+        box = browser.find_element(By.ID, "find")
+        box.click()
+        scrolled = "return document.querySelector('iframe').contentWindow.scrollY"
+        browser.execute_script("document.querySelector('iframe').contentWindow.scrollTo(0, 60)")
+        for part in (str(LARGEST)[:4], str(LARGEST)[4:9]):
+            ActionChains(browser).send_keys(part).perform()
+            before = drawn_at(browser)
+            eventually(lambda before=before: drawn_at(browser) not in ("", before), what="the figures are drawn anew")
+        ActionChains(browser).send_keys(str(LARGEST)[9:]).perform()
+        assert box.get_attribute("value") == str(LARGEST)
+        if path == "/":
+            assert browser.execute_script(scrolled) == 60
+        ActionChains(browser).send_keys(Press.ENTER).perform()
+        eventually(lambda: "Looked at open requests" in words(browser), what="the search is answered")
+        assert str(LARGEST) in browser.find_element(By.TAG_NAME, "main").text
+    browser.get(web.url + "/")
+    eventually(lambda: "queued 1" in words(browser), what="the figures are there")
+    browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
+    browser.find_element(By.LINK_TEXT, "pause").click()
+    browser.switch_to.default_content()
+    eventually(lambda: browser.current_url == f"{web.url}/?refresh=0", what="the pause is a page of its own")
+    assert browser.find_elements(By.TAG_NAME, "iframe") == []
+    assert "queued 1" in words(browser)
+    assert complaints(browser) == []
+
+
+def drawn_at(browser: webdriver.Chrome) -> str:
+    """When the document in the frame was made; nothing while there is none."""
+    moment = "return document.querySelector('iframe').contentWindow.performance.timeOrigin"
+    return str(browser.execute_script(moment) or "")
+
+
+def test_axe_finds_nothing(
+    browser: webdriver.Chrome,
+    web: WebProcess,
+    valkey: Valkey,
+    connection: redis.Redis,
+    client: CancelClient,
+    open_holder: OpenHolder,
+) -> None:
+    """Each page, errors too, in light and dark, on a phone and a desk: no violation of any of axe's rules."""
+    seconds, _ = connection.time()
+    tickets = orders(client, 4, tag="grid-7", symbol="BTCUSDT")
+    for lease in (leases := open_holder().claim(3))[:2]:
+        open_holder().complete(ended(lease, OutcomeKind.TRIGGERED) if lease is leases[0] else later(lease))
+    for number, kind in enumerate(OutcomeKind):
+        settle(connection, outcome(f"r{number}", kind=kind, finished_at_ms=seconds * 1000))
+    connection.hset(KEYS.gate("all"), mapping={"until_ms": (seconds + 600) * 1000, "reason": "429", "by": "host.1"})
+    connection.set(KEYS.suspended, 1)
+    connection.sadd(KEYS.suspects, "desk2")
+    connection.hset(KEYS.breaker("desk2"), mapping={"failures": 5, "reason": "401 -2015", "since_ms": seconds * 1000})
+    beat: dict[Any, Any] = {"last_heartbeat": "2026-11-22T10:30:42.000000Z", "hostname": "h", "c_concurrency": 64}
+    connection.hset(KEYS.worker_prefix + "dead", mapping=beat)
+    connection.sadd(KEYS.queue_workers, KEYS.worker_prefix + "dead")
+    looks = [("light", 390), ("dark", 1100)]
+    found = [violations(browser, web.url + path, *way) for path in ("/login", "/failed") for way in looks]
+    log_in(browser, web)
+    for path in (*PATHS, "/retry?id=r6", f"/requests/{tickets[1].id}?live=1", "/requests/r6", "/search?q=1&account=x"):
+        found += [violations(browser, web.url + path, *way) for way in looks]
+        looks = [(looks[1][0], looks[0][1]), (looks[0][0], looks[1][1])]  # the next page the other way about
+    with stopped(valkey):
+        found += [violations(browser, web.url + "/failed", *way) for way in looks]
+    assert [words for each in found for words in each] == []
+
+
+def violations(browser: webdriver.Chrome, address: str, scheme: str, pixels: int) -> list[str]:
+    """What axe objects to on a page, all of it opened, in a colour scheme and at a width."""
+    look(browser, pixels, scheme)
+    browser.get(address)
+    browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+    browser.execute_script(AXE)
+    told = browser.execute_async_script(
+        "const done = arguments[0], of = each => each.id + ': ' + each.nodes.map(node => node.html).join(' and ');"
+        "axe.run({iframes: false, preload: false})"
+        ".then(found => done(found.violations.map(of)), failed => done([`${failed}`]))"
+    )
+    return [f"{address} {scheme} {pixels}: {each}" for each in told]
 
 
 def test_everything_can_be_reached_by_the_keyboard(
@@ -226,11 +303,11 @@ def test_everything_can_be_reached_by_the_keyboard(
     settle(connection, outcome("r1"))
     log_in(browser, web, "/failed")
     reached = []
-    for _ in range(25):
+    for _ in range(35):
         browser.switch_to.active_element.send_keys(Press.TAB)
         element = browser.switch_to.active_element
         reached.append(element.get_attribute("name") or element.text or element.tag_name)
         assert element.value_of_css_property("outline-style") != "none" or element.tag_name == "body"
-    for wanted in ("Status", "Failed", "q", "kind", "account", "Retry all 1…", "r1", "Retry…"):
+    for wanted in ("Status", "Failed", "q", "kind", "account", "from", "Retry all 1…", "r1", "Retry…"):
         assert wanted in reached
     assert any("1 attempt" in name for name in reached)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from worker.sandbox.control import RunningExchange
 
 #: More than the server has threads.
 _CROWD = 40
+#: More than it has connections.
+_VISITORS = 450
 
 
 def test_an_operator_finds_a_failed_request_and_retries_it(
@@ -38,7 +41,7 @@ def test_an_operator_finds_a_failed_request_and_retries_it(
         assert web("/").status == 401
         began = time.monotonic()
         assert web("/login", {"token": "wrong"}).status == 401
-        assert time.monotonic() - began >= 1  # a guess costs its time
+        assert time.monotonic() - began >= 1
         login = web("/login", {"token": TOKEN, "next": "/failed"})
         assert (login.status, login.headers["Location"]) == (303, "/failed")
         cookie = login.headers["Set-Cookie"].partition(";")[0]
@@ -53,7 +56,7 @@ def test_an_operator_finds_a_failed_request_and_retries_it(
         assert started.headers["Location"].startswith(f"/requests/{ticket.id}?note=")
         assert client.wait(ticket.id, 10).run == 2
         assert "not_found" in web(f"/requests/{ticket.id}", Cookie=cookie).text
-        assert web.stderr() == ""
+        assert web.stderr() == "web: wrong token from 127.0.0.1\n"
 
 
 def test_the_server_says_little_of_itself(valkey: Valkey) -> None:
@@ -162,6 +165,76 @@ def test_many_searches_leave_the_others_their_turn(
     assert {answer.headers["Retry-After"] for answer in turned_away} == {"2"}
     assert all("try again in a few seconds" in answer.text for answer in turned_away)
     assert all(str(LARGEST) in answer.text for answer in served)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
+        b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000\r\n\r\ntoken=" + b"x" * 70_000,
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ],
+    ids=["silent", "half-a-head", "half-a-body", "answered-and-kept"],
+)
+def test_slow_visitors_keep_nobody_out(valkey: Valkey, client: CancelClient, sent: bytes) -> None:
+    """However many connections say nothing, or the half of something, whoever comes after them is served."""
+    with WebProcess(valkey.url) as web, contextlib.ExitStack() as crowd:
+        for _ in range(_VISITORS):
+            visitor = crowd.enter_context(socket.create_connection(("127.0.0.1", web.port), timeout=20))
+            with contextlib.suppress(ConnectionError):  # it has made room already
+                visitor.sendall(sent)
+        for _ in range(3):
+            assert web("/healthz").status == 200
+            assert "Status" in web("/?refresh=0").text
+        assert web.stderr() == ""
+
+
+def test_wrong_tokens_are_alike_slow_and_logged_and_keep_nobody_out(valkey: Valkey) -> None:
+    """Sixty guesses at a time, by form and header: one answer, as to no token, each after a second, and a line for
+    each without the token; meanwhile the right token and other pages are served."""
+    with WebProcess(valkey.url, WEB_TOKEN=TOKEN) as web, ThreadPoolExecutor(60) as crowd:
+
+        def guess(number: int) -> tuple[float, int, str, str | None]:
+            began = time.monotonic()
+            if number % 2:
+                answer = web("/login", {"token": f"{TOKEN}-{number}", "next": "/failed"}, X_Forwarded_For="é" * 500)
+            else:
+                answer = web("/failed", Authorization=f"Bearer {TOKEN}-{number}")
+            return time.monotonic() - began, answer.status, answer.text, answer.headers.get("Retry-After")
+
+        none = web("/failed")
+        guesses = [crowd.submit(guess, number) for number in range(60)]
+        assert web("/healthz").status == 200
+        login = web("/login", {"token": TOKEN})
+        assert login.status == 303
+        answers = [each.result() for each in guesses]
+        assert web("/", Authorization=f"Bearer {TOKEN}").status == 200
+        assert {answer[1:] for answer in answers} == {(401, none.text, None)}
+        assert min(took for took, *_ in answers) >= 1
+        eventually(lambda: web.stderr().count("\n") == 60, what="each guess has its line")
+        lines = set(web.stderr().splitlines())
+        assert lines == {f"web: wrong token from 127.0.0.1{rest}" for rest in ("", f", which names {'é' * 99}…")}
+
+
+def test_a_log_that_nobody_reads_holds_up_no_page(valkey: Valkey) -> None:
+    """With stderr a pipe that is full, guesses are answered as before, and the process ends when it is told to."""
+    reading, writing = os.pipe()
+    with contextlib.suppress(BlockingIOError), open(writing, "wb", buffering=0, closefd=False) as pipe:
+        os.set_blocking(writing, False)
+        while pipe.write(b"x" * 4096):
+            pass
+    os.set_blocking(writing, True)
+    try:
+        with WebProcess(valkey.url, stderr=writing, WEB_TOKEN=TOKEN) as web, ThreadPoolExecutor(40) as crowd:
+            guesses = [crowd.submit(web, "/", Authorization="Bearer x") for _ in range(40)]
+            assert {each.result().status for each in guesses} == {401}
+            assert web("/login", {"token": TOKEN}).status == 303
+            web.process.terminate()
+            assert web.process.wait(30) == 0
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import signal
@@ -18,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from producer import CancelClient, OutcomeKind
 from tests.conftest import API_KEY, API_SECRET
 from tests.integration.conftest import NewFleet
-from tests.loopback import certificate
+from tests.loopback import Server, certificate
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import ROOT, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.servers import ROOT, Peek, Valkey, Workers, eventually, members, python, running_valkey, scrubbed
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
 
@@ -153,21 +154,62 @@ def test_a_probe_needs_redis_and_says_so(workers: Workers) -> None:
 
 # ---- what a start tells and keeps ------------------------------------------------------------------------------------
 
-#: The worker's own command line; asked by a signal it tells whether other processes may look into its memory.
+#: Before a command line of the project's, or of RQ's: each process, asked by a signal, tells whether others may look
+#: into its memory.
 TELLS_DUMPABLE = (
-    "import ctypes, os, signal; from worker.__main__ import start; "
-    "signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'dumpable=%d\\n' % ctypes.CDLL(None).prctl(3))); start()"
+    "import ctypes, os, signal, sys; "
+    "signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'%d dumpable=%d\\n' % (os.getpid(), "
+    "ctypes.CDLL(None).prctl(3)))); "
 )
+WORKER, RQ = "from worker.__main__ import start; start()", "from rq.cli import main; main()"
+STOCK = ("worker", "cancels", "--serializer", "json", "--url")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux' own ways")
-def test_a_workers_memory_is_its_own(workers: Workers) -> None:
-    """No core file is written of a process that holds keys, and no other process of its user may look into it."""
-    worker = workers.start(command=(sys.executable, "-c", TELLS_DUMPABLE))
-    worker.process.send_signal(signal.SIGUSR1)
-    eventually(lambda: "dumpable=" in worker.output(), 20, "it tells")
-    assert "dumpable=0" in worker.output()
-    assert resource.prlimit(worker.process.pid, resource.RLIMIT_CORE) == (0, 0)
+@pytest.mark.parametrize("arguments", [(), ("check",), ("rehearse",), STOCK], ids=lambda words: " ".join(words[:1]))
+def test_what_holds_a_key_keeps_it(
+    arguments: tuple[str, ...], workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange
+) -> None:
+    """Worker, check, rehearsal and the process that a stock worker forks for a job write no core file, let no other
+    process of their user look into their memory, and go past whatever proxies the environment names."""
+    (order,) = exchange.add_orders(1)
+    exchange.set_latency_ms(20_000)
+    is_stock = arguments == STOCK
+    words = (*arguments, valkey.url) if is_stock else arguments
+    proxy = Server(lambda peer: peer.wait_until_closed())
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+    workers.environment |= dict.fromkeys(names, proxy.url) | {
+        "NO_PROXY": "",
+        "no_proxy": "",
+        "BINANCE_RECV_WINDOW_MS": "30000",
+    }
+    code = TELLS_DUMPABLE + (RQ if is_stock else WORKER)
+    try:
+        process = workers.start(*words, command=(sys.executable, "-c", code), wait=False)
+        if is_stock:
+            client.cancel(algo_id=order.algo_id)
+        eventually(lambda: exchange.stats().in_flight, 30, "it asks the exchange")
+        pids = members(process.process.pid)
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR1)
+        eventually(lambda: process.output().count("dumpable=") == len(pids), 20, "each tells")
+        told = dict(re.findall(r"^(\d+) dumpable=(\d)$", process.output(), re.MULTILINE))
+        assert told[str(pids[-1])] == "0"
+        assert resource.prlimit(pids[-1], resource.RLIMIT_CORE) == (0, 0)
+        assert proxy.connections == 0
+    finally:
+        workers.stop()
+        proxy.close()
+
+
+@pytest.mark.parametrize("command", [(), ("check",), ("rehearse",)], ids=lambda words: " ".join(words))
+def test_no_command_sends_a_key_through_a_proxy_in_the_clear(command: tuple[str, ...]) -> None:
+    """EGRESS_PROXY_URL beside a BINANCE_BASE_URL of plain http ends each start with 78, and both are named."""
+    pair = {"BINANCE_BASE_URL": "http://127.0.0.1:9", "EGRESS_PROXY_URL": "http://u:hunter2@127.0.0.1:9"}
+    done = python("-m", "worker", *command, BINANCE_API_KEY=API_KEY, BINANCE_API_SECRET=API_SECRET, **pair)
+    assert done.returncode == 78, done.stderr
+    assert all(name in done.stderr for name in pair)
+    assert "hunter2" not in done.stdout + done.stderr
 
 
 def test_a_start_names_accounts_and_what_is_unsafe(workers: Workers, tmp_path: Path) -> None:

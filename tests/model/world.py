@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from producer import CancelClient, CancelRequest
-from producer.message import OnTrigger, decode_call, decode_outcome
+from producer.message import OnTrigger, OutcomeKind, decode_call, decode_outcome
 from producer.protocol import Wire
 from tests.model.holders import DEADLINE_MS, QUEUE, Hand, WatchedStore
 from tests.model.rules import Asked, Finding, Model, Seen
@@ -36,8 +36,10 @@ for i = 7 + n, #ARGV do
   row[10], row[11] = redis.call('ZSCORE', ARGV[2], id) or '', redis.call('EXISTS', ARGV[3] .. id)
   rows[#rows + 1] = row
 end
-local position, ledger = string.match(ARGV[4], '(%S+) (%S+)')
-return {at[1] * 1000 + math.floor(at[2] / 1000), redis.call('XRANGE', ledger, position, '+'), pointers, rows}
+local position, ledger, counts = string.match(ARGV[4], '(%S+) (%S+) (%S+)')
+local counted = {}
+for n = 1, 16 do counted[n] = redis.call('BITFIELD', counts, 'GET', 'i64', '#' .. n)[1] end
+return {at[1] * 1000 + math.floor(at[2] / 1000), redis.call('XRANGE', ledger, position, '+'), counted, pointers, rows}
 """
 
 
@@ -190,10 +192,15 @@ class World:
         model = self.model
         ids = [job.id for job in model.jobs.values() if not job.is_expired]
         orders = sorted({job.order for job in model.jobs.values() if ":a:" in job.order}) if pointers else []
-        now_ms, ledger, led_to, rows = self._looked(orders, ids)
+        now_ms, ledger, counted, led_to, rows = self._looked(orders, ids)
         for position, fields in ledger:
             self._ledger_at = f"({position}"
-            model.recorded(decode_outcome(dict(zip(fields[::2], fields[1::2], strict=True))["outcome"]))
+            outcome = decode_outcome(dict(zip(fields[::2], fields[1::2], strict=True))["outcome"])
+            for named in outcome.orders or ():
+                self.note(named.id, f"is named by the listing {outcome.id[:8]} for order {named.algo_id}")
+            model.recorded(outcome)
+        if dict(zip(OutcomeKind, counted, strict=False)) != {kind: model.recorded_kinds[kind] for kind in OutcomeKind}:
+            raise model.finding(15, "", "counts differ from the ledger", counted, dict(model.recorded_kinds))
         for seen in map(_seen, ids, rows):
             self._show(seen, now_ms)
         for order, job_id in zip(orders, led_to, strict=True):
@@ -201,7 +208,12 @@ class World:
 
     def _looked(self, orders: list[str], ids: list[str]) -> Any:
         keys = self.keys
-        first = (keys.job_prefix, keys.unfinished, keys.outcome_prefix, f"{self._ledger_at} {keys.outcomes}")
+        first = (
+            keys.job_prefix,
+            keys.unfinished,
+            keys.outcome_prefix,
+            f"{self._ledger_at} {keys.outcomes} {keys.counts}",
+        )
         return self._look(args=[*first, keys.order_prefix, len(orders), *orders, *ids])
 
     def _show(self, seen: Seen, now_ms: int) -> None:

@@ -48,6 +48,7 @@ def test_keys_of_our_own() -> None:
     stay."""
     assert (KEYS.claiming, KEYS.unfinished, KEYS.outcomes) == ("stops:claiming", "stops:leases", "stops:outcomes")
     assert (KEYS.outcome_prefix, KEYS.order_prefix) == ("stops:outcome:", "stops:order:")
+    assert (KEYS.counts, KEYS.minutes) == ("stops:counts", "stops:minutes")
     assert (KEYS.durable, KEYS.suspects) == ("stops:durable", "stops:keys")
     assert (KEYS.breaker("hedge-2"), KEYS.held("hedge-2")) == ("stops:key:hedge-2", "stops:held:hedge-2")
     assert (Keys.gate("all"), Keys.gate("worker.1")) == ("gate:all", "gate:worker.1")
@@ -77,6 +78,7 @@ def test_a_prefix_of_rq_moves_rqs_keys_only() -> None:
     """With another RQ_KEY_PREFIX every key of RQ's moves and none of ours does."""
     names = [name for name, value in vars(Keys).items() if isinstance(value, property)]
     moved = {name for name in names if getattr(Keys(rq="app"), name) != getattr(Keys(), name)}
-    ours = {"claiming", "durable", "order_prefix", "outcome_prefix", "outcomes", "suspects", "unfinished"}
+    ours = {"claiming", "counts", "durable", "minutes", "order_prefix", "outcome_prefix", "outcomes", "suspects"}
+    ours |= {"unfinished"}
     assert moved == set(names) - ours
     assert all(getattr(Keys(rq="app"), name).startswith("app:") for name in moved)

@@ -17,12 +17,12 @@ import pytest
 import producer
 from producer.keys import Keys
 from producer.message import TASK
+from tests.budgets import Row, table
 from tests.servers import ROOT
 
 PACKAGES = ("producer", "worker")
 SOURCES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.lua"))
-MAX_BODY_LINES = 40
 #: Sandbox and rehearsal play a strategy too, so they may use what a strategy uses, and nothing behind that.
 PLAY_A_STRATEGY = (Path("worker/sandbox"), Path("worker/rehearse.py"), Path("worker/rehearse_queue.py"))
 
@@ -90,9 +90,9 @@ def test_producer_imports_nothing_of_the_worker(source: Path) -> None:
 
 @pytest.mark.parametrize("source", [path for path in SOURCES if path.parts[0] == "worker"], ids=str)
 def test_worker_imports_only_the_contract(source: Path) -> None:
-    """Of the producer a worker knows the contract, the way to Redis, and what a job is made of, as it enqueues requests
-    itself; who plays a strategy, its public names."""
-    names = ("message", "untrusted", "keys", "redis_url", "job_fields")
+    """Of the producer a worker knows the contract, the way to Redis, what is counted of an outcome, and what a job is
+    made of, as it enqueues requests itself; who plays a strategy, its public names."""
+    names = ("message", "untrusted", "keys", "redis_url", "job_fields", "counts")
     plays = bool({source, *source.parents} & {*PLAY_A_STRATEGY})
     allowed = {f"producer.{name}" for name in names} | ({"producer"} if plays else set())
 
@@ -105,6 +105,7 @@ def test_worker_imports_only_the_contract(source: Path) -> None:
         ("producer/untrusted.py", set()),
         ("producer/message.py", {"producer.untrusted"}),
         ("producer/keys.py", {"producer.message"}),
+        ("producer/counts.py", {"producer.message"}),
         ("worker/classify.py", {"producer.message", "producer.untrusted"}),
         ("worker/decide.py", {"producer.message", "producer.untrusted", "worker.classify"}),
         ("worker/child.py", {"producer.message", "worker.classify", "worker.decide"}),
@@ -278,16 +279,11 @@ def test_key_names_stand_in_the_contract_alone(source: Path) -> None:
 # ---- shape ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_functions_are_short(source: Path) -> None:
-    """No function's body, without its docstring, is longer than forty lines."""
-    for node in ast.walk(tree(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.body
-            if ast.get_docstring(node) is not None and len(body) > 1:
-                body = body[1:]
-            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
-            assert lines <= MAX_BODY_LINES, f"{source}:{node.lineno} {node.name}: {lines} lines"
+@pytest.mark.parametrize("row", [row for row in table() if row.is_hard], ids=lambda row: row.what.partition(":")[0])
+def test_what_a_reader_has_to_hold_in_mind_is_short(row: Row) -> None:
+    """No file, no function's body without its docstring, and not the README is longer than `python -m tests.budgets`
+    allows."""
+    assert row.value <= row.limit, row.what
 
 
 def test_task_names_a_callable() -> None:

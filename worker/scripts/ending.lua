@@ -1,14 +1,15 @@
--- How a hold ends: what is written of a job at its outcome, its retry, its release. Each end is a row of eleven words in
+-- How a hold ends: what is written of a job at its outcome, its retry, its release. Each end is a row of twelve words in
 -- ARGV; the first word of all is the holder's name.
 --       what (done, retry, release), id, lease, run, then
 --       done     record, kind, result (base64), deadline it was decided by in ms (empty: the decision does not hang on
---                the deadline), attempts, pin, whether it leaves a triggered order's child alone (1 or empty)
---       retry    attempts, pin, delay in ms, four unused
---       release  attempts (empty: as they were), pin, five unused
-local ROW = 11
+--                the deadline), attempts, pin, whether it leaves a triggered order's child alone (1 or empty), what
+--                it adds to the counts: positions, each followed by a number
+--       retry    attempts, pin, delay in ms, five unused
+--       release  attempts (empty: as they were), pin, six unused
+local ROW = 12
 -- What all rows of a group say of one key is written at the end, with one call.
 local out = {entries = {}, ended = {}, indexed = {}, scheduled = {}, finished = {}, failed = {}, unfailed = {}, over = {},
-  front = {}, stamp = now.stamp(), ended_at = now.seconds(now.ms)}
+  front = {}, counted = {}, stamp = now.stamp(), ended_at = now.seconds(now.ms)}
 
 -- In the job's hash: the end of the hold, and the answer for a repeat of its row. What a person took back stays so.
 function job.end_hold(key, s, answer, attempts, pin, status)
@@ -35,10 +36,14 @@ end
 
 -- The ledger first: it is what a user may have no right to, and then nothing of the row is written.
 -- A pointer to a job that has failed stays: should RQ put it back, the next request for its order finds it.
-function job.record(id, order, record, kind)
+function job.record(id, order, i)
+  local record, kind = ARGV[i + 4], ARGV[i + 5]
   job.enter(record)
   redis.call('SET', OUTCOME_PREFIX .. id, record, 'EX', OUTCOME_TTL_S)
   out.ended[#out.ended + 1] = id
+  for position, number in string.gmatch(ARGV[i + 11], '(%d+) (%d+)') do
+    out.counted[position] = (out.counted[position] or 0) + number
+  end
   if not order or #order > 200 or (FAILED_KINDS[kind] and job.is_shared(order)) then return end
   if job.pointed_to(order) == id then out.over[#out.over + 1] = ORDER_PREFIX .. order end
 end
@@ -74,7 +79,7 @@ function job.done(id, key, s, i)
   end
   local kind = ARGV[i + 5]
   local is_failed = FAILED_KINDS[kind]
-  job.record(id, s.order, ARGV[i + 4], kind)
+  job.record(id, s.order, i)
   redis.call('HDEL', key, 'c_lease', 'c_open_at_ms', 'c_due_at_ms', 'c_attempts')
   redis.call('HSET', key, 'c_ended', s.lease .. ' 1', 'c_done', kind, 'status', is_failed and 'failed' or 'finished',
     'ended_at', out.stamp, 'last_heartbeat', out.stamp)
@@ -120,7 +125,7 @@ function job.complete(what, id, i)
   local answer, s = job.answered(what, id, i)
   if answer then return answer end
   if not s then
-    job.record(id, nil, ARGV[i + 4], ARGV[i + 5])
+    job.record(id, nil, i)
     return '1'
   end
   local key = JOB_PREFIX .. id
@@ -138,6 +143,31 @@ function job.first_of_ends(last)
   write('ZREM', STARTED, out.entries)
 end
 
+-- The group's part of the counts, as changes of the numbers from a position on.
+function job.changes(base, sign)
+  local changes = {}
+  for position, number in pairs(out.counted) do
+    local n = #changes
+    changes[n + 1], changes[n + 2], changes[n + 3], changes[n + 4] =
+      'INCRBY', 'i64', '#' .. text(base + position), text(sign * number)
+  end
+  return unpack(changes)
+end
+
+-- One command counts the group. The first group of a minute also keeps what the counts were before it, in the place of
+-- the minute that leaves the ring.
+function job.count()
+  if #out.ended == 0 then return end
+  local minute = math.floor(now.s / 60)
+  local was = on('BITFIELD', COUNTS, 'OVERFLOW', 'SAT', 'GET', 'i64', '#0', job.changes(0, 1))[1]
+  if was == minute or was == minute + 1 then return end -- a server that took over may be a moment behind
+  local place = minute % MINUTES_KEPT * POSITIONS
+  redis.call('BITFIELD', COUNTS, 'SET', 'i64', '#0', text(minute), 'INCRBY', 'i64', '#' .. SINCE, was == 0 and now.text or '0')
+  on('SETRANGE', MINUTES, text(8 * place), redis.call('GETRANGE', COUNTS, '0', text(8 * POSITIONS - 1)))
+  redis.call('BITFIELD', MINUTES, 'OVERFLOW', 'SAT', job.changes(place, -1))
+  redis.call('EXPIRE', MINUTES, 60 * MINUTES_KEPT)
+end
+
 function job.write_ends()
   write('ZREM', UNFINISHED, out.ended)
   write('ZADD', UNFINISHED, out.indexed)
@@ -147,6 +177,7 @@ function job.write_ends()
   write('ZREM', FAILED, out.unfailed)
   if #out.over > 0 then redis.call('DEL', unpack(out.over)) end
   for i = #out.front, 1, -1 do on('LPUSH', WAITING, out.front[i]) end
+  pcall(job.count) -- a user without these rights still ends jobs
   -- Told when all is written, and not worth any of it: a user without channels may not publish.
   for _, id in ipairs(out.ended) do redis.pcall('PUBLISH', OUTCOME_PREFIX .. id, '1') end
 end
