@@ -1,12 +1,13 @@
 """Starts `python -m worker` again and again in a fifth of its time: by forking a process that has imported libraries.
 
-Of the project itself nothing is imported before the fork, so the worker's own start is all there. What its interpreter
+Of the project itself nothing is imported before the fork, so the command's own start is all there. What its interpreter
 does before that (PYTHON* variables, `-W`, the word of `ps`) is another's: tests of that start a process of their own.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import runpy
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -53,7 +54,7 @@ class Forked:
             subprocess.TimeoutExpired: it still runs.
         """
         if self.returncode is None and not select.select([self._told], [], [], timeout)[0]:
-            raise subprocess.TimeoutExpired("python -m worker", timeout or 0)
+            raise subprocess.TimeoutExpired("python -m", timeout or 0)
         code = self.poll()
         assert code is not None
         return code
@@ -64,11 +65,13 @@ class Forked:
             os.kill(self.pid, how)
 
 
-def start(arguments: tuple[str, ...], environment: Mapping[str, str], stdout: int, stderr: int) -> Forked:
-    """Start `python -m worker` in a session of its own."""
+def start(module: str, arguments: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Forked:
+    """Start `python -m MODULE` in a session of its own, with nothing to read."""
     reader, writer = os.pipe()
     try:
-        socket.send_fds(_forker(), [json.dumps([arguments, dict(environment)]).encode()], [stdout, stderr, writer])
+        socket.send_fds(
+            _forker(), [json.dumps([module, arguments, dict(environment)]).encode()], [stdout, stderr, writer]
+        )
     finally:
         os.close(writer)
     return Forked(os.fdopen(reader, "rb", buffering=0))
@@ -90,27 +93,30 @@ def _forker() -> socket.socket:
 # ---- in the process that forks ---------------------------------------------------------------------------------------
 
 
-def main(orders: socket.socket) -> None:
-    """Fork for each order, until nobody is left to give one; returns in each child."""
+def main(orders: socket.socket) -> str:
+    """Fork for each order, until nobody is left to give one; returns in each child, with its module."""
     # requests is imported by the worker as it wants it to be.
     for name in LIBRARIES:
         __import__(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     while True:
         said, fds, _, _ = socket.recv_fds(orders, _MOST_BYTES, 3)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         if not said:
             sys.exit()
         if os.fork() == 0:
             orders.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _begin(*json.loads(said), *fds)
-            return
+            module, arguments, environment = json.loads(said)
+            _begin(environment, *fds)
+            sys.argv = [module, *arguments]
+            return str(module)
         for fd in fds:
             os.close(fd)
 
 
-def _begin(arguments: list[str], environment: dict[str, str], stdout: int, stderr: int, told: int) -> None:
-    """Become the worker; beside it waits a process for its end, as its parent."""
+def _begin(environment: dict[str, str], stdout: int, stderr: int, told: int) -> None:
+    """Become the command; a process waits for its end, as its parent."""
     if (pid := os.fork()) != 0:
         os.write(told, b"%d\n" % pid)
         for first, end in ((0, told), (told + 1, _FDS)):
@@ -125,9 +131,7 @@ def _begin(arguments: list[str], environment: dict[str, str], stdout: int, stder
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()
-    sys.argv = ["worker", *arguments]
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module("worker", run_name="__main__", alter_sys=True)
+    runpy.run_module(main(socket.socket(fileno=int(sys.argv[1]))), run_name="__main__", alter_sys=True)

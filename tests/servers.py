@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -177,7 +177,7 @@ class Workers:
                 start_new_session=True,
             )
         else:
-            process = forked(arguments, scrubbed() | given, out, file.fileno())
+            process = forked("worker", arguments, scrubbed() | given, out, file.fileno())
         worker = Worker(process, log, file)
         is_foreign = command not in ((), WORKER)
         before = self._registered() if wait and is_foreign else 0
@@ -226,6 +226,8 @@ def scrubbed() -> dict[str, str]:
 
 def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this Python in the checkout with these words to its end, with no settings but these."""
+    if words[:2] in (("-m", "worker"), ("-m", "producer")):
+        return _ran(words[1], words[2:], scrubbed() | environment)
     return subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
@@ -235,6 +237,18 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         timeout=60,
         check=False,
     )
+
+
+def _ran(module: str, words: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = forked(module, words, environment, out.fileno(), errors.fileno())
+        try:
+            code = process.wait(60)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        for file in (out, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess([module, *words], code, out.read(), errors.read())
 
 
 def plain(answer: Any) -> Any:
