@@ -296,7 +296,7 @@ def words_of(role: Role) -> set[str]:
 
 def test_the_writes_are_those_of_the_scripts(connection: redis.Redis) -> None:
     """Each user writes by the commands that its scripts use, and by no other; what a strategy cannot set aside, a
-    worker does."""
+    worker does. A check rehearses each of a worker's."""
     reads = {name.decode() for name in connection.execute_command("ACL", "CAT", "read")} | {"time"}
 
     def said_in(*scripts: str) -> set[str]:
@@ -310,6 +310,8 @@ def test_the_writes_are_those_of_the_scripts(connection: redis.Redis) -> None:
     assert words_of(Role.STRATEGY) - common == said_in(*begun) - {"rename"}
     assert words_of(Role.OPERATOR) - common == said_in(*begun, "producer/scripts/retry") - {"rename"}
     assert words_of(Role.WORKER) - common - session == said_in(*begun[:2], *ours) | {"blmove"}
+    rehearsed = (ROOT / "worker/check_redis.py").read_text("utf-8")
+    assert [name for name in said_in(*begun[:2], *ours) if f"{name.upper()} {{" not in rehearsed] == []
 
 
 def test_the_documents_hold_what_the_command_prints() -> None:

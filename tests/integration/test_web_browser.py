@@ -223,8 +223,8 @@ def test_what_is_typed_outlasts_the_refresh(browser: webdriver.Chrome, web: WebP
         browser.execute_script("document.querySelector('iframe').contentWindow.scrollTo(0, 60)")
         for part in (str(LARGEST)[:4], str(LARGEST)[4:9]):
             ActionChains(browser).send_keys(part).perform()
-            before = drawn_at(browser)
-            eventually(lambda before=before: drawn_at(browser) not in ("", before), what="the figures are drawn anew")
+            was = ("", drawn_at(browser))
+            eventually(lambda was=was: drawn_at(browser) not in was, what="the figures are drawn anew")  # type: ignore[misc]
         ActionChains(browser).send_keys(str(LARGEST)[9:]).perform()
         assert box.get_attribute("value") == str(LARGEST)
         if path == "/":
