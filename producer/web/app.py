@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any, TypeVar
 
 from flask import Flask, Response, g, make_response, redirect, render_template, request, url_for
@@ -248,36 +248,16 @@ def _broken(error: Exception) -> Answer:
 # --- Pages --------------------------------------------------------------------------------------------------------
 
 
-class _Lane:
-    """So many calls at a time, and so many more that wait: whoever waits keeps a thread of the server."""
-
-    def __init__(self, calls: int, waiting: int) -> None:
-        self._calls = threading.BoundedSemaphore(calls)
-        self._places = threading.BoundedSemaphore(calls + waiting)
-
-    @contextlib.contextmanager
-    def turn(self, until_s: float) -> Iterator[None]:
-        """Wait for a turn until then (monotonic), and have it for the length of the block.
-
-        Raises:
-            ServiceUnavailable: it did not come in time, or too many wait already.
-        """
-        with contextlib.ExitStack() as held:
-            if not self._places.acquire(blocking=False):
-                raise ServiceUnavailable(_CROWD, retry_after=_AGAIN_S)
-            held.callback(self._places.release)
-            if not self._calls.acquire(timeout=max(0.0, until_s - time.monotonic())):
-                raise ServiceUnavailable(_BUSY, retry_after=_AGAIN_S)
-            held.callback(self._calls.release)
-            yield
-
-
 class _Turns:
-    """Lets few calls of Redis be under way at a time: a small plan has few connections, and workers need theirs."""
+    """Lets few calls of Redis be under way at a time: a small plan has few connections, and workers need theirs.
+
+    Some more wait, each keeping a thread of the server; who would be one too many is turned away.
+    """
 
     def __init__(self) -> None:
-        self._calls = _Lane(_CALLS, _WAITING)
-        self._heavy = _Lane(_HEAVY_CALLS, _HEAVY_WAITING)
+        lanes = ((_HEAVY_CALLS, _HEAVY_WAITING), (_CALLS, _WAITING))
+        # The heavy one first: while it waits for that it keeps no light one away.
+        self._lanes = [(BoundedSemaphore(calls + waiting), BoundedSemaphore(calls)) for calls, waiting in lanes]
 
     @contextlib.contextmanager
     def taken(self, heavy: bool) -> Iterator[None]:
@@ -288,9 +268,11 @@ class _Turns:
         """
         until_s = time.monotonic() + _TURN_S
         with contextlib.ExitStack() as held:
-            # The heavy one first: while it waits for that it keeps no light one away.
-            for lane in [self._heavy] * heavy + [self._calls]:
-                held.enter_context(lane.turn(until_s))
+            for places, calls in self._lanes if heavy else self._lanes[1:]:
+                for lock, until, words in ((places, 0.0, _CROWD), (calls, until_s, _BUSY)):
+                    if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
+                        raise ServiceUnavailable(words, retry_after=_AGAIN_S)
+                    held.callback(lock.release)
             yield
 
 
