@@ -22,7 +22,7 @@ from tests.webpages import KEYS, TOKEN, WebProcess
 from worker.sandbox.control import ExchangeConfig, start_exchange
 
 KINDS = [OutcomeKind.CANCELLED] * 60 + [OutcomeKind.TRIGGERED] * 3 + [OutcomeKind.EXPIRED, OutcomeKind.GAVE_UP]
-PICTURES = {"web-status": "/?refresh=0", "web-failed": "/failed", "web-history": "/history?refresh=0"}
+PICTURES = {"web-status": "/?refresh=0", "web-failed": "/failed", "web-history": "/history"}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from producer.client import CancelClient
 from producer.keys import Band
 from producer.message import OutcomeKind
 from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
-from producer.timeline import Timeline, read_timeline
+from producer.timeline import read_timeline
 from producer.untrusted import clean_text
 from producer.web import queries
 from producer.web.access import (
@@ -50,8 +50,8 @@ from producer.web.plots import plots_of, rows_of
 from producer.web.queries import PAGE, Standing
 from producer.web.seen import USABLE_ID, Seen, requests_of
 
-#: Between two looks of a page that refreshes itself, and of one that shows hours, s.
-REFRESH_S, HISTORY_REFRESH_S = 5, 30
+#: Between two looks of a page that refreshes itself, s.
+REFRESH_S = 5
 #: What is drawn: minutes, and how many of them make an interval.
 _HOUR, _DAY = (60, 1), (1440, 15)
 #: Outcomes below the status.
@@ -284,7 +284,6 @@ class _Pages:
         self._keys = client.keys
         self._access = access
         self._turns = _Turns()
-        self._kept: dict[int, tuple[float, Timeline]] = {}
 
     def rules(self) -> Mapping[str, Any]:
         """Address and method."""
@@ -305,17 +304,22 @@ class _Pages:
         }
 
     def _ask(self, conversation: Conversation[T], heavy: bool = False) -> T:
+        """What Redis says, and in the same turn what the banner of each page needs."""
         with self._turns.taken(heavy):
-            return self._client.converse(conversation)
+            told = self._client.converse(conversation)
+            if "standing" not in g:
+                try:
+                    g.standing = self._client.converse(queries.standing(self._keys))
+                except _UNREADABLE:
+                    g.standing = None
+            return told
 
     def standing(self) -> Standing | None:
-        """What holds up everything, for the banner of a page; None where it cannot be told."""
+        """What holds up everything, for the banner; None where it cannot be told."""
         if "standing" not in g:
-            try:
-                g.standing = self._ask(queries.standing(self._keys))
-            except (QueueUnavailable, HTTPException, *_UNREADABLE):
-                g.standing = None
-        found: Standing | None = g.standing
+            with contextlib.suppress(QueueUnavailable, HTTPException):
+                self._ask(queries.clock())
+        found: Standing | None = g.get("standing")
         return found
 
     # --- reading ---
@@ -336,30 +340,20 @@ class _Pages:
             g.standing = Standing(seen.suspended, unserved, seen.unattended)
         rows = self._ask(queries.newest(self._keys, _NEWEST))
         now_ms = seen.at_ms if seen is not None else self._ask(queries.clock())
-        hour = self._timeline(*_HOUR).intervals
+        hour = self._ask(read_timeline(self._keys, *_HOUR)).intervals
         about: dict[str, Any] = {"now_ms": now_ms, "ledger": self._keys.outcomes}
         about |= {"hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
         return render_template("status.html", s=seen, fault=fault, rows=rows, **about)
 
     def history(self) -> Answer:
         """What became of requests in the last hour and day."""
-        if (frame := _frame("History", HISTORY_REFRESH_S)) is not None:
-            return frame
-        hour, day = self._timeline(*_HOUR), self._timeline(*_DAY)
+        hour = self._ask(read_timeline(self._keys, *_HOUR))
+        day = self._ask(read_timeline(self._keys, *_DAY), heavy=True)
         windows = [
             ("Last hour", plots_of(hour.intervals, "minute", "last hour"), rows_of(hour.intervals)),
             ("Last day", plots_of(day.intervals, "quarter of an hour", "last day"), rows_of(day.intervals)),
         ]
-        since_ms = hour.total.since_ms
-        return render_template("history.html", windows=windows, at_ms=hour.at_ms, since_ms=since_ms)
-
-    def _timeline(self, minutes: int, step: int) -> Timeline:
-        """What was counted, read anew after as much as a refresh takes: a day is a lot to read."""
-        kept = self._kept.get(minutes)
-        if kept is None or time.monotonic() - kept[0] >= REFRESH_S - 1:
-            timeline = self._ask(read_timeline(self._keys, minutes, step), heavy=step > 1)
-            self._kept[minutes] = kept = (time.monotonic(), timeline)
-        return kept[1]
+        return render_template("history.html", windows=windows, at_ms=day.at_ms, since_ms=day.total.since_ms)
 
     def open_requests(self, state: str) -> Answer:
         """Those that wait for a worker, for their next attempt, or that a worker has in hand."""
