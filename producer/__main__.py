@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
+from rq.defaults import RQ_KEY_PREFIX
 from rq.job import JobStatus
 
 from producer import __version__, console
 from producer.client import CancelClient
 from producer.door import checked_ids, checked_position
-from producer.message import DEFAULT_QUEUE, CancelRequest, Outcome
+from producer.keys import Keys
+from producer.message import DEFAULT_QUEUE, CancelRequest, Outcome, check_queue_name
 from producer.open_orders import WARNING, OpenOutcome
 from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest, WaitTimeout
+from producer.rights import acl_lines
 from producer.shell import ExitCode, Failure, InOrder, about_request, dumped, epilog, print_line, print_lines, say
 from producer.status import Status, aligned
 from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
@@ -443,6 +446,24 @@ def _full_screen() -> Callable[..., NoReturn] | None:
     except ImportError:
         return None
     return watch.run if watch.usable() else None
+
+
+# --- acl ----------------------------------------------------------------------------------------------------------
+
+
+@cli.command(epilog=epilog("python -m producer acl", "python -m producer acl --queue desk-a | grep ' strategy '"))
+@click.option("--redis-6", is_flag=True, help="For Redis 6.2, where nothing keeps a strategy from forging outcomes.")
+@click.option("--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, metavar="Q", show_default=True, show_envvar=True)
+def acl(queue: str, redis_6: bool) -> ExitCode:
+    """Print users of Redis, each with no more rights than its part needs, as lines for redis-cli.
+
+    They are for Redis 7 or later and Valkey. Put passwords in the place of the words in capitals. Asks no server.
+    """
+    try:
+        print_lines(acl_lines(Keys(check_queue_name(queue), RQ_KEY_PREFIX), redis_6=redis_6))
+    except InvalidRequest as error:
+        raise Failure(str(error), ExitCode.USAGE) from None
+    return ExitCode.DONE
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------

@@ -62,6 +62,11 @@ class Times:
         """How many there were."""
         return sum(self.buckets)
 
+    def after(self, last: Times) -> Times:
+        """See :meth:`Counts.after`."""
+        buckets = tuple(map(max, self.buckets, last.buckets))
+        return Times(buckets, max(self.sum_ms, last.sum_ms))
+
     def quantile(self, part: float) -> float | None:
         """The time, ms, within which a ``part`` (0 to 1) of them was done, None where there were none.
 
@@ -98,6 +103,16 @@ class Counts:
             _times(new[_OUTCOME:_SINCE]),
             max(0, now[_SINCE]),
         )
+
+    def after(self, last: Counts | None) -> Counts:
+        """What is known once this was read after ``last``: counts never fall, though a server that took over may hold
+        an earlier state of them. What began at another time has nothing to do with it.
+        """
+        if last is None or self.since_ms not in (0, last.since_ms):
+            return self
+        kinds = {kind: max(count, last.kinds[kind]) for kind, count in self.kinds.items()}
+        first_attempt, outcome = self.first_attempt.after(last.first_attempt), self.outcome.after(last.outcome)
+        return Counts(kinds, first_attempt, outcome, last.since_ms)
 
     @property
     def count(self) -> int:

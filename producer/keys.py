@@ -229,6 +229,11 @@ class Keys:
         return f"gate:{scope}"
 
 
+def set_aside(key: str) -> str:
+    """Where a key goes that all jobs share and that has another type than it should."""
+    return f"{key}:set-aside"
+
+
 _SUSPECT = re.compile(rb"(.*) ([0-9a-f]{16})", re.DOTALL)
 
 

@@ -1,8 +1,9 @@
 """Prometheus metrics of one queue, read from Redis when Prometheus asks; needs prometheus-client.
 
-One exporter speaks for all workers, so a scrape is true whatever process died. Counters add up the ledger: each scrape
-reads the entries that came since the last one. Gauges are one look at the queue, and are left out while Redis is away,
-because an old depth is worse than none.
+One exporter speaks for all workers, so a scrape is true whatever process died. Outcomes and times come from the counts
+that the completing script keeps: nothing is missed, and a restart changes nothing. What only the ledger tells is
+counted from the first scrape on. Gauges are one look at the queue, and are left out while Redis is away, because an old
+depth is worse than none.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import socket
 import sys
 import threading
 import time
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from socketserver import TCPServer, ThreadingMixIn
@@ -28,7 +28,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from producer.client import CancelClient
-from producer.message import DEFAULT_ACCOUNT, Attempt, Outcome, OutcomeKind
+from producer.counts import BUCKETS_MS, Counts, Times
+from producer.message import DEFAULT_ACCOUNT, Attempt, OutcomeKind
 from producer.protocol import (
     Conversation,
     QueueUnavailable,
@@ -37,10 +38,10 @@ from producer.protocol import (
     fields_of,
     good,
     is_wrong_type,
-    pages,
     text,
 )
 from producer.status import Gate, Status
+from producer.timeline import read_counts
 from producer.untrusted import MalformedMessage
 
 #: Distinct accounts, verdicts, and answers of the exchange that get series of their own; further ones are `other`.
@@ -50,16 +51,8 @@ MAX_CALLS = 8
 MAX_REPLIES = 256
 OTHER = "other"
 NONE = "none"
-#: Upper bounds of the histograms' buckets, s.
-BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 #: How long one scrape reads the ledger, s: what is left then is read by the next one. Prometheus waits 10 s.
 _READ_S = 4.0
-#: Counted entries that are remembered, to tell an older state of the ledger from another ledger.
-_REMEMBERED = 5000
-#: Longest time that is measured, ms: a record may hold anything.
-_LONGEST_MS = 10**12
-
-_BEGINNING = "0-0"
 
 #: Values by the values of the labels beside `queue`.
 Series: TypeAlias = dict[tuple[str, ...], float]
@@ -84,29 +77,8 @@ class Labels:
         return value
 
 
-class Histogram:
-    """Counts of times by bucket, and their sum."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(BUCKETS_S) + 1)
-        self._sum_s = 0.0
-
-    def observe(self, ms: int) -> None:
-        """Add one time; two clocks that disagree make none that is negative."""
-        seconds = min(max(0, ms), _LONGEST_MS) / 1000
-        self._counts[bisect_left(BUCKETS_S, seconds)] += 1
-        self._sum_s += seconds
-
-    def family(self, name: str, documentation: str, queue: str) -> Metric:
-        """The exposition, cumulated as Prometheus wants it."""
-        bounds = [*map(str, map(float, BUCKETS_S)), "+Inf"]
-        family = HistogramMetricFamily(name, documentation, labels=["queue"])
-        family.add_metric([queue], list(zip(bounds, accumulate(self._counts), strict=True)), self._sum_s)
-        return family
-
-
 class Tally:
-    """What has been counted of the ledger since the exporter began. Nothing in it ever goes down."""
+    """What the ledger told since the first scrape. Nothing in it ever goes down."""
 
     def __init__(self, account: Labels) -> None:
         self._account = account
@@ -116,9 +88,7 @@ class Tally:
         self._expect(self._account(DEFAULT_ACCOUNT))
         self._attempts: Counter[tuple[str, ...]] = Counter()
         self._replies: Counter[tuple[str, ...]] = Counter()
-        self._first_attempt = Histogram()
-        self._outcome = Histogram()
-        self.unreadable = 0
+        self._unreadable = 0
         self.missed: int | None = None  # None: the server does not count what it adds
 
     def add(self, entry_id: str, fields: Mapping[Any, Any]) -> None:
@@ -126,7 +96,7 @@ class Tally:
         try:
             outcome = entry_outcome(entry_id, fields)
         except MalformedMessage:
-            self.unreadable += 1
+            self._unreadable += 1
             return
         account = NONE if outcome.account is None else self._account(outcome.account)
         self._expect(account)
@@ -134,19 +104,11 @@ class Tally:
         for attempt in outcome.history():
             self._attempts[self._call(str(attempt.call)), self._verdict(attempt.verdict)] += 1
             self._replies[self._reply(attempt)] += 1
-        self._time(outcome)
 
     def _expect(self, account: str) -> None:
-        """Series of all kinds: what first appears with a 1 is no increase to Prometheus, and would alert nobody."""
+        """Series of all kinds: what first appears with a 1 is no increase to Prometheus."""
         for kind in OutcomeKind:
             self._outcomes[kind.value, account] += 0
-
-    def _time(self, outcome: Outcome) -> None:
-        if outcome.enqueued_at_ms is None:
-            return
-        self._outcome.observe(outcome.finished_at_ms - outcome.enqueued_at_ms)
-        if outcome.attempts:
-            self._first_attempt.observe(outcome.attempts[0].at_ms - outcome.enqueued_at_ms)
 
     def _reply(self, attempt: Attempt) -> tuple[str, str, str]:
         """Call, HTTP status and code; a record says what an exchange sent, which may be anything."""
@@ -158,16 +120,32 @@ class Tally:
 
     def families(self, queue: str) -> Iterator[Metric]:
         """All of it for Prometheus."""
-        yield _counter("outcomes", "Outcomes recorded.", queue, ("kind", "account"), self._outcomes)
-        yield _counter("attempts", "Signed calls of ended requests.", queue, ("call", "verdict"), self._attempts)
+        since = "since the exporter's first scrape"
+        yield _counter("account_outcomes", f"Outcomes {since}.", queue, ("kind", "account"), self._outcomes)
+        yield _counter("attempts", f"Signed calls of what ended {since}.", queue, ("call", "verdict"), self._attempts)
         labels = ("call", "http", "code")
         yield _counter("exchange_replies", "Answers to these calls, none among them.", queue, labels, self._replies)
-        yield self._first_attempt.family("cancel_first_attempt_seconds", "From enqueue to first attempt.", queue)
-        yield self._outcome.family("cancel_outcome_seconds", "From enqueue to outcome.", queue)
-        yield _counter("ledger_unreadable", "Entries that hold no outcome.", queue, (), {(): self.unreadable})
+        yield _counter("ledger_unreadable", "Entries that hold no outcome.", queue, (), {(): self._unreadable})
         if self.missed is not None:
             words = "Entries that left the ledger before the exporter read them."
             yield _counter("ledger_missed", words, queue, (), {(): self.missed})
+
+
+def totals(counts: Counts, queue: str) -> Iterator[Metric]:
+    """All that was ever counted, for Prometheus."""
+    kinds: dict[tuple[str, ...], int] = {(kind.value,): count for kind, count in counts.kinds.items()}
+    yield _counter("outcomes", "Outcomes recorded.", queue, ("kind",), kinds)
+    yield _histogram("first_attempt", "From enqueue to first attempt.", queue, counts.first_attempt)
+    yield _histogram("outcome", "From enqueue to outcome.", queue, counts.outcome)
+
+
+def _histogram(name: str, documentation: str, queue: str, times: Times) -> Metric:
+    """Cumulated, as Prometheus wants it."""
+    bounds = [*(str(bound / 1000) for bound in BUCKETS_MS), "+Inf"]
+    family = HistogramMetricFamily(f"cancel_{name}_seconds", documentation, labels=["queue"])
+    upto = list(zip(bounds, accumulate(times.buckets), strict=True))
+    family.add_metric([queue], upto, times.sum_ms / 1000)
+    return family
 
 
 def _number(value: object) -> str:
@@ -189,58 +167,44 @@ def _counter(
 class LedgerEnd:
     """Where the ledger ends now."""
 
-    newest: str  # stream id of the newest entry that was ever added
-    length: int
-    added: int | None  # entries ever added; None before Redis 7.0, which does not count them
+    newest: str = "0-0"  # stream id of the newest entry that was ever added
+    added: int | None = 0  # entries ever added; None before Redis 7.0, which does not count them
 
 
 class LedgerClient(CancelClient):
-    """A client that can also read the ledger for those who count it."""
+    """A client that also reads the counts, and the ledger for those who count it."""
 
-    def ledger_end(self) -> LedgerEnd | None:
-        """The ledger's end, None where there is no ledger, or a key of another type in its place."""
+    def counts(self) -> Counts:
+        """All that was ever counted."""
+        return self.converse(read_counts(self.keys))
+
+    def ledger_end(self) -> LedgerEnd:
+        """The ledger's end; the beginning where there is no ledger, or a key of another type in its place."""
         return self.converse(_ledger_end(self.keys.outcomes))
 
     def ledger_page(self, after: str) -> list[tuple[str, Any]]:
         """Stream id and fields of some entries after one, without waiting; none where there is none."""
         return self.converse(self._wire.page(after, gaps=False))
 
-    def newest_held(self, entry_ids: Iterable[str]) -> str | None:
-        """The first of ``entry_ids`` that the ledger holds; one round trip for each 1,000."""
-        return self.converse(_newest_held(self.keys.outcomes, list(entry_ids)))
 
-
-def _ledger_end(ledger: str) -> Conversation[LedgerEnd | None]:
+def _ledger_end(ledger: str) -> Conversation[LedgerEnd]:
     there, told = yield [("EXISTS", ledger), ("XINFO", "STREAM", ledger)]
     if not good([there])[0] or is_wrong_type(told):
-        return None
+        return LedgerEnd()
     (told,) = good([told])
     known = {text(name): value for name, value in fields_of(told).items()}
-    return LedgerEnd(text(known["last-generated-id"]), int(known["length"]), known.get("entries-added"))
-
-
-def _newest_held(ledger: str, entry_ids: list[str]) -> Conversation[str | None]:
-    for page in pages(entry_ids):
-        found = good((yield [("XRANGE", ledger, entry_id, entry_id) for entry_id in page]))
-        if held := next((entry_id for entry_id, entries in zip(page, found, strict=True) if entries), None):
-            return held
-    return None
+    return LedgerEnd(text(known["last-generated-id"]), known.get("entries-added"))
 
 
 class LedgerReader:
-    """Feeds a tally with each entry of the ledger once, from the oldest that is still there."""
+    """Feeds a tally with what comes to the ledger from the first look on, each entry once."""
 
     def __init__(self, client: LedgerClient, tally: Tally) -> None:
         self._client = client
         self._tally = tally
-        self._position = _BEGINNING
-        self._is_sure = True  # that the position belongs to the ledger that is there now
-        #: Entries ever added at some earlier end, and entries read since; what the two miss was trimmed unread.
-        self._added: int | None = None
-        self._read = 0
-        self._is_new = True
-        #: Newest entries that were counted: a server that comes back with an older state still holds some of them.
-        self._counted: deque[str] = deque(maxlen=_REMEMBERED)
+        self._end: LedgerEnd | None = None
+        self._position = ""  # of the last entry that was read, or need not be
+        self._owed = 0  # entries that were added and are not read yet, or never will be: they were trimmed
 
     def read(self, until_s: float) -> None:
         """Count what came since the last call, as far as that goes until ``until_s`` (monotonic).
@@ -248,49 +212,26 @@ class LedgerReader:
         Raises:
             QueueUnavailable: Redis did not answer; what was read is counted, and the next call goes on there.
         """
-        end = self._client.ledger_end()
-        if end is None:
-            # Nothing yet, deleted, or Redis came back empty; whatever appears is counted from its first entry.
-            self._is_sure, self._is_new, self._added, self._read = False, False, 0, 0
-            return
-        if self._is_new:
-            self._is_new = False
-            self._added = None if end.added is None else end.added - end.length
-        if entry_parts(end.newest) < entry_parts(self._position) or (end.added or 0) < (self._added or 0) + self._read:
-            self._is_sure = end.added is None and entry_parts(end.newest) >= entry_parts(self._position)
-        if not self._is_sure:
-            self._find_position()
-        if self._read_to(entry_parts(end.newest), until_s):
-            self._account_for(end)
-
-    def _find_position(self) -> None:
-        """Go on after the newest counted entry that is there, or from the beginning of what is another ledger."""
-        held = self._client.newest_held(reversed(self._counted))
-        self._position = held or _BEGINNING
-        self._added = 0 if held is None else None
-        self._read = 0
-        self._is_sure = True
-
-    def _read_to(self, newest: tuple[int, int], until_s: float) -> bool:
-        """Whether all entries up to ``newest`` are counted."""
-        while entry_parts(self._position) < newest and time.monotonic() < until_s:
+        end, before = self._client.ledger_end(), self._end
+        if before is None or entry_parts(end.newest) < entry_parts(self._position):
+            # The first look; or the ledger is gone, or a server came back with an older state: what is there was read.
+            self._position, self._owed = end.newest, 0
+        elif end.added is not None and before.added is not None:
+            self._owed += end.added - before.added if end.added >= before.added else end.added
+        self._end = end
+        while entry_parts(self._position) < entry_parts(end.newest):
+            if time.monotonic() >= until_s:
+                return
             page = self._client.ledger_page(self._position)
             for entry_id, fields in page:
-                if entry_parts(entry_id) > newest:
-                    return True
                 self._tally.add(entry_id, fields)
-                self._counted.append(entry_id)
                 self._position = entry_id
-                self._read += 1
+                self._owed -= 1
             if not page:  # the newest entry was deleted
-                return True
-        return entry_parts(self._position) >= newest
-
-    def _account_for(self, end: LedgerEnd) -> None:
+                self._position = end.newest
         if end.added is not None:
-            lost = 0 if self._added is None else max(0, end.added - self._added - self._read)
-            self._tally.missed = (self._tally.missed or 0) + lost
-        self._added, self._read = end.added, 0
+            self._tally.missed = (self._tally.missed or 0) + max(0, self._owed)
+            self._owed = min(0, self._owed)
 
 
 # --- Gauges -------------------------------------------------------------------------------------------------------
@@ -307,12 +248,12 @@ def gauges(status: Status, account: Labels) -> Iterator[Metric]:
     """One look at the queue for Prometheus. Series of keys are there while the key is refused."""
     queue = status.queue
     yield _gauge("queue_depth", "Requests that wait for a worker.", queue, status.queued)
-    yield _gauge(
-        "queue_latency_seconds",
-        "For how long the oldest has waited; 0: none waits.",
-        queue,
-        status.oldest_queued_s or 0,
+    words = "For how long a request has waited for a worker since it was due, the oldest; 0: none waits."
+    yield _gauge("queue_latency_seconds", words, queue, status.oldest_queued_s or 0)
+    words = (
+        "The same of those that nobody may send now: gate closed, queue suspended, key refused; 0: none is held back."
     )
+    yield _gauge("queue_gated_seconds", words, queue, status.gated_s or 0)
     yield _gauge("in_flight", "Requests that a worker holds.", queue, status.in_flight)
     words = "Requests whose lease ran out, because their worker died or was cut off: to be taken over."
     yield _gauge("expired_leases", words, queue, status.to_be_taken_over)
@@ -363,25 +304,28 @@ class QueueCollector(Collector):
         self._account = Labels(MAX_ACCOUNTS)
         self._tally = Tally(self._account)
         self._ledger = LedgerReader(client, self._tally)
+        self._counts: Counts | None = None
         self._began_s = time.time()
         self._one_at_a_time = threading.Lock()
 
     def collect(self) -> list[Metric]:
-        """Read the ledger and the queue; what could be read before Redis went away is told."""
+        """Read counts, ledger and queue; what could be read before Redis went away is told."""
         with self._one_at_a_time:
             seen: Status | None = None
             try:
+                self._counts = self._client.counts().after(self._counts)
                 self._ledger.read(time.monotonic() + _READ_S)
                 seen = self._client.status()
             except QueueUnavailable:
                 pass
-            now = [] if seen is None else list(gauges(seen, self._account))
             up = "1 if Redis answered this scrape; 0: it did not answer, or refused."
+            began = "When this process began: what the ledger told before is not counted."
             return [
                 _gauge("up", up, self._queue, seen is not None),
-                _gauge("exporter_start_time_seconds", "When the counters began.", self._queue, self._began_s),
+                _gauge("exporter_start_time_seconds", began, self._queue, self._began_s),
+                *([] if self._counts is None else totals(self._counts, self._queue)),
                 *self._tally.families(self._queue),
-                *now,
+                *([] if seen is None else gauges(seen, self._account)),
             ]
 
 

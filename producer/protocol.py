@@ -457,16 +457,20 @@ def _stamp() -> str:
 
 def requeue_commands(keys: Keys, job_id: str) -> tuple[Command, Command]:
     """What :func:`is_requeued` has to know of a request that has failed."""
-    return ("HMGET", keys.job_prefix + job_id, "status", JobField.DONE), ("ZSCORE", keys.failed, job_id)
+    fields = ("status", JobField.DONE, JobField.RUN)
+    return ("HMGET", keys.job_prefix + job_id, *fields), ("ZSCORE", keys.failed, job_id)
 
 
 def is_requeued(state: Any, score: Any) -> bool:
-    """Whether RQ has put a failed job back, as `producer/scripts/job.lua` has it: its entry has left the registry of
-    failed ones. A copy that RQ saved late over an ended job has not."""
-    if isinstance(state, Exception) or score is not None:
+    """Whether a failed job's record is of the run before: a new run has begun (and no claim has removed the record
+    yet), or RQ has put the job back, as `producer/scripts/job.lua` has it: its entry has left the registry of failed
+    ones. A copy that RQ saved late over an ended job has not."""
+    if isinstance(state, Exception):
         return False
-    status, done = state
-    return done is not None and (status is None or text(status) not in ENDED)
+    status, done, run = state
+    if done is None:
+        return run is not None
+    return score is None and (status is None or text(status) not in ENDED)
 
 
 def entry_parts(entry_id: str) -> tuple[int, int]:

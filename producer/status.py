@@ -5,53 +5,36 @@ Reading it changes nothing in Redis, unlike RQ's own counts, which clean registr
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rq.defaults import DEFAULT_WORKER_TTL
-from rq.utils import utcparse
-
-from producer.keys import Band, BreakerField, Keys, WorkerField, suspect_of
+from producer import latency
+from producer.keys import Band, BreakerField, Keys, suspect_of
 from producer.message import Outcome, OutcomeKind
 from producer.protocol import Command, Conversation, entry_outcome, fields_of, good, is_wrong_type, stream_entries, text
 from producer.untrusted import MAX_MSG_CHARS, MalformedMessage, clean_text
+from producer.workers import (
+    MAX_NAME_CHARS,
+    WORKER_COLUMNS,
+    WORKER_FIELDS,
+    WorkerRow,
+    number,
+    raw_host,
+    worker_cells,
+    worker_rows,
+)
 
 #: The window of the figures about outcomes, s.
 WINDOW_S = 60
 #: Entries of the ledger read at most, newest first; in a busier minute the figures speak of these.
 MAX_ENTRIES = 5000
-#: Waiting jobs looked at, those that wait longest: whoever deletes a job leaves its entry in the index for a while.
-_HEAD = 100
 #: Workers and suspected keys described at most.
 _MAX_WORKERS = 500
 _MAX_KEYS = 100
-#: A worker of ours writes its figures each second; older ones speak of another minute's weight, s.
-FRESH_S = 60.0
-#: A worker of ours beats each second; one that is silent for longer than this is taken for dead, s.
-LIVE_S = 10.0
-#: With each beat RQ lets a worker's record live for so long; ours keep RQ's default, ms.
-_BEAT_LIFE_MS = (DEFAULT_WORKER_TTL + 60) * 1000
 #: Held jobs that are compared with the schedule one by one; of more, only how many they can be is told.
 _COMPARED_HELD = 10_000
-#: Longest name shown of a worker, host, account or scope, characters.
-_MAX_NAME_CHARS = 80
-_WORKER_FIELDS = (
-    "hostname",
-    "pid",
-    "state",
-    "successful_job_count",
-    "failed_job_count",
-    "last_heartbeat",
-    "death",
-    WorkerField.IN_FLIGHT,
-    WorkerField.CONCURRENCY,
-    WorkerField.CLOCK_OFFSET_MS,
-    WorkerField.USED_WEIGHT,
-    WorkerField.WEIGHT_LIMIT,
-)
 #: Longest name shown of a key, characters.
 _MAX_KEY_CHARS = 200
 #: What stands for the answer about a key of the wrong type, by the command.
@@ -63,7 +46,6 @@ _NOTHING: Mapping[str, Any] = {
 }
 #: Scores of those that wait for a worker.
 _WAITING = (int(Band.WAITING), f"({int(Band.RETRY)}")
-_NUMBER = re.compile(r"-?[0-9]{1,18}")
 _BREAKER_FIELDS = (BreakerField.FAILURES, BreakerField.REASON, BreakerField.SINCE_MS, BreakerField.PROBE_AT_MS)
 
 
@@ -75,9 +57,9 @@ class Percentiles:
     p99: int | None = None
 
     @classmethod
-    def of(cls, values: Sequence[int]) -> Percentiles:
-        """Those of ``values``."""
-        ranked = sorted(values)
+    def of(cls, values: Iterable[int | None]) -> Percentiles:
+        """Those of ``values``, as far as they are known."""
+        ranked = sorted(value for value in values if value is not None)
         if not ranked:
             return cls()
         return cls(*(ranked[max(0, -(-len(ranked) * percent // 100) - 1)] for percent in (50, 99)))
@@ -127,53 +109,13 @@ class RefusedKey:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerRow:
-    """A worker as RQ registers it, and what it says of itself; a stock RQ worker says nothing."""
-
-    name: str
-    host: str
-    pid: int | None
-    state: str
-    ok: int  # jobs that finished
-    failed: int  # jobs that ended in a failed kind
-    heartbeat_age_s: float | None
-    in_flight: int | None = None  # requests, of at most `concurrency`
-    concurrency: int | None = None
-    clock_offset_ms: int | None = None  # the exchange's clock minus the host's; None until it is measured
-    used_weight: int | None = None  # of the exchange's present minute, for its egress address
-    weight_limit: int | None = None
-
-    @property
-    def fresh(self) -> bool:
-        """Whether its figures are of the last minute."""
-        return self.heartbeat_age_s is not None and self.heartbeat_age_s <= FRESH_S
-
-    @property
-    def live(self) -> bool:
-        """Whether it can be counted on.
-
-        One of ours that has been silent for :data:`LIVE_S` is dead, stopped or cut off. A stock RQ worker is silent for
-        minutes while it waits; RQ lets its record run out when it has been for too long.
-        """
-        return self.concurrency is None or (self.heartbeat_age_s is not None and self.heartbeat_age_s <= LIVE_S)
-
-    @property
-    def heartbeat(self) -> str:
-        """How long ago it gave its last sign of life, for people."""
-        age = None if self.heartbeat_age_s is None else f"{self.heartbeat_age_s:.0f} s"
-        if self.live:
-            return "-" if age is None else f"{age} ago"
-        return "silent" if age is None else f"silent for {age}"
-
-
-@dataclass(frozen=True, slots=True)
 class Status:
     """One look at a queue; times are by Redis' clock."""
 
     queue: str
     at_ms: int
     queued: int = 0
-    oldest_queued_s: float | None = None  # queue latency; None while nothing waits, or no worker has seen what does
+    oldest_queued_s: float | None = None  # queue latency, from when it was due; None: nothing waits for a worker
     in_flight: int = 0  # that a worker holds under a lease which has not run out
     scheduled: int = 0
     failed: int = 0
@@ -190,6 +132,7 @@ class Status:
     to_be_taken_over: int = 0  # whose lease has run out: the next claim of any worker takes them over
     damaged: tuple[str, ...] = ()  # keys of the wrong type: what they should tell counts as nothing above
     workers_known: bool = True  # the set of the workers can be read
+    gated_s: float | None = None  # for how long the oldest has waited that nobody may send now (gate, suspension, key)
 
     @property
     def live_workers(self) -> int:
@@ -204,10 +147,11 @@ class Status:
 
     def as_dict(self) -> dict[str, object]:
         """The status as the command line's ``--json`` prints it."""
-        counts = ("queued", "oldest_queued_s", "in_flight", "to_be_taken_over", "scheduled", "failed", "suspended")
+        waiting = ("queued", "oldest_queued_s", "gated_s")
+        counts = ("in_flight", "to_be_taken_over", "scheduled", "failed", "suspended")
         told = asdict(self)
         return {
-            **{name: told[name] for name in ("queue", "at_ms", *counts)},
+            **{name: told[name] for name in ("queue", "at_ms", *waiting, *counts)},
             **{name: list(told[name]) for name in ("gates", "keys")},
             **{name: told[name] for name in ("used_weight", "weight_limit")},
             "outcomes_last_minute": told["outcomes"],
@@ -219,13 +163,15 @@ class Status:
 
     def lines(self) -> list[str]:
         """The status for people, aligned."""
-        oldest = "" if self.oldest_queued_s is None else f", the oldest for {self.oldest_queued_s:.1f} s"
+        which = "the oldest" if self.queued else "one is due"  # no claim has come by since
+        oldest = "" if self.oldest_queued_s is None else f", {which} for {self.oldest_queued_s:.1f} s"
         counts = ", ".join(f"{count:,} {kind}" for kind, count in self.outcomes.items()) or "no outcomes"
         newest = f" (of the newest {MAX_ENTRIES:,})" if self.outcomes_partial else ""
         rows = [
             ("queue", self.queue + (", SUSPENDED (rq resume lifts it)" if self.suspended else "")),
             *(("DAMAGED", f"{key} is of the wrong type, what it tells is missing here") for key in self.damaged),
             ("queued", f"{self.queued:,}{oldest}"),
+            *([("held back", f"for {self.gated_s:.1f} s, nobody may send it now")] if self.gated_s is not None else []),
             ("in flight", f"{self.in_flight:,}"),
             *([("to take over", f"{self.to_be_taken_over:,}, their leases ran out")] if self.to_be_taken_over else []),
             ("scheduled", f"{self.scheduled:,}"),
@@ -251,27 +197,6 @@ class Status:
         if not self.workers:
             return []
         return aligned([WORKER_COLUMNS, *(worker_cells(row) for row in self.workers)])
-
-
-#: Heads of what :func:`worker_cells` gives.
-WORKER_COLUMNS = ("name", "host", "pid", "state", "in flight", "ok", "failed", "clock", "weight", "heartbeat")
-
-
-def worker_cells(row: WorkerRow) -> tuple[str, ...]:
-    """A worker for people, under :data:`WORKER_COLUMNS`."""
-    limit = "" if row.concurrency is None else f" of {row.concurrency}"
-    return (
-        row.name,
-        row.host,
-        "-" if row.pid is None else str(row.pid),
-        row.state,
-        "-" if row.in_flight is None else f"{row.in_flight}{limit}",
-        f"{row.ok:,}",
-        f"{row.failed:,}",
-        "-" if row.clock_offset_ms is None else f"{row.clock_offset_ms:+,} ms",
-        "-" if row.used_weight is None else f"{row.used_weight:,}",
-        row.heartbeat,
-    )
 
 
 def weight(used: int | None, limit: int | None) -> str:
@@ -300,37 +225,37 @@ def read_status(keys: Keys) -> Conversation[Status]:
     damaged: dict[str, None] = {}
     first = _First.of((yield from readable(_First.commands(keys), damaged)))
     details = _Details.of(first, (yield from readable(_Details.commands(keys, first), damaged)))
-    hosts = sorted({host for fields in details.workers if (host := _raw_host(fields))})
+    hosts = sorted({host for fields in details.workers if (host := raw_host(fields))})
     crowds = [suspect for suspect, _, held in details.keys if _is_compared(held, first.scheduled)]
     third = _third(keys, hosts, crowds)
     answers = (yield third) if third else []
     gate_fields = _without_damaged(third[: len(hosts)], answers[: len(hosts)], damaged)
     gates = [("all", details.gate), *zip(hosts, gate_fields, strict=True)]
     waiting = dict(zip(crowds, answers[len(hosts) :], strict=True))
-    rows = tuple(_worker_rows(keys, first.now_ms, first.worker_keys, details.workers, details.lives_ms))
+    rows = tuple(worker_rows(keys, first.now_ms, first.worker_keys, details.workers, details.lives_ms))
     fresh = [row for row in rows if row.fresh]
     outcomes, kinds = _outcomes(details.entries)
-    timed = [outcome for outcome in outcomes if outcome.enqueued_at_ms is not None]
+    keys_refused = _refused_keys(first, details.keys, waiting)
+    waits = _waits(first, details.there, gates, rows, keys_refused)
     return Status(
         queue=keys.queue,
         at_ms=first.now_ms,
         queued=max(first.queued, details.waiting),
-        oldest_queued_s=_oldest_s(first, details.there),
+        oldest_queued_s=waits.for_worker_s,
+        gated_s=waits.gated_s,
         in_flight=details.in_flight,
         scheduled=max(first.scheduled, details.retries),
         failed=first.failed,
         suspended=first.suspended,
         # Whether a host has a gate of its own is its worker's setting; Redis knows only of those that were closed.
         gates=tuple(_gate(scope, fields, first.now_ms) for scope, fields in gates if fields or scope == "all"),
-        keys=_refused_keys(first, details.keys, waiting),
+        keys=keys_refused,
         used_weight=max((row.used_weight for row in fresh if row.used_weight is not None), default=None),
         weight_limit=max((row.weight_limit for row in fresh if row.weight_limit is not None), default=None),
         outcomes=kinds,
         outcomes_partial=len(details.entries) == MAX_ENTRIES,
-        enqueue_to_outcome=Percentiles.of([o.finished_at_ms - (o.enqueued_at_ms or 0) for o in timed]),
-        enqueue_to_first_attempt=Percentiles.of(
-            [o.attempts[0].at_ms - (o.enqueued_at_ms or 0) for o in timed if o.attempts]
-        ),
+        enqueue_to_outcome=Percentiles.of([o.took_ms for o in outcomes]),
+        enqueue_to_first_attempt=Percentiles.of([o.first_attempt_ms for o in outcomes]),
         workers=rows,
         to_be_taken_over=details.expired,
         damaged=tuple(damaged),
@@ -345,9 +270,9 @@ def is_served(keys: Keys) -> Conversation[bool | None]:
         return None
     if not found:
         return False
-    answers = yield [*(("HMGET", key, *_WORKER_FIELDS) for key in found), *(("PTTL", key) for key in found)]
-    told = [[None] * len(_WORKER_FIELDS) if isinstance(each, Exception) else each for each in answers]
-    rows = _worker_rows(keys, int(seconds) * 1000, found, told[: len(found)], told[len(found) :])
+    answers = yield [*(("HMGET", key, *WORKER_FIELDS) for key in found), *(("PTTL", key) for key in found)]
+    told = [[None] * len(WORKER_FIELDS) if isinstance(each, Exception) else each for each in answers]
+    rows = worker_rows(keys, int(seconds) * 1000, found, told[: len(found)], told[len(found) :])
     return any(row.live for row in rows)
 
 
@@ -379,7 +304,7 @@ class _First:
     scheduled: int
     failed: int
     suspended: bool
-    head: list[tuple[Any, float]]  # ids that the index knows to wait, and since when, ms
+    waiting: latency.Heads
     worker_keys: list[Any]
     suspects: list[tuple[bytes, bytes]]  # account and fingerprint of keys that are refused
 
@@ -392,7 +317,7 @@ class _First:
             ("ZCARD", keys.scheduled),
             ("ZCARD", keys.failed),
             ("EXISTS", keys.suspended),
-            ("ZRANGEBYSCORE", keys.unfinished, *_WAITING, "WITHSCORES", "LIMIT", 0, _HEAD),
+            *latency.commands(keys),
             ("SRANDMEMBER", keys.queue_workers, _MAX_WORKERS),
             ("SRANDMEMBER", keys.suspects, _MAX_KEYS),
             ("STRLEN", keys.counts),
@@ -401,14 +326,15 @@ class _First:
 
     @classmethod
     def of(cls, answers: list[Any]) -> _First:
-        (seconds, micros), waiting, claiming, scheduled, failed, suspended, head, workers, suspects, *_ = answers
+        (seconds, micros), waiting, claiming, scheduled, failed, suspended, *heads, workers, suspects, _, _ = answers
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
         return cls(
-            now_ms=int(seconds) * 1000 + int(micros) // 1000,
+            now_ms=now_ms,
             queued=waiting + claiming,
             scheduled=scheduled,
             failed=failed,
             suspended=bool(suspended),
-            head=[(job_id, float(score) - Band.WAITING) for job_id, score in zip(head[::2], head[1::2], strict=True)],
+            waiting=latency.Heads.of(heads, now_ms),
             worker_keys=sorted(workers),
             suspects=sorted(suspect_of(_bytes(member)) for member in suspects),
         )
@@ -424,7 +350,7 @@ class _Details:
     expired: int
     waiting: int
     retries: int
-    there: Sequence[Any]  # whether there is a job, for each of the head
+    there: Sequence[Any]  # whether there is a job, for each of those that wait
     workers: Sequence[Sequence[Any]]
     lives_ms: Sequence[Any]  # how long the workers' records still live
     # account and fingerprint of a key, its breaker, size of its set of held jobs
@@ -442,8 +368,8 @@ class _Details:
             ("ZCOUNT", keys.unfinished, *_WAITING),
             ("ZCOUNT", keys.unfinished, int(Band.RETRY), f"({int(Band.END)}"),
         ]
-        commands += [("EXISTS", _key(keys.job_prefix, job_id)) for job_id, _ in first.head]
-        commands += [("HMGET", key, *_WORKER_FIELDS) for key in first.worker_keys]
+        commands += [("EXISTS", _key(keys.job_prefix, job_id)) for job_id in first.waiting.ids]
+        commands += [("HMGET", key, *WORKER_FIELDS) for key in first.worker_keys]
         commands += [("PTTL", key) for key in first.worker_keys]
         commands += [("HMGET", _key(keys.breaker(""), print_), *_BREAKER_FIELDS) for _, print_ in first.suspects]
         commands += [("SCARD", _key(keys.held(""), print_)) for _, print_ in first.suspects]
@@ -452,13 +378,13 @@ class _Details:
     @classmethod
     def of(cls, first: _First, answers: list[Any]) -> _Details:
         entries, gate, in_flight, expired, waiting, retries, *rest = answers
-        there, rest = rest[: len(first.head)], rest[len(first.head) :]
+        there, rest = rest[: len(first.waiting.ids)], rest[len(first.waiting.ids) :]
         lives_at = len(first.worker_keys)
         breakers_at = lives_at + len(first.worker_keys)
         held_at = breakers_at + len(first.suspects)
         keys = zip(first.suspects, rest[breakers_at:held_at], rest[held_at:], strict=True)
         workers, lives_ms = rest[:lives_at], rest[lives_at:breakers_at]
-        waiting -= there.count(0)
+        waiting -= there[: first.waiting.queued].count(0)
         return cls(entries, gate, in_flight, expired, waiting, retries, there, workers, lives_ms, list(keys))
 
 
@@ -487,11 +413,11 @@ def _refused_keys(
         if failures is None and reason is None and since is None:
             continue
         counted = waiting.get(suspect)
-        since_ms, probe_at_ms = _number(since), _number(probe_at)
+        since_ms, probe_at_ms = number(since), number(probe_at)
         refused.append(
             RefusedKey(
                 account=shown(suspect[0]),
-                failures=_number(failures) or 0,
+                failures=number(failures) or 0,
                 open=since_ms is not None,
                 since_s=None if since_ms is None else max(0, first.now_ms - since_ms) / 1000,
                 reason=None if reason is None else shown(reason, MAX_MSG_CHARS),
@@ -513,76 +439,40 @@ def _bytes(value: Any) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
 
 
-def shown(value: Any, limit: int = _MAX_NAME_CHARS) -> str:
+def shown(value: Any, limit: int = MAX_NAME_CHARS) -> str:
     """A word from Redis made fit to be shown, in one line of at most ``limit`` characters."""
     return clean_text(value, limit)
 
 
-def _number(value: Any) -> int | None:
-    """A whole number of 64 bits, None where there is none."""
-    digits = "" if value is None else text(value)
-    return int(digits) if _NUMBER.fullmatch(digits) else None
+def _waits(
+    first: _First,
+    there: Sequence[Any],
+    gates: Sequence[tuple[Any, Sequence[Any]]],
+    rows: Sequence[WorkerRow],
+    refused: Sequence[RefusedKey],
+) -> latency.Waits:
+    live = {row.host for row in rows if row.live}
+    (_, shared_ms), *of_hosts = [(shown(scope), _until_ms(fields)) for scope, fields in gates]
+    return latency.waits(
+        (since for since, is_there in zip(first.waiting.since_ms, there, strict=True) if is_there),
+        first.now_ms,
+        closed_until_ms=max(shared_ms, min((until_ms for host, until_ms in of_hosts if host in live), default=0)),
+        is_suspended=first.suspended,
+        refused_s=[key.since_s or 0 for key in refused if key.open and key.held],
+    )
 
 
-def _oldest_s(first: _First, there: Sequence[Any]) -> float | None:
-    """For how long the one that waits longest has waited for a worker."""
-    since_ms = next((since for (_, since), is_there in zip(first.head, there, strict=True) if is_there), None)
-    return None if since_ms is None else max(0.0, first.now_ms - since_ms) / 1000
-
-
-def _stamp_s(value: Any) -> float | None:
-    """A time as RQ writes it, s since the epoch."""
-    try:
-        return utcparse(text(value)).timestamp() if value else None
-    except (ValueError, OverflowError):
-        return None
+def _until_ms(gate: Sequence[Any]) -> int:
+    return number({text(name): value for name, value in fields_of(gate).items()}.get("until_ms")) or 0
 
 
 def _gate(scope: Any, fields: Sequence[Any], now_ms: int) -> Gate:
     known = {text(name): value for name, value in fields_of(fields).items()}
-    until_ms = _number(known.get("until_ms")) or 0
+    until_ms = number(known.get("until_ms")) or 0
     if until_ms <= now_ms:
         return Gate(shown(scope), open=True)
     reason, by = (None if known.get(name) is None else shown(known[name], MAX_MSG_CHARS) for name in ("reason", "by"))
     return Gate(shown(scope), False, (until_ms - now_ms) / 1000, until_ms, reason, by)
-
-
-def _raw_host(fields: Sequence[Any]) -> Any:
-    """The host of a live worker, as Redis gave it; None of a dead one."""
-    host, heartbeat, death = fields[0], fields[5], fields[6]
-    return host if heartbeat and not death else None
-
-
-def _silent_s(now_ms: int, heartbeat: Any, is_ours: bool, life_ms: Any) -> float | None:
-    """How long ago a worker's last beat was.
-
-    RQ stamps it by the host's clock, which may be off by more than a beat; what a record of ours has left to live tells
-    it by Redis' clock.
-    """
-    if is_ours and 0 < life_ms <= _BEAT_LIFE_MS:
-        return float(_BEAT_LIFE_MS - life_ms) / 1000
-    beat_s = _stamp_s(heartbeat)
-    return None if beat_s is None else max(0.0, now_ms / 1000 - beat_s)
-
-
-def _worker_rows(
-    keys: Keys, now_ms: int, names: Sequence[Any], workers: Sequence[Any], lives_ms: Sequence[Any]
-) -> Iterator[WorkerRow]:
-    for key, fields, life_ms in zip(names, workers, lives_ms, strict=True):
-        host, pid, state, ok, failed, heartbeat, death, *figures = fields
-        if not heartbeat or death:  # a killed worker's hash runs out, and its key stays in the set for a while
-            continue
-        numbers = [_number(figure) for figure in figures]
-        yield WorkerRow(
-            shown(text(key).removeprefix(keys.worker_prefix)),
-            shown(host or "?"),
-            _number(pid),
-            shown(state or "?"),
-            _number(ok) or 0,
-            _number(failed) or 0,
-            _silent_s(now_ms, heartbeat, numbers[1] is not None, life_ms),
-            *numbers,
-        )
 
 
 def _outcomes(entries: Sequence[Any]) -> tuple[list[Outcome], dict[str, int]]:

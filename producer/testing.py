@@ -222,7 +222,6 @@ class _Play(QueueWire):
         yield ()
         waiting = [job.enqueued_at_ms for job in self._jobs.values() if job.outcome is None]
         last = [outcome for at, outcome in self._ledger if at[0] > self.now_ms - 1000 * WINDOW_S]
-        ended = [(outcome, outcome.enqueued_at_ms or 0) for outcome in last]
         return Status(
             queue=self.keys.queue,
             at_ms=self.now_ms,
@@ -231,10 +230,8 @@ class _Play(QueueWire):
             failed=len(self._failed),
             gates=(Gate("all", open=True),),
             outcomes=dict(Counter(outcome.kind.value for outcome in last)),
-            enqueue_to_outcome=Percentiles.of([outcome.finished_at_ms - at_ms for outcome, at_ms in ended]),
-            enqueue_to_first_attempt=Percentiles.of(
-                [outcome.attempts[0].at_ms - at_ms for outcome, at_ms in ended if outcome.attempts]
-            ),
+            enqueue_to_outcome=Percentiles.of(outcome.took_ms for outcome in last),
+            enqueue_to_first_attempt=Percentiles.of(outcome.first_attempt_ms for outcome in last),
         )
 
     def job_fields(self, job_id: str) -> Conversation[dict[bytes, bytes]]:

@@ -23,7 +23,8 @@ from rich.text import Text
 
 from producer.message import OutcomeKind
 from producer.protocol import QueueUnavailable
-from producer.status import MAX_ENTRIES, WORKER_COLUMNS, Status, shown, span, weight, worker_cells
+from producer.status import MAX_ENTRIES, Status, shown, span, weight
+from producer.workers import WORKER_COLUMNS, worker_cells
 
 #: Between two looks, and between two looks at the size of the terminal, s.
 _LOOK_EVERY_S = 1.0
@@ -92,7 +93,9 @@ def _alarms(status: Status, room: int) -> list[Text]:
 
 
 def _latency(status: Status) -> Text:
-    if not status.queued:
+    if status.gated_s is not None:
+        return _line("queue latency", (f"held back for {status.gated_s:.1f} s", _ALARM), f", {status.queued:,} queued")
+    if not status.queued and status.oldest_queued_s is None:
         return _line("queue latency", ("nothing waits", "dim"))
     oldest = "-" if status.oldest_queued_s is None else f"{status.oldest_queued_s:.1f} s"
     return _line("queue latency", (oldest, "bold"), f", {status.queued:,} queued")

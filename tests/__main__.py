@@ -1,7 +1,8 @@
 """`python -m tests`: the whole suite, and the coverage that the decisions must have.
 
-Arguments go to pytest (`python -m tests -k lease`). `--coverage` alone measures every process of the whole suite and
-holds all of it to its floors, which takes half as long again.
+Arguments go to pytest (`python -m tests -k lease`). `--decisions` alone tells within five seconds whether a change to
+the decisions is right: their tables and rules. `--coverage` alone measures every process of the whole suite and holds
+all of it to its floors, which takes half as long again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ FLOOR = 90.0
 #: their own accord, and measure how soon somebody notices.
 UNIT = ("-n", "3", "--dist", "loadfile", "tests/unit")
 REST = (("-n", "6", "--dist", "loadfile", "tests/integration", "tests/model", "tests/clients"), ("tests/fault",))
+#: What a change to the decisions answers to first: their literal tables, and rules for any history.
+DECISIONS = ("classify_*", "decide_*", "child", "listing")
 #: What the tests of the page drive; `.ci/run` installs it.
 BROWSER = ("chromium", "chromedriver")
 NO_BROWSER = "LEFT OUT: the page in a real browser. For these tests: apt-get install chromium chromium-driver"
@@ -39,6 +42,8 @@ def main(arguments: list[str]) -> int:
     """Run pytest; gives the exit code."""
     missing = [name for name in BROWSER if shutil.which(name) is None]
     left_out = ("-m", "not browser") if missing and "-m" not in arguments else ()
+    if arguments == ["--decisions"]:
+        arguments = [str(path) for name in DECISIONS for path in ROOT.glob(f"tests/unit/test_{name}.py")]
     if arguments and arguments != ["--coverage"]:
         return run([sys.executable, "-m", "pytest", *left_out, *arguments])
     if missing:

@@ -11,10 +11,31 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
 from worker.sandbox.faults import FaultTiming
 
 KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"
-ACCOUNTS = {"default": (KEY, SECRET)}
+OTHER_KEY, OTHER_SECRET = "other-key-of-the-tests", "other-secret-of-the-tests"
+DOCS_KEY = "dbefbc809e3e83c283a984c3a1459732ea7db1360ca80c5c2c8867408d28cc83"
+DOCS_SECRET = "2b5eb11e18796d12d88f13dc27dbbd02c2cc51ff7059765ed9821957d82bb4d9"
+DOCS_TIMESTAMP_MS = 1_591_702_613_943
+ED25519_SEED = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
+ED25519_KEY = "ed25519-key-of-the-tests"
+
+ACCOUNTS = {
+    "default": (KEY, SECRET),
+    "other": (OTHER_KEY, OTHER_SECRET),
+    "docs": (DOCS_KEY, DOCS_SECRET),
+    "ed25519": (
+        ED25519_KEY,
+        Ed25519PrivateKey.from_private_bytes(ED25519_SEED)
+        .public_key()
+        .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        .decode(),
+    ),
+}
 TIMING = FaultTiming(
     late_answer_ms=150,
     late_execution_ms=150,

@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from producer import CancelClient
 from tests.examples import examples
-from tests.servers import Valkey, Workers, running_valkey, scrubbed
+from tests.servers import Valkey, Workers, eventually, running_valkey, scrubbed
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 
 # A runner in the background may have Ctrl-C ignored, and every process that a test starts would inherit that.
@@ -60,11 +60,18 @@ def client(valkey: Valkey) -> Iterator[CancelClient]:
         yield client
 
 
-@pytest.fixture
-def exchange() -> Iterator[RunningExchange]:
-    """A local exchange that knows the account `default` of the tests and injects no fault of its own."""
+@pytest.fixture(scope="session")
+def _exchange_process() -> Iterator[RunningExchange]:
     with start_exchange(ExchangeConfig(accounts={"default": (API_KEY, API_SECRET)})) as running:
         yield running
+
+
+@pytest.fixture
+def exchange(_exchange_process: RunningExchange) -> RunningExchange:
+    """A local exchange that knows the account `default` of the tests, injects no fault of its own, and is empty."""
+    _exchange_process.reset()
+    eventually(lambda: _exchange_process.stats().in_flight == 0, what="nobody's request is left")
+    return _exchange_process
 
 
 @pytest.fixture

@@ -127,6 +127,6 @@ def append(connection: redis.Redis, *records: str, **options: Any) -> None:
         pipeline.execute()
 
 
-def outcomes(scrape: Scrape) -> float:
-    """How many outcomes are counted in all."""
-    return sum(value for (name, _), value in scrape.items() if name == "cancel_outcomes_total")
+def outcomes(scrape: Scrape, name: str = "cancel_account_outcomes_total") -> float:
+    """How many outcomes are counted in all: what the ledger told, unless another metric is named."""
+    return sum(value for (each, _), value in scrape.items() if each == name)

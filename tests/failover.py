@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import signal
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.loopback import Peer, Server
 from tests.servers import Valkey, eventually, free_port, running_valkey, server_binary
 
 PATIENCE_S = 30.0
@@ -149,22 +148,16 @@ def running_sentinel(pair: Pair, *options: str) -> Iterator[Sentinel]:
 # ---- what cannot be used --------------------------------------------------------------------------------------------
 
 
-class Pages(http.server.BaseHTTPRequestHandler):
-    """Something else that listens."""
-
-    def handle(self) -> None:
-        """Answer at once, as to a bad request."""
-        self.request.recv(1000)
-        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+def _bad_request(peer: Peer) -> None:
+    peer.sock.recv(1000)
+    peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 @contextlib.contextmanager
 def http_server() -> Iterator[str]:
-    """A web server where a Redis should be."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"redis://127.0.0.1:{server.server_address[1]}/0"
-        server.shutdown()
+    """A web server where a Redis should be: it answers at once, as to a bad request."""
+    with contextlib.closing(Server(_bad_request)) as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
 
 
 @contextlib.contextmanager

@@ -186,9 +186,9 @@ class Authority:
 
     def __init__(self, directory: Path, name: str) -> None:
         self._directory = directory
-        self._key = ec.generate_private_key(ec.SECP256R1())
+        self.key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self._certificate = self._signed(self._name, self._key, x509.BasicConstraints(ca=True, path_length=0))
+        self._certificate = self._signed(self._name, self.key, x509.BasicConstraints(ca=True, path_length=0))
         self.ca_file = str(directory / f"{name}.pem")
         Path(self.ca_file).write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
 
@@ -207,7 +207,11 @@ class Authority:
         )
         for extension in extensions:
             builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
-        return builder.sign(self._key, hashes.SHA256())
+        return builder.sign(self.key, hashes.SHA256())
+
+    def own(self, name: x509.GeneralName) -> x509.Certificate:
+        """A certificate for ``name`` that is signed by its own key."""
+        return self._signed(self._name, self.key, x509.SubjectAlternativeName([name]))
 
     def server_context(self, name: x509.GeneralName) -> ssl.SSLContext:
         """TLS for a server whose certificate is for ``name``."""
@@ -215,15 +219,24 @@ class Authority:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server")])
         certificate = self._signed(subject, key, x509.SubjectAlternativeName([name]))
         chain = self._directory / f"server-{certificate.serial_number}.pem"
-        chain.write_bytes(
-            certificate.public_bytes(serialization.Encoding.PEM)
-            + key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
+        chain.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + _pem(key))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(chain)
         return context
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    form = serialization.PrivateFormat.PKCS8
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def certificate(directory: Path) -> tuple[str, str]:
+    """A certificate for loopback that nobody vouches for, and its key, as files."""
+    cert_path, key_path = directory / "cert.pem", directory / "key.pem"
+    authority = Authority(directory, "localhost")
+    cert_path.write_bytes(authority.own(LOOPBACK).public_bytes(serialization.Encoding.PEM))
+    key_path.write_bytes(_pem(authority.key))
+    return str(cert_path), str(key_path)
 
 
 class HandTls:

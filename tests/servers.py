@@ -5,42 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from producer.keys import Band, Keys
 from producer.message import Outcome, decode_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def end_server(listener: socket.socket, sockets: list[socket.socket], threads: list[threading.Thread]) -> None:
-    """End a little server of a test: whoever waits at one of its sockets wakes up, and nothing is left open.
-
-    Both lists may still grow, until the threads have ended.
-    """
-    for thread in threads:
-        while thread.is_alive():
-            for each in (listener, *sockets):
-                with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
-            thread.join(0.05)  # a socket that it has only just opened is shut down in the next round
-    for each in (listener, *sockets):
-        each.close()
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 30.0, what: str = "") -> object:
@@ -101,7 +85,7 @@ class Valkey:
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         if not wait:
             return
-        with redis.Redis(port=self.port) as client:
+        with redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0)) as client:
             eventually(lambda: _answers(client), what="Valkey answers")
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
@@ -291,66 +275,6 @@ class Peek:
         return int(seconds) * 1000 + int(micros) // 1000
 
 
-class Proxy:
-    """Stands between client and server: it can end TLS, and lose the answer to one command."""
-
-    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
-        self._upstream = port
-        self._tls = tls
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self.lose_answer_to: bytes | None = None
-        self.lost = 0
-        self._threads = [threading.Thread(target=self._accept)]
-        self._sockets: list[socket.socket] = []
-
-    def __enter__(self) -> Self:
-        self._threads[0].start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for open_socket in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):
-                open_socket.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for open_socket in (self._listener, *self._sockets):
-            open_socket.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            with contextlib.suppress(OSError):
-                if self._tls is not None:
-                    client = self._tls.wrap_socket(client, server_side=True)
-                server = socket.create_connection(("127.0.0.1", self._upstream))
-                self._sockets += (client, server)
-                losing = threading.Event()
-                for pair in ((client, server, losing, True), (server, client, losing, False)):
-                    thread = threading.Thread(target=self._pump, args=pair)
-                    self._threads.append(thread)
-                    thread.start()
-                continue
-            client.close()
-
-    def _pump(self, source: socket.socket, target: socket.socket, losing: threading.Event, asks: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if asks and self.lose_answer_to is not None and self.lose_answer_to in data:
-                    self.lose_answer_to = None
-                    losing.set()
-                if not asks and losing.is_set():
-                    self.lost += 1
-                    break
-                target.sendall(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
 @contextlib.contextmanager
 def stopped(server: Valkey) -> Iterator[None]:
     """The server process does not run for the length of a block."""
@@ -360,47 +284,3 @@ def stopped(server: Valkey) -> Iterator[None]:
         yield
     finally:
         server.process.send_signal(signal.SIGCONT)
-
-
-class TurnCounter:
-    """A TCP proxy in front of a server that counts round trips: times at which a client speaks after an answer."""
-
-    def __init__(self, port: int) -> None:
-        self.turns = 0
-        self._target = port
-        self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client = self._listener.accept()[0]
-                server = socket.create_connection(("127.0.0.1", self._target))
-                self._sockets += (client, server)
-                threading.Thread(target=self._carry, args=(client, server), daemon=True).start()
-
-    def _carry(self, client: socket.socket, server: socket.socket) -> None:
-        answered = True
-        with contextlib.suppress(OSError, ValueError):
-            while True:
-                for source in select.select([client, server], [], [])[0]:
-                    data = source.recv(1 << 20)
-                    if not data:
-                        return
-                    if source is client:
-                        self.turns += answered
-                        server.sendall(data)
-                    else:
-                        client.sendall(data)
-                    answered = source is server

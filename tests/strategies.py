@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import redis
 
-from producer import CancelClient, CancelRequest, OutcomeKind, Ticket
+from producer import AsyncCancelClient, CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
 from producer.keys import Keys
 from tests.servers import Workers
 
@@ -19,6 +24,67 @@ CONNECTIONS: tuple[dict[str, Any], ...] = (
     {"protocol": 2, "decode_responses": True},
     {"protocol": 3, "decode_responses": True},
 )
+
+
+#: Both clients: one rule, one test.
+BOTH = [CancelClient, AsyncCancelClient]
+
+
+class Talk:
+    """Calls a client of either sort and gives what comes of it."""
+
+    def __init__(self, client: Any, runner: asyncio.Runner) -> None:
+        self.client = client
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.client, name)
+        return lambda *args, **options: self.end(method(*args, **options))
+
+    def end(self, value: Any) -> Any:
+        """The value, awaited if it has to be."""
+        return self._runner.run(_await(value)) if inspect.isawaitable(value) else value
+
+    def wait_for(self, ticket: Any, timeout_s: float | None = 10) -> Outcome:
+        """The ticket's outcome."""
+        outcome = self.end(ticket.wait(timeout_s))
+        assert isinstance(outcome, Outcome)
+        return outcome
+
+    def ledger(self, after: str = "0-0", *, follow: bool = False, most: int = 100) -> list[tuple[str, Outcome]]:
+        """The first entries after a place."""
+        entries = self.client.outcomes(after, follow=follow)
+        if not hasattr(entries, "__anext__"):
+            return list(itertools.islice(entries, most))
+
+        async def read() -> list[tuple[str, Outcome]]:
+            found: list[tuple[str, Outcome]] = []
+            async for entry in entries:
+                found.append(entry)
+                if len(found) == most:
+                    break
+            await entries.aclose()
+            return found
+
+        return self._runner.run(read())
+
+
+async def _await(value: Any) -> Any:
+    return await value
+
+
+@contextlib.contextmanager
+def talking(client: Any) -> Iterator[Talk]:
+    """Talk with a client, which is closed in the end.
+
+    In asyncio's debug mode: what is never awaited, or left open, becomes a warning, hence an error.
+    """
+    with asyncio.Runner(debug=True) as runner:
+        talk = Talk(client, runner)
+        try:
+            yield talk
+        finally:
+            talk.close()
 
 
 def field(connection: redis.Redis, ticket: Ticket, name: str) -> int:

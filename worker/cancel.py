@@ -192,7 +192,7 @@ class Canceller:
         is_old = lease.run > 1 or self._sends_late
         strikes_ms = self._strikes_until_ms(job)
         bounds = (lease.meant_at_ms, lease.deadline_at_ms)
-        return Case(by_client_id, *bounds, ahead, is_old, strikes_ms, lease.cancels_child)
+        return Case(by_client_id, *bounds, ahead, is_old, strikes_ms, lease.cancels_child, job.told_to)
 
     def _child_case(self, job: CancelJob) -> ChildCase:
         lease = job.lease
@@ -255,7 +255,7 @@ class Canceller:
             return child_bound(job.child, job.history, self._policy, why)
         if job.listing(None) is not None:
             return unlisted(job.history, why)
-        return bound(job.history, self._policy, why)
+        return bound(self._case(job), job.history, self._policy, self._latest_ms(), why)
 
     def _done(self, job: CancelJob, stop: Stop) -> Done:
         requests = job.requests(stop)

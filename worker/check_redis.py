@@ -17,7 +17,7 @@ from uuid import uuid4
 import redis
 from rq.command import PUBSUB_CHANNEL_TEMPLATE
 
-from producer.keys import Keys
+from producer.keys import Keys, set_aside
 from producer.redis_url import NotPrimary, NotSupported, code_of, passes, why
 from producer.untrusted import clean_text
 from worker.store import ANSWER_WITHIN_S
@@ -242,7 +242,8 @@ def _rehearse(connection: redis.Redis, keys: Keys) -> str | None:
         return _state(error) or f"a rehearsal failed: {why(error)}"
     if not missing:
         return None
-    return f"this user lacks rights that a worker needs: {', '.join(dict.fromkeys(missing))}; see its ACL"
+    lacking = ", ".join(dict.fromkeys(missing))
+    return f"this user lacks rights that a worker needs: {lacking}; `python -m producer acl` prints all of them"
 
 
 def _run(connection: redis.Redis, words: list[str]) -> list[bytes]:
@@ -305,12 +306,12 @@ def _damaged(connection: redis.Redis, keys: Keys) -> Iterator[str]:
                 pipeline.type(key)
             found = pipeline.execute(raise_on_error=False)
             for key in expected:
-                pipeline.exists(f"{key}:set-aside")
+                pipeline.exists(set_aside(key))
             aside = pipeline.execute(raise_on_error=False)
     except redis.RedisError:
         return
     for (key, kind), told, was_set_aside in zip(expected.items(), found, aside, strict=True):
         if isinstance(told, bytes) and told.decode() not in (kind, "none"):
-            yield f"{key} is damaged: a {told.decode()} instead of a {kind}; a worker renames it to {key}:set-aside"
+            yield f"{key} is damaged: a {told.decode()} instead of a {kind}; a worker renames it to {set_aside(key)}"
         if was_set_aside == 1:
-            yield f"{key}:set-aside was damaged and set aside: look at it, then delete it"
+            yield f"{set_aside(key)} was damaged and set aside: look at it, then delete it"

@@ -27,10 +27,10 @@ from worker.decide import (
     Span,
     Stop,
     accepted_until_ms,
-    attempts_left,
     backoff_ms,
     is_silence,
     pause_ms,
+    spent,
     trailing,
 )
 
@@ -76,8 +76,8 @@ def child_step(case: ChildCase, child: Child, history: Sequence[Attempt], policy
         call = _last_call(case, child, calls)
         return Again(call) if call is not None else bound(child, history, policy, "the deadline passed")
     call = _call_after(case, child, last, now_ms)
-    stop = attempts_left(history, policy, call)
-    return bound(child, history, policy, stop.error or "") if stop is not None else Again(call)
+    why = spent(history, policy, call)
+    return bound(child, history, policy, why) if why else Again(call)
 
 
 def after_child(

@@ -63,7 +63,7 @@ GATED = frozenset({Means.LIMITED, Means.BLOCKED})
 
 @dataclass(frozen=True, slots=True)
 class OrderRef:
-    """Which order a call asks about; with both ids, ``algo_id`` is the one that is sent."""
+    """Which order a call asks about. With both ids ``algo_id`` is sent: the client id was found to mean it."""
 
     algo_id: int | None
     client_algo_id: str | None = None
@@ -333,9 +333,12 @@ def child_of(order: OrderView | None) -> ChildRef | None:
 
 
 def _same_order(ref: OrderRef, view: OrderView) -> bool:
-    if ref.algo_id is not None:
-        return view.algo_id == ref.algo_id
-    return view.client_algo_id == ref.client_algo_id
+    if ref.algo_id is None:
+        return view.client_algo_id == ref.client_algo_id
+    # Which order a client id was found to mean has stood in Redis meanwhile.
+    return view.algo_id == ref.algo_id and (
+        ref.client_algo_id is None or view.client_algo_id in (ref.client_algo_id, None)
+    )
 
 
 def _json(answer: Reply) -> Any:

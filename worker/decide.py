@@ -89,6 +89,7 @@ class Case:
     retried: bool = False  # an earlier run has ended, whose calls the history lacks; or calls may leave late
     strikes_until_ms: int = 0  # until then a cancel by client id that got no clear answer may meet the id's next order
     cancels_child: bool = False  # what the order becomes by triggering is to be cancelled, too
+    told_to: int = 0  # up to this attempt Redis tells what earlier holders did: no outcome rests on that alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +125,18 @@ def first_step(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: i
     if now_ms >= case.deadline_at_ms:
         if not history:
             return Stop(OutcomeKind.OVERDUE, error="the deadline passed before anything was sent")
-        status = last_status(history)
-        if status in _BECAME_ANOTHER and not case.cancels_child:
-            return Stop(OutcomeKind.TRIGGERED, status)
-        if status in _BECAME_ANOTHER and _may_look_again(case, history):
+        seen = _last_seen(history)
+        is_told = seen is not None and seen.n <= case.told_to
+        if (
+            last_status(history) in _BECAME_ANOTHER
+            and (is_told or case.cancels_child)
+            and _may_look_again(case, history)
+        ):
             return Again(Call.QUERY)
-        return bound(history, policy, "the deadline passed")
+        return bound(case, history, policy, now_ms, "the deadline passed")
     call = call_for(case, history, policy, now_ms)
-    return attempts_left(history, policy, call) or Again(call)
+    why = spent(history, policy, call)
+    return bound(case, history, policy, now_ms, why) if why else Again(call)
 
 
 def next_step(
@@ -147,14 +152,14 @@ def next_step(
     if verdict.order is not None:
         case = replace(case, by_client_id=False)  # the answer told the algo id, and the caller pins it
     if now_ms >= case.deadline_at_ms:
-        return bound(history, policy, "the deadline passed")
+        return bound(case, history, policy, now_ms, "the deadline passed")
     delay_ms = _delay(case, history, verdict, policy, now_ms, roll)
-    if (stop := attempts_left(history, policy, call_for(case, history, policy, now_ms + delay_ms))) is not None:
-        return stop
+    if why := spent(history, policy, call_for(case, history, policy, now_ms + delay_ms)):
+        return bound(case, history, policy, now_ms, why)
     left_ms = case.deadline_at_ms - now_ms
     if delay_ms >= left_ms:
         if verdict.means in GATED or left_ms <= LAST_TRY_MS:
-            return bound(history, policy, "the deadline comes before the next try")
+            return bound(case, history, policy, now_ms, "the deadline comes before the next try")
         delay_ms = left_ms - LAST_TRY_MS
     call = call_for(case, history, policy, now_ms + delay_ms)
     return Again(call, delay_ms, resync=verdict.means is Means.CLOCK)
@@ -203,7 +208,7 @@ def _wants_last_word(case: Case, history: Sequence[Attempt], policy: Policy, at_
     if first is None or case.by_client_id or not _misses_order(history[-1]) or at_ms >= case.deadline_at_ms:
         return False
     is_due = at_ms >= _horizon_ends(history, policy, at_ms)
-    return is_due and _last_cancel(history) <= first and attempts_left(history, policy, Call.CANCEL) is None
+    return is_due and _last_cancel(history) <= first and not spent(history, policy, Call.CANCEL)
 
 
 def _last_cancel(history: Sequence[Attempt]) -> int:
@@ -288,10 +293,12 @@ def _counts(history: Sequence[Attempt]) -> list[int]:
 
 def last_status(history: Sequence[Attempt]) -> str | None:
     """The order's state as last seen by a query, in the exchange's spelling."""
-    for attempt in reversed(history):
-        if _shows_state(attempt):
-            return _MEANS_STATUS.get(attempt.verdict, attempt.msg)
-    return None
+    seen = _last_seen(history)
+    return None if seen is None else _MEANS_STATUS.get(seen.verdict, seen.msg)
+
+
+def _last_seen(history: Sequence[Attempt]) -> Attempt | None:
+    return next((attempt for attempt in reversed(history) if _shows_state(attempt)), None)
 
 
 def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int) -> Stop | None:
@@ -401,20 +408,25 @@ def _first_missed(history: Sequence[Attempt]) -> int | None:
     return first
 
 
-def attempts_left(history: Sequence[Attempt], policy: Policy, call: Call) -> Stop | None:
-    """The bound on attempts; the last one is kept for the query that tells what the cancels before it did."""
+def spent(history: Sequence[Attempt], policy: Policy, call: Call) -> str:
+    """Why no further ``call`` may be made, empty if one may: the bound on attempts. The last one is kept for the query
+    that tells what the cancels before it did."""
     used = counted(history)
     spare = 1 if call.cancels and used > 0 else 0
-    is_over = used + spare >= policy.max_attempts
-    return bound(history, policy, f"{used} counted attempts were made") if is_over else None
+    return f"{used} counted attempts were made" if used + spare >= policy.max_attempts else ""
 
 
-def bound(history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
+def bound(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: int, why: str) -> Stop:
     """The end of a request that is out of time or of attempts."""
+    status, seen = last_status(history), _last_seen(history)
+    is_ours = seen is not None and seen.n > case.told_to
+    # What an order has become is told, even where the exchange never said which one it is.
+    if status in _BECAME_ANOTHER and is_ours and not case.cancels_child and now_ms >= case.strikes_until_ms:
+        return Stop(OutcomeKind.TRIGGERED, status)
     of_child = any(a.call is Call.CANCEL_CHILD and a.verdict == Means.UNCLEAR for a in history)
     kind = OutcomeKind.UNKNOWN if of_child or in_doubt(history, policy) else OutcomeKind.GAVE_UP
     said = f"; last: {history[-1].verdict} {history[-1].msg}".rstrip() if history else ""
-    return Stop(kind, last_status(history), error=f"{why}{said}")
+    return Stop(kind, status, error=f"{why}{said}")
 
 
 def _delay(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float) -> int:
@@ -549,6 +561,7 @@ def _needed(history: Sequence[Attempt]) -> set[int]:
         next((at for at in places if history[at].call is Call.CANCEL), None),
         next((at for at in reversed(places) if history[at].call is Call.CANCEL), None),
         next((at for at in reversed(places) if _shows_state(history[at])), None),
+        next((at for at in places if history[at].verdict == Means.CONFIRMED), None),
         next((at for at in reversed(places) if history[at].call is Call.CANCEL_CHILD), None),
         next((at for at in places if history[at].call is Call.QUERY_CHILD), None),
         _first_missed(history),

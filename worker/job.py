@@ -27,7 +27,7 @@ from worker import log
 from worker.child import Child
 from worker.classify import Means, OrderRef, Ref, SymbolRef, Verdict
 from worker.clock import local_ns
-from worker.decide import Again, Span, Stop, as_known, bounded, read_history
+from worker.decide import Again, Span, Stop, as_known, bounded, next_number, read_history
 from worker.listing import ListingCase
 from worker.signing import Credential
 from worker.store import TOO_LARGE, Lease
@@ -47,7 +47,8 @@ class Hold(Protocol):
 class CancelJob:
     """One request while it is worked on.
 
-    ``silent`` are the numbers of attempts whose answer may still come, ``late`` the answers that came.
+    ``silent`` are the numbers of attempts whose answer may still come, ``late`` the answers that came; ``told_to`` is
+    the number of the last attempt that others made, as Redis tells.
     """
 
     lease: Lease
@@ -64,6 +65,10 @@ class CancelJob:
     late: deque[tuple[int, Call, Verdict]] = field(default_factory=deque)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     child: Child | None = None  # what it became by triggering
+    told_to: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.told_to = next_number(self.history) - 1
 
     def listing(self, ahead: Span | None) -> ListingCase | None:
         """What there is to decide of a request for all open orders of a symbol; None: it is for one order. A retry
@@ -78,7 +83,7 @@ class CancelJob:
             return SymbolRef(self.request.symbol or "")
         if call.of_child and self.child is not None:
             return self.child.ref
-        return OrderRef(self.algo_id, self.request.client_algo_id)
+        return OrderRef(self.algo_id, self.request.client_algo_id if self.request.algo_id is None else None)
 
     def is_only_told(self, step: Again) -> bool:
         """Whether the step is a look at a child on which nothing hangs: it is taken now, or not at all."""

@@ -103,7 +103,7 @@ _REDIS_URL = Setting(
     "REDIS_URL",
     "redis://localhost:6379/0",
     FORMS,
-    "the Redis that holds queue and outcomes",
+    "the Redis that holds queue and outcomes (the Sentinels' own login: ?sentinel_password=)",
     values.redis_url,
     values.shown_url,
 )
@@ -158,7 +158,7 @@ _BINANCE_ACCOUNTS = Setting(
     "BINANCE_ACCOUNTS",
     "",
     "names of accounts as requests use them, separated by commas (default, desk-a)",
-    "the accounts that this worker serves; unset: all that are found",
+    "the accounts that this worker serves, and no key of another program; unset: all that are found",
     values.account_names,
 )
 _EXCHANGE_TLS_CA = Setting(
@@ -169,18 +169,23 @@ _EXCHANGE_TLS_CA = Setting(
     values.ca_file,
 )
 _BINANCE_RECV_WINDOW_MS = _whole(
-    "BINANCE_RECV_WINDOW_MS", 5000, 1, 60_000, "milliseconds", "how old a request may be when the exchange reads it"
+    "BINANCE_RECV_WINDOW_MS",
+    5000,
+    1,
+    60_000,
+    "milliseconds",
+    "how old a request may be when the exchange reads it; an attempt may take 0.8 of it",
 )
 _EGRESS_PROXY_URL = Setting(
     "EGRESS_PROXY_URL",
     "",
     "http://[user:password@]host[:port] or the same with https://, user and password percent-encoded",
-    "the proxy with a fixed address, for API keys bound to one",
+    "the proxy with a fixed address, for API keys bound to one; not beside a BINANCE_BASE_URL of plain http",
     values.proxy_url,
     values.shown_url,
 )
 _SCOPES: tuple[RateLimitScope, ...] = ("all", "dyno")
-_RATE_LIMIT_SCOPE = _choice("RATE_LIMIT_SCOPE", _SCOPES, "all", "all: workers share one gate; dyno: each has its own")
+_RATE_LIMIT_SCOPE = _choice("RATE_LIMIT_SCOPE", _SCOPES, "all", "whose address it is: all workers' or each host's")
 _WORKER_CONCURRENCY = _whole("WORKER_CONCURRENCY", 64, 1, 512, "requests", "requests in flight in this process")
 _CANCEL_MAX_ATTEMPTS = _whole(
     "CANCEL_MAX_ATTEMPTS",
@@ -191,7 +196,14 @@ _CANCEL_MAX_ATTEMPTS = _whole(
     "most attempts that were answered about the order or may have been carried out; the deadline alone bounds the rest",
 )
 _CANCEL_DEADLINE_S = _decimal("CANCEL_DEADLINE_S", 300, 1, 86_400, "seconds", "longest try, if the request names none")
-_BACKOFF_BASE_MS = _whole("BACKOFF_BASE_MS", 100, 1, 60_000, "milliseconds", "bound of the first delay before a retry")
+_BACKOFF_BASE_MS = _whole(
+    "BACKOFF_BASE_MS",
+    100,
+    1,
+    60_000,
+    "milliseconds",
+    "bound of the first retry's delay, which doubles and is drawn by chance",
+)
 _BACKOFF_CAP_MS = _whole("BACKOFF_CAP_MS", 15_000, 1, 3_600_000, "milliseconds", "bound of any delay before a retry")
 _NOT_FOUND_HORIZON_S = _decimal(
     "NOT_FOUND_HORIZON_S", 10, 0, 86_400, "seconds", "how long 'no such order' is asked again before it is believed"

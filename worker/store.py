@@ -143,7 +143,8 @@ class Done:
         said = f"{outcome.kind.value}: {outcome.error}".encode()
         # RQ keeps a failure's text compressed, a return value as its serializer writes it (rq.results.Result).
         result = b64encode(zlib.compress(said) if failed else b'"%s"' % outcome.kind.value.encode())
-        attempts = encode_attempts(outcome.history()) if by_deadline or leaves_child else ""
+        may_go_on = by_deadline or leaves_child or self.requests  # as what is asked for has changed meanwhile
+        attempts = encode_attempts(outcome.history()) if may_go_on else ""
         decided_by = lease.deadline_at_ms if by_deadline else ""
         said_of = (outcome.encode(), outcome.kind.value, result, decided_by)
         leaves = "1" if leaves_child else ""

@@ -5,6 +5,9 @@
 -- Requests for one order stand side by side under one id: inside one call they share a job.
 placed.stamp = ARGV[1]
 local answer = {ARGV[2]}
+-- Before anything is written: a strategy cannot set aside what has another type than it should.
+on('LLEN', WAITING)
+on('ZCARD', UNFINISHED)
 on('SADD', QUEUES, WAITING)
 local last_asked, last_id
 for i = 2, #ARGV, 7 do

@@ -26,8 +26,8 @@ end
 -- whoever called.
 local set_aside = {}
 local function put_aside(key)
-  redis.call('RENAME', key, key .. ':set-aside')
-  set_aside[#set_aside + 1] = key
+  local said = redis.pcall('RENAME', key, key .. ':set-aside')
+  if not said.err then set_aside[#set_aside + 1] = key end -- a strategy may not: the next claim of a worker does
 end
 
 local function on(command, key, ...)
@@ -111,7 +111,8 @@ function job.is_open(id)
   return s and not job.is_recalled(s) and (not s.done or job.is_requeued(id, s))
 end
 
--- A failed job runs once more, with a new deadline. By a client id the order is meant that had it at first.
+-- A failed job runs once more, with a new deadline. By a client id the order is meant that had it at first. The record
+-- of the run before stands until the claim: who starts a run may have no right to remove it.
 function job.start_run(id, s)
   local key = JOB_PREFIX .. id
   local run, meant_at = text((s.run or 1) + 1), s.meant_at or s.enqueued_at or now.text
@@ -124,7 +125,6 @@ function job.start_run(id, s)
   redis.call('HSET', key, 'status', 'queued', 'retries_left', ENDLESS_RETRIES, 'c_run', run,
     'c_enqueued_at_ms', now.text, 'c_asked_at_ms', now.text, 'c_meant_at_ms', meant_at)
   redis.call('PERSIST', key)
-  redis.call('DEL', OUTCOME_PREFIX .. id)
   on('ZADD', UNFINISHED, text(WAITING_BAND + now.ms), id)
   if not job.is_shared(s.order) then return end
   local other = job.pointed_to(s.order)

@@ -3,8 +3,9 @@
 Producers ask for cancels, three workers of ours (nobody reads the output of one) and two of RQ's own make them, and
 meanwhile workers are killed, stopped and paused, the server is killed, paused, and replaced by its replica while it
 stays up, connections break, replies are lost, operators type RQ's commands, the exchange injects its own faults, its
-answers stay away, connections to it are forgotten on their way, its clock is apart from ours and is set once, and
-client ids are taken again as soon as the book shows their order CANCELED. Then the faults end, the queue drains, and
+answers stay away, connections to it are forgotten on their way, its clock is apart from ours and is set once,
+client ids are taken again as soon as the book shows their order CANCELED, and all open orders of a symbol are cancelled
+while others are opened there. Then the faults end, the queue drains, and
 what producers were promised is held against the ledger, and the ledger against the exchange's own book and log. The
 exit code is 0 only if nothing was lost, nothing came out twice or unasked, every outcome is the book's, none is
 undecided, and nobody sent what he must not send.
@@ -36,7 +37,17 @@ from tests.fault.blows import MAKES, ON_REDIS, SCALES, TARGETS, UNREAD, Blow, Cl
 from tests.fault.fence import Away, lost_holds, sent_without_lease
 from tests.fault.fleet import PATIENCE_S, RQ, Place, Team
 from tests.fault.ledger import Ask, Kill, exchange_side, key_kinds, queue_side, recoveries_ms, requests_during_bans
-from tests.fault.producers import REOPENED_PART, Producer, Reopener, requests_for, spoil_answers
+from tests.fault.producers import (
+    OPEN_PART,
+    REOPENED_PART,
+    SYMBOLS,
+    Producer,
+    Reopener,
+    Strategy,
+    Sweeper,
+    requests_for,
+    spoil_answers,
+)
 from tests.fault.proxy import Proxy
 from tests.fault.verdict import Reckoning, table
 from tests.servers import ROOT, Peek, Valkey, Workers, scrubbed
@@ -83,6 +94,7 @@ class World:
     orders: list[PlacedOrder]
     producers: list[Producer] = field(default_factory=list)
     reopeners: list[Reopener] = field(default_factory=list)  # one
+    sweepers: list[Sweeper] = field(default_factory=list)  # one
     requests: int = 0
     began_s: float = field(default_factory=time.monotonic)
     said_s: float = 0.0
@@ -101,9 +113,14 @@ class World:
         return [ask for strategy in self.strategies for ask in list(strategy.asks)]
 
     @property
-    def strategies(self) -> list[Producer | Reopener]:
+    def strategies(self) -> list[Producer | Strategy]:
         """All who ask."""
-        return [*self.producers, *self.reopeners]
+        return [*self.producers, *self.reopeners, *self.sweepers]
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether all open orders of a symbol are asked for by nobody now."""
+        return not any(sweeper.standing for sweeper in self.sweepers)
 
     def until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Let time pass, tending workers and saying how it stands, until something is so; whether it came to be."""
@@ -255,8 +272,9 @@ def _requeue(world: World, place: Place, blow: Blow) -> None:
         world.command(*words, "--all")
     # An order that was opened before the clock was set ahead looks older than it is to whoever measures the clock now.
     # A person who asks by client id once more, for a request that was left alone, is told so nowhere: not done here.
+    # So it is with a listing.
     elif ids := set(world.peek("ZRANGE", world.peek.keys.failed, 0, -1)) - _ids(world):
-        world.command(*words, *sorted(ids))
+        world.command(*words, *sorted(job_id for job_id in ids if not _lists(world, job_id)))
 
 
 def _suspend(world: World, place: Place, blow: Blow) -> None:
@@ -267,14 +285,26 @@ def _suspend(world: World, place: Place, blow: Blow) -> None:
 
 def _clock(world: World, place: Place, blow: Blow) -> None:
     # What the exchange dated before its clock was set cannot be compared with what it dates later. So nobody may be
-    # in the middle of finding out whether an order that has an id now is the one that was meant: no worker that comes
-    # later could know.
-    keys = [world.peek.keys.outcome_prefix + job_id for each in world.reopeners for job_id in each.rest()]
-    if not world.until(lambda: not keys or world.peek("EXISTS", *keys) == len(keys), world.scale.drain_s):
-        raise RuntimeError("requests by client id did not end")
+    # in the middle of finding out whether an order that has an id now, or is open, is one that was meant: no worker
+    # that comes later could know.
+    resting: list[Strategy] = [*world.reopeners, *world.sweepers]
+    keys = [world.peek.keys.outcome_prefix + job_id for each in resting for job_id in each.rest()]
+
+    def has_ended() -> bool:
+        unfinished = world.peek("ZRANGE", world.peek.keys.unfinished, 0, -1)
+        is_listing = any(_lists(world, job_id) for job_id in unfinished)
+        return world.is_swept and not is_listing and (not keys or world.peek("EXISTS", *keys) == len(keys))
+
+    if not world.until(has_ended, world.scale.drain_s):
+        raise RuntimeError("requests by client id, or for all open orders, did not end")
     world.exchange.set_clock_skew_ms(world.clock.then_ms)
-    for each in world.reopeners:
+    for each in resting:
         each.go_on()
+
+
+def _lists(world: World, job_id: str) -> bool:
+    """Whether a job lists open orders."""
+    return "cancel_open" in str(world.peek("HGET", world.peek.keys.job_prefix + job_id, "data"))
 
 
 def _ids(world: World) -> set[str]:
@@ -376,15 +406,16 @@ def _start_producers(world: World) -> tuple[float, list[Blow]]:
     """Make the strategies; gives how long they are to ask, s, and what falls meanwhile."""
     scale, orders = world.scale, world.orders[: len(world.orders) - BYSTANDERS]
     taken = round(len(orders) * REOPENED_PART)
-    shares = requests_for(orders[taken:], world.seed)
+    shares, sweeps = requests_for(orders[taken:], world.seed), round(len(orders) * OPEN_PART)
     spoil_answers(orders[:taken], world.exchange, world.seed)
-    world.requests = sum(map(len, shares)) + taken
+    world.requests = sum(map(len, shares)) + taken + sweeps
     blows = schedule(world.seed, scale, world.requests / scale.orders_per_s)
     duration_s = max(world.requests / scale.orders_per_s, blows[-1].at_s + blows[-1].length_s)
     url, ids = world.proxies[1].redis_url, {order.client_algo_id: order.algo_id for order in orders}
     for number, share in enumerate(shares):
         world.producers.append(Producer(number, world.seed, url, share, ids, len(share) / duration_s))
     world.reopeners.append(Reopener(world.seed, url, world.exchange, orders[:taken], max(taken, 1) / duration_s))
+    world.sweepers.append(Sweeper(world.seed, url, world.exchange, sweeps, max(sweeps, 1) / duration_s))
     return duration_s, blows
 
 
@@ -396,7 +427,7 @@ def drain(world: World) -> float:
 
     def is_drained() -> bool:
         counts = [peek("LLEN", keys.waiting), peek("LLEN", keys.claiming)]
-        return not any([*counts, peek("ZCARD", keys.scheduled), peek("ZCARD", keys.unfinished)])
+        return world.is_swept and not any([*counts, peek("ZCARD", keys.scheduled), peek("ZCARD", keys.unfinished)])
 
     world.until(is_drained, world.scale.drain_s)
     for strategy in world.strategies:
@@ -421,6 +452,9 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
     # A key that ends between the two commands had a time to live.
     keys = [(key, peek("TTL", key) != -1) for key in peek("KEYS", "*")]
     reopened = {order for each in world.reopeners for order in each.reopened}
+    told = {ticket_id: outcome for each in world.sweepers for ticket_id, outcome in each.ended.items()}
+    ahead_ms = dict.fromkeys(SYMBOLS[0], world.clock.first_ms) | dict.fromkeys(SYMBOLS[1], world.clock.then_ms)
+    opened_ms = {i: each.create_time_ms - ahead_ms[each.symbol] for i, each in book.items() if each.symbol in ahead_ms}
     if logs is not None:
         _keep(
             logs,
@@ -443,7 +477,7 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
         silences=world.way.count.silences,
         flows_forgotten=world.way.count.flows_forgotten,
         queue=queue_side(world.asks, records, order_of),
-        exchange=exchange_side(world.asks, records, book, order_of, reopened),
+        exchange=exchange_side(world.asks, records, book, order_of, reopened, opened_ms, told),
         incidents=len(stats.incidents),
         requests_during_bans=requests_during_bans(stats.incidents, world.away_ms),
         leases_lost=lost_holds(records),

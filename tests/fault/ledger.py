@@ -10,7 +10,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
+from producer import OpenOutcome
 from producer.message import WORKER_LOST, Attempt, Call, Outcome, OutcomeKind
 from worker.sandbox.control import BookEntry, Incident
 from worker.sandbox.report import child_differs
@@ -24,6 +26,8 @@ _STATUSES = {
     OutcomeKind.EXPIRED: ("EXPIRED",),
     OutcomeKind.REJECTED: ("REJECTED",),
 }
+#: By so much two times of one clock may differ by what is cut off of them, ms.
+ROUNDED_MS = 1
 #: From then on no request may come during a ban, ms after its first answer.
 BAN_HEARD_MS = 1000
 #: A server that was away is back for everybody so much later, ms: between two tries of a worker lies a second at most.
@@ -36,10 +40,16 @@ _NEWER = ("created after the request", "the clocks are known to")
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request in one call of a producer: the order, and the ticket's id if the call was acknowledged."""
+    """One request in one call of a producer: what for, and the ticket's id if the call was acknowledged.
 
-    algo_id: int
+    ``order`` is an algo id or, where all open orders of a symbol were asked for, that symbol. Then ``by_ms`` is the
+    moment, Redis' clock, after which nothing that is opened is meant any more; None: it is not known.
+    """
+
+    order: int | str
     id: str | None
+    by_ms: int | None = None
+    is_hasty: bool = False  # with a deadline that it may miss: whoever asked has it tried again then
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +93,32 @@ class ExchangeSide:
     differences: tuple[str, ...]
     kinds: Mapping[str, int] = field(default_factory=dict)
     left_alone: Mapping[str, int] = field(default_factory=dict)  # requests whose order's id was taken again, by reason
+    hasty: int = 0  # undecided by a deadline that was meant to be short, and decided later
+    listings: int = 0  # of all open orders of a symbol
+    named: int = 0  # orders in them
+    joined: int = 0  # ... whose request was there before
+    spared: int = 0  # orders of their symbols that were opened later, and stay
 
     @property
     def undecided(self) -> int:
         """Outcomes of the kinds that faults which end before the deadline must not bring about."""
-        return sum(self.kinds.get(kind.value, 0) for kind in UNDECIDED) - sum(self.left_alone.values())
+        undecided = sum(self.kinds.get(kind.value, 0) for kind in UNDECIDED)
+        return undecided - sum(self.left_alone.values()) - self.hasty
 
 
 def queue_side(asks: Sequence[Ask], records: Sequence[Outcome], order_of: Mapping[str, int]) -> QueueSide:
     """Judge the ledger's ``records`` against the producers' ``asks``; ``order_of`` a client id is its algo id."""
-    acknowledged = {ask.id for ask in asks if ask.id is not None}
-    in_doubt = {ask.algo_id for ask in asks if ask.id is None}
+    promised = {ask.id for ask in asks if ask.id is not None} | {job_id for _, job_id in _named(records)}
+    in_doubt = {ask.order for ask in asks if ask.id is None}
     recorded = {record.id for record in records}
-    strangers = [record for record in records if record.id not in acknowledged]
+    strangers = [record for record in records if record.id not in promised]
     unexpected = {record.id for record in strangers if order_named(record, order_of) not in in_doubt}
     runs = Counter((record.id, record.run) for record in records)
     return QueueSide(
         attempted=len(asks),
         acknowledged=sum(ask.id is not None for ask in asks),
-        ok=len(acknowledged & recorded),
-        lost=tuple(sorted(acknowledged - recorded)),
+        ok=len(promised & recorded),
+        lost=tuple(sorted(promised - recorded)),
         unexpected=tuple(sorted(unexpected)),
         recovered=len({record.id for record in strangers} - unexpected),
         duplicated=tuple(sorted(f"{job_id} run {run}" for (job_id, run), count in runs.items() if count > 1)),
@@ -115,18 +131,31 @@ def exchange_side(
     book: Mapping[int, BookEntry],
     order_of: Mapping[str, int],
     reopened: Collection[int] = (),
+    opened_ms: Mapping[int, int] = MappingProxyType({}),
+    told: Mapping[str, OpenOutcome] = MappingProxyType({}),
 ) -> ExchangeSide:
     """Judge the ledger's ``records`` against the exchange's own ``book``.
 
     ``order_of`` a client id is the order that was asked for by it; those in ``reopened`` have lost theirs to an order
-    that was opened when they were CANCELED.
+    that was opened when they were CANCELED. ``opened_ms``: when orders of the symbols were opened that are listed,
+    Redis' clock; ``told``: what a listing's strategy was told in the end, by its id.
     """
-    asked = {ask.algo_id for ask in asks}
-    by_order: dict[int | None, list[Outcome]] = defaultdict(list)
+    named = _named(records)
+    asked = {ask.order for ask in asks} | {algo_id for algo_id, _ in named}
+    by_order: dict[int | str | None, list[Outcome]] = defaultdict(list)
     for record in records:
         by_order[order_named(record, order_of)].append(record)
+    listings = [record for record in records if record.kind is OutcomeKind.LISTED]
     differences = []
+    for listing in listings:
+        is_told_gone = listing.id in told and not told[listing.id].may_be_live
+        found = _misread(listing, asks, book, opened_ms, () if is_told_gone else listing.left_alone)
+        differences += [f"{listing.id} {said}" for said in found]
+    job_orders = {record.id: order for order, of_order in by_order.items() for record in of_order}
+    differences += [f"{i} is named for order {a}" for a, i in named if job_orders.get(i, a) != a]
     for algo_id, of_order in by_order.items():
+        if isinstance(algo_id, str):
+            continue
         entry = book.get(algo_id) if algo_id is not None else None
         for record in of_order:
             said = difference(record, entry, is_alone=len(of_order) == 1)
@@ -142,7 +171,58 @@ def exchange_side(
         differences=tuple(differences),
         kinds=dict(Counter(record.kind.value for record in records)),
         left_alone=left_alone(records, book, order_of, reopened),
+        hasty=_in_haste(asks, records),
+        listings=len(listings),
+        named=len(named),
+        joined=len({job_id for _, job_id in named} & {ask.id for ask in asks}),
+        spared=sum(book[algo_id].status == "NEW" for algo_id in opened_ms),
     )
+
+
+def _named(records: Iterable[Outcome]) -> set[tuple[int, str]]:
+    """The orders that listings name, each with the id of its request."""
+    return {(order.algo_id, order.id) for record in records for order in record.orders or ()}
+
+
+def _misread(
+    listing: Outcome,
+    asks: Sequence[Ask],
+    book: Mapping[int, BookEntry],
+    opened_ms: Mapping[int, int],
+    may_stay: Collection[int],
+) -> list[str]:
+    """What is wrong with a listing: it must mean the moment of its call, in any run, and name what was open then, and
+    nothing that was opened later. ``may_stay``: what it could not tell from later ones."""
+    before_ms, found = listing.before_ms or 0, []
+    for ask in asks:
+        if ask.id == listing.id and ask.by_ms is not None and before_ms > ask.by_ms:
+            found.append(f"means a moment {before_ms - ask.by_ms} ms after it was asked for")
+    named = {order.algo_id for order in listing.orders or ()}
+    for algo_id in sorted(named):
+        if algo_id not in opened_ms or book[algo_id].symbol != listing.symbol:
+            found.append(f"names order {algo_id}, which is not of its symbol")
+        elif (late_ms := opened_ms[algo_id] - before_ms) > ROUNDED_MS:
+            found.append(f"names order {algo_id}, opened {late_ms} ms after the request")
+    for algo_id in opened_ms.keys() - named - set(may_stay):
+        entry = book[algo_id]
+        was_open = entry.symbol == listing.symbol and opened_ms[algo_id] < before_ms - ROUNDED_MS
+        if was_open and entry.status == "NEW":  # as at the end, so at any time before
+            found.append(f"says nothing of order {algo_id}, which was open")
+    return found
+
+
+def _in_haste(asks: Sequence[Ask], records: Sequence[Outcome]) -> int:
+    """Undecided outcomes of requests with a short deadline, and of those that they made: what they were about was
+    decided later, or nobody could have it tried again, as the call failed and told no id."""
+    acknowledged, untold = {ask.id for ask in asks}, {ask.order for ask in asks if ask.is_hasty and ask.id is None}
+    hasty = {ask.id for ask in asks if ask.is_hasty}
+    lost = {record.id for record in records if record.id not in acknowledged and order_named(record, {}) in untold}
+    hasty |= {job_id for _, job_id in _named(record for record in records if record.id in hasty)}
+    lost |= {job_id for _, job_id in _named(record for record in records if record.id in lost)}
+    last = {record.algo_id or record.id: record for record in records}
+    undecided = [record for record in records if record.kind in UNDECIDED]
+    decided = {each.id for each in undecided if last[each.algo_id or each.id].kind not in UNDECIDED}
+    return sum(each.id in lost or each.id in hasty & decided for each in undecided)
 
 
 def left_alone(
@@ -155,7 +235,7 @@ def left_alone(
     same order, was first. A later run of the same request comes to the same end.
     """
     records = sorted(records, key=lambda each: each.run)
-    jobs: dict[int | None, set[str]] = defaultdict(set)
+    jobs: dict[int | str | None, set[str]] = defaultdict(set)
     for record in records:
         jobs[order_named(record, order_of)].add(record.id)
     excused: set[str] = set()
@@ -163,7 +243,7 @@ def left_alone(
     for record in records:
         error, order = record.error or "", order_named(record, order_of)
         is_said = record.kind is OutcomeKind.UNKNOWN and error.endswith(LEFT_ALONE) and any(n in error for n in _NEWER)
-        if not is_said or record.algo_id is not None or order is None or order not in reopened:
+        if not is_said or record.algo_id is not None or not isinstance(order, int) or order not in reopened:
             continue
         if book[order].status == "CANCELED" and _is_untold(record, book[order], is_alone=len(jobs[order]) == 1):
             excused.add(record.id)
@@ -178,11 +258,11 @@ def _is_untold(record: Outcome, entry: BookEntry, *, is_alone: bool) -> bool:
     return not is_alone or was_late or "unclear" in cancels
 
 
-def order_named(record: Outcome, order_of: Mapping[str, int]) -> int | None:
-    """The algo id of the order that a record is about."""
+def order_named(record: Outcome, order_of: Mapping[str, int]) -> int | str | None:
+    """The algo id of the order that a record is about; of a listing the symbol."""
     if record.algo_id is not None:
         return record.algo_id
-    return order_of.get(record.client_algo_id or "")
+    return order_of.get(record.client_algo_id) if record.client_algo_id is not None else record.symbol
 
 
 def difference(record: Outcome, entry: BookEntry | None, *, is_alone: bool) -> str | None:

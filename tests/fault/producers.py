@@ -1,4 +1,5 @@
-"""Who asks for cancels in a chaos run: producers that know nothing of each other, and one that takes ids again."""
+"""Who asks for cancels in a chaos run: producers that know nothing of each other, one that takes ids again, and one
+that has all open orders of a symbol cancelled."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from producer import CancelClient, CancelRequest, QueueUnavailable
+from producer import CancelClient, CancelRequest, OpenOutcome, OpenTicket, QueueUnavailable, WaitTimeout
 from producer.protocol import NotDurable, TicketFields
 from tests.fault.ledger import Ask
 from worker.sandbox.control import PlacedOrder, RunningExchange
-from worker.sandbox.faults import Fault
+from worker.sandbox.faults import FAULT_SETS, Call, Fault
 
 PRODUCERS = 4
 #: The part of all orders whose client ids are taken again.
@@ -31,6 +33,14 @@ _UNTOLD = (
 _TWICE_PART, _BLIND_S = 0.3, 0.4
 #: How often a strategy looks what became of the orders whose ids it wants, s: before an answer can be back.
 _LOOK_S = 0.015
+#: The part of all requests that mean all open orders of a symbol, and their symbols: until the exchange's clock is set,
+#: and from then on. (What it dated before cannot be compared with what it dates later.)
+OPEN_PART = 0.03
+SYMBOLS = (("ETHUSDT", "币安人生USDT"), ("SOLUSDT", "BNBUSDT"))
+#: A part of them have one of these deadlines, s, and most of those miss it.
+_HASTY_PART, _HASTY_S = 0.3, (0.05, 0.3, 1.5)
+#: How often it is looked what became of them, s.
+_LOOK_AT_OPEN_S = 0.1
 #: Where a client id can be taken again, or cannot any more.
 _FREE, _GONE = "CANCELED", ("FINISHED", "TRIGGERED", "EXPIRED", "REJECTED")
 
@@ -82,34 +92,25 @@ class Producer(threading.Thread):
         return request.algo_id or self._ids[request.client_algo_id or ""]
 
 
-class Reopener(threading.Thread):
-    """A strategy that asks by client id alone and, when the book shows that order CANCELED, opens another under the id.
+class Strategy(threading.Thread):
+    """One that asks for something at a steady rate on average, and looks after what it has asked for."""
 
-    It keeps the new order. That is its right once the call has returned; a call that failed may be carried out at any
-    later time, and would then mean whatever order has the id by that time: such an id is not taken again.
-    """
-
-    def __init__(
-        self, seed: int, url: str, exchange: RunningExchange, orders: Sequence[PlacedOrder], per_s: float
-    ) -> None:
-        super().__init__(name="reopener", daemon=True)
-        self._dice = random.Random(f"reopener {seed}")
+    def __init__(self, seed: int, url: str, exchange: RunningExchange, per_s: float, look_s: float) -> None:
+        super().__init__(name=type(self).__name__, daemon=True)
+        self._dice = random.Random(f"{self.name} {seed}")
         self._client = CancelClient.from_url(url, timeout_s=1.0)
         self._exchange = exchange
-        self._to_ask = list(reversed(orders))
         self._per_s = per_s
+        self._look_s = look_s
         self._turn = threading.Lock()
         self._is_resting = False
-        self._in_doubt: set[int] = set()  # orders of calls that failed
-        self._watched: dict[int, tuple[PlacedOrder, float]] = {}  # with the moment from which its id may be taken
         self.asks: list[Ask] = []
-        self.reopened: dict[int, int] = {}  # an order, and the one that bears its client id now
         self.stopped = threading.Event()
 
     @property
     def has_asked(self) -> bool:
         """Whether all its requests are acknowledged."""
-        return not self._to_ask
+        raise NotImplementedError
 
     def rest(self) -> list[str]:
         """Ask for nothing until told to go on; gives the ids of all requests so far."""
@@ -122,19 +123,48 @@ class Reopener(threading.Thread):
         self._is_resting = False
 
     def run(self) -> None:
-        """Ask for one order after the other, and look after those that were asked for."""
+        """Ask for one thing after the other, and look after those that were asked for."""
         ask_at_s = time.monotonic()
         with self._client:
             while not self.stopped.is_set():
-                if self._to_ask and time.monotonic() >= ask_at_s:
+                if not self.has_asked and time.monotonic() >= ask_at_s:
                     with self._turn:
                         if not self._is_resting:
-                            self._ask(self._to_ask[-1])
+                            self._ask()
                             ask_at_s = time.monotonic() + self._dice.uniform(0.5, 1.5) / self._per_s
                 self._look()
-                self.stopped.wait(_LOOK_S)
+                self.stopped.wait(self._look_s)
 
-    def _ask(self, order: PlacedOrder) -> None:
+    def _ask(self) -> None:
+        raise NotImplementedError
+
+    def _look(self) -> None:
+        raise NotImplementedError
+
+
+class Reopener(Strategy):
+    """A strategy that asks by client id alone and, when the book shows that order CANCELED, opens another under the id.
+
+    It keeps the new order. That is its right once the call has returned; a call that failed may be carried out at any
+    later time, and would then mean whatever order has the id by that time: such an id is not taken again.
+    """
+
+    def __init__(
+        self, seed: int, url: str, exchange: RunningExchange, orders: Sequence[PlacedOrder], per_s: float
+    ) -> None:
+        super().__init__(seed, url, exchange, per_s, _LOOK_S)
+        self._to_ask = list(reversed(orders))
+        self._in_doubt: set[int] = set()  # orders of calls that failed
+        self._watched: dict[int, tuple[PlacedOrder, float]] = {}  # with the moment from which its id may be taken
+        self.reopened: dict[int, int] = {}  # an order, and the one that bears its client id now
+
+    @property
+    def has_asked(self) -> bool:
+        """See :class:`Strategy`."""
+        return not self._to_ask
+
+    def _ask(self) -> None:
+        order = self._to_ask[-1]
         is_twice = self._dice.random() < _TWICE_PART
         try:
             tickets = [self._client.cancel(client_algo_id=order.client_algo_id) for _ in range(1 + is_twice)]
@@ -158,6 +188,81 @@ class Reopener(threading.Thread):
                 self.reopened[entry.algo_id] = new.algo_id
             elif entry.status in _GONE:
                 del self._watched[entry.algo_id]
+
+
+class Sweeper(Strategy):
+    """A strategy that goes on opening orders on a few symbols and now and then has all cancelled that are open on one.
+
+    It waits for what becomes of them, and has tried again what failed. Some orders it cancels one by one as well.
+    """
+
+    def __init__(self, seed: int, url: str, exchange: RunningExchange, count: int, per_s: float) -> None:
+        super().__init__(seed, url, exchange, per_s, _LOOK_AT_OPEN_S)
+        self._to_ask = count
+        self._symbols = list(SYMBOLS)
+        self._faults = FAULT_SETS["all"].for_call(Call.LIST)
+        self.standing: list[tuple[OpenTicket, Ask]] = []
+        self.ended: dict[str, OpenOutcome] = {}  # by the request's id
+
+    @property
+    def has_asked(self) -> bool:
+        """See :class:`Strategy`."""
+        return self._to_ask == 0
+
+    def go_on(self) -> None:
+        """Ask again, on other symbols."""
+        del self._symbols[:-1]
+        super().go_on()
+
+    def _ask(self) -> None:
+        dice, symbol = self._dice, self._dice.choice(self._symbols[0])
+        orders = self._exchange.add_orders(dice.randint(0, 5), symbol=symbol)
+        if faults := [dice.choice(self._faults) for _ in range(dice.randint(0, 2))]:
+            self._exchange.script_faults(0, faults, call=Call.LIST)
+        self.stopped.wait(dice.choice((0.0, 0.03, 0.1)))
+        for order in orders[:2]:
+            self._cancel(order)
+        deadline_s = dice.choice(_HASTY_S) if dice.random() < _HASTY_PART else None
+        on_trigger = "cancel_child" if dice.random() < 0.3 else "report"
+        how = {"urgent": dice.random() < 0.2, "deadline_s": deadline_s, "on_trigger": on_trigger}
+        try:
+            ticket = self._client.cancel_open(symbol, **how)  # type: ignore[arg-type]
+        except QueueUnavailable:
+            self.asks.append(Ask(symbol, None, is_hasty=deadline_s is not None))
+            return
+        ask = Ask(symbol, ticket.id, round(time.time() * 1000), deadline_s is not None)
+        self._to_ask -= 1
+        self.asks.append(ask)
+        self.standing.append((ticket, ask))
+        self._exchange.add_orders(dice.randint(1, 3), symbol=symbol)
+
+    def _cancel(self, order: PlacedOrder) -> None:
+        """Ask for one order that is to be open, and its request on its way, while all are listed."""
+        self._exchange.script_faults(order.algo_id, [Fault.UNAVAILABLE_503] * self._dice.randint(1, 4))
+        try:
+            ticket_id = self._client.cancel(algo_id=order.algo_id).id
+        except QueueUnavailable:
+            ticket_id = None
+        self.asks.append(Ask(order.algo_id, ticket_id))
+
+    def _look(self) -> None:
+        for ticket, ask in list(self.standing):
+            self._pursue(ticket, ask)
+
+    def _pursue(self, ticket: OpenTicket, ask: Ask) -> None:
+        looks = len(ticket.looks)
+        try:
+            outcome = self._client.wait(ticket, 0)
+            rows = [order.id for order in outcome.orders]
+            if not self._client.retry([ticket.id, *ticket.looks, *rows], missing_ok=True):
+                self.ended[ticket.id] = outcome
+                self.standing.remove((ticket, ask))
+        except WaitTimeout:
+            if self._dice.random() < 0.1:
+                self._exchange.add_orders(symbol=str(ask.order))
+        except QueueUnavailable:  # maybe of the second look
+            self.asks.append(replace(ask, id=None, by_ms=None))
+        self.asks += [replace(ask, id=look) for look in ticket.looks[looks:]]
 
 
 def spoil_answers(orders: Sequence[PlacedOrder], exchange: RunningExchange, seed: int) -> None:

@@ -1,8 +1,8 @@
 """A TCP proxy that misbehaves as it is told: resets, lost replies, silences, latency, black holes, refused connections.
 
 The words are toxiproxy's. It stands in front of Valkey or of the exchange, on loopback, in a thread of the test's own
-process; every method may be called from any other thread. What it does by chance depends on its seed, on the number of
-the connection and on the number of the turn in it, and on nothing else.
+process, and ends TLS if told to; every method may be called from any other thread. What it does by chance depends on
+its seed, on the number of the connection and on the number of the turn in it, and on nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -27,6 +28,8 @@ _LOSE_FOR_S = 0.05
 #: How much of a request and of its answer is kept to recognise it, bytes.
 _KEPT_BYTES = 256 * 1024
 _RANGE = 2**64
+#: Between the bytes of an answer that comes byte by byte, s: else the kernel hands over several at once.
+_BYTE_S = 0.0002
 
 
 class Toxic(StrEnum):
@@ -82,6 +85,7 @@ class Count:
     """What the proxy has done so far."""
 
     connections: int = 0
+    turns: int = 0  # a client speaks, for the first time or after an answer: round trips
     resets: int = 0
     replies_lost: int = 0
     silences: int = 0
@@ -91,8 +95,9 @@ class Count:
 class Proxy:
     """Between clients and a server on loopback. A context manager; leaves the server alone."""
 
-    def __init__(self, target_port: int, *, seed: int = 0) -> None:
+    def __init__(self, target_port: int, tls: ssl.SSLContext | None = None, *, seed: int = 0) -> None:
         self.target_port = target_port
+        self._tls = tls
         self.count = Count()
         self.seed = seed
         self.weather = Weather(seed)
@@ -101,6 +106,8 @@ class Proxy:
         self.late_request = b""
         self.is_hole = False
         self.forgets_after_s = math.inf
+        self.opens_after_s = 0.0  # how long a new connection waits for the server
+        self.in_bytes = False  # answers come byte by byte
         self.links: set[_Link] = set()
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
@@ -118,7 +125,7 @@ class Proxy:
     @property
     def redis_url(self) -> str:
         """Its address, for a server that is a Valkey."""
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"{'rediss' if self._tls else 'redis'}://127.0.0.1:{self.port}/0"
 
     @property
     def http_url(self) -> str:
@@ -181,6 +188,18 @@ class Proxy:
 
         self._do(forget)
 
+    def mute_flows(self) -> None:
+        """From now on the server's answers are swallowed on all connections that there are now."""
+        self._do_with_each(lambda link: setattr(link, "is_mute", True))
+
+    def say(self, what: bytes) -> None:
+        """Say something in the server's name, on all connections."""
+        self._do_with_each(lambda link: link.write(what))
+
+    def hang_up(self) -> None:
+        """Close all connections in the server's name."""
+        self._do_with_each(lambda link: link.leave())
+
     def heal(self) -> None:
         """Take every toxic out."""
 
@@ -214,9 +233,12 @@ class Proxy:
 
         return self._run(call())
 
+    def _do_with_each(self, work: Callable[[_Link], object]) -> None:
+        self._do(lambda: [work(link) for link in list(self.links)])
+
     async def _listen(self) -> int:
         self._server = await self._loop.create_server(
-            lambda: _End(_Link(self), is_client=True), "127.0.0.1", self.port, backlog=1024
+            lambda: _End(_Link(self), is_client=True), "127.0.0.1", self.port, ssl=self._tls, backlog=1024
         )
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -270,6 +292,7 @@ class _Link:
     early: bytearray = field(default_factory=bytearray)  # came before the server was connected
     toxic: Toxic | None = None
     keep: int = 0
+    is_mute: bool = False
     is_forgotten: bool = False
     moved_s: float = field(default_factory=time.monotonic)
 
@@ -284,6 +307,7 @@ class _Link:
 
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
+        await asyncio.sleep(self.proxy.opens_after_s)
         try:
             await loop.create_connection(lambda: _End(self, is_client=False), "127.0.0.1", self.proxy.target_port)
         except OSError:
@@ -310,6 +334,7 @@ class _Link:
             return
         if self.answered or not self.asked:
             self.turn += 1
+            self.proxy.count.turns += 1
             self.asked.clear()
             self.answered.clear()
             self.toxic, self.keep = self.proxy.weather.meets(self.number, self.turn)
@@ -329,7 +354,7 @@ class _Link:
 
     def answer(self, data: bytes) -> None:
         """Bytes from the server."""
-        if self._is_swallowed() or self.toxic is Toxic.MUTE:
+        if self._is_swallowed() or self.is_mute or self.toxic is Toxic.MUTE:
             return
         passed = len(self.answered)
         self.answered += data[: max(_KEPT_BYTES - passed, 1)]
@@ -361,13 +386,22 @@ class _Link:
 
     def _pass(self, data: bytes) -> None:
         if self.proxy.latency_s > 0 and self.proxy.late_request in self.asked:
-            asyncio.get_running_loop().call_later(self.proxy.latency_s, self._write, data)
+            asyncio.get_running_loop().call_later(self.proxy.latency_s, self.write, data)
+        elif self.proxy.in_bytes:
+            for at in range(len(data)):
+                asyncio.get_running_loop().call_later(at * _BYTE_S, self.write, data[at : at + 1])
         else:
-            self._write(data)
+            self.write(data)
 
-    def _write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
+        """Bytes for the client."""
         if data and self.client is not None and not self.client.is_closing():
             self.client.write(data)
+
+    def leave(self) -> None:
+        """Close the client's connection as a server does that is done with it."""
+        if self.client is not None:
+            self.client.close()
 
     def reset(self) -> None:
         """Break both connections with RST."""
@@ -384,6 +418,8 @@ class _Link:
             return
         self.is_closed = True
         self.proxy.links.discard(self)
+        if self.opening is not None:
+            self.opening.cancel()
         for end in (self.client, self.server):
             if end is not None:
                 end.close()

@@ -63,6 +63,8 @@ def test_a_short_run_with_every_fault() -> None:
     assert run["leases_lost"], "nobody lost a lease: that nothing was sent for one says nothing"
     assert run["reopened"] > 20
     assert sum(run["exchange"]["left_alone"].values()), "no client id was taken again behind an unclear answer"
+    least = {"listings": 15, "named": 15, "joined": 1, "spared": 6}
+    assert all(run["exchange"][name] >= count for name, count in least.items()), run["exchange"]
     assert run["unread"] > 20
     assert all(kind["with_ttl"] == kind["count"] for kind in run["keys"] if kind["count"] > 1), run["keys"]
 

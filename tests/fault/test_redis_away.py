@@ -342,16 +342,6 @@ def a_worker_starts_while_redis_is_away(stage: Stage) -> None:
     scenery.goes_on()
 
 
-@SCENES.after(flushed)
-def the_login_is_refused(stage: Stage) -> None:
-    """A password that Redis does not accept (any more) ends the worker with exit code 69, for a restart to read it."""
-    scenery: Scenery = stage.scenery
-    scenery.connection.config_set("requirepass", "rotated")
-    scenery.proxy.reset_peer()
-    assert scenery.worker.process.wait(10) == 69
-    assert "the login was refused" in scenery.worker.output()
-
-
 @pytest.mark.parametrize("name", SCENES)
 def test_redis_away(played: dict[str, Future[None]], name: str) -> None:
     """Each scene above shows its rule."""

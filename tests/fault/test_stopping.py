@@ -248,7 +248,7 @@ def a_second_sigint_leaves_at_once(stage: Stage) -> None:
 
 @SCENES.add
 def suspended_and_resumed(stage: Stage) -> None:
-    """While `rq suspend` holds nothing is started, what is in flight ends; `rq resume` goes on within 1.5 s."""
+    """While `rq suspend` holds nothing is started, what is in flight or overdue ends; `rq resume` goes on soon."""
     scenery = Scenery.on(stage, latency_ms=1500)
     worker = scenery.fleet.start()
     first = scenery.ask(1)
@@ -256,9 +256,11 @@ def suspended_and_resumed(stage: Stage) -> None:
     rq(scenery, "suspend")
     eventually(lambda: scenery.peek("HGET", f"rq:worker:{name_of(worker)}", "state") == "suspended", 3)
     second = scenery.ask(3)
+    overdue = scenery.client.cancel(algo_id=scenery.exchange.add_orders()[0].algo_id, deadline_s=0.1)
+    assert overdue.wait(20).kind is OutcomeKind.OVERDUE
     assert first[0].wait(5).kind is OutcomeKind.CANCELLED
     time.sleep(1.2)
-    assert [entry.deletes for entry in scenery.exchange.book().values()] == [1, 0, 0, 0]
+    assert [entry.deletes for entry in scenery.exchange.book().values()] == [1, 0, 0, 0, 0]
     assert scenery.peek.waiting() == [ticket.id for ticket in second]
     rq(scenery, "resume")
     eventually(lambda: scenery.exchange.stats().in_flight == 3, 1.5, "the rest is sent")

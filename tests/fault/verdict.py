@@ -119,12 +119,19 @@ def _exchange(run: Reckoning) -> list[str]:
         *_listed("orders touched unasked", side.harmful),
         *_listed("differences from the book", side.differences),
         _row("undecided", side.undecided, "unknown, gave_up, overdue"),
+        _row("hasty", side.hasty, "undecided by a short deadline, and then tried again"),
+        _row("listings", side.listings, _listed_orders(side)),
         _row("left alone", sum(reasons.values()), f"their client ids are others' now; {run.reopened} were taken again"),
         *[f"      {count} {reason}" for reason, count in sorted(reasons.items())],
         _row("requests during bans", run.requests_during_bans, f"{run.incidents} bans"),
         *_listed("sent for a lost lease", run.sent_without_lease, f"{run.leases_lost} leases were lost"),
         f"  outcomes: {kinds}",
     ]
+
+
+def _listed_orders(side: ExchangeSide) -> str:
+    named = f"they name {side.named} orders, {side.joined} of them asked for one by one as well"
+    return f"{named}; {side.spared} stay that were opened later"
 
 
 def _stops(run: Reckoning) -> list[str]:

@@ -13,14 +13,14 @@ from flask.testing import FlaskClient
 
 from producer import CancelClient
 from producer.web.app import create_app
-from tests.caller import Caller
+from tests.caller import ACCOUNTS, TIMING, Caller
 from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
 from tests.rehearsing import demo, relay  # noqa: F401 - fixtures of the rehearsals
 from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import API_KEY, SECRET, WAYS, Bench
 from tests.webpages import TOKEN
-from worker.sandbox.control import RunningExchange
+from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.signing import Credential
 
 
@@ -146,9 +146,16 @@ def logged(caplog: pytest.LogCaptureFixture) -> Logged:
     return lambda name: [vars(record)["fields"] for record in list(caplog.records) if record.msg == name]
 
 
+@pytest.fixture(scope="session")
+def shared_exchange() -> Iterator[RunningExchange]:
+    """One exchange for all tests of the sandbox; `market` below hands it out empty."""
+    with start_exchange(ExchangeConfig(accounts=ACCOUNTS, timing=TIMING)) as running:
+        yield running
+
+
 @pytest.fixture
 def market(shared_exchange: RunningExchange) -> RunningExchange:
-    """The exchange of a module about the sandbox, empty, without faults but scripted ones."""
+    """The exchange, empty, without faults but scripted ones."""
     shared_exchange.reset()
     return shared_exchange
 

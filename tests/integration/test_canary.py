@@ -11,13 +11,12 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 from urllib.parse import quote, unquote, urlsplit
 
 import pytest
@@ -27,8 +26,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 
 from producer import CancelClient, CancelRequest
-from tests.loopback import LOOPBACK, Authority
-from tests.servers import ROOT, Valkey, Workers, end_server, eventually, running_valkey, scrubbed
+from tests.loopback import LOOPBACK, Authority, Peer, Server
+from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
 from tests.webpages import WebProcess
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Call, Fault, FaultTiming
@@ -173,44 +172,22 @@ class SeeingProxy:
         self._target, self._tls = urlsplit(target), tls
         self._login = b"Basic " + base64.b64encode(f"fixie:{password}".encode())
         self.signatures: set[str] = set()
-        self.logins = 0
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://fixie:{password}@127.0.0.1:{self._listener.getsockname()[1]}"
-        self._run(self._accept)
+        self._server = Server(self._serve)
+        self.url = f"http://fixie:{password}@127.0.0.1:{self._server.port}"
+        self.close = self._server.close
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def logins(self) -> int:
+        """How many tunnels were asked for with the password."""
+        return sum(self._login in head for head in list(self._server.heads))
 
-    def __exit__(self, *_: object) -> None:
-        end_server(self._listener, self._sockets, self._threads)
-
-    def _run(self, what: object, *arguments: object) -> None:
-        thread = threading.Thread(target=what, args=arguments, daemon=True)  # type: ignore[arg-type]
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client = self._listener.accept()[0]
-                self._sockets.append(client)
-                self._run(self._serve, client)
-
-    def _serve(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError), client:
-            head = b""
-            while not head.endswith(b"\r\n\r\n"):
-                if not (data := client.recv(1)):
-                    return  # given up before it was used
-                head += data
-            self.logins += self._login in head
-            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            target = (self._target.hostname, self._target.port)
-            with socket.create_connection(target) as server, self._tls.wrap_socket(client, server_side=True) as inside:
-                self._sockets += (inside, server)
-                self._relay(inside, server)
+    def _serve(self, peer: Peer) -> None:
+        if not peer.read_head():
+            return  # given up before it was used
+        peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        target = (self._target.hostname, self._target.port)
+        with socket.create_connection(target) as server, self._tls.wrap_socket(peer.sock, server_side=True) as inside:
+            self._relay(inside, server)
 
     def _relay(self, client: ssl.SSLSocket, server: socket.socket) -> None:
         while True:
@@ -312,7 +289,7 @@ def scene(accounts: Accounts, authority: Authority, tmp_path: Path) -> Iterator[
     with (
         running_valkey("--requirepass", REDIS) as valkey,
         start_exchange(ExchangeConfig(accounts=accounts.exchange, timing=timing)) as exchange,
-        SeeingProxy(exchange.url, PROXY, authority.server_context(LOOPBACK)) as proxy,
+        contextlib.closing(SeeingProxy(exchange.url, PROXY, authority.server_context(LOOPBACK))) as proxy,
     ):
         search = Search(*accounts.secrets, PROXY, REDIS, TOKEN, WRONG_LOGIN, BAD_SETTING)
         environment = {

@@ -17,8 +17,9 @@ from rq.serializers import JSONSerializer
 from producer import AsyncCancelClient, CancelClient, CancelRequest, OutcomeKind, QueueUnavailable
 from producer.keys import JobField
 from tests.engines import Parts, RunningEngine
+from tests.fault.proxy import Proxy
 from tests.orders import PROVEN_S
-from tests.servers import Peek, Proxy, Valkey, Workers, eventually, stopped
+from tests.servers import Peek, Valkey, Workers, eventually, stopped
 from worker.exchange import Answer
 from worker.sandbox.control import PlacedOrder, RunningExchange
 from worker.sandbox.faults import Fault
@@ -271,19 +272,19 @@ def test_the_clients_own_repeat_finds_itself(is_async: bool, valkey: Valkey, cli
     async def ask(url: str) -> list[tuple[str, bool]]:
         async with AsyncCancelClient.from_url(url) as mine:
             await mine.failed_ids()
-            proxy.lose_answer_to = b"EVALSHA"
+            proxy.limit_data(b"EVALSHA")
             return [(ticket.id, ticket.duplicate) for ticket in await mine.cancel_many(requests)]
 
     with Proxy(valkey.port) as proxy:
-        url = f"redis://127.0.0.1:{proxy.port}"
+        url = proxy.redis_url
         if is_async:
             told = asyncio.run(ask(url))
         else:
             with CancelClient.from_url(url) as mine:
                 mine.failed_ids()
-                proxy.lose_answer_to = b"EVALSHA"
+                proxy.limit_data(b"EVALSHA")
                 told = [(ticket.id, ticket.duplicate) for ticket in mine.cancel_many(requests)]
-        assert proxy.lost == 1
+        assert proxy.count.replies_lost == 1
 
     assert [is_duplicate for _, is_duplicate in told] == [False, False, True]
     assert peek.waiting()[1:] == [told[0][0], told[1][0]]

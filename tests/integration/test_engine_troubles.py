@@ -35,7 +35,7 @@ from tests.engines import (
 from tests.fault.conftest import mark_of
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import Logged
-from tests.integration.test_sandbox_server import certificate
+from tests.loopback import certificate
 from tests.orders import at_first_try, outcomes
 from tests.servers import Peek, Valkey, eventually, running_valkey
 from worker.transport_asyncio import OPENERS

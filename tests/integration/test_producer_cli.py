@@ -23,8 +23,9 @@ from producer import CancelClient, CancelRequest
 from producer.keys import Keys
 from producer.message import decode_outcome
 from tests.exporting import append, record
-from tests.integration.test_sandbox_server import certificate
-from tests.servers import ROOT, Proxy, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.fault.proxy import Proxy
+from tests.loopback import certificate
+from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
 from tests.strategies import PASSWORD, blocked, calls, fail
 from worker.sandbox.control import RunningExchange
 
@@ -462,7 +463,17 @@ def test_status_is_one_object_or_a_page(shell: Shell, client: CancelClient, work
     assert (done.returncode, done.stderr) == (0, "")
     (seen,) = objects(done.stdout)
     assert list(seen) == [
-        *("queue", "at_ms", "queued", "oldest_queued_s", "in_flight", "to_be_taken_over", "scheduled", "failed"),
+        *(
+            "queue",
+            "at_ms",
+            "queued",
+            "oldest_queued_s",
+            "gated_s",
+            "in_flight",
+            "to_be_taken_over",
+            "scheduled",
+            "failed",
+        ),
         *(
             "suspended",
             "gates",
@@ -532,7 +543,7 @@ def test_tls_is_verified_unless_the_settings_say_otherwise(valkey: Valkey, tmp_p
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert_path, key_path)
     with Proxy(valkey.port, context) as proxy:
-        shell = Shell(f"rediss://127.0.0.1:{proxy.port}/0")
+        shell = Shell(proxy.redis_url)
         refused = shell("status")
         assert refused.returncode == 4
         assert "see REDIS_TLS_CA and REDIS_TLS_VERIFY" in one_line(refused.stderr)

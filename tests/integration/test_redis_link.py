@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import ssl
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import redis
 
 from producer import CancelClient, CancelRequest
-from tests.integration.test_sandbox_server import certificate
-from tests.servers import Peek, Proxy, Valkey, end_server, eventually, running_valkey, stopped
+from tests.fault.proxy import Proxy
+from tests.loopback import certificate
+from tests.servers import Peek, Valkey, eventually, running_valkey, stopped
 from worker.redis_link import AsyncLink, connect, open_link
 from worker.store import ANSWER_WITHIN_S, Claimed, Lease, Release, Request, Store
 
@@ -77,63 +76,10 @@ async def rig_on(url: str, **options: Any) -> AsyncIterator[Rig]:
         await rig.link.close()
 
 
-class Relay:
-    """Between a link and a server: answers can come byte by byte, and the server can be made to say anything."""
-
-    def __init__(self, port: int) -> None:
-        self._upstream = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
-        self.size = 65536  # of the pieces in which answers come
-        self.is_mute = False  # the server's own answers are swallowed
-        self.late_s = 0.0  # how long a connection waits for the server
-        self._sockets: list[socket.socket] = []  # of each connection the client's end and the server's
-        self._threads = [threading.Thread(target=self._accept)]
-
-    def __enter__(self) -> Self:
-        self._threads[0].start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        end_server(self._listener, self._sockets, self._threads)
-
-    def say(self, what: bytes) -> None:
-        """Say something in the server's name, on the first connection."""
-        self._sockets[0].sendall(what)
-
-    def hang_up(self) -> None:
-        """Close all connections in the server's name."""
-        for client in self._sockets[::2]:
-            client.shutdown(socket.SHUT_WR)
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                time.sleep(self.late_s)
-                server = socket.create_connection(("127.0.0.1", self._upstream))
-                self._sockets += (client, server)
-                for pair in ((client, server, False), (server, client, True)):
-                    self._threads.append(threading.Thread(target=self._carry, args=pair))
-                    self._threads[-1].start()
-
-    def _carry(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if is_answer and self.is_mute and source is self._sockets[1]:
-                    continue
-                size = self.size if is_answer else len(data)
-                for at in range(0, len(data), size):
-                    target.sendall(data[at : at + size])
-                    if size == 1:
-                        time.sleep(0.0002)  # else the kernel hands over several at once
-
-
 @pytest.fixture
-def relay(valkey: Valkey) -> Iterator[Relay]:
+def relay(valkey: Valkey) -> Iterator[Proxy]:
     """Something between a link and the server."""
-    with Relay(valkey.port) as relay:
+    with Proxy(valkey.port) as relay:
         yield relay
 
 
@@ -212,13 +158,13 @@ def test_an_error_reaches_its_asker_and_the_connection_stays(valkey: Valkey, con
     play(scene, valkey.url)
 
 
-def test_an_answer_that_makes_no_sense_costs_the_connection(relay: Relay, client: CancelClient) -> None:
+def test_an_answer_that_makes_no_sense_costs_the_connection(relay: Proxy, client: CancelClient) -> None:
     """An answer of another shape than the script's is an error for its asker, and the next question gets its own."""
 
     async def scene(rig: Rig) -> None:
         assert await rig.claim() == []
         asked = enqueued(client, 2)
-        relay.is_mute = True
+        relay.mute_flows()
         claim = asyncio.create_task(rig.claim(slots=1))
         await asyncio.sleep(0.05)
         relay.say(b"+OK\r\n")
@@ -227,7 +173,7 @@ def test_an_answer_that_makes_no_sense_costs_the_connection(relay: Relay, client
         assert await rig.claim() == asked[1:]  # by a connection that the relay does not mute
         assert await rig.echo("after") == ["after"]
 
-    play(scene, relay.url)
+    play(scene, relay.redis_url)
 
 
 # ---- scripts that the server does not have --------------------------------------------------------------------------
@@ -327,11 +273,11 @@ def test_a_server_that_takes_no_more() -> None:
         play(scene, valkey.url)
 
 
-def test_a_connection_that_takes_long_to_open(relay: Relay, client: CancelClient, connection: redis.Redis) -> None:
+def test_a_connection_that_takes_long_to_open(relay: Proxy, client: CancelClient, connection: redis.Redis) -> None:
     """A claim may wait at the queue all the same: what is claimed then is heard of."""
 
     async def scene(rig: Rig) -> None:
-        relay.late_s = ANSWER_WITHIN_S - 0.3
+        relay.opens_after_s = ANSWER_WITHIN_S - 0.3
         claim = asyncio.create_task(rig.claim(wait=True))
         while connection.info("clients")["blocked_clients"] < 1:
             await asyncio.sleep(0.005)
@@ -339,7 +285,7 @@ def test_a_connection_that_takes_long_to_open(relay: Relay, client: CancelClient
         asked = enqueued(client, 1)
         assert await claim == asked
 
-    play(scene, relay.url)
+    play(scene, relay.redis_url)
 
 
 def test_a_loop_that_stood_still_reads_before_it_judges(valkey: Valkey) -> None:
@@ -358,7 +304,7 @@ def test_a_loop_that_stood_still_reads_before_it_judges(valkey: Valkey) -> None:
     "words",
     [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00\xff\xfe", b"$-5\r\n", b"*99999999999\r\n", b"*2\r\n*1\r\n?\r\n"],
 )
-def test_words_that_are_no_answer_break_the_connection(relay: Relay, words: bytes) -> None:
+def test_words_that_are_no_answer_break_the_connection(relay: Proxy, words: bytes) -> None:
     """What is not Redis' protocol is an error; nothing of it is taken for an answer, not by the next one either."""
 
     async def scene(rig: Rig) -> None:
@@ -369,10 +315,10 @@ def test_words_that_are_no_answer_break_the_connection(relay: Relay, words: byte
         await refused_by_server(waiting)
         assert await rig.echo("after") == ["after"]
 
-    play(scene, relay.url)
+    play(scene, relay.redis_url)
 
 
-def test_an_answer_that_breaks_off(relay: Relay) -> None:
+def test_an_answer_that_breaks_off(relay: Proxy) -> None:
     """Half an answer is none."""
 
     async def scene(rig: Rig) -> None:
@@ -384,7 +330,7 @@ def test_an_answer_that_breaks_off(relay: Relay) -> None:
         assert isinstance(await refused_by_server(waiting), redis.ConnectionError)
         assert await rig.echo("after") == ["after"]
 
-    play(scene, relay.url)
+    play(scene, relay.redis_url)
 
 
 def test_an_asker_that_gives_up_takes_the_connection_with_it(valkey: Valkey) -> None:
@@ -429,7 +375,7 @@ def test_a_request_larger_than_every_buffer(valkey: Valkey) -> None:
     play(scene, valkey.url)
 
 
-def test_an_answer_in_small_pieces(relay: Relay, client: CancelClient) -> None:
+def test_an_answer_in_small_pieces(relay: Proxy, client: CancelClient) -> None:
     """Answers that arrive byte by byte, and those of a megabyte, are what they would be in one piece."""
     asked = enqueued(client, 3)
 
@@ -437,11 +383,11 @@ def test_an_answer_in_small_pieces(relay: Relay, client: CancelClient) -> None:
         word = "x" * MIB
         assert await rig.echo(word, "end") == [word, "end"]
         assert await rig.claim(slots=1) == asked[:1]
-        relay.size = 1
+        relay.in_bytes = True
         assert await rig.claim(wait=True) == asked[1:]
         assert await rig.echo("one", "two") == ["one", "two"]
 
-    play(scene, relay.url)
+    play(scene, relay.redis_url)
 
 
 # ---- TLS ------------------------------------------------------------------------------------------------------------
@@ -455,7 +401,7 @@ def test_silence_over_tls(valkey: Valkey, tmp_path: Path) -> None:
 
     async def scene(rig: Rig) -> None:
         await rig.echo("before")
-        between.is_mute = True
+        between.mute_flows()
         asking = asyncio.create_task(rig.echo("unanswered"))
         await asyncio.wait([asking], timeout=2 * ANSWER_WITHIN_S)
         assert asking.done()
@@ -465,8 +411,8 @@ def test_silence_over_tls(valkey: Valkey, tmp_path: Path) -> None:
         between.hang_up()
         await asyncio.sleep(0.2)  # TLS takes its leave in the loop's next turns
 
-    with Proxy(valkey.port, context) as proxy, Relay(proxy.port) as between:
-        play(scene, between.url.replace("redis:", "rediss:"), ssl_ca_certs=ca_file)
+    with Proxy(valkey.port, context) as proxy, Proxy(proxy.port) as between:
+        play(scene, between.redis_url.replace("redis:", "rediss:"), ssl_ca_certs=ca_file)
 
 
 def test_over_tls(valkey: Valkey, client: CancelClient, connection: redis.Redis, tmp_path: Path) -> None:
@@ -490,4 +436,4 @@ def test_over_tls(valkey: Valkey, client: CancelClient, connection: redis.Redis,
         await asyncio.sleep(0.1)  # TLS takes its leave in the loop's next turns
 
     with Proxy(valkey.port, context) as proxy:
-        play(scene, f"rediss://127.0.0.1:{proxy.port}/0", ssl_ca_certs=ca_file)
+        play(scene, proxy.redis_url, ssl_ca_certs=ca_file)

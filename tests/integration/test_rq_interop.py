@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,8 @@ from pathlib import Path
 import pytest
 import redis
 from rq import Queue, SimpleWorker
-from rq.command import send_shutdown_command
 from rq.job import Job
-from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
 from rq.worker import BaseWorker
@@ -103,75 +101,6 @@ def test_rq_info(
     assert "queue cancels 1, 1 executing, 0 finished, 0 failed" in shown
     assert re.search(rf"^worker {re.escape(worker.name)} .* busy cancels\.", shown, re.MULTILINE), shown
     assert ticket.wait(30).kind is waiting.wait(30).kind is OutcomeKind.CANCELLED
-
-
-def test_suspend_and_resume(
-    workers: Workers,
-    client: CancelClient,
-    exchange: RunningExchange,
-    valkey: Valkey,
-    connection: redis.Redis,
-    peek: Peek,
-) -> None:
-    """`rq suspend` ends the sending within a second or so, `rq resume` brings it back; overdue requests end anyhow."""
-    workers.start()
-    rq(valkey, "suspend")
-    (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
-    eventually(lambda: connection.hget(worker.key, "state") == b"suspended", what="the worker is suspended")
-    one, two = (order.algo_id for order in exchange.add_orders(2))
-    ticket, overdue = client.cancel(algo_id=one), client.cancel(algo_id=two, deadline_s=0.5)
-
-    assert overdue.wait(30).kind is OutcomeKind.OVERDUE
-    assert (peek.waiting(), exchange.book()[one].deletes) == ([ticket.id], 0)
-
-    rq(valkey, "resume")
-    outcome = ticket.wait(30)
-    assert (outcome.kind, len(outcome.attempts)) == (OutcomeKind.CANCELLED, 1)
-
-
-def listeners(connection: redis.Redis) -> set[str]:
-    """Ids of the connections that listen to a channel."""
-    return {client["id"] for client in connection.client_list(_type="pubsub") if client["sub"] != "0"}
-
-
-def test_shutdown_command(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
-) -> None:
-    """RQ's shutdown command reaches a worker, also after its connection for it was cut, and stops it in order:
-    what is under way is recorded, and it is gone from RQ's list."""
-    process = workers.start().process
-    (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
-    (cut,) = listeners(connection)
-    assert connection.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
-    eventually(lambda: listeners(connection) - {cut}, what="it listens again")
-    ticket, _ = under_way(client, exchange, 500)
-
-    send_shutdown_command(connection, worker.name)
-
-    assert process.wait(30) == 0
-    outcome = client.outcome(ticket.id)
-    assert outcome is not None
-    assert outcome.kind is OutcomeKind.CANCELLED
-    assert BaseWorker.all(connection=connection, serializer=JSONSerializer) == []
-
-
-def test_retry_stands_in_rqs_scheduled_registry(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, queue: Queue
-) -> None:
-    """A request that waits for its next try is shown by RQ as scheduled, with its time."""
-    workers.start(BACKOFF_BASE_MS="60000", BACKOFF_CAP_MS="60000")
-    algo_id = exchange.add_orders(1)[0].algo_id
-    exchange.script_faults(algo_id, [Fault.UNAVAILABLE_503] * 20)
-    ticket = client.cancel(algo_id=algo_id)
-    job = fetch(ticket.id, connection)
-
-    eventually(lambda: job.get_status(refresh=True) == "scheduled", what="the retry is scheduled")
-
-    registry = ScheduledJobRegistry(queue=queue)
-    assert registry.get_job_ids() == [ticket.id]
-    assert 0 <= registry.get_scheduled_time(job.id).timestamp() - time.time() < 61
-    job.refresh()
-    assert (job.number_of_retries, job.retries_left is not None and job.retries_left > 1000) == (1, True)
 
 
 # ---- what it leaves -------------------------------------------------------------------------------------------------
@@ -324,9 +253,7 @@ def test_worker_hash_is_as_rq_leaves_it(pair: Pair) -> None:
 # ---- what RQ can do with it -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["registry", "command line"])
 def test_requeue_starts_a_new_run(
-    by: str,
     workers: Workers,
     client: CancelClient,
     exchange: RunningExchange,
@@ -343,10 +270,7 @@ def test_requeue_starts_a_new_run(
     first = ticket.wait(30)
     assert (first.kind, first.run) == (OutcomeKind.REFUSED, 1)
 
-    if by == "registry":
-        FailedJobRegistry(queue=queue).requeue(ticket.id)
-    else:
-        rq(valkey, "requeue", "--queue", "cancels", "--serializer", "json", ticket.id)
+    rq(valkey, "requeue", "--queue", "cancels", "--serializer", "json", ticket.id)
 
     eventually(lambda: len(peek.ledger()) == 2, what="the second run has its outcome")
     second = peek.ledger()[1]
@@ -359,20 +283,6 @@ def test_requeue_starts_a_new_run(
     assert result is not None
     assert (job.get_status(), result.return_value) == ("finished", "cancelled")
     assert FailedJobRegistry(queue=queue).get_job_ids() == []
-
-
-def test_emptied_queue(workers: Workers, client: CancelClient, exchange: RunningExchange, valkey: Valkey) -> None:
-    """`rq empty` takes waiting requests away for good, and a new request for such an order starts a job of its own."""
-    algo_id = exchange.add_orders(1)[0].algo_id
-    gone = client.cancel(algo_id=algo_id)
-    rq(valkey, "empty", "--serializer", "json", "cancels")
-    workers.start()
-
-    fresh = client.cancel(algo_id=algo_id)
-
-    assert (fresh.id != gone.id, fresh.duplicate) == (True, False)
-    assert fresh.wait(30).kind is OutcomeKind.CANCELLED
-    assert client.outcome(gone.id) is None
 
 
 def test_rqs_command_line_starts_our_worker(

@@ -10,24 +10,15 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
-from tests.caller import ACCOUNTS, ALGO_ORDER, CHILD_ORDER, OPEN_ORDERS, TIMING, Caller
+from tests.caller import ALGO_ORDER, CHILD_ORDER, OPEN_ORDERS, Caller
 from tests.servers import eventually
-from worker.sandbox.control import ChildEntry, ControlError, ExchangeConfig, RunningExchange, start_exchange
+from worker.sandbox.control import ChildEntry, ControlError, RunningExchange
 from worker.sandbox.faults import Call, Fault
-
-
-@pytest.fixture(scope="module")
-def shared_exchange() -> Iterator[RunningExchange]:
-    """One exchange for the module; `market` below hands it out empty."""
-    with start_exchange(ExchangeConfig(accounts=ACCOUNTS, timing=TIMING)) as running:
-        yield running
-
 
 #: What a client that waits 5 s sees of a DELETE: HTTP status and code, or what the network did. A fault whose name ends
 #: in a code, and maybe in whether the cancel was executed, is the exchange's refusal with that code.

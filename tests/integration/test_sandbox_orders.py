@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 
-from tests.caller import ACCOUNTS, ALGO_ORDER, CHILD_ORDER, KEY, OPEN_ORDERS, SECRET, TIMING, Caller
-from worker.sandbox.control import ControlError, ExchangeConfig, RunningExchange, start_exchange
+from tests.caller import ALGO_ORDER, CHILD_ORDER, KEY, OPEN_ORDERS, SECRET, Caller
+from worker.sandbox.control import ControlError, RunningExchange
 
 ALL_ORDERS = "/fapi/v1/allAlgoOrders"
 MODE = "/fapi/v1/positionSide/dual"
@@ -28,13 +27,6 @@ STOP: dict[str, Any] = {
 TRAILING = STOP | {"type": "TRAILING_STOP_MARKET", "callbackRate": "1.5", "triggerPrice": None}
 LIMITED = STOP | {"type": "STOP", "price": "49900"}
 CLOSING = STOP | {"closePosition": "true", "quantity": None}
-
-
-@pytest.fixture(scope="module")
-def shared_exchange() -> Iterator[RunningExchange]:
-    """One exchange for the module; `market` below hands it out empty."""
-    with start_exchange(ExchangeConfig(accounts=ACCOUNTS, timing=TIMING)) as running:
-        yield running
 
 
 def sent(terms: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import http.client
-import ipaddress
 import json
 import signal
 import socket
@@ -20,42 +18,26 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from cryptography.x509.oid import NameOID
 
-from tests.caller import ACCOUNTS, ALGO_ORDER, CHILD_ORDER, KEY, OPEN_ORDERS, TIMING, Caller, Seen
+from tests.caller import (
+    ACCOUNTS,
+    ALGO_ORDER,
+    CHILD_ORDER,
+    DOCS_KEY,
+    DOCS_TIMESTAMP_MS,
+    ED25519_KEY,
+    KEY,
+    OPEN_ORDERS,
+    OTHER_KEY,
+    OTHER_SECRET,
+    TIMING,
+    Caller,
+    Seen,
+)
+from tests.loopback import certificate
 from tests.servers import eventually
 from worker.sandbox.control import ControlError, ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
-
-OTHER_KEY, OTHER_SECRET = "other-key-of-the-tests", "other-secret-of-the-tests"
-DOCS_KEY = "dbefbc809e3e83c283a984c3a1459732ea7db1360ca80c5c2c8867408d28cc83"
-DOCS_SECRET = "2b5eb11e18796d12d88f13dc27dbbd02c2cc51ff7059765ed9821957d82bb4d9"
-DOCS_TIMESTAMP_MS = 1_591_702_613_943
-ED25519_SEED = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
-ED25519_KEY = "ed25519-key-of-the-tests"
-
-ALL_ACCOUNTS = ACCOUNTS | {
-    "other": (OTHER_KEY, OTHER_SECRET),
-    "docs": (DOCS_KEY, DOCS_SECRET),
-    "ed25519": (
-        ED25519_KEY,
-        ed25519.Ed25519PrivateKey.from_private_bytes(ED25519_SEED)
-        .public_key()
-        .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        .decode(),
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def shared_exchange() -> Iterator[RunningExchange]:
-    """One exchange for the module; `exchange_` below hands it out empty."""
-    with start_exchange(ExchangeConfig(accounts=ALL_ACCOUNTS, timing=TIMING)) as running:
-        yield running
 
 
 @pytest.fixture
@@ -420,27 +402,6 @@ def test_an_incident_stops_the_whole_ip_for_a_while(
 
 def raw_connection(url: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", urlsplit(url).port or 0), timeout=5)
-
-
-def certificate(directory: Path) -> tuple[str, str]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    cert_path, key_path = directory / "cert.pem", directory / "key.pem"
-    cert_path.write_bytes(signed.public_bytes(Encoding.PEM))
-    key_path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return str(cert_path), str(key_path)
 
 
 def test_it_speaks_tls(tmp_path: Path, callers: contextlib.ExitStack) -> None:

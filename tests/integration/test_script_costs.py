@@ -15,8 +15,9 @@ from rq.utils import utcformat
 from producer import CancelClient, OutcomeKind
 from producer.keys import Keys, Script
 from tests.examples import examples
+from tests.fault.proxy import Proxy
 from tests.holders import Holder, OpenHolder, back, ended, ids, later, orders
-from tests.servers import Peek, TurnCounter, Valkey
+from tests.servers import Peek, Valkey
 from worker.store import Suspect
 
 
@@ -43,21 +44,21 @@ def test_scripts_survive_a_flush(client: CancelClient, open_holder: OpenHolder, 
 def test_round_trips(valkey: Valkey, client: CancelClient, open_holder: OpenHolder) -> None:
     """Waiting and claiming are one round trip, and so is completing fifty jobs, a beat, and closing the gate."""
     orders(client, 60)
-    with TurnCounter(valkey.port) as counter:
+    with Proxy(valkey.port) as counter:
         holder = open_holder(port=counter.port)
         holder.complete(*map(back, holder.claim(1, wait=True)))  # connects, and the server learns the scripts
         holder.beat()
         holder.close_gate(0)
-        before = counter.turns
+        before = counter.count.turns
 
         leases = holder.claim(50, wait=True)
-        assert (len(leases), counter.turns - before) == (50, 1)
+        assert (len(leases), counter.count.turns - before) == (50, 1)
         holder.beat(*leases)
-        assert counter.turns - before == 2
+        assert counter.count.turns - before == 2
         holder.complete(*map(ended, leases))
-        assert counter.turns - before == 3
+        assert counter.count.turns - before == 3
         holder.close_gate(0)
-        assert counter.turns - before == 4
+        assert counter.count.turns - before == 4
 
 
 def test_a_drained_queue_leaves_a_constant_number_of_keys(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from producer import CancelClient, CancelRequest, OutcomeKind
-from producer.message import ListedOrder, Outcome
+from producer.message import Attempt, Call, ListedOrder, Outcome, decode_attempts
 from tests.holders import OpenHolder, ended, ids
 from tests.servers import Peek
 from worker.store import Done, Lease
@@ -15,12 +15,22 @@ from worker.store import Done, Lease
 PROPOSED = [f"{n:032x}" for n in range(1, 6)]
 
 
-def spread(lease: Lease, algo_ids: list[int], proposed: list[str] | None = None, **fields: Any) -> Done:
+MADE = Attempt(1, 10**12, Call.LIST_OPEN, 200, None, "1 open", "listed", 5)
+
+
+def spread(
+    lease: Lease,
+    algo_ids: list[int],
+    proposed: list[str] | None = None,
+    attempts: tuple[Attempt, ...] = (),
+    **fields: Any,
+) -> Done:
     """The end of a listing that found these orders."""
     job_ids = proposed or PROPOSED
     requests = tuple((job_ids[n], CancelRequest(algo_id=algo_id, **fields)) for n, algo_id in enumerate(algo_ids))
     named = tuple(ListedOrder(request.algo_id or 0, job_id) for job_id, request in requests)
-    return Done(lease, Outcome(lease.id, lease.run, OutcomeKind.LISTED, orders=named, tag='"id":"1"'), "", requests)
+    known: dict[str, Any] = {"orders": named, "tag": '"id":"1"', "attempts": attempts}
+    return Done(lease, Outcome(lease.id, lease.run, OutcomeKind.LISTED, **known), "", requests)
 
 
 def carried(client: CancelClient, listing: str) -> dict[int, str]:
@@ -105,15 +115,31 @@ def test_an_odd_pointer_is_not_joined(client: CancelClient, open_holder: OpenHol
 def test_a_listing_that_a_person_took_back_makes_no_request(
     client: CancelClient, open_holder: OpenHolder, peek: Peek
 ) -> None:
-    """Cancelled through RQ while it was in hand, it goes back to be ended."""
+    """Cancelled through RQ while it was in hand, it goes back to be ended, with what was done for it."""
     ticket = client.cancel_open("BTCUSDT")
     holder = open_holder()
     (lease,) = holder.claim()
     client.job(ticket).cancel()
 
-    assert holder.complete(spread(lease, [7])) == [2]
+    assert holder.complete(spread(lease, [7], attempts=(MADE,))) == [2]
     assert peek.ledger() == []
-    assert [each.fault for each in holder.claim()] == ["recalled canceled"]
+    (again,) = holder.claim()
+    assert (again.fault, decode_attempts(again.attempts)) == ("recalled canceled", (MADE,))
+
+
+def test_a_listing_whose_requests_cannot_be_made_does_not_end(
+    client: CancelClient, open_holder: OpenHolder, peek: Peek
+) -> None:
+    """A worker whose user may not do what they need records nothing; whoever may ends it with its requests."""
+    peek("ACL", "SETUSER", "poor", "on", "nopass", "~*", "&*", "+@all", "-sadd")
+    client.cancel_open("BTCUSDT")
+    holder, poor = open_holder(), open_holder("poor", connection={"username": "poor", "password": "any"})
+    (lease,) = holder.claim()
+
+    assert poor.complete(spread(lease, [7])) == [-1]
+    assert (peek.ledger(), peek.waiting()) == ([], [])
+    assert holder.complete(spread(lease, [7])) == [1]
+    assert peek.waiting() == PROPOSED[:1]
 
 
 def test_a_deleted_listing_ends_once(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:

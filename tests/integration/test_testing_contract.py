@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import inspect
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from producer import (
     CancelRequest,
     InvalidRequest,
     NotDurable,
-    Outcome,
     OutcomeKind,
     QueueUnavailable,
     UnknownRequest,
@@ -33,6 +31,7 @@ from producer import (
 from producer.testing import AsyncFakeCancelClient, FakeCancelClient
 from tests.fault.proxy import Proxy
 from tests.servers import Valkey, Workers
+from tests.strategies import Talk
 from worker.sandbox.control import RunningExchange
 
 FakeAny = FakeCancelClient | AsyncFakeCancelClient
@@ -139,51 +138,16 @@ class Double:
         self.client.not_durable()
 
 
-class Talk:
-    """Calls a client of either sort and gives what comes of it."""
+class Story(Talk):
+    """Calls a client in its world."""
 
     def __init__(self, world: World, runner: asyncio.Runner) -> None:
+        super().__init__(world.client, runner)
         self.world = world
-        self._runner = runner
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self.world.client, name)
-        return lambda *args, **options: self.end(method(*args, **options))
-
-    def end(self, value: Any) -> Any:
-        """The value, awaited if it has to be."""
-        return self._runner.run(_await(value)) if inspect.isawaitable(value) else value
-
-    def wait_for(self, ticket: Any, timeout_s: float | None = 10) -> Outcome:
-        """The ticket's outcome."""
-        outcome = self.end(ticket.wait(timeout_s))
-        assert isinstance(outcome, Outcome)
-        return outcome
-
-    def ledger(self, after: str = "0-0", *, follow: bool = False, most: int = 100) -> list[tuple[str, Outcome]]:
-        """The first entries after a place."""
-        entries = self.world.client.outcomes(after, follow=follow)
-        if not hasattr(entries, "__anext__"):
-            return list(itertools.islice(entries, most))
-
-        async def read() -> list[tuple[str, Outcome]]:
-            found: list[tuple[str, Outcome]] = []
-            async for entry in entries:
-                found.append(entry)
-                if len(found) == most:
-                    break
-            await entries.aclose()
-            return found
-
-        return self._runner.run(read())
-
-
-async def _await(value: Any) -> Any:
-    return await value
 
 
 @pytest.fixture(params=["client", "async client", "double", "async double"])
-def talk(request: pytest.FixtureRequest) -> Iterator[Talk]:
+def talk(request: pytest.FixtureRequest) -> Iterator[Story]:
     """Both clients and both doubles."""
     with contextlib.ExitStack() as stack:
         world: World
@@ -197,7 +161,7 @@ def talk(request: pytest.FixtureRequest) -> Iterator[Talk]:
             proxy = stack.enter_context(Proxy(valkey.port))
             client = sort.from_url(proxy.redis_url)
             world = Real(client, request.getfixturevalue("workers"), request.getfixturevalue("exchange"), proxy)
-        talk = Talk(world, stack.enter_context(asyncio.Runner()))
+        talk = Story(world, stack.enter_context(asyncio.Runner()))
         yield talk
         talk.close()
 
@@ -215,7 +179,7 @@ RECORDS = [
 ]
 
 
-def test_records(talk: Talk) -> None:
+def test_records(talk: Story) -> None:
     """Each kind of outcome says the same of the order, and tells the same attempts."""
     requests = [talk.world.order(kind, status) for kind, status, *_ in RECORDS]
     tickets = talk.cancel_many(requests)
@@ -237,7 +201,7 @@ def test_records(talk: Talk) -> None:
         assert times == sorted(times)
 
 
-def test_what_a_request_says_is_carried_over(talk: Talk) -> None:
+def test_what_a_request_says_is_carried_over(talk: Story) -> None:
     """Symbol, tag and account come back in the outcome, and the algo id of an order that was asked for by client id."""
     tickets = talk.cancel_many([talk.world.order()])
     talk.world.work()
@@ -256,7 +220,7 @@ def test_what_a_request_says_is_carried_over(talk: Talk) -> None:
     }
 
 
-def test_requests_for_one_order_share_a_job(talk: Talk) -> None:
+def test_requests_for_one_order_share_a_job(talk: Story) -> None:
     """While a request is open another for its order joins it, and after its outcome one starts anew."""
     asked, other = talk.world.order(), talk.world.order()
     first = talk.cancel(algo_id=asked.algo_id, tag="first")
@@ -280,7 +244,7 @@ def test_requests_for_one_order_share_a_job(talk: Talk) -> None:
     assert not again.duplicate
 
 
-def test_requests_by_client_id_alone_share_no_job(talk: Talk) -> None:
+def test_requests_by_client_id_alone_share_no_job(talk: Story) -> None:
     """A client id may mean another order by the next call, which joins no earlier job; inside one call they share."""
     first = talk.cancel(client_algo_id="stop-1")
     second, other, again = talk.cancel_many(CancelRequest(None, name) for name in ("stop-1", "stop-2", "stop-1"))
@@ -291,7 +255,7 @@ def test_requests_by_client_id_alone_share_no_job(talk: Talk) -> None:
     assert len({ticket.id for ticket in (first, second, other, with_algo_id)}) == 4
 
 
-def test_one_call_shares_too(talk: Talk) -> None:
+def test_one_call_shares_too(talk: Story) -> None:
     """Requests for one order inside one call share a ticket, and tickets come in the order of the requests."""
     talk.world.work()
     asked, other = talk.world.order(), talk.world.order()
@@ -321,7 +285,7 @@ def test_one_call_shares_too(talk: Talk) -> None:
         ("outcomes", {"after": "yesterday"}),
     ],
 )
-def test_wrong_input(talk: Talk, call: str, options: dict[str, Any]) -> None:
+def test_wrong_input(talk: Story, call: str, options: dict[str, Any]) -> None:
     """Wrong input is refused by the same error before anything is enqueued."""
     with pytest.raises(InvalidRequest, match=r"^(algo_id|client_algo_id|deadline_s|account|symbol|tag|after)="):
         getattr(talk, call)(**options)
@@ -332,7 +296,7 @@ def test_wrong_input(talk: Talk, call: str, options: dict[str, Any]) -> None:
     assert talk.status().queued == 0
 
 
-def test_waiting(talk: Talk) -> None:
+def test_waiting(talk: Story) -> None:
     """A wait that was not long enough says so, and the same ticket can be waited for again."""
     ticket = talk.cancel(algo_id=talk.world.order().algo_id)
     with pytest.raises(WaitTimeout, match=f"no outcome of {ticket.id} within 0.05 s; the request goes on"):
@@ -343,7 +307,7 @@ def test_waiting(talk: Talk) -> None:
     assert talk.wait_for(ticket, None) == talk.outcome(ticket.id) == talk.wait(ticket, 0) == talk.outcome(ticket)
 
 
-def test_waiting_for_nothing(talk: Talk) -> None:
+def test_waiting_for_nothing(talk: Story) -> None:
     """Whoever waits for what nobody knows is told so at once, however long it would have waited."""
     with pytest.raises(UnknownRequest, match="nobody-knows is not among the requests") as caught:
         talk.wait("nobody-knows")
@@ -351,7 +315,7 @@ def test_waiting_for_nothing(talk: Talk) -> None:
     assert talk.outcome("nobody-knows") is None
 
 
-def test_waiting_for_many(talk: Talk) -> None:
+def test_waiting_for_many(talk: Story) -> None:
     """A wait for many tells what ended and what stands, each with what a wait for it alone would have raised."""
     good, bad, other = talk.cancel_many(
         [talk.world.order(), talk.world.order(OutcomeKind.REFUSED), talk.world.order(OutcomeKind.EXPIRED)]
@@ -371,7 +335,7 @@ def test_waiting_for_many(talk: Talk) -> None:
     assert talk.wait_many([]) == ({}, {})
 
 
-def test_a_closed_client_says_so(talk: Talk) -> None:
+def test_a_closed_client_says_so(talk: Story) -> None:
     """Whoever goes on with a closed client is told, instead of silently getting a new connection."""
     ticket = talk.cancel(algo_id=talk.world.order().algo_id)
     talk.close()
@@ -390,7 +354,7 @@ def test_a_closed_client_says_so(talk: Talk) -> None:
     talk.close()
 
 
-def test_tickets_travel(talk: Talk) -> None:
+def test_tickets_travel(talk: Story) -> None:
     """A ticket can be pickled; its copy says what it lacks, and a client takes it as it takes the ticket."""
     ticket = talk.cancel(algo_id=talk.world.order().algo_id)
     travelled = pickle.loads(pickle.dumps(ticket))
@@ -403,7 +367,7 @@ def test_tickets_travel(talk: Talk) -> None:
     assert talk.wait(travelled, 10) == talk.wait_for(ticket)
 
 
-def test_looking(talk: Talk) -> None:
+def test_looking(talk: Story) -> None:
     """Outcomes, RQ's statuses and the queue's figures before and after."""
     good, bad = talk.cancel_many([talk.world.order(), talk.world.order(OutcomeKind.REFUSED)])
     ids = [good.id, bad.id, "nobody-knows"]
@@ -422,7 +386,7 @@ def test_looking(talk: Talk) -> None:
     assert seen.enqueue_to_outcome.p50 >= seen.enqueue_to_first_attempt.p50 >= 0
 
 
-def test_ledger(talk: Talk) -> None:
+def test_ledger(talk: Story) -> None:
     """The ledger gives each outcome once, oldest first, from any place in it on; following goes on to new ones."""
     talk.world.work()
     assert talk.ledger() == talk.ledger("$") == []
@@ -438,7 +402,7 @@ def test_ledger(talk: Talk) -> None:
     assert talk.ledger(follow=True, most=3) == entries
 
 
-def test_retry(talk: Talk) -> None:
+def test_retry(talk: Story) -> None:
     """Only what failed can be retried: with an unknown id among them nothing is, unless that is said to be fine."""
     talk.world.work()
     good, bad = talk.cancel_many([talk.world.order(), talk.world.order(OutcomeKind.REFUSED)])
@@ -456,7 +420,7 @@ def test_retry(talk: Talk) -> None:
     assert talk.retry([]) == []
 
 
-def test_not_durable(talk: Talk) -> None:
+def test_not_durable(talk: Story) -> None:
     """Where a server cannot promise durability, the error carries the tickets, and the requests are on the queue."""
     talk.world.forget()
     with pytest.raises(NotDurable, match="enqueued, but") as caught:
@@ -468,7 +432,7 @@ def test_not_durable(talk: Talk) -> None:
     assert all(talk.wait_for(ticket).off_the_book for ticket in caught.value.tickets)
 
 
-def test_unavailable(talk: Talk) -> None:
+def test_unavailable(talk: Story) -> None:
     """Without a server every call raises the one error that says so."""
     ticket = talk.cancel(algo_id=talk.world.order().algo_id)
     talk.world.lose()
@@ -491,7 +455,7 @@ def test_unavailable(talk: Talk) -> None:
     assert type(talk.wait_many([ticket], 1).standing[ticket.id]) is QueueUnavailable
 
 
-def test_as_a_context(talk: Talk) -> None:
+def test_as_a_context(talk: Story) -> None:
     """Both work as context managers that give the client itself."""
     client = talk.world.client
     if hasattr(client, "__aenter__"):
@@ -506,7 +470,7 @@ def test_as_a_context(talk: Talk) -> None:
             assert same is client
 
 
-def test_rq_job(talk: Talk) -> None:
+def test_rq_job(talk: Story) -> None:
     """The synchronous client shows RQ's job of a request."""
     if not isinstance(talk.world.client, CancelClient):
         assert not hasattr(talk.world.client, "job")

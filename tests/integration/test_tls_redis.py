@@ -6,7 +6,6 @@ None of the servers in wheels speaks TLS, so a proxy ends it in front of a real 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from producer import AsyncCancelClient, CancelClient, OutcomeKind, QueueUnavailable
-from tests.integration.test_sandbox_server import certificate
-from tests.servers import Proxy, Valkey, Worker, Workers, eventually, python
+from tests.fault.proxy import Proxy
+from tests.loopback import certificate
+from tests.servers import Valkey, Worker, Workers, eventually, python
 from worker.sandbox.control import RunningExchange
 
 PASSWORD = "not-to-be-seen"
@@ -40,7 +40,7 @@ def tls(valkey: Valkey, ca_file: str) -> Iterator[Proxy]:
 @pytest.fixture
 def url(tls: Proxy) -> str:
     """Where it is."""
-    return f"rediss://127.0.0.1:{tls.port}/0"
+    return tls.redis_url
 
 
 @pytest.fixture
@@ -144,9 +144,7 @@ def test_connection_lost_and_found(
 ) -> None:
     """A worker whose TLS connections break comes back over TLS, with the same settings."""
     worker = fleet.start(REDIS_TLS_CA=ca_file)
-    for connection in tls._sockets:
-        with contextlib.suppress(OSError):
-            connection.shutdown(2)
+    tls.reset_peer()
     (order,) = exchange.add_orders(1)
     with CancelClient.from_url(valkey.url) as client:
         assert client.cancel(algo_id=order.algo_id).wait(30).kind is OutcomeKind.CANCELLED

@@ -19,7 +19,6 @@ from tests.failover import Pair, Sentinel, direct, role, running_pair, running_s
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.integration.test_redis_reached import through
-from tests.integration.test_rq_interop import listeners
 from tests.orders import cancel_all, events, once_each, opened, outcomes, stayed_in_hand
 from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port, plain
 from worker.sandbox.control import RunningExchange
@@ -55,6 +54,11 @@ def place() -> Iterator[Address]:
 def fleet(new_fleet: NewFleet, place: Address) -> Workers:
     """Workers that find Redis there."""
     return new_fleet(REDIS_URL=place.url)
+
+
+def listeners(connection: redis.Redis) -> set[str]:
+    """Ids of the connections that listen to a channel."""
+    return {client["id"] for client in connection.client_list(_type="pubsub") if client["sub"] != "0"}
 
 
 #: RQ's own worker, which runs its jobs in its own process.

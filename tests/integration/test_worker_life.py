@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from producer import CancelClient, OutcomeKind
 from tests.conftest import API_KEY, API_SECRET
 from tests.integration.conftest import NewFleet
-from tests.integration.test_sandbox_server import certificate
+from tests.loopback import Server, certificate
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import ROOT, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.servers import ROOT, Peek, Valkey, Workers, eventually, members, python, running_valkey, scrubbed
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
 
@@ -65,47 +65,6 @@ def test_refused_login(new_fleet: NewFleet) -> None:
             assert "wrong-password" not in each.output()
 
 
-def test_sigterm_under_load(workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
-    """A worker that is told to stop, even twice, leaves in time; another goes on, and nobody pays an attempt for it."""
-    first = workers.start(WORKER_CONCURRENCY="16", SHUTDOWN_GRACE_S="10")
-    exchange.set_latency_ms(100)
-    ids = opened(exchange, 300)
-    tickets = cancel_all(client, ids)
-    eventually(lambda: len(peek.ledger()) > 20, what="it is at work")
-
-    began = time.monotonic()
-    first.process.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
-    assert first.stop(signal.SIGTERM) == 0
-    assert time.monotonic() - began < 5
-    assert 20 < len(peek.ledger()) < 300
-    assert peek.held() == []
-    workers.start()
-
-    found = outcomes(client, tickets)
-    assert {(outcome.kind, *steps(outcome)) for outcome in found} == {(OutcomeKind.CANCELLED, "confirmed")}
-    assert once_each(peek, tickets)
-    assert {entry.deletes for entry in exchange.book().values()} == {1}
-    assert len({outcome.worker for outcome in found}) == 2
-
-
-def test_request_in_flight_is_finished_before_leaving(
-    workers: Workers, client: CancelClient, exchange: RunningExchange
-) -> None:
-    """A stop waits for the answers that are under way and records them."""
-    worker = workers.start()
-    exchange.set_latency_ms(700)
-    (algo_id,) = opened(exchange, 1)
-    ticket = client.cancel(algo_id=algo_id)
-    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
-
-    assert worker.stop() == 0
-
-    outcome = client.outcome(ticket.id)
-    assert outcome is not None
-    assert (outcome.kind, steps(outcome)) == (OutcomeKind.CANCELLED, ["confirmed"])
-
-
 def test_sigkill_under_load(workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
     """The jobs of a killed worker are taken over within a lease and 1.5 s; each still ends in one outcome."""
     victim = workers.start(LEASE_S="1", WORKER_CONCURRENCY="16")
@@ -131,50 +90,6 @@ def test_sigkill_under_load(workers: Workers, client: CancelClient, exchange: Ru
     assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
 
 
-def test_sigkill_of_the_only_worker(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
-) -> None:
-    """A worker that is killed and started again, twice in the middle of its work, loses nothing and doubles nothing."""
-    exchange.set_latency_ms(50)
-    tickets = cancel_all(client, opened(exchange, 200))
-    for done in (30, 90):
-        worker = workers.start(LEASE_S="1", WORKER_CONCURRENCY="8")
-        eventually(lambda done=done: len(peek.ledger()) > done, what="it is at work")  # type: ignore[misc]
-        worker.stop(signal.SIGKILL)
-    workers.start(LEASE_S="1")
-
-    assert {outcome.kind for outcome in outcomes(client, tickets, 30)} == {OutcomeKind.CANCELLED}
-    assert once_each(peek, tickets)
-    assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
-
-
-def test_paused_worker_is_fenced(workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek) -> None:
-    """A worker that slept past its lease cannot record the outcome that another has recorded meanwhile."""
-    sleeper = workers.start(LEASE_S="1")
-    exchange.set_latency_ms(500)
-    ids = opened(exchange, 8)
-    tickets = cancel_all(client, ids)
-    eventually(lambda: sum(entry.deletes for entry in exchange.book().values()) == 8, what="all are under way")
-    sleeper.process.send_signal(signal.SIGSTOP)
-    exchange.set_latency_ms(0)
-    other = workers.start(LEASE_S="1")
-    (name,) = (event["worker"] for event in events(other, "started"))
-
-    found = outcomes(client, tickets)
-    before = peek.ledger()
-    sleeper.process.send_signal(signal.SIGCONT)
-
-    lost = {ticket.id for ticket in tickets}
-    eventually(lambda: {event["id"] for event in events(sleeper, "fenced")} == lost, what="its outcomes are refused")
-
-    assert {(outcome.kind, outcome.worker) for outcome in found} == {(OutcomeKind.CANCELLED, name)}
-    assert peek.ledger() == before
-    assert once_each(peek, tickets)
-    (algo_id,) = opened(exchange, 1)
-    other.stop()
-    assert client.cancel(algo_id=algo_id).wait(10).kind is OutcomeKind.CANCELLED  # the sleeper works again
-
-
 def test_burst_leaves_when_all_is_done(
     workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
@@ -189,45 +104,6 @@ def test_burst_leaves_when_all_is_done(
     assert worker.process.wait(20) == 0
     assert once_each(peek, tickets)
     assert peek.kinds() == {"cancelled": 30}
-
-
-def test_burst_waits_for_the_leases_of_the_dead(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
-) -> None:
-    """With --burst a worker stays until a dead one's jobs have come back and are done."""
-    victim = workers.start(LEASE_S="1")
-    exchange.set_latency_ms(1000)
-    (algo_id,) = opened(exchange, 1)
-    ticket = client.cancel(algo_id=algo_id)
-    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
-    victim.stop(signal.SIGKILL)
-    exchange.set_latency_ms(0)
-
-    worker = workers.start("--burst", wait=False)
-
-    assert worker.process.wait(20) == 0
-    assert once_each(peek, [ticket])
-
-
-def test_ctrl_c(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
-    """One Ctrl-C stops in order with 0; a second one leaves at once with 130 and says what it left behind."""
-    calm, hasty = workers.start(LEASE_S="1"), workers.start(LEASE_S="1")
-    assert calm.stop(signal.SIGINT) == 0
-    exchange.set_latency_ms(3000)
-    (algo_id,) = opened(exchange, 1)
-    ticket = client.cancel(algo_id=algo_id)
-    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
-
-    hasty.process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    began = time.monotonic()
-    assert hasty.stop(signal.SIGINT) == 130
-    assert time.monotonic() - began < 1
-    assert "event=left_at_once in_flight=1 " in hasty.output()
-    assert "Traceback" not in hasty.output()
-    exchange.set_latency_ms(0)
-    workers.start(LEASE_S="1")
-    assert ticket.wait(10).kind is OutcomeKind.CANCELLED
 
 
 # ---- health ----------------------------------------------------------------------------------------------------------
@@ -278,21 +154,62 @@ def test_a_probe_needs_redis_and_says_so(workers: Workers) -> None:
 
 # ---- what a start tells and keeps ------------------------------------------------------------------------------------
 
-#: The worker's own command line; asked by a signal it tells whether other processes may look into its memory.
+#: Before a command line of the project's, or of RQ's: each process, asked by a signal, tells whether others may look
+#: into its memory.
 TELLS_DUMPABLE = (
-    "import ctypes, os, signal; from worker.__main__ import start; "
-    "signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'dumpable=%d\\n' % ctypes.CDLL(None).prctl(3))); start()"
+    "import ctypes, os, signal, sys; "
+    "signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'%d dumpable=%d\\n' % (os.getpid(), "
+    "ctypes.CDLL(None).prctl(3)))); "
 )
+WORKER, RQ = "from worker.__main__ import start; start()", "from rq.cli import main; main()"
+STOCK = ("worker", "cancels", "--serializer", "json", "--url")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux' own ways")
-def test_a_workers_memory_is_its_own(workers: Workers) -> None:
-    """No core file is written of a process that holds keys, and no other process of its user may look into it."""
-    worker = workers.start(command=(sys.executable, "-c", TELLS_DUMPABLE))
-    worker.process.send_signal(signal.SIGUSR1)
-    eventually(lambda: "dumpable=" in worker.output(), 20, "it tells")
-    assert "dumpable=0" in worker.output()
-    assert resource.prlimit(worker.process.pid, resource.RLIMIT_CORE) == (0, 0)
+@pytest.mark.parametrize("arguments", [(), ("check",), ("rehearse",), STOCK], ids=lambda words: " ".join(words[:1]))
+def test_what_holds_a_key_keeps_it(
+    arguments: tuple[str, ...], workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange
+) -> None:
+    """Worker, check, rehearsal and the process that a stock worker forks for a job write no core file, let no other
+    process of their user look into their memory, and go past whatever proxies the environment names."""
+    (order,) = exchange.add_orders(1)
+    exchange.set_latency_ms(20_000)
+    is_stock = arguments == STOCK
+    words = (*arguments, valkey.url) if is_stock else arguments
+    proxy = Server(lambda peer: peer.wait_until_closed())
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+    workers.environment |= dict.fromkeys(names, proxy.url) | {
+        "NO_PROXY": "",
+        "no_proxy": "",
+        "BINANCE_RECV_WINDOW_MS": "30000",
+    }
+    code = TELLS_DUMPABLE + (RQ if is_stock else WORKER)
+    try:
+        process = workers.start(*words, command=(sys.executable, "-c", code), wait=False)
+        if is_stock:
+            client.cancel(algo_id=order.algo_id)
+        eventually(lambda: exchange.stats().in_flight, 30, "it asks the exchange")
+        pids = members(process.process.pid)
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR1)
+        eventually(lambda: process.output().count("dumpable=") == len(pids), 20, "each tells")
+        told = dict(re.findall(r"^(\d+) dumpable=(\d)$", process.output(), re.MULTILINE))
+        assert told[str(pids[-1])] == "0"
+        assert resource.prlimit(pids[-1], resource.RLIMIT_CORE) == (0, 0)
+        assert proxy.connections == 0
+    finally:
+        workers.stop()
+        proxy.close()
+
+
+@pytest.mark.parametrize("command", [(), ("check",), ("rehearse",)], ids=lambda words: " ".join(words))
+def test_no_command_sends_a_key_through_a_proxy_in_the_clear(command: tuple[str, ...]) -> None:
+    """EGRESS_PROXY_URL beside a BINANCE_BASE_URL of plain http ends each start with 78, and both are named."""
+    pair = {"BINANCE_BASE_URL": "http://127.0.0.1:9", "EGRESS_PROXY_URL": "http://u:hunter2@127.0.0.1:9"}
+    done = python("-m", "worker", *command, BINANCE_API_KEY=API_KEY, BINANCE_API_SECRET=API_SECRET, **pair)
+    assert done.returncode == 78, done.stderr
+    assert all(name in done.stderr for name in pair)
+    assert "hunter2" not in done.stdout + done.stderr
 
 
 def test_a_start_names_accounts_and_what_is_unsafe(workers: Workers, tmp_path: Path) -> None:

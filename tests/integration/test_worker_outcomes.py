@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from collections import Counter
@@ -12,7 +11,6 @@ from pathlib import Path
 import redis
 
 from producer import CancelClient, OutcomeKind
-from tests.conftest import API_KEY, API_SECRET
 from tests.integration.conftest import NewFleet
 from tests.orders import PROVEN_S, cancel_all, once_each, opened, outcomes, steps
 from tests.servers import Peek, Valkey, Worker, Workers, eventually
@@ -180,27 +178,6 @@ def test_overload_that_names_a_time(workers: Workers, client: CancelClient, exch
     assert third - second >= 1_000
 
 
-def test_nothing_secret_leaves_the_worker(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek, connection: redis.Redis
-) -> None:
-    """After every kind of trouble neither key, secret nor signature is in the log or anywhere in Redis."""
-    worker = workers.start(LOG_LEVEL="DEBUG", BACKOFF_CAP_MS="100", BINANCE_RECV_WINDOW_MS="1000")
-    ids = opened(exchange, 6)
-    troubles = [Fault.DROP_AFTER, Fault.RESET_BEFORE, Fault.NOT_HTTP, Fault.KEY_2015, Fault.HUGE_BODY, Fault.DRIP]
-    for algo_id, fault in zip(ids, troubles, strict=True):
-        exchange.script_faults(algo_id, [fault])
-    outcomes(client, cancel_all(client, ids))
-
-    kept = (
-        b"".join(connection.dump(key) or b"" for key in peek("KEYS", "*"))
-        + json.dumps([outcome.as_dict() for outcome in peek.ledger()]).encode()
-    )
-    for secret in (API_SECRET, "signature="):
-        assert secret not in worker.output()
-        assert secret.encode() not in kept
-    assert API_KEY not in worker.output()
-
-
 def test_fresh_client_id_is_cancelled_directly(
     workers: Workers, client: CancelClient, exchange: RunningExchange
 ) -> None:
@@ -211,25 +188,6 @@ def test_fresh_client_id_is_cancelled_directly(
     outcome = client.cancel(client_algo_id="stop-1").wait(10)
 
     assert (outcome.kind, outcome.algo_id, steps(outcome)) == (OutcomeKind.CANCELLED, order.algo_id, ["confirmed"])
-
-
-def test_old_client_id_is_resolved_before_its_cancel(
-    workers: Workers, client: CancelClient, exchange: RunningExchange
-) -> None:
-    """A request by client id that waited for more than a tenth of a second is first resolved to the order's algo id."""
-    (order,) = exchange.add_orders(client_algo_ids=["stop-1"])
-    time.sleep(PROVEN_S)
-    ticket = client.cancel(client_algo_id="stop-1")
-    time.sleep(1.1)
-    workers.start()
-
-    outcome = ticket.wait(10)
-
-    assert (outcome.kind, outcome.algo_id, steps(outcome)) == (
-        OutcomeKind.CANCELLED,
-        order.algo_id,
-        ["open", "confirmed"],
-    )
 
 
 def test_retry_goes_by_algo_id(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
@@ -250,26 +208,6 @@ def test_retry_goes_by_algo_id(workers: Workers, client: CancelClient, exchange:
     assert (outcome.kind, outcome.algo_id) == (OutcomeKind.ALREADY_CANCELLED, order.algo_id)
     entry = exchange.book()[namesake.algo_id]
     assert (entry.status, entry.deletes) == ("NEW", 0)
-
-
-def test_reused_client_id_is_never_hit(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
-    """When a cancel by client id is in doubt and a newer order bears that id, the newer one is left alone: unknown."""
-    workers.start(BACKOFF_CAP_MS="100")
-    (order,) = exchange.add_orders(client_algo_ids=["stop-1"])
-    time.sleep(1.1)
-    exchange.script_faults(order.algo_id, [Fault.DROP_BEFORE], repeat_last=True)
-    exchange.script_faults(order.algo_id, [Fault.DROP_BEFORE], call="query", repeat_last=True)
-    ticket = client.cancel(client_algo_id="stop-1")
-    eventually(lambda: exchange.book()[order.algo_id].deletes == 1, what="the cancel is in doubt")
-    time.sleep(1.1)
-    exchange.cancel(order.algo_id)
-    (namesake,) = exchange.add_orders(client_algo_ids=["stop-1"])
-
-    outcome = ticket.wait(10)
-
-    entry = exchange.book()[namesake.algo_id]
-    assert (entry.status, entry.deletes) == ("NEW", 0)
-    assert (outcome.kind, outcome.may_be_live) == (OutcomeKind.UNKNOWN, True)
 
 
 def test_retry_by_client_id_leaves_a_newer_order_alone(

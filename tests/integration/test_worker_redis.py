@@ -11,32 +11,12 @@ import pytest
 import redis
 
 from producer import CancelClient, OutcomeKind
+from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
-from tests.integration.test_redis_link import Relay
-from tests.orders import at_first_try, cancel_all, events, once_each, opened, outcomes, stayed_in_hand
+from tests.orders import at_first_try, cancel_all, events, opened, outcomes, stayed_in_hand
 from tests.servers import Peek, Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
-
-
-def test_redis_comes_after_the_worker(new_fleet: NewFleet, exchange: RunningExchange, tmp_path: Path) -> None:
-    """A worker that finds no Redis says so once, keeps trying, and works as soon as there is one."""
-    server = Valkey(tmp_path)
-    worker = new_fleet(REDIS_URL=server.url).start(wait=False)
-    eventually(lambda: events(worker, "redis"), 15, "it says that Redis is away")
-    time.sleep(1.6)
-    assert worker.process.poll() is None
-    assert [event["state"] for event in events(worker, "redis")] == ["away"]
-
-    server.start()
-    try:
-        with CancelClient.from_url(server.url) as client:
-            (algo_id,) = opened(exchange, 1)
-            assert client.cancel(algo_id=algo_id).wait(10).kind is OutcomeKind.CANCELLED
-        assert worker.stop() == 0
-        assert "Traceback" not in worker.output()
-    finally:
-        server.stop(signal.SIGKILL)
 
 
 def test_stop_while_redis_was_never_there(new_fleet: NewFleet, tmp_path: Path) -> None:
@@ -49,73 +29,6 @@ def test_stop_while_redis_was_never_there(new_fleet: NewFleet, tmp_path: Path) -
     assert time.monotonic() - began < 5
     assert "Traceback" not in worker.output()
     assert events(worker, "started") == []
-
-
-def killed_for(server: Valkey, seconds: float) -> None:
-    """Kill the server, and start it again on what it had written."""
-    server.stop(signal.SIGKILL)
-    time.sleep(seconds)
-    server.start()
-
-
-def test_redis_restarts_under_load(durable: Valkey, new_fleet: NewFleet, exchange: RunningExchange) -> None:
-    """When a Redis with an append-only file is killed and comes back, workers live on and each request ends once."""
-    fleet = new_fleet(REDIS_URL=durable.url, LEASE_S="2", WORKER_CONCURRENCY="16")
-    pair = [fleet.start() for _ in range(2)]
-    exchange.set_latency_ms(50)
-    with CancelClient.from_url(durable.url) as client, redis.Redis(port=durable.port) as connection:
-        peek = Peek(connection)
-        tickets = cancel_all(client, opened(exchange, 600))
-        eventually(lambda: len(peek.ledger()) > 60, what="they are at work")
-        killed_for(durable, 0.7)
-
-        found = outcomes(client, tickets, 30)
-        assert {outcome.kind for outcome in found} == {OutcomeKind.CANCELLED}
-        assert once_each(peek, tickets)
-        assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
-        assert [worker.process.poll() for worker in pair] == [None, None]
-        for worker in pair:
-            assert worker.stop() == 0
-            assert [event["state"] for event in events(worker, "redis")] == ["away", "back"]
-            assert "Traceback" not in worker.output()
-
-
-def test_outage_longer_than_the_lease_sends_nothing_twice(
-    durable: Valkey, new_fleet: NewFleet, exchange: RunningExchange
-) -> None:
-    """After an outage holders settle first: a lease that ran out meanwhile is nobody's to take for two seconds."""
-    fleet = new_fleet(REDIS_URL=durable.url, LEASE_S="2")
-    for _ in range(2):
-        fleet.start()
-    exchange.set_latency_ms(3000)
-    with CancelClient.from_url(durable.url) as client, redis.Redis(port=durable.port) as connection:
-        tickets = cancel_all(client, opened(exchange, 40))
-        eventually(lambda: sum(entry.deletes for entry in exchange.book().values()) == 40, what="all are under way")
-        killed_for(durable, 2.1)
-        tickets += cancel_all(client, opened(exchange, 10))  # who claims these may see the leases that ran out
-
-        found = outcomes(client, tickets, 30)
-        assert all(map(stayed_in_hand, found))
-        assert once_each(Peek(connection), tickets)
-        assert {entry.deletes_effective for entry in exchange.book().values()} == {1}
-
-
-def test_stop_while_redis_is_away(durable: Valkey, new_fleet: NewFleet, exchange: RunningExchange) -> None:
-    """A worker that is told to stop during an outage leaves within its grace, whatever it still holds."""
-    worker = new_fleet(REDIS_URL=durable.url, LEASE_S="1", SHUTDOWN_GRACE_S="4", WORKER_CONCURRENCY="2").start()
-    exchange.set_latency_ms(400)
-    with CancelClient.from_url(durable.url) as client, redis.Redis(port=durable.port) as connection:
-        tickets = cancel_all(client, opened(exchange, 20))
-        eventually(lambda: len(Peek(connection).ledger()) > 2, what="it is at work")
-        durable.stop(signal.SIGKILL)
-        began = time.monotonic()
-        assert worker.stop() == 0
-        assert time.monotonic() - began < 4.5
-        assert "Traceback" not in worker.output()
-        durable.start()
-        new_fleet(REDIS_URL=durable.url, LEASE_S="1").start()
-        assert {outcome.kind for outcome in outcomes(client, tickets)} == {OutcomeKind.CANCELLED}
-        assert once_each(Peek(connection), tickets)
 
 
 def test_stop_with_unstarted_jobs_while_redis_is_away(
@@ -149,16 +62,16 @@ def test_leases_are_renewed_while_a_registration_hangs(
     workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis, valkey: Valkey
 ) -> None:
     """A worker that RQ has forgotten keeps the jobs in its hands, however long it takes to make itself known again."""
-    with Relay(valkey.port) as relay:
-        workers.start(REDIS_URL=relay.url, LEASE_S="1")
+    with Proxy(valkey.port) as proxy:
+        workers.start(REDIS_URL=proxy.redis_url, LEASE_S="1")
         exchange.set_latency_ms(3000)
         (ticket,) = cancel_all(client, opened(exchange, 1))
         eventually(lambda: exchange.stats().in_flight == 1, what="it is under way")
-        relay.late_s = 8.0  # for new connections
+        proxy.opens_after_s = 8.0  # for new connections
         connection.delete(*connection.smembers("rq:workers"))
 
         assert stayed_in_hand(ticket.wait(20))
-        relay.late_s = 0.0
+        proxy.opens_after_s = 0.0
         eventually(lambda: connection.exists(*connection.smembers("rq:workers")), 20, "RQ knows it again")
 
 
@@ -219,19 +132,6 @@ def test_a_full_server_is_drained_by_a_new_worker(
     eventually(lambda: connection.scard("rq:workers") == 1, 5, "it is registered")
     (name,) = connection.smembers("rq:workers")
     assert connection.hget(name, "queues") == b"cancels"
-    assert worker.stop() == 0
-
-
-def test_emptied_redis_is_served_again(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
-) -> None:
-    """A worker whose Redis lost all its data registers again and serves what is enqueued from then on."""
-    worker = workers.start(LEASE_S="1")
-    connection.flushall()
-    (algo_id,) = opened(exchange, 1)
-
-    assert client.cancel(algo_id=algo_id).wait(10).kind is OutcomeKind.CANCELLED
-    eventually(lambda: connection.scard("rq:workers") == 1, 5, "it is registered again")
     assert worker.stop() == 0
 
 

@@ -22,7 +22,7 @@ from tests.fault.conftest import name_of, state
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import Peek, TurnCounter, Valkey, Worker, Workers, eventually, running_valkey
+from tests.servers import Peek, Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -266,10 +266,13 @@ def test_a_woken_worker_sends_nothing_for_what_it_lost(
 ) -> None:
     """A worker that is stopped under load, with claims, calls and retries on their way, and wakes when others have done
     its work, sends nothing more for any of it."""
-    with TurnCounter(int(exchange.url.rpartition(":")[2])) as way:
-        url = f"http://127.0.0.1:{way.port}"
+    with Proxy(int(exchange.url.rpartition(":")[2])) as way:
         sleeper = workers.start(
-            BINANCE_BASE_URL=url, LEASE_S="1", WORKER_CONCURRENCY="16", BACKOFF_BASE_MS="200", BACKOFF_CAP_MS="200"
+            BINANCE_BASE_URL=way.http_url,
+            LEASE_S="1",
+            WORKER_CONCURRENCY="16",
+            BACKOFF_BASE_MS="200",
+            BACKOFF_CAP_MS="200",
         )
         exchange.set_latency_ms(50)
         algo_ids = opened(exchange, 400)
@@ -285,12 +288,12 @@ def test_a_woken_worker_sends_nothing_for_what_it_lost(
         peer = workers.start(LEASE_S="1")
         found = outcomes(client, tickets, 40)
         assert name_of(peer) in {outcome.worker for outcome in found}
-        records, sent = len(peek.ledger()), way.turns
+        records, sent = len(peek.ledger()), way.count.turns
 
         sleeper.process.send_signal(signal.SIGCONT)
         time.sleep(1.5)  # longer than its looks at Redis
 
-        assert way.turns == sent
+        assert way.count.turns == sent
         assert len(peek.ledger()) == records
         assert once_each(peek, tickets)
         assert sleeper.stop() == 0

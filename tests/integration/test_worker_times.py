@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
-
-import pytest
 
 from producer import CancelClient, OutcomeKind
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
@@ -50,25 +47,6 @@ def test_retry_that_falls_due_while_all_slots_are_taken(
 
     assert busy.at_ms < only.at_ms < retry.at_ms
     assert retry.at_ms - (only.at_ms + only.ms) < 400
-
-
-@pytest.mark.parametrize("skew_ms", [5000, -5000])
-def test_jump_of_the_exchanges_clock_costs_no_outcome(
-    skew_ms: int, workers: Workers, client: CancelClient, exchange: RunningExchange
-) -> None:
-    """When the exchange's clock jumps, requests are signed anew by a fresh measurement, and later ones pay nothing."""
-    workers.start(BINANCE_RECV_WINDOW_MS="3000")
-    ids = opened(exchange, 21)
-    assert steps(client.cancel(algo_id=ids[0]).wait(10)) == ["confirmed"]
-
-    exchange.set_clock_skew_ms(skew_ms)
-    found = outcomes(client, cancel_all(client, ids[1:11]))
-    assert {outcome.kind for outcome in found} == {OutcomeKind.CANCELLED}
-    assert any("clock" in steps(outcome) for outcome in found)
-
-    later = outcomes(client, cancel_all(client, ids[11:]))
-    assert {(outcome.kind, *steps(outcome)) for outcome in later} == {(OutcomeKind.CANCELLED, "confirmed")}
-    assert exchange.stats().requests["GET /fapi/v1/time"]["200"] <= 4 * 3
 
 
 def test_rate_limit_stops_every_worker(
@@ -116,45 +94,3 @@ def test_ban_outlives_the_workers(
     assert peek.now_ms() < int(peek("HGET", peek.keys.gate("all"), "until_ms"))
     assert ticket.wait(10).kind is OutcomeKind.CANCELLED
     assert exchange.stats().requests_during_incidents == 0
-
-
-def test_overdue_request_is_never_sent(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
-    """A request whose deadline passed on the queue is recorded as overdue without a request to the exchange."""
-    ids = opened(exchange, 20)
-    tickets = cancel_all(client, ids, deadline_s=0.05)
-    time.sleep(0.1)
-    workers.start()
-
-    found = outcomes(client, tickets)
-
-    assert {(outcome.kind, outcome.attempts, outcome.may_be_live) for outcome in found} == {
-        (OutcomeKind.OVERDUE, (), True)
-    }
-    assert {(entry.deletes, entry.gets) for entry in exchange.book().values()} == {(0, 0)}
-
-
-def test_later_deadline_of_two_requests_holds(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
-) -> None:
-    """Two requests for one order share a job and the later deadline, whichever came first."""
-    ids = opened(exchange, 2)
-    early = [client.cancel(algo_id=ids[0], deadline_s=0.2), client.cancel(algo_id=ids[1], deadline_s=60)]
-    late = [client.cancel(algo_id=ids[0], deadline_s=60), client.cancel(algo_id=ids[1], deadline_s=0.2)]
-    assert [ticket.id for ticket in early] == [ticket.id for ticket in late]
-    time.sleep(0.3)
-    workers.start()
-
-    assert [outcome.kind for outcome in outcomes(client, [*early, *late])] == [OutcomeKind.CANCELLED] * 4
-    assert once_each(peek, early)
-
-
-def test_deadline_ends_the_retries(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
-    """A request whose retries do not help ends at its own deadline, not much later."""
-    workers.start(BACKOFF_CAP_MS="200")
-    (algo_id,) = opened(exchange, 1)
-    exchange.script_faults(algo_id, [Fault.UNAVAILABLE_503], repeat_last=True)
-
-    outcome = client.cancel(algo_id=algo_id, deadline_s=1.5).wait(10)
-
-    assert outcome.kind is OutcomeKind.GAVE_UP
-    assert outcome.finished_at_ms - (outcome.enqueued_at_ms or 0) < 2500

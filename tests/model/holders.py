@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from tests.model.rules import Model
 from worker.clock import local_ns
-from worker.store import Beat, Claimed, Completed, Done, Lease, Release, Request, Row, Stamps, Store
+from worker.store import Beat, Claimed, Completed, Done, Lease, Release, Request, Row, Stamps, Store, is_alone
 
 T = TypeVar("T")
 QUEUE = "cancels"
@@ -117,6 +117,8 @@ class WatchedStore(Store):
         for row, answer in zip(rows, completed.answers, strict=True):
             self._witness.note(row.lease.id, f"{self.holder} ends {row.lease.token} by {_what(row)} -> {answer}")
             self._witness.model.completed(row, answer, now_ms)
+        if any(map(is_alone, rows)):
+            self._witness.check()  # which jobs carry its requests stands in the record
 
     def _beaten_by(self, held: Sequence[Lease], asked_ms: int, beat: Beat) -> None:
         model = self._witness.model
@@ -143,7 +145,7 @@ def _watched(request: Request[T], told: Callable[[T], None]) -> Request[T]:
 
 def _what(row: Row) -> str:
     if isinstance(row, Done):
-        return f"done {row.outcome.kind.value}"
+        return f"done {row.outcome.kind.value}, {len(row.requests)} requests"
     if isinstance(row, Release):
         return f"release, attempts {'as they were' if row.attempts is None else len(row.attempts)}"
     return f"retry in {row.delay_ms} ms, attempts {len(row.attempts)}"

@@ -49,7 +49,7 @@ class Interrupted(redis.Connection):
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         """Let other things happen first."""
-        if b"UNWATCH" not in b"".join(command):
+        if b"SETINFO" not in (sent := b"".join(command)) and b"UNWATCH" not in sent:
             self.life.between()
         elif self.life.is_over:
             raise redis.ConnectionError("it is dead")  # redis-py tidies up, maybe in a finalizer
@@ -65,6 +65,5 @@ def open_for(life: Life, world: World) -> redis.Redis:
         port=port,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=10,
-        driver_info=None,
     )
     return redis.Redis(connection_pool=pool)

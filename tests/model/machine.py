@@ -18,10 +18,10 @@ from rq.serializers import JSONSerializer
 
 from producer import CancelRequest, OutcomeKind
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Band
-from producer.message import decode_attempts
+from producer.message import OpenRequest, decode_attempts
 from tests.model.holders import QUEUE, Hand, WatchedStore
 from tests.model.rules import FAILED, Job
-from tests.model.steps import attempts, done, resume
+from tests.model.steps import attempts, calls_of, done, is_listing, listed, resume
 from tests.model.world import World
 from worker.store import Lease, Release, Retry, Row, Suspect
 
@@ -37,6 +37,7 @@ REQUESTS = st.one_of(
     st.integers(1, 4).map(lambda n: CancelRequest(algo_id=n, urgent=True, deadline_s=400)),
     st.integers(1, 4).map(lambda n: CancelRequest(algo_id=n, on_trigger="cancel_child")),
     st.sampled_from("xy").map(lambda name: CancelRequest(client_algo_id=name)),
+    st.sampled_from((None, 400)).map(lambda deadline_s: OpenRequest(symbol="BTCUSDT", deadline_s=deadline_s)),
 )
 ENDS = st.sampled_from(("cancelled", "triggered", "unknown", "refused", "retry now", "retry later", "release", "tried"))
 
@@ -200,13 +201,15 @@ class QueueMachine(RuleBasedStateMachine):
         mine = [
             (hand, end) for hand, end in chosen.values() if (hand.store.holder == "stock") == (store.holder == "stock")
         ]
-        rows = [hand.sent or self._row(hand, end) for hand, end in mine]
-        jobs = [row.lease.id for row in rows]
-        expected = [self._last_answer(row) if jobs.count(row.lease.id) == 1 else None for row in rows]
-        completed = self.world.link.ask_now(store.complete(rows))
-        for (hand, _), row, answer, before in zip(mine, rows, completed.answers, expected, strict=True):
-            hand.sent = row
-            assert before is None or answer == before, (row, answer, before)
+        for pairs in calls_of([(hand, hand.sent or self._row(hand, end)) for hand, end in mine]):
+            rows = [row for _, row in pairs]
+            jobs = [row.lease.id for row in rows]
+            expected = [self._last_answer(row) if jobs.count(row.lease.id) == 1 else None for row in rows]
+            completed = self.world.link.ask_now(store.complete(rows))
+            for (hand, row), answer, before in zip(pairs, completed.answers, expected, strict=True):
+                hand.sent = row
+                assert before is None or answer == before, (row, answer, before)
+        self.removed &= {job.id for job in self._jobs() if job.id not in self._listed()}
 
     def _last_answer(self, row: Row) -> int | None:
         """What a row must be answered that repeats the last end of its job."""
@@ -225,6 +228,8 @@ class QueueMachine(RuleBasedStateMachine):
                 return Release(lease)
             case "tried":
                 return Release(lease, attempts(made + 1))
+            case "cancelled" | "triggered" if is_listing(hand):
+                return listed(self.world, hand, made)
         return done(self.world, hand, OutcomeKind(end), made)
 
     @precondition(lambda self: self.world.hands)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 JOB, PLACE, RETRY = (f"producer/scripts/{name}.lua" for name in ("job", "place", "retry"))
-COMMON, CLAIM, ENDING, BEAT, GATE, KEY, TIDY, WAKE = (
-    f"worker/scripts/{name}.lua" for name in ("common", "claim", "ending", "beat", "gate", "key", "tidy", "wake")
+COMMON, CLAIM, ENDING, SPREAD, BEAT, GATE, KEY, TIDY, WAKE = (
+    f"worker/scripts/{name}.lua"
+    for name in ("common", "claim", "ending", "spread", "beat", "gate", "key", "tidy", "wake")
 )
 
 
@@ -40,7 +41,6 @@ MUTANTS = (
     Mutant(JOB, " or s.status == 'stopped' end", " end", "a job that RQ stopped is sent for again"),
     Mutant(JOB, " and not on('ZSCORE', FAILED, id)", "", "a copy saved late starts a run"),
     Mutant(JOB, "text((s.run or 1) + 1)", "text(s.run or 1)", "a new run has the number of the last"),
-    Mutant(JOB, "  redis.call('DEL', OUTCOME_PREFIX .. id)\n", "", "a new run goes on beside the record of the last"),
     Mutant(JOB, "  redis.call('PERSIST', key)\n", "", "a new run runs out with the hash"),
     Mutant(
         JOB,
@@ -124,8 +124,8 @@ MUTANTS = (
     ),
     Mutant(
         CLAIM,
-        "text(RETRY_BAND + now.ms), 'LIMIT'",
-        "text(RETRY_BAND + now.ms + 100000), 'LIMIT'",
+        "text(RETRY_BAND + now.ms), 'WITHSCORES'",
+        "text(RETRY_BAND + now.ms + 100000), 'WITHSCORES'",
         "retries come before they are due",
     ),
     Mutant(
@@ -145,6 +145,12 @@ MUTANTS = (
         "an entry of a list takes a job's backoff",
     ),
     Mutant(CLAIM, "  redis.call('PERSIST', key)\n", "", "a job in hand runs out"),
+    Mutant(
+        CLAIM,
+        "  if run ~= '1' then redis.call('DEL', OUTCOME_PREFIX .. id) end -- it is of the run before\n",
+        "",
+        "a new run goes on beside the record of the last",
+    ),
     Mutant(
         CLAIM,
         "local status = job.is_recalled(s) and s.status or 'started'",
@@ -208,6 +214,8 @@ MUTANTS = (
         "",
         "attempts are forgotten",
     ),
+    Mutant(ENDING, "(out.counted[position] or 0) + number", "number", "a group is counted as one outcome"),
+    Mutant(ENDING, "  pcall(job.count)", "  out = out", "no outcome is counted"),
     Mutant(ENDING, "'c_done', kind, ", "", "a job does not know that it has ended"),
     Mutant(
         ENDING,
@@ -236,6 +244,38 @@ MUTANTS = (
         "  if before then return before == ARGV[i + 4] and '1' or '0' end\n",
         "",
         "a deleted job ends twice",
+    ),
+    # -- completing a listing --
+    Mutant(
+        SPREAD, "  if answer then return answer end\n", "", "who lost a listing, or ended it, makes its requests again"
+    ),
+    Mutant(SPREAD, "job.first_of_ends(1 + ROW)\n", "", "RQ shows a listing that has ended as being worked on"),
+    Mutant(SPREAD, "#ARGV, 7 do", "8 + ROW, 7 do", "of all requests of a listing the first is made"),
+    Mutant(SPREAD, "= job.pointed_to(ARGV[i + 1])", "= nil", "a listed order gets a second open job"),
+    Mutant(
+        SPREAD, "  if other and not string.find(other, '^[%w_-]+$') then other = nil end\n", "", "an odd id is recorded"
+    ),
+    Mutant(SPREAD, "    carried[ARGV[i]] = job.place", "    job.place", "a record names a job that was not made"),
+    Mutant(SPREAD, "if s and job.is_recalled(s) then", "if false then", "a listing goes on that a person cancelled"),
+    Mutant(SPREAD, "    job.to_front(id)\n", "", "a listing that a person cancelled stands nowhere"),
+    Mutant(SPREAD, "ARGV[10], ARGV[11]", "'', ''", "a listing that a person cancelled forgets its attempts"),
+    Mutant(SPREAD, "  job.write_placed()\n", "", "requests of a listing stand nowhere"),
+    Mutant(SPREAD, "  if not is_fine then return '-1' end", "", "a listing ends without its requests"),
+    Mutant(
+        SPREAD, "  return job.complete('done', id, 2)\n", "  return '1'\n", "a listing makes requests and does not end"
+    ),
+    Mutant(SPREAD, "job.write_ends()\n", "", "a listing that has ended stays in the index"),
+    Mutant(
+        PLACE,
+        "then return tonumber(string.sub(deadline, 2)) end",
+        "then return now.ms + 1000 end",
+        "requests of a listing do not have its deadline",
+    ),
+    Mutant(
+        PLACE,
+        "  if ARGV[i + 6] == '1' then redis.call('HSET', JOB_PREFIX .. id, 'c_on_trigger', 'cancel_child') end\n",
+        "",
+        "a new job does not know that a child is to be cancelled",
     ),
     # -- all else --
     Mutant(

@@ -36,6 +36,7 @@ SCRIPT_TESTS = tuple(
         "client_joining",
         "client_retries",
         "stock_claims",
+        "spread",
     )
 )
 #: The model, without what starts processes.

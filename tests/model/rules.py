@@ -17,8 +17,11 @@ time to time what stands in Redis. It raises :class:`Finding` where one of these
 10. Every unfinished job stands in the index, in the band of its state; a job that has ended does not.
 11. While the queue is paused, only what needs nothing sent is given.
 12. What has ended does not stay in Redis for ever, and what has not does not run out.
-13. A job that a person cancelled through RQ is ended without another call, unless RQ itself says otherwise.
-14. The counts of outcomes by kind are those of the ledger.
+13. A job that a person cancelled through RQ is ended without another call, unless RQ itself says otherwise; a listing
+    makes no request then.
+14. A listing of open orders ends together with a request for each order that it names, or with one that was open: that
+    is made once, with its deadline and what it wants done with children.
+15. The counts of outcomes by kind are those of the ledger.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from producer.keys import Band
-from producer.message import Outcome, OutcomeKind, decode_attempts
+from producer.message import DEFAULT_ACCOUNT, CancelRequest, Outcome, OutcomeKind, decode_attempts
 from worker.store import Done, Lease, Release, Retry, Row
 
 #: How much later the index may look at a retry of RQ's own than now, ms: RQ's longest wait in these tests.
@@ -132,6 +135,7 @@ class Model:
         self.forgotten: set[str] = set()  # ended, expired, and of no interest any more
         self.leaving = Counter[str]()  # RQ is about to take them off the FailedJobRegistry
         self.is_blind = False  # processes are at work that do not tell what they do
+        self._listings = 0
         self.first: Finding | None = None  # RQ's code, through which it may pass, swallows whatever is raised
         self._deadline_ms = deadline_ms
 
@@ -269,7 +273,10 @@ class Model:
             kind = row.outcome.kind.value
             has_moved = kind in BY_DEADLINE and job.deadline_ms > lease.deadline_at_ms
             leaves_child = kind == "triggered" and job.cancels_child and not lease.cancels_child
-            if answer == 2 and (kind in BY_DEADLINE or leaves_child):
+            is_recalled = bool(row.requests) and (job.is_recalled or job.was_recalled)
+            if row.requests and job.is_surely_recalled and answer != 2:
+                raise self.finding(13, job.id, "makes requests, though a person cancelled it")
+            if answer == 2 and (kind in BY_DEADLINE or leaves_child or is_recalled):
                 job.attempts = len(row.outcome.attempts)
             elif answer == 2:
                 raise self.finding(1, job.id, f"is not recorded as {kind}, which hangs on no later request")
@@ -338,6 +345,7 @@ class Model:
         if key in self.ledger and not job.is_counted_anew:
             raise self.finding(2, outcome.id, f"run {outcome.run} stands in the ledger twice", outcome.kind)
         self.ledger.add(key)
+        self._listed(job, outcome)
         if job.outcomes.get(outcome.run) == outcome.kind.value:
             return
         if not self.is_blind and not job.is_deleted:
@@ -345,6 +353,14 @@ class Model:
         if not job.is_deleted:
             self._run_is(job, outcome.run, 0)
         self._settle(job, outcome.run, outcome.kind.value)
+
+    def _listed(self, listing: Job, outcome: Outcome) -> None:
+        """It names orders: their requests are on the queue from then on."""
+        self._listings += 1
+        for order in outcome.orders or ():
+            order_key = CancelRequest(algo_id=order.algo_id, account=outcome.account or DEFAULT_ACCOUNT).order_key
+            asked = Asked(-self._listings, order_key, True, listing.deadline_ms, listing.cancels_child)
+            self.acknowledged(asked, order.id, 0).is_acknowledged = True
 
     def seen(self, seen: Seen, now_ms: int, *, is_in_rqs_hands: bool = False) -> None:
         """What stands in Redis; the ledger was read after that. ``is_in_rqs_hands``: a stock worker has popped the job
@@ -410,7 +426,7 @@ class Model:
     def _is_open(self, job: Job, seen: Seen, now_ms: int) -> None:
         if seen.done:
             raise self.finding(1, job.id, "has an end without an outcome", seen.done)
-        if seen.has_record:
+        if seen.has_record and (job.run == 1 or seen.lease):  # that of the run before stands until the claim
             raise self.finding(1, job.id, f"run {job.run} goes on beside a record")
         if seen.score is None:
             raise self.finding(10, job.id, "goes on, but stands nowhere in the index", seen.status)

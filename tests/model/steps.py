@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from producer import CancelRequest, OutcomeKind
 from producer.keys import Band
-from producer.message import Attempt, Call, Outcome, decode_attempts
+from producer.message import Attempt, Call, ListedOrder, OpenRequest, Outcome, decode_attempts, decode_call
 from tests.model.holders import Hand, WatchedStore
 from tests.model.rules import FAILED
 from tests.model.world import World
-from worker.store import Done, Release, Retry, Row
+from worker.store import Done, Release, Retry, Row, is_alone
 
-GOOD = tuple(kind for kind in OutcomeKind if not kind.failed)
+GOOD = tuple(kind for kind in OutcomeKind if not kind.failed and kind is not OutcomeKind.LISTED)
 BAD = tuple(kind for kind in OutcomeKind if kind.failed)
 #: A waiting job that is older than this is found without a list, s.
 _OVERLOOKED_S = 31
@@ -35,14 +35,15 @@ class Step:
 
 
 def a_request(world: World) -> CancelRequest:
-    """One order of a few, so that requests meet."""
+    """One order of a few, so that requests meet, or all open ones."""
     chance = world.chance
     which: dict[str, Any] = {"algo_id": chance.choice(world.algo_ids)}
     if chance.random() < 0.25:
         which = {"client_algo_id": chance.choice(world.client_ids)}
     deadline_s = chance.choice((None, None, None, 0.03, 0.2, 400.0))
     on_trigger = "cancel_child" if chance.random() < 0.1 else "report"
-    return CancelRequest(**which, urgent=chance.random() < 0.25, deadline_s=deadline_s, on_trigger=on_trigger)
+    how: dict[str, Any] = {"urgent": chance.random() < 0.25, "deadline_s": deadline_s, "on_trigger": on_trigger}
+    return OpenRequest(symbol="BTCUSDT", **how) if chance.random() < 0.1 else CancelRequest(**which, **how)
 
 
 def requests(world: World) -> list[CancelRequest]:
@@ -133,6 +134,8 @@ def a_row(world: World, hand: Hand) -> Row:
     if lease.fault:
         return done(world, hand, chance.choice((OutcomeKind.GAVE_UP, OutcomeKind.UNKNOWN)), made)
     what = chance.random()
+    if is_listing(hand) and what < 0.4:
+        return listed(world, hand, made + 1)
     if what < 0.5:
         kind = chance.choice(GOOD if chance.random() < 0.6 else BAD)
         return done(world, hand, kind, made + chance.randint(0, 1), pin)
@@ -160,6 +163,20 @@ def done(world: World, hand: Hand, kind: OutcomeKind, made: int, pin: str = "") 
     )
 
 
+def is_listing(hand: Hand) -> bool:
+    """Whether all open orders of a symbol are asked for."""
+    return isinstance(decode_call(hand.lease.data), OpenRequest)
+
+
+def listed(world: World, hand: Hand, made: int) -> Done:
+    """The row of a listing that names some orders."""
+    chance, row = world.chance, done(world, hand, OutcomeKind.LISTED, made)
+    asked = [CancelRequest(algo_id=i) for i in chance.sample(world.algo_ids, chance.randint(1, 4))]
+    requests = tuple((f"{chance.getrandbits(128):032x}", request) for request in asked)
+    orders = tuple(ListedOrder(request.algo_id or 0, job_id) for job_id, request in requests)
+    return replace(row, outcome=replace(row.outcome, orders=orders), requests=requests)
+
+
 def complete(world: World) -> None:
     """A holder ends some of its holds, in time or late, or sends rows again whose answer it did not hear."""
     hands = [hand for hand in world.hands if not hand.is_dead]
@@ -172,24 +189,34 @@ def complete(world: World) -> None:
 
 
 def complete_all(world: World, store: WatchedStore, hands: list[Hand], *, is_heard: bool = True) -> None:
-    """End these holds in one call."""
-    world.catch_up()
-    rows = [hand.sent or a_row(world, hand) for hand in hands]
+    """End these holds."""
     world.count["rows sent again"] += sum(hand.sent is not None for hand in hands)
-    lost = {hand.lease.id for hand in hands if not _is_held(world, hand)}
-    stale = {job_id for job_id in lost if sum(hand.lease.id == job_id for hand in hands) == 1}
+    for pairs in calls_of([(hand, hand.sent or a_row(world, hand)) for hand in hands]):
+        _complete(world, store, pairs, is_heard=is_heard)
+    ended = {id(hand) for hand in hands if hand.sent is None}
+    world.hands = [hand for hand in world.hands if id(hand) not in ended]
+
+
+def calls_of(pairs: list[tuple[Hand, Row]]) -> list[list[tuple[Hand, Row]]]:
+    """What makes requests is ended by a call of its own, all else by one."""
+    rest = [pair for pair in pairs if not is_alone(pair[1])]
+    return [*([pair] for pair in pairs if is_alone(pair[1])), *([rest] if rest else [])]
+
+
+def _complete(world: World, store: WatchedStore, pairs: list[tuple[Hand, Row]], *, is_heard: bool) -> None:
+    world.catch_up()
+    lost = [hand.lease.id for hand, _ in pairs if not _is_held(world, hand)]
+    stale = {job_id for job_id in lost if sum(hand.lease.id == job_id for hand, _ in pairs) == 1}
     before = {job_id: _written(world, job_id) for job_id in stale}
-    completed = world.link.ask_now(store.complete(rows))
+    completed = world.link.ask_now(store.complete([row for _, row in pairs]))
     for job_id in stale:
         job = world.model.jobs.get(job_id)
         is_fair = not world.model.is_blind and job is not None and not job.is_deleted
         if is_fair and _written(world, job_id) != before[job_id]:
             raise world.model.finding(3, job_id, "is changed by a completion under a lease that was lost")
-    for hand, row, answer in zip(hands, rows, completed.answers, strict=True):
+    for (hand, row), answer in zip(pairs, completed.answers, strict=True):
         world.count[_kind(row) if answer else "completions fenced off"] += 1
         hand.sent = None if is_heard else row
-    ended = {id(hand) for hand in hands if hand.sent is None}
-    world.hands = [hand for hand in world.hands if id(hand) not in ended]
 
 
 def _is_held(world: World, hand: Hand) -> bool:

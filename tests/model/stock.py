@@ -79,11 +79,15 @@ class ScriptedExchange:
     def close(self) -> None:
         """Nothing is open."""
 
-    def _answer(self, request: Request) -> tuple[int, dict[str, Any] | None]:
+    def _answer(self, request: Request) -> tuple[int, Any]:
         chance, target = self.world.chance, urlsplit(request.target)
         if target.path.endswith("/time"):
             return 200, {"serverTime": time.time_ns() // 1_000_000}
         asked = parse_qs(target.query)
+        if target.path.endswith("/openAlgoOrders") and chance.random() < 0.7:
+            ids = chance.sample(self.world.algo_ids, chance.randint(0, 3))
+            known = {"symbol": asked["symbol"][0], "algoStatus": "NEW", "createTime": 10**12}
+            return 200, [known | {"algoId": algo_id, "clientAlgoId": f"x{algo_id}"} for algo_id in ids]
         order = {"algoId": int(asked.get("algoId", ["4711"])[0]), "clientAlgoId": asked.get("clientAlgoId", ["x"])[0]}
         if request.method == "GET" and chance.random() < 0.7:
             return 200, order | {

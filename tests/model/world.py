@@ -195,9 +195,12 @@ class World:
         now_ms, ledger, counted, led_to, rows = self._looked(orders, ids)
         for position, fields in ledger:
             self._ledger_at = f"({position}"
-            model.recorded(decode_outcome(dict(zip(fields[::2], fields[1::2], strict=True))["outcome"]))
+            outcome = decode_outcome(dict(zip(fields[::2], fields[1::2], strict=True))["outcome"])
+            for named in outcome.orders or ():
+                self.note(named.id, f"is named by the listing {outcome.id[:8]} for order {named.algo_id}")
+            model.recorded(outcome)
         if dict(zip(OutcomeKind, counted, strict=False)) != {kind: model.recorded_kinds[kind] for kind in OutcomeKind}:
-            raise model.finding(14, "", "counts differ from the ledger", counted, dict(model.recorded_kinds))
+            raise model.finding(15, "", "counts differ from the ledger", counted, dict(model.recorded_kinds))
         for seen in map(_seen, ids, rows):
             self._show(seen, now_ms)
         for order, job_id in zip(orders, led_to, strict=True):

@@ -287,3 +287,14 @@ def test_a_child_that_is_never_named_is_given_up_at_the_deadline() -> None:
     assert isinstance(steps[0], Again)
     assert isinstance(steps[1], Stop)
     assert steps[1].kind is OutcomeKind.TRIGGERED
+
+
+@pytest.mark.parametrize(("policy", "left_ms"), [(dataclasses.replace(POLICY, max_attempts=1), 60_000), (POLICY, 900)])
+def test_what_an_order_became_is_told_at_the_bounds_too(policy: Policy, left_ms: int) -> None:
+    """A triggered order whose child the exchange does not name is no live order when attempts or time run out."""
+    seen = Attempt(1, T0 + 900, Call.QUERY, 200, None, "TRIGGERED", Means.TRIGGERED.value, 5)
+    verdict = classify(Call.QUERY, OrderRef(ALGO_ID), state("TRIGGERED"))
+    case = Case(False, T0, T0 + left_ms, cancels_child=False)
+
+    for step in (next_step(case, [seen], verdict, policy, T0 + 905, 0.5), first_step(case, [seen], policy, T0 + 905)):
+        assert step == Stop(OutcomeKind.TRIGGERED, "TRIGGERED")

@@ -417,13 +417,16 @@ def test_by_client_id_the_echoed_client_id_must_be_ours(changes: dict[str, Any],
     assert query.means is (Means.OPEN if ours else Means.UNCLEAR)
 
 
-def test_with_both_ids_the_algo_id_alone_decides() -> None:
-    """Only the algo id is sent, so only the algo id is compared."""
-    both_ids = OrderRef(ALGO_ID, "another")
-    assert classify(Call.CANCEL, both_ids, Reply(200, confirmation())).means is Means.CONFIRMED
-    assert (
-        classify(Call.CANCEL, both_ids, Reply(200, confirmation(algoId=1, clientAlgoId="another"))).means == "unclear"
-    )
+@pytest.mark.parametrize(
+    ("changes", "is_ours"),
+    [({}, True), ({"clientAlgoId": None}, True), ({"clientAlgoId": "another"}, False), ({"algoId": 1}, False)],
+)
+def test_what_a_client_id_was_found_to_mean_bears_it(changes: dict[str, Any], is_ours: bool) -> None:
+    """Only the algo id is sent; the client id is compared where the answer tells it, as the two were brought together
+    by what stood in Redis."""
+    both_ids = OrderRef(ALGO_ID, CLIENT_ID)
+    cancel = classify(Call.CANCEL, both_ids, Reply(200, confirmation(**changes)))
+    assert cancel.means is (Means.CONFIRMED if is_ours else Means.UNCLEAR)
 
 
 # ---- what else is read from an answer -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -97,6 +98,23 @@ def test_whatever_stands_there_is_told_as_counts(numbers: bytes, before: bytes) 
     assert min(*told.kinds.values(), *told.outcome.buckets, *told.first_attempt.buckets, told.outcome.sum_ms) >= 0
     assert told.since_ms >= 0
     assert told.outcome.quantile(0.99) is None or told.outcome.count
+
+
+@PROFILE
+@given(st.binary(max_size=SIZE), st.binary(max_size=SIZE))
+def test_counts_never_fall(numbers: bytes, before: bytes) -> None:
+    """Of an earlier state of the same counts, the later one holds; counts that began at another time are others."""
+    same = before.ljust(SIZE, b"\0")[-8:]
+    last, one = Counts.of(before.ljust(SIZE, b"\0")), Counts.of(numbers.ljust(SIZE - 8, b"\0")[: SIZE - 8] + same)
+    later = one.after(last)
+
+    assert one.after(None) == one
+    assert Counts.of(b"").after(last).kinds == last.kinds
+    assert all(later.kinds[kind] == max(one.kinds[kind], last.kinds[kind]) for kind in OutcomeKind)
+    assert later.outcome.count >= max(one.outcome.count, last.outcome.count)
+    assert later.first_attempt.sum_ms == max(one.first_attempt.sum_ms, last.first_attempt.sum_ms)
+    anew = replace(one, since_ms=last.since_ms + 1)
+    assert anew.after(last) == anew
 
 
 def test_the_difference_of_two_moments_is_what_came_between() -> None:

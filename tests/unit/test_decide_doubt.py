@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from producer.message import Attempt, Call, OutcomeKind
@@ -61,6 +63,19 @@ def test_after_the_deadline_a_retry_is_not_sent(means: Means, kind: str) -> None
     assert isinstance(stop, Stop)
     assert stop.kind == kind
     assert stop.error == f"the deadline passed; last: {means}"
+
+
+def test_a_trigger_that_another_holder_saw_is_looked_at_again() -> None:
+    """What Redis tells of an earlier holder's answers makes no outcome: after the deadline too the order is asked for
+    once; what was heard by oneself, waiting for the child's id, is the end."""
+    late, seen = CASE.deadline_at_ms, attempt(Means.TRIGGERED, Call.QUERY)
+    told = dataclasses.replace(CASE, told_to=1)
+    assert first_step(told, [seen], POLICY, late) == Again(Call.QUERY)
+    asked = attempt(Means.UNCLEAR, Call.QUERY, at_ms=late, n=2)
+    stop = first_step(told, [seen, asked], POLICY, late + 1)
+    assert isinstance(stop, Stop)
+    assert (stop.kind, stop.order_status) == (OutcomeKind.GAVE_UP, "TRIGGERED")
+    assert first_step(CASE, [seen], POLICY, late) == Stop(OutcomeKind.TRIGGERED, "TRIGGERED")
 
 
 def test_a_retry_beyond_the_bound_is_not_sent() -> None:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from producer.message import (
@@ -40,7 +40,7 @@ from worker.decide import (
     read_history,
 )
 
-PROFILE = examples(40)
+PROFILE = examples(25)
 T0 = 1_750_485_492_076
 CASE = Case(by_client_id=False, meant_at_ms=T0, deadline_at_ms=T0 + 7 * 86_400_000, ahead=Span(0, 0))
 C, Q = Call.CANCEL, Call.QUERY
@@ -112,6 +112,7 @@ def _assert_alike(kept: Sequence[Attempt], whole: Sequence[Attempt], chance: ran
 
 
 @PROFILE
+@example(random.Random(497))  # a cancel that was confirmed stands among what is left out
 @given(CHANCES)
 def test_any_bounded_history_decides_as_the_whole(chance: random.Random) -> None:
     """Kind, call, delay and words are the same, now and after one more attempt, whatever was left out."""
@@ -121,7 +122,7 @@ def test_any_bounded_history_decides_as_the_whole(chance: random.Random) -> None
         _assert_alike(kept, whole, chance)
 
 
-@PROFILE
+@examples(10)  # each bounds hundreds of histories
 @given(CHANCES)
 def test_a_history_bounded_after_each_attempt_decides_as_the_whole(chance: random.Random) -> None:
     """Bounding hundreds of times over, as a worker does, drifts from the whole by nothing."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from producer.message import Attempt, Call, OutcomeKind, decode_attempts, encode_attempts
 from tests.examples import examples
-from worker.classify import GATED, SILENCE, Failure, Means, OrderRef, Reply, Verdict, classify
+from worker.classify import GATED, SILENCE, Failure, Means, OrderRef, Reply, Verdict, child_of, classify
 from worker.decide import (
     BLIND_CANCEL_MS,
     LAST_TRY_MS,
@@ -27,6 +27,7 @@ from worker.decide import (
     first_step,
     next_step,
     pause_ms,
+    silent_until_ms,
 )
 
 PROFILE = examples(30)
@@ -234,12 +235,14 @@ def test_no_delay_reaches_the_deadline(run: Run) -> None:
 
 @any_run
 def test_no_delay_exceeds_what_asked_for_it(run: Run) -> None:
-    """A delay is at most the backoff's cap, or the time that the exchange asked for."""
+    """A delay is at most the backoff's cap, the time that the exchange asked for, or the window of a cancel, in which
+    it may still strike."""
     for turn, again in _planned(run):
         if turn.verdict.means in GATED:
             assert again.delay_ms == pause_ms(turn.verdict, run.policy, turn.now_ms, run.case.ahead)
         else:
-            assert again.delay_ms <= max(run.policy.backoff_cap_ms, turn.verdict.retry_after_ms or 0)
+            strikes_ms = max(silent_until_ms(turn.history, run.policy), turn.case.strikes_until_ms) - turn.now_ms
+            assert again.delay_ms <= max(run.policy.backoff_cap_ms, turn.verdict.retry_after_ms or 0, strikes_ms)
 
 
 _NOT_DONE = GATED | {Means.BUSY, Means.CLOCK, Means.NOT_SENT}
@@ -359,10 +362,11 @@ _ENDS = {
 @any_run
 def test_what_is_final_ends_the_request(run: Run) -> None:
     """After a final state or a permanent refusal no call follows, so the same refusal is never met twice; but for what
-    may still strike."""
+    may still strike, and for a child that the exchange has not named yet."""
     for turn in run.turns:
-        strikes = turn.now_ms < run.case.strikes_until_ms or any(a.msg == SILENCE for a in turn.history)
-        if turn.verdict.means in _ENDS and (turn is run.turns[-1] or not strikes):
+        is_open = turn.now_ms < run.case.strikes_until_ms or any(a.msg == SILENCE for a in turn.history)
+        is_unnamed = turn.verdict.means in (Means.TRIGGERED, Means.FINISHED) and child_of(turn.verdict.order) is None
+        if turn.verdict.means in _ENDS and (turn is run.turns[-1] or not (is_open or is_unnamed)):
             assert turn is run.turns[-1]
             assert run.stop.kind in _ENDS[turn.verdict.means] or "left alone" in (run.stop.error or "")
 

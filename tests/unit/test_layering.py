@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -16,21 +17,23 @@ import pytest
 import producer
 from producer.keys import Keys
 from producer.message import TASK
+from tests.budgets import Row, table
 from tests.servers import ROOT
 
 PACKAGES = ("producer", "worker")
 SOURCES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.lua"))
-MAX_BODY_LINES = 40
 #: Sandbox and rehearsal play a strategy too, so they may use what a strategy uses, and nothing behind that.
 PLAY_A_STRATEGY = (Path("worker/sandbox"), Path("worker/rehearse.py"), Path("worker/rehearse_queue.py"))
 
 
+@cache
 def tree(source: Path) -> ast.Module:
     """The module's syntax tree."""
     return ast.parse((ROOT / source).read_text("utf-8"), str(source))
 
 
+@cache
 def imports(source: Path) -> set[str]:
     """Every module that it imports anywhere, inside functions and for type checking too, by its full name."""
     found: set[str] = set()
@@ -276,16 +279,11 @@ def test_key_names_stand_in_the_contract_alone(source: Path) -> None:
 # ---- shape ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_functions_are_short(source: Path) -> None:
-    """No function's body, without its docstring, is longer than forty lines."""
-    for node in ast.walk(tree(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.body
-            if ast.get_docstring(node) is not None and len(body) > 1:
-                body = body[1:]
-            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
-            assert lines <= MAX_BODY_LINES, f"{source}:{node.lineno} {node.name}: {lines} lines"
+@pytest.mark.parametrize("row", [row for row in table() if row.is_hard], ids=lambda row: row.what.partition(":")[0])
+def test_what_a_reader_has_to_hold_in_mind_is_short(row: Row) -> None:
+    """No file, no function's body without its docstring, and not the README is longer than `python -m tests.budgets`
+    allows."""
+    assert row.value <= row.limit, row.what
 
 
 def test_task_names_a_callable() -> None:

@@ -1,10 +1,13 @@
-"""The page for operators names what there is: settings, metrics, and rules that can be loaded as they stand."""
+"""The documents name what there is: settings, metrics, files, and rules that can be loaded as they stand."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from tests.servers import ROOT
+import pytest
+
+from tests.servers import ROOT, python
 from worker.sandbox.endpoints import ENDPOINTS
 from worker.sandbox.server import ORDER_CALLS
 from worker.settings import SETTINGS
@@ -15,9 +18,10 @@ RULES = re.search(r"^```yaml\n(?:#.*\n)?(groups:\n.*?)^```", TEXT, re.MULTILINE 
 
 
 def test_every_setting_is_explained() -> None:
-    """Whoever looks for a variable finds it; DYNO is Heroku's own."""
-    missing = {setting.variable for setting in SETTINGS} - {"DYNO"} - set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", TEXT))
-    assert {variable for variable in missing if "<ACCOUNT>" not in variable} == set()
+    """`--help` is where each variable stands with its default, its meaning and its rule: whoever looks finds it."""
+    told = " ".join(python("-m", "worker", "--help").stdout.split())
+    for setting in SETTINGS:
+        assert f"{setting.variable} {setting.default or '-'} {setting.meaning}: {setting.accepts}" in told
 
 
 def test_the_rules_stand_in_a_group() -> None:
@@ -54,3 +58,16 @@ def test_the_sandboxs_document_names_every_call_and_control() -> None:
     controls |= {*re.findall(r'if "(\w+)" in asked:', source), *re.findall(r'asked\.get\("(end_faults)"\)', source)}
     assert len(controls) > 15
     assert {name for name in controls if f"`{name}`" not in text and f'"{name}"' not in text} == set()
+
+
+@pytest.mark.parametrize(
+    "document", sorted([*ROOT.glob("*.md"), *ROOT.glob("*/docs/*.md")]), ids=lambda path: path.name
+)
+def test_the_documents_name_files_and_places_that_there_are(document: Path) -> None:
+    """Whoever follows a name or a link arrives."""
+    text = document.read_text("utf-8")
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("[!.]*/**/*.*")} | {path.name for path in ROOT.iterdir()}
+    named = set(re.findall(r"`([\w./-]+\.(?:py|lua|md|toml|json))`", text))
+    assert [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)] == []
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (document.parent / target).exists(), target

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.sandbox.book import AlgoStatus, DuplicateClientId, Order, OrderBook, OrderTerms
+from worker.sandbox.book import AlgoStatus, Order, OrderBook, OrderTerms
 
 NOW_MS = 1_750_485_492_076
 
@@ -55,25 +55,6 @@ def test_a_query_answer_has_the_documented_fields() -> None:
         "triggerTime": 0,
     }
     assert {name: shown[name] for name in wanted} == wanted
-
-
-def test_a_trigger_runs_its_course_as_time_passes() -> None:
-    """TRIGGERING has no child order, TRIGGERED names one, FINISHED keeps it, each from its own time on."""
-    book = OrderBook()
-    order = opened(book)
-    assert book.trigger(order, NOW_MS, triggered_after_ms=10, finished_after_ms=100)
-    seen = []
-    for after_ms in (0, 9, 10, 109, 110):
-        current = found(book, order, NOW_MS + after_ms)
-        seen.append((current.status.value, bool(current.actual_order_id), current.update_time_ms - NOW_MS))
-    assert seen == [
-        ("TRIGGERING", False, 0),
-        ("TRIGGERING", False, 0),
-        ("TRIGGERED", True, 10),
-        ("TRIGGERED", True, 10),
-        ("FINISHED", True, 110),
-    ]
-    assert order.trigger_time_ms == NOW_MS
 
 
 @pytest.mark.parametrize(
@@ -127,44 +108,6 @@ def test_a_child_is_filled_in_parts_and_its_end_is_its_parents() -> None:
     assert (order.status, order.update_time_ms) == (AlgoStatus.FINISHED, NOW_MS + 2)
     assert not book.cancel(child, NOW_MS + 3)
     assert not book.fill(child, NOW_MS + 3)
-
-
-def test_a_child_is_cancelled_with_what_was_filled() -> None:
-    """A cancel ends a live child once and leaves what was executed; a fill that was to come does not come any more."""
-    book = OrderBook()
-    order = opened(book)
-    book.trigger(order, NOW_MS, finished_after_ms=100)
-    child = order.child
-    assert child is not None
-    book.fill(child, NOW_MS + 1, "0.004")
-    assert book.cancel(child, NOW_MS + 2)
-    assert not book.cancel(child, NOW_MS + 3)
-    assert found(book, order, NOW_MS + 200).status is AlgoStatus.FINISHED
-    assert (child.status, child.executed_qty, child.deletes_effective) == ("CANCELED", Decimal("0.004"), 1)
-
-
-def test_a_child_can_lag_behind_its_trigger() -> None:
-    """Calls do not find the child, and the order does not name it, each for its own time after TRIGGERED."""
-    book = OrderBook()
-    order = opened(book)
-    book.trigger(order, NOW_MS, id_after_ms=20, child_after_ms=30)
-    child = order.child
-    assert child is not None
-    shown = [(bool(found(book, order, NOW_MS + t).actual_order_id), child.is_hidden(NOW_MS + t)) for t in (19, 20, 30)]
-    assert shown == [(False, True), (True, True), (True, False)]
-
-
-def test_a_client_id_is_unique_among_open_orders_only() -> None:
-    """A client id is refused while an order that bears it is NEW or TRIGGERING, and free afterwards."""
-    book = OrderBook()
-    first = opened(book, "stop-1")
-    with pytest.raises(DuplicateClientId):
-        opened(book, "stop-1")
-    book.trigger(first, NOW_MS, triggered_after_ms=10)
-    with pytest.raises(DuplicateClientId):
-        opened(book, "stop-1", now_ms=NOW_MS + 9)
-    second = opened(book, "stop-1", now_ms=NOW_MS + 10)
-    assert second.algo_id != first.algo_id
 
 
 MOVES = st.sampled_from(

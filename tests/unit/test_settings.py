@@ -131,13 +131,14 @@ NUMBERS = {
     "LEDGER_MAXLEN": ("99", "10000001", "100.5"),
     "WAF_PAUSE_S": ("0", "3601", "2.5"),
 }
-#: What Python's own number parsers, or a reader, might take for a number.
+#: What Python's own number parsers, or a reader, might take for a number, whole or with a fraction.
 NO_PLAIN_DECIMALS = (
     *("nan", "NaN", "inf", "-inf", "Infinity", "1e3", "0x10", "1_0", "+5", "-5", " 5 ", "5 ", "5\n", "\t5", "5.", ".5"),
     *("1,5", "05", "five", "5s", "\uff15", "\u0665", "\u00b2", "5\u00a0", "9" * 5000, "1.0000000", "true", "--5"),
 )
 BAD: list[tuple[str, str]] = [
-    *[(variable, text) for variable, beyond in NUMBERS.items() for text in (*beyond, *NO_PLAIN_DECIMALS)],
+    *[(variable, text) for variable, beyond in NUMBERS.items() for text in beyond],
+    *[(variable, text) for variable in ("WORKER_CONCURRENCY", "LEASE_S") for text in NO_PLAIN_DECIMALS],
     *[
         ("REDIS_URL", text)
         for text in (

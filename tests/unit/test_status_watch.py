@@ -12,8 +12,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from producer.message import OutcomeKind
-from producer.status import Gate, Percentiles, RefusedKey, Status, WorkerRow
+from producer.status import Gate, Percentiles, RefusedKey, Status
 from producer.watch import page
+from producer.workers import WorkerRow
 
 SIZES = [(80, 24), (120, 40)]
 #: Markup, an escape sequence, a C1 control, a line break, a right-to-left override, wide characters.

@@ -28,9 +28,9 @@ function job.is_id(id)
   return #id <= MAX_ID_BYTES
 end
 
--- Back to where any claim finds it, before all others.
-function job.to_front(id)
-  on('ZADD', UNFINISHED, text(WAITING_BAND + now.ms), id)
+-- Back to where any claim finds it, before all others. It waits since it was due, or since its lease ran out.
+function job.to_front(id, since_ms)
+  on('ZADD', UNFINISHED, text(WAITING_BAND + math.max(since_ms, 0)), id)
   on('LPUSH', WAITING, id)
 end
 
@@ -55,15 +55,15 @@ function job.lose(id, s)
 end
 
 function job.bring_back_lost()
-  local ids = on('ZRANGEBYSCORE', UNFINISHED, '-inf', now.text, 'LIMIT', '0', STEP)
-  if #ids > 0 then job.first_write() end
-  for i = #ids, 1, -1 do
-    local id = ids[i]
+  local due = on('ZRANGEBYSCORE', UNFINISHED, '-inf', now.text, 'WITHSCORES', 'LIMIT', '0', STEP)
+  if #due > 0 then job.first_write() end
+  for i = #due - 1, 1, -2 do
+    local id = due[i]
     local s = job.is_id(id) and job.read(id)
     if s and s.lease then job.lose(id, s) end
     if s and not s.done then
       redis.call('HSET', JOB_PREFIX .. id, 'status', job.is_recalled(s) and s.status or 'queued')
-      job.to_front(id)
+      job.to_front(id, tonumber(due[i + 1]))
     else
       on('ZREM', UNFINISHED, id)
     end
@@ -71,9 +71,10 @@ function job.bring_back_lost()
 end
 
 function job.bring_back_due()
-  local ids = on('ZRANGEBYSCORE', UNFINISHED, text(RETRY_BAND), text(RETRY_BAND + now.ms), 'LIMIT', '0', STEP)
-  for i = #ids, 1, -1 do
-    local id = ids[i]
+  local due = on('ZRANGEBYSCORE', UNFINISHED, text(RETRY_BAND), text(RETRY_BAND + now.ms), 'WITHSCORES',
+    'LIMIT', '0', STEP)
+  for i = #due - 1, 1, -2 do
+    local id = due[i]
     local s = job.is_id(id) and job.read(id)
     on('ZREM', SCHEDULED, id)
     if s and s.lease and not s.done then
@@ -81,7 +82,7 @@ function job.bring_back_due()
     elseif s and not s.done then
       redis.call('HDEL', JOB_PREFIX .. id, 'c_due_at_ms')
       if not job.is_recalled(s) then redis.call('HSET', JOB_PREFIX .. id, 'status', 'queued') end
-      job.to_front(id)
+      job.to_front(id, tonumber(due[i + 1]) - RETRY_BAND)
     else
       on('ZREM', UNFINISHED, id)
     end
@@ -165,6 +166,7 @@ function job.lease(id, s, deadline_ms)
   local run = text(s.run or '1') -- as its holder will write it: somebody may have put zeros before it
   out.number, out.stamp = out.number + 1, out.stamp or now.stamp()
   redis.call('PERSIST', key)
+  if run ~= '1' then redis.call('DEL', OUTCOME_PREFIX .. id) end -- it is of the run before
   job.put_in_order(key, id, s)
   -- The attempt is noted before it is sent: should nobody come back with its answer, it counts as perhaps done.
   local status = job.is_recalled(s) and s.status or 'started'

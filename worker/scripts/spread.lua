@@ -20,7 +20,7 @@ function job.spread(id)
   local answer, s = job.answered('done', id, 2)
   if answer then return answer end
   if s and job.is_recalled(s) then -- nothing more is to be done for it: its next holder says so
-    job.end_hold(JOB_PREFIX .. id, s, '2', '', '', 'queued')
+    job.end_hold(JOB_PREFIX .. id, s, '2', ARGV[10], ARGV[11], 'queued')
     job.to_front(id)
     return '2'
   end

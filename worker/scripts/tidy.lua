@@ -54,6 +54,7 @@ for _, id in ipairs(on('ZRANGE', CANCELED, '0', STEP - 1)) do
 end
 
 on('SCARD', QUEUE_WORKERS) -- one of another type would keep workers from being known to RQ
+on('SCARD', QUEUES) -- and this one strategies from enqueueing
 local found = on('SSCAN', WORKERS, ARGV[1], 'COUNT', '50')
 for _, key in ipairs(found[2]) do
   if redis.call('EXISTS', key) == 0 then

@@ -7,7 +7,7 @@ import re
 import socket
 import ssl
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pytest
@@ -67,28 +67,6 @@ def _unsignable(error: BaseException) -> Credential:
 
 def _id(cls: type[Exception]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-@pytest.fixture
-def credential() -> Credential:
-    """An account of no exchange."""
-    return Credential.from_secret("default", "key", "secret")
-
-
-@pytest.fixture(params=["asyncio", "requests"])
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """Starts a client of either transport, and its server."""
-    one = Bench(request.param)
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def loop_bench() -> Iterator[Bench]:
-    """The same for the worker's transport alone."""
-    one = Bench()
-    yield one
-    one.close()
 
 
 def _is_unsent(server: Server, client: Client, answer: Reply | Failure, phase: str) -> None:

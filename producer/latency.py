@@ -1,0 +1,71 @@
+"""For how long requests have waited for a worker, told apart from those that nobody may send now.
+
+A request waits from when it was due: at its enqueue, at the time of its next try, or when its holder's lease ran out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from producer.keys import Band, Keys
+from producer.protocol import Command
+
+#: Requests of one band that are looked at, those that were due first: whoever deletes a job leaves its entry in the
+#: index for a while.
+_HEAD = 100
+_BANDS = ((Band.WAITING, Band.RETRY), (Band.RETRY, Band.END), (Band.HELD, Band.WAITING))
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """How long the request has waited that was due first, s; None where none waits."""
+
+    for_worker_s: float | None
+    gated_s: float | None  # that nobody may send: the gate is closed, the queue suspended, or its key refused
+
+
+def commands(keys: Keys) -> list[Command]:
+    """Asks for those of each band of the index that come first."""
+    return [
+        ("ZRANGEBYSCORE", keys.unfinished, int(low), f"({int(high)}", "WITHSCORES", "LIMIT", 0, _HEAD)
+        for low, high in _BANDS
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Requests that wait, those of each band that were due first."""
+
+    ids: Sequence[Any]
+    since_ms: Sequence[float]
+    queued: int  # how many of them, the first ones, are in the queue; no claim has come by since the others were due
+
+    @classmethod
+    def of(cls, answers: Sequence[Sequence[Any]], now_ms: int) -> Heads:
+        """What the answers to :func:`commands` tell."""
+        bands = [
+            [(job_id, float(score) - low) for job_id, score in zip(answer[::2], answer[1::2], strict=True)]
+            for (low, _), answer in zip(_BANDS, answers, strict=True)
+        ]
+        rows = bands[0] + [row for band in bands[1:] for row in band if row[1] <= now_ms]
+        return cls([job_id for job_id, _ in rows], [since_ms for _, since_ms in rows], len(bands[0]))
+
+
+def waits(
+    since_ms: Iterable[float], now_ms: int, *, closed_until_ms: int, is_suspended: bool, refused_s: Iterable[float]
+) -> Waits:
+    """``since_ms``: since when each waits. ``closed_until_ms``: when the gate opens, or opened last; what waited behind
+    it has waited for a worker from then on. ``refused_s``: for how long keys are held back for which requests wait."""
+    oldest_ms = min(since_ms, default=None)
+    gated_s = list(refused_s)
+    if oldest_ms is None:
+        return Waits(None, max(gated_s, default=None))
+    if is_suspended or now_ms < closed_until_ms:
+        return Waits(None, max([*gated_s, _between_s(oldest_ms, now_ms)]))
+    return Waits(_between_s(max(oldest_ms, closed_until_ms), now_ms), max(gated_s, default=None))
+
+
+def _between_s(since_ms: float, now_ms: int) -> float:
+    return max(0.0, now_ms - since_ms) / 1000
