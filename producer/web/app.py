@@ -510,12 +510,15 @@ def _is_live() -> bool:
 def _frame(title: str, every_s: int) -> str | None:
     """A page with the part of it that looks again in a frame: what is typed beside that is not lost.
 
-    None where that part alone is asked for, which is told to come again, or ?refresh=0 says that nothing is to.
+    None where that part alone is asked for, which is told to come again, and where all is to be seen at once: with
+    ?refresh=0, and by what is no browser, which has no frames.
     """
     if request.args.get("refresh") == "0":
         return None
     if _is_live():
         g.refresh = every_s
+        return None
+    if not any(name in request.headers for name in ("Sec-Fetch-Dest", "Upgrade-Insecure-Requests")):
         return None
     told: dict[str, Any] = {"note": request.args.get("note"), "live": 1}
     address = url_for(str(request.endpoint), **(request.view_args or {}), **told)
