@@ -51,7 +51,7 @@ def main() -> None:
                 for name, path in PICTURES.items():
                     browser.get(web.url + path)
                     browser.execute_script(
-                        "const first = document.querySelector('details'); if (first) first.open = true"
+                        "const first = document.querySelector('.failed details'); if (first) first.open = true"
                     )
                     browser.save_screenshot(str(ROOT / "tests/pictures" / f"{name}.png"))
             fleet.stop()
