@@ -101,6 +101,16 @@ def test_what_was_open_is_cancelled(
     assert ticket.wait(60) == outcome
 
 
+def test_a_symbol_that_the_exchange_does_not_know_is_refused(workers: Workers, client: CancelClient) -> None:
+    """It is no symbol without open orders: the outcome says the exchange's words, and that nothing is known."""
+    workers.start()
+
+    outcome = client.cancel_open("NOSUCHUSDT").wait(30)
+
+    assert (outcome.kind, outcome.orders, outcome.may_be_live) == ("refused", (), True)
+    assert "Invalid symbol." in str(outcome.error)
+
+
 def test_under_all_faults_and_a_dead_worker_it_agrees_with_the_book(valkey: Valkey, workers: Workers) -> None:
     """Whatever the exchange does and though workers are killed, while new orders keep being opened."""
     config = ExchangeConfig(accounts={"default": (API_KEY, API_SECRET)}, faults="all", fault_rate=0.5, seed=11)
