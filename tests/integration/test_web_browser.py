@@ -217,11 +217,13 @@ def test_what_is_typed_outlasts_the_refresh(browser: webdriver.Chrome, web: WebP
     lost, and where somebody has scrolled to stays."""
     ticket = client.cancel(algo_id=LARGEST)
     log_in(browser, web)
+    look(browser, 1100, height=500)
+    scrolled = "return document.querySelector('iframe').contentWindow.scrollY"
     for path in ("/", f"/requests/{ticket.id}"):
         browser.get(web.url + path)
+        eventually(lambda: "pause" in words(browser), what="the figures are there")
         box = browser.find_element(By.ID, "find")
         box.click()
-        scrolled = "return document.querySelector('iframe').contentWindow.scrollY"
         browser.execute_script("document.querySelector('iframe').contentWindow.scrollTo(0, 60)")
         for part in (str(LARGEST)[:4], str(LARGEST)[4:9]):
             ActionChains(browser).send_keys(part).perform()
@@ -229,15 +231,13 @@ def test_what_is_typed_outlasts_the_refresh(browser: webdriver.Chrome, web: WebP
         ActionChains(browser).send_keys(str(LARGEST)[9:]).perform()
         assert box.get_attribute("value") == str(LARGEST)
         if path == "/":
-            assert browser.execute_script(scrolled) == 60
+            eventually(lambda: browser.execute_script(scrolled) == 60, what="the figures are where they were")
         ActionChains(browser).send_keys(Press.ENTER).perform()
         eventually(lambda: "Looked at open requests" in words(browser), what="the search is answered")
         assert str(LARGEST) in browser.find_element(By.TAG_NAME, "main").text
     browser.get(web.url + "/")
     eventually(lambda: "queued 1" in words(browser), what="the figures are there")
-    browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
-    browser.find_element(By.LINK_TEXT, "pause").click()
-    browser.switch_to.default_content()
+    browser.execute_script("document.querySelector('iframe').contentDocument.querySelector('.head a').click()")
     eventually(lambda: browser.current_url == f"{web.url}/?refresh=0", what="the pause is a page of its own")
     assert browser.find_elements(By.TAG_NAME, "iframe") == []
     assert "queued 1" in words(browser)
