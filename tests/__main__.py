@@ -27,10 +27,9 @@ FULL = (
 )
 FLOOR = 90.0
 #: How the whole suite is run. Without servers: measured always, as the decisions are proved there. With servers: six
-#: files at a time, as most of their time is waiting. The faults by themselves: they play several scenes at a time of
-#: their own accord, and measure how soon somebody notices.
+#: files at a time, as most of their time is waiting, those that take longest first.
 UNIT = ("-n", "3", "--dist", "loadfile", "tests/unit")
-REST = (("-n", "6", "--dist", "loadfile", "tests/integration", "tests/model", "tests/clients"), ("tests/fault",))
+REST = ("-n", "6", "--dist", "loadfile", "tests/fault", "tests/model", "tests/integration", "tests/clients")
 #: What a change to the decisions answers to first: their literal tables, and rules for any history.
 DECISIONS = ("classify_*", "decide_*", "child", "listing")
 #: What the tests of the page drive; `.ci/run` installs it.
@@ -63,7 +62,7 @@ def whole(directory: Path, left_out: Sequence[str], *, everything: bool) -> int:
     data, report = f"--data-file={directory}/coverage", directory / "report.json"
     coverage = [sys.executable, "-m", "coverage"]
     failed = 0
-    for chosen in (UNIT, *REST):
+    for chosen in (UNIT, REST):
         measured = [*coverage, "run", data] if everything or chosen is UNIT else [sys.executable]
         failed = run([*measured, "-m", "pytest", *left_out, *chosen]) or failed
     shown = () if everything else (f"--include={','.join(FULL)}",)

@@ -119,7 +119,7 @@ def _exchange(run: Reckoning) -> list[str]:
         *_listed("orders touched unasked", side.harmful),
         *_listed("differences from the book", side.differences),
         _row("undecided", side.undecided, "unknown, gave_up, overdue"),
-        _row("hasty", side.hasty, "undecided by a short deadline, and then tried again"),
+        _row("hasty", side.hasty, "undecided by a short deadline, and decided by another run"),
         _row("listings", side.listings, _listed_orders(side)),
         _row("left alone", sum(reasons.values()), f"their client ids are others' now; {run.reopened} were taken again"),
         *[f"      {count} {reason}" for reason, count in sorted(reasons.items())],

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.conftest import API_KEY, API_SECRET
 from tests.loopback import LOOPBACK, Authority, Peer, Server, answering, http_answer, relaying
-from tests.servers import ROOT, Peek, Valkey, eventually, free_port, running_valkey, scrubbed, server_binary
+from tests.servers import Peek, Valkey, eventually, free_port, python, running_valkey, scrubbed, server_binary
 from worker.__main__ import EX_CONFIG, EX_OK, EX_UNAVAILABLE
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -47,8 +48,7 @@ def environment(valkey: Valkey, exchange: RunningExchange) -> dict[str, str]:
 
 def check(environment: dict[str, str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command."""
-    command = [sys.executable, "-m", "worker", "check"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = python("-m", "worker", "check", **environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -320,10 +320,7 @@ start()
 def test_a_name_without_an_address_is_named(environment: dict[str, str]) -> None:
     """That the exchange's name cannot be looked up is told apart from a refused connection."""
     more = {"BINANCE_BASE_URL": "https://nowhere.invalid", "BINANCE_ALLOWED_HOST": "nowhere.invalid"}
-    command = [sys.executable, "-c", NO_NAMES]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = python("-c", NO_NAMES, **environment | more)
     assert done.returncode == EX_UNAVAILABLE, done.stderr
     assert "its name has no address (DNS)" in line(done.stdout, "FAILED exchange")
 
@@ -390,9 +387,16 @@ def test_a_key_that_may_only_read_is_refused(environment: dict[str, str]) -> Non
 
 def test_every_account_is_named(environment: dict[str, str], tmp_path: Path) -> None:
     """Accounts that were found, those that BINANCE_ACCOUNTS leaves out, and key files that others can read are told."""
-    found = {"BINANCE_DESK_API_KEY": "d", "BINANCE_DESK_API_SECRET": "s"}
+    path = tmp_path / "key.pem"
+    key = Ed25519PrivateKey.generate()
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    path.chmod(0o644)
+    found = {"BINANCE_DESK_API_KEY": "d", "BINANCE_DESK_PRIVATE_KEY": str(path)}
     code, said, _ = check(environment | found)
     assert code == EX_CONFIG
+    says = "BINANCE_DESK_PRIVATE_KEY names a file that others may use (mode 0644)"
+    assert says in line(said, "warn settings")
+    assert says in python("-m", "worker", "rehearse", "--account", "nobody", **environment, **found).stderr
     assert "2 account(s): default, desk" in line(said, "ok settings")
     line(said, "FAILED key of desk")
     code, said, _ = check(environment | found | {"BINANCE_ACCOUNTS": "default"})
