@@ -528,7 +528,7 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
 @click.option("--public-read", is_flag=True, help="Let whoever reaches HOST read everything, without a login.")
 @_where
 def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> ExitCode:
-    """Serve pages about the queue: status, failed requests, each request in full, search, and retry.
+    """Serve pages about the queue: status, open requests, outcomes, failed requests, history, search, and retry.
 
     With WEB_TOKEN in the environment (16 characters or more, 8 of them different) every page asks for it, and
     failed requests can be retried. Without it nothing can be changed, and only this machine may read: another HOST than
