@@ -14,14 +14,7 @@ from typing import Any, TypeVar
 
 from flask import Flask, Response, g, make_response, redirect, render_template, request, url_for
 from jinja2 import StrictUndefined
-from werkzeug.exceptions import (
-    BadRequest,
-    Conflict,
-    Forbidden,
-    HTTPException,
-    NotFound,
-    ServiceUnavailable,
-)
+from werkzeug.exceptions import BadRequest, Conflict, Forbidden, HTTPException, NotFound, ServiceUnavailable
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from producer.client import CancelClient
