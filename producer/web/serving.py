@@ -62,6 +62,7 @@ def serve(app: Flask, host: str, port: int, listening: Callable[[str], object]) 
             max_request_header_size=32 * 1024,
             max_request_body_size=1024 * 1024,
             inbuf_overflow=64 * 1024,
+            recv_bytes=2048,  # what is asked in one go is answered before it is read: no more than some dozen pages
             connection_limit=_CONNECTIONS,
             channel_timeout=30,
         )
