@@ -47,6 +47,7 @@ LASTING = {
     "rq:finished:cancels",
     "rq:failed:cancels",
     "cancels:outcomes",
+    "cancels:counts",
 }
 
 
