@@ -491,7 +491,7 @@ _LASTING = {
     "CLUSTERDOWN": "it is a Redis Cluster, which is not supported",
     "CROSSSLOT": "it is a Redis Cluster, which is not supported",
     "MOVED": "it is a Redis Cluster, which is not supported",
-    "NOPERM": "its user lacks a right",
+    "NOPERM": "its user lacks a right: `python -m producer acl` prints what each part needs",
 }
 _WORDS = _PASSING | _LASTING
 _CODE = re.compile(rf"\b({'|'.join(_WORDS)})\b")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,9 +22,13 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from producer.keys import Band, Keys
-from producer.message import Outcome, decode_outcome
+from producer.message import Outcome, OutcomeKind, decode_outcome
+from tests.preloaded import ROOT as ROOT
+from tests.preloaded import Forked
+from tests.preloaded import start as forked
 
-ROOT = Path(__file__).resolve().parent.parent
+#: The whole way into a worker, for tests of its first moments and of what others see of its process.
+WORKER = (sys.executable, "-m", "worker")
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 30.0, what: str = "") -> object:
@@ -121,7 +125,7 @@ def running_valkey(*options: str) -> Iterator[Valkey]:
 class Worker:
     """A real worker process; its output is collected in a file."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     _file: IO[bytes]
 
@@ -155,28 +159,34 @@ class Workers:
         stdout: int | None = None,
         **environment: str,
     ) -> Worker:
-        """Start ``python -m worker`` (or ``command``) and, unless told not to, wait until it works (RQ knows it).
+        """Start a worker of ours (or ``command``) and, unless told not to, wait until it works (RQ knows it).
 
         What it prints goes to its log, or to the descriptor ``stdout`` and its errors alone to the log.
         """
         log = self._directory / f"worker-{len(self.all)}.log"
         file = log.open("wb")
-        process = subprocess.Popen(
-            [*(command or (sys.executable, "-m", "worker")), *arguments],
-            cwd=self._root,
-            env=scrubbed() | self.environment | environment,
-            stdout=file if stdout is None else stdout,
-            stderr=file,
-            start_new_session=True,
-        )
+        out, given = file.fileno() if stdout is None else stdout, self.environment | environment
+        process: subprocess.Popen[bytes] | Forked
+        if command or self._root != ROOT or any(name.startswith("PYTHON") for name in given):
+            process = subprocess.Popen(
+                [*(command or WORKER), *arguments],
+                cwd=self._root,
+                env=scrubbed() | given,
+                stdout=out,
+                stderr=file,
+                start_new_session=True,
+            )
+        else:
+            process = forked("worker", arguments, scrubbed() | given, out, file.fileno())
         worker = Worker(process, log, file)
-        before = self._registered() if wait and command else 0
+        is_foreign = command not in ((), WORKER)
+        before = self._registered() if wait and is_foreign else 0
         self.all.append(worker)
         if wait:
             eventually(
                 lambda: (
                     process.poll() is not None
-                    or (self._registered() > before if command else "event=started " in worker.output())
+                    or (self._registered() > before if is_foreign else "event=started " in worker.output())
                 ),
                 20,
                 "the worker starts",
@@ -216,6 +226,8 @@ def scrubbed() -> dict[str, str]:
 
 def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this Python in the checkout with these words to its end, with no settings but these."""
+    if words[:2] in (("-m", "worker"), ("-m", "producer")):
+        return _ran(words[1], words[2:], scrubbed() | environment)
     return subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
@@ -225,6 +237,18 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         timeout=60,
         check=False,
     )
+
+
+def _ran(module: str, words: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = forked(module, words, environment, out.fileno(), errors.fileno())
+        try:
+            code = process.wait(60)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        for file in (out, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess([module, *words], code, out.read(), errors.read())
 
 
 def plain(answer: Any) -> Any:
@@ -268,6 +292,11 @@ class Peek:
     def kinds(self) -> Counter[str]:
         """How many outcomes of each kind there are."""
         return Counter(outcome.kind.value for outcome in self.ledger())
+
+    def counted(self) -> Counter[str]:
+        """How many of each kind were counted (producer/counts.py)."""
+        gets = (word for n in range(1, len(OutcomeKind) + 1) for word in ("GET", "i64", f"#{n}"))
+        return +Counter(dict(zip(map(str, OutcomeKind), self("BITFIELD", self.keys.counts, *gets), strict=True)))
 
     def now_ms(self) -> int:
         """The server's time, ms since the epoch."""

@@ -22,7 +22,7 @@ from producer.keys import Keys
 from tests.bench import floor
 from tests.bench.report import TITLES
 from tests.bench.rig import Rig
-from tests.servers import Worker, Workers
+from tests.servers import WORKER, Worker, Workers
 
 PROJECT_QUEUE = "cancels"
 _CALL_LIMIT_S = 10.0
@@ -187,7 +187,7 @@ def running(
     try:
         # RQ's command line has a name of its own for the address.
         options: dict[str, Any] = {"WORKER_CONCURRENCY": str(in_flight), "RQ_REDIS_URL": url, **(environment or {})}
-        worker = fleet.start(command=system.command, wait=False, **options)
+        worker = fleet.start(command=system.command or WORKER, wait=False, **options)
         yield Running(system, worker, in_flight, producer)
     finally:
         producer.close()

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generat
 
 from producer import CancelClient, CancelRequest
 from tests.loopback import LOOPBACK, Authority, Peer, Server
-from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.servers import ROOT, WORKER, Valkey, Workers, eventually, running_valkey, scrubbed
 from tests.webpages import WebProcess
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Call, Fault, FaultTiming
@@ -388,7 +388,7 @@ def test_every_failure_of_the_exchange_keeps_every_secret(scene: Scene) -> None:
     """After every fault, refused keys, pauses, strangers and defects no secret and no signature is anywhere."""
     with client_of(scene) as client, redis.Redis.from_url(scene.redis_url) as connection:
         late = client.cancel(client_algo_id="x", deadline_s=0.001)  # before there is a worker: one would be in time
-        worker = scene.workers.start()
+        worker = scene.workers.start(command=WORKER)
         scene.search.add("ps of the worker", process_line(worker.process.pid))
         tickets = [late, *client.cancel_many(trouble(scene))]
         ids = [ticket.id for ticket in tickets] + hostile(scene, connection)

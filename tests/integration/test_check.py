@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from tests.conftest import API_KEY, API_SECRET
 from tests.loopback import LOOPBACK, Authority, Peer, Server, answering, http_answer, relaying
-from tests.servers import ROOT, Peek, Valkey, eventually, free_port, python, running_valkey, scrubbed, server_binary
+from tests.servers import Peek, Valkey, eventually, free_port, python, running_valkey, scrubbed, server_binary
 from worker.__main__ import EX_CONFIG, EX_OK, EX_UNAVAILABLE
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -49,8 +48,7 @@ def environment(valkey: Valkey, exchange: RunningExchange) -> dict[str, str]:
 
 def check(environment: dict[str, str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command."""
-    command = [sys.executable, "-m", "worker", "check"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = python("-m", "worker", "check", **environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -322,10 +320,7 @@ start()
 def test_a_name_without_an_address_is_named(environment: dict[str, str]) -> None:
     """That the exchange's name cannot be looked up is told apart from a refused connection."""
     more = {"BINANCE_BASE_URL": "https://nowhere.invalid", "BINANCE_ALLOWED_HOST": "nowhere.invalid"}
-    command = [sys.executable, "-c", NO_NAMES]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = python("-c", NO_NAMES, **environment | more)
     assert done.returncode == EX_UNAVAILABLE, done.stderr
     assert "its name has no address (DNS)" in line(done.stdout, "FAILED exchange")
 

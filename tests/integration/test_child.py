@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,7 +214,7 @@ def test_a_worker_that_is_killed_leaves_the_child_to_the_next(
         return (child.deletes if call == "cancel_child" else child.gets) > 0
 
     eventually(is_asked, 20, "the call is out")
-    first.process.kill()
+    first.stop(signal.SIGKILL)
     workers.start(LEASE_S="5")
 
     outcome = ticket.wait(30)

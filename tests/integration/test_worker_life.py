@@ -7,7 +7,6 @@ import re
 import resource
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tests.conftest import API_KEY, API_SECRET
 from tests.integration.conftest import NewFleet
 from tests.loopback import Server, certificate
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import ROOT, Peek, Valkey, Workers, eventually, members, python, running_valkey, scrubbed
+from tests.servers import Peek, Valkey, Workers, eventually, members, python, running_valkey
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
 
@@ -112,10 +111,7 @@ def test_burst_leaves_when_all_is_done(
 def health(workers: Workers, *arguments: str, **environment: str) -> tuple[int, str]:
     """Exit code and output of the command for probes, which is given no key."""
     given = {name: value for name, value in workers.environment.items() if not name.startswith("BINANCE_")}
-    command = [sys.executable, "-m", "worker", "health", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=scrubbed() | given | environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = python("-m", "worker", "health", *arguments, **given | environment)
     assert done.stderr == ""
     return done.returncode, done.stdout
 

@@ -13,14 +13,14 @@ import redis
 from producer import CancelClient, OutcomeKind
 from tests.integration.conftest import NewFleet
 from tests.orders import PROVEN_S, cancel_all, once_each, opened, outcomes, steps
-from tests.servers import Peek, Valkey, Worker, Workers, eventually
+from tests.servers import WORKER, Peek, Valkey, Worker, Workers, eventually
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
 
 
 def test_what_is_never_used_is_not_loaded(workers: Workers) -> None:
     """A worker does without the tables by which requests guesses encodings, and nothing is said of that."""
-    worker = workers.start()
+    worker = workers.start(command=WORKER)
 
     assert "charset_normalizer" not in Path(f"/proc/{worker.process.pid}/maps").read_text("utf-8")
     assert "Warning" not in worker.output()

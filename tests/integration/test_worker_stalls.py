@@ -22,7 +22,7 @@ from tests.fault.conftest import name_of, state
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import Peek, Valkey, Worker, Workers, eventually, running_valkey
+from tests.servers import WORKER, Peek, Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -172,7 +172,7 @@ def test_a_stop_at_any_moment_of_the_start(new_fleet: NewFleet, peek: Peek) -> N
     moments: list[float] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
     ends = []
     for moment in moments:
-        worker = fleet.start(wait=False)
+        worker = fleet.start(command=WORKER, wait=False)
         time.sleep(moment)
         ends.append(worker.stop(signal.SIGTERM, timeout_s=SOON_S))
         assert "Traceback" not in worker.output()
