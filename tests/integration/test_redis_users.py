@@ -249,6 +249,8 @@ REFUSED: list[tuple[Role, tuple[Any, ...]]] = [
     (Role.STRATEGY, ("GET", "somebody-elses")),
     (Role.STRATEGY, ("SCAN", 0)),
     (Role.STRATEGY, ("FLUSHDB",)),
+    (Role.STRATEGY, ("CLIENT", "LIST")),
+    (Role.STRATEGY, ("CLIENT", "PAUSE", 1)),
     (Role.READER, ("SET", KEYS.outcome_prefix + ID, "1")),
     (Role.READER, ("RPUSH", KEYS.waiting, ID)),
     (Role.READER, ("HSET", KEYS.gate("all"), "until_ms", 0)),
