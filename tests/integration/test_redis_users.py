@@ -286,6 +286,12 @@ def test_no_user_can_do_more(guarded: Valkey) -> None:
             r"permissions|can't (run|access)", str(said)
         )
         assert told, (role, command, said)
+    with redis.Redis(port=guarded.port) as connection, CancelClient.from_url(url_of(guarded, "strategy")) as strategy:
+        connection.hset(KEYS.job_prefix + ID, "c_done", "refused")
+        connection.zadd(KEYS.failed, {ID: 1})
+        for ask in (strategy.status, lambda: strategy.retry([ID])):
+            with pytest.raises(QueueUnavailable, match="lacks a right: `python -m producer acl`"):
+                ask()
 
 
 # ---- where they come from --------------------------------------------------------------------------------------------
