@@ -128,6 +128,8 @@ def _begin(environment: dict[str, str], stdout: int, stderr: int, told: int) -> 
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.closerange(3, _FDS)
+    # Those that there are know whether what the number led to before could be sought in.
+    sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()
