@@ -128,6 +128,9 @@ def _begin(environment: dict[str, str], stdout: int, stderr: int, told: int) -> 
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.closerange(3, _FDS)
+    # Those of the process that forks know whether its own output could seek.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()
