@@ -133,7 +133,8 @@ def test_operators_readers_and_checks_do_their_part(guarded: Valkey, exchange: R
         assert pages.get(f"/retry?id={tickets[1].id}", headers=auth).status_code == 200
         assert pages.post("/retry/start", data={"id": tickets[1].id}, headers=auth).status_code == 303
         assert tickets[1].wait(30).kind is OutcomeKind.CANCELLED
-        for path in ("/", "/failed", f"/search?q={first}", f"/requests/{tickets[0].id}"):
+        paths = ("/", "/queued", "/scheduled", "/outcomes?tag=x", "/failed", "/history", f"/search?q={first}")
+        for path in (*paths, f"/requests/{tickets[0].id}"):
             assert (pages.get(path, headers=auth).status_code, looks.get(path).status_code) == (200, 200)
         with redis.Redis(port=guarded.port) as connection:  # a refused key has its own keys to be looked at
             connection.sadd(KEYS.suspects, "default " + "0" * 16)
