@@ -116,7 +116,7 @@ class OwnQueue:
         shared = (
             *(keys.waiting, keys.claiming, keys.intermediate, keys.unfinished, keys.outcomes, keys.suspects),
             *(keys.started, keys.scheduled, keys.finished, keys.failed, keys.canceled, keys.queue_workers),
-            *(keys.durable, keys.gate(keys.queue)),
+            *(keys.durable, keys.gate(keys.queue), keys.counts, keys.minutes),
         )
         return [*shared, *map(keys.breaker, prints), *map(keys.held, prints), *of_jobs]
 
