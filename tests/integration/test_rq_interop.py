@@ -285,6 +285,21 @@ def test_requeue_starts_a_new_run(
     assert FailedJobRegistry(queue=queue).get_job_ids() == []
 
 
+def test_plain_rq_enqueue_is_accepted(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """A program that knows RQ alone can enqueue a cancel by the function's name."""
+    workers.start()
+    algo_id = exchange.add_orders(1)[0].algo_id
+    queue = Queue("cancels", connection=connection, serializer=JSONSerializer)
+
+    job = queue.enqueue("worker.task.cancel_algo_order", {"v": 1, "account": "default", "algo_id": algo_id})
+
+    assert client.wait(job.id, 10).kind is OutcomeKind.CANCELLED
+    assert job.get_status() == "finished"
+    assert job.return_value(refresh=True) == "cancelled"
+
+
 def test_rqs_command_line_starts_our_worker(
     workers: Workers, client: CancelClient, exchange: RunningExchange, valkey: Valkey, connection: redis.Redis
 ) -> None:
