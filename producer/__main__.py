@@ -481,9 +481,10 @@ def acl(queue: str, redis_6: bool) -> ExitCode:
 def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
     """Serve the queue's metrics for Prometheus until told to stop; one process for each queue.
 
-    Everything is read from Redis when Prometheus asks. The counters begin with what the ledger holds at the start.
-    While Redis does not answer, or refuses, cancel_up is 0. There is no login: whoever reaches the port reads the
-    figures. Leaves with 0 on SIGTERM.
+    Everything is read from Redis when Prometheus asks. Outcomes and times are counted there, whatever is restarted;
+    what only the ledger tells (accounts, attempts, replies) is counted from the first scrape on. While Redis does not
+    answer, or refuses, cancel_up is 0. There is no login: whoever reaches the port reads the figures. Leaves with 0
+    on SIGTERM.
     """
     try:
         from producer.metrics import LedgerClient, QueueCollector, Server
@@ -527,7 +528,7 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
 @click.option("--public-read", is_flag=True, help="Let whoever reaches HOST read everything, without a login.")
 @_where
 def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> ExitCode:
-    """Serve pages about the queue: status, failed requests, each request in full, search, and retry.
+    """Serve pages about the queue: status, open requests, outcomes, failed requests, history, search, and retry.
 
     With WEB_TOKEN in the environment (16 characters or more, 8 of them different) every page asks for it, and
     failed requests can be retried. Without it nothing can be changed, and only this machine may read: another HOST than

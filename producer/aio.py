@@ -180,7 +180,7 @@ class AsyncCancelClient:
 
     async def _list_open(self, request: OpenRequest) -> AsyncOpenTicket:
         accepted = await self.converse(self._wire.enqueue([request], durable=False), doubt=OPEN_IN_DOUBT)
-        return AsyncOpenTicket(*accepted.carried[0], _client=self)
+        return AsyncOpenTicket(*accepted.carried[0], _client=self, asked_ms=accepted.asked_ms)
 
     async def outcome(self, ticket_or_id: TicketFields | str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S).

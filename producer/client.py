@@ -201,7 +201,7 @@ class CancelClient:
 
     def _list_open(self, request: OpenRequest) -> OpenTicket:
         accepted = self.converse(self._wire.enqueue([request], durable=False), doubt=OPEN_IN_DOUBT)
-        return OpenTicket(*accepted.carried[0], _client=self)
+        return OpenTicket(*accepted.carried[0], _client=self, asked_ms=accepted.asked_ms)
 
     def outcome(self, ticket_or_id: TicketFields | str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S).

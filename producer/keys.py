@@ -19,6 +19,8 @@ RESULT_TTL_S = 600
 FAILURE_TTL_S = 7 * 86_400
 #: A pointer outlives any deadline; it is removed with the outcome, and left by a job that was deleted or has failed.
 POINTER_LIFE_S = 8 * 86_400
+#: No lease is longer, s: LEASE_S of a worker's settings.
+MAX_LEASE_S = 300
 #: RQ's clean-up requeues a job that has retries left and fails it otherwise; our own bounds decide, never RQ's.
 ENDLESS_RETRIES = 1_000_000
 
@@ -216,6 +218,7 @@ class Keys:
             "ORDER_PREFIX": self.order_prefix,
             "OUTCOME_PREFIX": self.outcome_prefix,
             "POINTER_LIFE_S": POINTER_LIFE_S,
+            "MAX_LEASE_MS": MAX_LEASE_S * 1000,
             "ENDLESS_RETRIES": ENDLESS_RETRIES,
             "MAX_ID_BYTES": MAX_ID_BYTES,
             "WAITING_BAND": int(Band.WAITING),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from producer.message import CancelRequest, ListedOrder, OpenRequest, Outcome, OutcomeKind
@@ -103,13 +104,17 @@ class OpenOutcome:
 
 @dataclass(frozen=True, slots=True)
 class OpenTicketFields(TicketFields):
-    """A request for all open orders of a symbol that is on the queue."""
+    """A request for all open orders of a symbol; ``asked_ms``: when it was put on the queue, by Redis' clock."""
 
+    asked_ms: int = field(default=0, repr=False, compare=False, kw_only=True)
     looks: list[str] = field(default_factory=list, repr=False, compare=False, kw_only=True)  # ids of later listings
 
     def as_dict(self) -> dict[str, object]:
         """The ticket as the command line prints it."""
         return {"id": self.id, "symbol": self.request.symbol, "account": self.request.account}
+
+    def __reduce__(self) -> tuple[Any, tuple[object, ...]]:
+        return partial(type(self), asked_ms=self.asked_ms), (self.id, self.request, self.duplicate)
 
 
 #: What a client is asked for: to wait for these requests (and give their ends), or to make one (and give its id).
@@ -139,14 +144,15 @@ def pursue(ticket: TicketFields, queue: str) -> Generator[Step, Any, OpenOutcome
         QueueUnavailable: Redis did not answer.
     """
     request = ticket.request
-    looks = [(yield from _look(ticket.id, request))]
+    looks = [(yield from _look(ticket.id, request, getattr(ticket, "asked_ms", 0)))]
     if not isinstance(looks[0].end, Outcome | WaitTimeout):
         raise looks[0].end
     later: list[str] = getattr(ticket, "looks", [])
     if looks[0].is_whole and isinstance(request, OpenRequest):
+        narrowed = _narrowed(request, looks[0])
         if not later:
-            later.append((yield _narrowed(request, looks[0])))
-        looks.append((yield from _look(later[0], request)))
+            later.append((yield narrowed))
+        looks.append((yield from _look(later[0], request, narrowed.before_ms or 0)))
     so_far = _outcome(ticket.id, looks)
     standing = [error for look in looks for error in (*look.standing, look.end) if isinstance(error, Exception)]
     for error in standing:
@@ -158,7 +164,7 @@ def pursue(ticket: TicketFields, queue: str) -> Generator[Step, Any, OpenOutcome
     return so_far
 
 
-def _look(job_id: str, request: CancelRequest) -> Generator[Step, Any, _Look]:
+def _look(job_id: str, request: CancelRequest, asked_ms: int) -> Generator[Step, Any, _Look]:
     end: End = (yield {job_id: request})[job_id]
     if not isinstance(end, Outcome) or end.kind.failed:
         return _Look(end)
@@ -166,6 +172,9 @@ def _look(job_id: str, request: CancelRequest) -> Generator[Step, Any, _Look]:
         listed = end.orders if end.kind is OutcomeKind.LISTED else None
         if listed is None:
             raise MalformedMessage(f"outcome of {clean_text(job_id)}: it is no listing")
+        if (end.before_ms or 0) < asked_ms:  # it would leave out what was opened since
+            words = f"it lists what was open at {end.before_ms}, before it was asked for at {asked_ms}"
+            raise MalformedMessage(f"outcome of {clean_text(job_id)}: {words}")
         wanted = {order.id: CancelRequest(order.algo_id, account=request.account) for order in listed}
     except (InvalidRequest, MalformedMessage) as error:
         return _Look(error if isinstance(error, MalformedMessage) else MalformedMessage(str(error)))
@@ -185,7 +194,7 @@ def _narrowed(request: OpenRequest, look: _Look) -> OpenRequest:
     """The second look: what was open at the first request's moment, within what is left of its time."""
     first = look.end
     assert isinstance(first, Outcome)
-    moments_ms = [ms for ms in (first.before_ms, first.enqueued_at_ms, request.before_ms) if ms is not None]
+    moments_ms = [ms for ms in (first.before_ms, request.before_ms) if ms is not None]
     before_ms = min(moments_ms, default=0)  # without any nothing can be told to have been there
     left_s = request.deadline_s
     if left_s is not None and first.enqueued_at_ms is not None:

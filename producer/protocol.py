@@ -317,10 +317,12 @@ def rows(requests: Iterable[CancelRequest]) -> Iterator[list[list[Row]]]:
 
 
 class Accepted(NamedTuple):
-    """What an enqueue came to: id of the carrying job, request and duplicate, in the caller's order."""
+    """What an enqueue came to: id of the carrying job, request and duplicate, in the caller's order; for a single
+    request when it was made by Redis' clock, ms, 0 if that is not known."""
 
     carried: list[tuple[str, CancelRequest, bool]]
     not_durable: NotDurable | None
+    asked_ms: int = 0
 
 
 class Wire:
@@ -338,15 +340,20 @@ class Wire:
         """Put requests on the queue, one round trip for each :data:`CHUNK`."""
         checked_flag("durable", durable)
         carried: dict[int, tuple[str, CancelRequest, bool]] = {}
+        asked_ms = 0
         for chunk in rows(checked_requests(requests)):
             answers = yield from call(self.enqueue_script, *(partial(self._enqueue_words, batch) for batch in chunk))
             for batch, answer in zip(chunk, answers, strict=True):
-                if not isinstance(answer, list) or len(answer) != 2 * len(batch) + 1 or text(answer[0]) != batch[0].id:
+                if not isinstance(answer, list) or len(answer) != 2 * len(batch) + 1:
                     raise NotOurs
+                first_id, _, at_ms = text(answer[0]).partition(" ")
+                if first_id != batch[0].id:
+                    raise NotOurs
+                asked_ms = int(at_ms)
                 for row, job_id, duplicate in zip(batch, answer[1::2], answer[2::2], strict=True):
                     carried[row.position] = (text(job_id), row.request, bool(int(duplicate)))
         not_durable = (yield from self._to_file()) if durable and carried else None
-        return Accepted([carried[position] for position in range(len(carried))], not_durable)
+        return Accepted([carried[position] for position in range(len(carried))], not_durable, asked_ms)
 
     def _to_file(self) -> Conversation[NotDurable | None]:
         """Wait until the server's append-only file holds what was written.

@@ -65,6 +65,7 @@ _WORKS = (*_SCRIPTS, "+script|load", "+publish", "+subscribe", "+unsubscribe", "
 _WORKERS_WRITES = (
     *("+del", "+expire", "+pexpire", "+persist", "+rename", "+hset", "+hdel", "+hincrby", "+set", "+xadd"),
     *("+lpush", "+rpush", "+lpop", "+lrem", "+blmove", "+sadd", "+srem", "+spop", "+zadd", "+zrem"),
+    *("+bitfield", "+setrange"),
 )
 
 

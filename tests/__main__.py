@@ -32,25 +32,30 @@ UNIT = ("-n", "3", "--dist", "loadfile", "tests/unit")
 REST = ("-n", "6", "--dist", "loadfile", "tests/fault", "tests/model", "tests/integration", "tests/clients")
 #: What a change to the decisions answers to first: their literal tables, and rules for any history.
 DECISIONS = ("classify_*", "decide_*", "child", "listing")
-#: What the tests of the page drive; `.ci/run` installs it.
-BROWSER = ("chromium", "chromedriver")
-NO_BROWSER = "LEFT OUT: the page in a real browser. For these tests: apt-get install chromium chromium-driver"
+#: Programs that some tests drive, and what is left out without them, by marker; `.ci/run` installs them.
+PROGRAMS = {
+    "browser": (("chromium", "chromedriver"), "the page in a real browser", "chromium chromium-driver"),
+    "promtool": (("promtool",), "what Prometheus makes of rules and dashboard", "prometheus"),
+}
 
 
 def main(arguments: list[str]) -> int:
     """Run pytest; gives the exit code."""
-    missing = [name for name in BROWSER if shutil.which(name) is None]
-    left_out = ("-m", "not browser") if missing and "-m" not in arguments else ()
+    missing = [marker for marker, (names, _, _) in PROGRAMS.items() if not all(map(shutil.which, names))]
+    told = "\n".join(
+        f"LEFT OUT: {PROGRAMS[each][1]}. For these tests: apt-get install {PROGRAMS[each][2]}" for each in missing
+    )
+    left_out = ("-m", " and ".join(f"not {each}" for each in missing)) if missing and "-m" not in arguments else ()
     if arguments == ["--decisions"]:
         arguments = [str(path) for name in DECISIONS for path in ROOT.glob(f"tests/unit/test_{name}.py")]
     if arguments and arguments != ["--coverage"]:
         return run([sys.executable, "-m", "pytest", *left_out, *arguments])
     if missing:
-        print(NO_BROWSER, file=sys.stderr)  # noqa: T201
+        print(told, file=sys.stderr)  # noqa: T201
     with tempfile.TemporaryDirectory() as directory:
         code = whole(Path(directory), left_out, everything=bool(arguments))
     if missing:
-        print(NO_BROWSER, file=sys.stderr)  # noqa: T201
+        print(told, file=sys.stderr)  # noqa: T201
     return code
 
 

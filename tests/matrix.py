@@ -25,6 +25,7 @@ CONTRACT = tuple(
     for name in (
         *("enqueue", "claim", "complete", "index", "leases", "runs", "script_costs", "gate_script", "damaged_keys"),
         *("worker_outcomes", "stock_worker", "rq_interop", "client", "aio", "testing_contract", "redis_users"),
+        "counts",
     )
 )
 PROGRAMS = ("redis-server", "valkey-server")

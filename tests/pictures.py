@@ -22,7 +22,7 @@ from tests.webpages import KEYS, TOKEN, WebProcess
 from worker.sandbox.control import ExchangeConfig, start_exchange
 
 KINDS = [OutcomeKind.CANCELLED] * 60 + [OutcomeKind.TRIGGERED] * 3 + [OutcomeKind.EXPIRED, OutcomeKind.GAVE_UP]
-PICTURES = {"web-status": "/?refresh=0", "web-failed": "/failed", "web-history": "/history?refresh=0"}
+PICTURES = {"web-status": "/?refresh=0", "web-failed": "/failed", "web-history": "/history"}
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
                 for name, path in PICTURES.items():
                     browser.get(web.url + path)
                     browser.execute_script(
-                        "const first = document.querySelector('details'); if (first) first.open = true"
+                        "const first = document.querySelector('.failed details'); if (first) first.open = true"
                     )
                     browser.save_screenshot(str(ROOT / "tests/pictures" / f"{name}.png"))
             fleet.stop()

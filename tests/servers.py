@@ -22,7 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from producer.keys import Band, Keys
-from producer.message import Outcome, decode_outcome
+from producer.message import Outcome, OutcomeKind, decode_outcome
 from tests.preloaded import ROOT as ROOT
 from tests.preloaded import Forked
 from tests.preloaded import start as forked
@@ -292,6 +292,11 @@ class Peek:
     def kinds(self) -> Counter[str]:
         """How many outcomes of each kind there are."""
         return Counter(outcome.kind.value for outcome in self.ledger())
+
+    def counted(self) -> Counter[str]:
+        """How many of each kind were counted (producer/counts.py)."""
+        gets = (word for n in range(1, len(OutcomeKind) + 1) for word in ("GET", "i64", f"#{n}"))
+        return +Counter(dict(zip(map(str, OutcomeKind), self("BITFIELD", self.keys.counts, *gets), strict=True)))
 
     def now_ms(self) -> int:
         """The server's time, ms since the epoch."""

@@ -221,6 +221,8 @@ def rehearse_command(symbol: str, account: str, as_json: bool) -> None:
 
     keep_memory_private()
     log.tell_warnings_on_stderr()
+    for warning in settings.warnings:
+        _say(f"warn {warning}", to_stderr=True)
     say = partial(_say, to_stderr=as_json)
     sys.exit(rehearse(settings, symbol.upper(), account, say=say, tell=_say if as_json else None))
 

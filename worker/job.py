@@ -66,9 +66,11 @@ class CancelJob:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     child: Child | None = None  # what it became by triggering
     told_to: int = field(init=False)
+    client_algo_id: str | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.told_to = next_number(self.history) - 1
+        self.client_algo_id = self.request.client_algo_id
 
     def listing(self, ahead: Span | None) -> ListingCase | None:
         """What there is to decide of a request for all open orders of a symbol; None: it is for one order. A retry
@@ -99,6 +101,8 @@ class CancelJob:
             self.pinned = self.pinned or self.algo_id is None
             self.algo_id = verdict.order.algo_id
             self.symbol = self.symbol or verdict.order.symbol
+            if self.client_algo_id is not None:  # what was asked for beside an algo id may be another order's
+                self.client_algo_id = verdict.order.client_algo_id or self.client_algo_id
 
     def pin(self) -> str:
         return Pin(self.algo_id, self.symbol).encode() if self.pinned and self.algo_id is not None else ""
@@ -128,7 +132,7 @@ class CancelJob:
             kind=stop.kind,
             account=request.account,
             algo_id=self.algo_id,
-            client_algo_id=request.client_algo_id,
+            client_algo_id=self.client_algo_id,
             symbol=self.symbol,
             tag=request.tag,
             may_be_live=is_live,

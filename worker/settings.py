@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
+from producer.keys import MAX_LEASE_S
 from producer.message import DEFAULT_QUEUE
 from producer.redis_url import FORMS, Address
 from worker import setting_values as values
@@ -208,7 +209,7 @@ _BACKOFF_CAP_MS = _whole("BACKOFF_CAP_MS", 15_000, 1, 3_600_000, "milliseconds",
 _NOT_FOUND_HORIZON_S = _decimal(
     "NOT_FOUND_HORIZON_S", 10, 0, 86_400, "seconds", "how long 'no such order' is asked again before it is believed"
 )
-_LEASE_S = _decimal("LEASE_S", 8, 1, 300, "seconds", "how long a silent worker keeps its jobs from the others")
+_LEASE_S = _decimal("LEASE_S", 8, 1, MAX_LEASE_S, "seconds", "how long a silent worker keeps its jobs from the others")
 # Heroku kills what is left 30 s after SIGTERM. The last outcomes may have to wait out one Redis time-out (3 s) after
 # the last request ended, and Python needs a moment to leave: 25 s is the longest grace that is sure to end by itself.
 _SHUTDOWN_GRACE_S = _whole("SHUTDOWN_GRACE_S", 20, 1, 25, "seconds", "longest time from SIGTERM to exit")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any, TypeVar
 
 from flask import Flask, Response, g, make_response, redirect, render_template, request, url_for
@@ -28,7 +28,7 @@ from producer.client import CancelClient
 from producer.keys import Band
 from producer.message import OutcomeKind
 from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
-from producer.timeline import Timeline, read_timeline
+from producer.timeline import read_timeline
 from producer.untrusted import clean_text
 from producer.web import queries
 from producer.web.access import (
@@ -50,8 +50,8 @@ from producer.web.plots import plots_of, rows_of
 from producer.web.queries import PAGE, Standing
 from producer.web.seen import USABLE_ID, Seen, requests_of
 
-#: Between two looks of a page that refreshes itself, and of one that shows hours, s.
-REFRESH_S, HISTORY_REFRESH_S = 5, 30
+#: Between two looks of a page that refreshes itself, s.
+REFRESH_S = 5
 #: What is drawn: minutes, and how many of them make an interval.
 _HOUR, _DAY = (60, 1), (1440, 15)
 #: Outcomes below the status.
@@ -248,36 +248,16 @@ def _broken(error: Exception) -> Answer:
 # --- Pages --------------------------------------------------------------------------------------------------------
 
 
-class _Lane:
-    """So many calls at a time, and so many more that wait: whoever waits keeps a thread of the server."""
-
-    def __init__(self, calls: int, waiting: int) -> None:
-        self._calls = threading.BoundedSemaphore(calls)
-        self._places = threading.BoundedSemaphore(calls + waiting)
-
-    @contextlib.contextmanager
-    def turn(self, until_s: float) -> Iterator[None]:
-        """Wait for a turn until then (monotonic), and have it for the length of the block.
-
-        Raises:
-            ServiceUnavailable: it did not come in time, or too many wait already.
-        """
-        with contextlib.ExitStack() as held:
-            if not self._places.acquire(blocking=False):
-                raise ServiceUnavailable(_CROWD, retry_after=_AGAIN_S)
-            held.callback(self._places.release)
-            if not self._calls.acquire(timeout=max(0.0, until_s - time.monotonic())):
-                raise ServiceUnavailable(_BUSY, retry_after=_AGAIN_S)
-            held.callback(self._calls.release)
-            yield
-
-
 class _Turns:
-    """Lets few calls of Redis be under way at a time: a small plan has few connections, and workers need theirs."""
+    """Lets few calls of Redis be under way at a time: a small plan has few connections, and workers need theirs.
+
+    Some more wait, each keeping a thread of the server; who would be one too many is turned away.
+    """
 
     def __init__(self) -> None:
-        self._calls = _Lane(_CALLS, _WAITING)
-        self._heavy = _Lane(_HEAVY_CALLS, _HEAVY_WAITING)
+        lanes = ((_HEAVY_CALLS, _HEAVY_WAITING), (_CALLS, _WAITING))
+        # The heavy one first: while it waits for that it keeps no light one away.
+        self._lanes = [(BoundedSemaphore(calls + waiting), BoundedSemaphore(calls)) for calls, waiting in lanes]
 
     @contextlib.contextmanager
     def taken(self, heavy: bool) -> Iterator[None]:
@@ -288,9 +268,11 @@ class _Turns:
         """
         until_s = time.monotonic() + _TURN_S
         with contextlib.ExitStack() as held:
-            # The heavy one first: while it waits for that it keeps no light one away.
-            for lane in [self._heavy] * heavy + [self._calls]:
-                held.enter_context(lane.turn(until_s))
+            for places, calls in self._lanes if heavy else self._lanes[1:]:
+                for lock, until, words in ((places, 0.0, _CROWD), (calls, until_s, _BUSY)):
+                    if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
+                        raise ServiceUnavailable(words, retry_after=_AGAIN_S)
+                    held.callback(lock.release)
             yield
 
 
@@ -302,7 +284,6 @@ class _Pages:
         self._keys = client.keys
         self._access = access
         self._turns = _Turns()
-        self._kept: dict[int, tuple[float, Timeline]] = {}
 
     def rules(self) -> Mapping[str, Any]:
         """Address and method."""
@@ -323,17 +304,22 @@ class _Pages:
         }
 
     def _ask(self, conversation: Conversation[T], heavy: bool = False) -> T:
+        """What Redis says, and in the same turn what the banner of each page needs."""
         with self._turns.taken(heavy):
-            return self._client.converse(conversation)
+            told = self._client.converse(conversation)
+            if "standing" not in g:
+                try:
+                    g.standing = self._client.converse(queries.standing(self._keys))
+                except _UNREADABLE:
+                    g.standing = None
+            return told
 
     def standing(self) -> Standing | None:
-        """What holds up everything, for the banner of a page; None where it cannot be told."""
+        """What holds up everything, for the banner; None where it cannot be told."""
         if "standing" not in g:
-            try:
-                g.standing = self._ask(queries.standing(self._keys))
-            except (QueueUnavailable, HTTPException, *_UNREADABLE):
-                g.standing = None
-        found: Standing | None = g.standing
+            with contextlib.suppress(QueueUnavailable, HTTPException):
+                self._ask(queries.clock())
+        found: Standing | None = g.get("standing")
         return found
 
     # --- reading ---
@@ -354,30 +340,20 @@ class _Pages:
             g.standing = Standing(seen.suspended, unserved, seen.unattended)
         rows = self._ask(queries.newest(self._keys, _NEWEST))
         now_ms = seen.at_ms if seen is not None else self._ask(queries.clock())
-        hour = self._timeline(*_HOUR).intervals
+        hour = self._ask(read_timeline(self._keys, *_HOUR)).intervals
         about: dict[str, Any] = {"now_ms": now_ms, "ledger": self._keys.outcomes}
         about |= {"hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
         return render_template("status.html", s=seen, fault=fault, rows=rows, **about)
 
     def history(self) -> Answer:
         """What became of requests in the last hour and day."""
-        if (frame := _frame("History", HISTORY_REFRESH_S)) is not None:
-            return frame
-        hour, day = self._timeline(*_HOUR), self._timeline(*_DAY)
+        hour = self._ask(read_timeline(self._keys, *_HOUR))
+        day = self._ask(read_timeline(self._keys, *_DAY), heavy=True)
         windows = [
             ("Last hour", plots_of(hour.intervals, "minute", "last hour"), rows_of(hour.intervals)),
             ("Last day", plots_of(day.intervals, "quarter of an hour", "last day"), rows_of(day.intervals)),
         ]
-        since_ms = hour.total.since_ms
-        return render_template("history.html", windows=windows, at_ms=hour.at_ms, since_ms=since_ms)
-
-    def _timeline(self, minutes: int, step: int) -> Timeline:
-        """What was counted, read anew after as much as a refresh takes: a day is a lot to read."""
-        kept = self._kept.get(minutes)
-        if kept is None or time.monotonic() - kept[0] >= REFRESH_S - 1:
-            timeline = self._ask(read_timeline(self._keys, minutes, step), heavy=step > 1)
-            self._kept[minutes] = kept = (time.monotonic(), timeline)
-        return kept[1]
+        return render_template("history.html", windows=windows, at_ms=day.at_ms, since_ms=day.total.since_ms)
 
     def open_requests(self, state: str) -> Answer:
         """Those that wait for a worker, for their next attempt, or that a worker has in hand."""
@@ -534,12 +510,15 @@ def _is_live() -> bool:
 def _frame(title: str, every_s: int) -> str | None:
     """A page with the part of it that looks again in a frame: what is typed beside that is not lost.
 
-    None where that part alone is asked for, which is told to come again, or ?refresh=0 says that nothing is to.
+    None where that part alone is asked for, which is told to come again, and where all is to be seen at once: with
+    ?refresh=0, and by what is no browser, which has no frames.
     """
     if request.args.get("refresh") == "0":
         return None
     if _is_live():
         g.refresh = every_s
+        return None
+    if not any(name in request.headers for name in ("Sec-Fetch-Dest", "Upgrade-Insecure-Requests")):
         return None
     told: dict[str, Any] = {"note": request.args.get("note"), "live": 1}
     address = url_for(str(request.endpoint), **(request.view_args or {}), **told)

@@ -44,15 +44,22 @@ class Wanted:
         """
         if record is None:
             return None
-        if any(value is not None and raw_field(name, value) not in record for name, value in self._words()):
-            return False
+        sure = True
+        for name, value in self._words():
+            if value is not None and raw_field(name, value) not in record:
+                if f'"{name}":"'.encode() in record:
+                    return False
+                sure = False  # the job may say it
         if self.since_ms is not None or self.until_ms is not None:
             ended = _ENDED.search(record)
-            if ended is None or not self._is_in_time(int(ended[1])):
-                return None if ended is None else False
+            if ended is not None and not self._is_in_time(int(ended[1])):
+                return False
+            sure = sure and ended is not None
         if self.kind == UNREADABLE:
             return False if any(raw_field("kind", kind.value) in record for kind in OutcomeKind) else None
-        return self.kind is None or raw_field("kind", self.kind) in record
+        if self.kind is not None and raw_field("kind", self.kind) not in record:
+            return False
+        return sure or None
 
     def meets(self, seen: Seen) -> bool:
         """Whether this one is meant."""

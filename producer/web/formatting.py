@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,29 +42,26 @@ def fit(value: Any) -> Any:
 
 def when(ms: Any) -> Markup | str:
     """A moment in UTC, ms since the epoch."""
+    return _time(ms, lambda at: f"{at:%Y-%m-%d %H:%M:%S}.{at.microsecond // 1000:03d}")
+
+
+def clock(ms: Any, now_ms: int) -> Markup | str:
+    """The same in short: the time alone if less than twelve hours lie between it and ``now_ms``."""
+    return _time(ms, lambda at: f"{at:%H:%M:%S}" if abs(now_ms - int(ms)) < _DAY_S * 500 else f"{at:%m-%d %H:%M}")
+
+
+def minute(ms: Any) -> Markup | str:
+    """The minute of the day alone."""
+    return _time(ms, lambda at: f"{at:%H:%M}")
+
+
+def _time(ms: Any, shown: Callable[[datetime], str]) -> Markup | str:
     try:
         at = datetime.fromtimestamp(int(ms) / 1000, UTC)
     except (TypeError, ValueError, OverflowError, OSError):
         return "-" if ms is None else str(ms) or "-"
     stamp = at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    shown = f"{at:%Y-%m-%d %H:%M:%S}.{at.microsecond // 1000:03d}"
-    return Markup('<time datetime="{}">{}</time>').format(stamp, shown)
-
-
-def clock(ms: Any, now_ms: int) -> Markup | str:
-    """The same in short: the time alone if less than twelve hours lie between it and ``now_ms``."""
-    full = when(ms)
-    if not isinstance(full, Markup):
-        return full
-    at = datetime.fromtimestamp(int(ms) / 1000, UTC)
-    shown = f"{at:%H:%M:%S}" if abs(now_ms - int(ms)) < _DAY_S * 500 else f"{at:%m-%d %H:%M}"
-    stamp = at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(stamp, shown)
-
-
-def minute(ms: int) -> str:
-    """The minute of the day."""
-    return f"{datetime.fromtimestamp(ms / 1000, UTC):%H:%M}"
+    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(stamp, shown(at))
 
 
 def span(seconds: Any, coarse: bool = False) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,7 +12,7 @@ from producer.message import DEFAULT_ACCOUNT, CancelRequest, decode_outcome
 from producer.protocol import Command, Conversation, good, pages, stream_entries, text
 from producer.status import is_served, readable
 from producer.untrusted import InvalidRequest, MalformedMessage, dumps
-from producer.web.filters import Wanted, raw_field
+from producer.web.filters import Wanted
 from producer.web.seen import USABLE_ID, Seen, requests_of, with_outcome
 
 #: Rows of one page.
@@ -25,48 +24,25 @@ RESULTS = 50
 DEPTH = 20_000
 #: An outcome is recorded when Redis can be reached: how long after its end one is looked for in a longer ledger, ms.
 _LATE_MS = 600_000
-#: Accounts whose pointers a search tries at most.
-_ACCOUNTS = 200
 #: Entries of the ledger read at a time.
 _ENTRIES = 1000
 #: Outcomes of one reading that are kept at most, newest first: far more than a page shows.
 _KEPT = 20 * RESULTS
 
-_ACCOUNT = re.compile(rb'"account":"([a-z0-9][a-z0-9_-]{0,31})"')
-
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """A part of the failed requests, newest first."""
+class Part:
+    """A part of a list, and what was looked at for it."""
 
     now_ms: int
     rows: tuple[Seen, ...]
-    total: int  # in the registry
-    matching: int  # that meet the filter, among those that were looked at
-    partial: bool  # the registry is longer than what was looked at
     damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
-
-
-@dataclass(frozen=True, slots=True)
-class Ledger:
-    """A part of the ledger, newest first."""
-
-    now_ms: int
-    rows: tuple[Seen, ...]
-    read: int  # entries that were looked at
-    last: str | None  # the oldest of them, where older ones may be meant too
-    damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """A part of the open requests of one state."""
-
-    now_ms: int
-    rows: tuple[Seen, ...]
-    total: int  # that the index knows
-    more: bool  # there are more after these
-    damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
+    total: int = 0  # in the registry, or of this state in the index
+    matching: int = 0  # failed ones that meet the filter, among those that were looked at
+    read: int = 0  # entries of the ledger that were looked at
+    last: str | None = None  # the oldest of them, where older ones may be meant too
+    partial: bool = False  # ledger or registry are longer than what was looked at
+    more: bool = False  # there are more than these
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +52,6 @@ class Standing:
     suspended: bool
     unserved: bool  # there is no live worker
     waiting: bool = False  # and there is work
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a search came to."""
-
-    now_ms: int
-    rows: tuple[Seen, ...]
-    entries: int  # of the ledger that were looked at
-    partial: bool  # the ledger or the registry is longer than what was looked at
-    more: bool  # there are more than RESULTS
-    damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
 
 
 # --- The ledger ---------------------------------------------------------------------------------------------------
@@ -113,59 +77,58 @@ def _record(fields: Mapping[Any, Any]) -> bytes:
 
 
 def _ledger(
-    keys: Keys, look: Callable[[bytes], bool], meant: Callable[[Seen], bool], damaged: dict[str, None]
-) -> Conversation[tuple[list[Seen], int]]:
-    """Outcomes that are ``meant`` among the newest :data:`DEPTH`, newest first, and how many entries there were.
+    keys: Keys,
+    look: Callable[[bytes], object],
+    meant: Callable[[Seen], bool],
+    damaged: dict[str, None],
+    bounds: tuple[str, str] = ("+", "-"),
+    most: int | None = None,
+    size: int = _ENTRIES,
+) -> Conversation[tuple[list[Seen], int, str | None]]:
+    """Outcomes that are ``meant``, newest first: up to ``most``, among the newest :data:`DEPTH` entries between bounds.
 
-    That number is one more than :data:`DEPTH` where there are more. ``look`` is given each raw record and says whether
-    it may be meant; the others are neither read nor kept.
+    With them comes how many entries were looked at, ``size`` at a time, and the last of those unless there is none
+    after it. ``look`` is given each raw record and says whether it may be meant; the others are neither read nor kept.
     """
     found: list[Seen] = []
-    read = 0
-    before = "+"
-    while read <= DEPTH:
-        command = ("XREVRANGE", keys.outcomes, before, "-", "COUNT", _ENTRIES)
+    read, last = 0, None
+    newest, oldest = bounds
+    while True:
+        command = ("XREVRANGE", keys.outcomes, newest, oldest, "COUNT", size)
         entries = stream_entries((yield from readable([command], damaged))[0])
-        for entry_id, fields in entries[: DEPTH - read]:
+        for entry_id, fields in entries:
+            if read == DEPTH:
+                return found, read, last
             if look(_record(fields)) and len(found) < _KEPT and meant(seen := _of_entry(entry_id, fields)):
+                if len(found) == most:
+                    return found, read, last
                 found.append(seen)
-        read += len(entries)
-        if len(entries) < _ENTRIES:
-            break
-        before = f"({entries[-1][0]}"
-    return found, min(read, DEPTH + 1)
+            read, last = read + 1, entry_id
+        if len(entries) < size:
+            return found, read, None
+        newest = f"({last}"
 
 
-def outcomes(keys: Keys, wanted: Wanted, before: str | None = None) -> Conversation[Ledger]:
+def outcomes(keys: Keys, wanted: Wanted, before: str | None = None) -> Conversation[Part]:
     """The newest outcomes that meet ``wanted``, of those before an entry if one is named: :data:`PAGE` at most, among
     :data:`DEPTH` entries."""
     damaged: dict[str, None] = {}
     time, length = yield [("TIME",), ("XLEN", keys.outcomes)]
-    rows: list[Seen] = []
-    read, last = 0, None
-    newest, oldest = f"({before}" if before else "+", str(wanted.since_ms or 0)
+    newest = f"({before}" if before else "+"
     if wanted.until_ms is not None and not before and isinstance(length, int) and length > DEPTH:
         newest = str(wanted.until_ms + _LATE_MS)
+    bounds = (newest, str(wanted.since_ms or 0))
     size = PAGE + 1 if wanted.all else _ENTRIES
-    while read < DEPTH:
-        command = ("XREVRANGE", keys.outcomes, newest, oldest, "COUNT", min(size, DEPTH - read))
-        entries = stream_entries((yield from readable([command], damaged))[0])
-        for entry_id, fields in entries:
-            if wanted.glance(_record(fields)) is not False and wanted.meets(seen := _of_entry(entry_id, fields)):
-                if len(rows) == PAGE:
-                    return Ledger(_now_ms(time), tuple(rows), read, last, tuple(damaged))
-                rows.append(seen)
-            read, last = read + 1, entry_id
-        if len(entries) < size:
-            return Ledger(_now_ms(time), tuple(rows), read, None if read < DEPTH else last, tuple(damaged))
-        newest = f"({last}"
-    return Ledger(_now_ms(time), tuple(rows), read, last, tuple(damaged))
+    rows, read, last = yield from _ledger(
+        keys, lambda record: wanted.glance(record) is not False, wanted.meets, damaged, bounds, PAGE, size
+    )
+    return Part(_now_ms(time), tuple(rows), tuple(damaged), read=read, last=last)
 
 
 # --- Open requests ------------------------------------------------------------------------------------------------
 
 
-def open_requests(keys: Keys, band: Band, start: int = 0) -> Conversation[Open]:
+def open_requests(keys: Keys, band: Band, start: int = 0) -> Conversation[Part]:
     """:data:`PAGE` open requests of a state from ``start`` on, by how the index orders them: who waits longest, is due
     next, or whose lease ends first. Those that no worker has put into the index yet follow."""
     damaged: dict[str, None] = {}
@@ -183,7 +146,7 @@ def open_requests(keys: Keys, band: Band, start: int = 0) -> Conversation[Open]:
         hinted = yield from requests_of(keys, others[first : first + count])
         rows += [seen for seen in hinted if seen.open or seen.faults]
         more = len(others) > first + count
-    return Open(_now_ms(time), tuple(rows), total, more, tuple(damaged))
+    return Part(_now_ms(time), tuple(rows), tuple(damaged), total, more=more)
 
 
 def _unindexed(keys: Keys, band: Band, damaged: dict[str, None]) -> Conversation[list[str]]:
@@ -211,7 +174,7 @@ def standing(keys: Keys) -> Conversation[Standing]:
 # --- Failed requests ----------------------------------------------------------------------------------------------
 
 
-def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Conversation[Failed]:
+def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Conversation[Part]:
     """The failed requests that meet ``wanted``, newest first, ``count`` of them from ``start`` on.
 
     With a filter the newest :data:`DEPTH` of the registry are looked at.
@@ -223,23 +186,26 @@ def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Con
     job_ids = [text(member) for member in members]
     matching = total
     if not wanted.all:
-        met = yield from _meeting(keys, job_ids, wanted)
+        met = yield from _meeting(keys, job_ids, wanted.glance, wanted.meets)
         matching, job_ids = len(met), met[start : start + count]
     rows = yield from requests_of(keys, job_ids)
     # RQ scores the registry in whole seconds; within one, the records know better.
     rows.sort(key=lambda seen: seen.ended_at_ms or 0, reverse=True)
-    return Failed(_now_ms(time), tuple(rows), total, matching, not wanted.all and total > DEPTH, tuple(damaged))
+    partial = not wanted.all and total > DEPTH
+    return Part(_now_ms(time), tuple(rows), tuple(damaged), total, matching, partial=partial)
 
 
-def _meeting(keys: Keys, job_ids: Sequence[str], wanted: Wanted) -> Conversation[list[str]]:
-    """Those that meet a filter, in their order."""
+def _meeting(
+    keys: Keys, job_ids: Sequence[str], glance: Callable[[bytes | None], bool | None], meets: Callable[[Seen], bool]
+) -> Conversation[list[str]]:
+    """Those that are meant, in their order: where a glance at the raw record cannot tell, the request itself does."""
     met: list[str] = []
     for page in pages(job_ids):
-        glances = [wanted.glance(record) for record in (yield from _records(keys, page))]
-        doubtful = [job_id for job_id, glance in zip(page, glances, strict=True) if glance is None]
+        glances = [glance(record) for record in (yield from _records(keys, page))]
+        doubtful = [job_id for job_id, told in zip(page, glances, strict=True) if told is None]
         read = yield from requests_of(keys, doubtful)
-        sure = {seen.id for seen in read if wanted.meets(seen)}
-        met += [job_id for job_id, glance in zip(page, glances, strict=True) if glance or job_id in sure]
+        sure = {seen.id for seen in read if meets(seen)}
+        met += [job_id for job_id, told in zip(page, glances, strict=True) if told or job_id in sure]
     return met
 
 
@@ -267,49 +233,33 @@ def clock() -> Conversation[int]:
 # --- Search -------------------------------------------------------------------------------------------------------
 
 
-def search(keys: Keys, words: str, account: str | None = None) -> Conversation[Found]:
+def search(keys: Keys, words: str, account: str | None = None) -> Conversation[Part]:
     """Requests that have ``words`` as algo id, client algo id, id of the order it became, or id of their own.
 
-    Open ones are found through the pointers of the accounts that the ledger and the failed registry know, ``default``,
-    and ``account``, and by client algo id among the first :data:`DEPTH` of each state; ended ones in the newest
-    :data:`DEPTH` of ledger and registry. Newest first, open ones before them.
+    Open ones are found among the first :data:`DEPTH` of each state, and beyond by an algo id of ``account`` or
+    ``default``; ended ones in the newest :data:`DEPTH` of ledger and registry. Newest first, open ones before them.
     """
     damaged: dict[str, None] = {}
-    time, total = yield from readable([("TIME",), ("ZCARD", keys.failed)], damaged)
-    accounts = dict.fromkeys([DEFAULT_ACCOUNT, *([account] if account else [])])
-
-    def look(record: bytes) -> bool:
-        accounts.update(dict.fromkeys(name.decode() for name in _ACCOUNT.findall(record)))
-        return _may_hold(record, words)
+    commands: list[Command] = [("TIME",), ("ZCARD", keys.failed), ("ZREVRANGE", keys.failed, 0, DEPTH - 1)]
+    time, total, failed_ids = yield from readable(commands, damaged)
 
     def meant(seen: Seen) -> bool:
         return _is_of(seen, account) and (bool(seen.faults) or _meant(seen, words))
 
-    ended, entries = yield from _ledger(keys, look, meant, damaged)
-    failed_ones = yield from _failed_with(keys, words, account, accounts)
-    named = yield from _open_of(keys, words, list(accounts)[:_ACCOUNTS])
-    by_client_id = yield from _open_with_client_id(keys, words, damaged)
-    found = _merged([*named, *by_client_id, *ended, *failed_ones], account)
-    partial = entries > DEPTH or total > DEPTH
-    looked_at = min(entries, DEPTH)
-    return Found(_now_ms(time), tuple(found[:RESULTS]), looked_at, partial, len(found) > RESULTS, tuple(damaged))
+    def glance(record: bytes | None) -> bool | None:
+        return None if record is None or _may_hold(record, words) else False
 
-
-def _failed_with(keys: Keys, words: str, account: str | None, accounts: dict[str, None]) -> Conversation[list[Seen]]:
-    """Failed requests that are meant; the accounts of all are added to ``accounts``."""
-    (members,) = yield from readable([("ZREVRANGE", keys.failed, 0, DEPTH - 1)], {})
-    found: list[Seen] = []
-    for page in pages([text(member) for member in members]):
-        likely: list[str] = []
-        for job_id, record in zip(page, (yield from _records(keys, page)), strict=True):
-            accounts |= dict.fromkeys(name.decode() for name in _ACCOUNT.findall(record or b""))
-            if record is None or _may_hold(record, words):
-                likely.append(job_id)
-        rows = yield from requests_of(keys, likely)
-        accounts |= dict.fromkeys(seen.of_order("account") for seen in rows if seen.of_order("account"))
-        meant = [seen for seen in rows if _is_of(seen, account) and _meant(seen, words)]
-        found += meant[: _KEPT - len(found)]
-    return found
+    ended, read, last = yield from _ledger(keys, lambda record: _may_hold(record, words), meant, damaged)
+    met = yield from _meeting(keys, [text(job_id) for job_id in failed_ids], glance, lambda seen: _meant(seen, words))
+    named = yield from _open_with(keys, words, dict.fromkeys([DEFAULT_ACCOUNT, account or DEFAULT_ACCOUNT]), damaged)
+    known = yield from requests_of(keys, list(dict.fromkeys([*named, *met[:_KEPT]])))
+    known = [
+        seen for seen in known if seen.open or seen.in_failed or (seen.id == words and (seen.status or seen.outcome))
+    ]
+    found = _merged([*known, *ended], account)
+    partial = last is not None or total > DEPTH
+    rows, more = tuple(found[:RESULTS]), len(found) > RESULTS
+    return Part(_now_ms(time), rows, tuple(damaged), read=read, partial=partial, more=more)
 
 
 def _is_of(seen: Seen, account: str | None) -> bool:
@@ -317,28 +267,20 @@ def _is_of(seen: Seen, account: str | None) -> bool:
     return account is None or seen.of_order("account") in (None, account)
 
 
-def _open_of(keys: Keys, words: str, accounts: Iterable[str]) -> Conversation[list[Seen]]:
-    """The request of this id, and the open ones that an order's pointer names."""
-    pointers = [keys.order_prefix + key for account in accounts for key in order_keys(words, account)]
+def _open_with(keys: Keys, words: str, accounts: Iterable[str], damaged: dict[str, None]) -> Conversation[list[str]]:
+    """The request of this id, those that an order's pointer names, and the open ones in whose call ``words`` stand."""
     ids = [words] if USABLE_ID.fullmatch(words) else []
-    if pointers:
+    if pointers := [keys.order_prefix + key for account in accounts for key in order_keys(words, account)]:
         (named,) = good((yield [("MGET", *pointers)]))
         ids += [text(job_id) for job_id in named if job_id is not None]
-    rows = yield from requests_of(keys, list(dict.fromkeys(ids)))
-    return [seen for seen in rows if (seen.open or seen.id == words) and (seen.status or seen.outcome or seen.faults)]
-
-
-def _open_with_client_id(keys: Keys, words: str, damaged: dict[str, None]) -> Conversation[list[Seen]]:
-    """The open requests that name ``words`` as client algo id: no pointer leads to them."""
     # The list as well: what another program enqueued is in the index only when a worker has seen it.
     bands = [(int(band), f"({int(end)}") for band, end in pairwise(Band)]
     places: list[Command] = [("ZRANGEBYSCORE", keys.unfinished, *band, "LIMIT", 0, DEPTH) for band in bands]
     states = yield from readable([*places, ("LRANGE", keys.waiting, 0, DEPTH - 1)], damaged)
-    named, likely = raw_field("client_algo_id", words), list[str]()
     for page in pages(list(dict.fromkeys(text(job_id) for state in states for job_id in state))):
         calls = yield [("HGET", keys.job_prefix + job_id, "data") for job_id in page]
-        likely += [job_id for job_id, call in zip(page, map(_raw, calls), strict=True) if call and named in call]
-    return [seen for seen in (yield from requests_of(keys, likely)) if seen.open]
+        ids += [job_id for job_id, call in zip(page, map(_raw, calls), strict=True) if call and _may_hold(call, words)]
+    return ids
 
 
 def order_keys(words: str, account: str) -> list[str]:
@@ -354,7 +296,8 @@ def order_keys(words: str, account: str) -> list[str]:
 def _may_hold(record: bytes, words: str) -> bool:
     """Whether ``words`` stand in a record as a text or as a number; a look at the raw record spares reading most."""
     quoted = dumps(words).encode("utf-8", "replace")
-    return quoted in record or (words.isascii() and words.isdigit() and f":{words},".encode() in record)
+    is_number = words.isascii() and words.isdigit()
+    return quoted in record or (is_number and (f":{words},".encode() in record or f":{words}}}".encode() in record))
 
 
 def _meant(seen: Seen, words: str) -> bool:
@@ -377,5 +320,5 @@ def _merged(rows: Iterable[Seen], account: str | None) -> list[Seen]:
 
 def history(keys: Keys, job_id: str) -> Conversation[list[Seen]]:
     """All outcomes of one request in the newest :data:`DEPTH` of the ledger, newest first."""
-    found, _ = yield from _ledger(keys, lambda record: _may_hold(record, job_id), lambda seen: seen.id == job_id, {})
-    return found
+    found = yield from _ledger(keys, lambda record: _may_hold(record, job_id), lambda seen: seen.id == job_id, {})
+    return found[0]

@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from producer.web.access import GUESS_S
 _THREADS = 18
 #: Connections at a time, each with a file for a large form at most: they fit into the 1,024 files of most systems.
 _CONNECTIONS = 400
-#: From how many on those that have said the least make room, so that a new one is always heard.
+#: From how many on the oldest that have no request under way make room, so that a new one is always heard.
 _CROWDED = _CONNECTIONS - 20
 #: The longest pause between two looks at who has waited long enough, s.
 _LOOK_S = 1.0
@@ -47,10 +48,10 @@ def serve(app: Flask, host: str, port: int, listening: Callable[[str], object]) 
     """
     # Somebody who hangs up in the middle is no news.
     logging.getLogger("waitress").setLevel(logging.CRITICAL)
-    logging.getLogger("producer.web").addHandler(_Log())
     open_sockets: dict[int, Any] = {}
     listener = _listen(host, port)
     with _Ends() as ends:
+        logging.getLogger("producer.web").addHandler(_Log())
         server: Any = create_server(
             app,
             map=open_sockets,
@@ -135,7 +136,8 @@ class _Log(logging.Handler):
         super().__init__()
         self._unwritten: queue.Queue[str] = queue.Queue(_UNWRITTEN)
         self._since_s, self._lines, self._left_out = 0.0, 0, 0
-        Thread(target=self._write, name="web log", daemon=True).start()
+        if sys.__stderr__ is not None:  # else its number may be another file's by now
+            Thread(target=self._write, args=(sys.__stderr__.fileno(),), name="web log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hand a line over."""
@@ -152,11 +154,11 @@ class _Log(logging.Handler):
         except queue.Full:
             self._left_out += 1
 
-    def _write(self) -> None:
+    def _write(self, stderr: int) -> None:
         while True:
             line = self._unwritten.get().encode("utf-8", "replace")
             with contextlib.suppress(OSError):
-                os.write(2, line)  # not by sys.stderr, whose lock would hold the process at its end
+                os.write(stderr, line)  # not by sys.stderr, whose lock would hold the process at its end
 
 
 class _Ends:

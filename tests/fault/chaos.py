@@ -477,6 +477,7 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
         silences=world.way.count.silences,
         flows_forgotten=world.way.count.flows_forgotten,
         queue=queue_side(world.asks, records, order_of),
+        miscounted=peek.counted() != peek.kinds(),
         exchange=exchange_side(world.asks, records, book, order_of, reopened, opened_ms, told),
         incidents=len(stats.incidents),
         requests_during_bans=requests_during_bans(stats.incidents, world.away_ms),

@@ -93,7 +93,7 @@ class ExchangeSide:
     differences: tuple[str, ...]
     kinds: Mapping[str, int] = field(default_factory=dict)
     left_alone: Mapping[str, int] = field(default_factory=dict)  # requests whose order's id was taken again, by reason
-    hasty: int = 0  # undecided by a deadline that was meant to be short, and decided later
+    hasty: int = 0  # undecided by a deadline that was meant to be short, and decided by another run or request
     listings: int = 0  # of all open orders of a symbol
     named: int = 0  # orders in them
     joined: int = 0  # ... whose request was there before
@@ -213,16 +213,15 @@ def _misread(
 
 def _in_haste(asks: Sequence[Ask], records: Sequence[Outcome]) -> int:
     """Undecided outcomes of requests with a short deadline, and of those that they made: what they were about was
-    decided later, or nobody could have it tried again, as the call failed and told no id."""
+    decided all the same, or nobody could have it tried again, as the call failed and told no id."""
     acknowledged, untold = {ask.id for ask in asks}, {ask.order for ask in asks if ask.is_hasty and ask.id is None}
     hasty = {ask.id for ask in asks if ask.is_hasty}
     lost = {record.id for record in records if record.id not in acknowledged and order_named(record, {}) in untold}
     hasty |= {job_id for _, job_id in _named(record for record in records if record.id in hasty)}
     lost |= {job_id for _, job_id in _named(record for record in records if record.id in lost)}
-    last = {record.algo_id or record.id: record for record in records}
+    decided = {record.algo_id or record.id for record in records if record.kind not in UNDECIDED}
     undecided = [record for record in records if record.kind in UNDECIDED]
-    decided = {each.id for each in undecided if last[each.algo_id or each.id].kind not in UNDECIDED}
-    return sum(each.id in lost or each.id in hasty & decided for each in undecided)
+    return sum(each.id in lost or (each.id in hasty and (each.algo_id or each.id) in decided) for each in undecided)
 
 
 def left_alone(

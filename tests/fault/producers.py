@@ -39,8 +39,8 @@ OPEN_PART = 0.03
 SYMBOLS = (("ETHUSDT", "币安人生USDT"), ("SOLUSDT", "BNBUSDT"))
 #: A part of them have one of these deadlines, s, and most of those miss it.
 _HASTY_PART, _HASTY_S = 0.3, (0.05, 0.3, 1.5)
-#: How often it is looked what became of them, s.
-_LOOK_AT_OPEN_S = 0.1
+#: How often it is looked what became of them, s, and in which part of these looks another order is opened.
+_LOOK_AT_OPEN_S, _OPENS_PART = 0.1, 0.2
 #: Where a client id can be taken again, or cannot any more.
 _FREE, _GONE = "CANCELED", ("FINISHED", "TRIGGERED", "EXPIRED", "REJECTED")
 
@@ -246,6 +246,8 @@ class Sweeper(Strategy):
         self.asks.append(Ask(order.algo_id, ticket_id))
 
     def _look(self) -> None:
+        if self.standing and self._dice.random() < _OPENS_PART:
+            self._exchange.add_orders(symbol=str(self._dice.choice(self.standing)[1].order))
         for ticket, ask in list(self.standing):
             self._pursue(ticket, ask)
 
@@ -258,8 +260,7 @@ class Sweeper(Strategy):
                 self.ended[ticket.id] = outcome
                 self.standing.remove((ticket, ask))
         except WaitTimeout:
-            if self._dice.random() < 0.1:
-                self._exchange.add_orders(symbol=str(ask.order))
+            pass
         except QueueUnavailable:  # maybe of the second look
             self.asks.append(replace(ask, id=None, by_ms=None))
         self.asks += [replace(ask, id=look) for look in ticket.looks[looks:]]

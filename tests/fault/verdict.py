@@ -30,6 +30,7 @@ class Reckoning:
     silences: int  # requests to the exchange that got no answer, and no end of their connection
     flows_forgotten: int  # connections to the exchange on which nothing passed any more
     queue: QueueSide
+    miscounted: bool  # the counts of outcomes by kind are not those of the ledger
     exchange: ExchangeSide
     incidents: int
     requests_during_bans: int
@@ -51,6 +52,7 @@ class Reckoning:
             ("lost", len(queue.lost)),
             ("unexpected", len(queue.unexpected)),
             ("duplicated outcomes", len(queue.duplicated)),
+            ("counts that are not the ledger's", int(self.miscounted)),
             ("orders touched that nobody asked about", len(exchange.harmful)),
             ("differences from the exchange's book", len(exchange.differences)),
             ("unknown, gave_up or overdue", exchange.undecided),
@@ -119,7 +121,7 @@ def _exchange(run: Reckoning) -> list[str]:
         *_listed("orders touched unasked", side.harmful),
         *_listed("differences from the book", side.differences),
         _row("undecided", side.undecided, "unknown, gave_up, overdue"),
-        _row("hasty", side.hasty, "undecided by a short deadline, and then tried again"),
+        _row("hasty", side.hasty, "undecided by a short deadline, and decided by another run"),
         _row("listings", side.listings, _listed_orders(side)),
         _row("left alone", sum(reasons.values()), f"their client ids are others' now; {run.reopened} were taken again"),
         *[f"      {count} {reason}" for reason, count in sorted(reasons.items())],

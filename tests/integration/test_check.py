@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import redis
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.conftest import API_KEY, API_SECRET
 from tests.failover import UNSUPPORTED
@@ -344,9 +346,16 @@ def test_a_key_that_may_only_read_is_refused(environment: dict[str, str]) -> Non
 
 def test_every_account_is_named(environment: dict[str, str], tmp_path: Path) -> None:
     """Accounts that were found, those that BINANCE_ACCOUNTS leaves out, and key files that others can read are told."""
-    found = {"BINANCE_DESK_API_KEY": "d", "BINANCE_DESK_API_SECRET": "s"}
+    path = tmp_path / "key.pem"
+    key = Ed25519PrivateKey.generate()
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    path.chmod(0o644)
+    found = {"BINANCE_DESK_API_KEY": "d", "BINANCE_DESK_PRIVATE_KEY": str(path)}
     code, said, _ = check(environment | found)
     assert code == EX_CONFIG
+    says = "BINANCE_DESK_PRIVATE_KEY names a file that others may use (mode 0644)"
+    assert says in line(said, "warn settings")
+    assert says in python("-m", "worker", "rehearse", "--account", "nobody", **environment, **found).stderr
     assert "2 account(s): default, desk" in line(said, "ok settings")
     line(said, "FAILED key of desk")
     code, said, _ = check(environment | found | {"BINANCE_ACCOUNTS": "default"})

@@ -174,6 +174,7 @@ def test_a_record_about_another_is_refused(client: CancelClient, connection: red
 
     connection.set(KEYS.outcome_prefix + ticket.id, Outcome(**honest).encode())
     assert ticket.wait(5).off_the_book
+    connection.delete(KEYS.job_prefix + ticket.id)
     refused: dict[str, Any] = {**honest, "kind": OutcomeKind.REFUSED, "algo_id": None, "account": None}
     connection.set(KEYS.outcome_prefix + ticket.id, Outcome(**refused).encode())
     assert ticket.wait(5).kind is OutcomeKind.REFUSED  # its job was damaged: nobody could say of which order it was

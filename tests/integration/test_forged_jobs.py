@@ -6,12 +6,14 @@ A strategy must be able to write a job's hash, and Redis cannot keep the fields 
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import redis
 
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import Band, Keys
-from producer.message import Attempt, Call, Pin, encode_attempts, encode_call
+from producer.message import Attempt, Call, OpenRequest, Pin, encode_attempts, encode_call
 from producer.untrusted import MalformedMessage
 from tests.orders import PROVEN_S, events
 from tests.servers import Peek, Workers, eventually
@@ -160,3 +162,36 @@ def test_a_request_that_was_led_to_another_orders_job_is_told_so(
             ticket.wait(60)
     eventually(lambda: [event["kind"] for event in events(worker, "outcome")] == ["cancelled"], 20, "it is told once")
     assert {exchange.book()[order.algo_id].status for order in (first, third)} == {"NEW"}
+
+
+@pytest.mark.parametrize("forged", ["c_meant_at_ms", "c_enqueued_at_ms", "data"])
+def test_a_listing_of_another_moment_says_nothing_of_what_is_open(
+    forged: str, client: CancelClient, exchange: RunningExchange, fleet: Workers, peek: Peek
+) -> None:
+    """Whoever says that a listing was asked for long ago has it leave out all that was opened since: it is no word
+    about what was open when it was asked."""
+    exchange.add_orders(1)
+    ticket = client.cancel_open("BTCUSDT")
+    earlier = encode_call(OpenRequest(symbol="BTCUSDT", before_ms=LONG_AGO_MS)) if forged == "data" else LONG_AGO_MS
+    peek("HSET", KEYS.job_prefix + ticket.id, forged, earlier)
+    fleet.start()
+
+    with pytest.raises(MalformedMessage, match="before it was asked for"):
+        ticket.wait(60)
+    assert pickle.loads(pickle.dumps(ticket)).asked_ms == ticket.asked_ms > LONG_AGO_MS
+
+
+def test_a_client_id_that_was_led_to_another_order_is_told_so(
+    client: CancelClient, exchange: RunningExchange, fleet: Workers, peek: Peek
+) -> None:
+    """A payload that names another algo id beside the client id that was asked for: the record bears the client id that
+    the exchange knows of the order, and so it is another order's."""
+    meant, other = exchange.add_orders(2)
+    ticket = client.cancel(client_algo_id=meant.client_algo_id)
+    payload = encode_call(CancelRequest(other.algo_id, client_algo_id=meant.client_algo_id))
+    peek("HSET", KEYS.job_prefix + ticket.id, "data", payload)
+    fleet.start()
+
+    with pytest.raises(MalformedMessage, match="about another order"):
+        ticket.wait(60)
+    assert exchange.book()[meant.algo_id].status == "NEW"

@@ -10,9 +10,10 @@ import pytest
 import redis
 
 from producer import CancelClient, OutcomeKind
+from producer.keys import Band
 from producer.message import Call, decode_attempts
 from tests.holders import DEAD, OpenHolder, back, ended, ids, later, orders, requeue, tried
-from tests.servers import Peek
+from tests.servers import Peek, eventually
 from worker.store import Row
 
 
@@ -75,6 +76,19 @@ def test_a_live_lease_is_not_taken(client: CancelClient, open_holder: OpenHolder
         assert other.claim() == []
         peek("ZADD", peek.keys.unfinished, peek.now_ms() - 1, lease.id)
         assert holder.beat(lease).lost == frozenset()
+
+
+def test_no_lease_lasts_for_ever(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+    """An end that no lease can have (the server's clock was set back, or somebody wrote it) begins anew: a holder that
+    lives renews it, and the job of one that does not is taken over."""
+    (ticket,), holder = orders(client, 1), open_holder(lease_ms=300)
+    holder.claim()
+    peek("ZADD", peek.keys.unfinished, Band.WAITING - 1, ticket.id)
+    assert holder.claim() == []
+
+    holder.ask(holder.store.tidy(0, 0))
+
+    eventually(lambda: ids(holder.claim()) == [ticket.id], 20, "it is taken over")
 
 
 def test_leases_are_left_alone_on_request(client: CancelClient, open_holder: OpenHolder) -> None:

@@ -206,11 +206,9 @@ def test_stdout_that_nobody_reads(child: NewChild, pipe: Pipe, progress: Progres
     """A process whose stdout nobody reads keeps ticking, holds a bounded part of its lines, and ends on SIGTERM."""
     pipe.fill()
     started = child(ticking(progress), pipe.writer)
-
     progress.wait_for(2 * MAX_LINES, started)
     before_kb = resident_kb(started)
     progress.wait_for(4 * MAX_LINES, started)
-
     assert resident_kb(started) < before_kb + 1024
     assert started.stop() == 0
     assert started.errors() == ""
@@ -256,9 +254,7 @@ def test_stdout_that_takes_nothing(child: NewChild, pipe: Pipe, progress: Progre
         pipe.close_reader()
     way = {"closed": ">&-", "full": ">/dev/full", "read-only": "1</dev/null"}.get(how, "")
     started = child(redirected(way, command), pipe.writer)
-
     progress.wait_for(3 * MAX_LINES, started)
-
     assert started.stop() == 0
     assert started.errors() == ""
 

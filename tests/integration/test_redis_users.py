@@ -133,7 +133,8 @@ def test_operators_readers_and_checks_do_their_part(guarded: Valkey, exchange: R
         assert pages.get(f"/retry?id={tickets[1].id}", headers=auth).status_code == 200
         assert pages.post("/retry/start", data={"id": tickets[1].id}, headers=auth).status_code == 303
         assert tickets[1].wait(30).kind is OutcomeKind.CANCELLED
-        for path in ("/", "/failed", f"/search?q={first}", f"/requests/{tickets[0].id}"):
+        paths = ("/", "/queued", "/scheduled", "/outcomes?tag=x", "/failed", "/history", f"/search?q={first}")
+        for path in (*paths, f"/requests/{tickets[0].id}"):
             assert (pages.get(path, headers=auth).status_code, looks.get(path).status_code) == (200, 200)
         with redis.Redis(port=guarded.port) as connection:  # a refused key has its own keys to be looked at
             connection.sadd(KEYS.suspects, "default " + "0" * 16)
@@ -296,7 +297,7 @@ def words_of(role: Role) -> set[str]:
 
 def test_the_writes_are_those_of_the_scripts(connection: redis.Redis) -> None:
     """Each user writes by the commands that its scripts use, and by no other; what a strategy cannot set aside, a
-    worker does."""
+    worker does. A check rehearses each of a worker's."""
     reads = {name.decode() for name in connection.execute_command("ACL", "CAT", "read")} | {"time"}
 
     def said_in(*scripts: str) -> set[str]:
@@ -310,6 +311,8 @@ def test_the_writes_are_those_of_the_scripts(connection: redis.Redis) -> None:
     assert words_of(Role.STRATEGY) - common == said_in(*begun) - {"rename"}
     assert words_of(Role.OPERATOR) - common == said_in(*begun, "producer/scripts/retry") - {"rename"}
     assert words_of(Role.WORKER) - common - session == said_in(*begun[:2], *ours) | {"blmove"}
+    rehearsed = (ROOT / "worker/check_redis.py").read_text("utf-8")
+    assert [name for name in said_in(*begun[:2], *ours) if f"{name.upper()} {{" not in rehearsed] == []
 
 
 def test_the_documents_hold_what_the_command_prints() -> None:

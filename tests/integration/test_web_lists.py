@@ -24,7 +24,7 @@ PAGES = (
     "/in-flight",
     "/outcomes",
     "/failed",
-    "/history?refresh=0",
+    "/history",
     "/search?q=1",
 )
 
@@ -237,7 +237,7 @@ def test_history_draws_what_workers_have_counted(
     client.cancel(algo_id=order.algo_id).wait(30)
     client.cancel(algo_id=5, account="nobody").wait(30)
 
-    text = page(reader, "/history?refresh=0")
+    text = page(reader, "/history")
 
     words = cells(text)
     assert words.count("1 off the book, 0 triggered, 1 failed; ") == 2
@@ -253,8 +253,8 @@ def test_history_draws_what_workers_have_counted(
 
 def test_without_counts_history_says_so(reader: FlaskClient, connection: redis.Redis) -> None:
     """On a queue that workers of an older version serve, and where a key is of the wrong type."""
-    assert "Nothing has been counted yet" in page(reader, "/history?live=1")
+    assert "Nothing has been counted yet" in page(reader, "/history")
     connection.rpush(KEYS.counts, "x")
     connection.rpush(KEYS.minutes, "x")
-    assert "Nothing has been counted yet" in page(reader, "/history?refresh=0")
+    assert "Nothing has been counted yet" in page(reader, "/history")
     assert found(reader, "1") == []

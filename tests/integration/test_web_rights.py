@@ -48,6 +48,7 @@ def test_with_a_token_every_page_asks_for_it(client: CancelClient) -> None:
         assert answer.status_code == 401, path
         assert "Log in" in answer.text
         assert "//evil.example" not in answer.text
+    assert 'name="next" value="/"' in pages.get("/?live=1").text  # in the frame, too, it leads to the whole page
     assert pages.post("/retry/start", data={"id": "x"}).status_code == 401
     assert (pages.get("/healthz").status_code, pages.get("/healthz").text) == (200, "ok\n")
     assert pages.get("/style.css").mimetype == "text/css"

@@ -229,7 +229,7 @@ class QueueMachine(RuleBasedStateMachine):
             case "tried":
                 return Release(lease, attempts(made + 1))
             case "cancelled" | "triggered" if is_listing(hand):
-                return listed(self.world, hand, made)
+                return listed(self.world, hand, made + 1)
         return done(self.world, hand, OutcomeKind(end), made)
 
     @precondition(lambda self: self.world.hands)

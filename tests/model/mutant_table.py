@@ -145,6 +145,7 @@ MUTANTS = (
         "an entry of a list takes a job's backoff",
     ),
     Mutant(CLAIM, "  redis.call('PERSIST', key)\n", "", "a job in hand runs out"),
+    Mutant(TIDY, "for _, id in ipairs(endless) do", "for _, id in ipairs({}) do", "a lease that was forged never ends"),
     Mutant(
         CLAIM,
         "  if run ~= '1' then redis.call('DEL', OUTCOME_PREFIX .. id) end -- it is of the run before\n",

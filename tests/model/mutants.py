@@ -26,6 +26,7 @@ SCRIPT_TESTS = tuple(
     for name in (
         "claim",
         "complete",
+        "counts",
         "enqueue",
         "leases",
         "runs",

@@ -312,6 +312,8 @@ class Model:
         if run != job.run + 1 or job.done not in FAILED or not job.left_failed:
             raise self.finding(6, job.id, f"is in run {run} that nobody asked for, after run {job.run}", job.done)
         self._start_run(job, now_ms)
+        if not now_ms:  # nobody told when: of several that began since the last look, any may have been the first
+            self._doubtful.add(job.order)
 
     def _start_run(self, job: Job, now_ms: int) -> None:
         job.run += 1

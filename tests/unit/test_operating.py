@@ -1,4 +1,4 @@
-"""The documents name what there is: settings, metrics, files, and rules that can be loaded as they stand."""
+"""The documents name what there is: settings, files, and the sandbox's calls and controls."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from worker.sandbox.server import ORDER_CALLS
 from worker.settings import SETTINGS
 
 TEXT = (ROOT / "worker/docs/operating.md").read_text("utf-8")
-#: The block of Prometheus' rules, as it is written to a file.
-RULES = re.search(r"^```yaml\n(?:#.*\n)?(groups:\n.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def test_every_setting_is_explained() -> None:
@@ -22,30 +20,6 @@ def test_every_setting_is_explained() -> None:
     told = " ".join(python("-m", "worker", "--help").stdout.split())
     for setting in SETTINGS:
         assert f"{setting.variable} {setting.default or '-'} {setting.meaning}: {setting.accepts}" in told
-
-
-def test_the_rules_stand_in_a_group() -> None:
-    """Prometheus loads a file of groups, and no bare rules; each rule has an expression, and nothing stands outside."""
-    assert RULES is not None
-    head, *rules = re.split(r"^      - alert: ", RULES[1], flags=re.MULTILINE)
-    assert head == "groups:\n  - name: cancels\n    rules:\n"
-    assert len(rules) > 5
-    for rule in rules:
-        first, *lines = rule.rstrip().split("\n")
-        assert re.fullmatch(r"[A-Za-z]+( +#.*)?", first)
-        assert lines[0].startswith("        expr: ")
-        assert ": " not in lines[0].removeprefix("        expr: ")
-        assert all(line.startswith("        ") for line in lines)
-
-
-def test_the_rules_name_metrics_that_there_are() -> None:
-    """A rule about a metric that was renamed would never wake anybody."""
-    assert RULES is not None
-    source = (ROOT / "producer/metrics.py").read_text("utf-8")
-    named = set(re.findall(r"\b(cancel_[a-z_]+?)(?:_bucket|_total)?\b(?=[^a-z_]|$)", RULES[1]))
-    known = set(re.findall(r"\"(cancel_[a-z_]+?)(?:_total)?\"", source))
-    known |= {f"cancel_{name}" for name in re.findall(r"\"([a-z_]+?)(?:_total)?\"", source)}
-    assert named <= known
 
 
 def test_the_sandboxs_document_names_every_call_and_control() -> None:

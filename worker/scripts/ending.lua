@@ -148,8 +148,8 @@ function job.changes(base, sign)
   local changes = {}
   for position, number in pairs(out.counted) do
     local n = #changes
-    changes[n + 1], changes[n + 2], changes[n + 3], changes[n + 4] =
-      'INCRBY', 'i64', '#' .. text(base + position), text(sign * number)
+    changes[n + 1], changes[n + 2], changes[n + 3] = 'INCRBY', 'i64', '#' .. base + position
+    changes[n + 4] = text(sign * number)
   end
   return unpack(changes)
 end

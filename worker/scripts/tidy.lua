@@ -23,6 +23,11 @@ function job.see_to(id, band)
 end
 
 local since_now = WAITING_BAND + now.ms
+-- An end that no lease can have: the clock was set back, or somebody else wrote there. Whoever holds the job renews it.
+local endless = on('ZRANGEBYSCORE', UNFINISHED, '(' .. text(now.ms + MAX_LEASE_MS), '(' .. text(WAITING_BAND),
+  'LIMIT', '0', STEP)
+for _, id in ipairs(endless) do on('ZADD', UNFINISHED, text(now.ms + LEASE_MS), id) end
+
 local may_be_stock = on('ZRANGEBYSCORE', STARTED, '-inf', text(now.s + STOCK_LIFE_S), 'LIMIT', '0', STEP)
 for _, entry in ipairs(may_be_stock) do job.see_to(string.match(entry, '^(.*):') or entry, since_now) end
 for _, registry in ipairs({FINISHED, FAILED, STARTED}) do
