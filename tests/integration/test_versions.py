@@ -41,6 +41,7 @@ LEASE_S = 2.0
 WAITS = {"LEASE_S": "2", "CANCEL_DEADLINE_S": "60", "BINANCE_RECV_WINDOW_MS": "30000"}
 #: Keys that may live for ever: lists and registries, whose entries go, and the ledger, whose length is bounded.
 LASTING = {
+    "cancels:counts",
     "rq:queues",
     "rq:workers",
     "rq:workers:cancels",
