@@ -14,9 +14,8 @@ from rq.serializers import JSONSerializer
 
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.message import TASK, encode_call
-from tests.integration.test_stock_worker import start_stock
 from tests.messages import NASTY_JOBS
-from tests.servers import Peek, Valkey, Worker, Workers, eventually
+from tests.servers import Peek, Worker, Workers, eventually
 from worker.sandbox.control import RunningExchange
 
 QUEUE = "rq:queue:cancels"
@@ -109,7 +108,6 @@ def is_well(worker: Worker) -> None:
 def test_damaged_jobs_are_refused_alone(
     kind: str,
     workers: Workers,
-    valkey: Valkey,
     client: CancelClient,
     exchange: RunningExchange,
     connection: redis.Redis,
@@ -122,7 +120,7 @@ def test_damaged_jobs_are_refused_alone(
     for name in names:
         put(connection, name, encode_call(CancelRequest(algo_id=7)), DAMAGED[name])
     after = client.cancel_many([CancelRequest(algo_id=order(exchange)) for _ in range(2)])
-    worker = workers.start(LEASE_S="2") if kind == "ours" else start_stock(workers, valkey)
+    worker = workers.start(LEASE_S="2") if kind == "ours" else workers.start_stock("--with-scheduler")
 
     good = [ticket.id for ticket in (*before, *after)]
     assert {client.wait(job_id, 30).kind for job_id in good} == {OutcomeKind.CANCELLED}
@@ -275,7 +273,6 @@ NASTY = {f"nasty-{number}": data for number, data in enumerate(NASTY_JOBS.values
 def test_nasty_payloads(
     kind: str,
     workers: Workers,
-    valkey: Valkey,
     client: CancelClient,
     exchange: RunningExchange,
     connection: redis.Redis,
@@ -303,7 +300,7 @@ def test_nasty_payloads(
     # As for RQ, the last of two equal keys holds.
     text = f'["{TASK}",null,[{{"v":1,"account":"x","account":"default","algo_id":7,"algo_id":{duplicate}}}],{{}}]'
     put(connection, "duplicate-keys", text.encode(), {})
-    worker = workers.start() if kind == "ours" else start_stock(workers, valkey)
+    worker = workers.start() if kind == "ours" else workers.start_stock("--with-scheduler")
 
     assert client.wait("duplicate-keys", 30).kind is OutcomeKind.CANCELLED
     is_served(client, exchange)

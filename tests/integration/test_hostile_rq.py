@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +18,9 @@ from rq.webhook import Webhook
 
 from producer import CancelClient, OutcomeKind
 from producer.message import TASK
-from tests.servers import ROOT, Peek, Valkey, Workers, eventually, scrubbed
+from tests.servers import ROOT, RQ, WORKER, Peek, Valkey, Workers, eventually, scrubbed
 from worker.sandbox.control import RunningExchange
 
-RQ = str(Path(sys.executable).with_name("rq"))
-OURS = (sys.executable, "-m", "worker")
 #: RQ's command line without `--serializer json`: the queues that it hands in are of its default, pickle.
 OURS_BY_RQ = (RQ, "worker", "-w", "worker.runner.CancelWorker", "cancels")
 
@@ -100,7 +97,7 @@ def bait(valkey: Valkey, tmp_path: Path) -> Iterator[Bait]:
 def start_into_upkeep(workers: Workers, peek: Peek, command: tuple[str, ...], path: Path = ROOT) -> None:
     """Start a worker whose upkeep comes within a second: under a closed gate it has not measured the clock."""
     peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 2500)
-    arguments = () if command is OURS else ("--url", workers.environment["REDIS_URL"])
+    arguments = () if command is WORKER else ("--url", workers.environment["REDIS_URL"])
     workers.start(*arguments, command=command, PYTHONPATH=str(path))
 
 
@@ -110,7 +107,9 @@ def upkeep_is_over(exchange: RunningExchange) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [(OURS, "callback and webhook"), (OURS_BY_RQ, "pickle")], ids=["ours", "ours by RQ's command"]
+    ("command", "kind"),
+    [(WORKER, "callback and webhook"), (OURS_BY_RQ, "pickle")],
+    ids=["ours", "ours by RQ's command"],
 )
 def test_an_abandoned_job_makes_our_worker_do_nothing(
     command: tuple[str, ...],
@@ -142,7 +141,7 @@ def test_what_rq_would_stumble_over_does_not_harm_the_worker(
         connection.execute_command("ZADD", "rq:wip:cancels", 1, entry)
     connection.lpush("rq:queue:cancels:intermediate", b"\xff")
 
-    start_into_upkeep(workers, Peek(connection), OURS)
+    start_into_upkeep(workers, Peek(connection), WORKER)
     upkeep_is_over(exchange)
 
     (order,) = exchange.add_orders(1)
