@@ -292,14 +292,6 @@ class HandTls:
 LOOPBACK = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 
 
-def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    """Wait until something is so."""
-    ends_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_at, "not in time"
-        time.sleep(0.002)
-
-
 def free_port() -> int:
     """A port on which nobody listens, kept from everybody else until this process ends."""
     held = socket.socket()

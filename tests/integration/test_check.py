@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from tests.conftest import API_KEY, API_SECRET
 from tests.failover import UNSUPPORTED
 from tests.loopback import LOOPBACK, Authority, Peer, Server, answering, http_answer, relaying
-from tests.servers import Peek, Valkey, free_port, python, running_valkey, scrubbed
+from tests.servers import Peek, Valkey, Workers, free_port, python, running_valkey
 from worker.__main__ import EX_CONFIG, EX_OK, EX_UNAVAILABLE
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -37,14 +37,9 @@ def valkey(_durable_process: Valkey) -> Valkey:
 
 
 @pytest.fixture
-def environment(valkey: Valkey, exchange: RunningExchange) -> dict[str, str]:
+def environment(workers: Workers) -> dict[str, str]:
     """Settings with which everything is in order."""
-    return scrubbed() | {
-        "REDIS_URL": valkey.url,
-        "BINANCE_BASE_URL": exchange.url,
-        "BINANCE_API_KEY": API_KEY,
-        "BINANCE_API_SECRET": API_SECRET,
-    }
+    return workers.environment
 
 
 def check(environment: dict[str, str]) -> tuple[int, str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from rq.webhook import Webhook
 
 from producer import CancelClient, OutcomeKind
 from producer.message import TASK
+from tests.loopback import Peer, Server
 from tests.servers import ROOT, RQ, WORKER, Peek, Valkey, Workers, eventually, scrubbed
 from worker.sandbox.control import RunningExchange
 
@@ -41,22 +41,20 @@ class Bait:
 
     directory: Path
     valkey: Valkey
-    listener: socket.socket = field(default_factory=lambda: socket.create_server(("127.0.0.1", 0)))
+    server: Server = field(default_factory=lambda: Server(Peer.wait_until_closed))
 
     def __post_init__(self) -> None:
         """A module that makes a file as soon as it is imported."""
         self._file = self.directory / "taken"
         code = f"import pathlib\npathlib.Path({str(self._file)!r}).touch()\ndef act(*_):\n    pass\n"
         (self.directory / "bait_of_a_test.py").write_text(code, "utf-8")
-        self.listener.settimeout(0.2)
 
     def lay(self, connection: redis.Redis, kind: str) -> None:
         """Put the job where RQ looks for those whose worker has died."""
         options: dict[str, Any] = {}
         if kind == "callback and webhook":
             options["on_failure"] = Callback("bait_of_a_test.act")
-            url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
-            options["webhooks"] = [Webhook(url, "failed", timeout=1)]
+            options["webhooks"] = [Webhook(f"{self.server.url}/", "failed", timeout=1)]
         options |= {"id": "bait", "origin": "cancels", "status": JobStatus.STARTED}
         job = Job.create(TASK, args=[{}], connection=connection, **options)
         job.save()
@@ -70,11 +68,7 @@ class Bait:
 
     def taken(self) -> bool:
         """Whether the file is there, or somebody has called."""
-        try:
-            self.listener.accept()[0].close()
-        except TimeoutError:
-            return self._file.exists()
-        return True
+        return self._file.exists() or self.server.connections > 0
 
     def taken_by_rq_info(self, connection: redis.Redis) -> bool:
         """The same, after RQ's own clean-up in a process of RQ's: the bait is a good one."""
@@ -90,7 +84,7 @@ def bait(valkey: Valkey, tmp_path: Path) -> Iterator[Bait]:
     directory = tmp_path / "bait"
     directory.mkdir()
     made = Bait(directory, valkey)
-    with made.listener:
+    with made.server:
         yield made
 
 
