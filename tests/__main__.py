@@ -27,7 +27,7 @@ FULL = (
 )
 FLOOR = 90.0
 #: How the whole suite is run. Without servers: measured always, as the decisions are proved there. With servers: six
-#: files at a time, as most of their time is waiting, those that take longest first.
+#: files at a time, as most of their time is waiting; those that break servers wait for conditions as the others do.
 UNIT = ("-n", "3", "--dist", "loadfile", "tests/unit")
 REST = ("-n", "6", "--dist", "loadfile", "tests/fault", "tests/model", "tests/integration", "tests/clients")
 #: What a change to the decisions answers to first: their literal tables, and rules for any history.

@@ -156,7 +156,7 @@ def _bad_request(peer: Peer) -> None:
 @contextlib.contextmanager
 def http_server() -> Iterator[str]:
     """A web server where a Redis should be: it answers at once, as to a bad request."""
-    with contextlib.closing(Server(_bad_request)) as server:
+    with Server(_bad_request) as server:
         yield f"redis://127.0.0.1:{server.port}/0"
 
 

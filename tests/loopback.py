@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -87,6 +88,12 @@ class Server:
         self._sockets: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def url(self) -> str:
@@ -283,14 +290,6 @@ class HandTls:
 
 
 LOOPBACK = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-
-
-def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    """Wait until something is so."""
-    ends_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_at, "not in time"
-        time.sleep(0.002)
 
 
 def free_port() -> int:

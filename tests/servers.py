@@ -29,6 +29,8 @@ from tests.preloaded import start as forked
 
 #: The whole way into a worker, for tests of its first moments and of what others see of its process.
 WORKER = (sys.executable, "-m", "worker")
+#: RQ's own command line.
+RQ = str(Path(sys.executable).with_name("rq"))
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 30.0, what: str = "") -> object:
@@ -193,6 +195,11 @@ class Workers:
             )
             assert process.poll() is None, worker.output()
         return worker
+
+    def start_stock(self, *options: str, **environment: Any) -> Worker:
+        """Start RQ's own worker, or one by its command line, as its users do, and wait until RQ knows it."""
+        given = ("--serializer", "json", "--url", self.environment["REDIS_URL"], *options)
+        return self.start(*given, command=(RQ, "worker", "cancels"), **environment)
 
     def _registered(self) -> int:
         with redis.Redis.from_url(self.environment["REDIS_URL"]) as client:

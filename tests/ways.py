@@ -162,6 +162,6 @@ async def several(client: Client, credential: Credential, count: int, first: int
 
 async def passed(condition: Callable[[], object]) -> None:
     """Let the loop run until something is so."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.002)

@@ -31,6 +31,13 @@ def peek(connection: redis.Redis) -> Peek:
 
 
 @pytest.fixture
+def full(connection: redis.Redis) -> Iterator[Callable[[], object]]:
+    """Makes the server refuse whatever grows; it has room again after the test."""
+    yield lambda: connection.config_set("maxmemory", 1)
+    connection.config_set("maxmemory", 0)
+
+
+@pytest.fixture
 def open_holder(valkey: Valkey) -> Iterator[OpenHolder]:
     """Makes holders of jobs."""
     holders: list[Holder] = []

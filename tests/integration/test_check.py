@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.conftest import API_KEY, API_SECRET
+from tests.failover import UNSUPPORTED
 from tests.loopback import LOOPBACK, Authority, Peer, Server, answering, http_answer, relaying
-from tests.servers import Peek, Valkey, eventually, free_port, python, running_valkey, scrubbed, server_binary
+from tests.servers import Peek, Valkey, Workers, free_port, python, running_valkey
 from worker.__main__ import EX_CONFIG, EX_OK, EX_UNAVAILABLE
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -36,14 +37,9 @@ def valkey(_durable_process: Valkey) -> Valkey:
 
 
 @pytest.fixture
-def environment(valkey: Valkey, exchange: RunningExchange) -> dict[str, str]:
+def environment(workers: Workers) -> dict[str, str]:
     """Settings with which everything is in order."""
-    return scrubbed() | {
-        "REDIS_URL": valkey.url,
-        "BINANCE_BASE_URL": exchange.url,
-        "BINANCE_API_KEY": API_KEY,
-        "BINANCE_API_SECRET": API_SECRET,
-    }
+    return workers.environment
 
 
 def check(environment: dict[str, str]) -> tuple[int, str, str]:
@@ -151,12 +147,8 @@ def test_a_replica_is_named(environment: dict[str, str], valkey: Valkey) -> None
     [
         (("--maxmemory", "1"), "it is full (maxmemory)"),
         (("--min-replicas-to-write", "1"), "it takes no writes while it lacks replicas"),
-        (
-            ("--cluster-enabled", "yes", "--cluster-port", str(free_port())),
-            "it is a Redis Cluster, which is not supported: one primary is needed",
-        ),
     ],
-    ids=["full", "lacking replicas", "cluster"],
+    ids=["full", "lacking replicas"],
 )
 def test_a_server_that_takes_no_work_says_why(
     options: tuple[str, ...], says: str, may_ask: bool, environment: dict[str, str]
@@ -170,39 +162,13 @@ def test_a_server_that_takes_no_work_says_why(
     assert says in said
 
 
-def test_a_sentinel_is_named(environment: dict[str, str], valkey: Valkey, tmp_path: Path) -> None:
-    """Who points REDIS_URL at a Sentinel's port is told how to name one."""
-    port, conf = free_port(), tmp_path / "sentinel.conf"
-    conf.write_text(f"port {port}\ndir {tmp_path}\nsentinel monitor mymaster 127.0.0.1 {valkey.port} 1\n")
-    command = [server_binary(), str(conf), "--sentinel"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        with redis.Redis(port=port) as sentinel:
-            eventually(lambda: _pings(sentinel), 20, "it answers")
-        code, said = redis_says(environment, f"redis://127.0.0.1:{port}/0")
-    finally:
-        process.kill()
-        process.wait(20)
-    assert code == EX_UNAVAILABLE
-    assert "it is a Sentinel: write redis+sentinel://host:port/service" in said
-
-
-def _pings(connection: redis.Redis) -> bool:
-    try:
-        return bool(connection.ping())
-    except redis.RedisError:
-        return False
-
-
-def test_a_server_that_is_no_redis_is_one_line(environment: dict[str, str]) -> None:
-    """An HTTP server behind REDIS_URL is said to be something else, without a traceback."""
-    server = Server(lambda peer: peer.send(http_answer(b"", "400 Bad Request")))
-    try:
-        code, said = redis_says(environment, server.url.replace("http:", "redis:"))
-    finally:
-        server.close()
-    assert code == EX_UNAVAILABLE
-    assert "what answers there is no Redis" in said
+@pytest.mark.parametrize(("server", "says"), UNSUPPORTED)
+def test_what_cannot_be_used_is_named(server: Any, says: str, environment: dict[str, str]) -> None:
+    """A Cluster, a Sentinel's port and what is no Redis are said to be that, with the way out, in one line."""
+    with server() as url:
+        code, said = redis_says(environment, url)
+    assert (code, len(said.splitlines())) == (EX_UNAVAILABLE, 1)
+    assert says in said
 
 
 @pytest.mark.parametrize(
@@ -292,11 +258,8 @@ def test_damaged_keys_are_named(environment: dict[str, str], peek: Peek) -> None
 )
 def test_an_answer_that_is_not_the_time_is_quoted(answer: bytes, says: str, environment: dict[str, str]) -> None:
     """Why the exchange cannot be used is said in its words, with the way out."""
-    server = Server(answering(answer))
-    try:
+    with Server(answering(answer)) as server:
         code, said, _ = check(environment | {"BINANCE_BASE_URL": server.url})
-    finally:
-        server.close()
     assert code == EX_UNAVAILABLE
     assert says in line(said, "FAILED exchange")
 
@@ -329,9 +292,8 @@ def test_a_foreign_certificate_is_named_and_can_be_trusted(
     environment: dict[str, str], authority: Authority, stranger: Authority
 ) -> None:
     """Who it is that answers with another's certificate is for the operator to know; EXCHANGE_TLS_CA trusts it."""
-    server = Server(answering(http_answer(b"<html>")), authority.server_context(LOOPBACK))
-    url = f"https://127.0.0.1:{server.port}"
-    try:
+    with Server(answering(http_answer(b"<html>")), authority.server_context(LOOPBACK)) as server:
+        url = f"https://127.0.0.1:{server.port}"
         for more, says in (
             ({}, "its certificate is not trusted"),
             ({"EXCHANGE_TLS_CA": stranger.ca_file}, "its certificate is not trusted"),
@@ -341,20 +303,15 @@ def test_a_foreign_certificate_is_named_and_can_be_trusted(
             assert code == EX_UNAVAILABLE
             assert says in line(said, "FAILED exchange")
             assert says.startswith("a proxy") or "EXCHANGE_TLS_CA" in said
-    finally:
-        server.close()
 
 
 def test_a_proxy_that_wants_a_login_is_named(environment: dict[str, str]) -> None:
     """The proxy's 407 is told apart from a trouble of the exchange, and its password is not shown."""
-    proxy = Server(relaying("egress:right"))
-    try:
+    with Server(relaying("egress:right")) as proxy:
         more = {"BINANCE_BASE_URL": f"https://127.0.0.1:{free_port()}"}
         code, said, _ = check(
             environment | more | {"EGRESS_PROXY_URL": f"http://egress:hunter2@127.0.0.1:{proxy.port}"}
         )
-    finally:
-        proxy.close()
     assert code == EX_UNAVAILABLE
     assert "the proxy wants a login" in line(said, "FAILED exchange")
     assert "hunter2" not in said
@@ -375,11 +332,8 @@ def test_a_key_that_may_only_read_is_refused(environment: dict[str, str]) -> Non
             else:
                 peer.send(http_answer(b'{"code":-2013,"msg":"Order does not exist."}', "400 No"))
 
-    server = Server(behave)
-    try:
+    with Server(behave) as server:
         code, said, _ = check(environment | {"BINANCE_BASE_URL": server.url})
-    finally:
-        server.close()
     assert code == EX_CONFIG
     assert "may read but not trade: 401 -2015" in line(said, "FAILED key of default")
     assert seen[-1].startswith(f"DELETE /fapi/v1/algoOrder?algoId={2**63 - 1}")

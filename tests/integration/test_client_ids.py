@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,13 +69,10 @@ def test_a_reopened_order_is_not_told_the_end_of_the_one_before(
 
 
 def test_rqs_simple_worker_looks_before_it_cancels(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, valkey: Valkey
+    workers: Workers, client: CancelClient, exchange: RunningExchange
 ) -> None:
     """However soon it has the job in hand: its connection may take long to open, and the id change hands meanwhile."""
-    rq = str(Path(sys.executable).with_name("rq"))
-    workers.start(
-        "--serializer", "json", "-w", "rq.SimpleWorker", "--url", valkey.url, command=(rq, "worker", "cancels")
-    )
+    workers.start_stock("-w", "rq.SimpleWorker")
     opened(exchange)
     first = client.cancel(client_algo_id=X).wait(10)
     opened(exchange)

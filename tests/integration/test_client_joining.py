@@ -25,15 +25,6 @@ from worker.sandbox.control import RunningExchange
 KEYS = Keys()
 
 
-def test_requests_for_one_order_share_its_open_job(client: CancelClient, connection: redis.Redis) -> None:
-    """A second request for an order that is not finished gets the first one's id and says so."""
-    first = client.cancel(algo_id=17)
-    second = client.cancel(algo_id=17, tag="another strategy")
-
-    assert (second.id, first.duplicate, second.duplicate) == (first.id, False, True)
-    assert connection.lrange(KEYS.waiting, 0, -1) == [first.id.encode()]
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -99,14 +90,6 @@ def test_urgent_goes_first_and_is_applied_to_the_open_job(
     sent = sorted(exchange.book().values(), key=lambda entry: entry.delete_arrivals_ns[0])
     assert [entry.algo_id for entry in sent] == [urgent, joined, first, last]
     assert [entry.deletes for entry in sent] == [1, 1, 1, 1]
-
-
-def test_requests_for_one_order_in_one_call_share_a_ticket(client: CancelClient) -> None:
-    """Inside one call the order of the requests is kept, and each order has one job."""
-    a, b, again = client.cancel_many([CancelRequest(algo_id=1), CancelRequest(algo_id=2), CancelRequest(algo_id=1)])
-
-    assert again.id == a.id != b.id
-    assert [a.duplicate, b.duplicate, again.duplicate] == [False, False, True]
 
 
 def test_they_share_it_whatever_finishes_meanwhile(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import threading
 import time
@@ -16,7 +15,6 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from producer import (
-    AsyncCancelClient,
     CancelClient,
     CancelRequest,
     LedgerGap,
@@ -31,36 +29,24 @@ from producer.waiting import QueueWire, Waiters
 from tests.exporting import append, record
 from tests.fault.proxy import Proxy
 from tests.servers import Valkey, Workers, confirms_durability, eventually, running_valkey
-from tests.strategies import blocked
+from tests.strategies import BOTH, Talk, blocked, talking
 
 KEYS = Keys()
 
 
-@pytest.fixture(params=[CancelClient, AsyncCancelClient])
-def either(request: pytest.FixtureRequest, valkey: Valkey) -> Iterator[tuple[Any, asyncio.Runner]]:
-    """Either client, and what runs its coroutines."""
-    client = request.param.from_url(valkey.url)
-    with asyncio.Runner() as runner:
-        yield client, runner
-        ended(client.close(), runner)
-
-
-def ended(value: Any, runner: asyncio.Runner) -> Any:
-    """The value, awaited where it has to be."""
-
-    async def wait() -> Any:
-        return await value
-
-    return runner.run(wait()) if hasattr(value, "__await__") else value
+@pytest.fixture(params=BOTH)
+def talk(request: pytest.FixtureRequest, valkey: Valkey) -> Iterator[Talk]:
+    """Either client."""
+    with talking(request.param.from_url(valkey.url)) as talk:
+        yield talk
 
 
 # ---- ends -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_removed_ends_the_wait(either: tuple[Any, asyncio.Runner], connection: redis.Redis) -> None:
+def test_what_is_removed_ends_the_wait(talk: Talk, connection: redis.Redis) -> None:
     """Whoever waits without a time-out is told once a person has removed the request."""
-    client, runner = either
-    ticket = ended(client.cancel(algo_id=7), runner)
+    ticket = talk.cancel(algo_id=7)
 
     def remove() -> None:
         eventually(lambda: connection.info("clients")["blocked_clients"], what="somebody waits")
@@ -69,53 +55,53 @@ def test_what_is_removed_ends_the_wait(either: tuple[Any, asyncio.Runner], conne
     remover = threading.Thread(target=remove)
     remover.start()
     with pytest.raises(UnknownRequest, match=f"{ticket.id} is not among the requests") as caught:
-        ended(ticket.wait(), runner)
+        talk.wait_for(ticket, None)
     remover.join()
     assert caught.value.job_ids == (ticket.id,)
 
 
-def test_what_has_expired_ends_the_wait_at_once(
-    either: tuple[Any, asyncio.Runner], workers: Workers, connection: redis.Redis
-) -> None:
+def test_what_has_expired_ends_the_wait_at_once(talk: Talk, workers: Workers, connection: redis.Redis) -> None:
     """An outcome whose record has run out is not waited for, though RQ keeps the failed job; nor is what never was."""
-    client, runner = either
     workers.start()
-    ticket = ended(client.cancel(algo_id=7, account="nobody"), runner)
-    assert ended(ticket.wait(20), runner).kind is OutcomeKind.REFUSED
+    ticket = talk.cancel(algo_id=7, account="nobody")
+    assert talk.wait_for(ticket, 20).kind is OutcomeKind.REFUSED
     connection.delete(KEYS.outcome_prefix + ticket.id)
 
     with pytest.raises(UnknownRequest):
-        ended(ticket.wait(), runner)
+        talk.wait_for(ticket, None)
     with pytest.raises(UnknownRequest):
-        ended(client.wait("nobody-knows"), runner)
+        talk.wait("nobody-knows")
 
 
-def test_what_a_worker_has_in_hand_is_waited_for(either: tuple[Any, asyncio.Runner], connection: redis.Redis) -> None:
+def test_what_a_worker_has_in_hand_is_waited_for(talk: Talk, connection: redis.Redis) -> None:
     """A job that is removed under a worker's hands is waited for as long as it is held."""
-    client, runner = either
-    ticket = ended(client.cancel(algo_id=1), runner)
+    ticket = talk.cancel(algo_id=1)
     connection.zadd(KEYS.unfinished, {ticket.id: time.time() * 1000 + 60_000})
     connection.delete(KEYS.job_prefix + ticket.id)
     with pytest.raises(WaitTimeout):
-        ended(ticket.wait(0.1), runner)
+        talk.wait_for(ticket, 0.1)
 
     connection.zrem(KEYS.unfinished, ticket.id)
     with pytest.raises(UnknownRequest):
-        ended(ticket.wait(), runner)
+        talk.wait_for(ticket, None)
 
 
-def test_a_time_out_says_who_serves(either: tuple[Any, asyncio.Runner], workers: Workers) -> None:
+def test_a_time_out_says_who_serves(talk: Talk, workers: Workers) -> None:
     """It tells whether the request stands and whether anybody works on the queue."""
-    client, runner = either
-    ticket = ended(client.cancel(client_algo_id="x"), runner)
+    ticket = talk.cancel(client_algo_id="x")
     with pytest.raises(WaitTimeout, match="the request goes on: NO LIVE WORKER serves queue cancels") as caught:
-        ended(ticket.wait(0.1), runner)
+        talk.wait_for(ticket, 0.1)
     assert caught.value.is_served is False
     workers.start(CANCEL_DEADLINE_S="60", BACKOFF_CAP_MS="60000", NOT_FOUND_HORIZON_S="3600")
     time.sleep(1.1)  # who serves is asked once a second
     with pytest.raises(WaitTimeout, match="the request goes on: a live worker serves queue cancels") as caught:
-        ended(ticket.wait(0), runner)
+        talk.wait_for(ticket, 0)
     assert caught.value.is_served is True
+
+
+def listeners(client: CancelClient) -> set[str]:
+    """Ids of the connections on which somebody waits for news."""
+    return {each["id"] for each in client._redis.client_list() if "b" in each["flags"]}
 
 
 def test_a_listener_that_is_cut_off_comes_back(valkey: Valkey, client: CancelClient, workers: Workers) -> None:
@@ -124,18 +110,19 @@ def test_a_listener_that_is_cut_off_comes_back(valkey: Valkey, client: CancelCli
         tickets = mine.cancel_many(CancelRequest(algo_id=number, account="nobody") for number in range(1, 9))
         waiting = [pool.submit(ticket.wait, 60) for ticket in tickets]
         following = pool.submit(next, mine.outcomes(follow=True))
+        heard: set[str] = set()
         for _ in range(3):
-            eventually(lambda: blocked(client), what="they listen")
+            eventually(lambda: listeners(client) - heard, what="they listen, by another connection")
+            heard.update(listeners(client))
             proxy.reset_peer()
         workers.start()
         assert {each.result(60).kind for each in waiting} == {OutcomeKind.REFUSED}
         assert following.result(60)[1].kind is OutcomeKind.REFUSED
 
 
-def test_waits_end_without_a_ledger_too(either: tuple[Any, asyncio.Runner], connection: redis.Redis) -> None:
+def test_waits_end_without_a_ledger_too(talk: Talk, connection: redis.Redis) -> None:
     """Where somebody has put another thing in the ledger's place, whoever waits still gets the outcome."""
-    client, runner = either
-    ticket = ended(client.cancel(algo_id=1), runner)
+    ticket = talk.cancel(algo_id=1)
     connection.set(KEYS.outcomes, "of the wrong type")
 
     def settle() -> None:
@@ -144,33 +131,26 @@ def test_waits_end_without_a_ledger_too(either: tuple[Any, asyncio.Runner], conn
 
     settler = threading.Thread(target=settle)
     settler.start()
-    assert ended(ticket.wait(60), runner).algo_id == 1
+    assert talk.wait_for(ticket, 60).algo_id == 1
     settler.join()
 
 
 # ---- the ledger -----------------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_fell_behind_is_told(either: tuple[Any, asyncio.Runner], connection: redis.Redis) -> None:
+def test_a_reader_that_fell_behind_is_told(talk: Talk, connection: redis.Redis) -> None:
     """Entries that were trimmed unread are told, once, with where to go on; who is up to date is told nothing."""
-    client, runner = either
-
-    async def read(after: str, most: int = 99) -> list[tuple[str, int | None]]:
-        entries = client.outcomes(after)
-        if hasattr(entries, "__anext__"):
-            return [(entry, outcome.algo_id) async for entry, outcome in entries][:most]
-        return [(entry, outcome.algo_id) for entry, outcome in entries][:most]
 
     for number in range(1, 11):
         append(connection, record(number))
-    ids = [entry for entry, _ in runner.run(read("0-0"))]
+    ids = [entry for entry, _ in talk.ledger()]
     connection.xtrim(KEYS.outcomes, maxlen=4, approximate=False)
 
     with pytest.raises(LedgerGap, match="the ledger was trimmed beyond") as caught:
-        runner.run(read(ids[2]))
+        talk.ledger(ids[2])
     assert (caught.value.after, caught.value.first) == (ids[2], ids[6])
-    assert [number for _, number in runner.run(read(caught.value.resume))] == [7, 8, 9, 10]
-    assert [len(runner.run(read(position))) for position in (ids[6], ids[9], "0-0")] == [3, 0, 4]
+    assert [outcome.algo_id for _, outcome in talk.ledger(caught.value.resume)] == [7, 8, 9, 10]
+    assert [len(talk.ledger(position)) for position in (ids[6], ids[9], "0-0")] == [3, 0, 4]
 
 
 def test_an_old_position_of_a_whole_ledger_misses_nothing(client: CancelClient, connection: redis.Redis) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -372,13 +372,6 @@ def test_a_user_without_the_ledger_ends_nothing_by_half(
 
 
 # ---- a server that is full ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def full(connection: redis.Redis) -> Iterator[Callable[[], object]]:
-    """Makes the server refuse whatever grows; it has room again after the test."""
-    yield lambda: connection.config_set("maxmemory", 1)
-    connection.config_set("maxmemory", 0)
 
 
 def test_a_full_server_takes_outcomes(

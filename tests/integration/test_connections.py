@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Self
 
 import pytest
@@ -17,7 +16,7 @@ import redis
 from producer import AsyncCancelClient, CancelClient, CancelRequest, NotDurable, OutcomeKind
 from producer.protocol import TicketFields
 from producer.web.app import create_app
-from tests.conftest import API_KEY, API_SECRET
+from tests.integration.conftest import NewFleet
 from tests.servers import Valkey, Workers, eventually, running_valkey
 from tests.webpages import TOKEN, outcome, settle
 from worker.redis_link import MAX_CONNECTIONS
@@ -117,37 +116,18 @@ def test_two_workers_hold_eight(valkey: Valkey, workers: Workers, exchange: Runn
     assert count.workers <= 2 * PER_WORKER
 
 
-@pytest.fixture
-def durable() -> Iterator[Valkey]:
-    """A server that keeps what it is told over a restart."""
-    with running_valkey("--appendonly", "yes", "--appendfsync", "always") as server:
-        yield server
-
-
-def test_after_a_restart_of_redis(durable: Valkey, exchange: RunningExchange, tmp_path: Path) -> None:
+def test_after_a_restart_of_redis(durable: Valkey, exchange: RunningExchange, new_fleet: NewFleet) -> None:
     """Connections that were lost are replaced, not added to."""
-    fleet = Workers(
-        tmp_path,
-        {
-            "REDIS_URL": durable.url,
-            "BINANCE_BASE_URL": exchange.url,
-            "BINANCE_API_KEY": API_KEY,
-            "BINANCE_API_SECRET": API_SECRET,
-        },
-    )
-    try:
-        worker = fleet.start(WORKER_CONCURRENCY="256")
-        burst(durable.url, exchange, 100)
-        with Count(durable.port) as count:
-            for how in (signal.SIGKILL, signal.SIGTERM):
-                durable.stop(how)
-                durable.start()
-                burst(durable.url, exchange, 300)
-        assert count.looks > 20
-        assert count.workers <= PER_WORKER
-        assert worker.stop() == 0
-    finally:
-        fleet.stop()
+    worker = new_fleet(REDIS_URL=durable.url).start(WORKER_CONCURRENCY="256")
+    burst(durable.url, exchange, 100)
+    with Count(durable.port) as count:
+        for how in (signal.SIGKILL, signal.SIGTERM):
+            durable.stop(how)
+            durable.start()
+            burst(durable.url, exchange, 300)
+    assert count.looks > 20
+    assert count.workers <= PER_WORKER
+    assert worker.stop() == 0
 
 
 def test_a_stopped_worker_holds_none(valkey: Valkey, workers: Workers, exchange: RunningExchange) -> None:
@@ -182,14 +162,11 @@ def test_a_client_holds_one_and_one_more_while_it_waits(
 
 
 @pytest.fixture
-def crowded(exchange: RunningExchange, tmp_path: Path) -> Iterator[Valkey]:
+def crowded(new_fleet: NewFleet) -> Iterator[Valkey]:
     """A server of a small plan: twenty connections, a worker's four and the test's among them."""
     with running_valkey("--maxclients", "20") as server:
-        environment = {"REDIS_URL": server.url, "BINANCE_BASE_URL": exchange.url}
-        fleet = Workers(tmp_path, environment | {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET})
-        fleet.start()
+        new_fleet(REDIS_URL=server.url).start()
         yield server
-        fleet.stop()
 
 
 def test_two_hundred_threads_share_four(crowded: Valkey, exchange: RunningExchange) -> None:

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import redis
 
 from producer import CancelClient, OutcomeKind, Ticket
@@ -32,8 +31,6 @@ from tests.engines import (
     enqueued,
     well,
 )
-from tests.fault.conftest import mark_of
-from tests.fault.proxy import Proxy
 from tests.integration.conftest import Logged
 from tests.loopback import certificate
 from tests.orders import at_first_try, outcomes
@@ -51,16 +48,6 @@ def recorded_once(port: int, tickets: Iterable[Ticket], running: RunningEngine, 
     assert running.engine.outcomes == len(expected)
     assert logged("fenced") == []
     assert logged("defect") == []
-
-
-def connections_since(connection: redis.Redis, before: int = 0) -> int:
-    """How many connections the server took since that many."""
-    return int(connection.info("stats")["total_connections_received"]) - before
-
-
-def scripts_called(connection: redis.Redis) -> int:
-    """How many scripts the server was asked to run."""
-    return int(connection.info("commandstats")["cmdstat_evalsha"]["calls"])
 
 
 # ---- the gate -------------------------------------------------------------------------------------------------------
@@ -214,59 +201,7 @@ def test_a_busy_server_costs_no_outcome(logged: Logged) -> None:
         recorded_once(world.valkey.port, world.tickets, world.running, logged)
 
 
-def test_a_full_server_takes_outcomes(stack: ExitStack, logged: Logged) -> None:
-    """A server without memory gives and completes the jobs that it has, and its refusals break no connection."""
-    valkey = stack.enter_context(running_valkey("--appendonly", "no"))
-    client = stack.enter_context(CancelClient.from_url(valkey.url))
-    connection = stack.enter_context(redis.Redis(port=valkey.port))
-    server = stack.enter_context(Answerer())
-    tickets = enqueued(client, 60)
-    connection.config_set("maxmemory", "1mb")
-    before = connections_since(connection)
-    running = stack.enter_context(RunningEngine(valkey.url, server.url, 16))
-
-    assert at_first_try(outcomes(client, tickets))
-    asked = scripts_called(connection)
-    eventually(lambda: scripts_called(connection) >= asked + 3, what="it is asked for more jobs")
-    with pytest.raises(redis.OutOfMemoryError):
-        connection.set("one", "more")
-    assert connections_since(connection, before) == 2
-    recorded_once(valkey.port, tickets, running, logged)
-
-
 # ---- connections that break -----------------------------------------------------------------------------------------
-
-
-def test_a_connection_that_breaks_again_and_again(
-    valkey: Valkey, client: CancelClient, connection: redis.Redis, stack: ExitStack, logged: Logged
-) -> None:
-    """Under load one of the connections to Redis breaks again and again, with completions carried out unheard: each
-    outcome is recorded once and told once, and nobody takes it for another worker's."""
-    count, breaks, tried = 1000, 8, set[int]()
-
-    def behave(asked: Asked) -> Said:
-        time.sleep(0.02)
-        if asked.method == "DELETE" and (asked.algo_id or 0) % 4 == 0 and asked.algo_id not in tried:
-            tried.add(asked.algo_id or 0)
-            return OVERLOADED
-        return well(asked)
-
-    server = stack.enter_context(Answerer(behave))
-    proxy = stack.enter_context(Proxy(valkey.port))
-    tickets = enqueued(client, count)
-    running = stack.enter_context(
-        RunningEngine(
-            proxy.redis_url, server.url, 16, LEASE_S="4", BACKOFF_CAP_MS="100", BINANCE_RECV_WINDOW_MS="60000"
-        )
-    )
-    for n in range(breaks):
-        eventually(lambda n=n: connection.xlen("cancels:outcomes") > n * count // 10, 30)  # type: ignore[misc]
-        trap = proxy.limit_data(mark_of(running.store.complete([])))
-        eventually(lambda trap=trap: trap.sprung, 10, "an answer is lost")  # type: ignore[misc]
-
-    found = outcomes(client, tickets, 40)
-    assert {outcome.kind for outcome in found} == {OutcomeKind.CANCELLED}
-    recorded_once(valkey.port, tickets, running, logged)
 
 
 def test_a_slow_measurement_holds_up_nobody_else(

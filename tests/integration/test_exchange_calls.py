@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from producer.message import Call
-from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, free_port, http_answer, query_of, until
+from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, free_port, http_answer, query_of
+from tests.servers import eventually
 from tests.ways import API_KEY, REF, SECRET, Bench, replied
 from worker.classify import Means, OrderRef, Reply, classify
 from worker.clock import BEHIND_MS, ServerClock
@@ -252,7 +253,7 @@ def test_late_weight_belongs_to_the_minute_of_its_request(loop_bench: Bench, cre
     def behave(peer: Peer) -> None:
         while head := peer.read_head():
             if head.startswith(b"DELETE"):
-                until(lambda: wall_ms() > minute_ms + 20)
+                eventually(lambda: wall_ms() > minute_ms + 20)
                 answered.set()
                 assert newer.wait(5)
             peer.send(http_answer(x_mbx_used_weight_1m="2300" if head.startswith(b"DELETE") else "3"))
@@ -403,7 +404,7 @@ def test_keep_warm_survives_closed_connections(loop_bench: Bench) -> None:
     for turn in range(1, 4):
         assert client.run(client.exchange.keep_warm()) == 2
         assert server.connections == 2 * turn
-        until(lambda expected=2 * turn: len(closed) == expected)  # type: ignore[misc]
+        eventually(lambda expected=2 * turn: len(closed) == expected)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

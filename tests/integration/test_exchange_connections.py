@@ -23,8 +23,8 @@ from tests.loopback import (
     http_answer,
     late_tls,
     relaying,
-    until,
 )
+from tests.servers import eventually
 from tests.ways import REF, Bench, Client, bounded, failed, passed, replied, several
 from worker.classify import Means, OrderRef, Reply, classify
 from worker.exchange import Answer
@@ -226,7 +226,7 @@ def test_connections_that_nobody_needs_are_closed(loop_bench: Bench, credential:
     server, client = loop_bench.to(behave, idle_bound_s=0.3)
     client.run(several(client, credential, 4))
     assert server.connections == 4
-    until(lambda: client.cancel(credential) and len(ended) == 3)
+    eventually(lambda: client.cancel(credential) and len(ended) == 3)
     assert server.connections == 4
 
 
@@ -270,7 +270,7 @@ def test_no_more_connections_are_kept_than_allowed(loop_bench: Bench, credential
 
     server, client = loop_bench.to(behave, pool_size=2)
     client.run(several(client, credential, 5))
-    until(lambda: len(ended) == server.connections - 2)
+    eventually(lambda: len(ended) == server.connections - 2)
 
 
 def test_closed_client_sends_nothing(bench: Bench, credential: Credential) -> None:

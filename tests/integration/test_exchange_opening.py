@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from producer.message import Call
-from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, http_answer, relaying, until
-from tests.servers import ROOT
+from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, http_answer, relaying
+from tests.servers import ROOT, eventually
 from tests.ways import REF, Bench, Client, bounded, failed, passed, replied, several
 from worker.classify import Reply
 from worker.signing import Credential
@@ -91,7 +91,7 @@ def test_addresses_that_failed_are_tried_last(
         named(monkeypatch, lambda: [*addresses, tcp("127.0.0.1", server.port)])
         client = loop_bench.client("http://exchange.test:1", patience_s=2)
         failed(client.cancel(credential), seen=False, reason="could not connect: TimeoutError")
-        until(lambda: isinstance(client.cancel(credential), Reply), 30)
+        eventually(lambda: isinstance(client.cancel(credential), Reply), 30)
 
 
 @pytest.mark.parametrize("addresses", [1, 2])
@@ -159,7 +159,7 @@ def test_hanging_look_up_is_bounded(loop_bench: Bench, credential: Credential, m
         failed(client.cancel(credential), seen=False, reason="could not connect: TimeoutError")
     assert asked == [1]
     release.set()
-    until(lambda: isinstance(client.cancel(credential), Reply))
+    eventually(lambda: isinstance(client.cancel(credential), Reply))
 
 
 HANGING = """

@@ -1,12 +1,10 @@
-"""Jobs that somebody with access to Redis damaged or made up: refused, and the next good request is served in time.
-
-`test_worker_strangers.py` has the foreign payloads; here it is what stands around a payload, and what is no job at all.
-"""
+"""Jobs that somebody with access to Redis damaged or made up: refused, and the next good request is served in time."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +14,8 @@ from rq.serializers import JSONSerializer
 
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.message import TASK, encode_call
-from tests.integration.test_stock_worker import start_stock
 from tests.messages import NASTY_JOBS
-from tests.servers import Peek, Valkey, Worker, Workers, eventually
+from tests.servers import Peek, Worker, Workers, eventually
 from worker.sandbox.control import RunningExchange
 
 QUEUE = "rq:queue:cancels"
@@ -111,7 +108,6 @@ def is_well(worker: Worker) -> None:
 def test_damaged_jobs_are_refused_alone(
     kind: str,
     workers: Workers,
-    valkey: Valkey,
     client: CancelClient,
     exchange: RunningExchange,
     connection: redis.Redis,
@@ -124,7 +120,7 @@ def test_damaged_jobs_are_refused_alone(
     for name in names:
         put(connection, name, encode_call(CancelRequest(algo_id=7)), DAMAGED[name])
     after = client.cancel_many([CancelRequest(algo_id=order(exchange)) for _ in range(2)])
-    worker = workers.start(LEASE_S="2") if kind == "ours" else start_stock(workers, valkey)
+    worker = workers.start(LEASE_S="2") if kind == "ours" else workers.start_stock("--with-scheduler")
 
     good = [ticket.id for ticket in (*before, *after)]
     assert {client.wait(job_id, 30).kind for job_id in good} == {OutcomeKind.CANCELLED}
@@ -277,13 +273,14 @@ NASTY = {f"nasty-{number}": data for number, data in enumerate(NASTY_JOBS.values
 def test_nasty_payloads(
     kind: str,
     workers: Workers,
-    valkey: Valkey,
     client: CancelClient,
     exchange: RunningExchange,
     connection: redis.Redis,
     peek: Peek,
+    tmp_path: Path,
 ) -> None:
-    """No payload gets further than its refusal: nothing is sent, the record can be read, the next request is served.
+    """No payload gets further than its refusal: nothing of it runs, nothing is sent, the record can be read, the next
+    request is served.
 
     A stock worker refuses, without an outcome, what RQ itself cannot read.
     """
@@ -291,17 +288,28 @@ def test_nasty_payloads(
     names = list(NASTY) if kind == "ours" else list(NASTY)[3::4]
     for name in names:
         put(connection, name, NASTY[name], {})
+    marker = tmp_path / "was-here"
+    if kind == "ours":
+        pickled = Queue("cancels", connection=connection)
+        names += [pickled.enqueue("os.system", f"touch {marker}").id, pickled.enqueue(TASK, {"v": 1, "algo_id": 7}).id]
+        put(connection, "shell", f'["os.system",null,["touch {marker}"],{{}}]'.encode(), {})
+        connection.hset(job_key("no-fields-of-rq"), "x", "y")
+        connection.rpush(QUEUE, "no-fields-of-rq", "deleted-before")
+        names += ["shell", "no-fields-of-rq"]
     duplicate = order(exchange)
     # As for RQ, the last of two equal keys holds.
     text = f'["{TASK}",null,[{{"v":1,"account":"x","account":"default","algo_id":7,"algo_id":{duplicate}}}],{{}}]'
     put(connection, "duplicate-keys", text.encode(), {})
-    worker = workers.start() if kind == "ours" else start_stock(workers, valkey)
+    worker = workers.start() if kind == "ours" else workers.start_stock("--with-scheduler")
 
     assert client.wait("duplicate-keys", 30).kind is OutcomeKind.CANCELLED
     is_served(client, exchange)
     refused = {outcome.id: outcome for outcome in peek.ledger() if outcome.kind is OutcomeKind.REFUSED}
     if kind == "ours":
         assert refused.keys() == set(names)
+        assert set(client.failed_ids()) == set(names)
+        assert {(o.may_be_live, o.attempts, o.algo_id) for o in refused.values()} == {(None, (), None)}
+        assert not marker.exists()
         is_well(worker)
     assert all(outcome.error and len(outcome.error) < 400 for outcome in refused.values())
     assert {connection.hget(job_key(name), "status") for name in names} == {b"failed"}

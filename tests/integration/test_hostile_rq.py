@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +17,10 @@ from rq.webhook import Webhook
 
 from producer import CancelClient, OutcomeKind
 from producer.message import TASK
-from tests.servers import ROOT, Peek, Valkey, Workers, eventually, scrubbed
+from tests.loopback import Peer, Server
+from tests.servers import ROOT, RQ, WORKER, Peek, Valkey, Workers, eventually, scrubbed
 from worker.sandbox.control import RunningExchange
 
-RQ = str(Path(sys.executable).with_name("rq"))
-OURS = (sys.executable, "-m", "worker")
 #: RQ's command line without `--serializer json`: the queues that it hands in are of its default, pickle.
 OURS_BY_RQ = (RQ, "worker", "-w", "worker.runner.CancelWorker", "cancels")
 
@@ -44,22 +41,20 @@ class Bait:
 
     directory: Path
     valkey: Valkey
-    listener: socket.socket = field(default_factory=lambda: socket.create_server(("127.0.0.1", 0)))
+    server: Server = field(default_factory=lambda: Server(Peer.wait_until_closed))
 
     def __post_init__(self) -> None:
         """A module that makes a file as soon as it is imported."""
         self._file = self.directory / "taken"
         code = f"import pathlib\npathlib.Path({str(self._file)!r}).touch()\ndef act(*_):\n    pass\n"
         (self.directory / "bait_of_a_test.py").write_text(code, "utf-8")
-        self.listener.settimeout(0.2)
 
     def lay(self, connection: redis.Redis, kind: str) -> None:
         """Put the job where RQ looks for those whose worker has died."""
         options: dict[str, Any] = {}
         if kind == "callback and webhook":
             options["on_failure"] = Callback("bait_of_a_test.act")
-            url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
-            options["webhooks"] = [Webhook(url, "failed", timeout=1)]
+            options["webhooks"] = [Webhook(f"{self.server.url}/", "failed", timeout=1)]
         options |= {"id": "bait", "origin": "cancels", "status": JobStatus.STARTED}
         job = Job.create(TASK, args=[{}], connection=connection, **options)
         job.save()
@@ -73,11 +68,7 @@ class Bait:
 
     def taken(self) -> bool:
         """Whether the file is there, or somebody has called."""
-        try:
-            self.listener.accept()[0].close()
-        except TimeoutError:
-            return self._file.exists()
-        return True
+        return self._file.exists() or self.server.connections > 0
 
     def taken_by_rq_info(self, connection: redis.Redis) -> bool:
         """The same, after RQ's own clean-up in a process of RQ's: the bait is a good one."""
@@ -93,14 +84,14 @@ def bait(valkey: Valkey, tmp_path: Path) -> Iterator[Bait]:
     directory = tmp_path / "bait"
     directory.mkdir()
     made = Bait(directory, valkey)
-    with made.listener:
+    with made.server:
         yield made
 
 
 def start_into_upkeep(workers: Workers, peek: Peek, command: tuple[str, ...], path: Path = ROOT) -> None:
     """Start a worker whose upkeep comes within a second: under a closed gate it has not measured the clock."""
     peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 2500)
-    arguments = () if command is OURS else ("--url", workers.environment["REDIS_URL"])
+    arguments = () if command is WORKER else ("--url", workers.environment["REDIS_URL"])
     workers.start(*arguments, command=command, PYTHONPATH=str(path))
 
 
@@ -110,7 +101,9 @@ def upkeep_is_over(exchange: RunningExchange) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [(OURS, "callback and webhook"), (OURS_BY_RQ, "pickle")], ids=["ours", "ours by RQ's command"]
+    ("command", "kind"),
+    [(WORKER, "callback and webhook"), (OURS_BY_RQ, "pickle")],
+    ids=["ours", "ours by RQ's command"],
 )
 def test_an_abandoned_job_makes_our_worker_do_nothing(
     command: tuple[str, ...],
@@ -142,7 +135,7 @@ def test_what_rq_would_stumble_over_does_not_harm_the_worker(
         connection.execute_command("ZADD", "rq:wip:cancels", 1, entry)
     connection.lpush("rq:queue:cancels:intermediate", b"\xff")
 
-    start_into_upkeep(workers, Peek(connection), OURS)
+    start_into_upkeep(workers, Peek(connection), WORKER)
     upkeep_is_over(exchange)
 
     (order,) = exchange.add_orders(1)

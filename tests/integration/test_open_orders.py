@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,12 +175,9 @@ def test_what_triggers_meanwhile_is_told(workers: Workers, client: CancelClient,
     assert rows[resting].actual_order_id
 
 
-def test_a_stock_worker_does_it_too(
-    valkey: Valkey, workers: Workers, client: CancelClient, exchange: RunningExchange
-) -> None:
+def test_a_stock_worker_does_it_too(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
     """`rq worker` lists the orders and cancels each, as ours does."""
-    command = (str(Path(sys.executable).with_name("rq")), "worker", "cancels")
-    workers.start("--url", valkey.url, "--serializer", "rq.serializers.JSONSerializer", command=command)
+    workers.start_stock()
     before = opened(exchange, 3)
 
     outcome = client.cancel_open("BTCUSDT").wait(120)

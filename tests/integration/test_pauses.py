@@ -6,8 +6,7 @@ import http.client
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import pytest
@@ -16,7 +15,8 @@ import redis
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import Keys
 from tests.conftest import API_KEY, API_SECRET
-from tests.servers import Peek, Valkey, Workers, eventually
+from tests.integration.conftest import NewFleet
+from tests.servers import Peek, Workers, eventually
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
 from worker.signing import Credential
@@ -40,133 +40,119 @@ def small_budget() -> Iterator[RunningExchange]:
         yield running
 
 
-def _environment(valkey: Valkey, exchange: RunningExchange) -> dict[str, str]:
-    return {
-        "REDIS_URL": valkey.url,
-        "BINANCE_BASE_URL": exchange.url,
-        "BINANCE_API_KEY": API_KEY,
-        "BINANCE_API_SECRET": API_SECRET,
-        "BINANCE_DESK_API_KEY": OTHER[0],
-        "BINANCE_DESK_API_SECRET": OTHER[1],
-        "WORKER_CONCURRENCY": "4",
-    }
+DESK = {"BINANCE_DESK_API_KEY": OTHER[0], "BINANCE_DESK_API_SECRET": OTHER[1]}
+
+
+FleetOn = Callable[..., Workers]
+
+
+@pytest.fixture
+def fleet_on(new_fleet: NewFleet) -> FleetOn:
+    """Makes a fleet on an exchange of the test's own."""
+    return lambda exchange, **more: new_fleet(BINANCE_BASE_URL=exchange.url, WORKER_CONCURRENCY="4", **more)
 
 
 def test_the_weight_limit_is_not_reached(
-    valkey: Valkey, client: CancelClient, small_budget: RunningExchange, tmp_path: Path
+    client: CancelClient, small_budget: RunningExchange, fleet_on: FleetOn
 ) -> None:
     """Near the limit that exchangeInfo tells, everybody waits for the exchange's next minute; no 429 comes."""
-    fleet = Workers(tmp_path, _environment(valkey, small_budget))
-    try:
-        orders = small_budget.add_orders(180)
-        for _ in range(2):
-            fleet.start()
-        tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in orders)
-        outcomes = eventually(
-            lambda: found if len(found := client.outcomes_of([t.id for t in tickets])) == len(tickets) else None,
-            40,
-            "all outcomes",
-        )
+    fleet = fleet_on(small_budget)
+    orders = small_budget.add_orders(180)
+    for _ in range(2):
+        fleet.start()
+    tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in orders)
+    outcomes = eventually(
+        lambda: found if len(found := client.outcomes_of([t.id for t in tickets])) == len(tickets) else None,
+        40,
+        "all outcomes",
+    )
 
-        assert {outcome.kind for outcome in outcomes.values()} == {OutcomeKind.CANCELLED}  # type: ignore[attr-defined]
-        stats = small_budget.stats()
-        assert not [key for key in stats.requests if " 429" in key or " 418" in key]
-        assert stats.peak_used_weight <= 120
-    finally:
-        fleet.stop()
+    assert {outcome.kind for outcome in outcomes.values()} == {OutcomeKind.CANCELLED}  # type: ignore[attr-defined]
+    stats = small_budget.stats()
+    assert not [key for key in stats.requests if " 429" in key or " 418" in key]
+    assert stats.peak_used_weight <= 120
 
 
-def test_what_a_neighbour_leaves_of_the_weight_is_used(valkey: Valkey, client: CancelClient, tmp_path: Path) -> None:
+def test_what_a_neighbour_leaves_of_the_weight_is_used(client: CancelClient, fleet_on: FleetOn) -> None:
     """At nine tenths of the limit, used by another program on the address, cancels go on down to a small reserve."""
     begins_now_ms = -(int(time.time() * 1000) % 60_000)
     accounts = {"default": (API_KEY, API_SECRET)}
     config = ExchangeConfig(accounts=accounts, weight_limit_per_minute=600, clock_skew_ms=begins_now_ms)
     with start_exchange(config) as exchange:
-        fleet = Workers(tmp_path, _environment(valkey, exchange))
-        try:
-            orders = exchange.add_orders(30)
-            worker = fleet.start()
-            neighbour = http.client.HTTPConnection(urlsplit(exchange.url).netloc)
-            while exchange.stats().used_weight < 545:
-                neighbour.request("GET", "/fapi/v1/time")
-                neighbour.getresponse().read()
-            neighbour.close()
-            tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in orders)
-            outcomes = [ticket.wait(30) for ticket in tickets]
-            assert {outcome.kind for outcome in outcomes} == {OutcomeKind.CANCELLED}
-            assert "event=gate" not in worker.output(), "they waited for the exchange's next minute"
-            assert exchange.stats().peak_used_weight <= 600
-        finally:
-            fleet.stop()
+        fleet = fleet_on(exchange, **DESK)
+        orders = exchange.add_orders(30)
+        worker = fleet.start()
+        neighbour = http.client.HTTPConnection(urlsplit(exchange.url).netloc)
+        while exchange.stats().used_weight < 545:
+            neighbour.request("GET", "/fapi/v1/time")
+            neighbour.getresponse().read()
+        neighbour.close()
+        tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in orders)
+        outcomes = [ticket.wait(30) for ticket in tickets]
+        assert {outcome.kind for outcome in outcomes} == {OutcomeKind.CANCELLED}
+        assert "event=gate" not in worker.output(), "they waited for the exchange's next minute"
+        assert exchange.stats().peak_used_weight <= 600
 
 
 def test_a_key_that_is_refused_is_left_in_peace(
-    valkey: Valkey, client: CancelClient, connection: redis.Redis, tmp_path: Path
+    client: CancelClient, connection: redis.Redis, fleet_on: FleetOn
 ) -> None:
     """After five refusals of a key its jobs wait without an attempt, other accounts go on, one probe sets them free."""
     config = ExchangeConfig(accounts={"default": (API_KEY, API_SECRET), "desk": OTHER})
     with start_exchange(config) as exchange:
-        fleet = Workers(tmp_path, _environment(valkey, exchange))
-        try:
-            fleet.start(command=(sys.executable, "-c", FAST_PROBES))
-            refused = exchange.add_orders(5, account="default")
-            for order in refused:
-                exchange.script_faults(order.algo_id, [Fault.KEY_2015])
-                assert client.cancel(algo_id=order.algo_id).wait(10).kind is OutcomeKind.REFUSED
-            held = exchange.add_orders(20, account="default")
-            tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in held)
-            desk = exchange.add_orders(1, account="desk")[0]
-            assert client.cancel(algo_id=desk.algo_id, account="desk").wait(10).kind is OutcomeKind.CANCELLED
-            assert connection.hget(Keys().breaker(PRINT), "reason")
-            assert not client.outcomes_of([ticket.id for ticket in tickets])
+        fleet = fleet_on(exchange, **DESK)
+        fleet.start(command=(sys.executable, "-c", FAST_PROBES))
+        refused = exchange.add_orders(5, account="default")
+        for order in refused:
+            exchange.script_faults(order.algo_id, [Fault.KEY_2015])
+            assert client.cancel(algo_id=order.algo_id).wait(10).kind is OutcomeKind.REFUSED
+        held = exchange.add_orders(20, account="default")
+        tickets = client.cancel_many(CancelRequest(algo_id=order.algo_id) for order in held)
+        desk = exchange.add_orders(1, account="desk")[0]
+        assert client.cancel(algo_id=desk.algo_id, account="desk").wait(10).kind is OutcomeKind.CANCELLED
+        assert connection.hget(Keys().breaker(PRINT), "reason")
+        assert not client.outcomes_of([ticket.id for ticket in tickets])
 
-            outcomes = [ticket.wait(15) for ticket in tickets]
+        outcomes = [ticket.wait(15) for ticket in tickets]
 
-            assert {outcome.kind for outcome in outcomes} == {OutcomeKind.CANCELLED}
-            assert {len(outcome.attempts) for outcome in outcomes} == {1}
-            assert not connection.exists(Keys().breaker(PRINT), Keys().held(PRINT), Keys().suspects)
-        finally:
-            fleet.stop()
+        assert {outcome.kind for outcome in outcomes} == {OutcomeKind.CANCELLED}
+        assert {len(outcome.attempts) for outcome in outcomes} == {1}
+        assert not connection.exists(Keys().breaker(PRINT), Keys().held(PRINT), Keys().suspects)
 
 
 @pytest.mark.parametrize("mended", ["at the exchange", "with a new key", "under another name"])
 def test_a_mended_key_is_known_to_be_well_after_a_restart(
-    mended: str, valkey: Valkey, client: CancelClient, connection: redis.Redis, tmp_path: Path
+    mended: str, client: CancelClient, connection: redis.Redis, fleet_on: FleetOn
 ) -> None:
     """Whichever way it was mended, the first accepted call of a new worker ends the refusal and sets the jobs free."""
-    fleet, later = Workers(tmp_path, {}), "default"
+    later = "default"
     with start_exchange(ExchangeConfig(accounts={"default": (API_KEY, API_SECRET), "desk": OTHER})) as exchange:
-        environment = _environment(valkey, exchange)
-        for name in ("BINANCE_DESK_API_KEY", "BINANCE_DESK_API_SECRET"):
-            del environment[name]
-        first, second = dict(environment), dict(environment)
+        fleet = fleet_on(exchange)
+        first, second = dict(fleet.environment), dict(fleet.environment)
         if mended == "with a new key":
             first |= {"BINANCE_API_KEY": "a-key-that-was-deleted"}
         if mended == "under another name":
             later = "renamed"
             second |= {"BINANCE_RENAMED_API_KEY": API_KEY, "BINANCE_RENAMED_API_SECRET": API_SECRET}
             del second["BINANCE_API_KEY"], second["BINANCE_API_SECRET"]
-        try:
-            fleet.environment = first
-            old = fleet.start()
-            for order in exchange.add_orders(5):
-                exchange.script_faults(order.algo_id, [Fault.KEY_2015])
-                client.cancel(algo_id=order.algo_id).wait(20)
-            waiting, young = exchange.add_orders(2)
-            held = client.cancel(algo_id=waiting.algo_id)
-            eventually(lambda: [(k.account, k.held) for k in client.status().keys] == [("default", 1)], 20, "it waits")
-            old.stop()
-            assert API_KEY not in dump(connection)
+        fleet.environment = first
+        old = fleet.start()
+        for order in exchange.add_orders(5):
+            exchange.script_faults(order.algo_id, [Fault.KEY_2015])
+            client.cancel(algo_id=order.algo_id).wait(20)
+        waiting, young = exchange.add_orders(2)
+        held = client.cancel(algo_id=waiting.algo_id)
+        eventually(lambda: [(k.account, k.held) for k in client.status().keys] == [("default", 1)], 20, "it waits")
+        old.stop()
+        assert API_KEY not in dump(connection)
 
-            fleet.environment = second
-            fleet.start()
+        fleet.environment = second
+        fleet.start()
 
-            outcome = client.cancel(algo_id=young.algo_id, account=later).wait(20)
-            assert outcome.kind is OutcomeKind.CANCELLED
-            eventually(lambda: not client.status().keys, 20, "nobody is told of a refused key any more")
-            assert (held.wait(20).kind is OutcomeKind.CANCELLED) is (later == "default")
-        finally:
-            fleet.stop()
+        outcome = client.cancel(algo_id=young.algo_id, account=later).wait(20)
+        assert outcome.kind is OutcomeKind.CANCELLED
+        eventually(lambda: not client.status().keys, 20, "nobody is told of a refused key any more")
+        assert (held.wait(20).kind is OutcomeKind.CANCELLED) is (later == "default")
 
 
 def dump(connection: redis.Redis) -> str:
@@ -175,7 +161,7 @@ def dump(connection: redis.Redis) -> str:
 
 
 def test_a_refused_key_holds_back_whoever_learns_of_it(
-    valkey: Valkey, client: CancelClient, connection: redis.Redis, workers: Workers, exchange: RunningExchange
+    client: CancelClient, connection: redis.Redis, workers: Workers, exchange: RunningExchange
 ) -> None:
     """A worker that is started while a key is refused sends one request to see, and no job is lost for it."""
     peek = Peek(connection)
@@ -195,30 +181,25 @@ def test_a_refused_key_holds_back_whoever_learns_of_it(
     assert sum(entry.deletes for entry in exchange.book().values()) == 1
 
 
-def test_a_key_that_stays_refused_ends_its_jobs_at_their_deadline(
-    valkey: Valkey, client: CancelClient, tmp_path: Path
-) -> None:
+def test_a_key_that_stays_refused_ends_its_jobs_at_their_deadline(client: CancelClient, fleet_on: FleetOn) -> None:
     """A job that waits for its key until the deadline ends as refused, with the key's reason and nothing sent."""
     with start_exchange(ExchangeConfig(accounts={"default": (API_KEY, API_SECRET)})) as exchange:
-        fleet = Workers(tmp_path, _environment(valkey, exchange))
-        try:
-            fleet.start()
-            for order in exchange.add_orders(5):
-                exchange.script_faults(order.algo_id, [Fault.KEY_LOCKED_2017])
-                client.cancel(algo_id=order.algo_id).wait(10)
-            order = exchange.add_orders(1)[0]
+        fleet = fleet_on(exchange, **DESK)
+        fleet.start()
+        for order in exchange.add_orders(5):
+            exchange.script_faults(order.algo_id, [Fault.KEY_LOCKED_2017])
+            client.cancel(algo_id=order.algo_id).wait(10)
+        order = exchange.add_orders(1)[0]
 
-            outcome = client.cancel(algo_id=order.algo_id, deadline_s=1.5).wait(10)
+        outcome = client.cancel(algo_id=order.algo_id, deadline_s=1.5).wait(10)
 
-            assert (outcome.kind, outcome.attempts) == (OutcomeKind.REFUSED, ())
-            assert "-2017" in (outcome.error or "")
-            assert exchange.book()[order.algo_id].deletes == 0
-        finally:
-            fleet.stop()
+        assert (outcome.kind, outcome.attempts) == (OutcomeKind.REFUSED, ())
+        assert "-2017" in (outcome.error or "")
+        assert exchange.book()[order.algo_id].deletes == 0
 
 
 def test_a_worker_that_stood_still_asks_redis_before_anything_is_sent(
-    valkey: Valkey, connection: redis.Redis, workers: Workers, exchange: RunningExchange
+    connection: redis.Redis, workers: Workers, exchange: RunningExchange
 ) -> None:
     """Stopped before a ban and woken during it, a worker does not even keep its connections warm: it hears first."""
     peek = Peek(connection)

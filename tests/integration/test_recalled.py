@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import redis
 from rq.command import send_stop_job_command
 from rq.serializers import JSONSerializer
 
 from producer import CancelClient, OutcomeKind, Ticket
-from tests.servers import Peek, Valkey, Workers, eventually
+from tests.servers import Peek, Workers, eventually
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -78,7 +75,6 @@ def test_canceled_while_its_request_is_under_way(
 
 def test_stopped_in_a_stock_worker(
     workers: Workers,
-    valkey: Valkey,
     client: CancelClient,
     exchange: RunningExchange,
     connection: redis.Redis,
@@ -86,9 +82,7 @@ def test_stopped_in_a_stock_worker(
 ) -> None:
     """RQ's stop command kills a stock worker's process in the middle of a request: the next worker of ours records
     that nobody knows whether it worked, and sends nothing more."""
-    rq = str(Path(sys.executable).with_name("rq"))
-    arguments = ("--serializer", "json", "--url", valkey.url)
-    stock = workers.start(*arguments, command=(rq, "worker", "cancels"), LEASE_S="2")
+    stock = workers.start_stock(LEASE_S="2")
     (order,) = exchange.add_orders(1)
     exchange.set_latency_ms(10_000)
     ticket = client.cancel(algo_id=order.algo_id)

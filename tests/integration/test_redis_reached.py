@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +20,8 @@ from producer.redis_url import SURE_S, Address, NotPrimary, NotSupported
 from tests.exporting import exporting, outcomes
 from tests.failover import SERVICE, UNSUPPORTED, Pair, Sentinel, cluster, direct, running_pair, running_sentinel
 from tests.fault.proxy import Proxy
-from tests.servers import ROOT, Valkey, eventually, free_port, running_valkey, scrubbed
+from tests.servers import Valkey, eventually, free_port, python, running_valkey
+from tests.strategies import BOTH, talking
 from tests.webpages import TOKEN, WebProcess, outcome, settle
 
 PASSWORD = "not-to-be-seen"
@@ -50,15 +49,7 @@ def through(sentinel: Sentinel, *others: int, database: str = "") -> str:
 
 def command(*words: str, **environment: str) -> tuple[int, str]:
     """Exit code and what a command says on stderr, or where that is nothing on stdout."""
-    done = subprocess.run(
-        [sys.executable, "-m", "producer", *words],
-        cwd=ROOT,
-        env=scrubbed() | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = python("-m", "producer", *words, **environment)
     return done.returncode, done.stderr or done.stdout
 
 
@@ -156,9 +147,10 @@ def proxied(pair: Pair) -> Iterator[Proxy]:
         yield proxy
 
 
-def test_a_client_leaves_a_server_that_is_no_primary_any_more(pair: Pair, proxied: Proxy) -> None:
+@pytest.mark.parametrize("sort", BOTH)
+def test_a_client_leaves_a_server_that_is_no_primary_any_more(sort: type[Any], pair: Pair, proxied: Proxy) -> None:
     """The call that meets a replica goes to the new primary, on any of a client's connections; so does a retry."""
-    with CancelClient.from_url(proxied.redis_url) as client, CancelClient.from_url(proxied.redis_url) as other:
+    with talking(sort.from_url(proxied.redis_url)) as client, talking(sort.from_url(proxied.redis_url)) as other:
         tickets = [client.cancel(algo_id=1), other.cancel(algo_id=2, durable=False)]
         proxied.target_port = pair.replica.port
         pair.fail_over()
@@ -166,19 +158,6 @@ def test_a_client_leaves_a_server_that_is_no_primary_any_more(pair: Pair, proxie
         assert client.cancel(algo_id=1).duplicate
         assert other.retry([tickets[0].id], missing_ok=True) == []
         assert other.cancel_many([ticket.request for ticket in tickets])[1].id == tickets[1].id
-
-
-def test_an_async_client_leaves_it_too(pair: Pair, proxied: Proxy) -> None:
-    """The same for tasks."""
-
-    async def scene() -> None:
-        async with AsyncCancelClient.from_url(proxied.redis_url) as client:
-            ticket = await client.cancel(algo_id=1)
-            proxied.target_port = pair.replica.port
-            await asyncio.get_running_loop().run_in_executor(None, pair.fail_over)
-            assert (await client.cancel(algo_id=1)).id == ticket.id
-
-    asyncio.run(scene())
 
 
 def test_who_only_reads_leaves_it_too(pair: Pair, proxied: Proxy) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import redis
@@ -21,7 +19,7 @@ from rq.worker import BaseWorker
 from producer import CancelClient, CancelRequest, OutcomeKind, Ticket
 from producer.message import TASK, encode_request
 from tests.conftest import API_KEY, API_SECRET
-from tests.servers import ROOT, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.servers import ROOT, RQ, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
 from worker import task
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
@@ -36,7 +34,7 @@ def queue(connection: redis.Redis) -> Queue:
 def rq(valkey: Valkey, *arguments: str, **environment: str) -> str:
     """Run RQ's command line; gives what it prints."""
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("rq")), *arguments[:1], "--url", valkey.url, *arguments[1:]],
+        [RQ, *arguments[:1], "--url", valkey.url, *arguments[1:]],
         cwd=ROOT,
         env=scrubbed() | environment,
         capture_output=True,
@@ -285,12 +283,26 @@ def test_requeue_starts_a_new_run(
     assert FailedJobRegistry(queue=queue).get_job_ids() == []
 
 
+def test_plain_rq_enqueue_is_accepted(
+    workers: Workers, client: CancelClient, exchange: RunningExchange, connection: redis.Redis
+) -> None:
+    """A program that knows RQ alone can enqueue a cancel by the function's name."""
+    workers.start()
+    algo_id = exchange.add_orders(1)[0].algo_id
+    queue = Queue("cancels", connection=connection, serializer=JSONSerializer)
+
+    job = queue.enqueue("worker.task.cancel_algo_order", {"v": 1, "account": "default", "algo_id": algo_id})
+
+    assert client.wait(job.id, 10).kind is OutcomeKind.CANCELLED
+    assert job.get_status() == "finished"
+    assert job.return_value(refresh=True) == "cancelled"
+
+
 def test_rqs_command_line_starts_our_worker(
     workers: Workers, client: CancelClient, exchange: RunningExchange, valkey: Valkey, connection: redis.Redis
 ) -> None:
     """`rq worker -w worker.runner.CancelWorker` starts ours, with its concurrency and its clean stop."""
-    command = (str(Path(sys.executable).with_name("rq")), "worker", "-w", "worker.runner.CancelWorker")
-    worker = workers.start("--serializer", "json", "--url", valkey.url, "cancels", command=command)
+    worker = workers.start_stock("-w", "worker.runner.CancelWorker")
     exchange.set_latency_ms(300)
     ids = [order.algo_id for order in exchange.add_orders(30)]
 

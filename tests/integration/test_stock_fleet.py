@@ -8,21 +8,18 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S
 from producer.message import WORKER_LOST
-from tests.servers import Peek, Valkey, Worker, Workers, eventually, members
+from tests.servers import RQ, Peek, Valkey, Worker, Workers, eventually, members
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
-RQ = str(Path(sys.executable).with_name("rq"))
 LEASE_S = 2.0
 #: How long it takes at most until a look of a worker of ours puts right what RQ has overwritten, s.
 TIDIED_S = 15.0

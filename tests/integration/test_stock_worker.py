@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import redis
 from rq import Queue
@@ -15,17 +13,10 @@ from rq.serializers import JSONSerializer
 from producer import CancelClient, CancelRequest, Outcome, OutcomeKind
 from producer.message import TASK
 from tests.conftest import API_KEY, API_SECRET
-from tests.servers import Peek, Valkey, Worker, Workers, eventually
+from tests.servers import Peek, Workers, eventually
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 from worker.signing import Credential
-
-
-def start_stock(workers: Workers, valkey: Valkey) -> Worker:
-    """Start RQ's own worker as its users do, with the project's settings in the environment."""
-    command = (str(Path(sys.executable).with_name("rq")), "worker", "cancels")
-    options = ("--serializer", "json", "--with-scheduler", "--url", valkey.url)
-    return workers.start(*options, command=command)
 
 
 def outcomes(client: CancelClient, ids: list[str], timeout_s: float = 40) -> dict[str, Outcome]:
@@ -53,7 +44,6 @@ FOREIGN = {"v": 99, "what": "nothing of ours"}
 
 def test_same_outcomes_as_ours(
     workers: Workers,
-    valkey: Valkey,
     client: CancelClient,
     exchange: RunningExchange,
     connection: redis.Redis,
@@ -69,7 +59,7 @@ def test_same_outcomes_as_ours(
                 exchange.script_faults(algo_id, faults)
         tickets = client.cancel_many([CancelRequest(algo_id=algo_id, tag="t") for algo_id in ids])
         stranger = foreign.enqueue(TASK, FOREIGN)
-        process = workers.start() if worker == "ours" else start_stock(workers, valkey)
+        process = workers.start() if worker == "ours" else workers.start_stock("--with-scheduler")
         found = outcomes(client, [*(ticket.id for ticket in tickets), stranger.id])
         eventually(lambda: peek("ZCARD", peek.keys.started) == 0, what="RQ has finished too")
         process.stop()
@@ -89,14 +79,14 @@ def test_same_outcomes_as_ours(
 
 
 def test_closed_gate_is_respected(
-    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
     """A stock worker sends nothing while the gate is closed, not even for the time, and counts no attempt for it."""
     peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 4000)
     exchange.start_incident(Fault.LIMITED_429, duration_ms=3900)
     one, two = (order.algo_id for order in exchange.add_orders(2))
     ticket, overdue = client.cancel(algo_id=one), client.cancel(algo_id=two, deadline_s=1)
-    start_stock(workers, valkey)
+    workers.start_stock("--with-scheduler")
 
     assert overdue.wait(30).kind is OutcomeKind.OVERDUE
     outcome = ticket.wait(30)
@@ -105,14 +95,14 @@ def test_closed_gate_is_respected(
 
 
 def test_refused_key_is_left_in_peace(
-    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
     """Each job of a stock worker is a new process: what it is told of a refused key keeps the next ones waiting."""
     print_ = Credential.from_secret("default", API_KEY, API_SECRET).fingerprint
     *ids, young = (order.algo_id for order in exchange.add_orders(8))
     for algo_id in ids[:5]:
         exchange.script_faults(algo_id, [Fault.KEY_2015])
-    stock = start_stock(workers, valkey)
+    stock = workers.start_stock("--with-scheduler")
     for algo_id in ids[:5]:
         assert client.cancel(algo_id=algo_id).wait(40).kind is OutcomeKind.REFUSED
     held = [client.cancel(algo_id=algo_id) for algo_id in ids[5:]]
@@ -127,10 +117,10 @@ def test_refused_key_is_left_in_peace(
 
 
 def test_gate_closed_meanwhile_is_respected(
-    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
     """A stock worker that waits for an answer hears that the gate was closed meanwhile: its next question waits."""
-    start_stock(workers, valkey)
+    workers.start_stock("--with-scheduler")
     exchange.set_latency_ms(1500)
     order = exchange.add_orders(1)[0]
     exchange.script_faults(order.algo_id, [Fault.UNKNOWN_503])
@@ -146,10 +136,10 @@ def test_gate_closed_meanwhile_is_respected(
 
 
 def test_gate_is_closed_for_others(
-    workers: Workers, valkey: Valkey, client: CancelClient, exchange: RunningExchange, peek: Peek
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
     """A 429 that a stock worker meets closes the gate for every worker."""
-    start_stock(workers, valkey)
+    workers.start_stock("--with-scheduler")
     exchange.start_incident(Fault.LIMITED_429, duration_ms=2500)
 
     ticket = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)

@@ -61,10 +61,6 @@ def listeners(connection: redis.Redis) -> set[str]:
     return {client["id"] for client in connection.client_list(_type="pubsub") if client["sub"] != "0"}
 
 
-#: RQ's own worker, which runs its jobs in its own process.
-STOCK = (str(Path(sys.executable).with_name("rq")), "worker", "-w", "rq.SimpleWorker")
-
-
 def worker_keys(server: Valkey) -> set[str]:
     """Whom RQ knows there."""
     with direct(server) as client:
@@ -159,7 +155,7 @@ def test_the_step_of_a_stock_worker_is_completed_at_the_new_primary(
     fleet: Workers, place: Address, exchange: RunningExchange
 ) -> None:
     """What a stock `rq worker` has under way is recorded by its step, whatever becomes of RQ's own connection."""
-    fleet.start("--url", place.url, "--serializer", "json", "cancels", command=STOCK)
+    fleet.start_stock("-w", "rq.SimpleWorker")
     with CancelClient.from_url(place.url, timeout_s=10) as client:
         exchange.set_latency_ms(3000)
         (ticket,) = cancel_all(client, opened(exchange, 1))

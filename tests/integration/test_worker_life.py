@@ -227,28 +227,17 @@ def test_a_start_names_accounts_and_what_is_unsafe(workers: Workers, tmp_path: P
     assert "BINANCE_DESK_PRIVATE_KEY names a file that others may use (mode 0644)" in warning["problem"]
 
 
-def test_an_authority_of_ones_own(valkey: Valkey, client: CancelClient, tmp_path: Path) -> None:
+def test_an_authority_of_ones_own(new_fleet: NewFleet, client: CancelClient, tmp_path: Path) -> None:
     """EXCHANGE_TLS_CA lets a worker trust an exchange (or what speaks for it) that only this authority vouches for."""
     cert_path, key_path = certificate(tmp_path)
     accounts = {"default": (API_KEY, API_SECRET)}
     config = ExchangeConfig(accounts=accounts, tls_cert_path=cert_path, tls_key_path=key_path)
     with start_exchange(config) as exchange:
-        fleet = Workers(
-            tmp_path,
-            {
-                "REDIS_URL": valkey.url,
-                "BINANCE_BASE_URL": exchange.url,
-                "BINANCE_API_KEY": API_KEY,
-                "BINANCE_API_SECRET": API_SECRET,
-            },
-        )
-        try:
-            stranger = fleet.start()
-            (order,) = exchange.add_orders(1)
-            refused = client.cancel(algo_id=order.algo_id, deadline_s=2).wait(20)
-            assert set(steps(refused)) == {"not_sent"}
-            stranger.stop()
-            fleet.start(EXCHANGE_TLS_CA=cert_path)
-            assert client.cancel(algo_id=order.algo_id).wait(20).kind is OutcomeKind.CANCELLED
-        finally:
-            fleet.stop()
+        fleet = new_fleet(BINANCE_BASE_URL=exchange.url)
+        stranger = fleet.start()
+        (order,) = exchange.add_orders(1)
+        refused = client.cancel(algo_id=order.algo_id, deadline_s=2).wait(20)
+        assert set(steps(refused)) == {"not_sent"}
+        stranger.stop()
+        fleet.start(EXCHANGE_TLS_CA=cert_path)
+        assert client.cancel(algo_id=order.algo_id).wait(20).kind is OutcomeKind.CANCELLED

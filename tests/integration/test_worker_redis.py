@@ -90,13 +90,6 @@ def test_redis_at_a_socket_of_this_host(new_fleet: NewFleet, exchange: RunningEx
 # ---- a server that is full ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def full(connection: redis.Redis) -> Iterator[Callable[[], object]]:
-    """Makes the server refuse whatever grows; it has room again after the test."""
-    yield lambda: connection.config_set("maxmemory", 1)
-    connection.config_set("maxmemory", 0)
-
-
 def test_jobs_of_a_dead_worker_are_taken_over_on_a_full_server(
     workers: Workers, client: CancelClient, exchange: RunningExchange, full: Callable[[], object]
 ) -> None:

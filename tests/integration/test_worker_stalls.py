@@ -7,7 +7,6 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from tests.engines import CLOCK_ERROR, HELD_S, Answerer, Asked, Said, enqueued, 
 from tests.fault.conftest import name_of, state
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
+from tests.loopback import Peer, Server
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
 from tests.servers import WORKER, Peek, Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
@@ -116,16 +116,10 @@ def test_a_loop_that_hangs_ends_its_process_and_its_jobs_go_to_a_peer(
 
 
 @pytest.fixture
-def silent() -> Iterator[socket.socket]:
+def silent() -> Iterator[Server]:
     """Who connects here is connected, and hears nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(20)
-        yield listener
-
-
-def address(listener: socket.socket) -> str:
-    """Where it listens."""
-    return f"127.0.0.1:{listener.getsockname()[1]}"
+    with Server(Peer.wait_until_closed) as server:
+        yield server
 
 
 def leaves_soon(worker: Worker, how: signal.Signals) -> None:
@@ -137,22 +131,22 @@ def leaves_soon(worker: Worker, how: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stop_while_redis_says_nothing(how: signal.Signals, new_fleet: NewFleet, silent: socket.socket) -> None:
+def test_a_stop_while_redis_says_nothing(how: signal.Signals, new_fleet: NewFleet, silent: Server) -> None:
     """A worker that has only just connected to a Redis which says nothing leaves when it is told to."""
-    worker = new_fleet(REDIS_URL=f"redis://{address(silent)}/0").start(wait=False)
-    with silent.accept()[0]:
-        leaves_soon(worker, how)
+    worker = new_fleet(REDIS_URL=f"redis://127.0.0.1:{silent.port}/0").start(wait=False)
+    eventually(lambda: silent.connections, 20, "it has connected")
+    leaves_soon(worker, how)
     assert events(worker, "started") == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_while_the_exchange_says_nothing(
-    how: signal.Signals, new_fleet: NewFleet, silent: socket.socket, peek: Peek
+    how: signal.Signals, new_fleet: NewFleet, silent: Server, peek: Peek
 ) -> None:
     """A worker that asks a silent exchange for its time leaves when it is told to, and RQ forgets it."""
-    worker = new_fleet(BINANCE_BASE_URL=f"http://{address(silent)}").start(wait=False)
-    with silent.accept()[0]:
-        leaves_soon(worker, how)
+    worker = new_fleet(BINANCE_BASE_URL=silent.url).start(wait=False)
+    eventually(lambda: silent.connections, 20, "it has connected")
+    leaves_soon(worker, how)
     assert peek("SCARD", "rq:workers") == 0
 
 

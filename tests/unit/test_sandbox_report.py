@@ -159,50 +159,49 @@ def test_a_false_outcome_is_a_difference(kind: OutcomeKind, status: str) -> None
     assert Rule.BOOK_STATUS in rules([outcome(kind)], [booked(kind, status)])
 
 
-def test_an_outcome_about_another_order_is_a_difference() -> None:
-    """A request by client id must end with the order that was meant."""
-    assert rules([outcome(algo_id=ALGO_ID + 7)], [entry(deletes_effective=1)]) == [Rule.OTHER_ORDER]
-    assert rules([outcome(algo_id=None)], [entry(deletes_effective=1)]) == []
+BOTH = [Asked("job-0", ALGO_ID), Asked("job-1", ALGO_ID)]
+ALREADY = outcome(OutcomeKind.ALREADY_CANCELLED)
+OURS = entry(deletes_effective=1)
+#: What it shows, outcomes, book, what was asked where that is not the first order alone, what is different.
+DIFFERENT: list[tuple[str, list[Outcome], list[BookEntry], list[Asked], list[Rule]]] = [
+    (
+        "a request by client id ends with the order that was meant",
+        [outcome(algo_id=ALGO_ID + 7)],
+        [OURS],
+        [],
+        [Rule.OTHER_ORDER],
+    ),
+    ("it may not say which", [outcome(algo_id=None)], [OURS], [], []),
+    ("a confirmed cancel without effect", [outcome()], [entry(deletes_effective=0)], [], [Rule.DELETES]),
+    ("one with two", [outcome()], [entry(deletes_effective=2)], [], [Rule.DELETES]),
+    ("our own cancel is not already cancelled", [ALREADY], [OURS], [], [Rule.DELETES]),
+    ("unless by another request", [ALREADY, outcome(id="job-1")], [OURS], BOTH, []),
+    ("a missing outcome", [], [entry("NEW")], [], [Rule.NO_OUTCOME]),
+    ("a second outcome", [outcome(), outcome()], [OURS], [], [Rule.RECORDED_TWICE]),
+    ("a new run may have its own", [outcome(), outcome(run=2)], [OURS], [], []),
+    ("an outcome that nobody asked for", [outcome(), outcome(number=1)], [OURS], [], [Rule.NOT_ASKED]),
+    ("a newer order is left alone", [outcome()], [OURS, entry("NEW", 9, decoy=True, deletes=0)], [], []),
+    ("a DELETE names it", [outcome()], [OURS, entry("NEW", 9, decoy=True)], [], [Rule.NEWER_ORDER_HIT]),
+    ("it is gone", [outcome()], [OURS, entry(number=9, decoy=True, deletes=0)], [], [Rule.NEWER_ORDER_HIT]),
+    *(
+        (
+            "another child",
+            [outcome(OutcomeKind.TRIGGERED, actual_order_id=told)],
+            [entry("FINISHED")],
+            [],
+            [Rule.CHILD_ORDER],
+        )
+        for told in (None, "1")
+    ),
+]
 
 
-def test_a_confirmed_cancel_without_effect_is_a_difference() -> None:
-    """An order that is `cancelled` was cancelled by exactly one DELETE of ours."""
-    assert rules([outcome()], [entry(deletes_effective=0)]) == [Rule.DELETES]
-    assert rules([outcome()], [entry(deletes_effective=2)]) == [Rule.DELETES]
-
-
-def test_our_own_cancel_is_not_already_cancelled() -> None:
-    """`already_cancelled` means that no DELETE of ours did it, unless another request for the order is about."""
-    alone = outcome(OutcomeKind.ALREADY_CANCELLED)
-    book = [entry(deletes_effective=1)]
-    assert rules([alone], book) == [Rule.DELETES]
-    both = [Asked("job-0", ALGO_ID), Asked("job-1", ALGO_ID)]
-    assert rules([alone, outcome(id="job-1")], book, both) == []
-
-
-def test_a_missing_outcome_is_a_difference() -> None:
-    """Every enqueued request ends in an outcome."""
-    assert rules([], [entry("NEW")]) == [Rule.NO_OUTCOME]
-
-
-def test_a_second_outcome_is_a_difference() -> None:
-    """The ledger has one outcome for each id and run; a new run may have its own."""
-    book = [entry(deletes_effective=1)]
-    assert rules([outcome(), outcome()], book) == [Rule.RECORDED_TWICE]
-    assert rules([outcome(), outcome(run=2)], book) == []
-
-
-def test_an_outcome_that_nobody_asked_for_is_a_difference() -> None:
-    """Nothing is cancelled that was not on the list."""
-    assert rules([outcome(), outcome(number=1)], [entry(deletes_effective=1)]) == [Rule.NOT_ASKED]
-
-
-def test_a_hit_on_a_newer_order_is_a_difference() -> None:
-    """An order that took over a client id is left alone: not one DELETE names it."""
-    mine = entry(deletes_effective=1)
-    assert rules([outcome()], [mine, entry("NEW", 9, decoy=True, deletes=0)]) == []
-    for decoy in (entry("NEW", 9, decoy=True, deletes=1), entry("CANCELED", 9, decoy=True, deletes=0)):
-        assert rules([outcome()], [mine, decoy]) == [Rule.NEWER_ORDER_HIT]
+@pytest.mark.parametrize(
+    ("outcomes", "book", "requests", "found"), [row[1:] for row in DIFFERENT], ids=[row[0] for row in DIFFERENT]
+)
+def test_differences(outcomes: list[Outcome], book: list[BookEntry], requests: list[Asked], found: list[Rule]) -> None:
+    """Each order has one outcome, that of the order that was asked for, and no other order is touched."""
+    assert rules(outcomes, book, requests or None) == found
 
 
 # ---- what fails a run -----------------------------------------------------------------------------------------------
@@ -274,9 +273,6 @@ def test_report_reads_the_same_without_rich(
     assert "cancel     5 ms  confirmed: 200" in bad
 
 
-# ---- what is asked for ----------------------------------------------------------------------------------------------
-
-
 # ---- the server -----------------------------------------------------------------------------------------------------
 
 
@@ -286,9 +282,3 @@ def test_without_a_server_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(CannotStart, match=r"pip install -e '\.\[sandbox\]' in the checkout") as caught:
         server_binary(None)
     assert "\n" not in str(caught.value)
-
-
-def test_another_child_order_is_a_difference() -> None:
-    """A triggered order's child must be the one in the book: that is what the strategy has to act on."""
-    for told in (None, "1"):
-        assert rules([outcome(OutcomeKind.TRIGGERED, actual_order_id=told)], [entry("FINISHED")]) == [Rule.CHILD_ORDER]
