@@ -139,7 +139,7 @@ def _first_failure(copy: Path, tests: tuple[str, ...]) -> str:
     if done.returncode == 0:
         return ""
     found = _FAILED.search(done.stdout)
-    return found[1] if found else f"{tests[0]}: {done.stdout[-500:]}"
+    return found[1] if found else f"{tests[0]}: exit code {done.returncode}: {(done.stdout + done.stderr)[-500:]}"
 
 
 def say(*lines: str) -> None:
