@@ -129,9 +129,8 @@ def _begin(environment: dict[str, str], stdout: int, stderr: int, told: int) -> 
     os.dup2(stderr, 2)
     os.closerange(3, _FDS)
     for name, fd, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
-        stream = open(
-            fd, "w", closefd=False, errors=errors
-        )  # the old one knows of another file what can be done with it
+        # The stream that is there knows what can be done with another file.
+        stream = os.fdopen(fd, "w", closefd=False, errors=errors)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     os.environ.clear()
