@@ -62,7 +62,8 @@ class Forked:
     def send_signal(self, how: signal.Signals) -> None:
         """Signal it, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, how)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, how)
 
 
 def start(module: str, arguments: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Forked:
