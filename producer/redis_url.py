@@ -491,10 +491,12 @@ _LASTING = {
     "CLUSTERDOWN": "it is a Redis Cluster, which is not supported",
     "CROSSSLOT": "it is a Redis Cluster, which is not supported",
     "MOVED": "it is a Redis Cluster, which is not supported",
-    "NOPERM": "its user lacks a right",
+    "NOPERM": "its user lacks a right: `python -m producer acl` prints what each part needs",
 }
 _WORDS = _PASSING | _LASTING
 _CODE = re.compile(rf"\b({'|'.join(_WORDS)})\b")
+#: How servers tell a script of a right that its user lacks.
+_NO_RIGHT = re.compile(r"ACL failure in script|user executing the script|can't run this command")
 _FIRST = re.compile(r"[A-Z]{3,}\b")
 #: redis-py has classes for some of them, whose text is without the code.
 _CLASSES = {
@@ -566,4 +568,6 @@ def _reason(error: BaseException, code: str) -> str:
             # asyncio puts its own words, and the address, in the place of the system's.
             return clean_text(os.strerror(cause.errno) if cause.errno and cause.errno > 0 else cause.strerror)
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, redis.ResponseError) and _NO_RIGHT.search(str(error)):
+        code = "NOPERM"
     return _WORDS.get(code, "")

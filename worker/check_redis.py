@@ -176,7 +176,7 @@ _STEPS = """
 HSET {job} field 1, HGET {job} field, HMGET {job} field other, HSTRLEN {job} field, HINCRBY {job} field 1,
 HDEL {job} other, EXPIRE {job} 60, PERSIST {job}, TTL {job}, EXISTS {job}, TYPE {job}, RENAME {job} {job}:set-aside,
 DEL {job}:set-aside, XADD {result} MAXLEN 10 * field 1, XREVRANGE {result} + -, SET {record} 1 EX 60, GET {record},
- SETRANGE {record} 8 1, GETRANGE {record} 0 1, BITFIELD {record} INCRBY i64 #0 1,
+SETRANGE {record} 8 1, GETRANGE {record} 0 1, BITFIELD {record} INCRBY i64 #0 1,
 ZADD {order} 1 member, ZSCORE {order} member, ZCARD {order}, ZCOUNT {order} -inf +inf, ZRANGE {order} 0 1,
 ZRANGEBYSCORE {order} -inf +inf, ZREM {order} member,
 SADD {worker} member, SRANDMEMBER {worker} 1, SSCAN {worker} 0, SCARD {worker}, SREM {worker} other, SPOP {worker},

@@ -519,8 +519,7 @@ def tell_damaged(names: tuple[str, ...]) -> None:
 
 def tell_outcome(row: Done) -> None:
     """Log what became of a request."""
-    outcome, lease = row.outcome, row.lease
-    first_ms = outcome.attempts[0].at_ms - lease.enqueued_at_ms if outcome.attempts else None
+    outcome = row.outcome
     log.info(
         "outcome",
         id=outcome.id,
@@ -531,8 +530,8 @@ def tell_outcome(row: Done) -> None:
         attempts=len(outcome.attempts),
         error=outcome.error,
         **{
-            "measure#cancel.first_ms": first_ms,
-            "measure#cancel.outcome_ms": outcome.finished_at_ms - lease.enqueued_at_ms,
+            "measure#cancel.first_ms": outcome.first_attempt_ms,
+            "measure#cancel.outcome_ms": outcome.took_ms,
             "count#cancel.outcomes": 1,
         },
     )

@@ -238,10 +238,9 @@ class _Rehearsal:
         outcome = asyncio.run(worker.cancel(algo_id, self._report["account"], self._check))
         self._report["outcome"] = None if outcome is None else outcome.as_dict()
         if outcome is not None:
-            took_ms = outcome.finished_at_ms - (outcome.enqueued_at_ms or outcome.finished_at_ms)
             error = f" ({outcome.error})" if outcome.error else ""
             self._transcript.note(
-                f"outcome: {outcome.kind}{error}, after {len(outcome.attempts)} calls in {took_ms} ms, "
+                f"outcome: {outcome.kind}{error}, after {len(outcome.attempts)} calls in {outcome.took_ms} ms, "
                 f"order_status {outcome.order_status}"
             )
         return outcome

@@ -87,8 +87,8 @@ end
 function job.is_shared(order) return order and #order <= 200 and string.find(order, '^[^:]*:a:') ~= nil end
 
 function job.pointed_to(order)
-  local id = redis.pcall('GET', ORDER_PREFIX .. order)
-  return type(id) == 'string' and #id <= MAX_ID_BYTES and id or nil
+  local id = redis.pcall('GETRANGE', ORDER_PREFIX .. order, '0', MAX_ID_BYTES) -- whatever stands there, no more is read
+  return type(id) == 'string' and #id > 0 and #id <= MAX_ID_BYTES and id or nil
 end
 
 -- The kind of a job's outcome. The version before this one wrote no more than that there was one: its record knows.

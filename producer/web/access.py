@@ -146,7 +146,7 @@ class Access:
     def is_guess(self, method: str, path: str, authorization: str) -> bool:
         """Whether a request may be a guess at the token: any login, so that the time tells nothing, and a wrong header.
 
-        Each is answered :data:`GUESS_S` late. None is refused for being one of many: the right token is among them.
+        Each is answered :data:`GUESS_S` late. None is refused for being one of many: the right token may be among them.
         """
         token = bearer(authorization)
         is_login = method == "POST" and path.rstrip("/") == LOGIN_PATH

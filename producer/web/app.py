@@ -14,22 +14,16 @@ from typing import Any, TypeVar
 
 from flask import Flask, Response, g, make_response, redirect, render_template, request, url_for
 from jinja2 import StrictUndefined
-from werkzeug.exceptions import (
-    BadRequest,
-    Conflict,
-    Forbidden,
-    HTTPException,
-    NotFound,
-    ServiceUnavailable,
-)
+from werkzeug.exceptions import BadRequest, Conflict, Forbidden, HTTPException, NotFound, ServiceUnavailable
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from producer.client import CancelClient
 from producer.keys import Band
 from producer.message import OutcomeKind
 from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
+from producer.status import readable
 from producer.timeline import read_timeline
-from producer.untrusted import clean_text
+from producer.untrusted import InvalidRequest, clean_text
 from producer.web import queries
 from producer.web.access import (
     LOGIN_PATH,
@@ -347,17 +341,20 @@ class _Pages:
 
     def history(self) -> Answer:
         """What became of requests in the last hour and day."""
+        damaged: dict[str, None] = {}
+        self._ask(readable([("GETRANGE", key, 0, 0) for key in (self._keys.counts, self._keys.minutes)], damaged))
         hour = self._ask(read_timeline(self._keys, *_HOUR))
         day = self._ask(read_timeline(self._keys, *_DAY), heavy=True)
         windows = [
             ("Last hour", plots_of(hour.intervals, "minute", "last hour"), rows_of(hour.intervals)),
             ("Last day", plots_of(day.intervals, "quarter of an hour", "last day"), rows_of(day.intervals)),
         ]
-        return render_template("history.html", windows=windows, at_ms=day.at_ms, since_ms=day.total.since_ms)
+        about = {"at_ms": day.at_ms, "since_ms": day.total.since_ms, "damaged": damaged}
+        return render_template("history.html", windows=windows, **about)
 
     def open_requests(self, state: str) -> Answer:
         """Those that wait for a worker, for their next attempt, or that a worker has in hand."""
-        page = min(_number("page", 1), queries.DEPTH // PAGE)
+        page = min(_page(), queries.DEPTH // PAGE)
         found = self._ask(queries.open_requests(self._keys, _BANDS[state], (page - 1) * PAGE))
         return render_template("open.html", found=found, state=state, page=page, depth=queries.DEPTH)
 
@@ -375,7 +372,7 @@ class _Pages:
     def failed(self) -> Answer:
         """The failed requests, newest first."""
         wanted = wanted_of(request.args, _FAILED)
-        page = _number("page", 1)
+        page = _page()
         found, pages = None, 1
         if wanted.fault is None:
             found = self._ask(queries.failed(self._keys, wanted, (page - 1) * PAGE), heavy=not wanted.all)
@@ -413,7 +410,7 @@ class _Pages:
         account = request.args.get("account", "").strip() or None
         found, fault = None, None
         if len(words) > _MAX_QUERY:
-            fault = f"An id has {_MAX_QUERY} characters at most."
+            fault = f"{InvalidRequest('q', words, f'an id has {_MAX_QUERY} characters at most')}."
         elif words:
             found = self._ask(queries.search(self._keys, words, account), heavy=True)
         return render_template("search.html", words=words, account=account, found=found, fault=fault)
@@ -497,9 +494,10 @@ class _Pages:
 _STYLE = files("producer.web").joinpath("static", "style.css").read_text("utf-8")
 
 
-def _number(name: str, least: int) -> int:
-    text = request.args.get(name, "")
-    return max(least, int(text)) if text.isascii() and text.isdigit() and len(text) <= 9 else least
+def _page() -> int:
+    """Which page of a list is asked for, from 1."""
+    text = request.args.get("page", "")
+    return max(1, int(text)) if text.isascii() and text.isdigit() and len(text) <= 9 else 1
 
 
 def _is_live() -> bool:

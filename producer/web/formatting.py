@@ -119,15 +119,5 @@ def meaning(kind: Any) -> str:
     return MEANINGS.get(kind, "")
 
 
-FILTERS = {
-    "when": when,
-    "clock": clock,
-    "minute": minute,
-    "span": span,
-    "ago": ago,
-    "between": between,
-    "count": count,
-    "dash": dash,
-    "tone": tone,
-    "meaning": meaning,
-}
+#: What templates call by name.
+FILTERS = {each.__name__: each for each in (when, clock, minute, span, ago, between, count, dash, tone, meaning)}

@@ -18,15 +18,7 @@ from rq.job import JobStatus
 from rq.utils import utcparse
 
 from producer.keys import Band, JobField, Keys
-from producer.message import (
-    Attempt,
-    CancelRequest,
-    Outcome,
-    OutcomeKind,
-    decode_attempts,
-    decode_call,
-    decode_outcome,
-)
+from producer.message import Attempt, CancelRequest, Outcome, OutcomeKind, decode_attempts, decode_call, decode_outcome
 from producer.protocol import Command, Conversation, good, is_requeued, pages, stream_entries, text
 from producer.untrusted import MAX_PAYLOAD_BYTES, MalformedMessage, MessageError, clean_text
 
@@ -35,16 +27,8 @@ USABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:~@+-]{0,199}")
 #: States of a job whose outcome is still to come, in RQ's words: what the index of unfinished jobs says of it.
 _STATES = {Band.HELD: JobStatus.STARTED, Band.WAITING: JobStatus.QUEUED, Band.RETRY: JobStatus.SCHEDULED}
 _JOB_FIELDS = (
-    "status",
-    "data",
-    "created_at",
-    "ended_at",
-    JobField.ENQUEUED_AT_MS,
-    JobField.DEADLINE_AT_MS,
-    JobField.RUN,
-    JobField.ATTEMPTS,
-    JobField.OPEN_AT_MS,
-    JobField.DONE,
+    *("status", "data", "created_at", "ended_at", JobField.ENQUEUED_AT_MS, JobField.DEADLINE_AT_MS),
+    *(JobField.RUN, JobField.ATTEMPTS, JobField.OPEN_AT_MS, JobField.DONE),
 )
 
 

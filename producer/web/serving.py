@@ -29,6 +29,8 @@ _THREADS = 18
 _CONNECTIONS = 400
 #: From how many on the oldest that have no request under way make room, so that a new one is always heard.
 _CROWDED = _CONNECTIONS - 20
+#: How long a new connection has to say something, s.
+_YOUNG_S = 3.0
 #: The longest pause between two looks at who has waited long enough, s.
 _LOOK_S = 1.0
 #: Lines for the log that wait to be written, and lines written in so many seconds, at the most.
@@ -62,6 +64,7 @@ def serve(app: Flask, host: str, port: int, listening: Callable[[str], object]) 
             max_request_header_size=32 * 1024,
             max_request_body_size=1024 * 1024,
             inbuf_overflow=64 * 1024,
+            recv_bytes=2048,  # what is asked in one go is answered before it is read: no more than some dozen pages
             connection_limit=_CONNECTIONS,
             channel_timeout=30,
         )
@@ -72,7 +75,7 @@ def serve(app: Flask, host: str, port: int, listening: Callable[[str], object]) 
                 listening(f"http://{shown_host}:{listener.getsockname()[1]}/")
                 while not ends.come:
                     wasyncore.loop(guesses.answered(), use_poll=True, map=open_sockets, count=1)
-                    _make_room(server)
+                    _make_room(server, guesses)
         finally:
             guesses.drop()
             _close(server, open_sockets)
@@ -91,6 +94,7 @@ class _Guesses:
         """What the server is to do with a connection whose next request is complete."""
         asked = channel.requests[0]
         if asked.error is None and self._is_guess(asked.command, asked.path, asked.headers.get("AUTHORIZATION", "")):
+            asked.headers["CONNECTION"] = "close"  # so that nobody keeps one for the next guess
             self._waiting.append((time.monotonic() + GUESS_S, channel))
         else:
             self._serve(channel)
@@ -104,20 +108,27 @@ class _Guesses:
             self._serve(self._waiting.popleft()[1])
         return _LOOK_S
 
+    def hurry(self, count: int) -> None:
+        """Have so many answered before their time: were they dropped, the right token would be, too."""
+        for _ in range(min(count, len(self._waiting))):
+            self._serve(self._waiting.popleft()[1])
+
     def drop(self) -> None:
         """Give up on all that wait."""
         for _, channel in self._waiting:
             channel.cancel()
 
 
-def _make_room(server: Any) -> None:
+def _make_room(server: Any, guesses: _Guesses) -> None:
     """In a crowd, close the oldest connections on which no request is under way: idle ones, and those that send theirs
-    or take their answer so slowly that no browser does."""
+    or take their answer so slowly that no browser does. Where there are none, guesses wait no longer."""
     crowd = len(server.active_channels) - _CROWDED
     if crowd > 0:
-        idle = [channel for channel in server.active_channels.values() if not channel.requests]
+        born_s = time.time() - _YOUNG_S
+        idle = [each for each in server.active_channels.values() if not each.requests and each.creation_time < born_s]
         for channel in sorted(idle, key=lambda channel: float(channel.creation_time))[:crowd]:
             _hang_up(channel, [channel.request])
+        guesses.hurry(crowd - len(idle))
 
 
 def _hang_up(channel: Any, unserved: list[Any]) -> None:

@@ -148,7 +148,8 @@ class World:
             stands = "recorded {}, waiting {}, unfinished {}, retries {}".format(*counts)
         except redis.RedisError as error:
             stands = f"Redis is away ({type(error).__name__})"
-        note(f"{time.monotonic() - self.began_s:6.1f} s  acknowledged {told} of {self.requests}, {stands} | {self.now}")
+        asked = f"acknowledged {told} of at least {self.requests}"
+        note(f"{time.monotonic() - self.began_s:6.1f} s  {asked}, {stands} | {self.now}")
 
     def strike(self, blow: Blow) -> None:
         """One blow, from beginning to end."""

@@ -228,10 +228,11 @@ class TestCrashPoint:
     """What every step between the pop and the completion must bear."""
 
     def test_one_outcome_each(self, stage: Stage, point: Point) -> None:
-        """Whatever step its worker died at, each request has exactly one outcome."""
+        """Whatever step its worker died at, each request has exactly one outcome, which was counted once."""
         scene = stage.scene(point)
-        ledger = Peek(stage.connection, scene.queue).ledger()
-        assert sorted(outcome.id for outcome in ledger) == sorted(scene.orders)
+        peek = Peek(stage.connection, scene.queue)
+        assert sorted(outcome.id for outcome in peek.ledger()) == sorted(scene.orders)
+        assert peek.counted() == peek.kinds()
 
     def test_the_kind_is_the_books(self, stage: Stage, point: Point) -> None:
         """The outcome says what the exchange's book says, and the order was cancelled once."""

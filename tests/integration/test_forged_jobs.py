@@ -7,6 +7,7 @@ A strategy must be able to write a job's hash, and Redis cannot keep the fields 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import redis
@@ -14,9 +15,10 @@ import redis
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import Band, Keys
 from producer.message import Attempt, Call, OpenRequest, Pin, encode_attempts, encode_call
+from producer.rights import acl_lines
 from producer.untrusted import MalformedMessage
 from tests.orders import PROVEN_S, events
-from tests.servers import Peek, Workers, eventually
+from tests.servers import Peek, Valkey, Workers, eventually
 from worker.sandbox.control import BookEntry, RunningExchange
 
 KEYS = Keys()
@@ -63,6 +65,17 @@ FORGED: dict[str, tuple[dict[str, str], set[OutcomeKind | None]]] = {
 
 
 @pytest.fixture
+def forger(valkey: Valkey, connection: redis.Redis) -> Iterator[redis.Redis]:
+    """A strategy's user: what it is refused, nobody who enqueues can forge."""
+    is_old = str(connection.info()["redis_version"]).startswith("6.")
+    line = next(line for line in acl_lines(KEYS, redis_6=is_old) if line.startswith("ACL SETUSER strategy "))
+    connection.execute_command(*line.split())
+    with redis.Redis(port=valkey.port, username="strategy", password="STRATEGY-PASSWORD") as forger:
+        yield forger
+    connection.execute_command("ACL", "DELUSER", "strategy")
+
+
+@pytest.fixture
 def fleet(workers: Workers) -> Workers:
     """Workers whose leases end soon."""
     workers.environment |= {"LEASE_S": "2", "BACKOFF_CAP_MS": "200"}
@@ -77,7 +90,7 @@ def is_true(kind: OutcomeKind, order: BookEntry) -> bool:
 
 
 def test_no_forged_field_makes_a_false_outcome(
-    client: CancelClient, exchange: RunningExchange, fleet: Workers, connection: redis.Redis, peek: Peek
+    client: CancelClient, exchange: RunningExchange, fleet: Workers, forger: redis.Redis, peek: Peek
 ) -> None:
     """Whatever is written over jobs, and wherever the index says that they stand: what is recorded of an order is what
     the exchange told whoever records it."""
@@ -85,11 +98,11 @@ def test_no_forged_field_makes_a_false_outcome(
     tickets = client.cancel_many([CancelRequest(order.algo_id) for order in orders])
     for ticket, (fields, _) in zip(tickets, FORGED.values(), strict=False):
         for name, value in fields.items():
-            connection.hset(KEYS.job_prefix + ticket.id, name, value)
+            forger.hset(KEYS.job_prefix + ticket.id, name, value)
     scores = (1, Band.HELD + peek.now_ms() + 500, Band.RETRY + peek.now_ms() + 500)
     moved = tickets[len(FORGED) :]
     for ticket, score in zip(moved, scores, strict=True):
-        connection.zadd(KEYS.unfinished, {ticket.id: score})
+        forger.zadd(KEYS.unfinished, {ticket.id: score})
     fleet.start()
 
     expected = dict(zip([ticket.id for ticket in tickets], [kinds for _, kinds in FORGED.values()], strict=False))
@@ -105,7 +118,7 @@ def test_no_forged_field_makes_a_false_outcome(
 
 @pytest.mark.parametrize("forged", ["c_lease", "c_run", "c_done", "c_ended"])
 def test_forging_under_a_holder_costs_it_the_job_and_records_once(
-    forged: str, client: CancelClient, exchange: RunningExchange, fleet: Workers, peek: Peek
+    forged: str, client: CancelClient, exchange: RunningExchange, fleet: Workers, forger: redis.Redis, peek: Peek
 ) -> None:
     """While the cancel is at the exchange: its holder records nothing of a lease that is another by now, even where its
     answer is forged, too; whoever takes the job over records what the exchange says then, once."""
@@ -117,9 +130,9 @@ def test_forging_under_a_holder_costs_it_the_job_and_records_once(
     eventually(lambda: exchange.book()[order.algo_id].deletes, what="the cancel is there")
     lease = peek("HGET", key, "c_lease")
     forgery = {"c_lease": "forged-1", "c_run": "2", "c_done": "expired", "c_ended": f"{lease} 1"}
-    peek("HSET", key, forged, forgery[forged])
+    forger.hset(key, forged, forgery[forged])
     if forged == "c_ended":
-        peek("HSET", key, "c_lease", "forged-1")
+        forger.hset(key, "c_lease", "forged-1")
     exchange.set_latency_ms(0)
 
     assert ticket.wait(60).kind is OutcomeKind.CANCELLED
@@ -128,14 +141,14 @@ def test_forging_under_a_holder_costs_it_the_job_and_records_once(
 
 
 def test_a_forged_pin_leads_to_no_other_orders_outcome(
-    client: CancelClient, exchange: RunningExchange, fleet: Workers, peek: Peek
+    client: CancelClient, exchange: RunningExchange, fleet: Workers, forger: redis.Redis, peek: Peek
 ) -> None:
     """What a client id is said to mean is held against the id that the exchange's answers bear."""
     meant, other = exchange.add_orders(2)
     created_ms = exchange.book()[meant.algo_id].create_time_ms
     eventually(lambda: peek.now_ms() > created_ms + PROVEN_S * 1000)
-    ticket = client.cancel(client_algo_id=meant.client_algo_id, deadline_s=6)
-    peek("HSET", KEYS.job_prefix + ticket.id, "c_pin", Pin(other.algo_id).encode())
+    ticket = client.cancel(client_algo_id=meant.client_algo_id, deadline_s=2)
+    forger.hset(KEYS.job_prefix + ticket.id, "c_pin", Pin(other.algo_id).encode())
     fleet.start()
 
     outcome = ticket.wait(60)
@@ -144,15 +157,15 @@ def test_a_forged_pin_leads_to_no_other_orders_outcome(
 
 
 def test_a_request_that_was_led_to_another_orders_job_is_told_so(
-    client: CancelClient, exchange: RunningExchange, fleet: Workers, connection: redis.Redis
+    client: CancelClient, exchange: RunningExchange, fleet: Workers, forger: redis.Redis
 ) -> None:
     """A forged pointer, or a payload that was changed: the outcome is about another order, and nobody's who asked."""
     first, second, third = exchange.add_orders(3)
     changed = client.cancel(algo_id=first.algo_id)
-    connection.hset(KEYS.job_prefix + changed.id, "data", encode_call(CancelRequest(second.algo_id)))
+    forger.hset(KEYS.job_prefix + changed.id, "data", encode_call(CancelRequest(second.algo_id)))
     request = CancelRequest(third.algo_id)
-    connection.hset(KEYS.job_prefix + changed.id, "c_order", request.order_key)
-    connection.set(KEYS.order_prefix + request.order_key, changed.id)
+    forger.hset(KEYS.job_prefix + changed.id, "c_order", request.order_key)
+    forger.set(KEYS.order_prefix + request.order_key, changed.id)
     joined = client.cancel_many([request])[0]
     assert joined.id == changed.id
     worker = fleet.start()
@@ -166,14 +179,14 @@ def test_a_request_that_was_led_to_another_orders_job_is_told_so(
 
 @pytest.mark.parametrize("forged", ["c_meant_at_ms", "c_enqueued_at_ms", "data"])
 def test_a_listing_of_another_moment_says_nothing_of_what_is_open(
-    forged: str, client: CancelClient, exchange: RunningExchange, fleet: Workers, peek: Peek
+    forged: str, client: CancelClient, exchange: RunningExchange, fleet: Workers, forger: redis.Redis, peek: Peek
 ) -> None:
     """Whoever says that a listing was asked for long ago has it leave out all that was opened since: it is no word
     about what was open when it was asked."""
     exchange.add_orders(1)
     ticket = client.cancel_open("BTCUSDT")
     earlier = encode_call(OpenRequest(symbol="BTCUSDT", before_ms=LONG_AGO_MS)) if forged == "data" else LONG_AGO_MS
-    peek("HSET", KEYS.job_prefix + ticket.id, forged, earlier)
+    forger.hset(KEYS.job_prefix + ticket.id, forged, earlier)
     fleet.start()
 
     with pytest.raises(MalformedMessage, match="before it was asked for"):
@@ -182,14 +195,14 @@ def test_a_listing_of_another_moment_says_nothing_of_what_is_open(
 
 
 def test_a_client_id_that_was_led_to_another_order_is_told_so(
-    client: CancelClient, exchange: RunningExchange, fleet: Workers, peek: Peek
+    client: CancelClient, exchange: RunningExchange, fleet: Workers, forger: redis.Redis, peek: Peek
 ) -> None:
     """A payload that names another algo id beside the client id that was asked for: the record bears the client id that
     the exchange knows of the order, and so it is another order's."""
     meant, other = exchange.add_orders(2)
     ticket = client.cancel(client_algo_id=meant.client_algo_id)
     payload = encode_call(CancelRequest(other.algo_id, client_algo_id=meant.client_algo_id))
-    peek("HSET", KEYS.job_prefix + ticket.id, "data", payload)
+    forger.hset(KEYS.job_prefix + ticket.id, "data", payload)
     fleet.start()
 
     with pytest.raises(MalformedMessage, match="about another order"):

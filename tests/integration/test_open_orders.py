@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,10 +19,9 @@ from producer import (
     UnknownRequest,
     WaitTimeout,
 )
-from tests.conftest import API_KEY, API_SECRET
 from tests.orders import PROVEN_S
 from tests.servers import Peek, Valkey, Workers, eventually, python, stopped
-from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
+from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
 LIST_CALL = "GET /fapi/v1/openAlgoOrders"
@@ -41,25 +37,6 @@ def opened(exchange: RunningExchange, count: int, symbol: str = "BTCUSDT", **how
 def statuses(exchange: RunningExchange, ids: list[int]) -> set[str]:
     """Their states in the book."""
     return {str(entry.status) for entry in exchange.book(ids).values()} if ids else set()
-
-
-@contextmanager
-def new_orders(exchange: RunningExchange) -> Iterator[list[int]]:
-    """Orders of the same symbol that keep being opened for the length of the block."""
-    ids: list[int] = []
-    ended = threading.Event()
-
-    def opening() -> None:
-        while not ended.wait(0.005) and len(ids) < 100:
-            ids.append(exchange.add_orders(1, symbol="BTCUSDT")[0].algo_id)
-
-    thread = threading.Thread(target=opening)
-    thread.start()
-    try:
-        yield ids
-    finally:
-        ended.set()
-        thread.join()
 
 
 def agrees(exchange: RunningExchange, outcome: OpenOutcome, before: list[int], later: list[int]) -> None:
@@ -107,26 +84,6 @@ def test_a_symbol_that_the_exchange_does_not_know_is_refused(workers: Workers, c
 
     assert (outcome.kind, outcome.orders, outcome.may_be_live) == ("refused", (), True)
     assert "Invalid symbol." in str(outcome.error)
-
-
-def test_under_all_faults_and_a_dead_worker_it_agrees_with_the_book(valkey: Valkey, workers: Workers) -> None:
-    """Whatever the exchange does and though workers are killed, while new orders keep being opened."""
-    config = ExchangeConfig(accounts={"default": (API_KEY, API_SECRET)}, faults="all", fault_rate=0.5, seed=11)
-    with start_exchange(config) as exchange, CancelClient.from_url(valkey.url) as client:
-        settings: dict[str, Any] = {"BINANCE_BASE_URL": exchange.url, "LEASE_S": "2", "NOT_FOUND_HORIZON_S": "2"}
-        victim = workers.start(**settings)
-        before, others = opened(exchange, 60), opened(exchange, 2, "ETHUSDT")
-        ticket = client.cancel_open("BTCUSDT", deadline_s=120)
-        time.sleep(PROVEN_S)
-        with new_orders(exchange) as later:
-            eventually(lambda: len(client.outcomes_of([ticket.id])) == 1 or exchange.stats().incidents, 30)
-            victim.stop(signal.SIGKILL)
-            workers.start(**settings)
-            outcome = ticket.wait(180)
-
-        assert later
-        agrees(exchange, outcome, before, later)
-        assert statuses(exchange, others) == {"NEW"}
 
 
 def test_a_worker_killed_between_list_and_completion(

@@ -249,6 +249,8 @@ REFUSED: list[tuple[Role, tuple[Any, ...]]] = [
     (Role.STRATEGY, ("GET", "somebody-elses")),
     (Role.STRATEGY, ("SCAN", 0)),
     (Role.STRATEGY, ("FLUSHDB",)),
+    (Role.STRATEGY, ("CLIENT", "LIST")),
+    (Role.STRATEGY, ("CLIENT", "PAUSE", 1)),
     (Role.READER, ("SET", KEYS.outcome_prefix + ID, "1")),
     (Role.READER, ("RPUSH", KEYS.waiting, ID)),
     (Role.READER, ("HSET", KEYS.gate("all"), "until_ms", 0)),
@@ -284,6 +286,12 @@ def test_no_user_can_do_more(guarded: Valkey) -> None:
             r"permissions|can't (run|access)", str(said)
         )
         assert told, (role, command, said)
+    with redis.Redis(port=guarded.port) as connection, CancelClient.from_url(url_of(guarded, "strategy")) as strategy:
+        connection.hset(KEYS.job_prefix + ID, "c_done", "refused")
+        connection.zadd(KEYS.failed, {ID: 1})
+        for ask in (strategy.status, lambda: strategy.retry([ID])):
+            with pytest.raises(QueueUnavailable, match="lacks a right: `python -m producer acl`"):
+                ask()
 
 
 # ---- where they come from --------------------------------------------------------------------------------------------

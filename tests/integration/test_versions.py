@@ -39,7 +39,7 @@ OLD_COMMIT = "b6f0422"
 LEASE_S = 2.0
 #: No worker gives up waiting for an answer before it is killed.
 WAITS = {"LEASE_S": "2", "CANCEL_DEADLINE_S": "60", "BINANCE_RECV_WINDOW_MS": "30000"}
-#: Keys that may live for ever: lists and registries, whose entries go, and the ledger, whose length is bounded.
+#: Keys that may live for ever: lists and registries, whose entries go; ledger and counts, whose length is bounded.
 LASTING = {
     "cancels:counts",
     "rq:queues",

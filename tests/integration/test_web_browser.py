@@ -300,9 +300,13 @@ def violations(browser: webdriver.Chrome, address: str, scheme: str, pixels: int
     browser.get(address)
     browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
     browser.execute_script(AXE)
+    for frame in browser.find_elements(By.TAG_NAME, "iframe"):
+        browser.switch_to.frame(frame)
+        browser.execute_script(AXE)
+        browser.switch_to.default_content()
     told = browser.execute_async_script(
         "const done = arguments[0], of = each => each.id + ': ' + each.nodes.map(node => node.html).join(' and ');"
-        "axe.run({iframes: false, preload: false})"
+        "axe.run({preload: false})"
         ".then(found => done(found.violations.map(of)), failed => done([`${failed}`]))"
     )
     return [f"{address} {scheme} {pixels}: {each}" for each in told]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import os
@@ -215,6 +216,36 @@ def test_wrong_tokens_are_alike_slow_and_logged_and_keep_nobody_out(valkey: Valk
         eventually(lambda: web.stderr().count("\n") == 60, what="each guess has its line")
         lines = set(web.stderr().splitlines())
         assert lines == {f"web: wrong token from 127.0.0.1{rest}" for rest in ("", f", which names {'é' * 99}…")}
+
+
+def test_a_flood_of_guesses_does_not_lock_the_right_token_out(valkey: Valkey) -> None:
+    """More guessers than there are connections, each with the next guess at once: the token and others are served."""
+    with WebProcess(valkey.url, WEB_TOKEN=TOKEN) as web:
+        ended = threading.Event()
+        crowd = threading.Thread(target=lambda: asyncio.run(guess_until(ended, web.port)))
+        crowd.start()
+        try:
+            eventually(lambda: web.stderr().count("wrong token") >= 200, what="the guessers are at work")
+            for _ in range(3):
+                assert web("/login", {"token": TOKEN}).status == 303
+                assert web("/healthz").status == 200
+        finally:
+            ended.set()
+            crowd.join()
+
+
+async def guess_until(ended: threading.Event, port: int) -> None:
+    """As many guessers as there are visitors; the server may hang up on each."""
+
+    async def guess() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer wrong\r\n\r\n")
+                await reader.read()
+                writer.close()
+
+    await asyncio.gather(*(guess() for _ in range(_VISITORS)))
 
 
 def test_a_log_that_nobody_reads_holds_up_no_page(valkey: Valkey) -> None:

@@ -66,4 +66,4 @@ def open_for(life: Life, world: World) -> redis.Redis:
         retry=Retry(NoBackoff(), 0),
         socket_timeout=10,
     )
-    return redis.Redis(connection_pool=pool)
+    return redis.Redis.from_pool(pool)  # closes its connections with itself

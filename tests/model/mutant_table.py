@@ -217,6 +217,13 @@ MUTANTS = (
     ),
     Mutant(ENDING, "(out.counted[position] or 0) + number", "number", "a group is counted as one outcome"),
     Mutant(ENDING, "  pcall(job.count)", "  out = out", "no outcome is counted"),
+    Mutant(
+        ENDING,
+        "  redis.call('BITFIELD', MINUTES",
+        "  (function() end)('BITFIELD', MINUTES",
+        "a minute lacks its first group",
+    ),
+    Mutant(ENDING, " or was == minute + 1 then return", " then return", "a clock that is behind begins a minute again"),
     Mutant(ENDING, "'c_done', kind, ", "", "a job does not know that it has ended"),
     Mutant(
         ENDING,

@@ -45,3 +45,16 @@ def test_the_documents_name_files_and_places_that_there_are(document: Path) -> N
     assert [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)] == []
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (document.parent / target).exists(), target
+
+
+def test_every_promise_names_tests_that_there_are() -> None:
+    """`python -m tests -k NAME` finds what holds a promise of the README."""
+    promises = (ROOT / "README.md").read_text("utf-8").partition("## What you can rely on")[2].partition("\n## ")[0]
+    bullets = promises.split("\n- **")[1:]
+    texts = {path.name: path.read_text("utf-8") for path in ROOT.glob("tests/*/test_*.py")}
+    assert len(bullets) > 10
+    for bullet in bullets:
+        names = re.findall(r"`(\w+)`", (re.search(r"\[(`[\w`,\s]+`)\]\s*(?:\n\n|$)", bullet + "\n\n") or [""])[0])
+        assert names, bullet
+        for name in names:
+            assert any(name in file or re.search(rf"^def test_\w*{name}", text, re.M) for file, text in texts.items())

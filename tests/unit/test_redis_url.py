@@ -169,7 +169,10 @@ def test_what_passes(error: BaseException, told: str) -> None:
     [
         (redis.AuthenticationError(PASSWORD), "AuthenticationError: the login was refused"),
         (exceptions.AuthorizationError(PASSWORD), "AuthorizationError"),
-        (exceptions.NoPermissionError(PASSWORD), "NoPermissionError: its user lacks a right"),
+        (
+            exceptions.NoPermissionError(PASSWORD),
+            "NoPermissionError: its user lacks a right: `python -m producer acl` prints what each part needs",
+        ),
         (exceptions.ClusterCrossSlotError("…"), "ClusterCrossSlotError: it is a Redis Cluster, which is not supported"),
         (exceptions.MovedError("1 h:1"), "MovedError: it is a Redis Cluster, which is not supported"),
         (redis.InvalidResponse(PASSWORD), "InvalidResponse: what answers there is no Redis"),

@@ -103,6 +103,13 @@ def test_what_stops_cancels_comes_first(width: int, height: int) -> None:
     assert "used weight    1,200 of 2,400 (50 %)" in lines
 
 
+def test_what_nobody_may_send_is_no_latency() -> None:
+    """Behind a closed gate nothing waits for a worker: the view says for how long it has been held back."""
+    lines = drawn(replace(status(gates=(closed("all"),)), oldest_queued_s=None, gated_s=93.0), 100, 30)
+
+    assert lines[3].startswith("queue latency  held back for 93.0 s, 1,234 queued")
+
+
 @pytest.mark.parametrize(("width", "height"), [*SIZES, (40, 12), (20, 5), (300, 100), (1, 1)])
 def test_hostile_and_long_content_keeps_its_place(width: int, height: int) -> None:
     """However much there is to tell and whatever it is made of, it fits: no line wraps, nothing is obeyed."""

@@ -162,8 +162,10 @@ function job.count()
   local was = on('BITFIELD', COUNTS, 'OVERFLOW', 'SAT', 'GET', 'i64', '#0', job.changes(0, 1))[1]
   if was == minute or was == minute + 1 then return end -- a server that took over may be a moment behind
   local place = minute % MINUTES_KEPT * POSITIONS
-  redis.call('BITFIELD', COUNTS, 'SET', 'i64', '#0', text(minute), 'INCRBY', 'i64', '#' .. SINCE, was == 0 and now.text or '0')
-  on('SETRANGE', MINUTES, text(8 * place), redis.call('GETRANGE', COUNTS, '0', text(8 * POSITIONS - 1)))
+  local begins_ms = was == 0 and now.text or '0'
+  redis.call('BITFIELD', COUNTS, 'SET', 'i64', '#0', text(minute), 'INCRBY', 'i64', '#' .. SINCE, begins_ms)
+  on('SETRANGE', MINUTES, 8 * POSITIONS * MINUTES_KEPT, '0') -- grown bit by bit it would take twice the room
+  redis.call('SETRANGE', MINUTES, text(8 * place), redis.call('GETRANGE', COUNTS, '0', text(8 * POSITIONS - 1)))
   redis.call('BITFIELD', MINUTES, 'OVERFLOW', 'SAT', job.changes(place, -1))
   redis.call('EXPIRE', MINUTES, 60 * MINUTES_KEPT)
 end
