@@ -25,6 +25,16 @@ def opened(exchange: RunningExchange, count: int) -> list[int]:
     return [order.algo_id for order in exchange.add_orders(count)]
 
 
+def under_way(client: CancelClient, exchange: RunningExchange, latency_ms: int = 4000) -> Ticket:
+    """A request that the exchange has received, and answers late; others are answered at once."""
+    exchange.set_latency_ms(latency_ms)
+    (algo_id,) = opened(exchange, 1)
+    ticket = client.cancel(algo_id=algo_id)
+    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
+    exchange.set_latency_ms(0)
+    return ticket
+
+
 def outcomes(client: CancelClient, tickets: Iterable[Ticket], timeout_s: float = 20) -> list[Outcome]:
     """Their outcomes, once all of them are there, in the tickets' order."""
     ids = [ticket.id for ticket in tickets]

@@ -62,7 +62,8 @@ class Forked:
     def send_signal(self, how: signal.Signals) -> None:
         """Signal it, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, how)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, how)
 
 
 def start(module: str, arguments: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Forked:
@@ -128,8 +129,11 @@ def _begin(environment: dict[str, str], stdout: int, stderr: int, told: int) -> 
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.closerange(3, _FDS)
-    # Those that there are know whether what the number led to before could be sought in.
-    sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))  # noqa: SIM115
+    for name, fd, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
+        # The stream that is there knows what can be done with another file.
+        stream = os.fdopen(fd, "w", closefd=False, errors=errors)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()

@@ -204,14 +204,6 @@ def test_nothing_points_to_such_a_job(workers: Workers, client: CancelClient, pe
     assert (again.id != ticket.id, again.duplicate) == (True, False)
 
 
-def test_an_algo_id_is_noted_as_before(client: CancelClient, peek: Peek) -> None:
-    """With an algo id beside it a client id says nothing of which order it is: such requests join."""
-    first = client.cancel(algo_id=7, client_algo_id=X)
-
-    assert client.cancel(algo_id=7).id == first.id
-    assert pointers(peek) == ["cancels:order:default:a:7"]
-
-
 # ---- jobs of former versions, which are noted -----------------------------------------------------------------------
 
 

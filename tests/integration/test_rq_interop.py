@@ -16,9 +16,10 @@ from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
 from rq.worker import BaseWorker
 
-from producer import CancelClient, CancelRequest, OutcomeKind, Ticket
+from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.message import TASK, encode_request
 from tests.conftest import API_KEY, API_SECRET
+from tests.orders import under_way
 from tests.servers import ROOT, RQ, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
 from worker import task
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
@@ -50,15 +51,6 @@ def fetch(job_id: str, connection: redis.Redis) -> Job:
     return Job.fetch(job_id, connection=connection, serializer=JSONSerializer)
 
 
-def under_way(client: CancelClient, exchange: RunningExchange, latency_ms: int = 2000) -> tuple[Ticket, int]:
-    """A request that the exchange has received and takes its time to answer."""
-    exchange.set_latency_ms(latency_ms)
-    algo_id = exchange.add_orders(1)[0].algo_id
-    ticket = client.cancel(algo_id=algo_id)
-    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
-    return ticket, algo_id
-
-
 # ---- while it works -------------------------------------------------------------------------------------------------
 
 
@@ -67,7 +59,8 @@ def test_job_under_way(
 ) -> None:
     """While its request is under way RQ shows the job as started, and by which worker."""
     workers.start()
-    ticket, _ = under_way(client, exchange)
+    ticket = under_way(client, exchange)
+    exchange.set_latency_ms(2000)  # for its look-up, too
 
     job = fetch(ticket.id, connection)
     (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)
@@ -87,7 +80,8 @@ def test_rq_info(
 ) -> None:
     """`rq info` shows queue, jobs and worker, and its clean-up harms neither a job under way nor its outcome."""
     workers.start("--concurrency", "1")
-    ticket, _ = under_way(client, exchange, 4500)
+    ticket = under_way(client, exchange, 4500)
+    exchange.set_latency_ms(4500)  # for its look-up, too
     waiting = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
 
     (worker,) = BaseWorker.all(connection=connection, serializer=JSONSerializer)

@@ -16,6 +16,7 @@ import pytest
 from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S
 from producer.message import WORKER_LOST
+from tests.orders import under_way
 from tests.servers import RQ, Peek, Valkey, Worker, Workers, eventually, members
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -97,16 +98,6 @@ class Fleet:
 def fleet(workers: Workers, valkey: Valkey, peek: Peek) -> Fleet:
     """Workers of all sorts."""
     return Fleet(workers, valkey, peek)
-
-
-def under_way(client: CancelClient, exchange: RunningExchange, latency_ms: int = 4000) -> Ticket:
-    """A request that the exchange has received, and answers late."""
-    exchange.set_latency_ms(latency_ms)
-    algo_id = exchange.add_orders(1)[0].algo_id
-    ticket = client.cancel(algo_id=algo_id)
-    eventually(lambda: exchange.book()[algo_id].deletes == 1, what="the request is under way")
-    exchange.set_latency_ms(0)
-    return ticket
 
 
 def entered_twice(client: CancelClient, exchange: RunningExchange, *faults: Fault) -> Ticket:

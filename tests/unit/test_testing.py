@@ -189,20 +189,15 @@ def check_refusal(call: Callable[..., object], name: str, value: object, rule: s
 
 @pytest.mark.parametrize(("kind", "name", "value", "rule"), UNRECORDED)
 def test_what_no_worker_records(fake: FakeCancelClient, kind: str, name: str, value: object, rule: str) -> None:
-    """A script that no worker's record could follow is refused when it is written, and what was said before holds."""
+    """What no worker's record could say is refused when it is written or given by hand, and what was said before
+    holds."""
     fake.will(kind=OutcomeKind.EXPIRED)
     check_refusal(fake.will, name, value, rule, kind=OutcomeKind(kind))
-
     assert fake.cancel(algo_id=7).wait(0).kind is OutcomeKind.EXPIRED
 
-
-@pytest.mark.parametrize(("kind", "name", "value", "rule"), UNRECORDED)
-def test_what_nobody_can_settle(fake: FakeCancelClient, kind: str, name: str, value: object, rule: str) -> None:
-    """An outcome given by hand keeps the same rules, and one that breaks them leaves the request open."""
     fake.hold()
     ticket = fake.cancel(algo_id=7)
     check_refusal(fake.settle, name, value, rule, ticket_or_id=ticket, kind=OutcomeKind(kind))
-
     assert fake.outcome(ticket.id) is None
     assert fake.settle(ticket).kind is OutcomeKind.CANCELLED
 
