@@ -40,6 +40,11 @@ class Life:
         self._world.meanwhile()
 
 
+#: What redis-py says of itself: it tidies up in finalizers, on a new connection if need be, and thus in the middle of
+#: anything that this process does.
+_OF_REDIS_PY = (b"UNWATCH", b"HELLO", b"SETINFO", b"MAINT_NOTIFICATIONS")
+
+
 class Interrupted(redis.Connection):
     """A connection of a process with such a life."""
 
@@ -49,10 +54,11 @@ class Interrupted(redis.Connection):
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         """Let other things happen first."""
-        if b"SETINFO" not in (sent := b"".join(command)) and b"UNWATCH" not in sent:
+        sent = b"".join(command)
+        if not any(word in sent for word in _OF_REDIS_PY):
             self.life.between()
         elif self.life.is_over:
-            raise redis.ConnectionError("it is dead")  # redis-py tidies up, maybe in a finalizer
+            raise redis.ConnectionError("it is dead")
         super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
 
 
