@@ -58,7 +58,7 @@ class Interrupted(redis.Connection):
         if not any(word in sent for word in _OF_REDIS_PY):
             self.life.between()
         elif self.life.is_over:
-            raise redis.ConnectionError("it is dead")
+            raise redis.ConnectionError("it is dead") if b"UNWATCH" in sent else Killed
         super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
 
 
