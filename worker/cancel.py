@@ -102,6 +102,7 @@ class Canceller:
         self._sends_late = sends_late
         self._look_ups = LookUps(flight)
         self.recovery = Recovery(flight)
+        self.is_suspended = False  # whether `rq suspend` holds, as of the last look
         self._in_hand: set[CancelJob] = set()
         self._lingering = 0
         self._is_leaving = False
@@ -224,11 +225,13 @@ class Canceller:
             delay_ms = step.delay_ms
             if delay_ms == 0 and not job.hold.is_valid():
                 await job.hold.renew()
+            is_held_back = False
             if delay_ms == 0 and self._may_send(job):
                 if step.resync:
                     await self.resync(job.began_ns, job.hold)
                 delay_ms = await self._held_back_ms(job, step)
-            if (delay_ms > 0 or not self._may_send(job)) and (stop := self._instead(job, step)) is not None:
+                is_held_back = delay_ms > 0
+            if (stop := self._instead(job, step, delay_ms, is_held_back=is_held_back)) is not None:
                 step = stop
                 continue
             if delay_ms > 0 and (left_ms := await self._lingered(job, delay_ms)) > 0:
@@ -244,11 +247,15 @@ class Canceller:
             step = following
         return self._done(job, self._with_key_reason(job, step))
 
-    def _instead(self, job: CancelJob, step: Again) -> Stop | None:
-        """The outcome of a request whose next call cannot go now, and would be waited for in vain."""
-        if job.child is not None and job.is_only_told(step):
+    def _instead(self, job: CancelJob, step: Again, delay_ms: int, *, is_held_back: bool) -> Stop | None:
+        """The outcome of a request whose next call cannot go now, and would be waited for in vain.
+
+        Who asks for a pause of the queue wants nothing new to be sent: what is overdue ends then, too.
+        """
+        if job.child is not None and job.is_only_told(step) and (delay_ms > 0 or not self._may_send(job)):
             return job.child.parent
-        if self._latest_ms() < job.lease.deadline_at_ms or not self._gate.closed(self._now_ms()):
+        is_stuck = is_held_back or self.is_suspended or self._gate.closed(self._now_ms())
+        if self._latest_ms() < job.lease.deadline_at_ms or not is_stuck:
             return None
         why = "the deadline passed"
         if job.child is not None:

@@ -106,7 +106,7 @@ class Engine:
         self._outbox: deque[Row] = deque()
         self._room_changed, self._due, self._to_complete = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._let_go, self._stopping = asyncio.Event(), asyncio.Event()
-        self._is_suspended = self._is_full = False
+        self._is_full = False
         self._outage = Outage()
         self._troubles, self._back_at_ns = 0, 0
         self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
@@ -133,7 +133,7 @@ class Engine:
     @property
     def is_suspended(self) -> bool:
         """Whether `rq suspend` holds, as of the last look."""
-        return self._is_suspended
+        return self._canceller.is_suspended
 
     def is_idle(self) -> bool:
         """Whether nothing is in our hands and no retry of ours is due later."""
@@ -187,7 +187,7 @@ class Engine:
             self._renewed(each, beat.lost, until_ns)
         now_ms = self._store.clock.now_ms()
         self._gate.told(beat.gate_until_ms, now_ms, asked_ns)
-        self._is_suspended = beat.suspended
+        self._canceller.is_suspended = beat.suspended
         self._canceller.know_suspects(beat.suspects)
         await self._gate.share(now_ms)
         return beat.is_unknown
@@ -267,7 +267,7 @@ class Engine:
         return min(len(ended), self._size // _AHEAD_PART) - len(self._ready)
 
     def _is_paused(self) -> bool:
-        return self._is_suspended or self._gate.closed(self._store.clock.now_ms())
+        return self.is_suspended or self._gate.closed(self._store.clock.now_ms())
 
     async def _claim_next(self) -> None:
         """One claim, as soon as there is room for what comes."""
@@ -344,7 +344,7 @@ class Engine:
     def _take(self, claimed: Claimed, *, is_fresh: bool) -> None:
         """Take what a claim brought into our hands; ``is_fresh``: the leases' ends as we count them can be trusted."""
         tell_damaged(claimed.damaged)
-        self._is_suspended = claimed.suspended
+        self._canceller.is_suspended = claimed.suspended
         self._gate.observe(claimed.gate_until_ms)
         claimed_ns = local_ns()
         for lease in claimed.leases:

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from producer import CancelClient, CancelRequest, OutcomeKind
+from producer import CancelClient, CancelRequest, OutcomeKind, Ticket
 from producer.keys import Keys
+from producer.message import Attempt, Call, encode_attempts
 from tests.conftest import API_KEY, API_SECRET
 from tests.integration.conftest import NewFleet
 from tests.servers import Peek, Workers, eventually
@@ -196,6 +197,54 @@ def test_a_key_that_stays_refused_ends_its_jobs_at_their_deadline(client: Cancel
         assert (outcome.kind, outcome.attempts) == (OutcomeKind.REFUSED, ())
         assert "-2017" in (outcome.error or "")
         assert exchange.book()[order.algo_id].deletes == 0
+
+
+def seen_triggered(connection: redis.Redis, ticket: Ticket) -> None:
+    """Put into a job what a worker writes that saw its order triggered, and has asked no more since."""
+    now_ms = Peek(connection).now_ms()
+    cancel = Attempt(1, now_ms - 50, Call.CANCEL, 400, -2011, "Unknown order sent.", "no_such_order", 3)
+    query = Attempt(2, now_ms - 40, Call.QUERY, 200, None, "TRIGGERED", "triggered", 3)
+    connection.hset(Peek(connection).keys.job_prefix + ticket.id, "c_attempts", encode_attempts([cancel, query]))
+
+
+@pytest.mark.parametrize("on_trigger", ["report", "cancel_child"])
+def test_nothing_is_sent_for_what_is_overdue_while_the_queue_is_suspended(
+    on_trigger: str, client: CancelClient, connection: redis.Redis, workers: Workers, exchange: RunningExchange
+) -> None:
+    """An operator's pause is kept at the deadline, too: neither a look nor a cancel of a child leaves."""
+    connection.set(Keys().suspended, 1)
+    (order,) = exchange.add_orders(1)
+    exchange.trigger(order.algo_id)
+    workers.start()
+
+    ticket = client.cancel(algo_id=order.algo_id, deadline_s=0.5, on_trigger=on_trigger)
+    seen_triggered(connection, ticket)
+
+    assert (ticket.wait(20).kind, ticket.wait(20).order_status) == (OutcomeKind.GAVE_UP, "TRIGGERED")
+    entry = exchange.book()[order.algo_id]
+    assert entry.child is not None
+    assert (entry.gets, entry.child.gets, entry.child.deletes) == (0, 0, 0)
+
+
+def test_what_is_held_back_at_its_deadline_ends_then(
+    client: CancelClient, connection: redis.Redis, fleet_on: FleetOn
+) -> None:
+    """A look that its key keeps waiting is not tried over and over once the deadline has passed."""
+    with start_exchange(ExchangeConfig(accounts={"default": (API_KEY, API_SECRET)})) as exchange:
+        worker = fleet_on(exchange, **DESK).start()
+        (order,) = exchange.add_orders(1)
+        exchange.trigger(order.algo_id, id_after_ms=120_000)
+        for other in exchange.add_orders(5):
+            exchange.script_faults(other.algo_id, [Fault.KEY_LOCKED_2017])
+            client.cancel(algo_id=other.algo_id).wait(10)
+        connection.set(Keys().suspended, 1)
+        eventually(lambda: client.status().suspended, what="it is suspended")
+        ticket = client.cancel(algo_id=order.algo_id, deadline_s=2)
+        seen_triggered(connection, ticket)
+        connection.delete(Keys().suspended)
+
+        assert ticket.wait(20).order_status == "TRIGGERED"
+        assert worker.output().count(f"event=again id={ticket.id}") < 20
 
 
 def test_a_worker_that_stood_still_asks_redis_before_anything_is_sent(

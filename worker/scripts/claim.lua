@@ -118,7 +118,7 @@ function job.free_state(id)
   elseif s.open_at then
     -- A stock worker of the version before began it; it took no lease, and is at it for as long as RQ lets it.
     local ends_ms = tonumber(s.open_at) + OLD_STEP_MS
-    if s.status == 'started' and ends_ms > now.ms then
+    if s.status == 'started' and ends_ms > now.ms and ends_ms <= now.ms + OLD_STEP_MS then
       on('ZADD', UNFINISHED, text(ends_ms), id)
       return nil, 'held'
     end

@@ -161,6 +161,7 @@ function job.count()
   local minute = math.floor(now.s / 60)
   local was = on('BITFIELD', COUNTS, 'OVERFLOW', 'SAT', 'GET', 'i64', '#0', job.changes(0, 1))[1]
   if was == minute or was == minute + 1 then return end -- a server that took over may be a moment behind
+  if minute < was then on('DEL', MINUTES) end -- the clock was ahead: what it dated later would be believed one day
   local place = minute % MINUTES_KEPT * POSITIONS
   local begins_ms = was == 0 and now.text or '0'
   redis.call('BITFIELD', COUNTS, 'SET', 'i64', '#0', text(minute), 'INCRBY', 'i64', '#' .. SINCE, begins_ms)
