@@ -275,7 +275,7 @@ class AsyncCancelClient:
             step = next(conversation)
             while True:
                 if isinstance(step, OpenRequest):
-                    step = conversation.send((await self._list_open(step)).id)
+                    step = conversation.send(await self._list_open(step))
                 else:
                     left_s = (
                         None

@@ -292,7 +292,7 @@ class CancelClient:
             step = next(conversation)
             while True:
                 if isinstance(step, OpenRequest):
-                    step = conversation.send((self._list_open(step)).id)
+                    step = conversation.send(self._list_open(step))
                 else:
                     left_s = None if timeout_s is None else max(began_at + timeout_s - time.monotonic(), 0.0)
                     step = conversation.send(self._ends(dict(step), left_s))

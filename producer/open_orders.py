@@ -107,7 +107,7 @@ class OpenTicketFields(TicketFields):
     """A request for all open orders of a symbol; ``asked_ms``: when it was put on the queue, by Redis' clock."""
 
     asked_ms: int = field(default=0, repr=False, compare=False, kw_only=True)
-    looks: list[str] = field(default_factory=list, repr=False, compare=False, kw_only=True)  # ids of later listings
+    looks: list[OpenTicketFields] = field(default_factory=list, repr=False, compare=False, kw_only=True)  # later ones
 
     def as_dict(self) -> dict[str, object]:
         """The ticket as the command line prints it."""
@@ -117,7 +117,7 @@ class OpenTicketFields(TicketFields):
         return partial(type(self), asked_ms=self.asked_ms), (self.id, self.request, self.duplicate)
 
 
-#: What a client is asked for: to wait for these requests (and give their ends), or to make one (and give its id).
+#: What a client is asked for: to wait for these requests (and give their ends), or to make one (and give its ticket).
 Step: TypeAlias = Mapping[str, CancelRequest | None] | OpenRequest
 
 
@@ -147,12 +147,14 @@ def pursue(ticket: TicketFields, queue: str) -> Generator[Step, Any, OpenOutcome
     looks = [(yield from _look(ticket.id, request, getattr(ticket, "asked_ms", 0)))]
     if not isinstance(looks[0].end, Outcome | WaitTimeout):
         raise looks[0].end
-    later: list[str] = getattr(ticket, "looks", [])
+    later: list[OpenTicketFields] = getattr(ticket, "looks", [])
     if looks[0].is_whole and isinstance(request, OpenRequest):
         narrowed = _narrowed(request, looks[0])
         if not later:
             later.append((yield narrowed))
-        looks.append((yield from _look(later[0], request, narrowed.before_ms or 0)))
+        # Redis' clock may have been set back since: then the later request is the older one by it.
+        moments_ms = [ms for ms in (narrowed.before_ms, later[0].asked_ms) if ms]
+        looks.append((yield from _look(later[0].id, request, min(moments_ms, default=0))))
     so_far = _outcome(ticket.id, looks)
     standing = [error for look in looks for error in (*look.standing, look.end) if isinstance(error, Exception)]
     for error in standing:

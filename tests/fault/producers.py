@@ -256,14 +256,14 @@ class Sweeper(Strategy):
         try:
             outcome = self._client.wait(ticket, 0)
             rows = [order.id for order in outcome.orders]
-            if not self._client.retry([ticket.id, *ticket.looks, *rows], missing_ok=True):
+            if not self._client.retry([ticket.id, *(look.id for look in ticket.looks), *rows], missing_ok=True):
                 self.ended[ticket.id] = outcome
                 self.standing.remove((ticket, ask))
         except WaitTimeout:
             pass
         except QueueUnavailable:  # maybe of the second look
             self.asks.append(replace(ask, id=None, by_ms=None))
-        self.asks += [replace(ask, id=look) for look in ticket.looks[looks:]]
+        self.asks += [replace(ask, id=look.id) for look in ticket.looks[looks:]]
 
 
 def spoil_answers(orders: Sequence[PlacedOrder], exchange: RunningExchange, seed: int) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import pickle
+from typing import Any
 
 import pytest
 
 from producer import InvalidRequest, OpenOutcome, OutcomeKind, WaitTimeout
 from producer.message import ListedOrder, OpenRequest, Outcome, decode_call, decode_outcome, encode_call
+from producer.open_orders import OpenTicketFields, pursue
 from producer.testing import AsyncFakeCancelClient, FakeCancelClient
 from producer.untrusted import MessageError
 
@@ -64,6 +66,22 @@ def test_what_the_first_list_lagged_behind_is_waited_for() -> None:
     first, second = (request for request in fake.requests if isinstance(request, OpenRequest))
     assert (first.before_ms, second.before_ms is not None) == (None, True)
     assert 19 < (second.deadline_s or 0) <= 20  # what the first list and its requests have left
+
+
+def test_a_later_look_may_be_dated_earlier() -> None:
+    """Redis' clock was set back between both looks: what they list is told, and nothing is damaged."""
+    request = OpenRequest(symbol="BTCUSDT")
+    listed: dict[str, Any] = {"kind": OutcomeKind.LISTED, "symbol": "BTCUSDT", "orders": ()}
+    conversation = pursue(OpenTicketFields("first", request, False, asked_ms=10_000), "cancels")
+    next(conversation)
+    narrowed = conversation.send({"first": Outcome("first", 11_000, before_ms=10_000, **listed)})
+    assert isinstance(narrowed, OpenRequest)
+    conversation.send(OpenTicketFields("second", narrowed, False, asked_ms=7_000))
+
+    with pytest.raises(StopIteration) as end:
+        conversation.send({"second": Outcome("second", 8_000, before_ms=7_000, **listed)})
+
+    assert (end.value.value.kind, end.value.value.error) == ("listed", None)
 
 
 def test_a_time_out_says_what_stands() -> None:
