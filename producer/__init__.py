@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from producer.aio import AsyncCancelClient, AsyncOpenTicket, AsyncTicket
     from producer.client import CancelClient, OpenTicket, Ticket
-    from producer.message import Attempt, CancelRequest, Outcome, OutcomeKind
+    from producer.message import Attempt, CancelRequest, OnTrigger, Outcome, OutcomeKind
     from producer.open_orders import OpenOrder, OpenOutcome
     from producer.protocol import (
         CancelQueueError,
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         UnknownRequest,
         WaitTimeout,
     )
-    from producer.untrusted import InvalidRequest
+    from producer.untrusted import InvalidRequest, MalformedMessage
     from producer.waiting import Waited
 
     __version__: str
@@ -33,7 +33,9 @@ __all__ = [
     "CancelRequest",
     "InvalidRequest",
     "LedgerGap",
+    "MalformedMessage",
     "NotDurable",
+    "OnTrigger",
     "OpenOrder",
     "OpenOutcome",
     "OpenTicket",
@@ -50,7 +52,7 @@ __all__ = [
 _HOMES = {
     "aio": ("AsyncCancelClient", "AsyncOpenTicket", "AsyncTicket"),
     "client": ("CancelClient", "OpenTicket", "Ticket"),
-    "message": ("Attempt", "CancelRequest", "Outcome", "OutcomeKind"),
+    "message": ("Attempt", "CancelRequest", "OnTrigger", "Outcome", "OutcomeKind"),
     "open_orders": ("OpenOrder", "OpenOutcome"),
     "protocol": (
         "CancelQueueError",
@@ -60,7 +62,7 @@ _HOMES = {
         "UnknownRequest",
         "WaitTimeout",
     ),
-    "untrusted": ("InvalidRequest",),
+    "untrusted": ("InvalidRequest", "MalformedMessage"),
     "waiting": ("Waited",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -124,7 +124,12 @@ def cli() -> None:
 )
 @click.option("--symbol", metavar="S", help="Carried into the outcome.")
 @about_request
-@click.option("--durable", is_flag=True, help="Wait until the server's append-only file holds the requests.")
+@click.option(
+    "--durable",
+    is_flag=True,
+    help="Wait until the server's append-only file holds the requests. Where the server cannot confirm it: one line on "
+    "stderr, and without --wait exit code 1; the requests stand.",
+)
 @_common
 @click.pass_context
 def cancel(
@@ -264,6 +269,9 @@ def cancel_open(
     a line for each order; --json prints one object, whose kind is that of the worst of them. Where no order was seen
     the exit code is 0. An order of which the clocks cannot tell whether it was open is left alone and named: then the
     kind is unknown, and the exit code 1.
+
+    Only --wait tells the final word, and looks once more for what the list lagged behind. Without it each order's own
+    outcome tells: `outcome ID` of the printed id says how many orders were listed, its --json also their requests.
     """
     with _client(redis_url, queue) as client:
         try:

@@ -31,8 +31,9 @@ _EXIT_CODES = """\b
 Exit codes:
   0    all orders are known to be off the book (cancelled, already_cancelled,
        expired, rejected); without --wait: all requests were accepted
-  1    some are not known to be off the book (triggered, even when FINISHED,
-       and every failed kind), or an id is unknown; stronger than 3
+  1    some are not known to be off the book (every failed kind; triggered,
+       unless its child has ended with nothing executed), or an id is
+       unknown; stronger than 3
   2    bad usage or input; nothing was done
   3    no outcome yet
   4    Redis cannot be reached, or refuses

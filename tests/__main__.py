@@ -1,8 +1,9 @@
 """`python -m tests`: the whole suite, and the coverage that the decisions must have.
 
-Arguments go to pytest (`python -m tests -k lease`). `--decisions` alone tells within five seconds whether a change to
-the decisions is right: their tables and rules. `--coverage` alone measures every process of the whole suite and holds
-all of it to its floors, which takes half as long again.
+All of it takes about eight minutes on 2 cores. Other words go to pytest (`python -m tests -k lease`), whose own are
+shown by `python -m pytest --help`. `--decisions` alone tells within five seconds whether a change to the decisions is
+right: their tables and rules. `--coverage` alone measures every process of the whole suite and holds all of it to its
+floors, which takes half as long again.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ PROGRAMS = {
 
 def main(arguments: list[str]) -> int:
     """Run pytest; gives the exit code."""
+    if arguments in (["--help"], ["-h"]):
+        print(__doc__)  # noqa: T201
+        return 0
     missing = [marker for marker, (names, _, _) in PROGRAMS.items() if not all(map(shutil.which, names))]
     told = "\n".join(
         f"LEFT OUT: {PROGRAMS[each][1]}. For these tests: apt-get install {PROGRAMS[each][2]}" for each in missing

@@ -1,11 +1,12 @@
 """`python -m tests.budgets`: how large the parts are beside what they may be.
 
 Lines are those of all files of a part that people write: code, scripts, templates, styles. What a reader cannot hold in
-mind is a fault (a file, a function, the README), and gives 1; the size of a part is judged by people.
+mind is a fault (a file, a function, the README), and gives 1; the size of a part is a goal, which people judge.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import sys
 from collections.abc import Iterator
@@ -92,4 +93,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m tests.budgets", description=__doc__).parse_args()
     sys.exit(main())

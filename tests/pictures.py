@@ -1,7 +1,11 @@
-"""`python -m tests.pictures`: makes the pictures of the operators' page anew, of real workers on a bad day."""
+"""`python -m tests.pictures`: makes the pictures of the operators' page anew, of real workers on a bad day.
+
+They are rewritten in place, in tests/pictures; Chromium and chromedriver have to be there.
+"""
 
 from __future__ import annotations
 
+import argparse
 import random
 import struct
 import tempfile
@@ -79,4 +83,5 @@ def write_a_day(connection: redis.Redis) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m tests.pictures", description=__doc__).parse_args()
     main()

@@ -240,7 +240,13 @@ def rehearse_command(symbol: str, account: str, as_json: bool) -> None:
     show_default=True,
     help="What the exchange does wrong: nothing, the usual, or everything known.",
 )
-@click.option("--seed", type=int, default=1, show_default=True, help="Same seed, same orders and faults.")
+@click.option(
+    "--seed",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Same seed: the same orders, and faults drawn alike; counts differ a little.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
 @click.option(
     "--keep-logs", type=click.Path(file_okay=False, path_type=Path), help="Keep the workers' logs in this directory."

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -214,23 +215,25 @@ def test_a_list_lags_behind(market: RunningExchange, caller: Caller) -> None:
 
 
 @pytest.mark.parametrize(
-    ("move", "said"),
+    ("control", "asked", "said"),
     [
-        ({"move": "fill", "quantity": "much"}, "InvalidOperation|ConversionSyntax"),
-        ({"move": "fill", "quantity": "0.02"}, "0.01 of 0.01 are left"),
-        ({"move": "fill", "quantity": "NaN"}, "InvalidOperation"),
-        ({"move": "end_child", "status": "NEW"}, "NEW ends nothing"),
-        ({"move": "end_child", "status": "GONE"}, "GONE"),
-        ({"move": "explode"}, "no move"),
+        ("move", {"move": "fill", "quantity": "much"}, "InvalidOperation|ConversionSyntax"),
+        ("move", {"move": "fill", "quantity": "0.02"}, "0.01 of 0.01 are left"),
+        ("move", {"move": "fill", "quantity": "NaN"}, "InvalidOperation"),
+        ("move", {"move": "end_child", "status": "NEW"}, "NEW ends nothing"),
+        ("move", {"move": "end_child", "status": "GONE"}, "GONE"),
+        ("move", {"move": "explode"}, "no move"),
+        ("set", {"latency": 50}, "no setting 'latency'; there are account, "),
     ],
 )
-def test_moves_that_cannot_be_are_refused(market: RunningExchange, move: dict[str, str], said: str) -> None:
+def test_senseless_controls_are_refused(
+    market: RunningExchange, control: str, asked: dict[str, Any], said: str
+) -> None:
     """A control call that makes no sense gets a text that says why, and nothing moves."""
     order = market.add_orders()[0]
     market.trigger(order.algo_id)
-    request = urllib.request.Request(
-        f"{market.url}/_sandbox/move", json.dumps({"algo_id": order.algo_id} | move).encode()
-    )
+    told = asked | ({"algo_id": order.algo_id} if control == "move" else {})
+    request = urllib.request.Request(f"{market.url}/_sandbox/{control}", json.dumps(told).encode())
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=20)
     assert refused.value.status == 400

@@ -229,7 +229,15 @@ def _known_order(exchange: ExchangeServer, asked: dict[str, Any]) -> Order:
     return order
 
 
+#: What `set` may be given: the settings, and whose price or mode it is.
+_SETTINGS = frozenset(
+    {"mark_price", "symbol", "hedge_mode", "account", "clock_skew_ms", "list_lag_ms", "latency_ms", "end_faults"}
+)
+
+
 def _set(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
+    if unknown := sorted(set(asked) - _SETTINGS):
+        raise ValueError(f"no setting {', '.join(map(repr, unknown))}; there are {', '.join(sorted(_SETTINGS))}")
     if "mark_price" in asked:
         exchange.set_price(asked["symbol"], asked["mark_price"])
     if "hedge_mode" in asked:
