@@ -21,6 +21,7 @@ from producer.keys import Band, JobField, Keys
 from producer.message import Attempt, CancelRequest, Outcome, OutcomeKind, decode_attempts, decode_call, decode_outcome
 from producer.protocol import Command, Conversation, good, is_requeued, pages, stream_entries, text
 from producer.untrusted import MAX_PAYLOAD_BYTES, MalformedMessage, MessageError, clean_text
+from producer.workers import number
 
 #: What an id must look like to stand in an address or a form; RQ itself allows less.
 USABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:~@+-]{0,199}")
@@ -126,12 +127,13 @@ def _there(answer: Any) -> bool:
 
 
 def _with_state(seen: Seen, index: Any) -> Seen:
-    """Add where it stands: its score in the index tells, and RQ's status of what no worker has seen yet."""
+    """Add where it stands: its score in the index tells, and RQ's status of what no worker has seen yet, or what has a
+    score of no band."""
     if seen.status is None:
         return seen
-    if not _there(index):
+    score = max(float(index), 0) if _there(index) else Band.END
+    if score >= Band.END:
         return replace(seen, state=seen.status) if seen.status in _STATES.values() else seen
-    score = max(float(index), 0)
     band = max(band for band in _STATES if band <= score)
     due_at_ms = int(score) - band if band is Band.RETRY else None
     lease_ends_at_ms = int(score) if band is Band.HELD else None
@@ -174,19 +176,12 @@ def _with_job(seen: Seen, job: Any, faults: list[str]) -> Seen:
         status=text(status),
         order=order,
         attempts=tried,
-        run=_whole(run),
-        enqueued_at_ms=_whole(enqueued_ms) or _stamp_ms(created),
+        run=number(run),
+        enqueued_at_ms=number(enqueued_ms) or _stamp_ms(created),
         ended_at_ms=_stamp_ms(ended),
-        deadline_at_ms=_whole(deadline_ms),
-        sent_at_ms=_whole(sent_ms),
+        deadline_at_ms=number(deadline_ms),
+        sent_at_ms=number(sent_ms),
     )
-
-
-def _whole(value: Any) -> int | None:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def _stamp_ms(value: Any) -> int | None:

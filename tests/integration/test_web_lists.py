@@ -106,6 +106,31 @@ def test_what_no_worker_has_seen_is_listed_too(
     assert ids(page(reader, "/scheduled")) == [ticket.id, "later"]
 
 
+def test_no_forged_number_takes_a_page_away(
+    operator: FlaskClient, client: CancelClient, connection: redis.Redis
+) -> None:
+    """Whatever a strategy writes where a time or a place in the index is expected: each page is there, and the others'
+    rows are on it."""
+    tickets = orders(client, 6)
+    fields = ("c_deadline_at_ms", "c_enqueued_at_ms", "c_open_at_ms", "c_run")
+    for ticket, value in zip(tickets, ("9" * 400, "9" * 5000, "-" + "9" * 400, "9" * 19, "x"), strict=False):
+        connection.hset(KEYS.job_prefix + ticket.id, mapping=dict.fromkeys(fields, value))
+    settle(connection, outcome("r1"))
+    scores = {"endless": "+inf", "negative": "-inf", "late": 1e300, "of-no-band": 3 * 10**13, "nearly": 3e13 - 1}
+    for job_id, score in scores.items():
+        settle(connection, outcome(job_id))
+        connection.hdel(KEYS.job_prefix + job_id, "c_done")
+        connection.zadd(KEYS.unfinished, {job_id: score})
+
+    for address in (*PAGES, "/retry?id=r1&id=endless&id=late", *(f"/requests/{each}" for each in scores)):
+        page(operator, address)
+    for ticket in tickets:
+        page(operator, f"/requests/{ticket.id}")
+    assert set(ids(page(operator, "/queued"))) >= {ticket.id for ticket in tickets}
+    assert set(ids(page(operator, "/failed"))) == {"r1", *scores}
+    assert "r1" in ids(page(operator, "/retry?id=r1&id=endless&id=late"))
+
+
 # --- the ledger ---------------------------------------------------------------------------------------------------
 
 
