@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html import unescape
 
@@ -116,7 +117,7 @@ def test_no_forged_number_takes_a_page_away(
     for ticket, value in zip(tickets, ("9" * 400, "9" * 5000, "-" + "9" * 400, "9" * 19, "x"), strict=False):
         connection.hset(KEYS.job_prefix + ticket.id, mapping=dict.fromkeys(fields, value))
     settle(connection, outcome("r1"))
-    scores = {"endless": "+inf", "negative": "-inf", "late": 1e300, "of-no-band": 3 * 10**13, "nearly": 3e13 - 1}
+    scores = {"endless": math.inf, "negative": -math.inf, "late": 1e300, "of-no-band": 3e13, "nearly": 3e13 - 1}
     for job_id, score in scores.items():
         settle(connection, outcome(job_id))
         connection.hdel(KEYS.job_prefix + job_id, "c_done")
