@@ -44,6 +44,8 @@ MAX_ID_BYTES = 256
 #: Largest number, and count, of an attempt in a job's history: far more than are made, and those that follow fit in a
 #: record.
 MAX_ATTEMPT_N = 10**9
+#: Longest history of attempts that is read out of a job, bytes; what a worker keeps is far smaller.
+MAX_ATTEMPTS_BYTES = 512 * 1024
 
 #: What an attempt says whose worker never came back with its answer (`worker/scripts/common.lua` writes it).
 WORKER_LOST = "worker lost"

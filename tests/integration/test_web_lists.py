@@ -11,11 +11,11 @@ import redis
 from flask.testing import FlaskClient
 
 from producer import CancelClient, CancelRequest
-from producer.message import OutcomeKind, encode_call
+from producer.message import MAX_ATTEMPTS_BYTES, OutcomeKind, encode_attempts, encode_call
 from producer.web import queries
 from tests.holders import OpenHolder, ended, later, orders
 from tests.servers import Workers
-from tests.webpages import KEYS, NOW_MS, cells, outcome, page, settle
+from tests.webpages import KEYS, NOW_MS, attempt, cells, outcome, page, settle
 from worker.sandbox.control import RunningExchange
 
 PAGES = (
@@ -130,6 +130,29 @@ def test_no_forged_number_takes_a_page_away(
     assert set(ids(page(operator, "/queued"))) >= {ticket.id for ticket in tickets}
     assert set(ids(page(operator, "/failed"))) == {"r1", *scores}
     assert "r1" in ids(page(operator, "/retry?id=r1&id=endless&id=late"))
+
+
+def test_no_forged_history_floods_a_page(operator: FlaskClient, client: CancelClient, connection: redis.Redis) -> None:
+    """What is larger than a worker reads is measured and left where it is; of the rest of them so many attempts are
+    shown, and so many bytes read."""
+    tickets = orders(client, 50)
+    one = encode_attempts([attempt(1)])
+    huge, long = ",".join([one] * 10_000), ",".join([one] * 3_000)
+    for ticket in tickets[:40]:
+        connection.hset(KEYS.job_prefix + ticket.id, mapping={"c_attempts": huge, "status": "x" * 1_000_000})
+    for ticket in tickets[40:49]:
+        connection.hset(KEYS.job_prefix + ticket.id, "c_attempts", long)
+    connection.hset(KEYS.job_prefix + tickets[0].id, "data", "x" * 1_000_000)
+    assert len(long) < MAX_ATTEMPTS_BYTES < len(huge)
+
+    shown = page(operator, "/queued")
+
+    assert set(ids(shown)) == {ticket.id for ticket in tickets}
+    assert shown.count("its field c_attempts is not read") >= 40
+    assert "it has 3,000 attempts: the last 200 are shown" in shown
+    assert "its field data is not read: 1,000,000 bytes" in shown
+    for ticket in (tickets[0], tickets[40], tickets[49]):
+        assert len(page(operator, f"/requests/{ticket.id}")) < 200_000
 
 
 # --- the ledger ---------------------------------------------------------------------------------------------------
