@@ -41,6 +41,11 @@ MAX_ALGO_ID = 2**63 - 1
 MAX_DEADLINE_S = 7 * 86_400
 #: Longest id of a job, bytes: RQ's have 36. What is longer is dropped unread.
 MAX_ID_BYTES = 256
+#: Largest number, and count, of an attempt in a job's history: far more than are made, and those that follow fit in a
+#: record.
+MAX_ATTEMPT_N = 10**9
+#: Longest history of attempts that is read out of a job, bytes; what a worker keeps is far smaller.
+MAX_ATTEMPTS_BYTES = 512 * 1024
 
 #: What an attempt says whose worker never came back with its answer (`worker/scripts/common.lua` writes it).
 WORKER_LOST = "worker lost"
@@ -461,12 +466,16 @@ def decode_attempts(text: str | bytes | None) -> tuple[Attempt, ...]:
     """Read what :func:`encode_attempts` wrote.
 
     Raises:
-        MalformedMessage: it is something else.
+        MalformedMessage: it is something else, or numbered beyond :data:`MAX_ATTEMPT_N`.
     """
     if not text:
         return ()
     joined = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-    return _attempts(loads(f"[{joined}]", limit=16 * MAX_PAYLOAD_BYTES))
+    attempts = _attempts(loads(f"[{joined}]", limit=16 * MAX_PAYLOAD_BYTES))
+    numbers = (number for attempt in attempts for number in (attempt.n, attempt.counted_before or 0))
+    if (beyond := next((number for number in numbers if not 0 <= number <= MAX_ATTEMPT_N), None)) is not None:
+        raise MalformedMessage(f"no attempt has the number {beyond}")
+    return attempts
 
 
 def decode_outcome(text: str | bytes) -> Outcome:

@@ -50,6 +50,7 @@ class Rights:
             words += [*dict.fromkeys(f"~{key}" for key in keys), *commands]
         else:
             words += [*(f"%R~{key}" for key in self.reads), *(f"~{key}" for key in self.owns), *self.commands]
+            words.append(_NO_TRACKING)
             for grant in self.grants:
                 words.append(f"({' '.join([*(f'~{key}' for key in grant.keys), *grant.commands])})")
         return f"ACL SETUSER {name} {' '.join(words)}"
@@ -61,6 +62,8 @@ _BASE = ("+@connection", "+@read", "-@dangerous", "-@keyspace", "+exists", "+typ
 _SCRIPTS = ("+eval", "+evalsha")
 #: Redis 6.2 calls all of CLIENT dangerous; every library tells its name by it.
 _CLIENT_OF_6 = ("+client|setinfo", "+client|setname", "+client|info", "+client|maint_notifications")
+#: CLIENT TRACKING tells the names of all keys that anybody writes. On Redis 6.2 it is dangerous, as all of CLIENT.
+_NO_TRACKING = "-client|tracking"
 _WORKS = (*_SCRIPTS, "+script|load", "+publish", "+subscribe", "+unsubscribe", "+multi", "+exec", "+discard", "+info")
 _WORKERS_WRITES = (
     *("+del", "+expire", "+pexpire", "+persist", "+rename", "+hset", "+hdel", "+hincrby", "+set", "+xadd"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from producer.message import (
     DEFAULT_ACCOUNT,
     MAX_ALGO_ID,
+    MAX_ATTEMPT_N,
     MAX_DEADLINE_S,
     TASK,
     Attempt,
@@ -54,7 +55,7 @@ REQUESTS = st.builds(
 )
 ATTEMPTS = st.builds(
     Attempt,
-    n=INT64,
+    n=st.integers(0, MAX_ATTEMPT_N),
     at_ms=INT64,
     call=st.sampled_from((*Call, "cancel_all", "")),
     http=st.none() | st.integers(100, 599),
@@ -62,7 +63,7 @@ ATTEMPTS = st.builds(
     msg=texts(least=0),
     verdict=texts(least=0),
     ms=INT64,
-    counted_before=st.none() | INT64,
+    counted_before=st.none() | st.integers(0, MAX_ATTEMPT_N),
 )
 OUTCOMES = st.builds(
     Outcome,

@@ -197,7 +197,7 @@ class Canceller:
 
     def _child_case(self, job: CancelJob) -> ChildCase:
         lease = job.lease
-        return ChildCase(lease.cancels_child, lease.deadline_at_ms, lease.run > 1, self._ahead())
+        return ChildCase(lease.cancels_child, lease.deadline_at_ms, lease.run > 1, self._ahead(), job.told_to)
 
     def _strikes_until_ms(self, job: CancelJob) -> int:
         """See :class:`worker.decide.Case`: a cancel by client id is the first call of all, if it was made."""

@@ -44,7 +44,7 @@ class Child:
     ref: ChildRef
     parent: Stop  # the outcome where nothing more is to be said of the child
     is_asked: bool = False
-    view: ChildView | None = None
+    view: ChildView | None = None  # never what Redis tells of earlier holders: that can be forged
 
     def learn(self, verdict: Verdict) -> None:
         """Keep what an answer told. A cancel's tells no average price: while nothing more was executed it stays."""
@@ -64,6 +64,7 @@ class ChildCase:
     deadline_at_ms: int
     retried: bool = False  # an earlier run has ended, whose calls the history lacks
     ahead: Span | None = None  # Redis' clock minus the exchange's, ms; None: not known
+    told_to: int = 0  # as in :class:`worker.decide.Case`
 
 
 def child_step(case: ChildCase, child: Child, history: Sequence[Attempt], policy: Policy, now_ms: int) -> Stop | Again:
@@ -178,16 +179,17 @@ def _by_us(case: ChildCase, view: ChildView, history: Sequence[Attempt], policy:
     if view.status != "CANCELED":
         return False if view.status in CHILD_ENDED else None
     tried = _unsettled(history, policy)
-    if any(attempt.call is Call.CANCEL_CHILD for attempt in tried):
+    if any(attempt.call is Call.CANCEL_CHILD and attempt.n > case.told_to for attempt in tried):
         return True
-    return None if tried or case.retried else False  # which call a lost worker had made nobody knows
+    # Which call a lost worker had made nobody knows, nor whether what Redis tells of earlier holders is true.
+    return None if tried or case.retried else False
 
 
 def _refused(child: Child, history: Sequence[Attempt], verdict: Verdict, policy: Policy) -> Stop:
     said = " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))
     kind = OutcomeKind.UNKNOWN if _unsettled(history, policy) else OutcomeKind.REFUSED
     error = f"the child of the triggered order is not cancelled: {said}"
-    return replace(child.parent, kind=kind, child=child.view or _last_seen(history), error=error)
+    return replace(child.parent, kind=kind, child=child.view, error=error)
 
 
 def bound(child: Child, history: Sequence[Attempt], policy: Policy, why: str) -> Stop:
@@ -196,13 +198,7 @@ def bound(child: Child, history: Sequence[Attempt], policy: Policy, why: str) ->
         return child.parent
     kind = OutcomeKind.UNKNOWN if _unsettled(history, policy) else OutcomeKind.GAVE_UP
     error = f"{why}; the child of the triggered order may be live"
-    return replace(child.parent, kind=kind, child=child.view or _last_seen(history), error=error)
-
-
-def _last_seen(history: Sequence[Attempt]) -> ChildView | None:
-    """Of what an earlier holder saw the history has the state alone."""
-    seen = [a.msg for a in history if a.call is Call.QUERY_CHILD and a.verdict in (Means.OPEN, Means.ENDED)]
-    return ChildView(seen[-1], None, None) if seen else None
+    return replace(child.parent, kind=kind, child=child.view, error=error)
 
 
 def _may_have_cancelled(attempt: Attempt) -> bool:

@@ -20,7 +20,7 @@ from rq.defaults import RQ_KEY_PREFIX
 from producer.counts import LAYOUT, counted
 from producer.job_fields import words_of_job
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S, Keys, Script, WorkerField, suspect_of
-from producer.message import Attempt, CancelRequest, Outcome, encode_attempts, encode_call
+from producer.message import MAX_ATTEMPTS_BYTES, Attempt, CancelRequest, Outcome, encode_attempts, encode_call
 from producer.untrusted import MAX_PAYLOAD_BYTES
 from worker.clock import RedisClock
 
@@ -30,8 +30,6 @@ __all__ = ["Beat", "Claimed", "Done", "Lease", "Release", "Request", "Retry", "R
 CLAIM_WAIT_S = 1
 #: No reply takes longer than this, s; a claim waits at most one second of it.
 ANSWER_WITHIN_S = 3.0
-#: Longest history of attempts that is read, bytes; what a worker keeps is far smaller.
-MAX_ATTEMPTS_BYTES = 512 * 1024
 #: Most refused keys that are looked at.
 MAX_SUSPECTS = 100
 #: Comes in place of a longer one.

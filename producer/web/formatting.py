@@ -13,6 +13,8 @@ from markupsafe import Markup
 from producer.message import OutcomeKind
 
 _DAY_S = 86_400
+#: What anybody writes as a number fits in these.
+_MOST_BITS = 64
 #: What cannot be sent as UTF-8, or would act in a terminal when copied.
 _UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -59,7 +61,7 @@ def _time(ms: Any, shown: Callable[[datetime], str]) -> Markup | str:
     try:
         at = datetime.fromtimestamp(int(ms) / 1000, UTC)
     except (TypeError, ValueError, OverflowError, OSError):
-        return "-" if ms is None else str(ms) or "-"
+        return "-" if ms is None or _is_endless(ms) else str(ms) or "-"
     stamp = at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(stamp, shown(at))
 
@@ -82,7 +84,7 @@ def span(seconds: Any, coarse: bool = False) -> str:
 
 def ago(ms: Any, now_ms: int) -> str:
     """How long ago a moment was, or how far off it is."""
-    if not isinstance(ms, int):
+    if not isinstance(ms, int) or _is_endless(ms):
         return "-"
     gap_s = (now_ms - ms) / 1000
     return f"in {span(-gap_s, True)}" if gap_s < 0 else f"{span(gap_s, True)} ago"
@@ -90,12 +92,18 @@ def ago(ms: Any, now_ms: int) -> str:
 
 def between(start_ms: Any, end_ms: Any) -> str:
     """How long it took from one moment to another."""
-    return span((end_ms - start_ms) / 1000) if isinstance(start_ms, int) and isinstance(end_ms, int) else "-"
+    is_known = isinstance(start_ms, int) and isinstance(end_ms, int)
+    return span((end_ms - start_ms) / 1000) if is_known and not _is_endless(end_ms - start_ms) else "-"
 
 
 def count(value: Any) -> str:
     """A number for people; a dash for none."""
-    return f"{value:,}" if isinstance(value, int) else "-"
+    return f"{value:,}" if isinstance(value, int) and not _is_endless(value) else "-"
+
+
+def _is_endless(value: Any) -> bool:
+    """Whether it is a whole number of so many digits that Python neither divides nor writes it."""
+    return isinstance(value, int) and value.bit_length() > _MOST_BITS
 
 
 def dash(value: Any) -> Any:

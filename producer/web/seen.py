@@ -10,7 +10,7 @@ import binascii
 import re
 import zlib
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,19 @@ from rq.job import JobStatus
 from rq.utils import utcparse
 
 from producer.keys import Band, JobField, Keys
-from producer.message import Attempt, CancelRequest, Outcome, OutcomeKind, decode_attempts, decode_call, decode_outcome
+from producer.message import (
+    MAX_ATTEMPTS_BYTES,
+    Attempt,
+    CancelRequest,
+    Outcome,
+    OutcomeKind,
+    decode_attempts,
+    decode_call,
+    decode_outcome,
+)
 from producer.protocol import Command, Conversation, good, is_requeued, pages, stream_entries, text
 from producer.untrusted import MAX_PAYLOAD_BYTES, MalformedMessage, MessageError, clean_text
+from producer.workers import number
 
 #: What an id must look like to stand in an address or a form; RQ itself allows less.
 USABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:~@+-]{0,199}")
@@ -30,6 +40,12 @@ _JOB_FIELDS = (
     *("status", "data", "created_at", "ended_at", JobField.ENQUEUED_AT_MS, JobField.DEADLINE_AT_MS),
     *(JobField.RUN, JobField.ATTEMPTS, JobField.OPEN_AT_MS, JobField.DONE),
 )
+#: What a strategy can write of any length, and how much of it is read of one job, bytes.
+_MEASURED = {"data": MAX_PAYLOAD_BYTES, JobField.ATTEMPTS: MAX_ATTEMPTS_BYTES}
+#: Of a thousand jobs so much more is read as of one.
+_BUDGET = 8
+#: Most attempts that are shown of a request, the newest: no worker keeps more.
+MAX_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,30 +93,50 @@ class Seen:
 
 
 def requests_of(keys: Keys, job_ids: Sequence[str]) -> Conversation[list[Seen]]:
-    """What is known of each of these, in their order: two round trips for each thousand."""
+    """What is known of each of these, in their order: three round trips for each thousand."""
     found: list[Seen] = []
     for page in pages(job_ids):
+        faults = yield from _too_large(keys, page)
         records, *rest = yield [
             ("MGET", *(keys.outcome_prefix + job_id for job_id in page)),
-            *(command for job_id in page for command in _job_commands(keys, job_id)),
+            *(command for job_id in page for command in _job_commands(keys, job_id, faults[job_id])),
         ]
         good([records])
         states = zip(page, records, rest[::3], rest[1::3], rest[2::3], strict=True)
-        seen = [_seen(*words) for words in states]
+        seen = [_seen(*words, faults[words[0]]) for words in states]
         found += yield from _with_results(keys, seen)
     return found
 
 
-def _job_commands(keys: Keys, job_id: str) -> list[Command]:
+def _too_large(keys: Keys, job_ids: Sequence[str]) -> Conversation[dict[str, dict[str, str]]]:
+    """The fields of each job that are not to be read, with the reason."""
+    fields = [(job_id, name) for job_id in job_ids for name in _MEASURED]
+    lengths = yield [("HSTRLEN", keys.job_prefix + job_id, name) for job_id, name in fields]
+    found: dict[str, dict[str, str]] = {job_id: {} for job_id in job_ids}
+    left = {name: _BUDGET * most for name, most in _MEASURED.items()}
+    for (job_id, name), length in zip(fields, lengths, strict=True):
+        size = 0 if isinstance(length, Exception) else int(length)
+        if size > min(_MEASURED[name], left[name]):
+            found[job_id][name] = f"its field {name} is not read: {size:,} bytes"
+        else:
+            left[name] -= size
+    return found
+
+
+def _job_commands(keys: Keys, job_id: str, unread: Container[str]) -> list[Command]:
+    fields = [name for name in _JOB_FIELDS if name not in unread]
     return [
-        ("HMGET", keys.job_prefix + job_id, *_JOB_FIELDS),
+        ("HMGET", keys.job_prefix + job_id, *fields),
         ("ZSCORE", keys.failed, job_id),
         ("ZSCORE", keys.unfinished, job_id),
     ]
 
 
-def _seen(job_id: str, record: Any, job: Any, failed: Any, index: Any) -> Seen:
-    faults: list[str] = []
+def _seen(job_id: str, record: Any, job: Any, failed: Any, index: Any, unread: Mapping[str, str]) -> Seen:
+    faults = [*unread.values()]
+    if not isinstance(job, Exception):
+        told = iter(job)
+        job = [None if name in unread else next(told) for name in _JOB_FIELDS]
     seen = replace(_with_job(Seen(job_id), job, faults), in_failed=_there(failed))
     done = None if isinstance(job, Exception) else job[-1]
     outcome = _decoded(record, faults)
@@ -110,6 +146,9 @@ def _seen(job_id: str, record: Any, job: Any, failed: Any, index: Any) -> Seen:
         seen = with_outcome(seen, outcome)
     elif done is None and record is None:
         seen = _with_state(seen, index)
+    if (made := len(seen.attempts)) > MAX_SHOWN:
+        faults.append(f"it has {made:,} attempts: the last {MAX_SHOWN} are shown")
+        seen = replace(seen, attempts=seen.attempts[-MAX_SHOWN:])
     return replace(seen, faults=tuple(faults))
 
 
@@ -126,12 +165,13 @@ def _there(answer: Any) -> bool:
 
 
 def _with_state(seen: Seen, index: Any) -> Seen:
-    """Add where it stands: its score in the index tells, and RQ's status of what no worker has seen yet."""
+    """Add where it stands: its score in the index tells, and RQ's status of what no worker has seen yet, or what has a
+    score of no band."""
     if seen.status is None:
         return seen
-    if not _there(index):
+    score = max(float(index), 0) if _there(index) else Band.END
+    if score >= Band.END:
         return replace(seen, state=seen.status) if seen.status in _STATES.values() else seen
-    score = max(float(index), 0)
     band = max(band for band in _STATES if band <= score)
     due_at_ms = int(score) - band if band is Band.RETRY else None
     lease_ends_at_ms = int(score) if band is Band.HELD else None
@@ -171,22 +211,15 @@ def _with_job(seen: Seen, job: Any, faults: list[str]) -> Seen:
         faults.append(f"its attempts cannot be read: {error}")
     return replace(
         seen,
-        status=text(status),
+        status=clean_text(status),
         order=order,
         attempts=tried,
-        run=_whole(run),
-        enqueued_at_ms=_whole(enqueued_ms) or _stamp_ms(created),
+        run=number(run),
+        enqueued_at_ms=number(enqueued_ms) or _stamp_ms(created),
         ended_at_ms=_stamp_ms(ended),
-        deadline_at_ms=_whole(deadline_ms),
-        sent_at_ms=_whole(sent_ms),
+        deadline_at_ms=number(deadline_ms),
+        sent_at_ms=number(sent_ms),
     )
-
-
-def _whole(value: Any) -> int | None:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def _stamp_ms(value: Any) -> int | None:

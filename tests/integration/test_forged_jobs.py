@@ -14,7 +14,7 @@ import redis
 
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import Band, Keys
-from producer.message import Attempt, Call, OpenRequest, Pin, encode_attempts, encode_call
+from producer.message import MAX_ATTEMPT_N, Attempt, Call, OpenRequest, Pin, encode_attempts, encode_call
 from producer.rights import acl_lines
 from producer.untrusted import MalformedMessage
 from tests.orders import PROVEN_S, events
@@ -33,6 +33,11 @@ def history(*told: tuple[Call, str], count: int = 1) -> dict[str, str]:
         for n, (call, verdict) in enumerate(told * count, 1)
     ]
     return {"c_attempts": encode_attempts(attempts)}
+
+
+def numbered(n: int) -> dict[str, str]:
+    """A history that ends with this number."""
+    return {"c_attempts": encode_attempts([Attempt(n, LONG_AGO_MS, Call.QUERY, 200, None, "", "open", 5)])}
 
 
 PAST = {"c_deadline_at_ms": str(LONG_AGO_MS), "c_asked_at_ms": str(LONG_AGO_MS)}
@@ -57,6 +62,8 @@ FORGED: dict[str, tuple[dict[str, str], set[OutcomeKind | None]]] = {
     "refusals": (history((Call.CANCEL, "denied")), {OutcomeKind.CANCELLED}),
     "doubts": (history((Call.CANCEL, "unclear")) | PAST, {OutcomeKind.UNKNOWN}),
     "too many attempts": (history((Call.QUERY, "open"), count=200), {OutcomeKind.GAVE_UP}),
+    "a number that none can follow": (numbered(2**63 - 1), {OutcomeKind.REFUSED}),
+    "the largest number": (numbered(MAX_ATTEMPT_N), {OutcomeKind.CANCELLED}),
     "a status": ({"status": "canceled"}, {OutcomeKind.GAVE_UP}),
     "nonsense": ({"c_run": "x", "c_due_at_ms": "y", "c_open_at_ms": "z"}, {OutcomeKind.REFUSED}),
     "a lost attempt": ({"c_open_at_ms": str(LONG_AGO_MS), "status": "started"}, {OutcomeKind.CANCELLED}),

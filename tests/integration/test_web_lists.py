@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html import unescape
 
@@ -10,11 +11,11 @@ import redis
 from flask.testing import FlaskClient
 
 from producer import CancelClient, CancelRequest
-from producer.message import OutcomeKind, encode_call
+from producer.message import MAX_ATTEMPTS_BYTES, OutcomeKind, encode_attempts, encode_call
 from producer.web import queries
 from tests.holders import OpenHolder, ended, later, orders
 from tests.servers import Workers
-from tests.webpages import KEYS, NOW_MS, cells, outcome, page, settle
+from tests.webpages import KEYS, NOW_MS, attempt, cells, outcome, page, settle
 from worker.sandbox.control import RunningExchange
 
 PAGES = (
@@ -104,6 +105,54 @@ def test_what_no_worker_has_seen_is_listed_too(
     assert "not a request of this contract: not JSON" in words
     assert " 77 " in words
     assert ids(page(reader, "/scheduled")) == [ticket.id, "later"]
+
+
+def test_no_forged_number_takes_a_page_away(
+    operator: FlaskClient, client: CancelClient, connection: redis.Redis
+) -> None:
+    """Whatever a strategy writes where a time or a place in the index is expected: each page is there, and the others'
+    rows are on it."""
+    tickets = orders(client, 6)
+    fields = ("c_deadline_at_ms", "c_enqueued_at_ms", "c_open_at_ms", "c_run")
+    for ticket, value in zip(tickets, ("9" * 400, "9" * 5000, "-" + "9" * 400, "9" * 19, "x"), strict=False):
+        connection.hset(KEYS.job_prefix + ticket.id, mapping=dict.fromkeys(fields, value))
+    settle(connection, outcome("r1"))
+    scores = {"endless": math.inf, "negative": -math.inf, "late": 1e300, "of-no-band": 3e13, "nearly": 3e13 - 1}
+    for job_id, score in scores.items():
+        settle(connection, outcome(job_id))
+        connection.hdel(KEYS.job_prefix + job_id, "c_done")
+        connection.zadd(KEYS.unfinished, {job_id: score})
+
+    for address in (*PAGES, "/retry?id=r1&id=endless&id=late", *(f"/requests/{each}" for each in scores)):
+        page(operator, address)
+    for ticket in tickets:
+        page(operator, f"/requests/{ticket.id}")
+    assert set(ids(page(operator, "/queued"))) >= {ticket.id for ticket in tickets}
+    assert set(ids(page(operator, "/failed"))) == {"r1", *scores}
+    assert "r1" in ids(page(operator, "/retry?id=r1&id=endless&id=late"))
+
+
+def test_no_forged_history_floods_a_page(operator: FlaskClient, client: CancelClient, connection: redis.Redis) -> None:
+    """What is larger than a worker reads is measured and left where it is; of the rest of them so many attempts are
+    shown, and so many bytes read."""
+    tickets = orders(client, 50)
+    one = encode_attempts([attempt(1)])
+    huge, long = ",".join([one] * 10_000), ",".join([one] * 3_000)
+    for ticket in tickets[:40]:
+        connection.hset(KEYS.job_prefix + ticket.id, mapping={"c_attempts": huge, "status": "x" * 1_000_000})
+    for ticket in tickets[40:49]:
+        connection.hset(KEYS.job_prefix + ticket.id, "c_attempts", long)
+    connection.hset(KEYS.job_prefix + tickets[0].id, "data", "x" * 1_000_000)
+    assert len(long) < MAX_ATTEMPTS_BYTES < len(huge)
+
+    shown = page(operator, "/queued")
+
+    assert set(ids(shown)) == {ticket.id for ticket in tickets}
+    assert shown.count("its field c_attempts is not read") >= 40
+    assert "it has 3,000 attempts: the last 200 are shown" in shown
+    assert "its field data is not read: 1,000,000 bytes" in shown
+    for ticket in (tickets[0], tickets[40], tickets[49]):
+        assert len(page(operator, f"/requests/{ticket.id}")) < 200_000
 
 
 # --- the ledger ---------------------------------------------------------------------------------------------------

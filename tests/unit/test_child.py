@@ -31,7 +31,7 @@ from tests.decisions import (
     state,
 )
 from worker.child import Child, ChildCase, after_child, child_step
-from worker.classify import SILENCE, ChildRef, ChildView, Means, OrderRef, Reply, classify
+from worker.classify import SILENCE, ChildRef, Means, OrderRef, Reply, classify
 from worker.decide import NOT_DONE, UNREADABLE, Again, Case, Policy, Stop, first_step, next_step
 
 REF = ChildRef("BNBUSDT", int(CHILD_ID))
@@ -71,9 +71,10 @@ def play(
     roll: float = 0.5,
     before: tuple[Attempt, ...] = (),
     retried: bool = False,
+    told_to: int = 0,
 ) -> Played:
     """Work on a child until it stops; the last answer is repeated for as long as calls are made."""
-    case = ChildCase(cancels, T0 + left_ms, retried)
+    case = ChildCase(cancels, T0 + left_ms, retried, told_to=told_to)
     known = Child(REF, Stop(OutcomeKind.TRIGGERED, parent, CHILD_ID))
     played = Played(history=list(before))
     now_ms, step = T0, child_step(case, known, before, POLICY, T0)
@@ -228,12 +229,23 @@ def test_the_first_cancel_waits_for_nothing_however_many_looks_were_in_doubt() -
 
 
 def test_what_an_earlier_holder_saw() -> None:
-    """A history with what was seen of the child is gone on with, and told where nothing more is heard."""
+    """A history with what was seen of the child is gone on with, and not told: it can be forged."""
     seen = Attempt(1, T0, Call.QUERY_CHILD, 200, None, "PARTIALLY_FILLED", Means.OPEN.value, 5)
 
     assert play([DONE], before=(seen,)).calls == [C]
     assert play([NEW], before=(seen,), cancels=False).calls == [Q]
-    assert play([OVERLOAD], before=(seen,), left_ms=0).stop.child == ChildView("PARTIALLY_FILLED", None, None)
+    for status in ("PARTIALLY_FILLED", "CANCELED"):
+        stop = play([OVERLOAD], before=(dataclasses.replace(seen, msg=status),), left_ms=0).stop
+        assert (stop.kind, stop.child) == (OutcomeKind.GAVE_UP, None)
+
+
+@pytest.mark.parametrize("verdict", [Means.UNCLEAR, Means.CONFIRMED])
+def test_what_redis_tells_of_an_earlier_holders_cancel_proves_no_cancel_of_ours(verdict: Means) -> None:
+    """Whose cancel it was is not known; a cancel that this holder made is ours."""
+    tried = Attempt(1, T0, Call.CANCEL_CHILD, None, None, SILENCE, verdict.value, 5)
+
+    assert play([CANCELED], before=(tried,), told_to=1).stop.child_cancelled is None
+    assert play([NEW, DONE], before=(tried,), told_to=1).stop.child_cancelled is True
 
 
 ANSWERS = st.lists(

@@ -7,13 +7,14 @@ import json
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.message import CancelRequest, decode_attempts, decode_call, decode_outcome
+from producer.message import MAX_ATTEMPT_N, CancelRequest, decode_attempts, decode_call, decode_outcome
 from producer.untrusted import (
     MAX_DEPTH,
     MAX_MSG_CHARS,
@@ -213,6 +214,10 @@ BAD_HISTORIES: dict[str, str] = {
     "a list": "[]",
     "fields missing": '{"n":1}',
     "a number that is none": json.dumps(ATTEMPT.as_dict() | {"n": "one"}),
+    "a number that none can follow": json.dumps(ATTEMPT.as_dict() | {"n": 2**63 - 1}),
+    "a number below all": json.dumps(ATTEMPT.as_dict() | {"n": -1}),
+    "a count beyond all": json.dumps(ATTEMPT.as_dict() | {"counted_before": 10**9 + 1}),
+    "a count below all": json.dumps(ATTEMPT.as_dict() | {"counted_before": -(10**18)}),
     "an infinite duration": json.dumps(ATTEMPT.as_dict()).replace('"ms": 12', '"ms": 1e999'),
     "a list's end": "]",
     "two lists": "],[",
@@ -225,6 +230,15 @@ def test_what_is_no_history_is_malformed(text: str) -> None:
     """A damaged history is reported, never read as a shorter one: attempts lost are doubts lost."""
     with pytest.raises(MalformedMessage):
         decode_attempts(text)
+
+
+def test_what_follows_the_largest_number_of_a_history_fits_in_a_record() -> None:
+    """Whoever goes on from any history that is read records what everybody can read."""
+    last = decode_attempts(json.dumps(ATTEMPT.as_dict() | {"n": MAX_ATTEMPT_N, "counted_before": MAX_ATTEMPT_N}))[0]
+    next_ones = tuple(replace(last, n=last.n + more, counted_before=MAX_ATTEMPT_N + more) for more in (1, 1000))
+    record = replace(OUTCOME, attempts=(last, *next_ones))
+
+    assert decode_outcome(record.encode()) == record
 
 
 # ---- what a stranger's words become ---------------------------------------------------------------------------------

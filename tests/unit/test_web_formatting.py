@@ -34,7 +34,12 @@ def test_a_length_of_time_has_the_unit_that_fits(seconds: object, shown: str) ->
     assert formatting.span(seconds) == shown
 
 
-@given(st.one_of(st.none(), st.integers(), st.floats(), st.text(), st.lists(st.integers())))
+@given(
+    st.one_of(
+        *(st.none(), st.integers(), st.floats(), st.text(), st.lists(st.integers())),
+        st.sampled_from([10**400, -(10**400), "9" * 5000]),
+    )
+)
 def test_no_value_of_a_foreign_record_breaks_a_page(value: object) -> None:
     """Whatever stands where a time, a number or a kind is expected, something is shown."""
     for shown in (
@@ -43,6 +48,7 @@ def test_no_value_of_a_foreign_record_breaks_a_page(value: object) -> None:
         formatting.span(value),
         formatting.ago(value, AT_MS),
         formatting.between(value, AT_MS),
+        formatting.between(AT_MS, value),
         formatting.count(value),
         formatting.tone(value if isinstance(value, str) else str(value)),
     ):
