@@ -347,7 +347,7 @@ class Wire:
                 if not isinstance(answer, list) or len(answer) != 2 * len(batch) + 1:
                     raise NotOurs
                 first_id, _, at_ms = text(answer[0]).partition(" ")
-                if first_id != batch[0].id:
+                if first_id != batch[0].id or not at_ms.isdigit():
                     raise NotOurs
                 asked_ms = int(at_ms)
                 for row, job_id, duplicate in zip(batch, answer[1::2], answer[2::2], strict=True):

@@ -32,6 +32,8 @@ CLAIM_WAIT_S = 1
 ANSWER_WITHIN_S = 3.0
 #: Most refused keys that are looked at.
 MAX_SUSPECTS = 100
+#: Words of a row (`worker/scripts/ending.lua`).
+_ROW = 12
 #: Comes in place of a longer one.
 TOO_LARGE = b"?"
 #: Our own idea of a lease's end stays so far before Redis', ms: what is sent until then has left by the end.
@@ -146,7 +148,7 @@ class Done:
         decided_by = lease.deadline_at_ms if by_deadline else ""
         said_of = (outcome.encode(), outcome.kind.value, result, decided_by)
         leaves = "1" if leaves_child else ""
-        return (*_head("done", lease), *said_of, attempts, self.pin, leaves, counted(outcome))
+        return _row("done", lease, *said_of, attempts, self.pin, leaves, counted(outcome))
 
     def request_words(self) -> Words:
         """The rows of place.lua: what the request of the job was given goes on to those that it makes."""
@@ -169,17 +171,7 @@ class Retry:
 
     def words(self) -> Words:
         """The row of complete.lua."""
-        return (
-            *_head("retry", self.lease),
-            encode_attempts(self.attempts),
-            self.pin,
-            self.delay_ms,
-            "",
-            "",
-            "",
-            "",
-            "",
-        )
+        return _row("retry", self.lease, encode_attempts(self.attempts), self.pin, self.delay_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +185,7 @@ class Release:
     def words(self) -> Words:
         """The row of complete.lua."""
         attempts = "" if self.attempts is None else encode_attempts(self.attempts)
-        return (*_head("release", self.lease), attempts, self.pin, "", "", "", "", "", "")
+        return _row("release", self.lease, attempts, self.pin)
 
 
 #: How a hold ends.
@@ -205,8 +197,9 @@ def is_alone(row: Row) -> bool:
     return isinstance(row, Done) and bool(row.requests)
 
 
-def _head(what: str, lease: Lease) -> Words:
-    return what, lease.key, lease.token, lease.run
+def _row(what: str, lease: Lease, *words: Any) -> Words:
+    """A row of ending.lua: as many words for each end."""
+    return (what, lease.key, lease.token, lease.run, *words, *("",) * (_ROW - 4 - len(words)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +209,34 @@ class Completed:
 
     answers: list[int]
     damaged: tuple[str, ...]
+
+
+def _constants(keys: Keys) -> dict[str, object]:
+    """What the worker's scripts know, whoever calls them."""
+    return (
+        keys.lua()
+        | LAYOUT
+        | {
+            "CLAIMING": keys.claiming,
+            "STARTED": keys.started,
+            "FINISHED": keys.finished,
+            "CANCELED": keys.canceled,
+            "SUSPENDED": keys.suspended,
+            "INTERMEDIATE": keys.intermediate,
+            "WORKERS": keys.workers,
+            "QUEUE_WORKERS": keys.queue_workers,
+            "OUTCOMES": keys.outcomes,
+            "RESULT_PREFIX": keys.result_prefix,
+            "SUSPECTS": keys.suspects,
+            "BEAT_AT_MS": WorkerField.BEAT_AT_MS,
+            "BREAKER_PREFIX": keys.breaker(""),
+            "HELD_PREFIX": keys.held(""),
+            "RESULT_TTL_S": RESULT_TTL_S,
+            "FAILURE_TTL_S": FAILURE_TTL_S,
+            "MAX_DATA_BYTES": MAX_PAYLOAD_BYTES,
+            "MAX_ATTEMPTS_BYTES": MAX_ATTEMPTS_BYTES,
+        }
+    )
 
 
 class Store:
@@ -241,30 +262,12 @@ class Store:
         self._lease_ns = (lease_ms - min(LEASE_MARGIN_MS, lease_ms // 10)) * 1_000_000
         self._token = f"{uuid4().hex[:12]}-"
         self._claims = 0
-        constants = keys.lua() | {
-            "CLAIMING": keys.claiming,
-            "STARTED": keys.started,
-            "FINISHED": keys.finished,
-            "CANCELED": keys.canceled,
-            "SUSPENDED": keys.suspended,
-            "INTERMEDIATE": keys.intermediate,
-            "WORKERS": keys.workers,
-            "QUEUE_WORKERS": keys.queue_workers,
-            "OUTCOMES": keys.outcomes,
-            "RESULT_PREFIX": keys.result_prefix,
-            "SUSPECTS": keys.suspects,
-            "BEAT_AT_MS": WorkerField.BEAT_AT_MS,
-            "BREAKER_PREFIX": keys.breaker(""),
-            "HELD_PREFIX": keys.held(""),
+        constants = _constants(keys) | {
             "GATE": self._gate,
             "LEASE_MS": lease_ms,
             "DEADLINE_MS": deadline_ms,
             "OUTCOME_TTL_S": outcome_ttl_s,
             "LEDGER_MAXLEN": ledger_maxlen,
-            **{"RESULT_TTL_S": RESULT_TTL_S, "FAILURE_TTL_S": FAILURE_TTL_S},
-            "MAX_DATA_BYTES": MAX_PAYLOAD_BYTES,
-            "MAX_ATTEMPTS_BYTES": MAX_ATTEMPTS_BYTES,
-            **LAYOUT,
         }
         names = ("claim", "complete", "beat", "gate", "key", "tidy", "wake")
         before = {"complete": ("worker/ending.lua",)}
