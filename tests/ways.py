@@ -21,9 +21,9 @@ from worker.transport_requests import RequestsTransport
 
 __all__ = [
     "API_KEY",
+    "BRIEF_MS",
     "REF",
     "SECRET",
-    "SLACK_S",
     "TOTAL_S",
     "WAYS",
     "Bench",
@@ -41,9 +41,9 @@ WAYS = ("asyncio", "requests")
 SECRET = "s3cr3t-canary-of-the-account"
 API_KEY = "key-of-the-account"
 REF = OrderRef(2146760, "a:b/c.d_e-f")
-#: Bound of an attempt in tests of break-downs, seconds; and by how much a busy machine may overrun it.
-TOTAL_S = 0.4
-SLACK_S = 1.5
+#: recvWindow in tests of break-downs, ms; an attempt's bound by it, s; and by how much a busy machine may overrun that.
+BRIEF_MS, TOTAL_S = 500, 0.4
+_SLACK_S = 1.5
 
 
 class Client:
@@ -83,11 +83,6 @@ class Client:
         """A signed GET."""
         return self.call(Call.QUERY, credential, ref)
 
-    @property
-    def requests_sent(self) -> int:
-        """How many requests may have left."""
-        return self.exchange.requests_sent
-
     def close(self) -> None:
         """Close connections and loop."""
 
@@ -126,7 +121,7 @@ class Bench:
 
     def impatient(self, behaviour: Behaviour) -> tuple[Server, Client]:
         """The same for break-downs."""
-        return self.to(behaviour, patience_s=TOTAL_S)
+        return self.to(behaviour, recv_window_ms=BRIEF_MS)
 
     def close(self) -> None:
         """End everything."""
@@ -138,7 +133,7 @@ def bounded(seconds: float = TOTAL_S) -> Iterator[None]:
     """What runs inside may take ``seconds`` and the slack of a busy machine."""
     started_at = time.monotonic()
     yield
-    assert time.monotonic() - started_at < seconds + SLACK_S
+    assert time.monotonic() - started_at < seconds + _SLACK_S
 
 
 def failed(answer: Answer | None, *, seen: bool, reason: str) -> None:

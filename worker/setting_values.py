@@ -14,6 +14,7 @@ import re
 import ssl
 from dataclasses import dataclass
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 
 from producer.message import check_queue_name
 from producer.redis_url import OPTIONS, Address, BadRedisUrl
@@ -128,6 +129,15 @@ def _port_in_range(port: str | None) -> bool:
     return port is None or (len(port) <= 5 and 1 <= int(port) <= 65535)
 
 
+def _can_be_split(url: str) -> bool:
+    """Brackets hold an IPv6 address and nothing else; in a password they are to be percent-encoded."""
+    try:
+        urlsplit(url)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class BaseUrl:
     """BINANCE_BASE_URL."""
@@ -151,7 +161,7 @@ class BaseUrl:
 def base_url(text: str) -> BaseUrl:
     """The exchange's address."""
     shape = _BASE_URL_SHAPE.fullmatch(text)
-    if not shape or not _port_in_range(shape["port"]):
+    if not shape or not _port_in_range(shape["port"]) or not _can_be_split(text):
         raise RefusedError
     host = shape["host"].lower()
     port = f":{shape['port']}" if shape["port"] else ""
@@ -173,7 +183,7 @@ def proxy_url(text: str) -> str | None:
     if not text:
         return None
     shape = _PROXY_URL_SHAPE.fullmatch(text)
-    if not shape or not _port_in_range(shape["port"]):
+    if not shape or not _port_in_range(shape["port"]) or not _can_be_split(text):
         raise RefusedError
     return text
 

@@ -39,7 +39,6 @@ def test_connection_is_used_again(bench: Bench, credential: Credential) -> None:
     for _ in range(5):
         assert replied(client.cancel(credential, REF)).http == 200
     assert server.connections == 1
-    assert client.requests_sent == 5
 
 
 @pytest.mark.parametrize("secure", [False, True])
@@ -65,7 +64,7 @@ def test_closed_idle_connection_is_replaced_unnoticed(
         assert replied(client.cancel(credential, REF)).http == 200
         assert closed.wait(5)
         closed.clear()
-        assert (server.connections, len(server.heads), client.requests_sent) == (turn, turn, turn)
+        assert (server.connections, len(server.heads)) == (turn, turn)
 
 
 def test_request_on_a_dying_connection_is_not_sent_again(bench: Bench, credential: Credential) -> None:
@@ -173,7 +172,6 @@ def test_late_answer_is_not_taken_for_the_next(bench: Bench, credential: Credent
     for _ in range(2):
         assert client.query(credential, REF) == Reply(http=200, body=DONE)
     assert server.used == [1, 2, 2]
-    assert client.requests_sent == 3
 
 
 def test_connection_that_gets_an_unasked_answer_is_closed_at_once(loop_bench: Bench, credential: Credential) -> None:
@@ -351,7 +349,6 @@ def test_calls_at_once_get_their_own_answers(loop_bench: Bench, credential: Cred
         answers = client.run(several(client, credential, 40, first))
         assert answers == [Reply(http=200, body=b"%d" % (first + n)) for n in range(40)]
     assert server.connections <= 40
-    assert client.requests_sent == 120
 
 
 def test_last_used_connection_is_used_first(loop_bench: Bench, credential: Credential) -> None:
@@ -415,7 +412,7 @@ class OneConnection:
         self.surplus = b""  # follows each answer
         self.server = bench.server(self._behave)
         url = f"https://127.0.0.1:{self.server.port}"
-        self.client = bench.client(url, ca_file=authority.ca_file, patience_s=3)
+        self.client = bench.client(url, ca_file=authority.ca_file, recv_window_ms=3_750)
 
     def _behave(self, peer: Peer) -> None:
         if peer.number > 1:
@@ -473,7 +470,7 @@ def test_connection_handed_to_a_cancelled_call_serves_the_next(one_connection: O
         assert await one.first() == Reply(http=200, body=DONE)
 
     one.client.run(calls())
-    assert (one.server.used, one.client.requests_sent) == ([1, 1], 2)
+    assert one.server.used == [1, 1]
 
 
 def test_call_whose_time_is_over_is_not_sent(one_connection: OneConnection) -> None:
@@ -487,7 +484,7 @@ def test_call_whose_time_is_over_is_not_sent(one_connection: OneConnection) -> N
         failed(await waiting, seen=False, reason="not sent: TimeoutError")
 
     one.client.run(calls())
-    assert (one.server.used, one.client.requests_sent) == ([1], 1)
+    assert one.server.used == [1]
 
 
 def test_connection_that_gets_an_unasked_answer_when_it_is_handed_on(one_connection: OneConnection) -> None:
@@ -502,7 +499,7 @@ def test_connection_that_gets_an_unasked_answer_when_it_is_handed_on(one_connect
         failed(await waiting, seen=False, reason="not sent: ConnectionResetError")
 
     one.client.run(calls())
-    assert (one.server.used, one.client.requests_sent) == ([1], 1)
+    assert one.server.used == [1]
 
 
 def test_connection_of_a_cancelled_call_is_closed(loop_bench: Bench, credential: Credential) -> None:
@@ -529,7 +526,7 @@ def test_connection_of_a_cancelled_call_is_closed(loop_bench: Bench, credential:
         assert await client.exchange.call(Call.CANCEL, credential, REF) == Reply(http=200, body=DONE)
 
     client.run(calls())
-    assert (server.used, client.requests_sent) == ([1, 2], 2)
+    assert server.used == [1, 2]
 
 
 def test_cancelled_wait_leaves_its_connection_to_the_next(
@@ -545,9 +542,8 @@ def test_cancelled_wait_leaves_its_connection_to_the_next(
         given_up.cancel()
         with pytest.raises(asyncio.CancelledError):
             await given_up
-        assert client.requests_sent == 0
         await asyncio.sleep(0.4)
         assert await client.exchange.call(Call.CANCEL, credential, REF) == Reply(http=200, body=DONE)
 
     client.run(calls())
-    assert (server.used, client.requests_sent) == ([1], 1)
+    assert server.used == [1]

@@ -89,7 +89,7 @@ def test_addresses_that_failed_are_tried_last(
     with contextlib.ExitStack() as silent:
         addresses = [tcp(*silent.enter_context(swallowing(f"127.0.0.{n}"))) for n in range(2, 8)]
         named(monkeypatch, lambda: [*addresses, tcp("127.0.0.1", server.port)])
-        client = loop_bench.client("http://exchange.test:1", patience_s=2)
+        client = loop_bench.client("http://exchange.test:1", recv_window_ms=2_500)
         failed(client.cancel(credential), seen=False, reason="could not connect: TimeoutError")
         eventually(lambda: isinstance(client.cancel(credential), Reply), 30)
 
@@ -137,7 +137,6 @@ def test_unknown_host_is_not_seen(bench: Bench, credential: Credential, monkeypa
     named(monkeypatch, none)
     client = bench.client("https://exchange.test")
     failed(client.cancel(credential), seen=False, reason="could not connect: gaierror")
-    assert client.requests_sent == 0
 
 
 def test_hanging_look_up_is_bounded(loop_bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +151,7 @@ def test_hanging_look_up_is_bounded(loop_bench: Bench, credential: Credential, m
 
     server = loop_bench.server(answering(http_answer()))
     named(monkeypatch, hang)
-    client = loop_bench.client("http://exchange.test:1", patience_s=0.2)
+    client = loop_bench.client("http://exchange.test:1", recv_window_ms=250)
     with bounded():
         for answer in client.run(several(client, credential, 20)):
             failed(answer, seen=False, reason="could not connect: TimeoutError")
@@ -175,7 +174,7 @@ def hang(host, *args, **options):
         raise socket.gaierror(socket.EAI_NONAME, "a name")
     threading.Event().wait(60)
 socket.getaddrinfo = hang
-client = Client("asyncio", "http://exchange.test", ServerClock(), dict(recv_window_ms=5000, patience_s=0.2))
+client = Client("asyncio", "http://exchange.test", ServerClock(), dict(recv_window_ms=250))
 print(client.run(client.exchange.ask_time()))
 client.close()
 """
@@ -197,10 +196,9 @@ def test_hanging_look_up_does_not_hold_the_process() -> None:
 def test_full_backlog_is_bounded(bench: Bench, credential: Credential) -> None:
     """A host that accepts no connection costs half of an attempt's time, and no doubt."""
     with swallowing() as (host, port):
-        client = bench.client(f"http://{host}:{port}", patience_s=4)
+        client = bench.client(f"http://{host}:{port}", recv_window_ms=5_000)
         with bounded(2):
             failed(client.cancel(credential), seen=False, reason="could not connect: TimeoutError")
-    assert client.requests_sent == 0
 
 
 @pytest.mark.parametrize("proxied", [False, True])
@@ -242,7 +240,7 @@ def test_opening_for_a_call_that_is_gone_does_not_fail_the_next(
                 answering(http_answer())(peer)
 
     server = loop_bench.server(behave)
-    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file, patience_s=2)
+    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file, recv_window_ms=2_500)
 
     async def calls() -> None:
         gone = asyncio.create_task(client.exchange.call(Call.CANCEL, credential, REF))
