@@ -79,24 +79,20 @@ def _is_unsent(server: Server, client: Client, answer: Reply | Failure, phase: s
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=_id)
-def test_raised_before_the_first_byte(
-    cls: type[Exception], loop_bench: Bench, monkeypatch: pytest.MonkeyPatch, credential: Credential
-) -> None:
+def test_raised_before_the_first_byte(cls: type[Exception], loop_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised while connecting or while signing, it is a failure that nobody can have seen, and the client goes on."""
     server = loop_bench.server(answering(http_answer()))
     client = loop_bench.client(f"http://localhost:{server.port}")
     with monkeypatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", _raiser(cls(URL)))
-        _is_unsent(server, client, client.cancel(credential), "could not connect")
-    _is_unsent(server, client, client.cancel(_unsignable(cls(URL))), "not sent")
-    assert isinstance(client.query(credential), Reply)
+        _is_unsent(server, client, client.ask(), "could not connect")
+    _is_unsent(server, client, client.ask(_unsignable(cls(URL))), "not sent")
+    assert isinstance(client.ask(call=Call.QUERY), Reply)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("error", [*PROOFS, *DOUBTS], ids=lambda error: _id(type(error)))
-def test_raised_by_requests(
-    error: Exception, wrapped: bool, credential: Credential, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_raised_by_requests(error: Exception, wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the errors of requests, urllib3 and the system only those that prove it leave no doubt."""
 
     def send(*_args: Any, **_kwargs: Any) -> NoReturn:
@@ -110,14 +106,14 @@ def test_raised_by_requests(
     client = Client("requests", "http://127.0.0.1:9", ServerClock(), {"recv_window_ms": 3_000})
     with monkeypatch.context() as patch:
         patch.setattr(requests.Session, "send", send)
-        answer = client.cancel(credential)
+        answer = client.ask()
     client.close()
     assert isinstance(answer, Failure)
     assert answer.seen is (error in DOUBTS)
     assert CANARY not in answer.reason
 
 
-def test_alarm_shows_nothing_of_what_was_handled(credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alarm_shows_nothing_of_what_was_handled(monkeypatch: pytest.MonkeyPatch) -> None:
     """RQ's time-out passes as it is, but without the error in whose handling it came: that one names the URL."""
 
     def send(*_args: Any, **_kwargs: Any) -> NoReturn:
@@ -130,7 +126,7 @@ def test_alarm_shows_nothing_of_what_was_handled(credential: Credential, monkeyp
     client = Client("requests", "http://127.0.0.1:9", ServerClock(), {"recv_window_ms": 3_000})
     monkeypatch.setattr(requests.Session, "send", send)
     with pytest.raises(JobTimeoutException) as caught:
-        client.cancel(credential)
+        client.ask()
     client.close()
     assert caught.value is alarm
     assert CANARY not in "".join(traceback.format_exception(alarm))
@@ -139,17 +135,17 @@ def test_alarm_shows_nothing_of_what_was_handled(credential: Credential, monkeyp
 # ---- what is never sent ---------------------------------------------------------------------------------------------
 
 
-def test_order_without_an_id_is_not_sent(bench: Bench, credential: Credential) -> None:
+def test_order_without_an_id_is_not_sent(bench: Bench) -> None:
     """A reference that names nothing never becomes a request."""
     server, client = bench.to(answering(http_answer()))
-    _is_unsent(server, client, client.cancel(credential, OrderRef(None)), "not sent")
+    _is_unsent(server, client, client.ask(OrderRef(None)), "not sent")
 
 
 def test_key_that_would_break_the_head_is_not_sent(bench: Bench) -> None:
     """A key with a line break in it cannot add a field or a request of its own."""
     server, client = bench.to(answering(http_answer()))
     smuggler = Credential("default", "key\r\nX: y", "hmac", lambda _payload: "c4n4ry")
-    assert client.cancel(smuggler) == Failure(seen=False, reason="not sent: CredentialError")
+    assert client.ask(smuggler) == Failure(seen=False, reason="not sent: CredentialError")
     assert server.heads == []
 
 
@@ -158,10 +154,10 @@ def test_request_shows_neither_target_nor_key() -> None:
     assert repr(Request("GET", f"/?{CANARY}", (("X-MBX-APIKEY", "k3y"),))) == "Request(method='GET')"
 
 
-def test_callers_own_error_proves_nothing(bench: Bench, credential: Credential) -> None:
+def test_callers_own_error_proves_nothing(bench: Bench) -> None:
     """A call made while a failure to connect is handled is in doubt if it breaks off."""
     _, client = bench.to(drop_after_reading)
     try:
         raise urllib3.exceptions.NewConnectionError(None, "the caller's")  # type: ignore[arg-type]
     except urllib3.exceptions.HTTPError:
-        failed(client.cancel(credential), seen=True, reason="no answer: RemoteDisconnected")
+        failed(client.ask(), seen=True, reason="no answer: RemoteDisconnected")

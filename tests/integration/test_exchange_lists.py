@@ -18,7 +18,7 @@ SHOWN = {"symbol": "币安USDT", "algoStatus": "NEW", "createTime": 175051494154
 
 
 @pytest.mark.parametrize("coding", ["identity", "gzip"])
-def test_a_list_of_200_orders_is_read_whole(bench: Bench, credential: Credential, coding: str) -> None:
+def test_a_list_of_200_orders_is_read_whole(bench: Bench, coding: str) -> None:
     """200 open orders, the most that the exchange allows, are more than other answers may hold; the symbol goes out
     percent-encoded."""
     orders = [SHOWN | {"algoId": 1 + n, "clientAlgoId": f"id-{n}"} for n in range(200)]
@@ -36,7 +36,7 @@ def test_a_list_of_200_orders_is_read_whole(bench: Bench, credential: Credential
     assert head.startswith(b"GET /fapi/v1/openAlgoOrders?symbol=%E5%B8%81%E5%AE%89USDT&recvWindow=")
 
 
-def test_a_list_without_end_is_no_list(bench: Bench, credential: Credential) -> None:
+def test_a_list_without_end_is_no_list(bench: Bench) -> None:
     """What is longer than any list may be is not read to its end, and tells nothing."""
     orders = [SHOWN | {"algoId": 1 + n, "rest": "x" * 6000} for n in range(200)]
     _, client = bench.to(answering(http_answer(json.dumps(orders).encode())))

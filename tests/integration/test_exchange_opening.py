@@ -55,7 +55,7 @@ def swallowing(host: str = "127.0.0.1") -> Iterator[tuple[str, int]]:
         yield full.getsockname()
 
 
-def test_every_address_is_tried(bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_address_is_tried(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name of which some addresses are dead or of no use here is reached through the living one."""
     server = bench.server(answering(http_answer()))
     unsupported = tcp("127.0.0.1", server.port, 255)  # as IPv6 is where the kernel has none
@@ -64,9 +64,7 @@ def test_every_address_is_tried(bench: Bench, credential: Credential, monkeypatc
     assert replied(bench.client("http://exchange.test:1").cancel(credential)).http == 200
 
 
-def test_silent_addresses_do_not_use_up_the_time(
-    loop_bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_addresses_do_not_use_up_the_time(loop_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two addresses that swallow every packet do not keep a call from the third."""
     server = loop_bench.server(answering(http_answer()))
     with swallowing("127.0.0.2") as one, swallowing("127.0.0.3") as other:
@@ -74,24 +72,22 @@ def test_silent_addresses_do_not_use_up_the_time(
         client = loop_bench.client("http://exchange.test:1")
 
         async def call() -> None:
-            assert replied(await client.exchange.call(Call.CANCEL, credential, REF)).http == 200
+            assert replied(await client.asking()).http == 200
             await asyncio.sleep(0.01)
             assert asyncio.all_tasks() == {asyncio.current_task()}  # the others' attempts are over
 
         client.run(call())
 
 
-def test_addresses_that_failed_are_tried_last(
-    loop_bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_addresses_that_failed_are_tried_last(loop_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where more addresses are silent than one attempt has time for, the next one goes on behind them."""
     server = loop_bench.server(answering(http_answer()))
     with contextlib.ExitStack() as silent:
         addresses = [tcp(*silent.enter_context(swallowing(f"127.0.0.{n}"))) for n in range(2, 8)]
         named(monkeypatch, lambda: [*addresses, tcp("127.0.0.1", server.port)])
         client = loop_bench.client("http://exchange.test:1", recv_window_ms=2_500)
-        failed(client.cancel(credential), seen=False, reason="could not connect: TimeoutError")
-        eventually(lambda: isinstance(client.cancel(credential), Reply), 30)
+        failed(client.ask(), seen=False, reason="could not connect: TimeoutError")
+        eventually(lambda: isinstance(client.ask(), Reply), 30)
 
 
 @pytest.mark.parametrize("addresses", [1, 2])
@@ -118,7 +114,7 @@ def test_opening_that_is_given_up_leaves_no_socket(
     assert [str(each.message) for each in said if issubclass(each.category, ResourceWarning)] == []
 
 
-def test_families_take_turns(loop_bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_families_take_turns(loop_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one family's addresses are all silent, the other one's first is the next."""
     server = loop_bench.server(answering(http_answer()))
     with contextlib.ExitStack() as silent:
@@ -128,7 +124,7 @@ def test_families_take_turns(loop_bench: Bench, credential: Credential, monkeypa
         assert replied(loop_bench.client("http://exchange.test:1").cancel(credential)).http == 200
 
 
-def test_unknown_host_is_not_seen(bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_host_is_not_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that does not resolve leaves no doubt."""
 
     def none() -> list[Any]:
@@ -136,10 +132,10 @@ def test_unknown_host_is_not_seen(bench: Bench, credential: Credential, monkeypa
 
     named(monkeypatch, none)
     client = bench.client("https://exchange.test")
-    failed(client.cancel(credential), seen=False, reason="could not connect: gaierror")
+    failed(client.ask(), seen=False, reason="could not connect: gaierror")
 
 
-def test_hanging_look_up_is_bounded(loop_bench: Bench, credential: Credential, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_look_up_is_bounded(loop_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resolver that does not answer holds nobody longer than connecting may take, and is asked once for all."""
     release = threading.Event()
     asked: list[int] = []
@@ -153,12 +149,12 @@ def test_hanging_look_up_is_bounded(loop_bench: Bench, credential: Credential, m
     named(monkeypatch, hang)
     client = loop_bench.client("http://exchange.test:1", recv_window_ms=250)
     with bounded():
-        for answer in client.run(several(client, credential, 20)):
+        for answer in client.run(client.several(20)):
             failed(answer, seen=False, reason="could not connect: TimeoutError")
-        failed(client.cancel(credential), seen=False, reason="could not connect: TimeoutError")
+        failed(client.ask(), seen=False, reason="could not connect: TimeoutError")
     assert asked == [1]
     release.set()
-    eventually(lambda: isinstance(client.cancel(credential), Reply))
+    eventually(lambda: isinstance(client.ask(), Reply))
 
 
 HANGING = """
@@ -193,18 +189,16 @@ def test_hanging_look_up_does_not_hold_the_process() -> None:
     assert done.stdout == "Failure(seen=False, reason='could not connect: TimeoutError')\n"
 
 
-def test_full_backlog_is_bounded(bench: Bench, credential: Credential) -> None:
+def test_full_backlog_is_bounded(bench: Bench) -> None:
     """A host that accepts no connection costs half of an attempt's time, and no doubt."""
     with swallowing() as (host, port):
         client = bench.client(f"http://{host}:{port}", recv_window_ms=5_000)
         with bounded(2):
-            failed(client.cancel(credential), seen=False, reason="could not connect: TimeoutError")
+            failed(client.ask(), seen=False, reason="could not connect: TimeoutError")
 
 
 @pytest.mark.parametrize("proxied", [False, True])
-def test_sockets_are_set_up(
-    loop_bench: Bench, credential: Credential, authority: Authority, monkeypatch: pytest.MonkeyPatch, proxied: bool
-) -> None:
+def test_sockets_are_set_up(loop_bench: Bench, monkeypatch: pytest.MonkeyPatch, proxied: bool) -> None:
     """Every connection has Nagle's algorithm off and keepalive on, the one to a proxy too."""
     made: list[socket.socket] = []
     real = socket.socket.connect
@@ -214,23 +208,21 @@ def test_sockets_are_set_up(
             made.append(self)
             real(self, address)
 
-    server = loop_bench.server(answering(http_answer()), authority.server_context(LOOPBACK))
+    server = loop_bench.server(answering(http_answer()), loop_bench.tls())
     proxy = loop_bench.server(relaying())
-    client = loop_bench.client(server.url, ca_file=authority.ca_file, egress_proxy_url=proxy.url if proxied else None)
+    client = loop_bench.client(server.url, egress_proxy_url=proxy.url if proxied else None)
     with monkeypatch.context() as patch:
         patch.setattr(socket, "socket", Watched)
-        assert replied(client.cancel(credential)).http == 200
+        assert replied(client.ask()).http == 200
     (sock,) = [one for one in made if one.fileno() >= 0 and one.getpeername()[1] in (server.port, proxy.port)][:1]
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
 
 
-def test_opening_for_a_call_that_is_gone_does_not_fail_the_next(
-    loop_bench: Bench, credential: Credential, authority: Authority
-) -> None:
+def test_opening_for_a_call_that_is_gone_does_not_fail_the_next(loop_bench: Bench) -> None:
     """When the time of a connection that hangs is over, a call that has time left gets another one."""
-    tls = authority.server_context(LOOPBACK)
+    tls = loop_bench.tls()
 
     def behave(peer: Peer) -> None:
         if peer.number == 1:
@@ -239,15 +231,14 @@ def test_opening_for_a_call_that_is_gone_does_not_fail_the_next(
             with tls.wrap_socket(peer.sock, server_side=True) as peer.sock:
                 answering(http_answer())(peer)
 
-    server = loop_bench.server(behave)
-    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ca_file=authority.ca_file, recv_window_ms=2_500)
+    server, client = loop_bench.over_tls(behave, recv_window_ms=2_500)
 
     async def calls() -> None:
-        gone = asyncio.create_task(client.exchange.call(Call.CANCEL, credential, REF))
+        gone = asyncio.create_task(client.asking())
         await passed(lambda: server.connections)
         gone.cancel()
         await asyncio.sleep(0.4)
-        assert await client.exchange.call(Call.CANCEL, credential, REF) == Reply(http=200, body=DONE)
+        assert await client.asking() == Reply(http=200, body=DONE)
 
     client.run(calls())
     assert server.used == [2]
