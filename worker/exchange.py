@@ -19,7 +19,7 @@ from worker.classify import ChildRef, Failure, OrderRef, Ref, Reply, SymbolRef
 from worker.clock import ServerClock, local_ns
 from worker.decide import AHEAD_MS
 from worker.patience import FIRST_S, FLOOR_S, Patience
-from worker.signing import Credential, check_api_key, signed_query
+from worker.signing import Credential, signed_query
 from worker.transport import BODY_LIMIT, Failed, Raw, Request, Transport
 
 __all__ = ["MAX_RETRY_AFTER_MS", "Answer", "Exchange", "Sent", "is_challenge"]
@@ -122,7 +122,7 @@ class Exchange:
             if patience_s is not None and call is Call.CANCEL and isinstance(ref, OrderRef) and ref.algo_id is None:
                 window_ms = min(window_ms, round(patience_s * 1000))
             query = signed_query(_id_of(ref), credential, timestamp_ms, window_ms)
-            fields = (("X-MBX-APIKEY", check_api_key(credential.api_key)),)
+            fields = (("X-MBX-APIKEY", credential.api_key),)
             written_ns = local_ns()
             if sent is not None:
                 sent.accepted_until_ns = self._accepted_until_ns(timestamp_ms, window_ms)

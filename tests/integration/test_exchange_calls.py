@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import base64
 import email.utils
+import gzip
 import hashlib
 import hmac
 import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from producer.message import Call
-from tests.loopback import DONE, LOOPBACK, Authority, Peer, answering, free_port, http_answer, query_of
+from tests.environments import pem
+from tests.loopback import DONE, Behaviour, Peer, answering, free_port, http_answer, query_of
 from tests.servers import eventually
-from tests.ways import API_KEY, REF, SECRET, Bench, replied
-from worker.classify import Means, OrderRef, Reply, classify
+from tests.ways import API_KEY, REF, SECRET, Bench, passed, replied
+from worker.classify import Means, OrderRef, Reply, SymbolRef, classify
 from worker.clock import BEHIND_MS, ServerClock
 from worker.exchange import MAX_RETRY_AFTER_MS
 from worker.signing import Credential
@@ -57,9 +59,8 @@ def test_signed_bytes_are_the_sent_bytes(bench: Bench, ref: OrderRef, pair: str)
 def test_base64_signature_is_sent_encoded(bench: Bench) -> None:
     """An Ed25519 signature arrives with its base64 percent-encoded once, and verifies against the rest of the query."""
     key = ed25519.Ed25519PrivateKey.generate()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     server, client = bench.to(answering(http_answer()))
-    client.ask(Credential.from_private_key("default", API_KEY, pem.decode()), REF)
+    client.ask(credential=Credential.from_private_key("default", API_KEY, pem(key)))
     payload, _, signature = query_of(server.heads[0]).partition("&signature=")
     assert re.fullmatch(r"[A-Za-z0-9%]+", signature)
     key.public_key().verify(base64.b64decode(unquote(signature), validate=True), payload.encode())
@@ -102,44 +103,64 @@ def test_each_attempt_has_its_own_timestamp_and_signature(bench: Bench) -> None:
     assert len({query.partition("&signature=")[2] for query in queries}) == 3
 
 
+def shaking_hands(bench: Bench, meanwhile: Callable[[], object]) -> Behaviour:
+    """Something happens while a connection is opened."""
+
+    def behave(peer: Peer) -> None:
+        meanwhile()
+        with bench.tls().wrap_socket(peer.sock, server_side=True) as peer.sock:
+            answering(http_answer())(peer)
+
+    return behave
+
+
 def test_timestamp_is_taken_after_the_handshake(loop_bench: Bench) -> None:
     """The time that connecting takes does not age the timestamp: it is read when the request is written."""
     wall = [1_760_000_000_000]
-
-    def slow_handshake(peer: Peer) -> None:
-        wall[0] += 4_000
-        with loop_bench.tls().wrap_socket(peer.sock, server_side=True) as peer.sock:
-            answering(http_answer())(peer)
-
-    server = loop_bench.server(slow_handshake)
-    client = loop_bench.client(f"https://127.0.0.1:{server.port}", ServerClock(wall_ms=lambda: wall[0]))
+    behaviour = shaking_hands(loop_bench, lambda: wall.append(1_760_000_004_000))
+    server, client = loop_bench.over_tls(behaviour, clock=ServerClock(wall_ms=lambda: wall[-1]))
     assert replied(client.ask()).http == 200
     assert b"timestamp=1760000004000&" in server.heads[0]
+
+
+def test_going_is_asked_when_the_connection_stands(loop_bench: Bench) -> None:
+    """Whatever closes while a connection is opened keeps the call back: the question comes last."""
+    closed: list[bool] = []
+    server, client = loop_bench.over_tls(shaking_hands(loop_bench, lambda: closed.append(True)))
+    assert client.run(client.asking(may_go=lambda: not closed)) is None
+    assert (server.connections, server.heads) == (1, [])
 
 
 def test_call_that_may_not_go_is_not_sent(bench: Bench) -> None:
     """What may not go (any more) when it would be written is neither signed nor sent, and costs no connection."""
     server, client = bench.to(answering(http_answer()))
     for sent in range(2):
-        assert client.run(client.exchange.call(Call.CANCEL, credential, REF, lambda: False)) is None
+        assert client.run(client.asking(may_go=lambda: False)) is None
         assert not client.run(client.exchange.sync_time(may_go=lambda: False))
         assert len(server.heads) == sent
         assert replied(client.ask()).http == 200
     assert server.connections == 1
 
 
-def test_going_is_asked_when_the_connection_stands(loop_bench: Bench) -> None:
-    """Whatever closes while a connection is opened keeps the call back: the question comes last."""
-    gate = [True]
+#: What the exchange shows of an order (exchange.md 1.3), and most of what it does not need to.
+SHOWN = {"symbol": "币安USDT", "algoStatus": "NEW", "createTime": 1750514941540}
 
-    def slow_handshake(peer: Peer) -> None:
-        gate[0] = False
-        with loop_bench.tls().wrap_socket(peer.sock, server_side=True) as peer.sock:
-            answering(http_answer())(peer)
 
-    server, client = loop_bench.over_tls(slow_handshake)
-    assert client.run(client.exchange.call(Call.CANCEL, credential, REF, lambda: gate[0])) is None
-    assert (server.connections, server.heads) == (1, [])
+@pytest.mark.parametrize(
+    ("size", "coding", "means", "count"),
+    [(650, "", Means.LISTED, 200), (650, "gzip", Means.LISTED, 200), (6_000, "", Means.UNCLEAR, 0)],
+)
+def test_a_list_of_200_orders_is_read_whole(bench: Bench, size: int, coding: str, means: Means, count: int) -> None:
+    """200 open orders, the most that the exchange allows, are more than other answers may hold; what is longer than any
+    list may be tells nothing. The symbol goes out percent-encoded."""
+    orders = [SHOWN | {"algoId": 1 + n, "clientAlgoId": f"id-{n}", "rest": "x" * size} for n in range(200)]
+    body = json.dumps(orders).encode()
+    assert len(body) > 128 * 1024
+    server, client = bench.to(answering(http_answer(gzip.compress(body) if coding else body, Content_Encoding=coding)))
+    ref = SymbolRef("币安USDT")
+    verdict = classify(Call.LIST_OPEN, ref, client.ask(ref, Call.LIST_OPEN))
+    assert (verdict.means, len(verdict.orders)) == (means, count)
+    assert server.heads[0].startswith(b"GET /fapi/v1/openAlgoOrders?symbol=%E5%B8%81%E5%AE%89USDT&recvWindow=")
 
 
 # ---- what an answer tells beside its body ---------------------------------------------------------------------------
@@ -191,24 +212,38 @@ def test_challenge_of_the_firewall(bench: Bench, action: str, challenge: bool) -
     assert client.ask() == Reply(http=202, body=b"", challenge=challenge)
 
 
+def weighing(*answers: bytes) -> tuple[Behaviour, list[int], ServerClock]:
+    """Such answers, and the clock of the exchange, ms, as it is told."""
+    wall = [1_760_000_000_000]
+    return answering(*answers), wall, ServerClock(wall_ms=lambda: wall[0])
+
+
 def test_used_weight_is_noted_from_every_answer(bench: Bench) -> None:
     """Refusals tell the weight too; garbage does not overwrite it, and with the minute it is over."""
-    wall = [1_760_000_000_000]
-    answers = [
+    behaviour, wall, clock = weighing(
         http_answer(x_mbx_used_weight_1m="7"),
         http_answer(b"{}", "400 Bad Request", X_MBX_USED_WEIGHT_1M="2399"),
         http_answer(x_mbx_used_weight_1m="many"),
         http_answer(),
-    ]
-    _, client = bench.to(answering(*answers), clock=ServerClock(wall_ms=lambda: wall[0]))
-    assert client.exchange.last_used_weight() == 0
-    weights = []
-    for _ in answers:
+    )
+    _, client = bench.to(behaviour, clock=clock)
+    weights = [client.exchange.last_used_weight()]
+    for _ in range(4):
         client.ask()
         weights.append(client.exchange.last_used_weight())
-    assert weights == [7, 2399, 2399, 2399]
+    assert weights == [0, 7, 2399, 2399, 2399]
     wall[0] += 60_000
     assert client.exchange.last_used_weight() == 0
+
+
+def test_weight_noted_by_a_wrong_clock_is_replaced(bench: Bench) -> None:
+    """When a clock that ran ahead is put right, the next answer's weight counts at once."""
+    behaviour, wall, clock = weighing(http_answer(x_mbx_used_weight_1m="2000"), http_answer(x_mbx_used_weight_1m="4"))
+    _, client = bench.to(behaviour, clock=clock)
+    client.ask()
+    wall[0] -= 3_600_000
+    client.ask()
+    assert client.exchange.last_used_weight() == 4
 
 
 def test_late_weight_belongs_to_the_minute_of_its_request(loop_bench: Bench) -> None:
@@ -231,29 +266,16 @@ def test_late_weight_belongs_to_the_minute_of_its_request(loop_bench: Bench) -> 
             peer.send(http_answer(x_mbx_used_weight_1m="2300" if head.startswith(b"DELETE") else "3"))
 
     _, client = loop_bench.to(behave, clock=ServerClock(wall_ms=wall_ms))
-    exchange = client.exchange
 
     async def both() -> None:
-        late = asyncio.create_task(exchange.call(Call.CANCEL, credential, REF))
-        while not answered.is_set():
-            await asyncio.sleep(0.005)
-        await exchange.call(Call.QUERY, credential, REF)
+        late = asyncio.create_task(client.asking())
+        await passed(answered.is_set)
+        await client.asking(call=Call.QUERY)
         newer.set()
         await late
 
     client.run(both())
-    assert exchange.last_used_weight() == 3
-
-
-def test_weight_noted_by_a_wrong_clock_is_replaced(bench: Bench) -> None:
-    """When a clock that ran ahead is put right, the next answer's weight counts at once."""
-    wall = [1_760_000_000_000]
-    answers = [http_answer(x_mbx_used_weight_1m="2000"), http_answer(x_mbx_used_weight_1m="4")]
-    _, client = bench.to(answering(*answers), clock=ServerClock(wall_ms=lambda: wall[0]))
-    client.ask()
-    wall[0] -= 3_600_000
-    client.ask()
-    assert client.exchange.last_used_weight() == 4
+    assert client.exchange.last_used_weight() == 3
 
 
 # ---- time, warmth, limits -------------------------------------------------------------------------------------------
@@ -292,9 +314,8 @@ def test_time_needed_to_connect_does_not_spoil_the_sample(loop_bench: Bench) -> 
             peer.read_head()
             peer.send(time_answer(time.time_ns() // 1_000_000))
 
-    server = loop_bench.server(behave)
     clock = ServerClock()
-    client = loop_bench.client(f"https://127.0.0.1:{server.port}", clock)
+    _, client = loop_bench.over_tls(behave, clock=clock)
     assert client.run(client.exchange.sync_time(samples=1))
     # Counted from the start, half of the slow part would be taken for an offset.
     assert abs(clock.offset_ms) < slow_s * 1000 / 4
