@@ -38,6 +38,26 @@ def test_an_outcome_is_in_the_record_and_in_the_ledger(
     assert "c_attempts" not in peek.job(ticket.id)
 
 
+def test_who_listens_is_told(
+    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+) -> None:
+    """Who waits need not look again and again: a channel of the job's own says when its outcome stands."""
+    ticket = client.cancel(algo_id=1)
+    holder = open_holder()
+    with connection.pubsub() as words:
+        words.subscribe(peek.keys.outcome_prefix + ticket.id)
+        assert words.get_message(timeout=20)
+        holder.complete(later(*holder.claim(), 1))
+        time.sleep(0.005)
+        holder.complete(ended(*holder.claim()))
+
+        word = words.get_message(timeout=20)
+
+    assert word
+    assert word["type"] == "message"
+    assert client.outcome(ticket.id)
+
+
 def test_no_worker_is_called_back_to_life(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
     """A worker's hash that has expired is not made anew with counters alone: RQ could not read it."""
     client.cancel(algo_id=1)
