@@ -286,7 +286,6 @@ MUTANTS = (
         "a new job does not know that a child is to be cancelled",
     ),
     # -- all else --
-    Mutant(ENDING, "redis.pcall('PUBLISH', OUTCOME_PREFIX .. id, '1')", "", "nobody who waits is told"),
     Mutant(
         BEAT,
         "if redis.pcall('HGET', JOB_PREFIX .. ARGV[i], 'c_lease') == ARGV[i + 1] then",
