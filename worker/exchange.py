@@ -17,15 +17,13 @@ from email.utils import parsedate_to_datetime
 from producer.message import Call
 from worker.classify import ChildRef, Failure, OrderRef, Ref, Reply, SymbolRef
 from worker.clock import ServerClock, local_ns
-from worker.decide import AHEAD_MS
+from worker.decide import AHEAD_MS, MAX_PAUSE_MS
 from worker.patience import FIRST_S, FLOOR_S, Patience
 from worker.signing import Credential, signed_query
 from worker.transport import BODY_LIMIT, Failed, Raw, Request, Transport
 
-__all__ = ["MAX_RETRY_AFTER_MS", "Answer", "Exchange", "Sent", "is_challenge"]
+__all__ = ["Answer", "Exchange", "Sent", "is_challenge"]
 
-#: Longest Retry-After that is believed, ms: the longest ban is three days (exchange.md 3).
-MAX_RETRY_AFTER_MS = 3 * 24 * 3600 * 1000
 #: How much of recvWindow an attempt may take: an answer that is later than that comes to a request that the exchange
 #: would no longer accept, and was most likely lost.
 _PART_OF_RECV_WINDOW = 0.8
@@ -131,7 +129,7 @@ class Exchange:
             return Request("DELETE" if call.cancels else "GET", target, fields, patience_s, late, limit)
 
         def late(came: Raw | Failed) -> None:
-            answer = self._answered(came, call)
+            answer = self._answered(came, call, credential.api_key)
             if sent is not None and answer is not None:
                 sent.late(answer)
 
@@ -139,7 +137,7 @@ class Exchange:
         if sent is not None and isinstance(came, Failed) and came.is_open:
             sent.is_open = True
             self._patience.silent(written_ns, local_ns())
-        return self._answered(came, call)
+        return self._answered(came, call, credential.api_key)
 
     def _accepted_until_ns(self, timestamp_ms: int, window_ms: int) -> int:
         moments = self._clock.moments(timestamp_ms + window_ms) if self._clock.measured else None
@@ -211,8 +209,8 @@ class Exchange:
             self._refusal = answer
         return came, answer
 
-    def _answered(self, came: Raw | Failed | None, call: Call | None = None) -> Answer | None:
-        """What came, and what there is to learn of it; ``call``: the signed one that it answers."""
+    def _answered(self, came: Raw | Failed | None, call: Call | None = None, api_key: str = "") -> Answer | None:
+        """What came, and what there is to learn of it; ``call``: the signed one that it answers, with ``api_key``."""
         if isinstance(came, Failed):
             return Failure(came.seen, came.reason)
         if came is None:
@@ -226,6 +224,7 @@ class Exchange:
             retry_after_ms=self._retry_after_ms(came.headers.get("retry-after")),
             challenge=is_challenge(came),
             truncated=not came.whole,
+            api_key=api_key,
         )
 
     def _note_weight(self, raw: Raw) -> None:
@@ -245,14 +244,14 @@ class Exchange:
             return None
         text = header.strip()
         if _SECONDS.fullmatch(text):
-            return min(round(float(text[:20]) * 1000), MAX_RETRY_AFTER_MS)
+            return min(round(float(text[:20]) * 1000), MAX_PAUSE_MS)
         try:
             until = parsedate_to_datetime(text)
             until = until if until.tzinfo else until.replace(tzinfo=UTC)  # "-0000" is UTC too
             asked_ms = int(until.timestamp() * 1000) - self._clock.now_ms()
         except (ValueError, TypeError, OverflowError):
             return None
-        return min(max(asked_ms, 0), MAX_RETRY_AFTER_MS)
+        return min(max(asked_ms, 0), MAX_PAUSE_MS)
 
 
 def is_challenge(raw: Raw) -> bool:

@@ -82,6 +82,22 @@ def test_cut_body_keeps_the_pause(bench: Bench) -> None:
     assert client.ask() == Reply(http=418, body=DONE[:-10], retry_after_ms=120_000, truncated=True)
 
 
+def test_an_answer_that_quotes_the_request_tells_neither_key_nor_signature(bench: Bench) -> None:
+    """An edge may show all that it was sent: what can be recorded and logged of that holds no secret."""
+
+    def quote(peer: Peer) -> None:
+        path, *fields = peer.read_head().split(b"\r\n")
+        peer.send(http_answer(b"\n".join([*sorted(fields, reverse=True), path]), "502 Bad Gateway"))
+
+    server, client = bench.to(quote)
+    said = classify(Call.CANCEL, REF, client.ask()).msg
+    (head,) = server.heads
+    assert said.startswith("X-MBX-APIKEY: ***")
+    assert API_KEY in head.decode()
+    assert API_KEY not in said
+    assert query_of(head).partition("&signature=")[2] not in said
+
+
 # ---- silence --------------------------------------------------------------------------------------------------------
 
 

@@ -187,6 +187,7 @@ BAD: list[tuple[str, str]] = [
             *("proxy:3128", "socks5://proxy:1080", "http://", "http://:3128", "http://proxy:0", "http://proxy:65536"),
             *("http://proxy:3128/path", "http://proxy?x", "http://proxy#x", "http://u:p@ss@proxy", "http://u:p/@proxy"),
             *("http://u:p @proxy", "http://proxy ", "http://proxy:3128\n", "http://[::::]:3128", "http://u:p[@proxy"),
+            *("http://u:p@proxy..local:80", f"http://{'x' * 64}.local"),
         )
     ],
     *[("RATE_LIMIT_SCOPE", text) for text in ("ALL", "worker", "all,dyno")],
