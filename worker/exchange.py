@@ -150,17 +150,15 @@ class Exchange:
             self._clock.observe(came.sent_ns, came.received_ns, server_time_ms)
         return answer
 
-    async def sync_time(self, samples: int = 3, may_go: Callable[[], bool] = _always) -> bool:
-        """Ask for the exchange's time ``samples`` times, one after the other; whether the clock learned anything.
+    async def sync_time(self, may_go: Callable[[], bool] = _always) -> bool:
+        """Ask for the exchange's time three times, one after the other; whether the clock learned anything.
 
         Stops at the first call without a good answer, and when ``may_go`` says so. Weight: one for each call.
         """
-        learned = False
-        for _ in range(samples):
+        for learned in range(3):
             if _server_time_ms(await self.ask_time(may_go)) is None:
-                break
-            learned = True
-        return learned
+                return learned > 0
+        return True
 
     async def keep_warm(self, connections: int = 2) -> int:
         """Use as many different connections for ``GET /fapi/v1/time``, opening what is missing; how many answered.
