@@ -41,13 +41,14 @@ from worker.signing import Credential
         (REF, "algoId=2146760"),
     ],
 )
-def test_signed_bytes_are_the_sent_bytes(bench: Bench, ref: OrderRef, pair: str) -> None:
+@pytest.mark.parametrize(("call", "method"), [(Call.CANCEL, "DELETE"), (Call.QUERY, "GET")])
+def test_signed_bytes_are_the_sent_bytes(bench: Bench, call: Call, method: str, ref: OrderRef, pair: str) -> None:
     """The request line holds, byte for byte, the encoded string that was signed, and the signature last."""
-    server, client = bench.to(answering(http_answer()))
-    client.ask(ref)
+    server, client = bench.to(answering(http_answer(DONE + b"\n")))
+    assert client.ask(ref, call) == Reply(http=200, body=DONE + b"\n")
     head = server.heads[0].decode("ascii")
     line = re.fullmatch(
-        r"DELETE /fapi/v1/algoOrder\?((?:algoId|clientAlgoId)=[^&]+&recvWindow=5000&timestamp=\d{13})"
+        method + r" /fapi/v1/algoOrder\?((?:algoId|clientAlgoId)=[^&]+&recvWindow=5000&timestamp=\d{13})"
         r"&signature=([0-9a-f]{64}) HTTP/1\.1",
         head.split("\r\n")[0],
     )
@@ -83,13 +84,6 @@ def test_headers_are_few_and_there_is_no_body(bench: Bench, monkeypatch: pytest.
         "User-Agent: algo-cancel-queue",
         f"X-MBX-APIKEY: {API_KEY}",
     ]
-
-
-def test_query_reads_the_same_order(bench: Bench) -> None:
-    """A query is a signed GET of the same path, and the answer's body is handed over as it came."""
-    server, client = bench.to(answering(http_answer(DONE + b"\n")))
-    assert client.ask(call=Call.QUERY) == Reply(http=200, body=DONE + b"\n")
-    assert server.heads[0].startswith(b"GET /fapi/v1/algoOrder?algoId=2146760&recvWindow=")
 
 
 def test_each_attempt_has_its_own_timestamp_and_signature(bench: Bench) -> None:
@@ -380,23 +374,6 @@ def test_keep_warm_uses_different_connections(loop_bench: Bench) -> None:
     assert sorted(server.used) == [1, 1, 2, 2]
     assert replied(client.ask()).http == 200
     assert server.connections == 2
-
-
-def test_keep_warm_survives_closed_connections(loop_bench: Bench) -> None:
-    """Connections that the exchange closed while idle are opened anew."""
-    closed: list[int] = []
-
-    def once(peer: Peer) -> None:
-        peer.read_head()
-        peer.send(time_answer(1_760_000_000_000))
-        peer.sock.close()
-        closed.append(peer.number)
-
-    server, client = loop_bench.to(once)
-    for turn in range(1, 4):
-        assert client.run(client.exchange.keep_warm()) == 2
-        assert server.connections == 2 * turn
-        eventually(lambda expected=2 * turn: len(closed) == expected)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -98,30 +98,8 @@ def test_published_hmac_vectors(credential: Credential, payload: str, signature:
     assert credential.sign(payload.encode()) == signature
 
 
-@pytest.mark.parametrize(
-    ("pair", "encoded", "signature"),
-    [
-        (("algoId", 2146760), "algoId=2146760", "023da8a4fc80b7c0bc74fb812354b920034c291bb9ae7aa4bdeda9d24d8a5dfa"),
-        (
-            ("clientAlgoId", "6B2I9XVcJpCjqPAJ4YoFX7"),
-            "clientAlgoId=6B2I9XVcJpCjqPAJ4YoFX7",
-            "bbeaee11684e6e98be6dd578d6f102c343a40089ebb41eb439662b56d3da7b9a",
-        ),
-        (
-            ("clientAlgoId", "a:b/c.d_e-f"),
-            "clientAlgoId=a%3Ab%2Fc.d_e-f",
-            "0403f70b1c057b29fac93ee371d790d9452506300378bea8fee62839d09e329d",
-        ),
-    ],
-)
-def test_signed_query_of_a_cancel(pair: tuple[str, str | int], encoded: str, signature: str) -> None:
-    """A cancel's query is its id, percent-encoded, then recvWindow and timestamp, and the signature of that last."""
-    expected = f"{encoded}&recvWindow=5000&timestamp=1591702613943&signature={signature}"
-    assert signed_query([pair], FAPI, timestamp_ms=1591702613943, recv_window_ms=5000) == expected
-
-
-def test_signed_query_encodes_non_ascii_like_the_published_vector() -> None:
-    """Non-ASCII text is sent as the percent-encoded bytes of its UTF-8 form."""
+def test_signed_query_encodes_like_the_published_vector() -> None:
+    """Non-ASCII text is sent as the percent-encoded bytes of its UTF-8 form, and signed so."""
     fullwidth_digits = "".join(chr(0xFF11 + n) for n in range(6))
     names = ("symbol", "side", "type", "timeInForce", "quantity", "price")
     values = (fullwidth_digits, "BUY", "LIMIT", "GTC", 1, "0.1")
@@ -270,7 +248,7 @@ def test_a_credential_shows_account_kind_and_the_end_of_its_api_key(credential: 
 
 @pytest.mark.parametrize(("credential", "secrets"), credentials_with_canaries())
 def test_a_credential_cannot_be_taken_apart(credential: Credential, secrets: list[str]) -> None:
-    """A credential has no instance dictionary, refuses pickling and change, and its copies are itself."""
+    """A credential has no instance dictionary, and refuses pickling, copies and change."""
     with pytest.raises(TypeError):
         vars(credential)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
@@ -278,8 +256,8 @@ def test_a_credential_cannot_be_taken_apart(credential: Credential, secrets: lis
             pickle.dumps(credential, protocol)
     with pytest.raises(dataclasses.FrozenInstanceError):
         credential.api_key = "other"  # type: ignore[misc]
-    assert copy.copy(credential) is credential
-    assert copy.deepcopy({"a": credential})["a"] is credential
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        copy.deepcopy({"a": credential})
 
 
 @pytest.mark.parametrize(("credential", "secrets"), credentials_with_canaries())
