@@ -18,17 +18,12 @@ START_MS = 1_760_000_000_000
 
 
 class Remote:
-    """Another host's clock: so far ahead of this host's wall clock, so much faster than its own clock, and what is known
-    of it here."""
+    """Another host's clock: so far ahead of this host's wall clock, so much faster than its own clock, and what is
+    known of it here."""
 
     def __init__(self, world: World, known: RedisClock | ServerClock, ahead_ms: int) -> None:
-        self._world, self._known, self.ahead_ns, self.ppm, self._since_ns = (
-            world,
-            known,
-            ahead_ms * MS,
-            0,
-            world.local_ns,
-        )
+        self._world, self._known, self._since_ns = world, known, world.local_ns
+        self.ahead_ns, self.ppm = ahead_ms * MS, 0
 
     @property
     def now_ns(self) -> int:
