@@ -126,16 +126,17 @@ class Exchange:
                 sent.accepted_until_ns = self._accepted_until_ns(timestamp_ms, window_ms)
             limit = _LIST_LIMIT if call is Call.LIST_OPEN else BODY_LIMIT
             target = f"{_PATHS.get(call, _ORDER_PATH)}?{query}"
-            return Request("DELETE" if call.cancels else "GET", target, fields, patience_s, late, limit)
+            return Request("DELETE" if call.cancels else "GET", target, fields, patience_s, limit)
 
-        def late(came: Raw | Failed) -> None:
-            answer = self._answered(came, call, credential.api_key)
+        def came_late(late: asyncio.Future[Raw | Failed]) -> None:
+            answer = None if late.cancelled() else self._answered(late.result(), call, credential.api_key)
             if sent is not None and answer is not None:
                 sent.late(answer)
 
         came = await self._transport.send(make, self._patience_s)
-        if sent is not None and isinstance(came, Failed) and came.is_open:
+        if sent is not None and isinstance(came, Failed) and came.late is not None:
             sent.is_open = True
+            came.late.add_done_callback(came_late)
             self._patience.silent(written_ns, local_ns())
         return self._answered(came, call, credential.api_key)
 

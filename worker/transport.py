@@ -7,6 +7,7 @@ transport shows, no repr, no exception and no log, has any part of it.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import ssl
 import zlib
@@ -56,15 +57,13 @@ class Request:
     Both are sent as they are: whoever makes a request has seen to it that they hold visible ASCII alone.
 
     ``patience_s`` is how long its answer is waited for, counted from when it is written; None: until the attempt's
-    end. Then the call fails, and ``late`` is given what comes of it until the attempt's end; so it is where the
-    transport can wait beside other calls. ``body_limit``: most bytes of the answer's body that are read.
+    end. ``body_limit``: most bytes of the answer's body that are read.
     """
 
     method: str
     target: str = field(repr=False)
     fields: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     patience_s: float | None = field(default=None, repr=False)
-    late: Callable[[Raw | Failed], None] | None = field(default=None, repr=False)
     body_limit: int = field(default=BODY_LIMIT, repr=False)
 
 
@@ -89,13 +88,13 @@ class Raw:
 class Failed:
     """No answer. ``seen``: a byte of the request may have left; False is a proof that none has.
 
-    ``reason`` says how far it got and names the class of an error, never its text. ``is_open``: the request's ``late``
-    will be given what comes of it.
+    ``reason`` says how far it got and names the class of an error, never its text. ``late`` is done with what comes of
+    the request after its patience, by the attempt's end, where the transport can wait for that beside other calls.
     """
 
     seen: bool
     reason: str
-    is_open: bool = False
+    late: asyncio.Future[Raw | Failed] | None = None
 
 
 class Transport(Protocol):
@@ -104,8 +103,8 @@ class Transport(Protocol):
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """Send one request and read its answer, within ``patience_s`` in all and half of it until it is written.
 
-        An answer that the request has no patience for may still come: the connection stays open for it until
-        ``patience_s`` are over.
+        An answer that the request has no patience for may still come (:attr:`Failed.late`): the connection stays open
+        for it until ``patience_s`` are over.
 
         ``make`` is called when there is a connection to write to, right before the first byte: it looks whether the
         request may still go, and signs. It returns None if it may not: then nothing was sent, and None is returned.

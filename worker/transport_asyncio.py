@@ -167,7 +167,7 @@ class AsyncioTransport:
     def __init__(self, route: Route, *, pool_size: int = 64, idle_bound_s: float = IDLE_BOUND_S) -> None:
         self._route = route
         self._pool = _Pool(route, pool_size, idle_bound_s)
-        self._silent: dict[asyncio.Task[None], Connection] = {}
+        self._silent: dict[asyncio.Task[Raw | Failed], Connection] = {}
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """See :meth:`worker.transport.Transport.send`."""
@@ -193,7 +193,7 @@ class AsyncioTransport:
         silent_at_s = ends_at_s if written.patience_s is None else min(loop.time() + written.patience_s, ends_at_s)
         try:
             if not await came_by(connection.done, silent_at_s) and silent_at_s < ends_at_s:
-                return self._left_open(connection, written.late, ends_at_s)
+                return self._left_open(connection, ends_at_s)
         except BaseException:
             connection.abort()
             raise
@@ -217,22 +217,18 @@ class AsyncioTransport:
         connection.ask(data, ResponseReader(request.body_limit))
         return request
 
-    def _left_open(
-        self, connection: Connection, late: Callable[[Raw | Failed], None] | None, ends_at_s: float
-    ) -> Failed:
+    def _left_open(self, connection: Connection, ends_at_s: float) -> Failed:
         """What a call is told that waits no more, while its connection does."""
 
-        async def follow() -> None:
+        async def follow() -> Raw | Failed:
             await came_by(connection.done, ends_at_s)
-            answer = self._answer(connection)
-            if late is not None:
-                late(answer)
+            return self._answer(connection)
 
-        following = asyncio.create_task(follow())
-        self._silent[following] = connection
-        following.add_done_callback(self._silent.pop)
+        late = asyncio.create_task(follow())
+        self._silent[late] = connection
+        late.add_done_callback(self._silent.pop)
         self._pool.distrust(connection)
-        return Failed(True, SILENCE, is_open=late is not None)
+        return Failed(True, SILENCE, late)
 
     def _answer(self, connection: Connection) -> Raw | Failed:
         connection.end(TimeoutError())
