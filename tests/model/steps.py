@@ -191,16 +191,13 @@ def complete(world: World) -> None:
 def complete_all(world: World, store: WatchedStore, hands: list[Hand], *, is_heard: bool = True) -> None:
     """End these holds."""
     world.count["rows sent again"] += sum(hand.sent is not None for hand in hands)
-    for pairs in calls_of([(hand, hand.sent or a_row(world, hand)) for hand in hands]):
-        _complete(world, store, pairs, is_heard=is_heard)
+    pairs = [(hand, hand.sent or a_row(world, hand)) for hand in hands]
+    rest = [pair for pair in pairs if not is_alone(pair[1])]
+    # What makes requests is ended by a call of its own, all else by one.
+    for call in [*([pair] for pair in pairs if is_alone(pair[1])), *([rest] if rest else [])]:
+        _complete(world, store, call, is_heard=is_heard)
     ended = {id(hand) for hand in hands if hand.sent is None}
     world.hands = [hand for hand in world.hands if id(hand) not in ended]
-
-
-def calls_of(pairs: list[tuple[Hand, Row]]) -> list[list[tuple[Hand, Row]]]:
-    """What makes requests is ended by a call of its own, all else by one."""
-    rest = [pair for pair in pairs if not is_alone(pair[1])]
-    return [*([pair] for pair in pairs if is_alone(pair[1])), *([rest] if rest else [])]
 
 
 def _complete(world: World, store: WatchedStore, pairs: list[tuple[Hand, Row]], *, is_heard: bool) -> None:
