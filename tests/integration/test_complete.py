@@ -195,6 +195,24 @@ def test_a_deadline_does_not_undo_what_the_exchange_said(
     assert [outcome.kind for outcome in peek.ledger()] == [kind]
 
 
+def test_a_child_that_is_to_be_cancelled_is_not_left_alone(
+    client: CancelClient, open_holder: OpenHolder, peek: Peek
+) -> None:
+    """An order has triggered, and while its job was in hand a request wanted what it became cancelled: the job goes on
+    with that, and its worker learns that no outcome was recorded."""
+    client.cancel(algo_id=1)
+    holder = open_holder()
+    (lease,) = holder.claim()
+    assert client.cancel(algo_id=1, on_trigger="cancel_child").duplicate
+
+    assert holder.complete(ended(lease, OutcomeKind.TRIGGERED)) == [2]
+
+    assert peek.ledger() == []
+    (again,) = holder.claim()
+    assert (lease.cancels_child, again.cancels_child) == (False, True)
+    assert holder.complete(ended(again, OutcomeKind.TRIGGERED)) == [1]
+
+
 # ---- jobs that somebody deleted -------------------------------------------------------------------------------------
 
 
