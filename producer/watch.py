@@ -95,9 +95,9 @@ def _alarms(status: Status, room: int) -> list[Text]:
 def _latency(status: Status) -> Text:
     if status.gated_s is not None:
         return _line("queue latency", (f"held back for {status.gated_s:.1f} s", _ALARM), f", {status.queued:,} queued")
-    if not status.queued and status.oldest_queued_s is None:
+    if not status.queued and status.oldest_s is None:
         return _line("queue latency", ("nothing waits", "dim"))
-    oldest = "-" if status.oldest_queued_s is None else f"{status.oldest_queued_s:.1f} s"
+    oldest = "-" if status.oldest_s is None else f"{status.oldest_s:.1f} s"
     return _line("queue latency", (oldest, "bold"), f", {status.queued:,} queued")
 
 

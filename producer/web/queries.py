@@ -10,7 +10,7 @@ from typing import Any
 from producer.keys import Band, Keys
 from producer.message import DEFAULT_ACCOUNT, CancelRequest, decode_outcome
 from producer.protocol import Command, Conversation, good, pages, stream_entries, text
-from producer.status import is_served, readable
+from producer.status import is_served, ms_of, readable
 from producer.untrusted import InvalidRequest, MalformedMessage, dumps
 from producer.web.filters import Wanted
 from producer.web.seen import USABLE_ID, Seen, requests_of, with_outcome
@@ -122,7 +122,7 @@ def outcomes(keys: Keys, wanted: Wanted, before: str | None = None) -> Conversat
     rows, read, last = yield from _ledger(
         keys, lambda record: wanted.glance(record) is not False, wanted.meets, damaged, bounds, PAGE, size
     )
-    return Part(_now_ms(time), tuple(rows), tuple(damaged), read=read, last=last)
+    return Part(ms_of(time), tuple(rows), tuple(damaged), read=read, last=last)
 
 
 # --- Open requests ------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def open_requests(keys: Keys, band: Band, start: int = 0) -> Conversation[Part]:
         hinted = yield from requests_of(keys, others[first : first + count])
         rows += [seen for seen in hinted if seen.open or seen.faults]
         more = len(others) > first + count
-    return Part(_now_ms(time), tuple(rows), tuple(damaged), total, more=more)
+    return Part(ms_of(time), tuple(rows), tuple(damaged), total, more=more)
 
 
 def _unindexed(keys: Keys, band: Band, damaged: dict[str, None]) -> Conversation[list[str]]:
@@ -192,7 +192,7 @@ def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Con
     # RQ scores the registry in whole seconds; within one, the records know better.
     rows.sort(key=lambda seen: seen.ended_at_ms or 0, reverse=True)
     partial = not wanted.all and total > DEPTH
-    return Part(_now_ms(time), tuple(rows), tuple(damaged), total, matching, partial=partial)
+    return Part(ms_of(time), tuple(rows), tuple(damaged), total, matching, partial=partial)
 
 
 def _meeting(
@@ -220,14 +220,10 @@ def _raw(answer: Any) -> bytes | None:
     return answer if isinstance(answer, bytes) else None
 
 
-def _now_ms(time: Sequence[Any]) -> int:
-    return int(time[0]) * 1000 + int(time[1]) // 1000
-
-
 def clock() -> Conversation[int]:
     """Redis' time, ms since the epoch."""
     (time,) = good((yield [("TIME",)]))
-    return _now_ms(time)
+    return ms_of(time)
 
 
 # --- Search -------------------------------------------------------------------------------------------------------
@@ -259,7 +255,7 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[P
     found = _merged([*known, *ended], account)
     partial = last is not None or total > DEPTH
     rows, more = tuple(found[:RESULTS]), len(found) > RESULTS
-    return Part(_now_ms(time), rows, tuple(damaged), read=read, partial=partial, more=more)
+    return Part(ms_of(time), rows, tuple(damaged), read=read, partial=partial, more=more)
 
 
 def _is_of(seen: Seen, account: str | None) -> bool:

@@ -169,8 +169,7 @@ def test_a_screen_that_holds_all_workers_cuts_none() -> None:
 
 def test_an_empty_queue_is_told_as_such() -> None:
     """Nothing waits, nothing came out, nobody works: said in words, and not in red."""
-    seen = Status("cancels", 0, 0, None, 0, 0, 0, False, (Gate("all", True),), (), None, None, {}, False, *_NONE, ())
-    lines = drawn(seen, 80, 24, colour=True)
+    lines = drawn(Status("cancels", 0, gates=(Gate("all", True),)), 80, 24, colour=True)
 
     text = "\n".join(lines)
     for words in ("open", "nothing waits", "0 failed", "no outcomes", "none"):
@@ -178,7 +177,16 @@ def test_an_empty_queue_is_told_as_such() -> None:
     assert "31m" not in text
 
 
-_NONE = (Percentiles(), Percentiles())
+@pytest.mark.parametrize(
+    ("queued", "oldest_s", "told"),
+    [(0, 0.004, None), (0, 1.25, "0, one is due for 1.2 s"), (1, 0.0, "1, the oldest for 0.0 s"), (2, None, None)],
+)
+def test_what_fell_due_this_moment_is_no_news(queued: int, oldest_s: float | None, told: str | None) -> None:
+    """That a retry is due is said once it has waited for a claim that did not come."""
+    seen = Status("cancels", 0, queued=queued, oldest_queued_s=oldest_s)
+    (line,) = (line for line in seen.lines() if line.startswith("queued"))
+    assert line.removeprefix("queued").strip() == (told or str(queued))
+    assert any("nothing waits" in line for line in drawn(seen, 80, 24)) == (not queued and told is None)
 
 
 def test_red_is_what_needs_somebody() -> None:
