@@ -9,7 +9,6 @@ depth is worse than none.
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import sys
 import threading
@@ -40,6 +39,7 @@ from producer.protocol import (
     is_wrong_type,
     text,
 )
+from producer.shell import block_ends, wait_for_end
 from producer.status import Status
 from producer.timeline import read_counts
 from producer.untrusted import MalformedMessage
@@ -302,9 +302,6 @@ class QueueCollector(Collector):
 # --- HTTP ---------------------------------------------------------------------------------------------------------
 
 
-_ENDS = frozenset({signal.SIGTERM, signal.SIGINT})
-
-
 class _Handler(WSGIRequestHandler):
     timeout = 10  # s; a client that says nothing keeps no thread
 
@@ -346,12 +343,12 @@ class Server(ThreadingMixIn, WSGIServer):
 
     def start(self) -> None:
         """Begin to answer. From here on SIGTERM and SIGINT only end :meth:`wait`, however often they come."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)  # before the thread, which inherits it
+        block_ends()
         self._thread.start()
 
     def wait(self) -> bool:
         """Answer until SIGTERM or SIGINT, then no more; whether it was SIGINT."""
-        ended_by = signal.sigwait(_ENDS)
+        is_interrupted = wait_for_end()
         self.shutdown()
         self._thread.join()
-        return ended_by == signal.SIGINT
+        return is_interrupted

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -85,6 +86,20 @@ def listening(host: str, port: int) -> Iterator[None]:
         yield
     except OSError as error:
         raise Failure(f"cannot listen on {host} port {port}: {error.strerror or type(error).__name__}") from None
+
+
+_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+
+
+def block_ends() -> None:
+    """From here on SIGTERM and SIGINT only end :func:`wait_for_end`, however often they come: in this thread, and in
+    those that it starts later."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def wait_for_end() -> bool:
+    """Wait for one of them; whether it was SIGINT."""
+    return signal.sigwait(_SIGNALS) == signal.SIGINT
 
 
 class InOrder(click.Command):
