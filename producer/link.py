@@ -22,6 +22,7 @@ from producer.protocol import (
     Conversation,
     NoConnectionFree,
     NotOurs,
+    QueueUnavailable,
     Slow,
     Wire,
     availability,
@@ -30,7 +31,7 @@ from producer.protocol import (
     weight,
 )
 from producer.redis_url import is_refused
-from producer.waiting import LOOK_S, Waiters
+from producer.waiting import LOOK_S, Waiters, unheard
 
 T = TypeVar("T")
 
@@ -261,7 +262,11 @@ class Lines:
         with self._start:
             if self._ready is None:
                 self._ready = threading.Event()
-                threading.Thread(target=self._listen, name="cancel-outcomes", daemon=True).start()
+                try:
+                    threading.Thread(target=self._listen, name="cancel-outcomes", daemon=True).start()
+                except RuntimeError as error:
+                    self._ready = None
+                    raise QueueUnavailable(f"nobody can listen for outcomes: {error}") from None
             ready = self._ready
         ready.wait(self._wire.timeout_s)
 
@@ -274,6 +279,11 @@ class Lines:
                     if self.closed or self.waiters.are_few():
                         self._ready = None
                         return
+        except BaseException as error:
+            with self._start:  # the next one who waits starts another
+                self._ready = None
+            self.waiters.fail(unheard(error))
+            raise
         finally:
             link.close()
 

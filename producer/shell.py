@@ -16,6 +16,7 @@ from typing import TypeVar
 import click
 
 from producer.message import DEFAULT_ACCOUNT, OnTrigger
+from producer.streams import silence
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -119,14 +120,29 @@ def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> floa
 
 
 def print_lines(*lines: str) -> None:
-    """Lines on stdout, at once: whoever reads them through a pipe acts on them."""
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    sys.stdout.flush()
+    """Lines on stdout, at once: whoever reads them through a pipe acts on them.
+
+    Where nobody can get them, as the disk is full, the exit code still tells what it would have told.
+
+    Raises:
+        BrokenPipeError: the reader has left.
+    """
+    try:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence(1)
+        say(f"Error: stdout takes nothing: {error.strerror}")
 
 
 def say(line: object) -> None:
-    """A line on stderr."""
-    click.echo(line, err=True)
+    """A line on stderr, if that takes it."""
+    try:
+        click.echo(line, err=True)
+    except OSError:
+        silence(2)
 
 
 def dumped(value: Mapping[str, object]) -> str:
