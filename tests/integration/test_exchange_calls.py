@@ -319,32 +319,6 @@ def test_time_needed_to_connect_does_not_spoil_the_sample(loop_bench: Bench) -> 
     assert abs(clock.offset_ms) < slow_s * 1000 / 4
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{}",
-        b"[]",
-        b"null",
-        b'{"serverTime":"1760000000000"}',
-        b'{"serverTime":true}',
-        b'{"serverTime":1760000000}',
-        b'{"serverTime":1760000000000000}',
-        b'{"serverTime":1760000000000',
-        b"[" * 60_000,
-        b"\xff\xfe",
-    ],
-)
-def test_sync_time_believes_no_nonsense(bench: Bench, body: bytes) -> None:
-    """An answer without a time in milliseconds teaches nothing, and nothing is raised."""
-    clock = ServerClock()
-    server, client = bench.to(answering(http_answer(body)), clock=clock)
-    assert not client.run(client.exchange.sync_time())
-    assert not clock.measured
-    assert len(server.heads) == 1
-    assert client.exchange.take_refusal() is None
-
-
 def test_sync_time_without_the_exchange(bench: Bench) -> None:
     """Without a connection the clock stays as it was."""
     clock = ServerClock()
@@ -419,21 +393,28 @@ def test_weight_limit(bench: Bench, symbols: int) -> None:
     assert server.heads[0].startswith(b"GET /fapi/v1/exchangeInfo HTTP/1.1\r\n")
 
 
+def limits(*rows: object) -> bytes:
+    """An answer with these limits."""
+    return json.dumps({"rateLimits": rows}).encode()
+
+
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
-        b"{}",
-        b'{"rateLimits":',
-        b'{"rateLimits": 5}',
-        b'{"rateLimits":[1]}',
-        b'{"rateLimits":[{"rateLimitType":"REQUEST_WEIGHT"}]}',
-        b'{"rateLimits":' + b"[" * 60_000,
-        json.dumps({"rateLimits": LIMITS[:2]}).encode(),
-        *[json.dumps({"rateLimits": [{**LIMITS[2], "limit": limit}]}).encode() for limit in (0, -1, "6000", True)],
+        *(b"", b"{}", b"[]", b"null", b"[" * 60_000, b"\xff\xfe"),
+        *(b'{"serverTime":%b}' % told for told in (b'"1760000000000"', b"true", b"1760000000", b"1760000000000000")),
+        b'{"serverTime":1760000000000',
+        *(b'{"rateLimits":%b' % told for told in (b"", b"5}", b"[1]}", b"[" * 60_000)),
+        *(limits({"rateLimitType": "REQUEST_WEIGHT"}), limits(*LIMITS[:2])),
+        *(limits({**LIMITS[2], "limit": limit}) for limit in (0, -1, "6000", True)),
     ],
 )
-def test_weight_limit_is_unknown_rather_than_wrong(bench: Bench, body: bytes) -> None:
-    """Where the answer does not say it, there is no limit to go by, and nothing is raised."""
-    _, client = bench.to(answering(http_answer(body)))
+def test_time_and_weight_limit_are_unknown_rather_than_wrong(bench: Bench, body: bytes) -> None:
+    """An answer that does not say them teaches nothing, and nothing is raised."""
+    clock = ServerClock()
+    server, client = bench.to(answering(http_answer(body)), clock=clock)
+    assert not client.run(client.exchange.sync_time())
+    assert not clock.measured
     assert client.run(client.exchange.weight_limit()) is None
+    assert len(server.heads) == 2
+    assert client.exchange.take_refusal() is None
