@@ -125,23 +125,37 @@ def named(phase: str, error: BaseException) -> str:
 
 
 def decoded(headers: Mapping[str, str], body: bytes, whole: bool, limit: int) -> tuple[bytes, bool]:
-    """The body without its content coding, and whether that is all of it.
+    """The body without its content codings, and whether that is all of it.
 
     Proxies compress though ``identity`` was asked for. What cannot be decoded, or not within ``limit`` bytes, is
-    not whole.
+    not whole; in the place of a body of an unknown coding stand words that say so.
     """
-    coding = headers.get("content-encoding", "").strip().lower()
-    if coding in ("", "identity") or not body:
-        return body, whole
-    for header in _CODINGS.get(coding, ()):
+    codings = [coding.strip().lower() for coding in headers.get("content-encoding", "").split(",")]
+    for coding in reversed(codings):
+        if coding in ("", "identity") or not body:
+            continue
+        if coding not in _CODINGS:
+            return f"its body is coded as {coding}, which cannot be read: a proxy on the way does that".encode(), whole
+        tried = [_inflated(header, body, limit) for header in _CODINGS[coding]]
+        body, is_all = next((found for found in tried if found is not None), (b"", False))
+        whole = whole and is_all
+    return body, whole
+
+
+def _inflated(header: int, body: bytes, limit: int) -> tuple[bytes, bool] | None:
+    """What there is of a body, of one or several members (RFC 1952, 2.2), and whether that is all; None: it is not of
+    this kind."""
+    text, rest = b"", body
+    while rest and len(text) <= limit:
         decoder = zlib.decompressobj(header)
         try:
-            text = decoder.decompress(body, limit + 1)
+            text += decoder.decompress(rest, limit + 1 - len(text))
         except zlib.error:
-            continue
-        is_all = decoder.eof and not decoder.unused_data and len(text) <= limit
-        return text[:limit], whole and is_all
-    return b"", False
+            return (text, False) if text else None
+        if not decoder.eof:
+            return text[:limit], False
+        rest = decoder.unused_data
+    return text[:limit], len(text) <= limit
 
 
 # ---- the way --------------------------------------------------------------------------------------------------------
