@@ -25,30 +25,27 @@ from producer.message import (
     decode_pin,
 )
 from producer.untrusted import MessageError
-from worker import log
-from worker.child import Child, ChildCase, after_child, child_step
-from worker.child import bound as child_bound
+from worker import decide, log
+from worker.child import Child
 from worker.classify import GATED, STATUS_MEANS, Means, OrderRef, Ref, Reply, Verdict, child_of, classify
 from worker.clock import RedisClock, ServerClock, local_ns, minus
 from worker.decide import (
+    PASSED,
     Again,
     Case,
     Policy,
     Span,
     Stop,
     accepted_until_ms,
-    bound,
     bounded,
-    first_step,
     looks_up_a_silence,
     next_number,
-    next_step,
     silent_until_ms,
 )
 from worker.exchange import Answer, Exchange, Sent
 from worker.job import CancelJob, Hold, history_of, refusal
 from worker.key_breaker import KeyBreaker
-from worker.listing import after_listing, has_untold, listing_step, unlisted
+from worker.listing import has_untold
 from worker.rate_gate import Gate, LookUps, ms_to_next_minute
 from worker.recovery import Recovery
 from worker.settings import Settings
@@ -186,18 +183,20 @@ class Canceller:
     def _ahead(self) -> Span | None:
         return minus(self._redis_clock, self._server_clock)
 
-    def _case(self, job: CancelJob, means: Means | None = None) -> Case:
-        """The request as a decision sees it; the clocks are compared where something that the exchange dates counts."""
-        lease, by_client_id = job.lease, job.algo_id is None
-        ahead = self._ahead() if by_client_id or means in GATED else None
-        is_old = lease.run > 1 or self._sends_late
-        strikes_ms = self._strikes_until_ms(job)
-        bounds = (lease.meant_at_ms, lease.deadline_at_ms)
-        return Case(by_client_id, *bounds, ahead, is_old, strikes_ms, lease.cancels_child, job.told_to)
-
-    def _child_case(self, job: CancelJob) -> ChildCase:
-        lease = job.lease
-        return ChildCase(lease.cancels_child, lease.deadline_at_ms, lease.run > 1, self._ahead(), job.told_to)
+    def _case(self, job: CancelJob) -> Case:
+        """The request as a decision sees it."""
+        return Case(
+            by_client_id=job.algo_id is None,
+            meant_at_ms=job.meant_at_ms,
+            deadline_at_ms=job.lease.deadline_at_ms,
+            policy=self._policy,
+            ahead=self._ahead(),
+            retried=job.lease.run > 1,
+            sends_late=self._sends_late,
+            strikes_until_ms=self._strikes_until_ms(job),
+            cancels_child=job.lease.cancels_child,
+            told_to=job.told_to,
+        )
 
     def _strikes_until_ms(self, job: CancelJob) -> int:
         """See :class:`worker.decide.Case`: a cancel by client id is the first call of all, if it was made."""
@@ -210,11 +209,7 @@ class Canceller:
         return accepted_until_ms(first, self._policy)
 
     def _first_step(self, job: CancelJob) -> Stop | Again:
-        if job.child is not None:
-            return child_step(self._child_case(job), job.child, job.history, self._policy, self._latest_ms())
-        if (listing := job.listing(None)) is not None:
-            return listing_step(listing, job.history, self._policy, self._latest_ms())
-        return first_step(self._case(job), job.history, self._policy, self._latest_ms())
+        return job.rules.first_step(self._case(job), job.history, self._latest_ms())
 
     async def _pursue(self, job: CancelJob) -> Row:
         step = self._first_step(job)
@@ -257,12 +252,7 @@ class Canceller:
         is_stuck = is_held_back or self.is_suspended or self._gate.closed(self._now_ms())
         if self._latest_ms() < job.lease.deadline_at_ms or not is_stuck:
             return None
-        why = "the deadline passed"
-        if job.child is not None:
-            return child_bound(job.child, job.history, self._policy, why)
-        if job.listing(None) is not None:
-            return unlisted(job.history, why)
-        return bound(self._case(job), job.history, self._policy, self._latest_ms(), why)
+        return job.rules.bound(self._case(job), job.history, self._latest_ms(), PASSED)
 
     def _done(self, job: CancelJob, stop: Stop) -> Done:
         requests = job.requests(stop)
@@ -411,32 +401,20 @@ class Canceller:
         return late if isinstance(late, Stop) else self._decided(job, step.call, verdict)
 
     def _decided(self, job: CancelJob, call: Call, verdict: Verdict) -> Stop | Again:
-        if (listing := job.listing(self._ahead())) is not None:
-            latest_ms = self._latest_ms()
-            decision = after_listing(listing, job.history, verdict, self._policy, latest_ms, random.random())
-        else:
-            decision = (self._decided_of_child if call.of_child else self._decided_of_order)(job, verdict)
-        job.history[:] = bounded(job.history)
-        return decision
-
-    def _decided_of_child(self, job: CancelJob, verdict: Verdict) -> Stop | Again:
-        if job.child is None:
-            raise RuntimeError("a call about a child that nobody knows")
-        job.child.is_asked = True
-        job.child.learn(verdict)
-        now_ms, case = self._latest_ms(), self._child_case(job)
-        return after_child(case, job.child, job.history, verdict, self._policy, now_ms, random.random())
-
-    def _decided_of_order(self, job: CancelJob, verdict: Verdict) -> Stop | Again:
-        case = self._case(job, verdict.means)
-        decision = next_step(case, job.history, verdict, self._policy, self._latest_ms(), random.random())
+        rules = job.rules
+        if job.child is not None and call.of_child:
+            job.child.learn(verdict)
+        elif job.child is not None:  # the order's own answer, which came late
+            rules = decide
+        decision = rules.next_step(self._case(job), job.history, verdict, self._latest_ms(), random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
             job.learn(verdict)  # an order that is left alone is not the one that was meant
         ref = child_of(verdict.order)
         if isinstance(decision, Stop) and decision.kind is OutcomeKind.TRIGGERED and ref is not None:
             job.child = job.child or Child(ref, decision)
             job.child.parent = decision
-            return self._first_step(job)
+            decision = self._first_step(job)
+        job.history[:] = bounded(job.history)
         return decision
 
     # -- answers that nobody waits for any more --
@@ -481,8 +459,7 @@ class Canceller:
         The clocks may have been doubted since the question was asked. Where they cannot be measured now, it is asked
         again later.
         """
-        listing = job.listing(self._ahead())
-        if listing is not None and has_untold(listing, verdict) and self._may_send(job):
+        if verdict.means is Means.LISTED and has_untold(self._case(job), verdict) and self._may_send(job):
             # What was measured before has widened since; an order that is left alone may be one that was meant.
             await job.hold.renew()
             await self._exchange.sync_time(may_go=partial(self._may_send, job))

@@ -23,12 +23,11 @@ from producer.message import (
     may_be_live,
 )
 from producer.untrusted import MalformedMessage
-from worker import log
+from worker import decide, listing, log
 from worker.child import Child
 from worker.classify import Means, OrderRef, Ref, SymbolRef, Verdict
 from worker.clock import local_ns
-from worker.decide import Again, Span, Stop, as_known, bounded, next_number, read_history
-from worker.listing import ListingCase
+from worker.decide import Again, Rules, Stop, as_known, bounded, next_number, unread
 from worker.signing import Credential
 from worker.store import TOO_LARGE, Lease
 
@@ -72,13 +71,16 @@ class CancelJob:
         self.told_to = next_number(self.history) - 1
         self.client_algo_id = self.request.client_algo_id
 
-    def listing(self, ahead: Span | None) -> ListingCase | None:
-        """What there is to decide of a request for all open orders of a symbol; None: it is for one order. A retry
-        means the moment of the first run."""
-        if not isinstance(self.request, OpenRequest):
-            return None
-        moments_ms = [self.lease.meant_at_ms, self.request.before_ms]
-        return ListingCase(min(ms for ms in moments_ms if ms is not None), self.lease.deadline_at_ms, ahead)
+    @property
+    def rules(self) -> Rules:
+        """By what it is decided about."""
+        return self.child or (listing if isinstance(self.request, OpenRequest) else decide)
+
+    @property
+    def meant_at_ms(self) -> int:
+        """The moment whose orders are meant; a retry means that of the first run."""
+        asked_ms = self.request.before_ms if isinstance(self.request, OpenRequest) else None
+        return self.lease.meant_at_ms if asked_ms is None else min(asked_ms, self.lease.meant_at_ms)
 
     def ref(self, call: Call) -> Ref:
         if call is Call.LIST_OPEN:
@@ -122,10 +124,11 @@ class CancelJob:
         """The record of its end."""
         request, child = self.request, stop.child
         is_live: bool | None = may_be_live(stop.kind, stop.order_status, child.status if child else None)
-        orders, listing = None, self.listing(None)
+        listed: dict[str, Any] = {}
         if stop.orders is not None:
             orders = tuple(ListedOrder(each.algo_id or 0, job_id) for job_id, each in requests)
             is_live = True if orders or stop.left_alone else None
+            listed = {"orders": orders, "left_alone": stop.left_alone, "before_ms": self.meant_at_ms}
         return _outcome(
             self.lease,
             self.history,
@@ -142,12 +145,10 @@ class CancelJob:
             child_executed_qty=child.executed_qty if child else None,
             child_avg_price=child.avg_price if child else None,
             child_cancelled=stop.child_cancelled,
-            orders=orders,
-            left_alone=stop.left_alone,
-            before_ms=listing.before_ms if listing and orders is not None else None,
             finished_at_ms=finished_at_ms,
             worker=worker,
             error=stop.error,
+            **listed,
         )
 
     def recalled(self) -> Stop:
@@ -183,7 +184,7 @@ def history_of(lease: Lease, latest_ms: int) -> list[Attempt]:
     if lease.attempts != TOO_LARGE:
         return bounded(as_known(decode_attempts(lease.attempts)))
     log.warning("damaged", id=lease.id, field="c_attempts", reason="larger than any history: taken for a doubt")
-    return read_history(lease.attempts, latest_ms)
+    return unread(latest_ms)
 
 
 def _outcome(lease: Lease, history: Sequence[Attempt], **known: Any) -> Outcome:

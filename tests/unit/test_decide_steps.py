@@ -268,12 +268,12 @@ def test_the_horizon_is_counted_from_when_the_order_was_last_seen(seen: Means) -
         attempt(Means.NO_SUCH_ORDER, Call.QUERY, lost_ms + 8_000),
     ]
     verdict = classify(Call.QUERY, OrderRef(ALGO_ID), NOT_THERE)
-    assert next_step(CASE, history[:-1], verdict, POLICY, lost_ms + 500, 0.5) == Again(Call.QUERY, 400)
-    early = next_step(CASE, history, verdict, POLICY, lost_ms + 9_999, 0.999)
+    assert next_step(CASE, history[:-1], verdict, lost_ms + 500, 0.5) == Again(Call.QUERY, 400)
+    early = next_step(CASE, history, verdict, lost_ms + 9_999, 0.999)
     assert early == Again(Call.CANCEL, 1)
-    assert next_step(CASE, history, verdict, POLICY, lost_ms + 10_000, 0.999) == Again(Call.CANCEL)
+    assert next_step(CASE, history, verdict, lost_ms + 10_000, 0.999) == Again(Call.CANCEL)
     asked = [attempt(Means.NO_SUCH_ORDER, at_ms=lost_ms + 10_000), attempt(Means.NO_SUCH_ORDER, Call.QUERY, lost_ms)]
-    stop = next_step(CASE, [*history, *asked], verdict, POLICY, lost_ms + 10_050, 0.999)
+    stop = next_step(CASE, [*history, *asked], verdict, lost_ms + 10_050, 0.999)
     assert isinstance(stop, Stop)
     assert stop.kind == "not_found"
 
