@@ -28,12 +28,11 @@ from worker.engine import Engine
 from worker.exchange import Exchange
 from worker.patience import FLOOR_S
 from worker.rate_gate import Gate
-from worker.redis_link import open_link
 from worker.settings import Settings
 from worker.store import Store
 from worker.transport import Route
 from worker.transport_asyncio import AsyncioTransport
-from worker.wiring import lease_of, open_canceller, open_redis, open_store
+from worker.wiring import lease_of, open_engine, open_redis, open_store
 
 KEYS = {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET}
 #: How long an answer of an exchange is held back at the most, s: no test hangs for good.
@@ -134,19 +133,10 @@ class RunningEngine:
         )
         if self._measures:
             await exchange.sync_time()
-        claims, rest = open_link(self._connection), open_link(self._connection)
-        canceller, self.gate = open_canceller(settings, exchange, clock, self.store, rest, self._name)
-        self._change(Parts(self.store, canceller, self.gate, exchange))
-        self.engine = Engine(
-            settings.concurrency,
-            self.store,
-            (claims, rest),
-            canceller,
-            self.gate,
-            lease_s=lease_of(settings),
-            life_s=60,
-            sleep=self._sleep,
-        )
+        parts = (settings, exchange, clock, self.store, self._connection, self._name)
+        self.engine = open_engine(*parts, life_s=60, sleep=self._sleep)
+        self.gate = self.engine.canceller.gate
+        self._change(Parts(self.store, self.engine.canceller, self.gate, exchange))
         beating = asyncio.create_task(self._beat())
         self._stands.set()
         try:

@@ -1,6 +1,7 @@
-"""Threads for what cannot be waited for in an event loop: daemons, so that none of them holds the process at its end.
+"""Waiting in an event loop, and threads for what cannot be waited for there.
 
-An executor's threads would: a name look-up or a login that hangs is waited for when the interpreter ends.
+These are daemons, so that none of them holds the process at its end. An executor's threads would: a name look-up or a
+login that hangs is waited for when the interpreter ends.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-__all__ = ["WorkerLoop", "in_daemon_thread"]
+__all__ = ["WorkerLoop", "in_daemon_thread", "wait_for"]
 
 T = TypeVar("T")
+
+
+async def wait_for(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait for an event, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 async def in_daemon_thread(work: Callable[[], T], name: str) -> T:

@@ -7,7 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from producer.message import (
@@ -28,18 +28,9 @@ from worker.child import Child
 from worker.classify import Means, OrderRef, Ref, SymbolRef, Verdict
 from worker.clock import local_ns
 from worker.decide import Again, Rules, Stop, as_known, bounded, next_number, unread
+from worker.hold import Held
 from worker.signing import Credential
 from worker.store import TOO_LARGE, Lease
-
-
-class Hold(Protocol):
-    """What a job's holder knows while it works on the job."""
-
-    def is_valid(self) -> bool:
-        """Whether the job is still ours: else nothing more may be sent for it."""
-
-    async def renew(self) -> None:
-        """Trust no lease that was given so far, as this host may have stood still, and ask Redis whose the job is."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +42,7 @@ class CancelJob:
     """
 
     lease: Lease
-    hold: Hold
+    hold: Held
     request: CancelRequest
     credential: Credential
     history: list[Attempt]

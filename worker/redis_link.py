@@ -25,10 +25,7 @@ __all__ = [
     "Link",
     "Outage",
     "connect",
-    "connect_like",
     "is_about_rows",
-    "open_channel",
-    "open_link",
 ]
 
 T = TypeVar("T")
@@ -55,39 +52,49 @@ class Link(Protocol):
         """
 
 
-def connect(url: str, **options: Any) -> redis.Redis:
-    """A blocking client: few connections, and never a repeat of a command whose reply was lost."""
-    return _blocking(Address.parse(url), **options)
+def connect(place: str | redis.Redis, **options: Any) -> redis.Redis:
+    """A blocking client: few connections, and never a repeat of a command whose reply was lost.
 
-
-def connect_like(client: redis.Redis) -> redis.Redis:
-    """The same for the address and credentials of another client (the one that RQ's command line made)."""
-    return _blocking(Address.of(client))
-
-
-def _blocking(address: Address, **options: Any) -> redis.Redis:
+    ``place`` is a URL, or another client (the one that RQ's command line made), whose address and credentials it has.
+    """
+    address = Address.parse(place) if isinstance(place, str) else Address.of(place)
     return address.client(ANSWER_WITHIN_S, max_connections=MAX_CONNECTIONS, protocol=2, **options)
 
 
-def open_link(like: redis.Redis) -> AsyncLink:
-    """A link of an event loop to where ``like`` connects to; it connects at its first request."""
-    return AsyncLink(_connection(like))
+class _Line:
+    """A connection of an event loop to where ``like`` connects to; it connects when it is first needed."""
+
+    def __init__(self, like: redis.Redis) -> None:
+        self._connection: Any = Address.of(like).async_connection(ANSWER_WITHIN_S, protocol=2, socket_timeout=None)
+
+    @contextlib.asynccontextmanager
+    async def _bound(self, within_s: float = ANSWER_WITHIN_S) -> AsyncIterator[_Patience]:
+        """Wait no longer than this; whatever goes wrong, the connection is closed."""
+        patience = _Patience(within_s)
+        try:
+            yield patience
+        except BaseException as error:
+            patience.end()
+            await self._connection.disconnect(nowait=True)
+            if patience.has_ended(error):
+                raise redis.TimeoutError("no answer in time") from None
+            if isinstance(error, OSError):
+                raise redis.ConnectionError(type(error).__name__) from error
+            raise
+        finally:
+            patience.end()
+
+    async def close(self) -> None:
+        """Part with the server."""
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self._connection.disconnect(nowait=True)
 
 
-def open_channel(like: redis.Redis, name: str) -> Channel:
-    """What is published there under a name."""
-    return Channel(_connection(like), name)
-
-
-def _connection(like: redis.Redis) -> Any:
-    return Address.of(like).async_connection(ANSWER_WITHIN_S, protocol=2, socket_timeout=None)
-
-
-class AsyncLink:
+class AsyncLink(_Line):
     """The link of an event loop."""
 
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
+    def __init__(self, like: redis.Redis) -> None:
+        super().__init__(like)
         self._turn = asyncio.Lock()
         #: How often it was connected.
         self.opened = 0
@@ -106,8 +113,7 @@ class AsyncLink:
                 raise
 
     async def _round_trips(self, make: Callable[[], Request[T]]) -> tuple[Request[T], list[Any], Stamps]:
-        patience = _Patience()
-        try:
+        async with self._bound() as patience:
             if not self._connection.is_connected:
                 await self._connection.connect()
                 self.opened += 1
@@ -117,17 +123,7 @@ class AsyncLink:
             if isinstance(answers[-1], redis.exceptions.NoScriptError):
                 again, stamps = await self._round_trip(request.anew())
                 answers[-1] = again[-1]
-        except BaseException as error:
-            patience.end()
-            await self._connection.disconnect(nowait=True)
-            if patience.has_ended(error):
-                raise redis.TimeoutError("no answer in time") from None
-            if isinstance(error, OSError):
-                raise redis.ConnectionError(type(error).__name__) from error
-            raise
-        finally:
-            patience.end()
-        return request, answers, stamps
+            return request, answers, stamps
 
     async def _round_trip(self, commands: Sequence[Words]) -> tuple[list[Any], Stamps]:
         connection, answers = self._connection, []
@@ -146,17 +142,12 @@ class AsyncLink:
             async with self._turn:
                 await self._connection.disconnect(nowait=True)
 
-    async def close(self) -> None:
-        """Part with the server."""
-        with contextlib.suppress(redis.RedisError, OSError):
-            await self._connection.disconnect(nowait=True)
 
-
-class Channel:
+class Channel(_Line):
     """What is published under a name, heard on a connection of its own that is probed while nobody speaks."""
 
-    def __init__(self, connection: Any, name: str) -> None:
-        self._connection = connection
+    def __init__(self, like: redis.Redis, name: str) -> None:
+        super().__init__(like)
         self._name = name
 
     async def open(self) -> None:
@@ -178,37 +169,12 @@ class Channel:
             redis.RedisError: it broke. What is published until it is opened again is not heard.
         """
         await self.open()
-        answer = await self._read(PROBE_EVERY_S)
-        if answer is None:
-            async with self._bound():
+        async with self._bound(PROBE_EVERY_S + ANSWER_WITHIN_S):
+            answer = await self._connection.read_response(timeout=PROBE_EVERY_S)
+            if answer is None:
                 await self._connection.send_command("PING")
                 answer = await self._connection.read_response()
         return answer[2] if answer[0] == b"message" else None
-
-    async def _read(self, within_s: float) -> Any:
-        try:
-            return await self._connection.read_response(timeout=within_s)
-        except BaseException:
-            await self.close()
-            raise
-
-    @contextlib.asynccontextmanager
-    async def _bound(self) -> AsyncIterator[None]:
-        """No longer than an answer may take; whatever goes wrong, the connection is closed."""
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                yield
-        except TimeoutError:
-            await self.close()
-            raise redis.TimeoutError("no answer in time") from None
-        except BaseException:
-            await self.close()
-            raise
-
-    async def close(self) -> None:
-        """Part with the server."""
-        with contextlib.suppress(redis.RedisError, OSError):
-            await self._connection.disconnect(nowait=True)
 
 
 class _Patience:
@@ -219,12 +185,17 @@ class _Patience:
     no sooner than all that was written has left, or TLS has taken its leave.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, within_s: float) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._loop, self._task, self._cancelling = asyncio.get_running_loop(), task, task.cancelling()
-        self._passes, self._is_over = 3, False
-        self._alarm: asyncio.Handle = self._loop.call_later(ANSWER_WITHIN_S, self._look)
+        self._within_s, self._is_over = within_s, False
+        self._alarm: asyncio.Handle
+        self._set()
+
+    def _set(self) -> None:
+        self._passes = 3
+        self._alarm = self._loop.call_later(self._within_s, self._look)
 
     def _look(self) -> None:
         if self._passes:
@@ -237,8 +208,7 @@ class _Patience:
     def begin_anew(self) -> None:
         """What was waited for has come, and something else is."""
         self.end()
-        self._passes = 3
-        self._alarm = self._loop.call_later(ANSWER_WITHIN_S, self._look)
+        self._set()
 
     def has_ended(self, error: BaseException) -> bool:
         """Whether this ended the wait, and nobody else the task: to be asked once, with what the wait raised."""

@@ -25,7 +25,7 @@ from tests.integration.conftest import Logged
 from tests.orders import at_first_try, cancel_all, opened, outcomes, steps
 from tests.servers import Peek, Valkey, eventually
 from worker.clock import RedisClock, SleepWatch, local_ns
-from worker.job import Hold
+from worker.hold import Held
 from worker.sandbox.control import RunningExchange
 from worker.store import Beat, Claimed, Completed, Lease, Request, Retry, Row
 
@@ -127,7 +127,7 @@ def stumbling(at: int, row_of: Callable[[Lease], Row]) -> Callable[[Parts], None
     def change(parts: Parts) -> None:
         carry = parts.canceller.carry
 
-        async def carried(lease: Lease, hold: Hold) -> Row:
+        async def carried(lease: Lease, hold: Held) -> Row:
             row = await carry(lease, hold)
             return row_of(lease) if f'"algo_id":{at}'.encode() in lease.data else row
 
@@ -318,7 +318,7 @@ class Host:
         self.answers_s = 0.0
         self.asked: list[Asked] = []
         self.story: list[str] = []  # sleeps, questions to Redis about leases that were taken, and calls
-        self.holds: list[Hold] = []
+        self.holds: list[Held] = []
         self._doubted: set[int | None] = set()
         self._interrupts = ""
         self._clock: RedisClock
@@ -351,7 +351,7 @@ class Host:
 
         self._clock = parts.store.clock
 
-        async def carried(lease: Lease, hold: Hold) -> Row:
+        async def carried(lease: Lease, hold: Held) -> Row:
             self.holds.append(hold)
             return await carry(lease, hold)
 

@@ -18,7 +18,7 @@ from producer import CancelClient, CancelRequest
 from tests.fault.proxy import Proxy
 from tests.loopback import certificate
 from tests.servers import Peek, Valkey, eventually, running_valkey, stopped
-from worker.redis_link import AsyncLink, connect, open_link
+from worker.redis_link import AsyncLink, connect
 from worker.store import ANSWER_WITHIN_S, Claimed, Lease, Release, Request, Store
 
 MIB = 1 << 20
@@ -29,7 +29,7 @@ class Rig:
 
     def __init__(self, url: str, **options: Any) -> None:
         self._redis = connect(url, **options)
-        self.link: AsyncLink = open_link(self._redis)
+        self.link = AsyncLink(self._redis)
         self.store = Store(
             "cancels",
             "w",
