@@ -209,13 +209,16 @@ def well(asked: Asked) -> Said:
 class Answerer:
     """An exchange that answers each request as ``behave`` says, in a thread for each connection.
 
-    With ``tls`` the first ``opened`` connections are opened at once, all others when ``may_open`` is set.
+    What ``holds`` is said of is answered when ``may_answer`` is set. With ``tls`` the first ``opened`` connections are
+    opened at once, all others when ``may_open`` is set.
     """
 
     behave: Callable[[Asked], Said] = well
+    holds: Callable[[Asked], object] = lambda _: False
     tls: ssl.SSLContext | None = None
     opened: int = 0
     asked: list[Asked] = field(default_factory=list)
+    may_answer: threading.Event = field(default_factory=threading.Event)
     may_open: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Self:
@@ -225,6 +228,7 @@ class Answerer:
 
     def __exit__(self, *_: object) -> None:
         self.may_open.set()
+        self.may_answer.set()
         self._server.close()
 
     @property
@@ -257,4 +261,16 @@ class Answerer:
             algo_id = re.search(r"algoId=(\d+)", query)
             asked = Asked(method, path, int(algo_id[1]) if algo_id else None)
             self.asked.append(asked)
+            if self.holds(asked):
+                self.may_answer.wait(HELD_S)
             peer.send(self.behave(asked).wire())
+
+
+def every(asked: Asked) -> bool:
+    """All that is asked about orders is held back."""
+    return asked.algo_id is not None
+
+
+def clock(asked: Asked) -> bool:
+    """What asks for the time is held back."""
+    return asked.path.endswith("/time")

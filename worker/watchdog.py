@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -52,17 +51,16 @@ def _frames(frame: FrameType | None) -> str:
 
 
 class Watchdog:
-    """Calls ``on_stuck`` once, in its own thread, after ``looks`` looks in a row, ``look_s`` apart, without a tick.
+    """Ends the process after ``looks`` looks in a row, ``look_s`` apart, without a tick.
 
     The loop has to call :meth:`tick` at least once in ``look_s``. Only time in which this thread ran counts: when it
     was held up itself (a stopped process, a sleeping host, no processor to be had), the loop was too, and the count
     begins anew.
     """
 
-    def __init__(self, look_s: float, looks: int, on_stuck: Callable[[], None] = end_process) -> None:
+    def __init__(self, look_s: float, looks: int) -> None:
         self._look_s = look_s
         self._looks = looks
-        self._on_stuck = on_stuck
         self._ticks = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -88,6 +86,5 @@ class Watchdog:
             ticks = self._ticks
             missed = 0 if ticks != seen or was_held_up else missed + 1
             if missed >= self._looks:
-                self._on_stuck()
-                return
+                end_process()
             seen, began_s = ticks, now_s

@@ -3,9 +3,6 @@ say nothing at their start, they are stopped for longer than their leases."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
 import signal
 import sys
 import threading
@@ -16,12 +13,13 @@ from contextlib import ExitStack
 import pytest
 
 from producer import CancelClient, OutcomeKind
-from tests.engines import CLOCK_ERROR, HELD_S, Answerer, Asked, Said, enqueued, well
+from tests.engines import CLOCK_ERROR, Answerer, Asked, clock, enqueued, every, well
 from tests.fault.conftest import name_of, state
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.loopback import Peer, Server
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
+from tests.processes import Pipe
 from tests.servers import WORKER, Peek, Valkey, Worker, Workers, eventually, running_valkey
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
@@ -33,25 +31,12 @@ SOON_S = 3.0
 # ---- nobody reads ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unread() -> Iterator[tuple[int, int]]:
-    """A pipe's two ends: its buffer is as small as it can be, and full."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while os.write(writer, b"x" * select.PIPE_BUF):
-            pass
-    os.set_blocking(writer, True)
-    yield reader, writer
-    for end in (reader, writer):
-        os.close(end)
-
-
 def test_a_worker_that_nobody_reads_goes_on(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek, unread: tuple[int, int]
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek, pipe: Pipe
 ) -> None:
     """A worker whose stdout is a full pipe serves its queue, keeps its leases from a peer, and leaves with 0."""
-    mute = workers.start(LOG_LEVEL="DEBUG", LEASE_S="1", wait=False, stdout=unread[1])
+    pipe.fill()
+    mute = workers.start(LOG_LEVEL="DEBUG", LEASE_S="1", wait=False, stdout=pipe.writer)
     eventually(lambda: peek("SCARD", "rq:workers") == 1, 20, "it works")
     assert {outcome.kind for outcome in outcomes(client, cancel_all(client, opened(exchange, 500)))} == {
         OutcomeKind.CANCELLED
@@ -189,16 +174,14 @@ def leaves_within(worker: Worker, grace_s: float) -> None:
 
 def test_a_stop_while_the_clock_is_measured(new_fleet: NewFleet, client: CancelClient, stack: ExitStack) -> None:
     """A worker whose orders wait for the exchange's clock leaves within its grace."""
-    has_started, measuring, answers = threading.Event(), threading.Event(), threading.Event()
+    has_started, measuring = threading.Event(), threading.Event()
 
-    def behave(asked: Asked) -> Said:
-        if has_started.is_set() and asked.path.endswith("/time"):
+    def holds(asked: Asked) -> bool:
+        if has_started.is_set() and clock(asked):
             measuring.set()
-            answers.wait(HELD_S)
-        return CLOCK_ERROR if asked.algo_id is not None else well(asked)
+        return measuring.is_set() and clock(asked)
 
-    server = stack.enter_context(Answerer(behave))
-    stack.callback(answers.set)
+    server = stack.enter_context(Answerer(lambda asked: CLOCK_ERROR if every(asked) else well(asked), holds))
     worker = new_fleet(BINANCE_BASE_URL=server.url, SHUTDOWN_GRACE_S="4").start()
     has_started.set()
     enqueued(client, 4)
@@ -209,24 +192,16 @@ def test_a_stop_while_the_clock_is_measured(new_fleet: NewFleet, client: CancelC
 
 def test_a_stop_while_redis_stands_still(new_fleet: NewFleet, stack: ExitStack) -> None:
     """A worker whose Redis stands still leaves within its grace, though it cannot record what was answered."""
-    answers = threading.Event()
-
-    def behave(asked: Asked) -> Said:
-        if asked.algo_id is not None:
-            answers.wait(HELD_S)
-        return well(asked)
-
     valkey = stack.enter_context(running_valkey("--appendonly", "no"))
     client = stack.enter_context(CancelClient.from_url(valkey.url))
-    server = stack.enter_context(Answerer(behave))
-    stack.callback(answers.set)
+    server = stack.enter_context(Answerer(holds=every))
     worker = new_fleet(REDIS_URL=valkey.url, BINANCE_BASE_URL=server.url, SHUTDOWN_GRACE_S="4").start()
     enqueued(client, 4)
     eventually(lambda: server.count()["DELETE"] == 4, what="all are sent")
     assert valkey.process is not None
     valkey.process.send_signal(signal.SIGSTOP)
     stack.callback(valkey.process.send_signal, signal.SIGCONT)
-    answers.set()
+    server.may_answer.set()
 
     leaves_within(worker, 4)
 
