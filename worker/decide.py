@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import NamedTuple, Protocol
 
 from producer.message import Attempt, Call, OutcomeKind
-from producer.untrusted import MAX_MSG_CHARS, clean_text
+from producer.untrusted import clean_text
 from worker.classify import GATED, REFUSED, SILENCE, STATUS_MEANS, ChildView, Means, OrderView, Verdict, child_of
 
 #: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody
@@ -533,8 +533,17 @@ def unread(now_ms: int) -> list[Attempt]:
 
 
 def as_known(history: Sequence[Attempt]) -> list[Attempt]:
-    """A history out of Redis; a verdict that this version does not know (a newer worker's) is read as unclear."""
-    return [a if a.verdict in _KNOWN else replace(a, verdict=Means.UNCLEAR.value) for a in history]
+    """A history out of Redis as this version knows it: a verdict of a newer worker's is read as unclear, and no text is
+    longer than a record's."""
+    return [
+        replace(
+            attempt,
+            call=attempt.call if isinstance(attempt.call, Call) else clean_text(attempt.call, _MAX_NAME_CHARS),
+            msg=clean_text(attempt.msg),
+            verdict=attempt.verdict if attempt.verdict in _KNOWN else Means.UNCLEAR.value,
+        )
+        for attempt in history
+    ]
 
 
 _KNOWN = frozenset(means.value for means in Means)
@@ -546,12 +555,12 @@ def next_number(history: Sequence[Attempt]) -> int:
 
 
 def bounded(history: Sequence[Attempt]) -> list[Attempt]:
-    """The history as it is kept: at most :data:`MAX_HISTORY` attempts, and no text longer than a record's.
+    """The history as it is kept: at most :data:`MAX_HISTORY` attempts.
 
     Every decision is the same by it as by the whole, now and after further attempts. The first, the newest and the
     unclear attempts stay (of too many unclear ones the oldest go); what is left out leaves a gap in the numbers.
     """
-    whole = [_fitted(attempt) for attempt in history]
+    whole = list(history)
     if len(whole) <= MAX_HISTORY:
         return whole
     kept = _needed(whole)
@@ -587,12 +596,3 @@ def _needed(history: Sequence[Attempt]) -> set[int]:
         max(opened, key=lambda at: history[at].at_ms, default=None),  # what takes it
     )
     return {at for at in found if at is not None} | set(places[-_TAIL:])
-
-
-def _fitted(attempt: Attempt) -> Attempt:
-    if len(attempt.msg) <= MAX_MSG_CHARS and max(len(attempt.verdict), len(attempt.call)) <= _MAX_NAME_CHARS:
-        return attempt
-    call = attempt.call if isinstance(attempt.call, Call) else clean_text(attempt.call, _MAX_NAME_CHARS)
-    return replace(
-        attempt, call=call, msg=clean_text(attempt.msg), verdict=clean_text(attempt.verdict, _MAX_NAME_CHARS)
-    )

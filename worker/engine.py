@@ -10,8 +10,6 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -25,7 +23,7 @@ from worker.hold import Held, Trust
 from worker.redis_link import AsyncLink, Outage, is_about_rows
 from worker.store import Claimed, Done, Release, Retry, Row, Store, is_alone
 
-__all__ = ["Engine", "tell_damaged", "tell_outcome", "where"]
+__all__ = ["Engine", "tell_damaged", "tell_outcome"]
 
 _NS_PER_S = 1_000_000_000
 #: While the gate is closed or RQ suspended, the queue is looked at this often, s, without waiting at it; a queue that
@@ -196,7 +194,7 @@ class Engine:
                         await link.drop_if_idle()
                 await self._pause(self._trouble(error))
             except Exception as defect:  # noqa: BLE001 - whatever it is, the loop lives
-                log.error("defect", where=where(defect), error=type(defect).__name__)
+                log.defect(defect)
                 await self._pause(_LOOK_S)
 
     async def _pause(self, seconds: float) -> None:
@@ -276,16 +274,8 @@ class Engine:
             self._brought_back_ns = now_ns
         self._claims_out += 1
         try:
-            claimed = await link.ask(
-                partial(
-                    self._store.claim,
-                    max(slots, 1),
-                    wait=wait,
-                    bring_back=bring_back,
-                    take_lost=may_take_lost,
-                    look_closely=look_closely,
-                )
-            )
+            looks = {"bring_back": bring_back, "take_lost": may_take_lost, "look_closely": look_closely}
+            claimed = await link.ask(lambda: self._store.claim(max(slots, 1), wait=wait, **looks))
             self._worked()
             self._take(claimed, now_ns)
         finally:
@@ -339,9 +329,8 @@ class Engine:
         try:
             self._end(held, await self.canceller.carry(held.lease, held))
         except Exception as defect:  # noqa: BLE001 - whatever it is, the loop lives
-            # A defect is no answer: the lease brings the job back, and the attempt counts as unclear. What it says may
-            # hold what must not be logged; where it stands may not.
-            log.error("defect", id=held.lease.id, error=type(defect).__name__, where=where(defect))
+            # A defect is no answer: the lease brings the job back, and the attempt counts as unclear.
+            log.defect(defect, id=held.lease.id)
             self._held.pop(held.lease.token, None)
             self._let_go.set()
         self._running -= 1
@@ -390,7 +379,7 @@ class Engine:
             for row in group:
                 await self._write([row])
             return
-        said = str(error) if is_about_rows(error) else f"{type(error).__name__} in {where(error)}"
+        said = str(error) if is_about_rows(error) else f"{type(error).__name__} in {log.where(error)}"
         log.error("defect", id=group[0].lease.id, where="complete", error=said)
         self._written(group[0], None)
 
@@ -483,11 +472,3 @@ def tell_outcome(row: Done) -> None:
             "count#cancel.outcomes": 1,
         },
     )
-
-
-def where(error: BaseException) -> str:
-    """The place in the code that an error came from; what it says may hold what must not be logged."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame is not None else "?"

@@ -22,7 +22,7 @@ from producer.redis_url import passes, why
 from producer.untrusted import MalformedMessage, clean_text, loads
 from worker import log
 from worker.daemon import WorkerLoop, in_daemon_thread, wait_for
-from worker.engine import tell_damaged, where
+from worker.engine import tell_damaged
 from worker.redis_link import Channel, Outage, connect
 from worker.secrecy import keep_memory_private
 from worker.settings import Settings
@@ -30,9 +30,6 @@ from worker.store import ANSWER_WITHIN_S
 from worker.watchdog import Watchdog
 from worker.wiring import open_engine, open_exchange, open_redis, open_store
 
-EX_OK = 0
-EX_UNAVAILABLE = 69  # sysexits.h: Redis refused the login
-EX_SOFTWARE = 70  # sysexits.h: a defect
 EX_INTERRUPTED = 130
 
 #: How often Redis is asked for the gate and for suspension at the latest, s.
@@ -73,7 +70,7 @@ class CancelWorker(BaseWorker):
         super().__init__(names, name or _unique_name(self._settings), connection=own, **options)
         self.hostname, self.pid = socket.gethostname(), os.getpid()
         self._interrupts = 0
-        self.exit_code = EX_OK
+        self.exit_code = os.EX_OK
         self._stop = threading.Event()  # told from any thread, before there is a loop too
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watchdog = Watchdog(_STUCK_LOOK_S, _STUCK_LOOKS)
@@ -157,7 +154,7 @@ class CancelWorker(BaseWorker):
         said = clean_text(str(error), 200) if isinstance(error, redis.ResponseError) else None
         redis_url = self._settings.display_redis_url
         log.error("redis", state="refused", redis=redis_url, error=why(error), said=said)
-        self.exit_code = EX_UNAVAILABLE
+        self.exit_code = os.EX_UNAVAILABLE
 
     async def _hear_and_register(self) -> None:
         with contextlib.suppress(redis.exceptions.NoPermissionError):  # it is missed by RQ's commands alone
@@ -221,11 +218,11 @@ class CancelWorker(BaseWorker):
             await wait_for(self._woken, 0.05 if burst else 0.5)
             if self._engine.refused is not None:
                 log.error("redis", state="refused", error="the login was refused; restart with the new REDIS_URL")
-                self.exit_code = EX_UNAVAILABLE
+                self.exit_code = os.EX_UNAVAILABLE
                 return
             if engine.done():
                 log.error("defect", where="engine", error="it has ended; the leases bring its jobs back")
-                self.exit_code = EX_SOFTWARE
+                self.exit_code = os.EX_SOFTWARE
                 return
             if burst and self._engine.is_idle() and await self._is_drained():
                 return
@@ -259,7 +256,7 @@ class CancelWorker(BaseWorker):
             except redis.RedisError as error:
                 log.debug("upkeep", error=type(error).__name__)
             except Exception as error:  # noqa: BLE001 - without renewals every job in flight would be lost
-                log.error("defect", where=where(error), error=type(error).__name__)
+                log.defect(error)
             await asyncio.sleep(pause_s)
 
     async def _look(self) -> float:

@@ -15,8 +15,6 @@ from types import FrameType
 
 from worker import log
 
-EX_SOFTWARE = 70  # sysexits.h: a defect
-
 #: How long the end may be put off by what is still to be said, s.
 _WORDS_S = 1.0
 #: Innermost frames of each thread that are told.
@@ -30,11 +28,11 @@ def end_process() -> None:
         words.start()
         words.join(_WORDS_S)
     finally:
-        os._exit(EX_SOFTWARE)
+        os._exit(os.EX_SOFTWARE)
 
 
 def _last_words() -> None:
-    log.last_words("defect", where="loop", error="it stands still; the leases bring its jobs back", exit=EX_SOFTWARE)
+    log.last_words("defect", where="loop", error="it stands still; the leases bring its jobs back", exit=os.EX_SOFTWARE)
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():
         if ident != threading.get_ident():

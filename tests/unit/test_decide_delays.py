@@ -13,11 +13,9 @@ from tests.decisions import (
     CASE,
     CHALLENGE,
     COME_BACK,
-    ENGINE_CLOCK,
     FORBIDDEN,
     GATEWAY,
     GONE,
-    LATE_CLOCK,
     LIMITED,
     NEW,
     OK,
@@ -49,15 +47,6 @@ from worker.decide import (
 )
 
 # ---- delays ---------------------------------------------------------------------------------------------------------
-
-
-def test_clock_refusals_are_answered_at_once_three_times_in_a_row() -> None:
-    """A fresh clock and signature come at once; from the fourth refusal on it backs off."""
-    played = play([LATE_CLOCK, LATE_CLOCK, ENGINE_CLOCK, LATE_CLOCK, OK], roll=0.5)
-    assert played.kind == "cancelled"
-    assert played.delays == [0, 0, 0, 400]
-    assert played.resyncs == [True] * 4
-    assert [counted(played.history[:n]) for n in range(6)] == [0, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -153,46 +153,26 @@ def test_a_newer_workers_calls_about_another_order_start_no_horizon() -> None:
 # ---- doubt ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("history", "doubt"),
-    [
-        ([], False),
-        ([attempt(Means.BUSY), attempt(Means.NO_SUCH_ORDER)], False),
-        ([attempt(Means.UNCLEAR, Call.QUERY)], False),
-        ([attempt(Means.UNCLEAR)], True),
-        ([attempt(Means.UNCLEAR), attempt(Means.DENIED)], True),
-        ([attempt(Means.UNCLEAR), attempt(Means.NO_SUCH_ORDER, Call.QUERY, T0 + 60_000)], True),
-        ([attempt(Means.UNCLEAR), attempt(Means.TRIGGERING, Call.QUERY, T0 + 60_000)], True),
-        ([attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS - 1)], True),
-        ([attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS)], False),
-        ([attempt(Means.OPEN, Call.QUERY), attempt(Means.UNCLEAR, at_ms=T0 + 50)], True),
-        (
-            [
-                attempt(Means.UNCLEAR),
-                attempt(Means.OPEN, Call.QUERY, T0 + 100),
-                attempt(Means.OPEN, Call.QUERY, T0 + 60_000),
-            ],
-            False,
-        ),
-        ([attempt(Means.UNCLEAR, "cancel_child")], False),
-        ([attempt(Means.UNCLEAR), attempt(Means.OPEN, "query_child", T0 + 60_000)], True),
-    ],
-    ids=[
-        "nothing sent",
-        "clean refusals",
-        "an unclear query",
-        "an unclear cancel",
-        "a refusal clears nothing",
-        "no such order clears nothing",
-        "TRIGGERING clears nothing",
-        "NEW while the cancel can still strike",
-        "NEW after the cancel's window",
-        "NEW before the cancel",
-        "NEW twice, the second time after the window",
-        "an unclear call of a newer worker's about another order",
-        "NEW of another order",
-    ],
-)
+LATE = T0 + 60_000
+#: words, what was done, whether a cancel stays in doubt.
+DOUBTS: list[tuple[str, list[Attempt], bool]] = [
+    ("nothing sent", [], False),
+    ("clean refusals", [attempt(Means.BUSY), attempt(Means.NO_SUCH_ORDER)], False),
+    ("an unclear query", [attempt(Means.UNCLEAR, Call.QUERY)], False),
+    ("an unclear cancel", [attempt(Means.UNCLEAR)], True),
+    ("a refusal clears nothing", [attempt(Means.UNCLEAR), attempt(Means.DENIED)], True),
+    ("nor no such order", [attempt(Means.UNCLEAR), attempt(Means.NO_SUCH_ORDER, Call.QUERY, LATE)], True),
+    ("nor TRIGGERING", [attempt(Means.UNCLEAR), attempt(Means.TRIGGERING, Call.QUERY, LATE)], True),
+    ("NEW in its window", [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS - 1)], True),
+    ("NEW after its window", [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS)], False),
+    ("NEW before it", [attempt(Means.OPEN, Call.QUERY), attempt(Means.UNCLEAR, at_ms=T0 + 50)], True),
+    ("NEW twice", [attempt(Means.UNCLEAR), *(attempt(Means.OPEN, Call.QUERY, ms) for ms in (T0 + 100, LATE))], False),
+    ("of another order", [attempt(Means.UNCLEAR, "cancel_child")], False),
+    ("NEW of another order", [attempt(Means.UNCLEAR), attempt(Means.OPEN, "query_child", LATE)], True),
+]
+
+
+@pytest.mark.parametrize(("history", "doubt"), [row[1:] for row in DOUBTS], ids=[row[0] for row in DOUBTS])
 def test_only_a_query_after_the_window_settles_an_unclear_cancel(history: list[Attempt], doubt: bool) -> None:
     """A cancel that may have worked stays in doubt until the order is seen open when it can no longer strike."""
     assert bool(doubts(history, POLICY)) is doubt
@@ -205,30 +185,7 @@ def test_a_settled_cancel_leaves_the_next_refusal_a_refusal() -> None:
     assert (played.calls, played.kind) == ([C, Q, Q, C], "refused")
 
 
-@pytest.mark.parametrize(
-    ("last", "call"),
-    [
-        (attempt(Means.NO_SUCH_ORDER), Call.QUERY),
-        (attempt(Means.TRIGGER_RACE), Call.QUERY),
-        (attempt(Means.UNCLEAR), Call.QUERY),
-        (attempt(Means.TRIGGERING, Call.QUERY), Call.QUERY),
-        (attempt(Means.ODD_STATUS, Call.QUERY), Call.QUERY),
-        (attempt(Means.UNCLEAR, Call.QUERY), Call.QUERY),
-        (attempt(Means.BUSY, Call.QUERY), Call.QUERY),
-        (attempt(Means.NOT_SENT, Call.QUERY), Call.QUERY),
-        (attempt(Means.CLOCK, Call.QUERY), Call.QUERY),
-        (attempt(Means.LIMITED, Call.QUERY), Call.QUERY),
-        (attempt(Means.OPEN, Call.QUERY), Call.CANCEL),
-        (attempt(Means.BUSY), Call.CANCEL),
-        (attempt(Means.NOT_SENT), Call.CANCEL),
-        (attempt(Means.CLOCK), Call.CANCEL),
-        (attempt(Means.LIMITED), Call.CANCEL),
-        (attempt(Means.BLOCKED), Call.CANCEL),
-        (attempt(Means.CONFIRMED, "cancel_child"), Call.QUERY),
-        (attempt(Means.OPEN, "query_child"), Call.QUERY),
-    ],
-    ids=lambda value: f"{value.call}-{value.verdict}" if isinstance(value, Attempt) else f"then {value}",
-)
-def test_a_query_comes_wherever_a_cancel_would_be_a_guess(last: Attempt, call: Call) -> None:
-    """What is asked next hangs on whether the order's state is known well enough to cancel."""
-    assert call_for(CASE, [last], T0 + 100) is call
+@pytest.mark.parametrize("last", [attempt(Means.CONFIRMED, "cancel_child"), attempt(Means.OPEN, "query_child")])
+def test_a_call_about_another_order_says_nothing_of_this_one(last: Attempt) -> None:
+    """The order's state is asked for anew; what follows its own calls is the procedure's."""
+    assert call_for(CASE, [last], T0 + 100) is Call.QUERY

@@ -205,17 +205,6 @@ def test_asking_for_a_lost_order_costs_no_attempts() -> None:
     assert played.kind == "not_found"
 
 
-def test_seeing_the_order_starts_the_horizon_anew() -> None:
-    """An order that showed itself in between was not unknown for the whole horizon."""
-    policy = Policy(not_found_horizon_ms=2_000)
-    lost = play([GONE, *[NOT_THERE] * 3, ODD, NOT_THERE], policy=policy, roll=0.5)
-    seen_at = [a.at_ms for a in lost.history if a.verdict == "odd_status"]
-    assert seen_at
-    assert lost.kind == "not_found"
-    assert lost.now_ms >= seen_at[0] + 2_000
-    assert lost.stop.order_status == "PENDING_CANCEL"
-
-
 def test_a_cancels_word_alone_is_never_believed() -> None:
     """Even with no horizon at all, "unknown order" from a cancel is checked by a query, a cancel, and a query."""
     played = play([GONE, NOT_THERE], policy=Policy(not_found_horizon_ms=0))
