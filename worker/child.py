@@ -88,8 +88,9 @@ class Child:
         delay_ms = in_time(case, verdict, now_ms, wanted_ms)
         if delay_ms is None and verdict.means in GATED:
             return self.bound(case, history, now_ms, TOO_LATE)
-        if delay_ms is None:  # late, a cancel and a look are made all the same
-            delay_ms = min(wanted_ms, LAST_TRY_MS) if now_ms >= case.deadline_at_ms else 0
+        if delay_ms is None:  # within the last second what is done after the deadline comes next
+            left_ms = case.deadline_at_ms - now_ms
+            delay_ms = left_ms if left_ms > 0 else min(wanted_ms, LAST_TRY_MS)
         return replace(step, delay_ms=delay_ms, resync=verdict.means is Means.CLOCK)
 
     def bound(self, case: Case, history: Sequence[Attempt], now_ms: int, why: str) -> Stop:  # noqa: ARG002 - as Rules

@@ -54,3 +54,13 @@ def test_how_long_the_address_pauses(answer: Answer, ahead: Span | None, expecte
     """The later of Retry-After and the ban's end holds; without either, the documented least. How long a block by the
     firewall is waited out is a setting."""
     assert pause_ms(classify(Call.CANCEL, OrderRef(ALGO_ID), answer), Policy(waf_pause_ms=7), NOW, ahead) == expected_ms
+
+
+@pytest.mark.parametrize("ahead", [None, SAME, Span(10**12, 10**12)])
+@pytest.mark.parametrize(
+    ("until_ms", "retry_after_ms"), [(9_999_999_999_999, None), (9_999_999_999_999, 3_000), (NOW, 10**15)]
+)
+def test_no_pause_is_longer_than_the_longest_ban(until_ms: int, retry_after_ms: int | None, ahead: Span | None) -> None:
+    """Whatever an answer says, the gate of all workers opens within three days: then the exchange is asked again."""
+    verdict = classify(Call.CANCEL, OrderRef(ALGO_ID), banned(until_ms - NOW, retry_after_ms))
+    assert pause_ms(verdict, Policy(), NOW, ahead) == 3 * 24 * 3_600_000
