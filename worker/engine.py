@@ -107,11 +107,6 @@ class Engine:
         """Outcomes recorded."""
         return self.failed + self.finished
 
-    @property
-    def is_suspended(self) -> bool:
-        """Whether `rq suspend` holds, as of the last look."""
-        return self.canceller.is_suspended
-
     def is_idle(self) -> bool:
         """Whether nothing is in our hands and no retry of ours is due later."""
         return not self._held and not self._retries and not self._due.is_set()
@@ -224,7 +219,7 @@ class Engine:
         return room if 2 * room >= ahead else 0  # in halves: one by one they would cost Redis a call each
 
     def _is_paused(self) -> bool:
-        return self.is_suspended or self._gate.closed(self._store.clock.now_ms())
+        return self.canceller.is_suspended or self._gate.closed(self._store.clock.now_ms())
 
     async def _claim_next(self) -> None:
         """One claim, as soon as there is room for what comes."""

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import redis
 
@@ -39,17 +39,6 @@ TELL_EVERY_S = 60.0
 _ROWS = re.compile(r"script|WRONGTYPE", re.IGNORECASE)
 #: A connection on which only others speak is asked for a sign of life this often, s.
 PROBE_EVERY_S = 10.0
-
-
-class Link(Protocol):
-    """A way to have requests answered."""
-
-    async def ask(self, make: Callable[[], Request[T]]) -> T:
-        """Make the request when its turn has come, and its round trip.
-
-        Raises:
-            redis.RedisError: no answer (what ran is not known then), or one that is an error.
-        """
 
 
 def connect(place: str | redis.Redis, **options: Any) -> redis.Redis:
@@ -91,7 +80,7 @@ class _Line:
 
 
 class AsyncLink(_Line):
-    """The link of an event loop."""
+    """The way of an event loop to have requests answered: one after the other."""
 
     def __init__(self, like: redis.Redis) -> None:
         super().__init__(like)
@@ -100,7 +89,11 @@ class AsyncLink(_Line):
         self.opened = 0
 
     async def ask(self, make: Callable[[], Request[T]]) -> T:
-        """See :meth:`Link.ask`."""
+        """Make the request when its turn has come, and its round trip.
+
+        Raises:
+            redis.RedisError: no answer (what ran is not known then), or one that is an error.
+        """
         async with self._turn:
             request, answers, stamps = await self._round_trips(make)
             try:
@@ -227,7 +220,7 @@ class BlockingLink:
         self._connection = connection
 
     async def ask(self, make: Callable[[], Request[T]]) -> T:
-        """See :meth:`Link.ask`."""
+        """See :meth:`AsyncLink.ask`."""
         return self.ask_now(make())
 
     def ask_now(self, request: Request[T]) -> T:
@@ -260,6 +253,10 @@ def is_about_rows(error: BaseException) -> bool:
     server."""
     is_script = type(error) is redis.ResponseError and _ROWS.search(str(error)) and not code_of(error)
     return bool(is_script) or isinstance(error, redis.DataError)
+
+
+#: A way to have requests answered.
+Link = AsyncLink | BlockingLink
 
 
 class Outage:

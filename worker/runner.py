@@ -285,7 +285,7 @@ class CancelWorker(BaseWorker):
             connection.connection_pool.disconnect()
 
     def _state_now(self) -> WorkerStatus:
-        if self._engine.is_suspended:
+        if self._engine.canceller.is_suspended:
             return WorkerStatus.SUSPENDED
         return WorkerStatus.BUSY if self._engine.in_hand else WorkerStatus.IDLE
 
