@@ -62,7 +62,8 @@ class CancelWorker(BaseWorker):
         self._settings = settings or Settings.from_env()
         own = connect(connection) if connection is not None else open_redis(self._settings)
         # Queues that RQ's command line hands in keep a serializer of their own, which may execute what it reads.
-        names = [queue.name if isinstance(queue, Queue) else queue for queue in _listed(queues)]
+        given = queues if isinstance(queues, list | tuple) else [queues]
+        names = [queue.name if isinstance(queue, Queue) else queue for queue in given]
         if len(names) != 1:
             raise ValueError(f"one queue for each worker, not {', '.join(names)}: start a process for each")
         # RQ would prepare by asking Redis, which may be away when a worker starts: see `_register`.
@@ -399,7 +400,7 @@ class CancelWorker(BaseWorker):
         finally:
             self.connection.connection_pool.disconnect()
 
-    # -- RQ's commands and maintenance --
+    # -- RQ's commands --
 
     async def _listen(self) -> float:
         """Obey RQ's commands; where others of our connections had to be opened anew, this one may lead nowhere."""
@@ -426,21 +427,6 @@ class CancelWorker(BaseWorker):
             self.request_stop(None, None)
         else:
             log.warning("ignored", command=command, reason="a cancel that was sent cannot be stopped")
-
-    @property
-    def should_run_maintenance_tasks(self) -> bool:
-        """Never: RQ's clean-up loads and calls what a job names. Its part that is needed here is `_tidy`."""
-        return False
-
-    def run_maintenance_tasks(self) -> None:
-        """Nothing; see :attr:`should_run_maintenance_tasks`."""
-
-    def clean_registries(self) -> None:
-        """Nothing; see :attr:`should_run_maintenance_tasks`."""
-
-
-def _listed(queues: Any) -> list[Any]:
-    return list(queues) if isinstance(queues, list | tuple) else [queues]
 
 
 def _unique_name(settings: Settings) -> str:
