@@ -76,7 +76,6 @@ class Played:
 
     calls: list[str] = dataclasses.field(default_factory=list)
     delays: list[int] = dataclasses.field(default_factory=list)
-    resyncs: list[bool] = dataclasses.field(default_factory=list)
     history: list[Attempt] = dataclasses.field(default_factory=list)
     now_ms: int = T0
     stop: Stop = dataclasses.field(default_factory=lambda: Stop(OutcomeKind.UNKNOWN))
@@ -125,7 +124,7 @@ def play(
                 ref = OrderRef(verdict.order.algo_id)
                 case = dataclasses.replace(case, by_client_id=False)
             played.delays.append(step.delay_ms)
-            played.resyncs.append(step.resync)
+            assert step.resync is (verdict.means is Means.CLOCK), "only a clock refusal asks for its measurement"
             played.now_ms += step.delay_ms
     played.stop = step
     return played

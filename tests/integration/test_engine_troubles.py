@@ -5,7 +5,6 @@ Against a real Redis and an exchange that answers, or keeps silent, as each test
 
 from __future__ import annotations
 
-import contextlib
 import ssl
 import threading
 import time
@@ -34,7 +33,7 @@ from tests.engines import (
 from tests.integration.conftest import Logged
 from tests.loopback import certificate
 from tests.orders import at_first_try, outcomes
-from tests.servers import Peek, Valkey, eventually, running_valkey
+from tests.servers import Peek, Valkey, busy_with_a_script, eventually, running_valkey
 from worker.transport_asyncio import OPENERS
 
 
@@ -125,7 +124,7 @@ def test_a_418_to_a_measurement_closes_the_gate(
 
 def test_a_busy_server_costs_no_outcome(stack: ExitStack, logged: Logged) -> None:
     """Outcomes that come up while the server is busy with a long script are recorded when it is not any more."""
-    valkey = stack.enter_context(running_valkey("--appendonly", "no", "--lua-time-limit", "50"))
+    valkey = stack.enter_context(running_valkey("--appendonly", "no"))
     client = stack.enter_context(CancelClient.from_url(valkey.url))
     connection = stack.enter_context(redis.Redis(port=valkey.port, socket_timeout=20))
     server = stack.enter_context(Answerer(holds=every))
@@ -133,27 +132,11 @@ def test_a_busy_server_costs_no_outcome(stack: ExitStack, logged: Logged) -> Non
     tickets = enqueued(client, 5)
     eventually(lambda: len(server.asked) == 5, what="all are sent")
 
-    def keep_busy() -> None:
-        with contextlib.suppress(redis.ResponseError), redis.Redis(port=valkey.port, socket_timeout=20) as other:
-            other.eval("while true do end", 0)
-
-    def is_busy() -> bool:
-        try:
-            return not connection.ping()
-        except redis.ResponseError as error:
-            return "BUSY" in str(error)
-
-    thread = threading.Thread(target=keep_busy)
-    thread.start()
-    try:
-        eventually(is_busy, what="the script runs")
+    with busy_with_a_script(connection):
         server.may_answer.set()
         eventually(lambda: running.engine.working_on == 0, what="all are answered")
         eventually(lambda: logged("redis"), what="the outcomes are refused")
         assert running.engine.in_hand == 5
-    finally:
-        connection.script_kill()
-        thread.join()
 
     assert at_first_try(outcomes(client, tickets, 4))
     recorded_once(valkey.port, tickets, running, logged)

@@ -9,6 +9,7 @@ import pytest
 from producer.message import Call
 from tests.decisions import (
     ALGO_ID,
+    BAD_KEY,
     CANCELED,
     CASE,
     CHALLENGE,
@@ -28,6 +29,7 @@ from tests.decisions import (
     TIMEOUT,
     TOOK_MS,
     TRIGGERING,
+    WINDOW_MS,
     Answer,
     C,
     attempt,
@@ -92,6 +94,12 @@ def test_the_first_query_does_not_wait(first: Answer) -> None:
 def test_silence_is_followed_by_short_pauses_at_first(roll: float, delays: list[int]) -> None:
     """The look-up is spread by chance, an open order gets a moment; where silence goes on, a backoff is added."""
     assert play([SILENT, NEW, SILENT, NEW, SILENT, NEW, OK], roll=roll).delays == delays
+
+
+def test_a_refusal_after_a_silence_is_asked_for_again_when_that_cannot_strike() -> None:
+    """Until then it would be believed of no call."""
+    played = play([SILENT, BAD_KEY], roll=0.0)
+    assert (played.delays, played.history[-1].at_ms) == ([0, WINDOW_MS - 2 * TOOK_MS], T0 + WINDOW_MS)
 
 
 def test_a_silence_is_told_from_an_answer_that_leaves_it_open() -> None:
