@@ -20,7 +20,7 @@ from tests.integration.conftest import NewFleet
 from tests.loopback import Peer, Server
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
 from tests.processes import Pipe
-from tests.servers import Peek, Valkey, Worker, Workers, eventually
+from tests.servers import Peek, Valkey, Worker, Workers, eventually, running_valkey, stopped
 from worker.sandbox.control import RunningExchange
 
 #: How long a stop may take that has nothing to wait for, s: RQ's thread for commands looks once a second.
@@ -160,6 +160,20 @@ def test_a_stop_while_the_clock_is_measured(new_fleet: NewFleet, client: CancelC
     assert measuring.wait(10)
 
     leaves_soon(worker, signal.SIGTERM, within_s=4)
+    assert "event=stopped" in worker.output()
+
+
+def test_a_stop_while_redis_stands_still(new_fleet: NewFleet, stack: ExitStack) -> None:
+    """A worker whose Redis stands still leaves within its grace, though it cannot record what was answered."""
+    valkey = stack.enter_context(running_valkey("--appendonly", "no"))
+    client = stack.enter_context(CancelClient.from_url(valkey.url))
+    server = stack.enter_context(Answerer(holds=every))
+    worker = new_fleet(REDIS_URL=valkey.url, BINANCE_BASE_URL=server.url, SHUTDOWN_GRACE_S="4").start()
+    enqueued(client, 4)
+    eventually(lambda: server.count()["DELETE"] == 4, what="all are sent")
+    with stopped(valkey):
+        server.may_answer.set()
+        leaves_soon(worker, signal.SIGTERM, within_s=4)
     assert "event=stopped" in worker.output()
 
 
