@@ -55,8 +55,9 @@ from tests.decisions import (
     play,
     refusal,
 )
+from worker import decide, listing
 from worker.classify import Means, OrderRef, classify
-from worker.decide import Again, Policy, Stop, call_for, doubts, first_step, last_status, next_step
+from worker.decide import PASSED, Again, Policy, Rules, Stop, call_for, doubts, first_step, last_status, next_step
 
 #: words, answers, calls made, outcome's kind. Enqueued just now, by algo id, with the default bounds.
 PROCEDURE: list[tuple[str, list[Answer], list[str], str]] = [
@@ -288,6 +289,12 @@ def test_after_the_deadline_a_retry_is_not_sent(means: Means, kind: str) -> None
     assert isinstance(stop, Stop)
     assert stop.kind == kind
     assert stop.error == f"the deadline passed; last: {means}"
+
+
+@pytest.mark.parametrize("rules", [decide, listing])
+def test_what_was_never_sent_is_overdue_whatever_kept_it(rules: Rules) -> None:
+    """A first call that its key, the weight or a pause held back until the deadline was no try."""
+    assert rules.bound(CASE, (), CASE.deadline_at_ms, PASSED).kind is OutcomeKind.OVERDUE
 
 
 def test_a_trigger_that_another_holder_saw_is_looked_at_again() -> None:
