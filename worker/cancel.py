@@ -8,7 +8,6 @@ time, a stock RQ worker one step of one job, by the same code.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -112,14 +111,21 @@ class Canceller:
 
         ``request`` spares the decoding where RQ has done it.
         """
+        what, _, of = lease.fault.partition(" ")
         try:
+            if of == "data":
+                raise MessageError("its payload is larger than any request")
+            request = request or decode_call(lease.data)
+            if what == "number":
+                raise MessageError(f"its field {of} is no whole number")
+            if of == "c_pin":
+                raise MessageError("its field c_pin is larger than any pin")
             job = self._take_up(lease, hold, request)
         except MessageError as error:
-            return self._refused(lease, _if_legible(lease, request), f"not a job of this queue: {error}")
+            return self._refused(lease, request, f"not a job of this queue: {error}")
         if job is None:
-            request = request or decode_call(lease.data)
             return self._refused(lease, request, f"account {request.account!r} has no key in this worker")
-        if lease.fault.startswith("recalled"):
+        if what == "recalled":
             return self._done(job, job.recalled())
         if job.history and job.history[-1].msg == WORKER_LOST:
             lost = job.history[-1]
@@ -273,16 +279,7 @@ class Canceller:
             self._lingering -= 1
         return 0 if job.late else max(-(-left_ns // _NS_PER_MS), 0)
 
-    def _take_up(self, lease: Lease, hold: Held, request: CancelRequest | None) -> CancelJob | None:
-        what, _, field = lease.fault.partition(" ")
-        if field == "data":
-            raise MessageError("its payload is larger than any request")
-        if request is None:
-            request = decode_call(lease.data)
-        if what == "number":
-            raise MessageError(f"its field {field} is no whole number")
-        if field == "c_pin":
-            raise MessageError("its field c_pin is larger than any pin")
+    def _take_up(self, lease: Lease, hold: Held, request: CancelRequest) -> CancelJob | None:
         credential = self.credential_for(request.account)
         if credential is None:
             return None
@@ -383,7 +380,10 @@ class Canceller:
             job.strikes_until_ns = sent.accepted_until_ns
         took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
         verdict = await self._comparable(job, classify(step.call, ref, answer))
-        self._note_attempt(job, n, step.call, at_ms, took_ms, verdict)
+        said = (verdict.http, verdict.code, verdict.msg, verdict.means.value)
+        job.history.append(Attempt(n, at_ms, step.call, *said, took_ms))
+        if verdict.means is not Means.CONFIRMED:
+            _tell_attempt("attempt", job.lease.id, job.history[-1])
         await self._note_pauses(job.credential, verdict)
         late = await self._settled(job)
         return late if isinstance(late, Stop) else self._decided(job, step.call, verdict)
@@ -428,15 +428,12 @@ class Canceller:
             verdict = await self._comparable(job, verdict)
             for at, silent in enumerate(job.history):
                 if silent.n == n:
-                    ms = max(self._now_ms() - silent.at_ms, silent.ms)
-                    told = Attempt(
-                        n, silent.at_ms, silent.call, verdict.http, verdict.code, verdict.msg, verdict.means.value, ms
-                    )
-                    job.history[at] = replace(told, counted_before=silent.counted_before)
+                    ms, means = max(self._now_ms() - silent.at_ms, silent.ms), verdict.means.value
+                    told = replace(silent, http=verdict.http, code=verdict.code, msg=verdict.msg, verdict=means, ms=ms)
+                    job.history[at] = told
                     _tell_attempt("late", job.lease.id, told)
-            is_found = (
-                verdict.order is not None and job.algo_id is None
-            )  # whether it is the one that was meant is decided
+            # Whether what a client id is found to mean is the order that was meant is decided.
+            is_found = verdict.order is not None and job.algo_id is None
             if verdict.means in _ENDS or is_found or job.history[-1].n == n:
                 decision = self._decided(job, call, verdict)
         return decision
@@ -456,13 +453,6 @@ class Canceller:
             return verdict
         is_known = self._ahead() is not None or (self._may_send(job) and await self._knows_the_time())
         return verdict if is_known else Verdict(Means.UNCLEAR, verdict.http, msg=_NOT_MEASURED)
-
-    @staticmethod
-    def _note_attempt(job: CancelJob, n: int, call: Call, at_ms: int, took_ms: int, verdict: Verdict) -> None:
-        attempt = Attempt(n, at_ms, call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
-        job.history.append(attempt)
-        if verdict.means is not Means.CONFIRMED:
-            _tell_attempt("attempt", job.lease.id, attempt)
 
     async def _note_pauses(self, credential: Credential, verdict: Verdict) -> None:
         """What an answer says about the address and the key, beside the order."""
@@ -487,10 +477,3 @@ async def _news(job: CancelJob, timeout_s: float) -> None:
 def _tell_attempt(event: str, job_id: str, attempt: Attempt) -> None:
     said = {name: value for name, value in attempt.as_dict().items() if name not in ("at_ms", "counted_before")}
     log.info(event, id=job_id, **said)
-
-
-def _if_legible(lease: Lease, request: CancelRequest | None) -> CancelRequest | None:
-    """What a damaged job asks for, if that much can be read."""
-    with contextlib.suppress(MessageError):
-        return request or decode_call(lease.data)
-    return None
