@@ -311,7 +311,7 @@ class Canceller:
         """Whether the exchange's clock can be compared with ours: by client id an order's age must be known, and until
         when a cancel may be accepted."""
         if self._ahead() is None:
-            await self.resync(self._resynced_ns)
+            await self.resync(local_ns() - _UNMEASURED_MS * 1_000_000)  # for all that wait for it
         return self._ahead() is not None
 
     def _with_key_reason(self, job: CancelJob, stop: Stop) -> Stop:
@@ -465,8 +465,7 @@ class Canceller:
             is_news = self.gate.spend(used, self._calling, self.server_clock.now_ms(), now_ms)
         if is_news:
             await self.gate.share(now_ms)
-        if self.keys.concerns(credential, verdict):
-            await self.keys.tell(credential, verdict)
+        await self.keys.tell(credential, verdict)
 
 
 async def _news(job: CancelJob, timeout_s: float) -> None:
