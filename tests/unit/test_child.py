@@ -175,7 +175,11 @@ def test_an_heir_after_the_deadline_looks_and_keeps_the_doubt() -> None:
     tried = Attempt(2, T0 + 10, Call.CANCEL_CHILD, None, None, SILENCE, Means.UNCLEAR.value, 250)
     asked = Attempt(3, T0 + 2_000, Call.QUERY, 503, None, "", Means.BUSY.value, 5)
 
-    assert first_step(case, [seen, tried], T0 + 2_000) == Again(Call.QUERY)
+    busy = dataclasses.replace(tried, verdict="busy")
+    looked = Attempt(3, T0 + 20, Call.QUERY_CHILD, 200, None, "NEW", "open", 5)
+    for before in ([seen, tried], [seen, busy, looked]):  # the cancel of the latter was never done
+        assert first_step(case, before, T0 + 2_000) == Again(Call.QUERY)
+    assert first_step(case, [seen, tried, looked], T0 + 2_000) != Again(Call.QUERY)
     stop = first_step(case, [seen, tried, asked], T0 + 3_000)
     assert isinstance(stop, Stop)
     assert stop.kind is OutcomeKind.UNKNOWN
