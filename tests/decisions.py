@@ -12,7 +12,8 @@ from producer.message import Attempt, Call, OutcomeKind
 from worker import decide
 from worker.child import Child
 from worker.classify import SILENCE, Failure, Means, OrderRef, Ref, Reply, classify
-from worker.decide import Again, Case, Policy, Rules, Span, Stop
+from worker.decide import Again, Case, Policy, Span, Stop
+from worker.job import Rules
 
 T0 = 1750485492076
 ALGO_ID = 2146760

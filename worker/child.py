@@ -42,7 +42,7 @@ _OF_CHILD = (Call.CANCEL_CHILD, Call.QUERY_CHILD)
 
 @dataclass(slots=True)
 class Child:
-    """The child of one triggered order, as far as this holder knows it; its :class:`worker.decide.Rules`."""
+    """The child of one triggered order, as far as this holder knows it; its :class:`worker.job.Rules`."""
 
     ref: ChildRef
     parent: Stop  # the outcome where nothing more is to be said of the child
@@ -60,7 +60,7 @@ class Child:
         self.view = seen
 
     def first_step(self, case: Case, history: Sequence[Attempt], now_ms: int) -> Stop | Again:
-        """See :meth:`worker.decide.Rules.first_step`."""
+        """See :func:`worker.decide.first_step`."""
         calls = _calls(history)
         if self._is_told(case, history):
             return self._told(case, history)
@@ -74,7 +74,7 @@ class Child:
     def next_step(
         self, case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int, roll: float
     ) -> Stop | Again:
-        """See :meth:`worker.decide.Rules.next_step`; the verdict was learned before."""
+        """See :func:`worker.decide.next_step`; the verdict was learned before."""
         if case.cancels_child and not self._is_told(case, history):
             if verdict.means in REFUSED:
                 error = f"the child of the triggered order is not cancelled: {quoted(verdict)}"
@@ -94,7 +94,7 @@ class Child:
         return replace(step, delay_ms=delay_ms, resync=verdict.means is Means.CLOCK)
 
     def bound(self, case: Case, history: Sequence[Attempt], now_ms: int, why: str) -> Stop:  # noqa: ARG002 - as Rules
-        """See :meth:`worker.decide.Rules.bound`: a child that may be live, unless it is over."""
+        """See :func:`worker.decide.bound`: a child that may be live, unless it is over."""
         if self._is_surely_over(_calls(history)):
             return self.parent
         return self._failed(case, history, OutcomeKind.GAVE_UP, f"{why}; the child of the triggered order may be live")

@@ -3,7 +3,7 @@
 :func:`first_step` and :func:`next_step` give :class:`Stop` (with the outcome's kind) or :class:`Again` (with a delay
 and the call to make). Nothing here reads a clock, draws a random number, or talks to anybody: time and chance are
 arguments, so that every decision can be replayed from the attempts that an outcome records. :mod:`worker.listing` and
-:mod:`worker.child` decide about other questions by the same names (:class:`Rules`).
+:mod:`worker.child` decide about other questions by functions of the same names.
 
 The rule above all others: whether the exchange can have *seen* a cancel is asked before whether to try again. An
 attempt that may have worked stays in doubt until a query settles it; no later refusal does.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from producer.message import Attempt, Call, OutcomeKind
 from producer.untrusted import clean_text
@@ -127,33 +127,15 @@ class Again:
     resync: bool = False
 
 
-class Rules(Protocol):
-    """What is decided about a request: about its order, what that became, or all of a symbol."""
-
-    def first_step(self, case: Case, history: Sequence[Attempt], now_ms: int) -> Stop | Again:
-        """What a worker does with a request that it was just given: nothing was sent yet, or a retry is due.
-
-        Also what it does with a step that had to wait: it is decided anew. ``now_ms`` is the latest that Redis' clock
-        can show, here and elsewhere: a request by client id must never be taken for a younger one than it is.
-        """
-
-    def next_step(
-        self, case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int, roll: float
-    ) -> Stop | Again:
-        """What follows the attempt that ends ``history`` and got ``verdict``.
-
-        ``roll`` is a random number in [0, 1): the jitter of a delay.
-        """
-
-    def bound(self, case: Case, history: Sequence[Attempt], now_ms: int, why: str) -> Stop:
-        """The end of a request that is out of time or of attempts."""
-
-
 PASSED, TOO_LATE = "the deadline passed", "the deadline comes before the next try"
 
 
 def first_step(case: Case, history: Sequence[Attempt], now_ms: int) -> Stop | Again:
-    """See :meth:`Rules.first_step`."""
+    """What a worker does with a request that it was just given: nothing was sent yet, or a retry is due.
+
+    Also what it does with a step that had to wait: it is decided anew. ``now_ms`` is the latest that Redis' clock can
+    show, here and elsewhere: a request by client id must never be taken for a younger one than it is.
+    """
     if now_ms >= case.deadline_at_ms:
         return Again(Call.QUERY) if _may_look_again(case, history) else bound(case, history, now_ms, PASSED)
     call = call_for(case, history, now_ms)
@@ -162,7 +144,10 @@ def first_step(case: Case, history: Sequence[Attempt], now_ms: int) -> Stop | Ag
 
 
 def next_step(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int, roll: float) -> Stop | Again:
-    """See :meth:`Rules.next_step`. The delay never ends at or past the deadline."""
+    """What follows the attempt that ends ``history`` and got ``verdict``.
+
+    ``roll`` is a random number in [0, 1): the jitter of a delay. The delay never ends at or past the deadline.
+    """
     stop = _final(case, history, verdict, now_ms)
     if stop is not None:
         return stop
@@ -430,7 +415,7 @@ def spent(history: Sequence[Attempt], policy: Policy, call: Call) -> str:
 
 
 def bound(case: Case, history: Sequence[Attempt], now_ms: int, why: str) -> Stop:
-    """See :meth:`Rules.bound`."""
+    """The end of a request that is out of time or of attempts."""
     seen = _last_seen(history)
     status = None if seen is None else _status(seen)
     is_ours = seen is not None and seen.n > case.told_to

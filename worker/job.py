@@ -7,7 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from producer.message import (
@@ -27,10 +27,23 @@ from worker import decide, listing, log
 from worker.child import Child
 from worker.classify import Means, OrderRef, Ref, SymbolRef, Verdict
 from worker.clock import local_ns
-from worker.decide import Again, Rules, Stop, as_known, bounded, next_number, unread
+from worker.decide import Again, Case, Stop, as_known, bounded, next_number, unread
 from worker.hold import Held
 from worker.signing import Credential
 from worker.store import TOO_LARGE, Lease
+
+
+class Rules(Protocol):
+    """By what it is decided about a request: about its order (:mod:`worker.decide`), what that became
+    (:mod:`worker.child`), or all of a symbol (:mod:`worker.listing`)."""
+
+    def first_step(self, case: Case, history: Sequence[Attempt], now_ms: int) -> Stop | Again: ...
+
+    def next_step(
+        self, case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int, roll: float
+    ) -> Stop | Again: ...
+
+    def bound(self, case: Case, history: Sequence[Attempt], now_ms: int, why: str) -> Stop: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +77,6 @@ class CancelJob:
 
     @property
     def rules(self) -> Rules:
-        """By what it is decided about."""
         return self.child or (listing if isinstance(self.request, OpenRequest) else decide)
 
     @property

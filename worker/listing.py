@@ -30,13 +30,13 @@ from worker.decide import (
 
 
 def first_step(case: Case, history: Sequence[Attempt], now_ms: int) -> Stop | Again:
-    """See :meth:`worker.decide.Rules.first_step`."""
+    """See :func:`worker.decide.first_step`."""
     why = PASSED if now_ms >= case.deadline_at_ms else spent(history, case.policy, Call.LIST_OPEN)
     return bound(case, history, now_ms, why) if why else Again(Call.LIST_OPEN)
 
 
 def next_step(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int, roll: float) -> Stop | Again:
-    """See :meth:`worker.decide.Rules.next_step`."""
+    """See :func:`worker.decide.next_step`."""
     if verdict.means is Means.LISTED and case.ahead is not None:
         return _listed(case, case.ahead, verdict.orders)
     if verdict.means in REFUSED:
@@ -52,8 +52,8 @@ def next_step(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: 
     return Again(Call.LIST_OPEN, delay_ms, resync=verdict.means is Means.CLOCK)
 
 
-def bound(case: Case, history: Sequence[Attempt], now_ms: int, why: str) -> Stop:  # noqa: ARG001 - as Rules has it
-    """See :meth:`worker.decide.Rules.bound`."""
+def bound(case: Case, history: Sequence[Attempt], now_ms: int, why: str) -> Stop:  # noqa: ARG001 - as job.Rules has it
+    """See :func:`worker.decide.bound`."""
     return unfinished(history, OutcomeKind.GAVE_UP, None, f"{why}, so the open orders are not known")
 
 

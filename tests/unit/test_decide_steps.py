@@ -57,7 +57,8 @@ from tests.decisions import (
 )
 from worker import decide, listing
 from worker.classify import Means, OrderRef, classify
-from worker.decide import PASSED, Again, Policy, Rules, Stop, call_for, doubts, first_step, last_status, next_step
+from worker.decide import PASSED, Again, Policy, Stop, call_for, doubts, first_step, last_status, next_step
+from worker.job import Rules
 
 #: words, answers, calls made, outcome's kind. Enqueued just now, by algo id, with the default bounds.
 PROCEDURE: list[tuple[str, list[Answer], list[str], str]] = [
