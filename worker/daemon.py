@@ -14,9 +14,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-__all__ = ["WorkerLoop", "in_daemon_thread", "wait_for"]
+__all__ = ["WorkerLoop", "came_by", "in_daemon_thread", "wait_for"]
 
 T = TypeVar("T")
+
+#: How often the loop looks at its sockets between the end of a wait's time and a time-out: the next pass takes up
+#: what has come, a second delivers it, TLS within TLS needs a third. A loop that stood still is no silence.
+_LAST_LOOKS = 3
 
 
 async def wait_for(event: asyncio.Event, timeout_s: float) -> None:
@@ -24,6 +28,28 @@ async def wait_for(event: asyncio.Event, timeout_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             await event.wait()
+
+
+async def came_by(what: asyncio.Future[Any], ends_at_s: float) -> bool:
+    """Wait for something until a time of the loop's clock; whether it came."""
+    loop = asyncio.get_running_loop()
+    woken = loop.create_future()  # asyncio.wait does the same, and takes twice as long for each call
+
+    def wake(_: object = None) -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    timer = loop.call_at(ends_at_s, wake)
+    what.add_done_callback(wake)
+    try:
+        await woken
+    finally:
+        timer.cancel()
+        what.remove_done_callback(wake)
+    for _ in range(_LAST_LOOKS):
+        if not what.done():
+            await asyncio.sleep(0)
+    return what.done()
 
 
 async def in_daemon_thread(work: Callable[[], T], name: str) -> T:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import redis
@@ -16,6 +16,7 @@ import redis
 from producer.redis_url import Address, code_of, is_refused, passes, why
 from worker import log
 from worker.clock import local_ns
+from worker.daemon import came_by
 from worker.store import ANSWER_WITHIN_S, Request, Stamps, Words
 
 __all__ = [
@@ -56,22 +57,25 @@ class _Line:
     def __init__(self, like: redis.Redis) -> None:
         self._connection: Any = Address.of(like).async_connection(ANSWER_WITHIN_S, protocol=2, socket_timeout=None)
 
-    @contextlib.asynccontextmanager
-    async def _bound(self, within_s: float = ANSWER_WITHIN_S) -> AsyncIterator[_Patience]:
-        """Wait no longer than this; whatever goes wrong, the connection is closed."""
-        patience = _Patience(within_s)
+    async def _bound(self, work: Coroutine[Any, Any, T], within_s: float = ANSWER_WITHIN_S) -> T:
+        """Wait for something no longer than this; whatever goes wrong, the connection is closed.
+
+        In a task of its own, which is ended then: a connection that is closed wakes nobody before all that was written
+        has left, or TLS has taken its leave.
+        """
+        loop = asyncio.get_running_loop()
+        doing = loop.create_task(work)
         try:
-            yield patience
+            if not await came_by(doing, loop.time() + within_s):
+                raise redis.TimeoutError("no answer in time")
+            return doing.result()
         except BaseException as error:
-            patience.end()
+            doing.cancel()
+            await asyncio.gather(doing, return_exceptions=True)
             await self._connection.disconnect(nowait=True)
-            if patience.has_ended(error):
-                raise redis.TimeoutError("no answer in time") from None
             if isinstance(error, OSError):
                 raise redis.ConnectionError(type(error).__name__) from error
             raise
-        finally:
-            patience.end()
 
     async def close(self) -> None:
         """Part with the server."""
@@ -95,7 +99,10 @@ class AsyncLink(_Line):
             redis.RedisError: no answer (what ran is not known then), or one that is an error.
         """
         async with self._turn:
-            request, answers, stamps = await self._round_trips(make)
+            if not self._connection.is_connected:
+                await self._bound(self._connection.connect())
+                self.opened += 1
+            request, answers, stamps = await self._bound(self._round_trips(make))
             try:
                 return request.read(answers, stamps)
             except Exception as error:
@@ -106,17 +113,12 @@ class AsyncLink(_Line):
                 raise
 
     async def _round_trips(self, make: Callable[[], Request[T]]) -> tuple[Request[T], list[Any], Stamps]:
-        async with self._bound() as patience:
-            if not self._connection.is_connected:
-                await self._connection.connect()
-                self.opened += 1
-                patience.begin_anew()  # a request may tell the server how long it is waited for
-            request = make()
-            answers, stamps = await self._round_trip(request.commands)
-            if isinstance(answers[-1], redis.exceptions.NoScriptError):
-                again, stamps = await self._round_trip(request.anew())
-                answers[-1] = again[-1]
-            return request, answers, stamps
+        request = make()  # right before it is sent: it may tell the server how long it is waited for
+        answers, stamps = await self._round_trip(request.commands)
+        if isinstance(answers[-1], redis.exceptions.NoScriptError):
+            again, stamps = await self._round_trip(request.anew())
+            answers[-1] = again[-1]
+        return request, answers, stamps
 
     async def _round_trip(self, commands: Sequence[Words]) -> tuple[list[Any], Stamps]:
         connection, answers = self._connection, []
@@ -150,10 +152,12 @@ class Channel(_Line):
             redis.RedisError: not now, or not allowed.
         """
         if not self._connection.is_connected:
-            async with self._bound():
-                await self._connection.connect()
-                await self._connection.send_command("SUBSCRIBE", self._name)
-                await self._connection.read_response()
+            await self._bound(self._subscribe())
+
+    async def _subscribe(self) -> None:
+        await self._connection.connect()
+        await self._connection.send_command("SUBSCRIBE", self._name)
+        await self._connection.read_response()
 
     async def hear(self) -> bytes | None:
         """What is published next; None: nothing within :data:`PROBE_EVERY_S`, but the connection stands.
@@ -162,55 +166,15 @@ class Channel(_Line):
             redis.RedisError: it broke. What is published until it is opened again is not heard.
         """
         await self.open()
-        async with self._bound(PROBE_EVERY_S + ANSWER_WITHIN_S):
-            answer = await self._connection.read_response(timeout=PROBE_EVERY_S)
-            if answer is None:
-                await self._connection.send_command("PING")
-                answer = await self._connection.read_response()
+        answer = await self._bound(self._next(), PROBE_EVERY_S + ANSWER_WITHIN_S)
         return answer[2] if answer[0] == b"message" else None
 
-
-class _Patience:
-    """Ends a wait that takes too long, as :func:`asyncio.timeout` does.
-
-    But a loop that stood still hears of its alarms first, with the answer unread. So when this one comes, whatever has
-    arrived is read before anything ends. And it is the waiting task that is ended: a connection that is closed wakes it
-    no sooner than all that was written has left, or TLS has taken its leave.
-    """
-
-    def __init__(self, within_s: float) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._loop, self._task, self._cancelling = asyncio.get_running_loop(), task, task.cancelling()
-        self._within_s, self._is_over = within_s, False
-        self._alarm: asyncio.Handle
-        self._set()
-
-    def _set(self) -> None:
-        self._passes = 3
-        self._alarm = self._loop.call_later(self._within_s, self._look)
-
-    def _look(self) -> None:
-        if self._passes:
-            self._passes -= 1
-            self._alarm = self._loop.call_later(0, self._look)
-        else:
-            self._is_over = True
-            self._task.cancel()
-
-    def begin_anew(self) -> None:
-        """What was waited for has come, and something else is."""
-        self.end()
-        self._set()
-
-    def has_ended(self, error: BaseException) -> bool:
-        """Whether this ended the wait, and nobody else the task: to be asked once, with what the wait raised."""
-        is_ours = self._is_over and self._task.uncancel() <= self._cancelling
-        return is_ours and isinstance(error, asyncio.CancelledError)
-
-    def end(self) -> None:
-        """Nothing is waited for any more."""
-        self._alarm.cancel()
+    async def _next(self) -> Any:
+        answer = await self._connection.read_response(timeout=PROBE_EVERY_S)
+        if answer is None:
+            await self._connection.send_command("PING")
+            answer = await self._connection.read_response()
+        return answer
 
 
 class BlockingLink:
