@@ -141,6 +141,14 @@ def test_whose_cancel_it_was_that_a_lost_worker_sent() -> None:
     assert play([CANCELED], retried=True).stop.child_cancelled is None  # by an earlier run's, perhaps
 
 
+def test_a_child_that_was_seen_is_missed_for_a_whole_horizon_from_then_on() -> None:
+    """What the exchange did not know before it showed the child open says nothing of where it is now."""
+    missed = Attempt(1, T0 - 20_000, Call.QUERY_CHILD, 400, -2013, "", Means.NO_SUCH_ORDER.value, 5)
+    shown = Attempt(2, T0 - 10, Call.QUERY_CHILD, 200, None, "NEW", Means.OPEN.value, 5)
+
+    assert play([GONE, NOT_THERE], before=(missed, shown)).history[-1].at_ms >= T0 + POLICY.not_found_horizon_ms
+
+
 def test_a_finished_parent_is_believed_where_the_child_is_not_found() -> None:
     """What the exchange never shows, and calls finished, rests no more; it is asked for until the horizon."""
     played = play([NOT_THERE], parent="FINISHED")
@@ -280,7 +288,7 @@ def test_a_child_that_is_never_named_is_given_up_at_the_deadline() -> None:
     late = next_step(case, [seen], verdict, T0 + 1_000, 0.5)
     assert isinstance(late, Stop)
     assert (late.kind, late.order_status) == (OutcomeKind.GAVE_UP, "TRIGGERED")
-    told = dataclasses.replace(case, cancels_child=False)
+    told = dataclasses.replace(case, cancels_child=False, deadline_at_ms=T0 + 60_000)
     steps = [next_step(told, [seen] * count, verdict, T0 + 905, 0.5) for count in (1, 6)]
     assert isinstance(steps[0], Again)
     assert isinstance(steps[1], Stop)
