@@ -153,7 +153,7 @@ class _StockRun:
         held = Held(lease, asked_ns, self._trust, ask)
         with self._renewing(held):
             if not self._server_clock.measured and not self._gate.closed(self._store.clock.now_ms()):
-                await self._exchange.sync_time(samples=1)
+                await self._exchange.ask_time()
             return await self._canceller.carry(lease, held, _decoded(self._request))
 
     @contextlib.contextmanager
