@@ -211,6 +211,19 @@ def test_the_outcome_of_the_run_before_is_none_of_the_next_one(
     assert client.outcomes_of([job_id])[job_id] == second
 
 
+def test_a_record_that_was_read_before_the_next_run_ended_is_no_outcome(
+    client: CancelClient, open_holder: OpenHolder, peek: Peek
+) -> None:
+    """Record and job are not read in one moment: where the job has ended in a later run, the record counts no more."""
+    job_id = fails(client, open_holder())
+    assert client.outcome(job_id) is not None
+    peek("HSET", peek.keys.job_prefix + job_id, "c_run", "2")
+
+    assert client.outcome(job_id) is None
+    with pytest.raises(WaitTimeout):
+        client.wait(job_id, 0.05)
+
+
 @pytest.mark.parametrize("remove", [Job.delete, Job.cancel])
 def test_a_failed_job_that_somebody_removed_keeps_its_outcome(
     remove: Callable[[Job], object], client: CancelClient, open_holder: OpenHolder
