@@ -18,8 +18,8 @@ from worker.sandbox.faults import Fault
 
 #: A wait at the queue ends within a second, on behalf of a process that stands still too: before the lease does.
 LEASE_S = "1.5"
-#: Time between a DELETE's arrival and its answer, in which the worker is paused, ms.
-LATENCY_MS = 400
+#: Time between a DELETE's arrival and its answer, in which the worker is paused, ms; later ones are answered soon.
+LATENCY_MS = 1200
 #: How long a woken worker is watched for requests that it must not send, s: longer than its looks at Redis.
 WATCHED_S = 1.5
 SCENES = Scenes()
@@ -28,9 +28,9 @@ SCENES = Scenes()
 class Pair:
     """A worker that is to be paused, and a peer that comes when it is."""
 
-    def __init__(self, stage: Stage, latency_ms: float = LATENCY_MS) -> None:
+    def __init__(self, stage: Stage) -> None:
         self.valkey: Valkey = stage.valkey()
-        self.exchange: RunningExchange = stage.exchange(latency_ms)
+        self.exchange: RunningExchange = stage.exchange()
         self.client: CancelClient = stage.client(self.valkey.url)
         self.peek = Peek(stage.direct(self.valkey))
         self._fleet: Workers = stage.fleet(self.valkey.url, self.exchange, LEASE_S=LEASE_S)
@@ -50,9 +50,11 @@ class Pair:
         order = self.exchange.add_orders()[0]
         if faults:
             self.exchange.script_faults(order.algo_id, faults)
+        self.exchange.set_latency_ms(LATENCY_MS)
         ticket = self.client.cancel(algo_id=order.algo_id)
         eventually(lambda: self.requests(order.algo_id)[0] == 1, what="the DELETE arrives")
         self.pause()
+        self.exchange.set_latency_ms(0)
         return ticket, order.algo_id
 
     def gets(self, ticket: Ticket) -> bool:
@@ -122,7 +124,7 @@ def no_second_delete_follows_an_answer_read_too_late(stage: Stage) -> None:
 @SCENES.add
 def a_claim_read_after_its_lease_sends_nothing(stage: Stage) -> None:
     """Redis hands a job to a worker that stands still at the queue; it wakes when somebody else has done the job."""
-    pair = Pair(stage, latency_ms=0)
+    pair = Pair(stage)
     for _ in range(10):
         pair.client.cancel(algo_id=pair.exchange.add_orders()[0].algo_id).wait(5)  # the server knows the scripts now
         pair.peek("DEL", pair.peek.keys.outcomes)

@@ -242,7 +242,7 @@ def suspended_and_resumed(stage: Stage) -> None:
     assert [entry.deletes for entry in scenery.exchange.book().values()] == [1, 0, 0, 0, 0]
     assert scenery.peek.waiting() == [ticket.id for ticket in second]
     rq(scenery, "resume")
-    eventually(lambda: scenery.exchange.stats().in_flight == 3, 1.5, "the rest is sent")
+    eventually(lambda: scenery.exchange.stats().in_flight == 3, what="the rest is sent")
     assert {ticket.wait(5).kind for ticket in second} == {OutcomeKind.CANCELLED}
     worker.process.send_signal(signal.SIGTERM)
     leave(worker, IDLE_EXIT_S)
