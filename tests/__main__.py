@@ -1,6 +1,6 @@
 """`python -m tests`: the whole suite, and the coverage that the decisions must have.
 
-All of it takes about eight minutes on 2 cores. Other words go to pytest (`python -m tests -k lease`), whose own are
+All of it takes about four minutes on 2 quiet cores. Other words go to pytest (`python -m tests -k lease`), whose own are
 shown by `python -m pytest --help`. `--decisions` alone tells within five seconds whether a change to the decisions is
 right: their tables and rules. `--coverage` alone measures every process of the whole suite and holds all of it to its
 floors, which takes half as long again.
