@@ -10,7 +10,7 @@ import redis
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import Band, JobField
 from producer.protocol import Wire, rows
-from tests.holders import OpenHolder, band, ended, later, orders, requeue
+from tests.holders import Holder, OpenHolder, band, ended, later, orders, requeue
 from tests.servers import Peek
 
 
@@ -32,10 +32,9 @@ def test_a_new_job_is_whole(client: CancelClient, peek: Peek) -> None:
     assert peek("SMEMBERS", peek.keys.queues) == [peek.keys.waiting]
 
 
-def test_large_numbers_stay_whole_in_every_field(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_large_numbers_stay_whole_in_every_field(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """Times in our fields are plain whole numbers, never in scientific notation, whoever wrote them."""
     client.cancel(algo_id=1, deadline_s=604_800)
-    holder = open_holder()
     (lease,) = holder.claim()
     fields = peek.job(lease.id)
     holder.complete(later(lease, 600_000_000))
@@ -47,11 +46,10 @@ def test_large_numbers_stay_whole_in_every_field(client: CancelClient, open_hold
 
 @pytest.mark.parametrize("state", ["waiting", "held", "scheduled"])
 def test_a_request_joins_an_unfinished_job_in_each_state(
-    state: str, client: CancelClient, open_holder: OpenHolder, peek: Peek
+    state: str, client: CancelClient, holder: Holder, peek: Peek
 ) -> None:
     """Whether it waits, is in somebody's hand or waits for its next try: the job is shared, and prolonged."""
     (ticket,) = orders(client, 1, deadline_s=1)
-    holder = open_holder()
     if state != "waiting":
         (lease,) = holder.claim()
         if state == "scheduled":
@@ -90,12 +88,9 @@ def test_a_job_that_a_person_took_back_is_not_joined(status: str, client: Cancel
     assert client.cancel(algo_id=1).id == second.id
 
 
-def test_an_ended_job_is_not_joined_though_its_pointer_stands(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_an_ended_job_is_not_joined_though_its_pointer_stands(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A pointer that leads to an ended or deleted job, or to no job at all, swallows no request."""
     ticket = client.cancel(algo_id=1)
-    holder = open_holder()
     holder.complete(ended(holder.claim()[0], OutcomeKind.UNKNOWN))
     for leads_to in (ticket.id, "nobody", "", "x" * 300):
         peek("SET", "cancels:order:default:a:1", leads_to)
@@ -118,11 +113,10 @@ def test_another_orders_job_is_not_joined(client: CancelClient, peek: Peek) -> N
 
 
 def test_a_requeued_job_is_joined_before_anybody_claims_it(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """Once RQ has put a failed job back, the next request for its order shares it: a new run with a new deadline."""
     ticket = client.cancel(algo_id=1, deadline_s=1)
-    holder = open_holder()
     holder.complete(ended(holder.claim()[0], OutcomeKind.OVERDUE))
     requeue(connection, ticket.id)
 
