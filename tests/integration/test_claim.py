@@ -372,7 +372,7 @@ def test_a_retry_starts_when_it_is_due(client: CancelClient, holder: Holder, pee
     """A retry is not given before its time and at once after it, with attempts, pin, run and deadline as they were."""
     client.cancel(client_algo_id="c1")
     (lease,) = holder.claim()
-    (due_ms,) = holder.complete(later(lease, 250, tried(1), pin='{"algo_id":5}'))
+    (due_ms,) = holder.complete(later(lease, 1500, tried(1), pin='{"algo_id":5}'))
 
     assert holder.claim() == []
     eventually(lambda: peek.now_ms() > due_ms, what="the retry is due")

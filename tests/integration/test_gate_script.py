@@ -29,12 +29,12 @@ def test_a_closed_gate_gives_nothing(client: CancelClient, open_holder: OpenHold
     assert peek.waiting() == tickets
 
 
-def test_the_gate_opens_by_itself(client: CancelClient, holder: Holder) -> None:
+def test_the_gate_opens_by_itself(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """When the gate's time is over, claims give again and say that it is open."""
     client.cancel(algo_id=1)
-    holder.close_gate(50)
+    until_ms = holder.close_gate(1500)
     assert holder.claim() == []
-    time.sleep(0.06)
+    eventually(lambda: peek.now_ms() > until_ms, what="its time is over")
 
     claimed = holder.claimed()
 

@@ -187,7 +187,7 @@ def test_a_held_job_in_a_wrong_place_of_the_index(
 def test_a_scheduled_job_that_the_index_forgot_is_found(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A retry that stands in neither registry nor index is put in its place by a later request, and not given early."""
     (ticket,) = orders(client, 1)
-    (due_ms,) = holder.complete(later(holder.claim()[0], 300, tried(1)))
+    (due_ms,) = holder.complete(later(holder.claim()[0], 1500, tried(1)))
     peek("DEL", peek.keys.unfinished, peek.keys.scheduled)
 
     assert client.cancel(algo_id=1, urgent=True).duplicate
