@@ -92,7 +92,8 @@ def whole(directory: Path, left_out: Sequence[str], *, everything: bool) -> int:
 def longest_first() -> list[Path]:
     """The files of the second round in the order in which they are begun."""
     names = [f"test_{name}" for name in LONGEST]
-    files = sorted(path for folder in FOLDERS for path in ROOT.glob(f"tests/{folder}/test_*.py"))
+    paths = (path for folder in FOLDERS for path in ROOT.glob(f"tests/{folder}/test_*.py"))
+    files = sorted(path.relative_to(ROOT) for path in paths)
     return sorted(files, key=lambda path: names.index(path.stem) if path.stem in names else len(names))
 
 
