@@ -373,11 +373,10 @@ def test_an_exporter_starts_without_redis() -> None:
 
 def test_a_scraper_that_hangs_up_or_says_nothing_harms_nobody(exporter: Exporter) -> None:
     """Connections that end in the middle, or bring no request, cost no traceback and keep nobody waiting."""
-    port = int(exporter.url.rsplit(":", 1)[1].split("/")[0])
     with contextlib.ExitStack() as stack:
-        silent = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        silent = stack.enter_context(socket.create_connection(("127.0.0.1", exporter.port)))
         for _ in range(5):
-            hasty = socket.create_connection(("127.0.0.1", port))
+            hasty = socket.create_connection(("127.0.0.1", exporter.port))
             hasty.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
             # Closed with a reset.
             hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

@@ -203,14 +203,6 @@ def test_red_is_what_needs_somebody() -> None:
     assert kinds.endswith("1,200 cancelled, \x1b[31m3 refused\x1b[0m")
 
 
-def test_a_silent_worker_of_ours_is_not_live() -> None:
-    """Ten seconds without its beat end it; a stock worker lives as long as RQ keeps its record."""
-    ages = [(9.9, True), (10.1, False), (None, False)]
-    assert [replace(worker(1), heartbeat_age_s=age).live for age, _ in ages] == [live for _, live in ages]
-    stock = WorkerRow("stock", "elsewhere", None, "idle", 0, 0, 300.0)
-    assert (stock.live, stock.heartbeat) == (True, "300 s ago")
-
-
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_the_dead_are_told_and_dimmed(width: int, height: int) -> None:
     """A worker that went silent is named so and dimmed, below the live; work without a live one is an alarm."""
