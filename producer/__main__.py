@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 from rq.defaults import RQ_KEY_PREFIX
@@ -430,8 +430,11 @@ def status(redis_url: str, queue: str, as_json: bool, watch: bool) -> ExitCode:
     """Show the queue: what waits and for how long, what is in flight, gate, refused keys, outcomes, workers."""
     with _client(redis_url, queue) as client:
         seen = client.status()
-        if watch and not as_json and (full_screen := _full_screen()) is not None:
-            full_screen(seen, client.status)
+        if watch and not as_json and importlib.util.find_spec("rich") is not None:
+            from producer import watch as view
+
+            if view.usable():
+                view.run(seen, client.status)
         print_lines(*([dumped(seen.as_dict())] if as_json else seen.lines()))
         while watch:
             seen = _next_look(client)
@@ -446,15 +449,6 @@ def _next_look(client: CancelClient) -> Status:
             return client.status()
         except QueueUnavailable as error:
             say(error)  # whoever watches wants to see it come back
-
-
-def _full_screen() -> Callable[..., NoReturn] | None:
-    """What shows a status on the whole terminal; None where stdout is none, or rich is not installed."""
-    try:
-        from producer import watch
-    except ImportError:
-        return None
-    return watch.run if watch.usable() else None
 
 
 # --- acl ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -105,14 +106,13 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters.update(FILTERS)
     app.extensions["access"] = access = Access(token)
-    guard = _Guard(access, local_names_only)
     pages = _Pages(client, access)
-    app.before_request(guard.check)
+    app.before_request(partial(_guard, access, local_names_only))
     app.after_request(_finished)
     app.context_processor(
         lambda: {
-            "queue": client.keys.queue if guard.has_let_in() else None,
-            "login": guard.login(),
+            "queue": client.keys.queue if g.get("let_in") else None,  # nobody else learns its name
+            "login": access.login_of(request),
             "writable": access.enabled,
             "live": _is_live(),
             "standing": pages.standing,
@@ -128,48 +128,33 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     return app
 
 
-class _Guard:
-    """Looks at each request before its page does."""
-
-    def __init__(self, access: Access, local_names_only: bool) -> None:
-        self._access = access
-        self._local_names_only = local_names_only
-
-    def login(self) -> str | None:
-        """What names the login of the present request."""
-        return self._access.login_of(request)
-
-    def has_let_in(self) -> bool:
-        """Whether the present request may read: nobody else learns the queue's name."""
-        return bool(g.get("let_in", False))
-
-    def check(self) -> Answer | None:
-        """None to let it through, else the answer."""
-        if request.endpoint == "healthz":
-            return None
-        if self._local_names_only and (forwarded(request) or not named_locally(request)):
-            return _message(421, "Not here", _NOT_LOCAL)
-        if self._access.enabled and forwarded_in_clear(request):
-            raise Forbidden(_IN_CLEAR)
-        g.let_in = not self._access.enabled
-        changes = request.method not in ("GET", "HEAD", "OPTIONS")
-        if changes and not self._access.enabled:
-            raise Forbidden(_READ_ONLY)
-        if changes and is_foreign(request):
-            raise Forbidden("Another site made this request. Open the page here and repeat it.")
-        if not self._access.enabled or request.endpoint in _OPEN_TO_ALL:
-            return None
-        token = bearer(request.headers.get("Authorization", ""))
-        if token is not None:
-            g.let_in = _accepted(self._access, token)
-            return None if g.let_in else _login_form()
-        login = self.login()
-        if login is None:
-            return _login_form()
-        g.let_in = True
-        if changes and not self._access.is_form_of(login, request.form.get("form_token", "")):
-            raise Forbidden("This form is not of the present login, or too old. Open the page again and repeat it.")
+def _guard(access: Access, local_names_only: bool) -> Answer | None:
+    """Look at a request before its page does: None to let it through, else the answer."""
+    if request.endpoint == "healthz":
         return None
+    if local_names_only and (forwarded(request) or not named_locally(request)):
+        return _message(421, "Not here", _NOT_LOCAL)
+    if access.enabled and forwarded_in_clear(request):
+        raise Forbidden(_IN_CLEAR)
+    g.let_in = not access.enabled
+    changes = request.method not in ("GET", "HEAD", "OPTIONS")
+    if changes and not access.enabled:
+        raise Forbidden(_READ_ONLY)
+    if changes and is_foreign(request):
+        raise Forbidden("Another site made this request. Open the page here and repeat it.")
+    if not access.enabled or request.endpoint in _OPEN_TO_ALL:
+        return None
+    token = bearer(request.headers.get("Authorization", ""))
+    if token is not None:
+        g.let_in = _accepted(access, token)
+        return None if g.let_in else _login_form()
+    login = access.login_of(request)
+    if login is None:
+        return _login_form()
+    g.let_in = True
+    if changes and not access.is_form_of(login, request.form.get("form_token", "")):
+        raise Forbidden("This form is not of the present login, or too old. Open the page again and repeat it.")
+    return None
 
 
 def _accepted(access: Access, token: str) -> bool:

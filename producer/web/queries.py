@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from producer.console import algo_id_of
 from producer.keys import Band, Keys
 from producer.message import DEFAULT_ACCOUNT, CancelRequest, decode_outcome
 from producer.protocol import Command, Conversation, good, pages, stream_entries, text
@@ -256,8 +258,9 @@ def _is_of(seen: Seen, account: str | None) -> bool:
 def _open_with(keys: Keys, words: str, accounts: Iterable[str], damaged: dict[str, None]) -> Conversation[list[str]]:
     """The request of this id, those that an order's pointer names, and the open ones in whose call ``words`` stand."""
     ids = [words] if USABLE_ID.fullmatch(words) else []
-    if pointers := [keys.order_prefix + key for account in accounts for key in order_keys(words, account)]:
-        (named,) = good((yield [("MGET", *pointers)]))
+    with contextlib.suppress(InvalidRequest):
+        orders = [CancelRequest(algo_id_of(words), account=account).order_key for account in accounts]
+        (named,) = good((yield [("MGET", *(keys.order_prefix + order for order in orders))]))
         ids += [text(job_id) for job_id in named if job_id is not None]
     # The list as well: what another program enqueued is in the index only when a worker has seen it.
     bands = [(int(band), f"({int(end)}") for band, end in pairwise(Band)]
@@ -267,16 +270,6 @@ def _open_with(keys: Keys, words: str, accounts: Iterable[str], damaged: dict[st
         calls = yield [("HGET", keys.job_prefix + job_id, "data") for job_id in page]
         ids += [job_id for job_id, call in zip(page, calls, strict=True) if _may_hold(call, words)]
     return ids
-
-
-def order_keys(words: str, account: str) -> list[str]:
-    """The keys of the orders that ``words`` can mean for an account; none where it breaks the contract."""
-    if not (words.isascii() and words.isdigit() and len(words) <= 19):
-        return []
-    try:
-        return [CancelRequest(algo_id=int(words), account=account).order_key]
-    except InvalidRequest:
-        return []
 
 
 def _may_hold(record: Any, words: str) -> bool:
