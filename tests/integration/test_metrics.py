@@ -248,7 +248,7 @@ def test_labels_are_bounded_and_well_formed(exporter: Exporter, connection: redi
 
 
 def test_gauges_are_the_status(exporter: Exporter, client: CancelClient, connection: redis.Redis) -> None:
-    """Depth, latency, schedule, failures, suspension, gate and keys as a status shows them. What nobody can tell is left
+    """Depth, latency, schedule, failures, suspension, gate and keys as a status shows them. What nobody tells is left
     out, and accounts of odd names share a label."""
     seen = exporter.scrape()
     idle = ("queue_depth", "queue_latency_seconds", "queue_gated_seconds", "suspended", "workers", "damaged_keys")
