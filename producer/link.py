@@ -22,7 +22,6 @@ from producer.protocol import (
     Conversation,
     NoConnectionFree,
     NotOurs,
-    QueueUnavailable,
     Slow,
     Wire,
     availability,
@@ -257,18 +256,20 @@ class Lines:
                 self._calls.distrust()
                 raise
 
-    def listener(self) -> None:
-        """See to it that somebody listens, and that from now on nothing is missed."""
+    def listener(self) -> bool:
+        """See to it that somebody listens, and that from now on nothing is missed; False: there is no thread to be had,
+        as the system has none left, or as the interpreter is about to end."""
         with self._start:
             if self._ready is None:
                 self._ready = threading.Event()
                 try:
                     threading.Thread(target=self._listen, name="cancel-outcomes", daemon=True).start()
-                except RuntimeError as error:
+                except RuntimeError:
                     self._ready = None
-                    raise QueueUnavailable(f"nobody can listen for outcomes: {error}") from None
+                    return False
             ready = self._ready
         ready.wait(self._wire.timeout_s)
+        return True
 
     def _listen(self) -> None:
         link = self._link()
