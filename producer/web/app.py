@@ -115,6 +115,7 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
             "login": access.login_of(request),
             "writable": access.enabled,
             "live": _is_live(),
+            "now_ms": getattr(g.get("standing"), "at_ms", None),
             "standing": pages.standing,
         }
     )
@@ -291,8 +292,8 @@ class _Pages:
     def standing(self) -> Standing | None:
         """What holds up everything, for the banner; None where it cannot be told."""
         if "standing" not in g:
-            with contextlib.suppress(QueueUnavailable, HTTPException):
-                self._ask(queries.clock())
+            with contextlib.suppress(QueueUnavailable, HTTPException), self._turns.taken(heavy=False):
+                g.standing = self._client.converse(queries.standing(self._keys))
         found: Standing | None = g.get("standing")
         return found
 
@@ -304,7 +305,7 @@ class _Pages:
             return frame
         with self._turns.taken(heavy=False):
             seen = self._client.status()
-        g.standing = Standing(seen.suspended, seen.workers_known and not seen.live_workers, seen.unattended)
+        g.standing = Standing(seen.at_ms, seen.suspended, seen.workers_known and not seen.live_workers, seen.unattended)
         rows = self._ask(queries.newest(self._keys, _NEWEST))
         hour = self._ask(read_timeline(self._keys, *_HOUR)).intervals
         about = {"ledger": self._keys.outcomes, "hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
@@ -362,7 +363,6 @@ class _Pages:
         """One request in full."""
         if not USABLE_ID.fullmatch(job_id):
             raise NotFound("No request can have this id.")
-        now_ms = self._ask(queries.clock())
         (seen,) = self._ask(requests_of(self._keys, [job_id]))
         earlier: list[Seen] = []
         if seen.outcome is None and seen.status is None and not seen.faults:
@@ -373,7 +373,7 @@ class _Pages:
         if seen.open and (frame := _frame("Request", REFRESH_S)) is not None:
             return frame
         note = self._access.noted(request.args.get("note"))
-        return render_template("request.html", seen=seen, now_ms=now_ms, note=note)
+        return render_template("request.html", seen=seen, note=note)
 
     def search(self) -> Answer:
         """By the id of an order or of a request."""
@@ -392,7 +392,6 @@ class _Pages:
         """What a retry would start, to be confirmed."""
         if not self._access.enabled:
             raise Forbidden(_READ_ONLY)
-        now_ms = self._ask(queries.clock())
         ids = [job_id for job_id in request.args.getlist("id") if USABLE_ID.fullmatch(job_id)]
         wanted = wanted_of(request.args, _FAILED)
         if wanted.fault is not None:
@@ -411,7 +410,6 @@ class _Pages:
             damaged=damaged,
             wanted=wanted,
             by_id=bool(ids),
-            now_ms=now_ms,
             form=self._access.login_of(request),
             by_name=any(seen.of_order("algo_id") is None and seen.of_order("client_algo_id") for seen in chosen),
         )
