@@ -490,15 +490,12 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
     answer, or refuses, cancel_up is 0. There is no login: whoever reaches the port reads the figures.
     """
     shell.need("metrics needs prometheus-client: pip install prometheus-client", "prometheus_client")
-    from producer.metrics import QueueCollector, Server
+    from producer.metrics import serve
 
     with _client(redis_url, queue) as client:
-        with shell.listening(host, port):
-            server = Server(QueueCollector(client), host, port)
-        with server:
-            server.start()
-            print_lines(f"metrics of queue {queue} on {server.url}")
-            return ExitCode.INTERRUPTED if server.wait() else ExitCode.DONE
+        listener, url = shell.listen(host, port)
+        print_lines(f"metrics of queue {queue} on {url}metrics")
+        return ExitCode.INTERRUPTED if serve(client, listener) else ExitCode.DONE
 
 
 # --- web ----------------------------------------------------------------------------------------------------------
@@ -525,15 +522,17 @@ def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> 
     loopback is refused unless --public-read is given, and so is what a proxy forwards. Speaks HTTP: put TLS in front.
     """
     shell.need("web needs Flask and waitress: pip install flask waitress", "flask", "waitress")
-    from producer.web import access, app, serving
+    from producer.web.access import check_start
+    from producer.web.app import create_app
+    from producer.web.serving import serve
 
     token = os.environ.get("WEB_TOKEN") or None
-    access.check_start(host, token, public_read)
-    with _client(redis_url, queue) as client, shell.listening(host, port):
-        pages = app.create_app(client, token, local_names_only=token is None and not public_read)
-        mode = "read-only" if token is None else "login by WEB_TOKEN"
-        interrupted = serving.serve(pages, host, port, lambda url: print_lines(f"queue {queue} on {url} ({mode})"))
-    return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE
+    check_start(host, token, public_read)
+    with _client(redis_url, queue) as client:
+        pages = create_app(client, token, local_names_only=token is None and not public_read)
+        listener, url = shell.listen(host, port)
+        print_lines(f"queue {queue} on {url} ({'read-only' if token is None else 'login by WEB_TOKEN'})")
+        return ExitCode.INTERRUPTED if serve(pages, listener) else ExitCode.DONE
 
 
 # --- the way out --------------------------------------------------------------------------------------------------

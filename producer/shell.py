@@ -7,9 +7,10 @@ import importlib.util
 import json
 import math
 import signal
+import socket
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import TypeVar
 
@@ -80,22 +81,29 @@ def need(words: str, *modules: str) -> None:
         raise Failure(words)
 
 
-@contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[None]:
-    """For what listens there."""
-    try:
-        yield
-    except OSError as error:
-        raise Failure(f"cannot listen on {host} port {port}: {error.strerror or type(error).__name__}") from None
-
-
 _SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
-def block_ends() -> None:
-    """From here on SIGTERM and SIGINT only end :func:`wait_for_end`, however often they come: in this thread, and in
-    those that it starts later."""
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """A socket that listens on the first address of ``host``, and that address.
+
+    From here on SIGTERM and SIGINT only end :func:`wait_for_end`, however often they come: in this thread, and in those
+    that it starts later.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    bare = host.strip("[]")
+    try:
+        family, *_, where = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        with contextlib.ExitStack() as failed:
+            failed.callback(listener.close)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+            listener.listen()
+            failed.pop_all()
+    except OSError as error:
+        raise Failure(f"cannot listen on {host} port {port}: {error.strerror or type(error).__name__}") from None
+    return listener, f"http://{f'[{bare}]' if ':' in bare else bare}:{listener.getsockname()[1]}/"
 
 
 def wait_for_end() -> bool:
