@@ -123,6 +123,8 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     for rule, view in pages.rules().items():
         methods = ["POST"] if view.__name__ in ("logout", "start") else ["GET"]
         app.add_url_rule(rule, view.__name__, view, methods=methods + ["POST"] * (view.__name__ == "login"))
+    app.add_url_rule("/healthz", "healthz", lambda: Response("ok\n", mimetype="text/plain"))
+    app.add_url_rule("/style.css", "style", lambda: Response(_STYLE, mimetype="text/css"))
     app.register_error_handler(QueueUnavailable, _away)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _broken)
@@ -277,8 +279,6 @@ class _Pages:
             "/retry/start": self.start,
             LOGIN_PATH: self.login,
             "/logout": self.logout,
-            "/healthz": self.healthz,
-            "/style.css": self.style,
         }
 
     def _ask(self, conversation: Conversation[T], heavy: bool = False) -> T:
@@ -306,7 +306,7 @@ class _Pages:
         with self._turns.taken(heavy=False):
             seen = self._client.status()
         g.standing = Standing(seen.at_ms, seen.suspended, seen.workers_known and not seen.live_workers, seen.unattended)
-        rows = self._ask(queries.newest(self._keys, _NEWEST))
+        rows = self._ask(queries.outcomes(self._keys, Wanted())).rows[:_NEWEST]
         hour = self._ask(read_timeline(self._keys, *_HOUR)).intervals
         about = {"ledger": self._keys.outcomes, "hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
         return render_template("status.html", s=seen, rows=rows, **about)
@@ -450,14 +450,6 @@ class _Pages:
     def logout(self) -> Answer:
         """Take the cookie back."""
         return self._access.let_out(make_response(redirect(url_for("login"), 303)), request)
-
-    def healthz(self) -> Answer:
-        """For the platform: the process serves."""
-        return Response("ok\n", mimetype="text/plain")
-
-    def style(self) -> Answer:
-        """The one style sheet."""
-        return Response(_STYLE, mimetype="text/css")
 
 
 _STYLE = files("producer.web").joinpath("static", "style.css").read_text("utf-8")

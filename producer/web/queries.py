@@ -59,12 +59,6 @@ class Standing:
 # --- The ledger ---------------------------------------------------------------------------------------------------
 
 
-def newest(keys: Keys, count: int) -> Conversation[list[Seen]]:
-    """The newest outcomes, newest first; none of a ledger of the wrong type, which the status names."""
-    (entries,) = yield from readable([("XREVRANGE", keys.outcomes, "+", "-", "COUNT", count)], {})
-    return [_of_entry(entry_id, fields) for entry_id, fields in stream_entries(entries)]
-
-
 def _of_entry(entry: str, fields: Mapping[Any, Any]) -> Seen:
     try:
         outcome = decode_outcome(_record(fields))

@@ -298,7 +298,7 @@ def test_a_fault_of_ours_shows_nothing_of_itself(
     def broken(*_: object) -> Outcome:
         raise RuntimeError(f"with a {PASSWORD} in it")
 
-    monkeypatch.setattr(queries, "newest", broken)
+    monkeypatch.setattr(queries, "outcomes", broken)
     monkeypatch.setenv("FLASK_DEBUG", "1")
     answer = create_app(client).test_client().get("/?live=1")
 
