@@ -23,7 +23,7 @@ from tests.exporting import append, record
 from tests.fault.proxy import Proxy
 from tests.holders import OpenHolder, age, ended, later, orders
 from tests.servers import Peek, Valkey, Workers, eventually
-from tests.strategies import CONNECTIONS, now_ms
+from tests.strategies import now_ms
 from worker.sandbox.control import RunningExchange
 
 KEYS = Keys()
@@ -300,18 +300,6 @@ def test_what_nobody_may_send_is_told_apart(client: CancelClient, connection: re
     assert told() == (None, None)
     connection.sadd(KEYS.held("desk2"), ticket.id)
     assert told() == (None, 700)
-
-
-@pytest.mark.parametrize("options", CONNECTIONS)
-def test_a_status_is_the_same_on_every_kind_of_connection(
-    options: dict[str, Any], valkey: Valkey, client: CancelClient, peek: Peek
-) -> None:
-    """RESP2 and RESP3, with decoded answers or without."""
-    orders(client, 3)
-    age(peek, 20_000)
-    with CancelClient(redis.Redis(port=valkey.port, socket_timeout=2, **options)) as mine:
-        assert mine.status().queued == 3
-        assert mine.status().oldest_queued_s == pytest.approx(20, abs=1)
 
 
 def test_what_only_rqs_lists_know_is_counted_too(
