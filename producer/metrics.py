@@ -39,7 +39,7 @@ from producer.protocol import (
     is_wrong_type,
     text,
 )
-from producer.shell import wait_for_end
+from producer.shell import names_this_machine, wait_for_end
 from producer.status import Status
 from producer.timeline import read_counts
 from producer.untrusted import MalformedMessage
@@ -309,6 +309,18 @@ class _Handler(WSGIRequestHandler):
         """A scrape is no event."""
 
 
+def _for_this_machine(answer: Any) -> Any:
+    """Answers no browser that a stranger's page has led here by a name of its own."""
+
+    def guarded(request: dict[str, Any], start_response: Any) -> Any:
+        if names_this_machine(request.get("HTTP_HOST", "localhost")):
+            return answer(request, start_response)
+        start_response("421 Misdirected Request", [("Content-Type", "text/plain")])
+        return [b"ask for this machine as localhost, or start this with --host: see --help\n"]
+
+    return guarded
+
+
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
@@ -325,12 +337,14 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().handle_error(request, client_address)
 
 
-def serve(client: CancelClient, listener: socket.socket) -> bool:
-    """Answer scrapes until SIGTERM or SIGINT; whether it was SIGINT."""
+def serve(client: CancelClient, listener: socket.socket, *, local_names_only: bool) -> bool:
+    """Answer scrapes until SIGTERM or SIGINT; whether it was SIGINT. ``local_names_only`` turns away requests that name
+    another host than this machine (for a listener on loopback)."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(QueueCollector(client))
     with _Server(listener) as server:
-        server.set_app(make_wsgi_app(registry))
+        answer = make_wsgi_app(registry)
+        server.set_app(_for_this_machine(answer) if local_names_only else answer)
         thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
         thread.start()
         is_interrupted = wait_for_end()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import ipaddress
 import json
 import math
+import os
 import signal
 import socket
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
+from types import FrameType
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import click
 
@@ -81,6 +85,45 @@ def need(words: str, *modules: str) -> None:
         raise Failure(words)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on ``host``."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def names_this_machine(authority: str) -> bool:
+    """Whether a request's Host is a name that this machine has for itself, and not a stranger's that leads here."""
+    try:
+        return is_loopback(urlsplit(f"//{authority}").hostname or "")
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and the end of a terminal end the block as Ctrl-C does, so that what was accepted is told; then they end
+    the process. A second one ends it at once."""
+    came: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        came.append(number)
+        raise KeyboardInterrupt
+
+    heeded = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+    for number in heeded:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), came[0])
+
+
 _SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
@@ -91,6 +134,8 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     that it starts later.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a server has nothing to tell: a closed terminal ends it at once
     bare = host.strip("[]")
     try:
         family, *_, where = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

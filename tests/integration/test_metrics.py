@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import signal
 import socket
@@ -384,7 +385,7 @@ def test_a_scraper_that_hangs_up_or_says_nothing_harms_nobody(exporter: Exporter
 
 
 def test_signals_end_it_as_they_should(valkey: Valkey) -> None:
-    """SIGTERM leaves with 0, also when it comes twice; Ctrl-C with 130; the port is free at once."""
+    """SIGTERM leaves with 0, also when it comes twice; Ctrl-C with 130; a closed terminal at once. The port is free."""
     port = str(free_port())
     with exporting(valkey.url, "--port", port) as exporter:
         assert exporter.url == f"http://127.0.0.1:{port}/metrics"
@@ -394,3 +395,30 @@ def test_signals_end_it_as_they_should(valkey: Valkey) -> None:
         assert exporter.url == f"http://localhost:{port}/metrics"
         assert exporter.value("cancel_up") == 1
         assert exporter.stop(signal.SIGINT) == (130, "")
+    with exporting(valkey.url, "--port", port) as exporter:
+        assert exporter.stop(signal.SIGHUP) == (-signal.SIGHUP, "")
+
+
+@pytest.mark.parametrize(
+    ("listens", "host", "status"),
+    [
+        *(("127.0.0.1", host, 200) for host in ("127.0.0.1", "localhost:9464", "[::1]:1", None)),
+        *(
+            ("127.0.0.1", host, 421)
+            for host in ("evil.example", "evil.example:9464", "127.0.0.1.evil.example", "[", "")
+        ),
+        ("0.0.0.0", "metrics.example", 200),
+    ],
+)
+def test_a_strangers_page_reads_nothing(listens: str, host: str | None, status: int, valkey: Valkey) -> None:
+    """On loopback only who asks for this machine by a name of its own is answered: a browser there can be led to it by
+    a stranger's name."""
+    with exporting(valkey.url, "--host", listens) as exporter:
+        asked = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=20)
+        asked.putrequest("GET", "/metrics", skip_host=True)
+        if host is not None:
+            asked.putheader("Host", host)
+        asked.endheaders()
+        answer = asked.getresponse()
+        assert (answer.status, b"cancel_up" in answer.read()) == (status, status == 200)
+        asked.close()
