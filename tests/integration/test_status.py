@@ -17,7 +17,8 @@ from rq.utils import utcformat, utcparse
 
 from producer import AsyncCancelClient, CancelClient, CancelRequest, QueueUnavailable, WaitTimeout
 from producer.keys import Band, Keys
-from producer.status import Status
+from producer.protocol import Conversation
+from producer.status import Status, read_status
 from producer.workers import FRESH_S, LIVE_S
 from tests.exporting import append, record
 from tests.fault.proxy import Proxy
@@ -256,6 +257,29 @@ def test_the_age_of_the_oldest_is_how_long_it_waits_for_a_worker(
         assert holder.claimed(0).leases == []
     assert holder.complete(*map(ended, holder.claim())) == [1]
     assert client.status().oldest_queued_s is None
+
+
+def test_what_is_claimed_between_two_looks_waits_no_more(
+    client: CancelClient, open_holder: OpenHolder, peek: Peek
+) -> None:
+    """A status is more than one look: what was the oldest at the first one may be in somebody's hand at the next."""
+    orders(client, 1)
+    age(peek, 500_000)
+
+    def claimed_meanwhile() -> Conversation[Status]:
+        look = read_status(KEYS)
+        answers = yield next(look)
+        assert len(open_holder().claim()) == 1
+        try:
+            while True:
+                answers = yield look.send(answers)
+        except StopIteration as end:
+            seen: Status = end.value
+            return seen
+
+    seen = client.converse(claimed_meanwhile())
+
+    assert (seen.queued, seen.in_flight, seen.oldest_queued_s) == (0, 1, None)
 
 
 def test_what_nobody_may_send_is_told_apart(client: CancelClient, connection: redis.Redis, peek: Peek) -> None:
