@@ -262,9 +262,10 @@ def test_the_age_of_the_oldest_is_how_long_it_waits_for_a_worker(
 def test_what_is_claimed_between_two_looks_waits_no_more(
     client: CancelClient, open_holder: OpenHolder, peek: Peek
 ) -> None:
-    """A status is more than one look: what was the oldest at the first one may be in somebody's hand at the next."""
+    """A status is more than one look: what was on its way to a worker at the first may be in its hand at the next."""
     orders(client, 1)
     age(peek, 500_000)
+    peek("DEL", KEYS.waiting)
 
     def claimed_meanwhile() -> Conversation[Status]:
         look = read_status(KEYS)
