@@ -193,14 +193,11 @@ def call_for(case: Case, history: Sequence[Attempt], at_ms: int) -> Call:
 
 def _may_look_again(case: Case, history: Sequence[Attempt]) -> bool:
     """Whether a triggered order is asked for once more after the deadline: one that Redis alone tells of, or whose
-    child (:mod:`worker.child`) was never cancelled, or not looked at since."""
+    child is to be cancelled: :mod:`worker.child` ends what is begun, and tells which order may be live."""
     seen = _last_seen(history)
     if seen is None or _status(seen) not in _BECAME_ANOTHER or not (case.cancels_child or seen.n <= case.told_to):
         return False
-    done = (a for a in history if a.call is not Call.CANCEL_CHILD or a.verdict not in NOT_DONE)
-    calls = [a for a in done if a.call in (Call.CANCEL_CHILD, Call.QUERY_CHILD)]
-    is_through = any(a.call is Call.CANCEL_CHILD for a in calls) and calls[-1].call is Call.QUERY_CHILD
-    return not is_through and not any(a.call is Call.QUERY and a.at_ms >= case.deadline_at_ms for a in history)
+    return not any(a.call is Call.QUERY and a.at_ms >= case.deadline_at_ms for a in history)
 
 
 def _asks(last: Attempt) -> bool:
