@@ -456,14 +456,19 @@ def _own_delay(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms:
     return delay_ms
 
 
+def _lately(calls: Sequence[Attempt], means: Means) -> int:
+    """How many of the latest calls got this verdict."""
+    return sum(attempt.verdict == means for attempt in calls[-_TAIL:])
+
+
 def is_quick(calls: Sequence[Attempt]) -> bool:
     """Whether so few of the latest calls were unclear that a short pause follows them."""
-    return sum(attempt.verdict == Means.UNCLEAR for attempt in calls[-_TAIL:]) <= QUICK_DOUBTS
+    return _lately(calls, Means.UNCLEAR) <= QUICK_DOUBTS
 
 
 def quick_delay(calls: Sequence[Attempt], policy: Policy, roll: float) -> int | None:
     """How long to wait where our clock was refused, or nothing came back, ms; None: neither, or too often."""
-    if calls[-1].verdict == Means.CLOCK and trailing(calls, Means.CLOCK) <= MAX_RESYNCS:
+    if calls[-1].verdict == Means.CLOCK and _lately(calls, Means.CLOCK) <= MAX_RESYNCS:
         return 0
     if is_silence(calls[-1]) and is_quick(calls):  # others may have met it too
         return min(int(LOOK_UP_WITHIN_MS * roll), policy.backoff_cap_ms)
