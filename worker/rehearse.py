@@ -24,7 +24,7 @@ from worker.rehearse_exchange import DemoExchange, Ended, Exit
 from worker.rehearse_order import Stop, Unusable, far_stop, verdict
 from worker.rehearse_queue import NAME, OwnQueue, OwnWorker
 from worker.sandbox.run import Interrupted, Interrupts
-from worker.setting_values import base_url
+from worker.setting_values import is_loopback
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.transport_asyncio import AsyncioTransport
@@ -39,16 +39,14 @@ _DEMO_HOSTS = ("demo-fapi.binance.com", "testnet.binancefuture.com")
 
 def why_not_there(settings: Settings) -> str | None:
     """Why no order is placed at the exchange of these settings; None: it is a demo host, or on this machine."""
-    url = base_url(settings.base_url)
-    if url.url in {f"https://{host}{port}" for host in _DEMO_HOSTS for port in ("", ":443")}:
-        return None
-    if url.is_loopback() and settings.egress_proxy_url is not None:
-        return f"BINANCE_BASE_URL is '{url.url}': behind EGRESS_PROXY_URL that is another machine; unset one of the two"
-    if url.is_loopback():
+    url, is_here = settings.base_url, is_loopback(settings.base_url)
+    if is_here and settings.egress_proxy_url is not None:
+        return f"BINANCE_BASE_URL is '{url}': behind EGRESS_PROXY_URL that is another machine; unset one of the two"
+    if is_here or url.removesuffix(":443") in {f"https://{host}" for host in _DEMO_HOSTS}:
         return None
     hosts = " and ".join(f"https://{host}" for host in _DEMO_HOSTS)
     return (
-        f"BINANCE_BASE_URL is '{url.url}': a rehearsal places an order, so it goes to {hosts} or to loopback, and "
+        f"BINANCE_BASE_URL is '{url}': a rehearsal places an order, so it goes to {hosts} or to loopback, and "
         f"nowhere else; export BINANCE_BASE_URL=https://{_DEMO_HOSTS[0]}, with keys of the demo site"
     )
 

@@ -184,11 +184,11 @@ class Settings:
     passwords: log :attr:`display_redis_url` instead, and the proxy not at all.
     """
 
-    redis_url: str = cast(str, _set_by(_REDIS_URL))
+    redis_url: str = _set_by(_REDIS_URL)
     redis_tls_verify: Literal["required", "none"] = _set_by(_REDIS_TLS_VERIFY)
     redis_tls_ca: str | None = _set_by(_REDIS_TLS_CA)
     queue: str = _set_by(_CANCEL_QUEUE)
-    base_url: str = cast(str, _set_by(_BINANCE_BASE_URL, _BINANCE_ALLOWED_HOST))
+    base_url: str = _set_by(_BINANCE_BASE_URL, _BINANCE_ALLOWED_HOST)
     credentials: Mapping[str, Credential] = dataclasses.field(
         metadata={"settings": (*_ACCOUNT_SETTINGS, _BINANCE_ACCOUNTS)}
     )
@@ -386,20 +386,20 @@ class _Reader:
 
 def _read_exchange(reader: _Reader) -> tuple[str, str | None]:
     """Base URL and egress proxy."""
-    base_url, allowed_host = reader.read(_BINANCE_BASE_URL), reader.read(_BINANCE_ALLOWED_HOST)
-    known = base_url.is_the_exchange() or base_url.is_loopback() or base_url.host == allowed_host
+    url, allowed_host = reader.read(_BINANCE_BASE_URL), reader.read(_BINANCE_ALLOWED_HOST)
+    known = values.is_the_exchange(url) or values.is_loopback(url) or values.host_of(url) == allowed_host
     if not known and reader.sound("BINANCE_BASE_URL", "BINANCE_ALLOWED_HOST"):
         reader.problems.append(
-            f"BINANCE_BASE_URL is '{base_url.url}': it must be a host under {' or '.join(values.EXCHANGE_DOMAINS)}, "
-            f"because keys must not go elsewhere; if this host is meant, set BINANCE_ALLOWED_HOST={base_url.host}"
+            f"BINANCE_BASE_URL is '{url}': it must be a host under {' or '.join(values.EXCHANGE_DOMAINS)}, because "
+            f"keys must not go elsewhere; if this host is meant, set BINANCE_ALLOWED_HOST={values.host_of(url)}"
         )
     proxy_url = reader.read(_EGRESS_PROXY_URL)
-    if proxy_url and base_url.scheme == "http" and reader.sound("BINANCE_BASE_URL", "EGRESS_PROXY_URL"):
+    if proxy_url and url.startswith("http:") and reader.sound("BINANCE_BASE_URL", "EGRESS_PROXY_URL"):
         reader.problems.append(
             f"EGRESS_PROXY_URL is {values.shown_url(proxy_url)}: it must not be set while BINANCE_BASE_URL is plain "
-            f"http ('{base_url.url}'), as the proxy would read key and signature; unset it, or use https"
+            f"http ('{url}'), as the proxy would read key and signature; unset it, or use https"
         )
-    return base_url.url, proxy_url
+    return url, proxy_url
 
 
 def _read_redis(reader: _Reader) -> tuple[str, TlsVerify, str | None]:
@@ -410,22 +410,23 @@ def _read_redis(reader: _Reader) -> tuple[str, TlsVerify, str | None]:
     """
     url, verify, ca_file = reader.read(_REDIS_URL), reader.read(_REDIS_TLS_VERIFY), reader.read(_REDIS_TLS_CA)
     if not reader.sound("REDIS_URL", "REDIS_TLS_VERIFY", "REDIS_TLS_CA"):
-        return url.url, verify, ca_file
-    if url.cert_reqs:
-        if url.cert_reqs != verify and reader.raw("REDIS_TLS_VERIFY"):
+        return url, verify, ca_file
+    in_url = Address.parse(url).options
+    if told := in_url.get("ssl_cert_reqs"):
+        if told != verify and reader.raw("REDIS_TLS_VERIFY"):
             reader.problems.append(
                 f"REDIS_TLS_VERIFY is '{verify}': it must not contradict REDIS_URL, which says "
-                f"ssl_cert_reqs={url.cert_reqs}; remove one of the two"
+                f"ssl_cert_reqs={told}; remove one of the two"
             )
-        verify = url.cert_reqs
-    if url.ca_file is not None:
-        ca_file = _ca_file_of_url(reader, url.ca_file, ca_file)
+        verify = told
+    if "ssl_ca_certs" in in_url:
+        ca_file = _ca_file_of_url(reader, in_url["ssl_ca_certs"], ca_file)
     if ca_file and verify == "none":
         reader.problems.append(
             f"REDIS_TLS_CA (or ssl_ca_certs in REDIS_URL) is {values.shown(ca_file)}: it must not be set while "
             "certificates are not checked; unset it, or set REDIS_TLS_VERIFY=required"
         )
-    return url.url, verify, ca_file
+    return url, verify, ca_file
 
 
 def _ca_file_of_url(reader: _Reader, in_url: str, in_variable: str | None) -> str | None:
@@ -451,10 +452,10 @@ def _check_backoff(reader: _Reader, got: Settings) -> None:
 
 
 def _redis_options(redis_url: str, verify: TlsVerify, ca_file: str | None) -> dict[str, object]:
-    url = values.redis_url(redis_url)
-    if not url.tls:
+    address = Address.parse(redis_url)
+    if not address.is_tls:
         return {}
-    check_hostname = verify == "required" and url.check_hostname is not False
+    check_hostname = verify == "required" and address.options.get("ssl_check_hostname") is not False
     options: dict[str, object] = {"ssl_cert_reqs": verify, "ssl_check_hostname": check_hostname}
     return options | ({"ssl_ca_certs": ca_file} if ca_file else {})
 
