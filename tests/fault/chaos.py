@@ -51,8 +51,16 @@ from tests.fault.producers import (
 from tests.fault.proxy import Proxy
 from tests.fault.verdict import Reckoning, table
 from tests.servers import ROOT, Peek, Valkey, Workers, scrubbed
-from worker.sandbox.arrivals import MAX_ARRIVALS, Arrival
-from worker.sandbox.control import BookEntry, ExchangeConfig, Incident, PlacedOrder, RunningExchange, start_exchange
+from worker.sandbox.control import (
+    MAX_ARRIVALS,
+    Arrival,
+    BookEntry,
+    ExchangeConfig,
+    PlacedOrder,
+    RunningExchange,
+    start_exchange,
+)
+from worker.sandbox.edge import Incident
 
 EXIT_OK, EXIT_FAILED = 0, 1
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")

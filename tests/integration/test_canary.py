@@ -26,11 +26,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 
 from producer import CancelClient, CancelRequest
+from producer.message import Call
 from tests.loopback import LOOPBACK, Authority, Peer, Server
 from tests.servers import ROOT, WORKER, Valkey, Workers, eventually, running_valkey, scrubbed
 from tests.webpages import WebProcess
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
-from worker.sandbox.faults import Call, Fault, FaultTiming
+from worker.sandbox.faults import Fault, FaultTiming
 
 # Lower case and digits, so that they could even stand as an account's name where one goes astray.
 HMAC = "canary1hmac7f3a9c"

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
+from producer.message import Call
 from tests.caller import ALGO_ORDER, CHILD_ORDER, OPEN_ORDERS, Caller
 from tests.servers import eventually
 from worker.sandbox.control import ChildEntry, ControlError, RunningExchange
-from worker.sandbox.faults import Call, Fault
+from worker.sandbox.faults import Fault
 
 #: What a client that waits 5 s sees of a DELETE: HTTP status and code, or what the network did. A fault whose name ends
 #: in a code, and maybe in whether the cancel was executed, is the exchange's refusal with that code.
@@ -187,11 +188,11 @@ def test_a_childs_call_meets_the_fault(market: RunningExchange, caller: Caller, 
     assert market.book()[order.algo_id].faults == [fault]
 
 
-@pytest.mark.parametrize("fault", [fault for fault in Fault if Call.LIST in fault.spec.calls])
+@pytest.mark.parametrize("fault", [fault for fault in Fault if Call.LIST_OPEN in fault.spec.calls])
 def test_a_list_meets_the_fault(market: RunningExchange, caller: Caller, fault: Fault) -> None:
     """The list of open orders can go wrong as other reads do, once; then it is what it should be."""
     order = market.add_orders()[0]
-    market.script_faults(0, [fault], call=Call.LIST)
+    market.script_faults(0, [fault], call=Call.LIST_OPEN)
     wanted = {
         **dict.fromkeys(["answer_late", "close_after_answer"], "200 list 1"),
         "gzip": "200 gzip list 1",
@@ -222,17 +223,26 @@ def test_a_list_lags_behind(market: RunningExchange, caller: Caller) -> None:
         ("move", {"move": "fill", "quantity": "NaN"}, "InvalidOperation"),
         ("move", {"move": "end_child", "status": "NEW"}, "NEW ends nothing"),
         ("move", {"move": "end_child", "status": "GONE"}, "GONE"),
-        ("move", {"move": "explode"}, "no move"),
-        ("set", {"latency": 50}, "no setting 'latency'; there are account, "),
+        ("move", {"move": "explode"}, "no move 'explode'; there are trigger, "),
+        ("move", {"move": "cancel", "status": "EXPIRED"}, "cancel takes no 'status'; it takes nothing"),
+        ("move", {"move": "trigger", "after_ms": 5}, "trigger takes no 'after_ms'; it takes child_after_ms, "),
+        ("set", {"latency": 50}, "set takes no 'latency'; it takes account, "),
+        ("orders", {"orders": [], "age": 5, "acount": "x"}, "orders takes no 'acount', 'age'; it takes account, "),
+        ("orders", {"orders": [{"type": "STOP"}]}, "'type'"),
+        ("orders", {}, "'orders'"),
+        ("script", {"faults": [None], "repeat": True}, "script takes no 'repeat'; it takes algo_id, "),
+        ("incident", {"fault": "limited_429", "duration_s": 5}, "incident takes no 'duration_s'; it takes duration_ms"),
+        ("reset", {"all": True}, "reset takes no 'all'; it takes nothing"),
     ],
 )
 def test_senseless_controls_are_refused(
     market: RunningExchange, control: str, asked: dict[str, Any], said: str
 ) -> None:
-    """A control call that makes no sense gets a text that says why, and nothing moves."""
+    """A control call that makes no sense, or names what it does not take, gets a text that says why, and nothing
+    moves."""
     order = market.add_orders()[0]
     market.trigger(order.algo_id)
-    told = asked | ({"algo_id": order.algo_id} if control == "move" else {})
+    told = asked | ({"algo_id": order.algo_id} if control in ("move", "script") else {})
     request = urllib.request.Request(f"{market.url}/_sandbox/{control}", json.dumps(told).encode())
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=20)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.sandbox.book import AlgoStatus, Order, OrderBook, OrderTerms
+from worker.sandbox.book import AlgoStatus, Course, Order, OrderBook, OrderTerms
 
 NOW_MS = 1_750_485_492_076
 
@@ -65,7 +65,7 @@ def test_a_triggered_order_has_a_child(order_type: str, kind: str, price: str) -
     book = OrderBook()
     terms = OrderTerms("BNBUSDT", "BUY", order_type, "0.01", "750.000", price="749.000")
     order = book.add("default", terms, NOW_MS)
-    book.trigger(order, NOW_MS, triggered_after_ms=10)
+    book.trigger(order, NOW_MS, Course(10))
     assert found(book, order, NOW_MS + 9).child is None
     child = found(book, order, NOW_MS + 10).child
     assert child is not None
@@ -95,7 +95,7 @@ def test_a_child_is_filled_in_parts_and_its_end_is_its_parents() -> None:
     """Executed quantity and mean price follow the fills; the parent is FINISHED when the child ends, not before."""
     book = OrderBook()
     order = opened(book)
-    book.trigger(order, NOW_MS)
+    book.trigger(order, NOW_MS, Course())
     child = order.child
     assert child is not None
     assert book.fill(child, NOW_MS + 1, "0.004", "100")
@@ -110,9 +110,7 @@ def test_a_child_is_filled_in_parts_and_its_end_is_its_parents() -> None:
     assert not book.fill(child, NOW_MS + 3)
 
 
-MOVES = st.sampled_from(
-    ["cancel", "cancel_by_hand", "expire", "reject", "trigger", "stick", "refuse", "forget", "look"]
-)
+MOVES = st.sampled_from(["cancel", "CANCELED", "EXPIRED", "REJECTED", "trigger", "stick", "refuse", "look"])
 
 
 @given(st.lists(st.tuples(MOVES, st.integers(0, 30)), max_size=25))
@@ -128,7 +126,7 @@ def test_an_order_is_cancelled_at_most_once_and_never_after_triggering(moves: li
         applied = _apply(book, order, move, now_ms)
         passed += [before, found(book, order, now_ms).status]
         assert order.deletes_effective - effective == (move == "cancel" and applied)
-        assert not applied or before is AlgoStatus.NEW or (move, before) == ("reject", AlgoStatus.TRIGGERING)
+        assert not applied or before is AlgoStatus.NEW or (move, before) == ("REJECTED", AlgoStatus.TRIGGERING)
     assert order.deletes_effective <= 1
     steps = [pair for pair in pairwise(passed) if pair[0] is not pair[1]]
     assert all(after in FOLLOWERS[before] for before, after in steps)
@@ -149,18 +147,9 @@ def _apply(book: OrderBook, order: Order, move: str, now_ms: int) -> bool:
     match move:
         case "cancel":
             return book.cancel(order, now_ms)
-        case "cancel_by_hand":
-            return book.cancel(order, now_ms, by_request=False)
-        case "expire":
-            return book.end(order, "EXPIRED", now_ms)
-        case "reject":
-            return book.end(order, "REJECTED", now_ms)
-        case "trigger":
-            return book.trigger(order, now_ms, triggered_after_ms=10, finished_after_ms=20)
-        case "stick":
-            return book.trigger(order, now_ms, triggered_after_ms=None)
-        case "refuse":
-            return book.trigger(order, now_ms, triggered_after_ms=10, rejected=True)
-        case "forget":
-            book.forget(order, now_ms + 15)
-    return False
+        case "look":
+            return False
+        case "CANCELED" | "EXPIRED" | "REJECTED":
+            return book.end(order, move, now_ms)
+    courses = {"trigger": Course(10, finished_after_ms=20), "stick": Course(None), "refuse": Course(10, rejected=True)}
+    return book.trigger(order, now_ms, courses[move])

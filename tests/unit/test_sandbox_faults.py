@@ -5,16 +5,9 @@ from __future__ import annotations
 import json
 import random
 
+from producer.message import Call
 from worker.sandbox.fault_plan import FaultPlan
-from worker.sandbox.faults import (
-    CANCELS,
-    FAULT_SETS,
-    Call,
-    Effect,
-    Fault,
-    FaultSet,
-    Reach,
-)
+from worker.sandbox.faults import CANCELS, FAULT_SETS, Effect, Fault, FaultSet, Reach
 
 NOW_MS = 1_750_485_492_076
 IDS = range(2_000_000_000_000_001, 2_000_000_000_000_501)
@@ -31,7 +24,8 @@ STATUSES = {200, 202, 302, 400, 401, 403, 404, 405, 408, 418, 429, 451, 500, 502
 
 def plan_of(fault_set: FaultSet = ALL, **options: int | float | None) -> FaultPlan:
     plan = FaultPlan(fault_set, **options)  # type: ignore[arg-type]
-    plan.admit(IDS)
+    for algo_id in IDS:
+        plan.admit(algo_id)
     return plan
 
 

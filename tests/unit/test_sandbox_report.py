@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from producer.message import Attempt, Call, Outcome, OutcomeKind
-from worker.sandbox.control import BookEntry, ExchangeStats, Incident
+from worker.sandbox.control import BookEntry, ExchangeStats
+from worker.sandbox.edge import Incident
 from worker.sandbox.report import Asked, Report, Rule, differences
 from worker.sandbox.show import show
 from worker.sandbox.valkey import CannotStart, server_binary
@@ -113,8 +114,6 @@ def stats(**changes: Any) -> ExchangeStats:
     made = ExchangeStats(
         requests={"DELETE /fapi/v1/algoOrder": {"200": 1}},
         bad_signatures=0,
-        connections_opened=1,
-        deletes_on_fresh_connections=1,
         in_flight=0,
         peak_in_flight=1,
         used_weight=1,

@@ -167,14 +167,14 @@ def _cancel_all(asked: Asked) -> object:
     # By nobody's single DELETE: the book counts them as cancelled by somebody else.
     mandatory(asked.said, "symbol")
     for order in asked.orders():
-        asked.state.book.cancel(order, asked.now_ms, by_request=False)
+        asked.state.book.end(order, "CANCELED", asked.now_ms)
     return ALL_CANCELLED
 
 
 def _cancel_all_children(asked: Asked) -> object:
     mandatory(asked.said, "symbol")
     for child in asked.children():
-        asked.state.book.cancel(child, asked.now_ms, by_request=False)
+        asked.state.book.end(child, "CANCELED", asked.now_ms)
     return ALL_CANCELLED
 
 

@@ -36,7 +36,7 @@ class Refusal(Exception):
     @classmethod
     def of(cls, code: int, msg: str) -> Refusal:
         """A refusal with status 400."""
-        return cls(Answer.error(400, code, msg))
+        return cls(Answer.error(code, msg))
 
 
 class Account:

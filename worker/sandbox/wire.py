@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from worker.sandbox.faults import Answer, Delivery
+
+if TYPE_CHECKING:
+    from worker.sandbox.server import ExchangeServer
 
 MAX_HEAD_BYTES = 16 * 1024
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -29,7 +32,6 @@ class Request:
     arrival_ns: int
     peer: str
     port: int
-    on_fresh_connection: bool
 
     @property
     def label(self) -> str:
@@ -61,18 +63,6 @@ class Reply:
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
-class Exchange(Protocol):
-    """Who answers what a connection reads."""
-
-    connections: set[Connection]
-
-    def handle(self, request: Request) -> Reply:
-        """The reply to one request; `request_ended` must follow when it has been delivered or the client is gone."""
-
-    def request_ended(self, request: Request) -> None:
-        """A request that `handle` was given is over."""
-
-
 class _Malformed(Exception):
     """The bytes are no request that this server reads; `status` says why."""
 
@@ -84,7 +74,7 @@ class _Malformed(Exception):
 class Connection(asyncio.Protocol):
     """One client connection: requests are served one after another, so that pipelined ones get answers in order."""
 
-    def __init__(self, exchange: Exchange, drip_interval_ms: int) -> None:
+    def __init__(self, exchange: ExchangeServer, drip_interval_ms: int) -> None:
         self._exchange = exchange
         self._drip_interval_s = drip_interval_ms / 1_000
         self._loop = asyncio.get_running_loop()
@@ -93,7 +83,6 @@ class Connection(asyncio.Protocol):
         self._serving = False
         self._lost = False
         self._keep_alive = True
-        self._requests = 0
         self._timer: asyncio.TimerHandle | None = None
         self._peer, self._port = "?", 0
         self.last_active_s = self._loop.time()
@@ -137,7 +126,6 @@ class Connection(asyncio.Protocol):
                 if request is None:
                     return
                 self._current = request
-                self._requests += 1
                 self._dispatch(self._exchange.handle(request))
         except _Malformed as error:
             self._transport.write(Reply(Answer(error.status)).head())
@@ -184,7 +172,6 @@ class Connection(asyncio.Protocol):
             time.time_ns(),
             self._peer,
             self._port,
-            on_fresh_connection=self._requests == 0,
         )
 
     def _dispatch(self, reply: Reply) -> None:
