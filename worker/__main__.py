@@ -282,15 +282,18 @@ def sandbox_command(stay: bool, port: int | None, redis_port: int | None, **opti
     129 after SIGHUP, 130 after Ctrl-C, 143 after SIGTERM;
     with --serve: 0 after SIGTERM, 69 a part did not start or ended, 129 after SIGHUP, 130 after Ctrl-C.
     """
-    if stay:
-        from worker.sandbox.serve import ServeOptions, serve
+    from worker.sandbox.stage import Options
 
-        sys.exit(serve(ServeOptions(port=port or 0, redis_port=redis_port or 0, **options), *sandbox_server()))
+    asked = Options(port=port or 0, redis_port=redis_port or 0, **options)
+    if stay:
+        from worker.sandbox.serve import serve
+
+        sys.exit(serve(asked, *sandbox_server()))
     if port is not None or redis_port is not None:
         raise click.UsageError("--port and --redis-port need --serve")
-    from worker.sandbox.run import Options, run
+    from worker.sandbox.run import run
 
-    sys.exit(run(Options(**options), *sandbox_server()))
+    sys.exit(run(asked, *sandbox_server()))
 
 
 def _hand_over(command: str, arguments: tuple[str, ...]) -> None:

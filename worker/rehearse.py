@@ -20,10 +20,10 @@ from producer.redis_url import why
 from producer.untrusted import MessageError, shown
 from worker.check_redis import Fault, look_at_redis
 from worker.classify import Means, OrderRef
+from worker.interrupts import Interrupted, Interrupts
 from worker.rehearse_exchange import DemoExchange, Ended, Exit
 from worker.rehearse_order import Stop, Unusable, far_stop, verdict
 from worker.rehearse_queue import NAME, OwnQueue, OwnWorker
-from worker.sandbox.run import Interrupted, Interrupts
 from worker.setting_values import is_loopback
 from worker.settings import Settings
 from worker.signing import Credential

@@ -489,13 +489,12 @@ def environment_for_readers(environ: Mapping[str, str] | None = None) -> dict[st
     return {name: value for name, value in given.items() if not name.startswith(("BINANCE_", "EGRESS_PROXY_URL"))}
 
 
-def sandbox_server(environ: Mapping[str, str] | None = None) -> tuple[str | None, dict[str, str]]:
-    """What the sandbox is told by ``environ``, by default the process's environment.
+def sandbox_server() -> tuple[str | None, dict[str, str]]:
+    """What the sandbox is told by the process's environment.
 
     The Redis server that VALKEY_SERVER names (None: the embedded one), and the environment without any setting of the
     worker's, for processes that get settings of their own: no key of a person reaches the sandbox.
     """
-    given = os.environ if environ is None else environ
     ours = {setting.variable for setting in SETTINGS}
-    rest = {name: value for name, value in given.items() if name not in ours and not name.startswith("BINANCE_")}
-    return given.get("VALKEY_SERVER") or None, rest
+    rest = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("BINANCE_")}
+    return os.environ.get("VALKEY_SERVER") or None, rest
