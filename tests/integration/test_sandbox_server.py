@@ -193,7 +193,6 @@ def test_a_cancel_answers_with_both_ids_and_the_string_200(market: RunningExchan
     assert caller.status(order.algo_id) == "CANCELED"
     entry = market.book()[order.algo_id]
     assert (entry.deletes, entry.deletes_effective, entry.gets) == (2, 1, 1)
-    assert abs(entry.delete_arrivals_ns[0] - time.time_ns()) < 5e9
 
 
 def test_a_triggered_order_shows_its_course(market: RunningExchange, caller: Caller) -> None:

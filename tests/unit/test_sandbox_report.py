@@ -88,7 +88,6 @@ def entry(status: str = "CANCELED", number: int = 0, **changes: Any) -> BookEntr
         deletes=1,
         deletes_effective=0,
         gets=0,
-        delete_arrivals_ns=[],
         faults=[],
     )
     return replace(made, **changes)

@@ -18,9 +18,6 @@ FIRST_ALGO_ID = 2_000_000_000_000_001
 #: Id of the first order that a trigger puts into the matching engine.
 FIRST_CHILD_ORDER_ID = 88_937_381_001
 
-#: Arrival times kept per order; the count goes on beyond it.
-MAX_ARRIVALS = 32
-
 #: What a closing order closes. There are no positions here; what the real answer says is UNCONFIRMED.
 POSITION_QTY = "0.01"
 
@@ -154,20 +151,12 @@ class _Counted:
     hidden_until_ms: int = field(default=0, kw_only=True)
     unseen: bool = field(default=False, kw_only=True)  # by queries, until the next DELETE
     deletes: int = field(default=0, kw_only=True)
-    delete_arrivals_ns: list[int] = field(default_factory=list, kw_only=True)
     deletes_effective: int = field(default=0, kw_only=True)
     gets: int = field(default=0, kw_only=True)
 
     def is_hidden(self, now_ms: int) -> bool:
         """Whether the exchange does not know it for now, and answers as if it did not exist."""
         return self.unseen or now_ms < self.hidden_until_ms
-
-    def note_delete(self, arrival_ns: int) -> None:
-        """Count a DELETE that named it; `arrival_ns` is its local arrival time since the epoch."""
-        self.unseen = False
-        self.deletes += 1
-        if len(self.delete_arrivals_ns) < MAX_ARRIVALS:
-            self.delete_arrivals_ns.append(arrival_ns)
 
 
 @dataclass(slots=True, eq=False)

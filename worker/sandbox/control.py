@@ -91,7 +91,7 @@ class ExchangeConfig:
 def answer(exchange: ExchangeServer, method: str, path: str, body: bytes) -> Answer:
     """Serve one control call; a bad one gets status 400 and `{"error": text}`."""
     name = path.removeprefix(PREFIX)
-    handler = _HANDLERS.get((method, name))
+    handler = HANDLERS.get((method, name))
     if handler is None:
         return Answer.of({"error": f"no control call {method} {path}"}, 404)
     try:
@@ -169,9 +169,9 @@ def _script(
 
 
 def _move(exchange: ExchangeServer, *, algo_id: int, move: str, **details: Any) -> object:
-    if move not in _MOVES:
-        raise ValueError(f"no move {move!r}; there are {', '.join(_MOVES)}")
-    takes, do = _MOVES[move]
+    if move not in MOVES:
+        raise ValueError(f"no move {move!r}; there are {', '.join(MOVES)}")
+    takes, do = MOVES[move]
     _check_names(move, details, takes)
     order = _known_order(exchange, algo_id)
     if not do(exchange.book, order, exchange.local_ms(), details):
@@ -198,7 +198,7 @@ def _end_child(book: OrderBook, order: Order, now_ms: int, asked: dict[str, Any]
 
 
 #: Each move: what it takes, and what it does; False where it is too late for that.
-_MOVES: dict[str, tuple[tuple[str, ...], Callable[[OrderBook, Order, int, dict[str, Any]], bool]]] = {
+MOVES: dict[str, tuple[tuple[str, ...], Callable[[OrderBook, Order, int, dict[str, Any]], bool]]] = {
     "trigger": (("triggered_after_ms", "id_after_ms", "child_after_ms", "finished_after_ms"), _trigger),
     "fill": (("quantity", "price"), _fill),
     "end_child": (("status",), _end_child),
@@ -230,11 +230,11 @@ def _set(
     if mark_price is not None:
         exchange.set_price(symbol, mark_price)
     if hedge_mode is not None:
-        exchange.state.dual[exchange.account(account)] = bool(hedge_mode)
+        exchange.dual[exchange.account(account)] = bool(hedge_mode)
     if clock_skew_ms is not None:
         exchange.book.clock_skew_ms = int(clock_skew_ms)
     if list_lag_ms is not None:
-        exchange.state.list_lag_ms = int(list_lag_ms)
+        exchange.list_lag_ms = int(list_lag_ms)
     if latency_ms is not None:
         exchange.latency_ms = float(latency_ms)
     if end_faults:
@@ -255,7 +255,8 @@ def _reset(exchange: ExchangeServer) -> object:
     return {}
 
 
-_HANDLERS: dict[tuple[str, str], Callable[..., object]] = {
+#: Each control call; what it takes are its keywords.
+HANDLERS: dict[tuple[str, str], Callable[..., object]] = {
     ("POST", "orders"): _add_orders,
     ("GET", "book"): _book,
     ("GET", "arrivals"): lambda exchange: [asdict(arrival) for arrival in exchange.arrivals],
@@ -291,7 +292,6 @@ class ChildEntry:
     deletes: int
     deletes_effective: int
     gets: int
-    delete_arrivals_ns: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +310,6 @@ class BookEntry:
     deletes: int  # with a good signature and outside incidents
     deletes_effective: int
     gets: int
-    delete_arrivals_ns: list[int]  # local time since the epoch, the first ones only
     faults: list[str]  # as its calls and its child's met them
     order_type: str = "STOP_MARKET"
     child: ChildEntry | None = None  # as it is, whether calls find it by now or not

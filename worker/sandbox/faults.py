@@ -22,8 +22,8 @@ class Effect(StrEnum):
     CANCEL = auto()
     CANCEL_LATER = auto()
     CANCEL_AND_REUSE_CLIENT_ID = auto()
-    SOMEBODY_CANCELS = auto()
-    EXPIRE = "EXPIRED"  # these three: as the status is called
+    SOMEBODY_CANCELS = "CANCELED"  # these four: as the status is called
+    EXPIRE = "EXPIRED"
     REJECT = "REJECTED"
     EXPIRE_IN_MATCH = "EXPIRED_IN_MATCH"
     FORGET = auto()

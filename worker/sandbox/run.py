@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from producer import CancelClient, Outcome
 from worker.sandbox.orders import Twice, Wanted, plan
 from worker.sandbox.report import Asked, Report
-from worker.sandbox.show import Progress, Snapshot, note, progress, show
+from worker.sandbox.show import Screen, note, progress, show
 from worker.sandbox.stage import EXIT_FAILED, EXIT_OK, TIMING, Options, Stage, supervised
 
 #: How long outcomes may take to come after the last deadline, s.
@@ -41,7 +41,7 @@ def run(options: Options, server: str | None, environment: Mapping[str, str]) ->
 class _Run:
     """One run, from the first process to the report."""
 
-    def __init__(self, stage: Stage, screen: Progress) -> None:
+    def __init__(self, stage: Stage, screen: Screen) -> None:
         self._stage, self._options, self._screen = stage, stage.options, screen
         self._requests = 0
         self._asked: dict[str, Asked] = {}
@@ -143,7 +143,7 @@ class _Run:
             kinds = Counter(outcome.kind for outcome in self._outcomes)
             answers = self._stage.exchange.stats().requests.values()
             requests = sum(sum(by_status.values()) for by_status in answers)
-            self._screen.show(Snapshot(len(self._asked), kinds, requests, now_s - self._began_s))
+            self._screen.show(len(self._asked), kinds, requests, now_s - self._began_s)
 
     def _read_ledger(self) -> None:
         for position, outcome in self._client.outcomes(self._position):

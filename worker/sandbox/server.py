@@ -29,7 +29,7 @@ from worker.sandbox import control
 from worker.sandbox.book import AlgoStatus, Child, Course, Order, OrderBook, OrderTerms
 from worker.sandbox.control import HOST, MAX_ARRIVALS, Arrival, ConfigError, ExchangeConfig
 from worker.sandbox.edge import Edge
-from worker.sandbox.endpoints import ENDPOINTS, OPEN_ALGO_ORDERS, Asked, Security, State
+from worker.sandbox.endpoints import ENDPOINTS, OPEN_ALGO_ORDERS, Asked, Security
 from worker.sandbox.fault_plan import EVERY_LIST, FaultPlan
 from worker.sandbox.faults import (
     BAD_SIGNATURE,
@@ -42,6 +42,7 @@ from worker.sandbox.faults import (
     Fault,
     FaultSet,
 )
+from worker.sandbox.market import Prices
 from worker.sandbox.signed import (
     Account,
     Refusal,
@@ -93,7 +94,10 @@ class ExchangeServer:
         self.latency_ms = config.latency_ms
         self.book = OrderBook(self.book, clock_skew_ms=config.clock_skew_ms)
         self.edge = Edge(config.weight_limit_per_minute, config.timing)
-        self.state = State(self.book, config.weight_limit_per_minute, self.open_order)
+        self.prices = Prices()
+        self.dual: dict[str, bool] = {}  # by account: hedge mode
+        self.list_lag_ms = 0  # open orders stand in their list only so long after they were opened
+        self.listen_keys: dict[str, str] = {}  # by account
         self.requests: dict[str, Counter[str]] = {}
         self.bad_signatures = self.peak_in_flight = 0
         self.arrivals: deque[Arrival] = deque(maxlen=MAX_ARRIVALS)
@@ -185,7 +189,7 @@ class ExchangeServer:
         Raises:
             ValueError: no such symbol, or no price.
         """
-        value, now_ms = self.state.prices.set(symbol, price), self.local_ms()
+        value, now_ms = self.prices.set(symbol, price), self.local_ms()
         for order in self.book.orders(now_ms):
             if order.terms.symbol == symbol and order.status is AlgoStatus.NEW and order.sees(value):
                 self.book.trigger(order, now_ms, self._course(finished_after_ms=order.terms.fills_after_ms))
@@ -248,11 +252,11 @@ class ExchangeServer:
         return Reply(Answer.error(-5000, f"Path {request.path}, Method {request.method} is invalid", 404))
 
     def _asked(self, security: Security, request: Request, now_ms: int) -> Asked:
-        if security.signature:
+        if security is Security.SIGNED:
             account, said = self._authenticated(request, now_ms)
-            return Asked(self.state, account.name, said, now_ms)
-        name = keyed(request, self._accounts).name if security.key else ""
-        return Asked(self.state, name, read_parameters(request), now_ms)
+            return Asked(self, account.name, said, now_ms)
+        name = keyed(request, self._accounts).name if security is Security.KEYED else ""
+        return Asked(self, name, read_parameters(request), now_ms)
 
     def _authenticated(self, request: Request, now_ms: int) -> tuple[Account, dict[str, str]]:
         try:
@@ -265,7 +269,7 @@ class ExchangeServer:
         account, parameters = self._authenticated(request, now_ms)
         target = self._meant(call, account.name, parameters, now_ms)
         if target is not None and call.cancels:
-            target.note_delete(request.arrival_ns)
+            target.deletes, target.unseen = target.deletes + 1, False
         elif target is not None:
             target.gets += 1
         if target is None or target.is_hidden(now_ms):
@@ -318,9 +322,7 @@ class ExchangeServer:
             case Effect.CANCEL_LATER:
                 delay_s = timing.late_execution_ms / 1_000
                 asyncio.get_running_loop().call_later(delay_s, lambda: book.cancel(target, self.local_ms()))
-            case Effect.SOMEBODY_CANCELS:
-                book.end(target, "CANCELED", now_ms)
-            case Effect.EXPIRE | Effect.REJECT | Effect.EXPIRE_IN_MATCH:
+            case Effect.SOMEBODY_CANCELS | Effect.EXPIRE | Effect.REJECT | Effect.EXPIRE_IN_MATCH:
                 book.end(target, effect.value, now_ms)
             case Effect.HIDE:
                 target.unseen = True
