@@ -103,9 +103,8 @@ def test_a_strategy_works_with_it(tmp_path: Path) -> None:
     with serving(tmp_path, "--orders", "3", "--json") as sandbox:
         place = sandbox.place()
         ids = [order["algo_id"] for order in place["orders"]]
-        own = Caller(place["binance_base_url"], place["binance_api_key"], place["binance_api_secret"])
-        assert [order["algoId"] for order in own.call("GET", OPEN_ORDERS).json] == sorted(ids)
-        own.connection.close()
+        with Caller(place["binance_base_url"], place["binance_api_key"], place["binance_api_secret"]) as own:
+            assert [order["algoId"] for order in own.call("GET", OPEN_ORDERS).json] == sorted(ids)
         (more,) = ask(place["control_url"] + "orders", {"orders": [{"symbol": "BTCUSDT", "client_algo_id": ""}]})
         ask(place["control_url"] + "move", {"algo_id": ids[1], "move": "expire"})
         with CancelClient.from_url(place["redis_url"]) as client:
@@ -125,9 +124,8 @@ def test_a_shell_can_evaluate_it(tmp_path: Path) -> None:
         script = "\n".join([*lines, 'echo "$REDIS_URL $BINANCE_BASE_URL $BINANCE_API_KEY $BINANCE_API_SECRET"'])
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=20, check=True)
         redis_url, base_url, key, secret = done.stdout.split()
-        caller = Caller(base_url, key, secret)
-        assert len(caller.call("GET", OPEN_ORDERS).json) == 2
-        caller.connection.close()
+        with Caller(base_url, key, secret) as caller:
+            assert len(caller.call("GET", OPEN_ORDERS).json) == 2
         with CancelClient.from_url(redis_url) as client:
             assert len(client.status().workers) == 1
         numbers = [int(word) for word in lines[5].partition(":")[2].split()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import signal
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -33,29 +32,12 @@ from tests.caller import (
     TIMING,
     Caller,
     Seen,
+    child_of,
 )
 from tests.loopback import certificate
 from tests.servers import eventually
 from worker.sandbox.control import ControlError, ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
-
-
-@pytest.fixture
-def callers() -> Iterator[contextlib.ExitStack]:
-    """Closes callers at the end of a test."""
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def caller(market: RunningExchange, callers: contextlib.ExitStack) -> Caller:
-    """A client of the account `default`."""
-    return opened(callers, Caller(market.url))
-
-
-def opened(stack: contextlib.ExitStack, caller: Caller) -> Caller:
-    stack.callback(caller.connection.close)
-    return caller
 
 
 def at_docs_time(market: RunningExchange) -> None:
@@ -165,10 +147,10 @@ def test_the_window_follows_the_exchange_clock(
     assert (status, code, refused in msg) == (400, -1021 if refused else -2011, True)
 
 
-def test_accounts_are_separate(market: RunningExchange, caller: Caller, callers: contextlib.ExitStack) -> None:
+def test_accounts_are_separate(market: RunningExchange, caller: Caller, stack: ExitStack) -> None:
     """Another account's order is unknown by either id, to cancels and queries, and stays what it is."""
     order = market.add_orders(client_algo_ids=["stop:1/a"])[0]
-    stranger = opened(callers, Caller(market.url, OTHER_KEY, OTHER_SECRET))
+    stranger = stack.enter_context(Caller(market.url, OTHER_KEY, OTHER_SECRET))
     for parameters in ({"algoId": order.algo_id}, {"clientAlgoId": order.client_algo_id}):
         assert stranger.call("DELETE", **parameters).error == (400, -2011, "Unknown order sent.")
         assert stranger.call("GET", **parameters).error == (400, -2013, "Order does not exist.")
@@ -232,8 +214,7 @@ def triggered(market: RunningExchange, **times: int) -> tuple[int, str]:
     """Algo id and child's id of an order that has triggered; its child rests."""
     order = market.add_orders()[0]
     market.trigger(order.algo_id, **times)
-    child = market.book()[order.algo_id].child
-    assert child is not None
+    child = child_of(market, order.algo_id)
     return order.algo_id, child.order_id
 
 
@@ -252,8 +233,7 @@ def test_a_child_is_queried_and_cancelled(market: RunningExchange, caller: Calle
     again = caller.call("DELETE", CHILD_ORDER, symbol="BTCUSDT", orderId=order_id)
     assert again.error == (400, -2011, "Unknown order sent.")
     assert caller.status(algo_id) == "FINISHED"
-    child = market.book()[algo_id].child
-    assert child is not None
+    child = child_of(market, algo_id)
     assert (child.status, child.executed_qty, child.avg_price) == ("CANCELED", "0.004", "9100.00000")
     assert (child.deletes, child.deletes_effective, child.gets) == (2, 1, 2)
 
@@ -278,8 +258,7 @@ def test_a_child_has_to_be_named_rightly(
         del parameters["orderId"]
     assert caller.call("GET", CHILD_ORDER, **parameters).error[1] == (code or -2013)
     assert caller.call("DELETE", CHILD_ORDER, **parameters).error[1] == (code or -2011)
-    child = market.book()[algo_id].child
-    assert child is not None
+    child = child_of(market, algo_id)
     assert (child.status, child.deletes) == ("NEW", 0)
 
 
@@ -315,8 +294,7 @@ def test_a_child_is_ended_by_hand(market: RunningExchange, caller: Caller, statu
     algo_id, order_id = triggered(market)
     market.end_child(algo_id, status)
     assert caller.call("GET", CHILD_ORDER, symbol="BTCUSDT", orderId=order_id).json["status"] == status
-    child = market.book()[algo_id].child
-    assert child is not None
+    child = child_of(market, algo_id)
     assert child.deletes_effective == 0
     for move in (market.end_child, market.fill):
         with pytest.raises(ControlError, match="FINISHED: too late"):
@@ -336,31 +314,41 @@ def early_in_a_minute(exchange: RunningExchange) -> int:
 
 
 def test_weight_is_counted_on_every_answer(market: RunningExchange, caller: Caller) -> None:
-    """Each answer tells the minute's weight: 1 a call, 40 for all symbols, 0 to create; the next minute starts anew."""
+    """Each answer tells the minute's weight, to which each call adds its own; the next minute starts anew."""
     skew_ms = early_in_a_minute(market)
     order = market.add_orders()[0]
-    answers = [
-        caller.call("DELETE", ahead_ms=skew_ms, algoId=order.algo_id),
-        caller.call("DELETE", ahead_ms=skew_ms, algoId=order.algo_id),
-        caller.send("GET", "/fapi/v1/ping"),
-        caller.send("GET", "/nowhere"),
-        caller.call("GET", OPEN_ORDERS, ahead_ms=skew_ms, symbol="BTCUSDT"),
-        caller.call("GET", OPEN_ORDERS, ahead_ms=skew_ms),
-        caller.call("POST", ahead_ms=skew_ms),
+    symbol = {"symbol": "BTCUSDT"}
+    calls: list[tuple[str, str, dict[str, Any], int]] = [
+        ("DELETE", ALGO_ORDER, {"algoId": order.algo_id}, 1),
+        ("DELETE", ALGO_ORDER, {"algoId": order.algo_id}, 1),
+        ("POST", ALGO_ORDER, {}, 0),
+        ("GET", "/fapi/v1/ping", {}, 1),
+        ("GET", "/nowhere", {}, 1),
+        ("GET", OPEN_ORDERS, symbol, 1),
+        ("GET", OPEN_ORDERS, {}, 40),
+        ("GET", "/fapi/v1/allAlgoOrders", symbol, 5),
+        ("GET", "/fapi/v1/openOrders", symbol, 1),
+        ("GET", "/fapi/v1/openOrders", {}, 40),
+        ("GET", "/fapi/v1/positionSide/dual", {}, 30),
+        ("GET", "/fapi/v1/premiumIndex", symbol, 1),
+        ("GET", "/fapi/v1/premiumIndex", {}, 10),
     ]
-    used = [int(answer.headers["X-MBX-USED-WEIGHT-1M"]) for answer in answers]
-    assert used == [1, 2, 3, 4, 5, 45, 45]
-    assert (market.stats().used_weight, market.stats().peak_used_weight) == (45, 45)
+    used = 0
+    for method, path, asked, weight in calls:
+        used += weight
+        answer = caller.call(method, path, ahead_ms=skew_ms, **asked)
+        assert answer.headers["X-MBX-USED-WEIGHT-1M"] == str(used), path
+    assert (market.stats().used_weight, market.stats().peak_used_weight) == (used, used)
     market.set_clock_skew_ms(skew_ms + 60_000)
     assert caller.send("GET", "/fapi/v1/ping").headers["x-mbx-used-weight-1m"] == "1"
 
 
-def test_beyond_the_limit_comes_429_and_then_a_ban(callers: contextlib.ExitStack) -> None:
+def test_beyond_the_limit_comes_429_and_then_a_ban(stack: ExitStack) -> None:
     """The request beyond the limit gets 429 until the minute ends; going on turns it into 418 with the ban's end."""
     config = ExchangeConfig(accounts=ACCOUNTS, weight_limit_per_minute=5, timing=TIMING)
-    exchange = callers.enter_context(start_exchange(config))
+    exchange = stack.enter_context(start_exchange(config))
     skew_ms = early_in_a_minute(exchange)
-    caller = opened(callers, Caller(exchange.url))
+    caller = stack.enter_context(Caller(exchange.url))
     assert [caller.send("GET", "/fapi/v1/ping").status for _ in range(7)] == [200] * 5 + [429] * 2
     limited = caller.send("GET", "/fapi/v1/time")
     assert 40 <= int(limited.headers["Retry-After"]) <= 50
@@ -378,7 +366,7 @@ def test_beyond_the_limit_comes_429_and_then_a_ban(callers: contextlib.ExitStack
 
 @pytest.mark.parametrize("fault", [fault for fault in Fault if fault.spec.gates])
 def test_an_incident_stops_the_whole_ip_for_a_while(
-    market: RunningExchange, caller: Caller, callers: contextlib.ExitStack, fault: Fault
+    market: RunningExchange, caller: Caller, stack: ExitStack, fault: Fault
 ) -> None:
     """Every call from the IP gets the incident's answer and is counted; other IPs go on; then it is over."""
     order = market.add_orders()[0]
@@ -386,7 +374,7 @@ def test_an_incident_stops_the_whole_ip_for_a_while(
     first = caller.cancel(order.algo_id)
     second = caller.send("GET", "/fapi/v1/time")
     assert first.status == second.status
-    elsewhere = opened(callers, Caller(market.url, source="127.0.0.2"))
+    elsewhere = stack.enter_context(Caller(market.url, source="127.0.0.2"))
     assert elsewhere.send("GET", "/fapi/v1/time").status == 200
     (incident,) = market.stats().incidents
     assert (incident.fault, incident.peer, len(incident.requests_ms)) == (fault, "127.0.0.1", 1)
@@ -403,16 +391,16 @@ def raw_connection(url: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", urlsplit(url).port or 0), timeout=5)
 
 
-def test_it_speaks_tls(tmp_path: Path, callers: contextlib.ExitStack) -> None:
+def test_it_speaks_tls(tmp_path: Path, stack: ExitStack) -> None:
     """With a certificate the exchange and its control calls are served over TLS, faults of the connection included."""
     cert_path, key_path = certificate(tmp_path)
     config = ExchangeConfig(accounts=ACCOUNTS, tls_cert_path=cert_path, tls_key_path=key_path)
-    exchange = callers.enter_context(start_exchange(config))
+    exchange = stack.enter_context(start_exchange(config))
     assert exchange.url.startswith("https://127.0.0.1:")
     good, dropped, reset = exchange.add_orders(3)
     exchange.script_faults(dropped.algo_id, [Fault.DROP_AFTER])
     exchange.script_faults(reset.algo_id, [Fault.RESET_AFTER])
-    caller = opened(callers, Caller(exchange.url, tls=ssl.create_default_context(cafile=cert_path)))
+    caller = stack.enter_context(Caller(exchange.url, tls=ssl.create_default_context(cafile=cert_path)))
     assert caller.cancel(good.algo_id).status == 200
     with pytest.raises(http.client.RemoteDisconnected):
         caller.cancel(dropped.algo_id)
