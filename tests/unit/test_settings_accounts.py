@@ -319,23 +319,6 @@ def test_no_password_is_shown_whatever_stands_around_it(before: str, after: str,
         assert CANARY not in said
 
 
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
-        ("redis://:secret@localhost:6379/0", "redis://localhost:6379/0"),
-        ("rediss://user:secret@h.example:6380", "rediss://h.example:6380"),
-        ("redis://h?db=1&password=secret", "redis://h"),
-        ("redis://[::1]:6379", "redis://[::1]:6379"),
-        ("unix://user@/run/redis.sock?password=secret", "unix:///run/redis.sock"),
-        ("redis+sentinel://:secret@a:1,b/svc/0?db=1", "redis+sentinel://a:1,b/svc/0"),
-    ],
-)
-def test_the_redis_url_for_logs(url: str, shown: str) -> None:
-    """The Redis URL for logs tells host, port and database, and neither user nor password nor options."""
-    assert settings(REDIS_URL=url).display_redis_url == shown
-
-
 def test_settings_refuse_to_be_pickled_or_taken_apart() -> None:
     """Settings hold secrets, so they are neither pickled nor turned into a dictionary, and cannot be changed."""
     got = settings()
