@@ -26,11 +26,11 @@ from worker.sandbox.book import Child, Course, Order, OrderBook, OrderTerms
 from worker.sandbox.edge import Incident
 from worker.sandbox.fault_plan import EVERY_LIST
 from worker.sandbox.faults import FAULT_SETS, Answer, Fault, FaultTiming
+from worker.sandbox.wire import HOST
 
 if TYPE_CHECKING:
     from worker.sandbox.server import ExchangeServer
 
-HOST = "127.0.0.1"
 PREFIX = "/_sandbox/"
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 5.0

@@ -27,7 +27,7 @@ from typing import Any
 from producer.message import Call
 from worker.sandbox import control
 from worker.sandbox.book import AlgoStatus, Child, Course, Order, OrderBook, OrderTerms
-from worker.sandbox.control import HOST, MAX_ARRIVALS, Arrival, ConfigError, ExchangeConfig
+from worker.sandbox.control import MAX_ARRIVALS, Arrival, ConfigError, ExchangeConfig
 from worker.sandbox.edge import Edge
 from worker.sandbox.endpoints import ENDPOINTS, OPEN_ALGO_ORDERS, Asked, Security
 from worker.sandbox.fault_plan import EVERY_LIST, FaultPlan
@@ -52,7 +52,7 @@ from worker.sandbox.signed import (
     read_order_ids,
     read_parameters,
 )
-from worker.sandbox.wire import Connection, Reply, Request
+from worker.sandbox.wire import HOST, Reply, Request, listen
 
 EXIT_OK = 0
 EXIT_BAD_CONFIG = 78
@@ -68,23 +68,18 @@ ORDER_CALLS = {
 }
 
 MAX_LABELS = 200
-IDLE_CLOSE_S = 60.0
 _SILENT = frozenset({Delivery.CLOSED, Delivery.RESET, Delivery.NOT_HTTP})
 
 
 class ExchangeServer:
-    """The exchange: start it inside a running event loop, and close it there."""
+    """The exchange: start it inside a running event loop, with which it ends."""
 
     def __init__(self, config: ExchangeConfig) -> None:
         """Raises ConfigError for keys and certificates that cannot be used."""
         self.config = config
-        self.connections: set[Connection] = set()
         self.in_flight = 0
-        self.url = ""
         self._accounts = {api_key: Account(name, secret) for name, (api_key, secret) in config.accounts.items()}
         self._tls = _tls_context(config)
-        self._server: asyncio.Server | None = None
-        self._sweeper: asyncio.TimerHandle | None = None
         self.book = OrderBook()
         self.reset()
 
@@ -107,33 +102,15 @@ class ExchangeServer:
         until_ms = None if config.faults_for_ms is None else self.local_ms() + config.faults_for_ms
         self.plan = FaultPlan(fault_set, config.seed, config.fault_rate, config.max_incidents, until_ms)
 
-    async def start(self) -> None:
-        """Listen on loopback; `url` says where.
+    async def start(self) -> str:
+        """Listen on loopback; gives the URL.
 
         Raises:
             OSError: the port is taken.
         """
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: Connection(self, self.config.timing.drip_interval_ms),
-            HOST,
-            self.config.port,
-            backlog=1_024,
-            ssl=self._tls,
-        )
-        port = self._server.sockets[0].getsockname()[1]
-        self.url = f"{'http' if self._tls is None else 'https'}://{HOST}:{port}"
-        self._sweep()
-
-    async def close(self) -> None:
-        """Stop listening and drop every connection."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        if self._server is not None:
-            self._server.close()
-        for connection in list(self.connections):
-            connection.abort()
-        await asyncio.sleep(0)  # the transports close their sockets in the next turn of the loop
+        server = await listen(self, self.config.port, self._tls)
+        port = server.sockets[0].getsockname()[1]
+        return f"{'http' if self._tls is None else 'https'}://{HOST}:{port}"
 
     def local_ms(self) -> int:
         """Local time in milliseconds since the epoch; exchange time is `book.clock_skew_ms` later."""
@@ -353,11 +330,6 @@ class ExchangeServer:
         half = (child.orig_qty - child.executed_qty) / 2
         return self.book.fill(child, now_ms, str(half)) and self.book.cancel(child, now_ms)
 
-    def _sweep(self) -> None:
-        for connection in list(self.connections):
-            connection.close_if_idle(IDLE_CLOSE_S)
-        self._sweeper = asyncio.get_running_loop().call_later(1.0, self._sweep)
-
 
 def _twisted(answer: Answer, delivery: Delivery, huge_body_bytes: int) -> Answer:
     """The exchange's own answer, with the one thing wrong that the delivery stands for."""
@@ -406,13 +378,12 @@ async def _serve(exchange: ExchangeServer) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    await exchange.start()
-    sys.stdout.write(json.dumps({"url": exchange.url}) + "\n")
+    url = await exchange.start()
+    sys.stdout.write(json.dumps({"url": url}) + "\n")
     sys.stdout.flush()
     stop = partial(loop.call_soon_threadsafe, stopped.set)
     threading.Thread(target=_watch_stdin, args=(stop,), name="stdin", daemon=True).start()
     await stopped.wait()
-    await exchange.close()
 
 
 def main() -> int:
