@@ -48,7 +48,7 @@ def _place(stage: Stage, orders: list[PlacedOrder]) -> str:
     elsewhere.
     """
     exports = {"REDIS_URL": stage.valkey.url, "BINANCE_BASE_URL": stage.exchange.url}
-    exports |= {name: stage.keys.variables[name] for name in ("BINANCE_API_KEY", "BINANCE_API_SECRET")}
+    exports |= {name: stage.variables[name] for name in ("BINANCE_API_KEY", "BINANCE_API_SECRET")}
     if stage.options.as_json:
         named = {"orders": [order._asdict() for order in orders], "control_url": stage.exchange.url + PREFIX}
         return json.dumps({name.lower(): value for name, value in exports.items()} | named)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
 
 import redis
 from rq.worker import BaseWorker
@@ -100,44 +99,13 @@ class Options:
         return min(max(_RECV_WINDOW_MS, _RECV_WINDOW_MS_PER_REQUEST * in_flight), _LONGEST_RECV_WINDOW_MS)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class RunKeys:
-    """Keys made for one run: what checks them, for the exchange, and the workers' variables."""
-
-    accounts: dict[str, tuple[str, str]]
-    variables: dict[str, str]
-
-    @classmethod
-    def make(cls) -> Self:
-        """An HMAC key for the first account, an Ed25519 key for the second where cryptography is installed."""
-        api_key, secret = secrets.token_hex(16), secrets.token_hex(32)
-        second_key = secrets.token_hex(16)
-        verifier, variable, private = _second_secret()
-        return cls(
-            {DEFAULT_ACCOUNT: (api_key, secret), SECOND_ACCOUNT: (second_key, verifier)},
-            {
-                "BINANCE_API_KEY": api_key,
-                "BINANCE_API_SECRET": secret,
-                f"BINANCE_{SECOND_ACCOUNT.upper()}_API_KEY": second_key,
-                f"BINANCE_{SECOND_ACCOUNT.upper()}_{variable}": private,
-            },
-        )
-
-
-def _second_secret() -> tuple[str, str, str]:
-    """What checks the second account's signatures, and the end of the variable for what makes them, with that."""
-    try:
-        from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    except ImportError:
-        secret = secrets.token_hex(32)
-        return secret, "API_SECRET", secret
-    key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return public.decode(), "PRIVATE_KEY", private.decode()
+def _variables(keys: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """The workers' variables for these API keys and secrets, by account."""
+    found: dict[str, str] = {}
+    for account, key in keys.items():
+        prefix = "BINANCE" if account == DEFAULT_ACCOUNT else f"BINANCE_{account.upper()}"
+        found |= zip((f"{prefix}_API_KEY", f"{prefix}_API_SECRET"), key, strict=True)
+    return found
 
 
 @dataclass(slots=True)
@@ -227,13 +195,15 @@ class Stage:
             Interrupted: a signal asked for the end.
         """
         options, enter = self.options, self.parts.enter_context
-        self.keys = RunKeys.make()
+        # Known to this exchange and its workers, and worth nothing elsewhere.
+        keys = {name: (secrets.token_hex(16), secrets.token_hex(32)) for name in (DEFAULT_ACCOUNT, SECOND_ACCOUNT)}
+        self.variables = _variables(keys)
         data = Path(enter(tempfile.TemporaryDirectory(prefix="cancel-sandbox-")))
         self.valkey = enter(Valkey(self._binary, data, options.redis_port))
-        self.exchange = enter(start_exchange(self._exchange_config(faults_for_ms)))
+        self.exchange = enter(start_exchange(self._exchange_config(keys, faults_for_ms)))
         usual = {
             **_QUICK_SETTINGS,
-            **self.keys.variables,
+            **self.variables,
             "REDIS_URL": self.valkey.url,
             "BINANCE_BASE_URL": self.exchange.url,
             "BINANCE_RECV_WINDOW_MS": str(options.recv_window_ms),
@@ -243,10 +213,10 @@ class Stage:
         self.parts.callback(self.fleet.kill)
         self.fleet.start(options.workers, self.valkey.port, self.interrupts)
 
-    def _exchange_config(self, faults_for_ms: int | None) -> ExchangeConfig:
+    def _exchange_config(self, keys: Mapping[str, tuple[str, str]], faults_for_ms: int | None) -> ExchangeConfig:
         options, window_ms = self.options, self.options.recv_window_ms
         return ExchangeConfig(
-            self.keys.accounts,
+            keys,
             faults=options.faults,
             seed=options.seed,
             # A client waits for 0.8 x recvWindow, and what is late comes after that.
