@@ -30,7 +30,7 @@ from producer.protocol import (
     weight,
 )
 from producer.redis_url import is_refused
-from producer.waiting import LOOK_S, Waiters
+from producer.waiting import LOOK_S, Waiters, unheard
 
 T = TypeVar("T")
 
@@ -249,6 +249,9 @@ class AsyncLines:
                     step = listening.send(answers)
         except StopIteration:
             pass
+        except Exception as error:
+            self.waiters.fail(unheard(error))
+            raise
         finally:
             await link.close()
 

@@ -8,6 +8,7 @@ outcome is not there yet.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -324,12 +325,15 @@ class CancelClient:
         ends_at = None if timeout_s is None else began_at + timeout_s
         lines, came = self._mine(), threading.Event()
         with lines.waiters.waiting(job_ids, came.set) as waiter:
-            lines.listener()
-            # What came before the listener was there, it does not hear of.
-            asked = lines.waiters.came
-            lines.waiters.tell(self.converse(self._wire.look(job_ids)), asked)
-            came.wait(None if ends_at is None else max(0.0, ends_at - time.monotonic()))
-            return dict(waiter.ends)
+            look_s = math.inf if lines.listener() else LOOK_S
+            while True:
+                # What came before the listener was there, it does not hear of.
+                asked = lines.waiters.came
+                lines.waiters.tell(self.converse(self._wire.look(job_ids)), asked)
+                left_s = math.inf if ends_at is None else max(0.0, ends_at - time.monotonic())
+                pause_s = min(left_s, look_s)
+                if came.wait(None if pause_s == math.inf else pause_s) or pause_s == left_s:
+                    return dict(waiter.ends)
 
     def retry(self, tickets_or_ids: Iterable[TicketFields | str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.

@@ -178,7 +178,7 @@ class Keys:
 
     @property
     def outcome_prefix(self) -> str:
-        """Outcome records and the channels that announce them, followed by the id."""
+        """Outcome records, followed by the id."""
         return f"{self.queue}:outcome:"
 
     @property

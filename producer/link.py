@@ -30,7 +30,7 @@ from producer.protocol import (
     weight,
 )
 from producer.redis_url import is_refused
-from producer.waiting import LOOK_S, Waiters
+from producer.waiting import LOOK_S, Waiters, unheard
 
 T = TypeVar("T")
 
@@ -256,14 +256,20 @@ class Lines:
                 self._calls.distrust()
                 raise
 
-    def listener(self) -> None:
-        """See to it that somebody listens, and that from now on nothing is missed."""
+    def listener(self) -> bool:
+        """See to it that somebody listens, and that from now on nothing is missed; False: there is no thread to be had,
+        as the system has none left, or as the interpreter is about to end."""
         with self._start:
             if self._ready is None:
                 self._ready = threading.Event()
-                threading.Thread(target=self._listen, name="cancel-outcomes", daemon=True).start()
+                try:
+                    threading.Thread(target=self._listen, name="cancel-outcomes", daemon=True).start()
+                except RuntimeError:
+                    self._ready = None
+                    return False
             ready = self._ready
         ready.wait(self._wire.timeout_s)
+        return True
 
     def _listen(self) -> None:
         link = self._link()
@@ -274,6 +280,11 @@ class Lines:
                     if self.closed or self.waiters.are_few():
                         self._ready = None
                         return
+        except BaseException as error:
+            with self._start:  # the next one who waits starts another
+                self._ready = None
+            self.waiters.fail(unheard(error))
+            raise
         finally:
             link.close()
 

@@ -28,7 +28,8 @@ if (_at := getattr(importlib.util.find_spec("producer"), "origin", "")) and not 
 ):
     sys.exit(f"Error: here `producer` is {_at}, not this project's: start the worker in another directory")
 
-from worker import log, output
+from producer.streams import open_closed_streams, silence
+from worker import log
 from worker.settings import SETTINGS, QueuePlace, Settings, SettingsError, environment_for_readers, sandbox_server
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def _say(text: str, *, to_stderr: bool = False) -> None:
     try:
         click.echo(text, err=to_stderr)
     except OSError:
-        output.silence(2 if to_stderr else 1)
+        silence(2 if to_stderr else 1)
 
 
 def _told(read: Callable[[], T]) -> T:
@@ -311,7 +312,7 @@ _hand_over("web", "Serve the page for operators")
 
 def start() -> None:
     """The command line, without a traceback for Ctrl-C, a closed stream, or a letter that a terminal lacks."""
-    output.open_closed_streams()
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

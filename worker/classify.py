@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -97,6 +97,7 @@ class Reply:
     retry_after_ms: int | None = None
     challenge: bool = False  # the firewall's challenge header was there
     truncated: bool = False  # the body was longer than we read
+    api_key: str = field(default="", repr=False, compare=False)  # of the request: who quotes it is shown without it
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +198,9 @@ HTTP_MEANS: dict[int, Means] = {
     429: Means.LIMITED,
     451: Means.BLOCKED,  # where a network seems to be changes with an edge, and with a route
 }
-#: Statuses that decide where the body holds no listed code: whoever knows none of the exchange's codes is not the
-#: exchange, and what an edge says of a path it says of no order.
-HTTP_FALLBACK: dict[int, Means] = {401: Means.KEY_REFUSED, 404: Means.BUSY, 405: Means.BUSY}
+#: Statuses that say, where the body holds no listed code, that nothing was done: whoever knows none of the exchange's
+#: codes is not the exchange, and what an edge says of a path or a login it says of no order and no key.
+NOT_DONE_STATUSES = frozenset({401, 404, 405})
 #: Most orders that a listing is believed to hold; the exchange allows 200 to be open (exchange.md 1.1).
 MAX_LISTED = 1000
 #: Codes that are believed in a 5xx answer; any other refusal from a failing server proves nothing.
@@ -262,7 +263,7 @@ def _refusal(http: int, code: int | None, msg: str) -> Means:
         return Means.BUSY if _folded(msg) in NOT_DONE_TEXTS else Means.UNCLEAR
     if code in CODE_MEANS:
         return CODE_MEANS[code]
-    return HTTP_FALLBACK.get(http, Means.UNCLEAR)
+    return Means.BUSY if http in NOT_DONE_STATUSES else Means.UNCLEAR
 
 
 def _server_error(http: int, code: int | None, msg: str) -> Means:
@@ -355,17 +356,17 @@ def without_signature(text: str) -> str:
     return _SIGNATURE.sub(r"\1***", text)
 
 
-def _said(words: str) -> str:
-    return clean_text(without_signature(words))
+def _said(words: str, api_key: str) -> str:
+    return clean_text(without_signature(words.replace(api_key, "***") if api_key else words))
 
 
 def _code_and_msg(answer: Reply, body: dict[str, Any] | None) -> tuple[int | None, str]:
     if body is None:
         if answer.truncated:  # half a text may be equal to a whole one that says something else
             return None, ""
-        return None, _said(answer.body[:1000].decode("utf-8", "replace"))
+        return None, _said(answer.body[:1000].decode("utf-8", "replace"), answer.api_key)
     msg = body.get("msg")
-    return _whole(body.get("code")), _said(msg) if isinstance(msg, str) else ""
+    return _whole(body.get("code")), _said(msg, answer.api_key) if isinstance(msg, str) else ""
 
 
 def _order_view(body: dict[str, Any]) -> OrderView | None:
