@@ -148,13 +148,15 @@ def test_the_window_follows_the_exchange_clock(
 
 
 def test_accounts_are_separate(market: RunningExchange, caller: Caller, stack: ExitStack) -> None:
-    """Another account's order is unknown by either id, to cancels and queries, and stays what it is."""
+    """Another account's order is unknown by either id, to cancels and queries, and stays as it is; so does its child."""
     order = market.add_orders(client_algo_ids=["stop:1/a"])[0]
+    _, order_id = triggered(market)
     stranger = stack.enter_context(Caller(market.url, OTHER_KEY, OTHER_SECRET))
     for parameters in ({"algoId": order.algo_id}, {"clientAlgoId": order.client_algo_id}):
         assert stranger.call("DELETE", **parameters).error == (400, -2011, "Unknown order sent.")
         assert stranger.call("GET", **parameters).error == (400, -2013, "Order does not exist.")
     assert stranger.call("GET", OPEN_ORDERS).json == []
+    assert stranger.call("GET", CHILD_ORDER, symbol="BTCUSDT", orderId=order_id).error[1] == -2013
     assert caller.status(order.algo_id) == "NEW"
     assert market.book()[order.algo_id].deletes == 0
 
@@ -224,7 +226,8 @@ def test_a_child_is_queried_and_cancelled(market: RunningExchange, caller: Calle
     assert caller.call("GET", algoId=algo_id).json["actualOrderId"] == order_id
     shown = caller.call("GET", CHILD_ORDER, symbol="BTCUSDT", orderId=order_id).json
     assert (str(shown["orderId"]), shown["status"], shown["type"]) == (order_id, "NEW", "MARKET")
-    market.fill(algo_id, "0.004", "9100")
+    market.fill(algo_id, "0.003", "9000")
+    market.fill(algo_id, "0.001", "9400")
     by_name: dict[str, Any] = {"symbol": "BTCUSDT", "origClientOrderId": shown["clientOrderId"]}
     shown = caller.call("GET", CHILD_ORDER, **by_name).json
     assert (shown["status"], shown["executedQty"], shown["avgPrice"]) == ("PARTIALLY_FILLED", "0.004", "9100.00000")
@@ -275,17 +278,23 @@ def test_a_child_lags_behind(market: RunningExchange, caller: Caller) -> None:
     eventually(lambda: caller.call("GET", CHILD_ORDER, **asked).status == 200, what="the child")
 
 
-@pytest.mark.parametrize(("order_type", "status"), [("STOP_MARKET", "FINISHED"), ("TAKE_PROFIT", "TRIGGERED")])
+@pytest.mark.parametrize(
+    ("order_type", "status", "child"),
+    [("STOP_MARKET", "FINISHED", ("MARKET", "0")), ("TAKE_PROFIT", "TRIGGERED", ("LIMIT", "8990.0"))],
+)
 def test_left_to_itself_a_market_child_fills_and_a_limit_child_rests(
-    market: RunningExchange, order_type: str, status: str
+    market: RunningExchange, caller: Caller, order_type: str, status: str, child: tuple[str, str]
 ) -> None:
     """The control that triggers, without a word about times, does as the exchange is known to do."""
-    order = market.add_orders(order_type=order_type)[0]
+    order = market.add_orders(order_type=order_type, price="8990.0")[0]
     request = urllib.request.Request(
         f"{market.url}/_sandbox/move", json.dumps({"algo_id": order.algo_id, "move": "trigger"}).encode()
     )
     urllib.request.urlopen(request, timeout=20).close()
     assert market.book()[order.algo_id].status == status
+    order_id = child_of(market, order.algo_id).order_id
+    shown = caller.call("GET", CHILD_ORDER, symbol="BTCUSDT", orderId=order_id).json
+    assert (shown["type"], shown["price"]) == child
 
 
 @pytest.mark.parametrize("status", ["CANCELED", "EXPIRED", "EXPIRED_IN_MATCH", "REJECTED"])
