@@ -176,7 +176,8 @@ def test_a_server_that_may_lose_requests_is_warned_of(
 @pytest.mark.parametrize(
     ("rights", "says"),
     [
-        ("~* &* +@all -@scripting", "command EVALSHA"),
+        ("~* &* +@all -@scripting", "command SCRIPT LOAD, command EVALSHA"),
+        ("~* &* +@all -script|load", "command SCRIPT LOAD;"),
         ("~* &* +@all -blmove", "command BLMOVE"),
         ("~* &* +@all -hset -zadd", "command HSET, command ZADD"),
         ("~* &* +@all -subscribe", "command SUBSCRIBE"),

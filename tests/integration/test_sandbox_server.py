@@ -148,7 +148,7 @@ def test_the_window_follows_the_exchange_clock(
 
 
 def test_accounts_are_separate(market: RunningExchange, caller: Caller, stack: ExitStack) -> None:
-    """Another account's order is unknown by either id, to cancels and queries, and stays as it is; so does its child."""
+    """Another account's order, or child, is unknown by either id, to cancels and queries, and stays what it is."""
     order = market.add_orders(client_algo_ids=["stop:1/a"])[0]
     _, order_id = triggered(market)
     stranger = stack.enter_context(Caller(market.url, OTHER_KEY, OTHER_SECRET))
