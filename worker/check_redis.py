@@ -23,7 +23,7 @@ from producer.redis_url import NotPrimary, NotSupported, code_of, passes, why
 from producer.untrusted import clean_text
 from worker.store import ANSWER_WITHIN_S
 
-__all__ = ["Fault", "Finding", "look_at_redis"]
+__all__ = ["Fault", "Finding", "look_at_redis", "shared_keys"]
 
 
 class Fault(StrEnum):
@@ -197,10 +197,10 @@ def _rows(keys: Keys, token: str) -> list[list[str]]:
         "gate": keys.gate(""),
     }
     steps = _STEPS.format(**{name: prefix + token for name, prefix in names.items()})
-    return [*(step.split() for step in steps.split(",")), *(["EXISTS", key] for key in _shared(keys))]
+    return [*(step.split() for step in steps.split(",")), *(["EXISTS", key] for key in shared_keys(keys))]
 
 
-def _shared(keys: Keys) -> dict[str, str]:
+def shared_keys(keys: Keys) -> dict[str, str]:
     """The keys that all jobs share, with their types."""
     return {
         keys.waiting: "list",
@@ -294,7 +294,7 @@ def _listen(connection: redis.Redis, channel: str, missing: list[str]) -> str | 
 
 def _damaged(connection: redis.Redis, keys: Keys) -> Iterator[str]:
     """Keys that have another type than they should."""
-    expected = _shared(keys)
+    expected = shared_keys(keys)
     try:
         with connection.pipeline(transaction=False) as pipeline:
             for key in expected:

@@ -21,6 +21,7 @@ from producer import AsyncCancelClient, Outcome
 from producer.keys import JobField, Keys, suspect_of
 from producer.message import MAX_ID_BYTES
 from producer.redis_url import Address, passes
+from worker.check_redis import shared_keys
 from worker.clock import ServerClock
 from worker.engine import Engine
 from worker.exchange import Exchange
@@ -108,11 +109,8 @@ class OwnQueue:
                 of_jobs.append(keys.order_prefix.encode() + (told[1] or b""))
         suspects = self._asked("SRANDMEMBER", keys.suspects, _MOST) or []
         prints = [suspect_of(member)[1].decode("utf-8", "replace") for member in suspects]
-        shared = (
-            *(keys.waiting, keys.claiming, keys.intermediate, keys.unfinished, keys.outcomes, keys.suspects),
-            *(keys.started, keys.scheduled, keys.finished, keys.failed, keys.canceled, keys.queue_workers),
-            *(keys.durable, keys.gate(keys.queue), keys.counts, keys.minutes),
-        )
+        others = {keys.queues, keys.workers, keys.gate("all")}
+        shared = {*shared_keys(keys), keys.durable, keys.gate(keys.queue)} - others
         return [*shared, *map(keys.breaker, prints), *map(keys.held, prints), *of_jobs]
 
     def _ids(self, command: str, *keys: str) -> Iterator[bytes]:

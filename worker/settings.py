@@ -483,10 +483,9 @@ class QueuePlace:
         return cls(url, _redis_options(url, verify, ca_file), name)
 
 
-def environment_for_readers(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def environment_for_readers() -> dict[str, str]:
     """The environment for a command that only reads the queue: all of it but what belongs to the exchange."""
-    given = os.environ if environ is None else environ
-    return {name: value for name, value in given.items() if not name.startswith(("BINANCE_", "EGRESS_PROXY_URL"))}
+    return {name: value for name, value in os.environ.items() if not name.startswith(("BINANCE_", "EGRESS_PROXY_URL"))}
 
 
 def sandbox_server() -> tuple[str | None, dict[str, str]]:

@@ -194,30 +194,6 @@ def test_a_redirect_is_not_followed(demo: dict[str, str], relay: Relay) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "says"),
-    [
-        (-2019, "the margin is not sufficient: fund the account"),
-        (-2022, "wants a position that it can reduce"),
-        (-1013, "break a rule of the symbol"),
-        (-4014, "no multiple of the symbol's tick"),
-        (-4164, "below the symbol's least"),
-        (-4999, "look it up in the exchange's list of errors"),
-    ],
-)
-def test_a_refused_order_is_explained(code: int, says: str, demo: dict[str, str], relay: Relay) -> None:
-    """What a refusal of the order means stands beside the exchange's words, with the way out."""
-    relay.answer("POST", ORDER, refusal(code, "Its words."))
-
-    ended, text = run(demo)
-
-    assert ended == 1, text
-    last = text.splitlines()[-1]
-    assert last.startswith(f"failed: the order is refused: 400 {code} Its words.; ")
-    assert says in last
-    assert relay.exchange.book() == {}
-
-
-@pytest.mark.parametrize(
     ("change", "code", "says"),
     [
         (lambda exchange: exchange.set_mark_price("BTCUSDT", "100"), -2021, "it would trigger at once"),
@@ -254,12 +230,24 @@ def test_what_changes_before_the_order_is_placed_is_explained(
         ("GET", INFO, said({"symbols": [SYMBOL | {"status": "SETTLING"}]}), 1, "BTCUSDT is 'SETTLING', not TRADING"),
         ("GET", OPEN_ORDERS, refusal(-1121), 2, "--symbol 'BTCUSDT': the exchange does not know it"),
         ("GET", INFO, said({"symbols": []}), 2, "--symbol 'BTCUSDT': the exchange does not know it"),
+        *(
+            ("POST", ORDER, refusal(n, "Its words."), 1, f"failed: the order is refused: 400 {n} Its words.; {means}")
+            for n, means in {
+                -2019: "the margin is not sufficient: fund the account",
+                -2022: "a reducing order is refused: the exchange wants a position that it can reduce",
+                -1013: "price or quantity break a rule of the symbol",
+                -4014: "the price is no multiple of the symbol's tick",
+                -4164: "its notional value is below the symbol's least",
+                -4999: "look it up in the exchange's list of errors",
+            }.items()
+        ),
     ],
 )
 def test_what_keeps_the_order_from_being_placed_is_named(
     method: str, path: str, answer: bytes, code: int, says: str, demo: dict[str, str], relay: Relay
 ) -> None:
-    """A refused key, a ban, a strange answer: each has its exit code and its words, and no order is left."""
+    """A refused key or order, a ban, a strange answer: each has its exit code, its words and what they mean, and no
+    order is left."""
     relay.answer(method, path, answer)
 
     ended, text = run(demo)

@@ -78,7 +78,7 @@ class ExchangeServer:
         """Raises ConfigError for keys and certificates that cannot be used."""
         self.config = config
         self.in_flight = 0
-        self._accounts = {api_key: Account(name, secret) for name, (api_key, secret) in config.accounts.items()}
+        self._accounts = {api_key: Account.of(name, secret) for name, (api_key, secret) in config.accounts.items()}
         self._tls = _tls_context(config)
         self.book = OrderBook()
         self.reset()
