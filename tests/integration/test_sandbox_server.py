@@ -39,66 +39,48 @@ from tests.servers import eventually
 from worker.sandbox.control import ControlError, ExchangeConfig, RunningExchange, start_exchange
 from worker.sandbox.faults import Fault
 
-
-def at_docs_time(market: RunningExchange) -> None:
-    """Set the exchange's clock to the moment of the published samples."""
-    market.set_clock_skew_ms(DOCS_TIMESTAMP_MS - int(time.time() * 1000))
-
-
 # --- security ---------------------------------------------------------------------------------------------------------
 
-IDS_OF_DOCS = "algoId=2146760&recvWindow=5000&timestamp=1591702613943"
+AT = "recvWindow=5000&timestamp=1591702613943"
+SIGNED = "signature=023da8a4fc80b7c0bc74fb812354b920034c291bb9ae7aa4bdeda9d24d8a5dfa"
+#: Of the key of RFC 8032.
+ED25519 = "KvABC9DEzhzI6hFK8UVCIanj7GfqilBoMcSGOLU+If+jzblbRhwPxMO+Zyhoy8jbDM4itl9+ypyj5/AwC/PqAA=="
 
 
 @pytest.mark.parametrize(
-    ("payload", "signature"),
+    ("key", "query", "code"),
     [
-        (IDS_OF_DOCS, "023da8a4fc80b7c0bc74fb812354b920034c291bb9ae7aa4bdeda9d24d8a5dfa"),
+        (DOCS_KEY, f"algoId=2146760&{AT}&{SIGNED}", -2011),
         (
-            "clientAlgoId=a%3Ab%2Fc.d_e-f&recvWindow=5000&timestamp=1591702613943",
-            "0403f70b1c057b29fac93ee371d790d9452506300378bea8fee62839d09e329d",
+            DOCS_KEY,
+            f"clientAlgoId=a%3Ab%2Fc.d_e-f&{AT}&signature=0403f70b1c057b29fac93ee371d790d9452506300378bea8fee62839d09e329d",
+            -2011,
         ),
+        (ED25519_KEY, f"algoId=2146760&{AT}&signature={quote(ED25519, safe='')}", -2011),
+        (DOCS_KEY, f"algoId=2146760&{AT}&{SIGNED[:-1]}b", -1022),
+        (DOCS_KEY, f"algoId=2146761&{AT}&{SIGNED}", -1022),
+        (DOCS_KEY, f"recvWindow=5000&algoId=2146760&timestamp=1591702613943&{SIGNED}", -1022),
+        (DOCS_KEY, f"algoId=2146760&recvWindow=5000&{SIGNED}&timestamp=1591702613943", -1022),
+        (
+            DOCS_KEY,
+            f"clientAlgoId=a:b/c.d_e-f&{AT}&signature=f7143ff614272c305e9f2e16d0611d52d3088b49f0b5800d964f19a720d75fe5",
+            -1022,
+        ),
+        (ED25519_KEY, f"algoId=2146760&{AT}&signature={ED25519}", -1022),
     ],
-    ids=["algo id", "encoded client id"],
-)
-def test_good_signatures_are_accepted(market: RunningExchange, caller: Caller, payload: str, signature: str) -> None:
-    """The known signatures of the published key pass, and the order that they name is simply unknown."""
-    at_docs_time(market)
-    seen = caller.send("DELETE", f"{ALGO_ORDER}?{payload}&signature={signature}", {"x-mbx-apikey": DOCS_KEY})
-    assert seen.error == (400, -2011, "Unknown order sent.")
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        f"{IDS_OF_DOCS}&signature=023da8a4fc80b7c0bc74fb812354b920034c291bb9ae7aa4bdeda9d24d8a5dfb",
-        IDS_OF_DOCS.replace("2146760", "2146761")
-        + "&signature=023da8a4fc80b7c0bc74fb812354b920034c291bb9ae7aa4bdeda9d24d8a5dfa",
-        "recvWindow=5000&algoId=2146760&timestamp=1591702613943"
-        + "&signature=023da8a4fc80b7c0bc74fb812354b920034c291bb9ae7aa4bdeda9d24d8a5dfa",
-        "algoId=2146760&recvWindow=5000&signature=023da8a4fc80b7c0bc74fb812354b920034c291bb9ae7aa4bdeda9d24d8a5dfa"
-        + "&timestamp=1591702613943",
-        "clientAlgoId=a:b/c.d_e-f&recvWindow=5000&timestamp=1591702613943"
-        + "&signature=f7143ff614272c305e9f2e16d0611d52d3088b49f0b5800d964f19a720d75fe5",
+    ids=[
+        *("algo id", "encoded client id", "Ed25519", "last digit", "other id", "other order", "not last"),
+        *("not encoded", "bare plus"),
     ],
-    ids=["last digit", "other id", "other order", "not last", "not encoded"],
 )
-def test_bad_signatures_are_refused(market: RunningExchange, caller: Caller, query: str) -> None:
-    """One changed byte, another order of parameters, a signature that is not last and un-encoded ids get -1022."""
-    at_docs_time(market)
-    seen = caller.send("DELETE", f"{ALGO_ORDER}?{query}", {"X-MBX-APIKEY": DOCS_KEY})
-    assert seen.error == (400, -1022, "Signature for this request is not valid.")
-    assert market.stats().bad_signatures == 1
-
-
-def test_an_ed25519_signature_is_accepted(market: RunningExchange, caller: Caller) -> None:
-    """The RFC 8032 key's signature passes when it is percent-encoded, and is refused when '+' stands bare."""
-    at_docs_time(market)
-    signature = "KvABC9DEzhzI6hFK8UVCIanj7GfqilBoMcSGOLU+If+jzblbRhwPxMO+Zyhoy8jbDM4itl9+ypyj5/AwC/PqAA=="
-    headers = {"X-MBX-APIKEY": ED25519_KEY}
-    good = caller.send("DELETE", f"{ALGO_ORDER}?{IDS_OF_DOCS}&signature={quote(signature, safe='')}", headers)
-    bare = caller.send("DELETE", f"{ALGO_ORDER}?{IDS_OF_DOCS}&signature={signature}", headers)
-    assert (good.error[1], bare.error[1]) == (-2011, -1022)
+def test_signatures_are_checked(market: RunningExchange, caller: Caller, key: str, query: str, code: int) -> None:
+    """The known signatures of published keys pass, and the order that they name is simply unknown; one changed byte,
+    another order of parameters, a signature that is not last, and what is not encoded are refused."""
+    market.set_clock_skew_ms(DOCS_TIMESTAMP_MS - int(time.time() * 1000))
+    seen = caller.send("DELETE", f"{ALGO_ORDER}?{query}", {"x-mbx-apikey": key})
+    says = "Unknown order sent." if code == -2011 else "Signature for this request is not valid."
+    assert seen.error == (400, code, says)
+    assert market.stats().bad_signatures == (code == -1022)
 
 
 @pytest.mark.parametrize(

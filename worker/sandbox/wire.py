@@ -161,8 +161,8 @@ class _Connection:
             # In any case: the order is cancelled even when the client has gone by then.
             await asyncio.sleep(reply.delay_ms / 1_000)
             reply = reply.resume()
-        elif reply.delay_ms > 0:
-            await asyncio.wait([self._gone], timeout=reply.delay_ms / 1_000)
+        elif not await self._stays(reply.delay_ms):
+            return
         head, body = reply.head(), reply.answer.body
         if reply.delivery in _LAST_WORDS:
             self._keep_alive = False
@@ -181,9 +181,16 @@ class _Connection:
             case Delivery.DRIPPED:
                 for byte in head + body:
                     self._writer.write(bytes([byte]))
-                    await asyncio.wait([self._gone], timeout=self._exchange.config.timing.drip_interval_ms / 1_000)
+                    if not await self._stays(self._exchange.config.timing.drip_interval_ms):
+                        return
             case _:
                 self._writer.write(head + body)
+
+    async def _stays(self, pause_ms: float) -> bool:
+        """Whether the client is still there after so long; where it leaves, that is known at once."""
+        if pause_ms > 0:
+            await asyncio.wait([self._gone], timeout=pause_ms / 1_000)
+        return not self._gone.done()
 
 
 def _reason(status: int) -> str:
