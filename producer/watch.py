@@ -7,13 +7,10 @@ the workers take what is left of the screen. Nothing that came from Redis is rea
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from types import FrameType
 from typing import NoReturn
 
 from rich.cells import cell_len
@@ -95,9 +92,9 @@ def _alarms(status: Status, room: int) -> list[Text]:
 def _latency(status: Status) -> Text:
     if status.gated_s is not None:
         return _line("queue latency", (f"held back for {status.gated_s:.1f} s", _ALARM), f", {status.queued:,} queued")
-    if not status.queued and status.oldest_queued_s is None:
+    if not status.queued and status.oldest_s is None:
         return _line("queue latency", ("nothing waits", "dim"))
-    oldest = "-" if status.oldest_queued_s is None else f"{status.oldest_queued_s:.1f} s"
+    oldest = "-" if status.oldest_s is None else f"{status.oldest_s:.1f} s"
     return _line("queue latency", (oldest, "bold"), f", {status.queued:,} queued")
 
 
@@ -216,10 +213,10 @@ def usable() -> bool:
     return sys.stdout.isatty() and not Console().is_dumb_terminal
 
 
-def run(seen: Status, look: Callable[[], Status], explain: Callable[[QueueUnavailable], str]) -> NoReturn:
+def run(seen: Status, look: Callable[[], Status]) -> NoReturn:
     """Show ``seen``, then each second what ``look`` gives, until Ctrl-C (KeyboardInterrupt).
 
-    While ``look`` raises QueueUnavailable the last view stays, with its age and what ``explain`` makes of the error.
+    While ``look`` raises QueueUnavailable the last view stays, with its age and the reason.
     """
     console = Console(markup=False, highlight=False, emoji=False)
     seen_at_s = time.monotonic()
@@ -231,7 +228,7 @@ def run(seen: Status, look: Callable[[], Status], explain: Callable[[QueueUnavai
                 seen = look()
                 seen_at_s, stale = time.monotonic(), None
             except QueueUnavailable as error:
-                stale = f"NOT OF NOW, {span(time.monotonic() - seen_at_s)} old: {explain(error)}"
+                stale = f"NOT OF NOW, {span(time.monotonic() - seen_at_s)} old: {error}"
 
 
 def _draw(live: Live, seen: Status, stale: str | None) -> None:
@@ -246,28 +243,14 @@ def _draw(live: Live, seen: Status, stale: str | None) -> None:
         time.sleep(_RESIZE_EVERY_S)
 
 
-class _Terminated(BaseException):
-    """SIGTERM, on its way past everything that has a terminal to give back."""
-
-
 @contextlib.contextmanager
 def _given_back(console: Console) -> Iterator[None]:
     """The terminal is left as it was found, however the block ends; keys typed meanwhile are not shown."""
-
-    def end(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
     try:
         with _without_echo():
             yield
-    except _Terminated:
-        _restore(console)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
     finally:
         _restore(console)
-        signal.signal(signal.SIGTERM, before)
 
 
 def _restore(console: Console) -> None:

@@ -128,10 +128,20 @@ def _port_in_range(port: str | None) -> bool:
     return port is None or (len(port) <= 5 and 1 <= int(port) <= 65535)
 
 
+def _leads_somewhere(url: str) -> bool:
+    """Whether it can be taken apart (in brackets stands an IPv6 address alone; those of a password are to be
+    percent-encoded), and its host is a name that resolvers take."""
+    try:
+        str(urlsplit(url).hostname).encode("idna")
+    except ValueError:
+        return False
+    return True
+
+
 def base_url(text: str) -> str:
     """The exchange's address, its host in lower case."""
     shape = _BASE_URL_SHAPE.fullmatch(text)
-    if not shape or not _port_in_range(shape["port"]):
+    if not shape or not _port_in_range(shape["port"]) or not _leads_somewhere(text):
         raise RefusedError
     port = f":{shape['port']}" if shape["port"] else ""
     url = f"{shape['scheme']}://{shape['host'].lower()}{port}"
@@ -172,7 +182,7 @@ def proxy_url(text: str) -> str | None:
     if not text:
         return None
     shape = _PROXY_URL_SHAPE.fullmatch(text)
-    if not shape or not _port_in_range(shape["port"]):
+    if not shape or not _port_in_range(shape["port"]) or not _leads_somewhere(text):
         raise RefusedError
     return text
 

@@ -82,6 +82,7 @@ REFUSED: list[tuple[str, Ask, str, str]] = [
     ("outcomes of an id", lambda c: c.outcomes_of("abc"), "ids", "not str: give a list"),
     ("statuses of None", lambda c: c.statuses(None), "ids", "not NoneType: give a list"),
     ("the ledger after None", lambda c: c.outcomes(after=None), "after", "not NoneType: give text"),
+    ("the ledger after what no server counts to", lambda c: c.outcomes(after=f"{2**64}-0"), "after", "a stream id"),
     ("the ledger after 5", lambda c: c.outcomes(after=5), "after", "not int: give text"),
     ("follow in words", lambda c: c.outcomes(follow="no"), "follow", "give True or False"),
     ("waiting for nan", lambda c: c.wait("a", math.nan), "timeout_s", "0 or more seconds"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from producer.web.access import Access, UnsafeStart, check_start, own_path
+from producer.console import BadSetting
+from producer.web.access import Access, check_start, own_path
 
 TOKEN = "a-token-of-the-tests"
 
@@ -17,6 +18,7 @@ TOKEN = "a-token-of-the-tests"
         ("10.0.0.7", None, False, "--host 127.0.0.1"),
         ("example.com", None, False, "example.com"),
         ("127.0.0.1", "fifteen-letters", False, "16 characters"),
+        *(("127.0.0.1", f"{TOKEN}{end}", False, "the end of a line") for end in ("\r", "\n", " ", "\xe4")),
         ("127.0.0.1", "a" * 40, False, "8 different characters"),
         ("0.0.0.0", "1234567" * 6, False, "8 different characters"),
         ("127.0.0.1", TOKEN, True, "leave one of them out"),
@@ -24,7 +26,7 @@ TOKEN = "a-token-of-the-tests"
 )
 def test_an_open_door_is_not_opened_by_mistake(host: str, token: str | None, public_read: bool, said: str) -> None:
     """What strangers could read, and a token that can be guessed, stop the start with the ways out."""
-    with pytest.raises(UnsafeStart, match=said):
+    with pytest.raises(BadSetting, match=said):
         check_start(host, token, public_read)
 
 
