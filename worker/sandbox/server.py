@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from http import HTTPStatus
 from os import read
@@ -42,7 +43,7 @@ from worker.sandbox.faults import (
     Fault,
     FaultSet,
 )
-from worker.sandbox.market import Prices
+from worker.sandbox.market import SYMBOLS
 from worker.sandbox.signed import (
     Account,
     Refusal,
@@ -89,7 +90,8 @@ class ExchangeServer:
         self.latency_ms = config.latency_ms
         self.book = OrderBook(self.book, clock_skew_ms=config.clock_skew_ms)
         self.edge = Edge(config.weight_limit_per_minute, config.timing)
-        self.prices = Prices()
+        # Mark price and last price are one here, so `workingType` makes no difference.
+        self.prices = {name: Decimal(symbol.price) for name, symbol in SYMBOLS.items()}
         self.dual: dict[str, bool] = {}  # by account: hedge mode
         self.list_lag_ms = 0  # open orders stand in their list only so long after they were opened
         self.listen_keys: dict[str, str] = {}  # by account
@@ -166,7 +168,11 @@ class ExchangeServer:
         Raises:
             ValueError: no such symbol, or no price.
         """
-        value, now_ms = self.prices.set(symbol, price), self.local_ms()
+        value = Decimal(price) if price.replace(".", "", 1).isdecimal() else Decimal(0)
+        if symbol not in self.prices or value <= 0:
+            raise ValueError(f"symbol {symbol!r} or mark_price {price!r}: a symbol of exchangeInfo and a price above 0")
+        self.prices[symbol] = value
+        now_ms = self.local_ms()
         for order in self.book.orders(now_ms):
             if order.terms.symbol == symbol and order.status is AlgoStatus.NEW and order.sees(value):
                 self.book.trigger(order, now_ms, self._course(finished_after_ms=order.terms.fills_after_ms))
