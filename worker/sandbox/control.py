@@ -79,9 +79,18 @@ class ExchangeConfig:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ExchangeConfig:
-        """Read what `to_json` writes."""
-        raw = json.loads(text)
-        return cls(**raw | {"timing": FaultTiming(**raw["timing"])})
+        """Read what `to_json` writes; fields may be left out.
+
+        Raises:
+            ConfigError: it cannot be used; the text quotes no value.
+        """
+        try:
+            raw = json.loads(text)
+            return cls(**raw | {"timing": FaultTiming(**raw.get("timing", {}))})
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"the configuration cannot be used: {error}") from None
 
 
 # --- the server's end -------------------------------------------------------------------------------------------------
