@@ -25,11 +25,10 @@ from worker.check_redis import shared_keys
 from worker.clock import ServerClock
 from worker.engine import Engine
 from worker.exchange import Exchange
-from worker.redis_link import open_link
 from worker.settings import Settings
 from worker.store import ANSWER_WITHIN_S
 from worker.transport import Transport
-from worker.wiring import lease_of, open_canceller, open_redis, open_store
+from worker.wiring import open_engine, open_redis, open_store
 
 __all__ = ["NAME", "OwnQueue", "cancelled"]
 
@@ -147,11 +146,9 @@ async def cancelled(
     """
     deadline_s = min(settings.deadline_s, _DEADLINE_S)
     settings = replace(settings, concurrency=_FLIGHT, deadline_s=deadline_s, outcome_ttl_s=_LEFT_FOR_S)
-    links = (open_link(queue.connection), open_link(queue.connection))
     store = open_store(settings, queue.name, queue.name, gate_scope=queue.name)
     exchange = Exchange(transport, recv_window_ms=settings.recv_window_ms, clock=clock)
-    canceller, gate = open_canceller(settings, exchange, clock, store, links[1], queue.name)
-    engine = Engine(_FLIGHT, store, links, canceller, gate, lease_s=lease_of(settings), life_s=_LEFT_FOR_S)
+    engine = open_engine(settings, exchange, clock, store, queue.connection, queue.name, life_s=_LEFT_FOR_S)
     like = Address.of(queue.connection).async_client(ANSWER_WITHIN_S)
     working, beating = asyncio.create_task(engine.run()), asyncio.create_task(_beat(engine))
     try:
