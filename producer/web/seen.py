@@ -139,7 +139,7 @@ def _seen(job_id: str, record: Any, job: Any, failed: Any, index: Any, unread: M
     seen = replace(_with_job(Seen(job_id), job, faults), in_failed=_there(failed))
     done = None if isinstance(job, Exception) else job[-1]
     outcome = _decoded(record, faults)
-    if outcome is not None and outcome.kind.failed and is_requeued((seen.status, done, seen.run), failed):
+    if outcome is not None and outcome.kind.failed and is_requeued((seen.status, done, seen.run), failed, outcome.run):
         seen = _with_state(seen, index)  # the record is of the run before
     elif outcome is not None:
         seen = with_outcome(seen, outcome)
