@@ -16,6 +16,7 @@ from producer.web.app import create_app
 from tests.caller import ACCOUNTS, TIMING, Caller
 from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
+from tests.processes import child, pipe  # noqa: F401 - fixtures
 from tests.rehearsing import demo, relay  # noqa: F401 - fixtures of the rehearsals
 from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import WAYS, Bench
