@@ -16,7 +16,7 @@ from rq.command import send_shutdown_command
 from producer import CancelClient, CancelRequest, QueueUnavailable, Ticket
 from producer.message import OutcomeKind
 from producer.protocol import Wire
-from tests.fault.conftest import DURABLE, Scenes, Stage, cpu_s, is_running, mark_of, name_of, store_like, wait_for_line
+from tests.fault.conftest import DURABLE, Scenes, Stage, cpu_s, is_running, mark_of, name_of, store_like
 from tests.fault.proxy import Proxy
 from tests.orders import stayed_in_hand
 from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port, refuses
@@ -314,19 +314,6 @@ def flushed(stage: Stage) -> None:
     assert scenery.peek("TTL", f"rq:worker:{name}") > 0
     scenery.goes_on()
     scenery.connection.script_flush()
-    scenery.goes_on()
-
-
-@SCENES.after(flushed)
-def a_worker_starts_while_redis_is_away(stage: Stage) -> None:
-    """A worker that is started too early waits for Redis and then works."""
-    scenery: Scenery = stage.scenery
-    assert scenery.worker.stop() == 0
-    scenery.proxy.down()
-    scenery.worker = scenery.fleet.start(wait=False)
-    wait_for_line(scenery.worker, "event=redis state=away")
-    assert is_running(scenery.worker)
-    scenery.proxy.up()
     scenery.goes_on()
 
 

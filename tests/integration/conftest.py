@@ -52,6 +52,12 @@ def open_holder(valkey: Valkey) -> Iterator[OpenHolder]:
         holder.close()
 
 
+@pytest.fixture
+def holder(open_holder: OpenHolder) -> Holder:
+    """A worker of ours, as the scripts know it."""
+    return open_holder()
+
+
 @pytest.fixture(params=WAYS)
 def bench(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Bench]:
     """Its clients use the one transport and the other: the rules are the same."""
