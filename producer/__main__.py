@@ -27,7 +27,7 @@ from producer.message import DEFAULT_QUEUE, CancelRequest, Outcome, OutcomeKind,
 from producer.open_orders import WARNING, OpenOutcome, followed
 from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest, WaitTimeout
 from producer.rights import acl_lines
-from producer.shell import ExitCode, Failure, InOrder, dumped, ended_by_signals, epilog, print_lines, say
+from producer.shell import ExitCode, Failure, InOrder, dumped, ended_by_signals, epilog, print_lines, say, stream_lines
 from producer.status import Status, aligned
 from producer.streams import open_closed_streams, silence
 from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
@@ -378,7 +378,7 @@ def outcomes(redis_url: str, queue: str, as_json: bool, after: str, follow: bool
             try:
                 for entry, ended in client.outcomes(after, follow=follow):
                     line = console.streamed((entry, *console.outcome_cells(ended)))
-                    print_lines(dumped(console.record(ended) | {"entry": entry}) if as_json else line)
+                    stream_lines(dumped(console.record(ended) | {"entry": entry}) if as_json else line)
                 return ExitCode.DONE
             except LedgerGap as gap:
                 say(gap)
@@ -435,10 +435,11 @@ def status(redis_url: str, queue: str, as_json: bool, watch: bool) -> ExitCode:
 
             if view.usable():
                 view.run(seen, client.status)
-        print_lines(*([dumped(seen.as_dict())] if as_json else seen.lines()))
+        show = stream_lines if watch else print_lines
+        show(*([dumped(seen.as_dict())] if as_json else seen.lines()))
         while watch:
             seen = _next_look(client)
-            print_lines(*([dumped(seen.as_dict())] if as_json else ["", *seen.lines()]))
+            show(*([dumped(seen.as_dict())] if as_json else ["", *seen.lines()]))
     return ExitCode.DONE
 
 

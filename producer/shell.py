@@ -146,8 +146,9 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
             listener.bind(where)
             listener.listen()
             failed.pop_all()
-    except OSError as error:
-        raise Failure(f"cannot listen on {host} port {port}: {error.strerror or type(error).__name__}") from None
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "that is no name"
+        raise Failure(f"cannot listen on {host} port {port}: {why}") from None
     return listener, f"http://{f'[{bare}]' if ':' in bare else bare}:{listener.getsockname()[1]}/"
 
 
@@ -172,17 +173,25 @@ def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> floa
     return value
 
 
-def print_lines(*lines: str) -> None:
-    """Lines on stdout, at once: whoever reads them through a pipe acts on them.
+def stream_lines(*lines: str) -> None:
+    """Lines on stdout, at once, as whoever reads them through a pipe acts on them; for what ends with its reader.
 
-    Where nobody can get them, as the disk is full, the exit code still tells what it would have told.
+    Raises:
+        OSError: nobody can get them.
+    """
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stdout.flush()
+
+
+def print_lines(*lines: str) -> None:
+    """The same for what a command says at its end: where nobody can get it, as the disk is full, the exit code still
+    tells what it would have told.
 
     Raises:
         BrokenPipeError: the reader has left.
     """
     try:
-        sys.stdout.writelines(f"{line}\n" for line in lines)
-        sys.stdout.flush()
+        stream_lines(*lines)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -12,6 +12,7 @@ if __name__ == "__main__":
         signal.signal(_number, lambda *_: os._exit(0))
 
 import contextlib
+import errno
 import importlib.util
 import io
 import sys
@@ -316,7 +317,19 @@ def start() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    main(prog_name="python -m worker")
+    try:
+        main(prog_name="python -m worker")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EBADF, errno.EIO):
+            raise
+        silence(1)
+        _say(f"error: stdout takes nothing: {error.strerror}", to_stderr=True)
+        sys.exit(os.EX_IOERR)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            silence(1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+import redis
+from rq.defaults import RQ_KEY_PREFIX
+
+from producer.keys import Keys
 from producer.message import MAX_ALGO_ID, Call
+from producer.untrusted import clean_text
 from worker.check_redis import Fault, Finding, look_at_redis
 from worker.classify import Failure, Means, OrderRef, Reply, Verdict, classify
 from worker.clock import ServerClock
@@ -17,7 +22,7 @@ from worker.exchange import Answer, Exchange
 from worker.secrecy import keep_memory_private
 from worker.settings import Settings
 from worker.signing import Credential
-from worker.wiring import open_exchange, open_redis
+from worker.wiring import gate_scope, open_exchange, open_redis
 
 __all__ = ["KEY_CODES", "Fault", "Finding", "check", "why_no_answer", "words_of"]
 
@@ -34,6 +39,10 @@ _FAILURES = {
         "its certificate is not trusted: something on the way answers for it, such as a company's proxy; if that is "
         "meant, EXCHANGE_TLS_CA names the file of its authority"
     ),
+    **dict.fromkeys(
+        ("MalformedResponse", "BadStatusLine"),
+        "what answers there speaks no HTTP: check scheme and port of BINANCE_BASE_URL",
+    ),
     "SSLError": "no TLS is spoken there: check scheme and port of BINANCE_BASE_URL",
     "407": "the proxy wants a login: EGRESS_PROXY_URL=http://user:password@host:port, percent-encoded",
     "403": "the proxy forbids it: allow the exchange's host and port 443 there",
@@ -43,7 +52,10 @@ _FAILURES = {
 }
 #: What an answer means that is not the exchange's time, by its status.
 _STATUSES = {
-    200: "not the exchange's answer but something else: a proxy or a login page stands in between",
+    **dict.fromkeys(
+        (200, 204, 301, 302, 303, 307, 308, 401, 511),
+        "not the exchange's answer but something else: a proxy or a login page stands in between",
+    ),
     403: "its firewall blocks this address: wait some minutes, and do not repeat this in a loop",
     404: "no such path there: is BINANCE_BASE_URL the host of USD-M futures?",
     407: "a proxy wants a login: EGRESS_PROXY_URL=http://user:password@host:port, percent-encoded",
@@ -73,8 +85,12 @@ def check(settings: Settings) -> Iterator[Finding]:
     connection = open_redis(settings)
     try:
         yield from look_at_redis(connection, settings.display_redis_url, settings.queue)
+        pause = _pause(connection, Keys(settings.queue, RQ_KEY_PREFIX).gate(gate_scope(settings)))
     finally:
         connection.close()
+    if pause is not None:
+        yield pause
+        return
     exchange, clock = open_exchange(settings, one_at_a_time=True)
     try:
         time = _time(settings, exchange, clock)
@@ -87,6 +103,19 @@ def check(settings: Settings) -> Iterator[Finding]:
             yield _key(account, credential, exchange)
     finally:
         exchange.close()
+
+
+def _pause(connection: redis.Redis, gate: str) -> Finding | None:
+    """A pause that an answer of the exchange asked all of this address for: a ban grows with each request in it."""
+    try:
+        (until, reason), (now_s, _) = connection.hmget(gate, "until_ms", "reason"), connection.time()
+    except redis.RedisError:
+        return None
+    left_s = int(until) // 1000 - int(now_s) if until and until.isdigit() and len(until) <= 16 else 0
+    if left_s <= 0:
+        return None
+    said = f"not asked: all requests pause for another {left_s} s ({clean_text(reason or b'')})"
+    return Finding("exchange", said, Fault.UNREACHABLE)
 
 
 def _time(settings: Settings, exchange: Exchange, clock: ServerClock) -> Finding:

@@ -146,7 +146,7 @@ async def cancelled(
     """
     deadline_s = min(settings.deadline_s, _DEADLINE_S)
     settings = replace(settings, concurrency=_FLIGHT, deadline_s=deadline_s, outcome_ttl_s=_LEFT_FOR_S)
-    store = open_store(settings, queue.name, queue.name, gate_scope=queue.name)
+    store = open_store(settings, queue.name, queue.name, scope=queue.name)
     exchange = Exchange(transport, recv_window_ms=settings.recv_window_ms, clock=clock)
     engine = open_engine(settings, exchange, clock, store, queue.connection, queue.name, life_s=_LEFT_FOR_S)
     like = Address.of(queue.connection).async_client(ANSWER_WITHIN_S)

@@ -52,12 +52,17 @@ def route_of(settings: Settings) -> Route:
     return Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url, ca_file=settings.exchange_tls_ca)
 
 
-def open_store(settings: Settings, holder: str, queue: str, *, gate_scope: str | None = None) -> Store:
-    """The holder's view of the queue; ``gate_scope``: a gate of its own in place of the one that the settings say."""
+def gate_scope(settings: Settings) -> str:
+    """Whose requests pause together: those of all workers, or of this host."""
+    return "all" if settings.rate_limit_scope == "all" else socket.gethostname()
+
+
+def open_store(settings: Settings, holder: str, queue: str, *, scope: str | None = None) -> Store:
+    """The holder's view of the queue; ``scope``: of a gate of its own in place of the one that the settings say."""
     return Store(
         queue,
         holder,
-        gate_scope=gate_scope or ("all" if settings.rate_limit_scope == "all" else socket.gethostname()),
+        gate_scope=scope or gate_scope(settings),
         lease_ms=round(lease_of(settings) * 1000),
         deadline_ms=round(settings.deadline_s * 1000),
         outcome_ttl_s=settings.outcome_ttl_s,

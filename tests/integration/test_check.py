@@ -240,8 +240,11 @@ def test_damaged_keys_are_named(environment: dict[str, str], peek: Peek) -> None
             "too many requests from this address: wait (429 -1003 no)",
         ),
         (http_answer(b'{"code":-1016,"msg":"no"}', "503 No"), "it does not tell its time (503 -1016 no)"),
+        (http_answer(b"", "302 Found", Location="/login"), "a proxy or a login page stands in between (302"),
+        (http_answer(b"<html>", "401 Unauthorized"), "a proxy or a login page stands in between (401"),
+        (b"220 mail.example ESMTP\r\n", "what answers there speaks no HTTP"),
     ],
-    ids=["451", "HTML", "403", "404", "429", "503"],
+    ids=["451", "HTML", "403", "404", "429", "503", "302", "401", "no HTTP"],
 )
 def test_an_answer_that_is_not_the_time_is_quoted(answer: bytes, says: str, environment: dict[str, str]) -> None:
     """Why the exchange cannot be used is said in its words, with the way out, and of no key is said that it is good."""
@@ -249,6 +252,16 @@ def test_an_answer_that_is_not_the_time_is_quoted(answer: bytes, says: str, envi
         code, said, _ = check(environment | {"BINANCE_BASE_URL": server.url})
     assert (code, "key of" in said) == (EX_UNAVAILABLE, False)
     assert says in line(said, "FAILED exchange")
+
+
+def test_nothing_is_asked_in_a_pause(environment: dict[str, str], valkey: Valkey, peek: Peek) -> None:
+    """While a ban holds all workers back a check sends nothing either, and says why and for how long."""
+    peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 600_000, "reason", "418 banned")
+    with Server(answering(http_answer(b"{}"))) as server:
+        code, said, _ = check(environment | {"BINANCE_BASE_URL": server.url, "REDIS_URL": valkey.url})
+    assert (code, server.heads) == (EX_UNAVAILABLE, [])
+    assert "pause for another" in line(said, "FAILED exchange")
+    assert "418 banned" in said
 
 
 #: The worker's own command line where no name has an address.

@@ -422,6 +422,8 @@ sys.exit(subprocess.run([sys.executable, "-c", "import os; [os.fstat(fd) for fd 
     [
         *((("check",), 69, streams) for streams in (">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full")),
         ((), 78, ">/dev/full 2>/dev/full"),
+        (("--help",), 74, ">/dev/full"),
+        (("sandbox", "--orders", "1", "--workers", "1", "--faults", "none"), 0, ">/dev/full"),
         (("check",), 78, ">&- 2>&-"),
     ],
 )

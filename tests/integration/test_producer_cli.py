@@ -57,12 +57,17 @@ def objects(stdout: str) -> list[dict[str, Any]]:
         ("status", ">/dev/full", 0),
         ("outcome nobody-knows", "2>&-", 1),
         ("status --redis-url redis://127.0.0.1:1/0", ">&- 2>/dev/full", 4),
+        ("status --watch", ">/dev/full", 1),  # what goes on ends with its reader
+        ("metrics --host a..b", "", 2),
+        ("web --host a..b --public-read", "", 2),
     ],
 )
 def test_streams_that_take_nothing(words: str, streams: str, code: int, shell: Shell, peek: Peek) -> None:
     """Where what is said can reach nobody, the exit code is what it would have been, and what was asked is done."""
     call = f"exec {shlex.join(shell.command(*words.split()))} {streams}"
-    done = subprocess.run(["bash", "-c", call], cwd=ROOT, env=shell.environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", call], cwd=ROOT, env=shell.environment, capture_output=True, text=True, timeout=60
+    )
 
     assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
     assert len(peek.waiting()) == words.startswith("cancel --algo-id 7")
