@@ -127,7 +127,7 @@ def _stock(keys: Keys) -> Rights:
 
 
 def _rehearsal(keys: Keys) -> Rights:
-    mine = _worker(replace(keys, queue="acq-rehearsal-*"))  # each has a queue of its own
+    mine = _worker(Keys("acq-rehearsal-*", keys.rq))  # each has a queue of its own
     return replace(mine, commands=(*mine.commands, "+pubsub|numsub"))
 
 
