@@ -223,14 +223,21 @@ class AsyncLines:
                 self._calls.distrust()
                 raise
 
+    event = asyncio.Event
+
+    @staticmethod
+    async def wait(event: asyncio.Event, timeout_s: float | None) -> None:
+        """Wait until it is set, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await event.wait()
+
     async def listener(self) -> None:
         """See to it that somebody listens, and that from now on nothing is missed."""
         if self._listening is None or self._listening.done():
             self._ready.clear()
             self._listening = self.loop.create_task(self._listen())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._wire.timeout_s):
-                await self._ready.wait()
+        await self.wait(self._ready, self._wire.timeout_s)
 
     async def _listen(self) -> None:
         link, listening = self._link(), self.waiters.listen(self._ready.set, self._address)

@@ -256,6 +256,13 @@ class Lines:
                 self._calls.distrust()
                 raise
 
+    event = threading.Event
+
+    @staticmethod
+    def wait(event: threading.Event, timeout_s: float | None) -> None:
+        """Wait until it is set, at most so long."""
+        event.wait(timeout_s)
+
     def listener(self) -> None:
         """See to it that somebody listens, and that from now on nothing is missed."""
         with self._start:

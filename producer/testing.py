@@ -25,7 +25,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack, cast
@@ -33,6 +33,7 @@ from typing import Any, Self, TypeVar, Unpack, cast
 import redis
 
 from producer.aio import AsyncCancelClient
+from producer.base import BaseClient
 from producer.client import CancelClient
 from producer.door import checked_id, checked_ids, checked_requests, checked_timeout
 from producer.job_fields import fields_of_job
@@ -59,6 +60,7 @@ from producer.protocol import (
     entry_parts,
     rows,
 )
+from producer.redis_url import given
 from producer.scripted import CALL_MS, FIRST_ALGO_ID, HELD, MAX_STEP_S, FakeJob, Line, Said, became, listed
 from producer.status import WINDOW_S, Gate, Percentiles, Status
 from producer.untrusted import InvalidRequest, checked_flag, checked_seconds
@@ -365,7 +367,7 @@ class _Play(QueueWire):
 # --- what both doubles have -------------------------------------------------------------------------------------------
 
 
-class _Scripted:
+class _Scripted(BaseClient):
     """The script of a double, and what was asked of it."""
 
     def __init__(self, queue: str = DEFAULT_QUEUE) -> None:
@@ -388,6 +390,17 @@ class _Scripted:
         checked_url(url)
         checked_timeout(TIMEOUT_S if timeout_s is None else timeout_s)
         return cls(queue)
+
+    @contextlib.contextmanager
+    def _news(self) -> Iterator[Callable[[str], Any]]:
+        yield lambda position: given(self._until(partial(self._play.goes_on_after, position)))
+
+    async def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
+        return cast(dict[str, End], await given(self._until(partial(self._play.heard, job_ids, timeout_s))))
+
+    def _until(self, look: Callable[[], T | None]) -> Any:
+        """What a look gives as soon as it gives something; each outcome wants another look."""
+        raise NotImplementedError
 
     @property
     def requests(self) -> list[CancelRequest]:
@@ -512,15 +525,8 @@ class FakeCancelClient(_Scripted, CancelClient):
             raise closed(self)
         return self._play.carry(conversation, doubt)
 
-    @contextlib.contextmanager
-    def _news(self) -> Iterator[Callable[[str], bool]]:
-        yield lambda position: self._until(partial(self._play.goes_on_after, position))
-
-    def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
-        return self._until(partial(self._play.heard, job_ids, timeout_s))
-
     def _until(self, look: Callable[[], T | None]) -> T:
-        """What a look gives as soon as it gives something; each outcome wants another look."""
+        """See :meth:`_Scripted._until`."""
         with self._play.news:
             while (found := look()) is None:
                 self._play.news.wait()
@@ -545,15 +551,8 @@ class AsyncFakeCancelClient(_Scripted, AsyncCancelClient):
         finally:
             await asyncio.sleep(0)
 
-    @contextlib.contextmanager
-    def _news(self) -> Iterator[Callable[[str], Awaitable[bool]]]:
-        yield lambda position: self._until(partial(self._play.goes_on_after, position))
-
-    async def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
-        return await self._until(partial(self._play.heard, job_ids, timeout_s))
-
     async def _until(self, look: Callable[[], T | None]) -> T:
-        """See :meth:`FakeCancelClient._until`."""
+        """See :meth:`_Scripted._until`."""
         while True:
             news = self._play.listen()
             if (found := look()) is not None:

@@ -174,6 +174,7 @@ def private_names(source: Path) -> Iterator[str]:
     """Where a name with an underscore is taken from something that is not ours."""
     parsed = tree(source)
     own = PROMISED | {name for node in ast.walk(parsed) for name in defined(node)} | OURS.get(str(source), set())
+    own |= inherited(importlib.import_module(dotted(source)))
     for node in ast.walk(parsed):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             of = node.value
@@ -182,6 +183,13 @@ def private_names(source: Path) -> Iterator[str]:
                 yield f"{source}:{node.lineno}: .{node.attr}"
         elif isinstance(node, ast.ImportFrom) and top(node.module or "") not in PACKAGES:
             yield from (f"{source}:{node.lineno}: {alias.name}" for alias in node.names if is_private(alias.name))
+
+
+def inherited(module: ModuleType) -> set[str]:
+    """What the module's classes have from classes of ours."""
+    ours = (one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__)
+    bases = (base for one in ours for base in one.__mro__ if top(base.__module__) in PACKAGES)
+    return {name for base in bases for name in vars(base)}
 
 
 def defined(node: ast.AST) -> Iterator[str]:
