@@ -192,7 +192,7 @@ class AsyncCancelClient(BaseClient):
 
     async def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:
         """See :meth:`CancelClient.converse`."""
-        return await self._mine().converse(conversation, doubt, repeat=repeat)
+        return await self._mine().carry(conversation, doubt, repeat)
 
     def _mine(self) -> AsyncLines:
         """The connections of this loop: those of another would answer nobody, those of a parent's are its own."""

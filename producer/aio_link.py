@@ -10,29 +10,14 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import redis
 
-from producer.link import CONNECTIONS
+from producer.lines import BaseLines
 from producer.place import Place
-from producer.protocol import (
-    CHUNK,
-    Commands,
-    Conversation,
-    NoConnectionFree,
-    NotOurs,
-    Slow,
-    Wire,
-    availability,
-    packets,
-    steps,
-    weight,
-)
+from producer.protocol import CHUNK, Commands, NoConnectionFree, Slow, Wire, packets, weight
 from producer.redis_url import is_refused
-from producer.waiting import LOOK_S, Waiters
-
-T = TypeVar("T")
 
 
 class _Trip:
@@ -127,10 +112,7 @@ class AsyncLine:
         except TimeoutError:
             if trip.is_sent:
                 raise redis.TimeoutError("no answer in time") from None
-            raise NoConnectionFree(
-                f"all {self._most} connections of this client were taken until the call's time was up: "
-                "its own limit, Redis was not asked"
-            ) from None
+            raise NoConnectionFree(self._most) from None
 
     async def _run(self) -> None:
         link = self._make()
@@ -188,46 +170,24 @@ class AsyncLine:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class AsyncLines:
+class AsyncLines(BaseLines):
     """All connections of a client in one event loop, and the task that listens for whoever waits."""
+
+    event = asyncio.Event
 
     def __init__(self, place: Place, wire: Wire) -> None:
         self.loop = asyncio.get_running_loop()
         self.pid = os.getpid()
-        self._wire = wire
-        self._address = place.address
-        self._link: Callable[[], AsyncLink] = lambda: AsyncLink(place.make())
-        self._calls = AsyncLine(self._link, CONNECTIONS)
-        self._slow = AsyncLine(self._link, 1)
-        self.waiters = Waiters(wire)
+        super().__init__(place, wire, lambda: AsyncLink(place.make()), AsyncLine)
         self._listening: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
 
-    async def converse(self, conversation: Conversation[T], doubt: str = "", *, repeat: bool = True) -> T:
-        """See :meth:`producer.client.CancelClient.converse`."""
-        trips = steps(conversation, repeat, self.loop.time, self._wire.timeout_s)
-        with availability(self._address, doubt):
-            try:
-                commands, ends_at = next(trips)
-                while True:
-                    line = self._slow if isinstance(commands, Slow) else self._calls
-                    try:
-                        answers = await line.carry(commands, ends_at)
-                    except redis.RedisError as error:
-                        commands, ends_at = trips.throw(error)
-                    else:
-                        commands, ends_at = trips.send(answers)
-            except StopIteration as end:
-                return cast(T, end.value)
-            except NotOurs:
-                self._calls.distrust()
-                raise
-
-    event = asyncio.Event
+    def _now(self) -> float:
+        return self.loop.time()
 
     @staticmethod
     async def wait(event: asyncio.Event, timeout_s: float | None) -> None:
-        """Wait until it is set, at most so long."""
+        """See :meth:`BaseLines.wait`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await event.wait()
@@ -240,28 +200,15 @@ class AsyncLines:
         await self.wait(self._ready, self._wire.timeout_s)
 
     async def _listen(self) -> None:
-        link, listening = self._link(), self.waiters.listen(self._ready.set, self._address)
+        link = self._link()
         try:
-            step = next(listening, None)
-            while step is not None:
-                try:
-                    answers = []
-                    if isinstance(step, float):
-                        await asyncio.sleep(step)
-                    else:
-                        (answers,) = await link.ask([step], self.loop.time() + LOOK_S + self._wire.timeout_s)
-                except redis.RedisError as error:
-                    step = listening.throw(error)
-                else:
-                    step = listening.send(answers)
-        except StopIteration:
-            pass
+            await self._hear(link, self._ready.set)
         finally:
             await link.close()
 
     async def close(self, why: Exception) -> None:
         """Part with the server; whoever waits is told."""
-        self.waiters.fail(why)
+        self.waiters.close(why)
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)

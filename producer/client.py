@@ -256,7 +256,7 @@ class CancelClient(BaseClient):
 
     def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:
         """See :meth:`producer.base.BaseClient.converse`."""
-        return self._mine().converse(conversation, doubt, repeat=repeat)
+        return at_once(self._mine().carry(conversation, doubt, repeat))
 
     def _mine(self) -> Lines:
         """The connections of this process: a fork shares its parent's sockets, and must not use them."""

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -34,7 +34,7 @@ from producer.message import (
     decode_outcome,
     encode_call,
 )
-from producer.redis_url import is_refused, why
+from producer.redis_url import why
 from producer.untrusted import InvalidRequest, MalformedMessage, checked_flag, clean_text
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ Command: TypeAlias = tuple[Any, ...]
 #: What is sent in one round trip; it may be gone through again, and may be made while it is sent.
 Commands: TypeAlias = Collection[Command]
 Conversation: TypeAlias = Generator[Commands, list[Any], T]
+Ask: TypeAlias = Callable[[Commands], Awaitable[list[Any]]]
 
 #: Requests in one round trip, keys in one MGET: more would hold the server up for longer than a cancel should wait.
 CHUNK = 1000
@@ -144,7 +145,13 @@ NO_ANSWER = (TypeError, ValueError, LookupError, AttributeError)
 
 
 class NoConnectionFree(redis.exceptions.RedisError):
-    """All connections of this client were taken for as long as the call could wait."""
+    """All connections of this client, so ``many``, were taken for as long as the call could wait."""
+
+    def __init__(self, many: int) -> None:
+        super().__init__(
+            f"all {many} connections of this client were taken until the call's time was up: its own limit, Redis was "
+            "not asked"
+        )
 
 
 #: The same of a retry.
@@ -225,40 +232,14 @@ class Slow(list[Command]):
     answered together. An error takes the place of each answer."""
 
 
-def steps(
-    conversation: Conversation[T], repeat: bool, clock: Callable[[], float], timeout_s: float
-) -> Generator[tuple[Commands, float], list[Any], T]:
-    """The round trips of a conversation, each with when it must have ended; who carries them throws what fails."""
+async def carried(conversation: Conversation[T], ask: Ask) -> T:
+    """What a conversation comes to, by somebody who gives the answers of a round trip."""
     try:
         commands = next(conversation)
         while True:
-            try:
-                answers = yield from _twice(commands, repeat, clock, clock() + timeout_s)
-            except redis.exceptions.RedisError as error:
-                if not isinstance(commands, Slow):
-                    raise
-                answers = [error] * len(commands)
-            commands = conversation.send(answers)
+            commands = conversation.send(await ask(commands))
     except StopIteration as end:
         return cast(T, end.value)
-
-
-def _twice(
-    commands: Commands, repeat: bool, clock: Callable[[], float], ends_at: float
-) -> Generator[tuple[Commands, float], list[Any], list[Any]]:
-    """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
-    try:
-        answers = yield commands, ends_at
-        # What was refused so wrote nothing, and another connection may lead to another server.
-        if not is_refused(answers) or not (repeat or len(commands) == 1):
-            return answers
-    except redis.exceptions.AuthenticationError:
-        raise
-    except redis.exceptions.ConnectionError:
-        # Closed by the server, say. The ids are in the words: a repeat finds itself.
-        if not repeat or clock() >= ends_at:
-            raise
-    return (yield commands, ends_at)
 
 
 def weight(commands: Commands) -> int:

@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,7 +22,7 @@ from producer.message import CancelRequest, OpenRequest, Outcome, decode_outcome
 from producer.protocol import (
     ENDED,
     NO_ANSWER,
-    Commands,
+    Ask,
     Conversation,
     NotOurs,
     QueueUnavailable,
@@ -30,6 +30,7 @@ from producer.protocol import (
     WaitTimeout,
     Wire,
     availability,
+    carried,
     good,
     is_requeued,
     pages,
@@ -276,15 +277,17 @@ class Waiters:
         self._all: set[Waiter] = set()
         self._by_id: dict[str, list[Waiter]] = {}
         self._left_s = time.monotonic()
-        self._came = 0
+        self._is_closed = False
+        #: How many have come so far.
+        self.came = 0
 
     @contextlib.contextmanager
     def waiting(self, wanted: Iterable[str], wake: Callable[[], object]) -> Iterator[Waiter]:
         """Wait for the length of the block."""
         waiter = Waiter(set(wanted), wake)
         with self._lock:
-            self._came += 1
-            waiter.number = self._came
+            self.came += 1
+            waiter.number = self.came
             self._all.add(waiter)
             for job_id in waiter.wanted:
                 self._by_id.setdefault(job_id, []).append(waiter)
@@ -303,17 +306,12 @@ class Waiters:
     def are_few(self) -> bool:
         """Whether a listener may leave."""
         with self._lock:
-            return not self._all and time.monotonic() - self._left_s > _LINGER_S
+            return self._is_closed or (not self._all and time.monotonic() - self._left_s > _LINGER_S)
 
     def wanted(self) -> list[str]:
         """All ids that somebody waits for."""
         with self._lock:
             return list(self._by_id)
-
-    @property
-    def came(self) -> int:
-        """How many have come so far."""
-        return self._came
 
     def tell(self, ends: Mapping[str, End], came: int) -> None:
         """Hand out what was asked for when so many had ``came``. Who came later may wait for a later run of the job."""
@@ -336,22 +334,29 @@ class Waiters:
             waiter.ends = {job_id: waiter.ends.get(job_id, error) for job_id in waiter.wanted}
             waiter.wake()
 
+    def close(self, error: Exception) -> None:
+        """As :meth:`fail`, and nobody listens any more."""
+        self._is_closed = True
+        self.fail(error)
+
     def _news(self) -> None:
         with self._lock:
             readers = [waiter for waiter in self._all if not waiter.wanted]
         for waiter in readers:
             waiter.wake()
 
-    def listen(self, ready: Callable[[], object], address: str) -> Generator[Commands | float, list[Any], None]:
-        """What a client asks of Redis while anybody waits, on a connection of its own; a number asks for a pause, s.
+    async def listen(
+        self, ask: Ask, pause: Callable[[float], Awaitable[None]], ready: Callable[[], object], address: str
+    ) -> None:
+        """What a client does on a connection of its own while anybody waits.
 
         ``ready`` is called when nothing that is recorded from then on can be missed, or nothing can be heard. Errors
-        are thrown into it: those that pass are told to nobody before a call's time is up.
+        that pass are told to nobody before a call's time is up.
         """
         failing_since: float | None = None
         while not self.are_few():
             try:
-                yield from self._follow(ready)
+                await self._follow(ask, pause, ready)
                 failing_since = None
             except (RedisError, *NO_ANSWER) as told:
                 error = told if isinstance(told, RedisError) else NotOurs(type(told).__name__)
@@ -360,7 +365,7 @@ class Waiters:
                 if not passes(error) or now - failing_since > self._wire.timeout_s:
                     self._give_up(error, address)
                     ready()
-            yield _AGAIN_S
+            await pause(_AGAIN_S)
 
     def _give_up(self, error: RedisError, address: str) -> None:
         try:
@@ -369,13 +374,13 @@ class Waiters:
         except QueueUnavailable as told:
             self.fail(told)
 
-    def _follow(self, ready: Callable[[], object]) -> Generator[Commands | float, list[Any], None]:
+    async def _follow(self, ask: Ask, pause: Callable[[float], Awaitable[None]], ready: Callable[[], object]) -> None:
         """Follow the ledger and hand out what is waited for, until nobody waits any more."""
         keys = self._wire.keys
         block_ms = self._wire.server_wait_ms(_BLOCK_MS)
         position: str | None = None
         with contextlib.suppress(ResponseError):  # somebody else's key, or no right to read it
-            position = yield from self._wire.newest()
+            position = await carried(self._wire.newest(), ask)
         ready()
         look_at = 0.0
         entries: list[tuple[str, dict[Any, Any]]] = []
@@ -384,16 +389,15 @@ class Waiters:
             if began < look_at:
                 hinted = {_hint(fields) for _, fields in entries}
                 wanted = [job_id for job_id in wanted if job_id in hinted]
-            ends: Mapping[str, End] = yield from look(keys, wanted)
-            self.tell(ends, came)
+            self.tell(await carried(look(keys, wanted), ask), came)
             if began >= look_at:
                 now = time.monotonic()
                 look_at = now + max(LOOK_S, 10 * (now - began))
             if position is None:
-                yield LOOK_S
+                await pause(LOOK_S)
             else:
                 command = ("XREAD", "COUNT", _PAGE, "BLOCK", block_ms, "STREAMS", keys.outcomes, position)
-                (page,) = good((yield [command]))
+                (page,) = good(await ask([command]))
                 entries = stream_entries(page[0][1] if page else [])
                 position = entries[-1][0] if entries else position
             if entries or position is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import signal
 import threading
 import time
@@ -25,6 +27,7 @@ from producer import (
     WaitTimeout,
 )
 from producer.keys import Keys
+from producer.protocol import Commands
 from producer.waiting import QueueWire, Waiters
 from tests.exporting import append, record
 from tests.fault.proxy import Proxy
@@ -246,12 +249,21 @@ def test_an_answer_to_an_earlier_question_ends_no_later_wait(connection: redis.R
     """Who waits for a request that was retried is not told what somebody else was about to hear of its last run."""
     connection.set(KEYS.outcome_prefix + "a", record(id="a"))
     waiters = Waiters(QueueWire("cancels"))
-    with waiters.waiting(["a"], lambda: None) as early:
-        listener = waiters.listen(lambda: None, "here")
-        asked: Any = next(listener)
-        while asked[0][0] != "MGET":  # what is recorded
-            asked = listener.send([connection.execute_command(*command) for command in asked])
-        answers = [connection.execute_command(*command) for command in asked]
-        with waiters.waiting(["a"], lambda: None) as late:
-            listener.send(answers)
-            assert (list(early.ends), list(late.ends)) == (["a"], [])
+    told: list[list[str]] = []
+    with contextlib.ExitStack() as stack:
+        waits = [stack.enter_context(waiters.waiting(["a"], lambda: None))]
+
+        async def ask(commands: Commands) -> list[Any]:
+            answers = [connection.execute_command(*command) for command in commands]
+            if len(waits) > 1:  # that is: what was recorded has been handed out
+                told.extend(list(each.ends) for each in waits)
+                waiters.close(ValueError("enough was heard"))
+            elif next(iter(commands))[0] == "MGET":  # what is recorded
+                waits.append(stack.enter_context(waiters.waiting(["a"], lambda: None)))
+            return answers
+
+        async def pause(_: float) -> None:
+            pass
+
+        asyncio.run(waiters.listen(ask, pause, lambda: None, "here"))
+    assert told == [["a"], []]

@@ -186,10 +186,11 @@ def private_names(source: Path) -> Iterator[str]:
 
 
 def inherited(module: ModuleType) -> set[str]:
-    """What the module's classes have from classes of ours."""
-    ours = (one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__)
-    bases = (base for one in ours for base in one.__mro__ if top(base.__module__) in PACKAGES)
-    return {name for base in bases for name in vars(base)}
+    """What is defined beside the classes of ours from which the module's own descend."""
+    own = (one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__)
+    homes = {base.__module__ for one in own for base in one.__mro__ if top(base.__module__) in PACKAGES}
+    sources = (Path(*home.split(".")).with_suffix(".py") for home in homes)
+    return {name for source in sources for node in ast.walk(tree(source)) for name in defined(node)}
 
 
 def defined(node: ast.AST) -> Iterator[str]:
