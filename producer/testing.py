@@ -96,7 +96,7 @@ class _Play(QueueWire):
         self.requests: list[CancelRequest] = []
         self.undurable = False
         self.is_closed = False
-        self.news = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
         self._jobs: dict[str, FakeJob] = {}
         self._open: dict[str, str] = {}  # order key to the job that pursues it
         self._failed: dict[str, None] = {}
@@ -109,18 +109,21 @@ class _Play(QueueWire):
         self.outage_calls = 0.0  # how many calls the outage still lasts
         self.is_carried_out = False
         self._algo_ids: dict[str, int] = {}
-        self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._wakes: list[Callable[[], object]] = []  # of those who wait for the next outcome, from whatever thread
         self._counted = 0
 
     # what is asked: each conversation checks what it is given, asks nobody, and answers
 
-    def carry(self, conversation: Conversation[T], doubt: str) -> T:
-        """Answer a conversation.
+    def carry(self, client: object, conversation: Conversation[T], doubt: str) -> T:
+        """Answer a conversation of a client.
 
         Raises:
+            InvalidRequest: it is closed.
             QueueUnavailable: during an outage.
         """
-        with self.news:
+        if self.is_closed:
+            raise closed(client)
+        with self.lock:
             next(conversation)
             is_lost, self.outage_calls = self.outage_calls > 0, max(0, self.outage_calls - 1)
             if not is_lost or self.is_carried_out:
@@ -162,7 +165,7 @@ class _Play(QueueWire):
 
     def heard(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End] | None:
         """The outcomes of open requests, once the clock has been moved to them; None: somebody has to settle first."""
-        with self.news:
+        with self.lock:
             due_ms = [self._jobs[job_id].due_ms for job_id in job_ids if self._jobs[job_id].outcome is None]
             last_ms = max((each for each in due_ms if each is not None), default=self.now_ms)
             if timeout_s is not None and due_ms:
@@ -191,7 +194,7 @@ class _Play(QueueWire):
 
     def goes_on_after(self, after: str) -> bool | None:
         """Whether the ledger does, once the clock has been moved to what is due; None: somebody has to settle first."""
-        with self.news:
+        with self.lock:
             while self._due and not self._after(after):
                 self.move_to(self._due[0][0])
             return True if self.is_closed or self._after(after) else None
@@ -248,12 +251,12 @@ class _Play(QueueWire):
     # what is scripted
 
     def script(self, key: str, line: Line, runs: float) -> None:
-        with self.news:
+        with self.lock:
             before = self._lines.get(key, []) if runs < math.inf else []  # else nothing before it will ever hold again
             self._lines[key] = [*before, (line, runs)]
 
     def settle(self, job_id: str, line: Line) -> Outcome:
-        with self.news:
+        with self.lock:
             job = self._jobs.get(job_id)
             if job is None:
                 raise ValueError(f"{job_id!r} is no request of this double")
@@ -265,7 +268,7 @@ class _Play(QueueWire):
 
     def move_to(self, now_ms: int) -> None:
         """Let the time come, and record what is due by then."""
-        with self.news:
+        with self.lock:
             while self._due and self._due[0][0] <= now_ms:
                 due_ms, _, job_id, run = heapq.heappop(self._due)
                 self.now_ms = max(self.now_ms, due_ms)
@@ -276,22 +279,24 @@ class _Play(QueueWire):
 
     # waiting for somebody who settles
 
-    def listen(self) -> asyncio.Event:
-        """What is set at the next outcome (or closing) after now."""
-        with self.news:
-            self._listeners.append((asyncio.get_running_loop(), event := asyncio.Event()))
-            return event
+    async def until(self, look: Callable[[], T | None], wake: Callable[[], object], wait: Callable[[], Any]) -> T:
+        """What a look gives as soon as it gives something: after an outcome (or the end) ``wake`` ends a ``wait``."""
+        while True:
+            with self.lock:
+                if (found := look()) is not None:
+                    return found
+                self._wakes.append(wake)
+            await given(wait())
 
     def _tell(self) -> None:
-        with self.news:
-            listeners, self._listeners = self._listeners, []
-            self.news.notify_all()
-        for loop, event in listeners:
-            with contextlib.suppress(RuntimeError):  # it has been closed
-                loop.call_soon_threadsafe(event.set)
+        with self.lock:
+            wakes, self._wakes = self._wakes, []
+        for wake in wakes:
+            with contextlib.suppress(RuntimeError):  # of a loop that has been closed
+                wake()
 
     def close(self) -> None:
-        with self.news:
+        with self.lock:
             self.is_closed = True
         self._tell()
 
@@ -374,7 +379,6 @@ class _Scripted(BaseClient):
         self._play = _Play(queue)
         self._wire: QueueWire = self._play
         self.keys = self._play.keys
-        self._is_closed = False
         self._redis: Any = redis.Redis(unix_socket_path="/a double has no Redis")
 
     @classmethod
@@ -391,16 +395,16 @@ class _Scripted(BaseClient):
         checked_timeout(TIMEOUT_S if timeout_s is None else timeout_s)
         return cls(queue)
 
+    def _alarm(self) -> tuple[Callable[[], object], Callable[[], Any]]:
+        """What wakes a caller from any thread, and how one waits for it; it may be used again."""
+        raise NotImplementedError
+
     @contextlib.contextmanager
     def _news(self) -> Iterator[Callable[[str], Any]]:
-        yield lambda position: given(self._until(partial(self._play.goes_on_after, position)))
+        yield lambda position: self._play.until(partial(self._play.goes_on_after, position), *self._alarm())
 
     async def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
-        return cast(dict[str, End], await given(self._until(partial(self._play.heard, job_ids, timeout_s))))
-
-    def _until(self, look: Callable[[], T | None]) -> Any:
-        """What a look gives as soon as it gives something; each outcome wants another look."""
-        raise NotImplementedError
+        return await self._play.until(partial(self._play.heard, job_ids, timeout_s), *self._alarm())
 
     @property
     def requests(self) -> list[CancelRequest]:
@@ -516,21 +520,15 @@ class FakeCancelClient(_Scripted, CancelClient):
 
     def close(self) -> None:
         """Those who wait, or follow the ledger, are told that it is closed."""
-        self._is_closed = True
         self._play.close()
 
     def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:  # noqa: ARG002
         """As :meth:`CancelClient.converse`, without asking anybody."""
-        if self._is_closed:
-            raise closed(self)
-        return self._play.carry(conversation, doubt)
+        return self._play.carry(self, conversation, doubt)
 
-    def _until(self, look: Callable[[], T | None]) -> T:
-        """See :meth:`_Scripted._until`."""
-        with self._play.news:
-            while (found := look()) is None:
-                self._play.news.wait()
-            return found
+    def _alarm(self) -> tuple[Callable[[], object], Callable[[], Any]]:
+        bell = threading.Semaphore(0)
+        return bell.release, bell.acquire
 
 
 class AsyncFakeCancelClient(_Scripted, AsyncCancelClient):
@@ -538,23 +536,16 @@ class AsyncFakeCancelClient(_Scripted, AsyncCancelClient):
 
     async def close(self) -> None:
         """Those who wait, or follow the ledger, are told that it is closed."""
-        self._is_closed = True
         self._play.close()
         await asyncio.sleep(0)
 
     async def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:  # noqa: ARG002
         """As :meth:`AsyncCancelClient.converse`, without asking anybody."""
-        if self._is_closed:
-            raise closed(self)
         try:
-            return self._play.carry(conversation, doubt)
+            return self._play.carry(self, conversation, doubt)
         finally:
             await asyncio.sleep(0)
 
-    async def _until(self, look: Callable[[], T | None]) -> T:
-        """See :meth:`_Scripted._until`."""
-        while True:
-            news = self._play.listen()
-            if (found := look()) is not None:
-                return found
-            await news.wait()
+    def _alarm(self) -> tuple[Callable[[], object], Callable[[], Any]]:
+        bell = asyncio.Semaphore(0)
+        return partial(asyncio.get_running_loop().call_soon_threadsafe, bell.release), bell.acquire
