@@ -180,16 +180,6 @@ def test_a_record_about_another_is_refused(client: CancelClient, connection: red
     assert ticket.wait(5).kind is OutcomeKind.REFUSED  # its job was damaged: nobody could say of which order it was
 
 
-def test_a_pointer_to_another_order_is_not_followed(client: CancelClient, connection: redis.Redis) -> None:
-    """A request joins a job of its own order alone, whatever its order's pointer says."""
-    other = client.cancel(algo_id=91)
-    for named in (other.id, b"\xff\xfe", "nobody-knows"):
-        connection.set(f"{KEYS.order_prefix}default:a:2", named)
-        ticket = client.cancel(algo_id=2)
-        assert (ticket.duplicate, client.job(ticket).args[0]["algo_id"]) == (False, 2)
-        assert client.cancel(algo_id=2).id == ticket.id
-
-
 def test_a_record_that_comes_while_somebody_waits_is_looked_at(
     client: CancelClient, workers: Workers, connection: redis.Redis
 ) -> None:

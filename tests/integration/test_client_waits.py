@@ -64,7 +64,7 @@ def test_what_is_removed_ends_the_wait(talk: Talk, connection: redis.Redis) -> N
 
 
 def test_what_has_expired_ends_the_wait_at_once(talk: Talk, workers: Workers, connection: redis.Redis) -> None:
-    """An outcome whose record has run out is not waited for, though RQ keeps the failed job; nor is what never was."""
+    """An outcome whose record has run out is not waited for, though RQ keeps the failed job."""
     workers.start()
     ticket = talk.cancel(algo_id=7, account="nobody")
     assert talk.wait_for(ticket, 20).kind is OutcomeKind.REFUSED
@@ -72,8 +72,6 @@ def test_what_has_expired_ends_the_wait_at_once(talk: Talk, workers: Workers, co
 
     with pytest.raises(UnknownRequest):
         talk.wait_for(ticket, None)
-    with pytest.raises(UnknownRequest):
-        talk.wait("nobody-knows")
 
 
 def test_what_a_worker_has_in_hand_is_waited_for(talk: Talk, connection: redis.Redis) -> None:
@@ -92,9 +90,11 @@ def test_what_a_worker_has_in_hand_is_waited_for(talk: Talk, connection: redis.R
 def test_a_time_out_says_who_serves(talk: Talk, workers: Workers) -> None:
     """It tells whether the request stands and whether anybody works on the queue."""
     ticket = talk.cancel(client_algo_id="x")
+    began = time.monotonic()
     with pytest.raises(WaitTimeout, match="the request goes on: NO LIVE WORKER serves queue cancels") as caught:
-        talk.wait_for(ticket, 0.1)
-    assert caught.value.is_served is False
+        talk.wait_for(ticket, 0.3)
+    assert time.monotonic() - began >= 0.3
+    assert (caught.value.is_served, isinstance(caught.value, TimeoutError)) == (False, True)
     workers.start(CANCEL_DEADLINE_S="60", BACKOFF_CAP_MS="60000", NOT_FOUND_HORIZON_S="3600")
     time.sleep(1.1)  # who serves is asked once a second
     with pytest.raises(WaitTimeout, match="the request goes on: a live worker serves queue cancels") as caught:

@@ -183,7 +183,7 @@ def test_a_listing_is_of_no_order() -> None:
 def test_a_symbol_is_checked_at_every_door() -> None:
     """Wrong input names the field, and the double takes no other than the client does."""
     fake = FakeCancelClient()
-    for wrong in ("", " ", "A B", "A\n", "A" * 33, None, 5):
+    for wrong in ("", " ", "A B", "A\n", "A\x00", "A" * 33, None, 5):
         for door in (fake.cancel_open, fake.opened):
             with pytest.raises(InvalidRequest, match="symbol"):
                 door(wrong)  # type: ignore[arg-type]
