@@ -12,7 +12,7 @@ import itertools
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 from rq.exceptions import NoSuchJobError
@@ -34,30 +34,10 @@ from tests.servers import Valkey, Workers
 from tests.strategies import Talk
 from worker.sandbox.control import RunningExchange
 
-FakeAny = FakeCancelClient | AsyncFakeCancelClient
-
-
-class World(Protocol):
-    """A client, and the worker and the exchange behind it, or what stands for them."""
-
-    client: Any
-
-    def order(self, becomes: OutcomeKind = ..., status: str | None = ...) -> CancelRequest:
-        """A request for an order that this will be found to have become."""
-
-    def work(self) -> None:
-        """Have what is enqueued, and what will be, worked on."""
-
-    def lose(self) -> None:
-        """Have the server gone."""
-
-    def forget(self) -> None:
-        """Have a server that promises nothing about its file."""
-
 
 @dataclass
 class Real:
-    """The real thing."""
+    """A client, and the worker and the exchange behind it."""
 
     client: Any
     workers: Workers
@@ -96,9 +76,9 @@ class Real:
 
 @dataclass
 class Double:
-    """A double, which is told the same."""
+    """A double, which is told the same as these."""
 
-    client: FakeAny
+    client: Any
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(2_000_000_000_000_000))
     plan: list[tuple[CancelRequest, OutcomeKind, str | None]] = field(default_factory=list)
     working: bool = False
@@ -141,7 +121,7 @@ class Double:
 class Story(Talk):
     """Calls a client in its world."""
 
-    def __init__(self, world: World, runner: asyncio.Runner) -> None:
+    def __init__(self, world: Real | Double, runner: asyncio.Runner) -> None:
         super().__init__(world.client, runner)
         self.world = world
 
@@ -150,7 +130,7 @@ class Story(Talk):
 def talk(request: pytest.FixtureRequest) -> Iterator[Story]:
     """Both clients and both doubles."""
     with contextlib.ExitStack() as stack:
-        world: World
+        world: Real | Double
         if request.param == "double":
             world = Double(FakeCancelClient())
         elif request.param == "async double":
