@@ -29,6 +29,7 @@ from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFie
 from producer.rights import acl_lines
 from producer.shell import ExitCode, Failure, InOrder, about_request, dumped, epilog, print_line, print_lines, say
 from producer.status import Status, aligned
+from producer.streams import open_closed_streams, silence
 from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
 from producer.waiting import look
 
@@ -571,6 +572,7 @@ def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (by default with the process' arguments); gives the exit code."""
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
@@ -578,14 +580,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        try:
+            error.show()
+        except OSError:
+            silence(2)
         return error.code if isinstance(error, Failure) else error.exit_code
     except MalformedMessage as error:
         say(f"Error: {error}")
         return ExitCode.NOT_OFF_THE_BOOK
-    except BrokenPipeError:
-        # The reader has left (`| head`); nothing is to be said, not by the interpreter's last flush either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # The reader has left (`| head`), or the help found no place; all other errors are told where they happen.
+        silence(1)
+        if not isinstance(error, BrokenPipeError):
+            say(f"Error: {error.strerror or type(error).__name__}")
         return ExitCode.NOT_OFF_THE_BOOK
 
 

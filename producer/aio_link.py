@@ -18,6 +18,7 @@ from producer.lines import BaseLines
 from producer.place import Place
 from producer.protocol import CHUNK, Commands, NoConnectionFree, Slow, Wire, packets, weight
 from producer.redis_url import is_refused
+from producer.waiting import unheard
 
 
 class _Trip:
@@ -203,6 +204,9 @@ class AsyncLines(BaseLines):
         link = self._link()
         try:
             await self._hear(link, self._ready.set)
+        except Exception as error:
+            self.waiters.fail(unheard(error))
+            raise
         finally:
             await link.close()
 

@@ -105,7 +105,7 @@ class Keys(RqKeys):
         self.counts = f"{queue}:counts"  # string of all that was ever counted of outcomes, see :mod:`producer.counts`
         #: String with a ring of what ``counts`` was at the first outcome of each minute that had one.
         self.minutes = f"{queue}:minutes"
-        self.outcome_prefix = f"{queue}:outcome:"  # records and the channels that announce them, followed by the id
+        self.outcome_prefix = f"{queue}:outcome:"  # outcome records, followed by the id
         #: Written to wait until what was written before it is in the append-only file; lives for seconds.
         self.durable = f"{queue}:durable"
         #: Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`; by algo id alone.

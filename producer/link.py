@@ -16,8 +16,9 @@ import redis
 
 from producer.lines import BaseLines
 from producer.place import Place
-from producer.protocol import CHUNK, Commands, NoConnectionFree, Slow, Wire, packets, weight
+from producer.protocol import CHUNK, Commands, NoConnectionFree, QueueUnavailable, Slow, Wire, packets, weight
 from producer.redis_url import at_once, is_refused
+from producer.waiting import unheard
 
 
 class _Trip:
@@ -222,7 +223,12 @@ class Lines(BaseLines):
         with self._start:
             if self._ready is None:
                 self._ready = threading.Event()
-                threading.Thread(target=self._listen, args=(self._ready,), name="cancel-outcomes", daemon=True).start()
+                thread = threading.Thread(target=self._listen, args=(self._ready,), name="cancel-outcomes", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    self._ready = None
+                    raise QueueUnavailable(f"nobody can listen for outcomes: {error}") from None
             ready = self._ready
         ready.wait(self._wire.timeout_s)
 
@@ -235,6 +241,11 @@ class Lines(BaseLines):
                     if self.waiters.are_few():
                         self._ready = None
                         return
+        except BaseException as error:
+            with self._start:  # the next one who waits starts another
+                self._ready = None
+            self.waiters.fail(unheard(error))
+            raise
         finally:
             link.close()
 

@@ -182,7 +182,17 @@ def _parts(url: str) -> SplitResult:
             raise BadRedisUrl("a socket needs its absolute path after three slashes, as in unix:///run/redis.sock")
     elif not is_place or (parts.scheme != _SENTINEL and not re.fullmatch(r"/?|/[0-9]{1,6}", parts.path)):
         raise BadRedisUrl
+    elif parts.scheme != _SENTINEL:
+        _check_name(str(parts.hostname))
     return parts
+
+
+def _check_name(host: str) -> None:
+    """A name that no resolver takes would fail at each try, and not as an error of the network."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise BadRedisUrl("its host is no name: between two dots stand 1 to 63 letters") from None
 
 
 def _check_tls(scheme: str, options: Mapping[str, str]) -> None:
@@ -209,6 +219,7 @@ def _behind_sentinels(parts: SplitResult, options: Mapping[str, str]) -> tuple[d
         port = int(place["port"] or _SENTINEL_PORT) if place else 0
         if place is None or not 0 < port < 65536:
             raise BadRedisUrl("the Sentinels must be host:port, separated by commas")
+        _check_name(place["address"] or place["name"])
         places.append((place["address"] or place["name"], port))
     told: dict[str, Any] = {"username": unquote(user), "password": unquote(password), "db": path["db"] or "0"}
     told |= {name: value for name, value in options.items() if name in told}

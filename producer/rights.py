@@ -116,7 +116,7 @@ def _worker(keys: Keys) -> Rights:
         (*_BASE, *_WORKS, *_WORKERS_WRITES),
         reads=(keys.suspended,),
         owns=(*shared, set_aside(f"{keys.rq}:*"), *own),
-        channels=(f"{keys.outcome_prefix}*", f"{keys.rq}:pubsub:*"),
+        channels=(f"{keys.rq}:pubsub:*",),
     )
 
 
@@ -127,8 +127,10 @@ def _stock(keys: Keys) -> Rights:
 
 
 def _rehearsal(keys: Keys) -> Rights:
-    mine = _worker(Keys("acq-rehearsal-*", keys.rq))  # each has a queue of its own
-    return replace(mine, commands=(*mine.commands, "+pubsub|numsub"))
+    own = Keys("acq-rehearsal-*", keys.rq)  # each has a queue of its own, and a channel that says that it lives
+    mine = _worker(own)
+    channels = (f"{own.outcome_prefix}*", *mine.channels)
+    return replace(mine, commands=(*mine.commands, "+pubsub|numsub"), channels=channels)
 
 
 _RIGHTS = {

@@ -12,6 +12,7 @@ from typing import TypeVar
 import click
 
 from producer.message import DEFAULT_ACCOUNT, OnTrigger
+from producer.streams import silence
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -75,18 +76,33 @@ def seconds(_: click.Context, __: click.Parameter, value: float | None) -> float
 
 
 def print_line(line: str) -> None:
-    """One line on stdout, at once: whoever reads it through a pipe acts on it."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    print_lines([line])
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    sys.stdout.flush()
+    """Lines on stdout, at once: whoever reads them through a pipe acts on them.
+
+    Where nobody can get them, as the disk is full, the exit code still tells what it would have told.
+
+    Raises:
+        BrokenPipeError: the reader has left.
+    """
+    try:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence(1)
+        say(f"Error: stdout takes nothing: {error.strerror}")
 
 
 def say(line: str) -> None:
-    click.echo(line, err=True)
+    """A line on stderr, if that takes it."""
+    try:
+        click.echo(line, err=True)
+    except OSError:
+        silence(2)
 
 
 def dumped(value: Mapping[str, object]) -> str:

@@ -213,6 +213,11 @@ def closed(client: object) -> InvalidRequest:
     return InvalidRequest("client", client, "it is closed: make a new one")
 
 
+def unheard(error: BaseException) -> QueueUnavailable:
+    """What whoever waits is told when a defect, or a lack of memory, has ended the listener."""
+    return QueueUnavailable(f"nobody listens for outcomes any more ({type(error).__name__}): wait again")
+
+
 def timed_out(job_id: str, timeout_s: float | None, queue: str, served: bool | None) -> WaitTimeout:
     """What a wait ends with whose time is up."""
     words = f"no outcome of {job_id} within {timeout_s} s; the request goes on: {who_serves(served, queue)}"

@@ -28,7 +28,8 @@ if (_at := getattr(importlib.util.find_spec("producer"), "origin", "")) and not 
 ):
     sys.exit(f"Error: here `producer` is {_at}, not this project's: start the worker in another directory")
 
-from worker import log, output
+from producer.streams import open_closed_streams, silence
+from worker import log
 from worker.settings import (
     SETTINGS,
     QueuePlace,
@@ -78,7 +79,7 @@ def _say(text: str, *, to_stderr: bool = False) -> None:
     try:
         click.echo(text, err=to_stderr)
     except OSError:
-        output.silence(2 if to_stderr else 1)
+        silence(2 if to_stderr else 1)
 
 
 def _settings(queue: str | None = None, concurrency: str | None = None, *, logs: bool = True) -> Settings:
@@ -320,7 +321,7 @@ def web_command(arguments: tuple[str, ...]) -> None:
 
 def start() -> None:
     """The command line, without a traceback for Ctrl-C, a closed stream, or a letter that a terminal lacks."""
-    output.open_closed_streams()
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -182,7 +182,7 @@ ZRANGEBYSCORE {order} -inf +inf, ZREM {order} member,
 SADD {worker} member, SRANDMEMBER {worker} 1, SSCAN {worker} 0, SCARD {worker}, SREM {worker} other, SPOP {worker},
 HSET {gate} until_ms 0, PEXPIRE {gate} 60000,
 RPUSH {worker} 1 2, LPUSH {worker} 3, LPOS {worker} 3, LLEN {worker}, LRANGE {worker} 0 1, LREM {worker} 1 2,
-LPOP {worker}, PUBLISH {record} 1, DEL {job}, DEL {result}, DEL {record}, DEL {order}, DEL {worker}, DEL {gate}
+LPOP {worker}, DEL {job}, DEL {result}, DEL {record}, DEL {order}, DEL {worker}, DEL {gate}
 """
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -97,6 +97,7 @@ class Reply:
     retry_after_ms: int | None = None
     challenge: bool = False  # the firewall's challenge header was there
     truncated: bool = False  # the body was longer than we read
+    api_key: str = field(default="", repr=False, compare=False)  # of the request: who quotes it is shown without it
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,17 +356,17 @@ def without_signature(text: str) -> str:
     return _SIGNATURE.sub(r"\1***", text)
 
 
-def _said(words: str) -> str:
-    return clean_text(without_signature(words))
+def _said(words: str, api_key: str) -> str:
+    return clean_text(without_signature(words.replace(api_key, "***") if api_key else words))
 
 
 def _code_and_msg(answer: Reply, body: dict[str, Any] | None) -> tuple[int | None, str]:
     if body is None:
         if answer.truncated:  # half a text may be equal to a whole one that says something else
             return None, ""
-        return None, _said(answer.body[:1000].decode("utf-8", "replace"))
+        return None, _said(answer.body[:1000].decode("utf-8", "replace"), answer.api_key)
     msg = body.get("msg")
-    return _whole(body.get("code")), _said(msg) if isinstance(msg, str) else ""
+    return _whole(body.get("code")), _said(msg, answer.api_key) if isinstance(msg, str) else ""
 
 
 def _order_view(body: dict[str, Any]) -> OrderView | None:

@@ -43,6 +43,8 @@ BAN_PAUSE_MS = 120_000
 #: No pause is shorter, ms: one of nothing would ask a closed exchange again and again. After a 451 it is the pause: it
 #: names no end, lasts for ever or for moments, and is worth one look a second.
 LEAST_PAUSE_MS = 1_000
+#: No pause is longer, ms, whatever an answer says: the longest ban is three days (exchange.md 3).
+MAX_PAUSE_MS = 3 * 24 * 3600 * 1000
 #: Attempts that a history keeps at the most (:func:`bounded`); with the longest texts a third of what can be read back.
 MAX_HISTORY = 200
 #: So many of the newest are kept without a gap: more than any delay looks back.
@@ -477,7 +479,7 @@ def pause_ms(verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None) 
         asked_ms = BAN_PAUSE_MS if verdict.http == 418 else LIMIT_PAUSE_MS
     if until_ms is not None:
         asked_ms = max(asked_ms or 0, until_ms + (0 if ahead is None else ahead.hi) - now_ms)
-    return max(asked_ms or 0, LEAST_PAUSE_MS)
+    return min(max(asked_ms or 0, LEAST_PAUSE_MS), MAX_PAUSE_MS)
 
 
 def backoff_ms(attempts: int, policy: Policy, roll: float) -> int:

@@ -44,6 +44,8 @@ _AHEAD_PART = 4
 _UNSTARTED_S = 0.1
 #: Most rows of one completion.
 _GROUP = 256
+#: Two completions are so far apart at the least, s: what ends meanwhile shares one, and a busy Redis has less to do.
+_APART_S = 0.002
 #: First and longest wait while Redis is away, s; between them exponential with jitter.
 _AWAY_FIRST_S, _AWAY_LONGEST_S = 0.05, 1.0
 #: After Redis came back, others' expired leases are left alone this long, s: their holders complete first.
@@ -264,7 +266,9 @@ class Engine:
         since_ns, ended = local_ns() - _AHEAD_S * _NS_PER_S, self._ended_at_ns
         while ended and ended[0] < since_ns:
             ended.popleft()
-        return min(len(ended), self._size // _AHEAD_PART) - len(self._ready)
+        ahead = min(len(ended), self._size // _AHEAD_PART)
+        room = ahead - len(self._ready)
+        return room if 2 * room >= ahead else 0  # in halves: one by one they would cost Redis a call each
 
     def _is_paused(self) -> bool:
         return self.is_suspended or self._gate.closed(self._store.clock.now_ms())
@@ -416,6 +420,7 @@ class Engine:
         finally:
             if not self._outbox:
                 self._to_complete.clear()
+        await asyncio.sleep(_APART_S)
 
     async def _write(self, group: list[Row]) -> None:
         try:

@@ -18,15 +18,13 @@ from email.utils import parsedate_to_datetime
 from producer.message import Call
 from worker.classify import ChildRef, Failure, OrderRef, Ref, Reply, SymbolRef
 from worker.clock import ServerClock, local_ns
-from worker.decide import AHEAD_MS
+from worker.decide import AHEAD_MS, MAX_PAUSE_MS
 from worker.patience import FIRST_S, FLOOR_S, Patience
 from worker.signing import Credential, check_api_key, signed_query
 from worker.transport import BODY_LIMIT, Failed, Raw, Request, Transport
 
-__all__ = ["MAX_RETRY_AFTER_MS", "Answer", "Exchange", "Sent", "UsedWeight", "is_challenge"]
+__all__ = ["Answer", "Exchange", "Sent", "UsedWeight", "is_challenge"]
 
-#: Longest Retry-After that is believed, ms: the longest ban is three days (exchange.md 3).
-MAX_RETRY_AFTER_MS = 3 * 24 * 3600 * 1000
 #: How much of recvWindow an attempt may take: an answer that is later than that comes to a request that the exchange
 #: would no longer accept, and was most likely lost.
 _PART_OF_RECV_WINDOW = 0.8
@@ -144,7 +142,7 @@ class Exchange:
 
         def late(came: Raw | Failed) -> None:
             self._learn(call, came)
-            answer = self._answered(came)
+            answer = self._answered(came, credential.api_key)
             if sent is not None and answer is not None:
                 sent.is_open = False
                 sent.late(answer)
@@ -154,7 +152,7 @@ class Exchange:
         if sent is not None and isinstance(came, Failed) and came.is_open:
             sent.is_open = True
             self._patience.silent(written_ns, local_ns())
-        return self._answered(came)
+        return self._answered(came, credential.api_key)
 
     def _learn(self, call: Call, came: Raw | Failed | None) -> None:
         if isinstance(came, Raw):
@@ -237,21 +235,22 @@ class Exchange:
             self._refusal = self._reply(came)
         return came
 
-    def _answered(self, came: Raw | Failed | None) -> Answer | None:
+    def _answered(self, came: Raw | Failed | None, api_key: str = "") -> Answer | None:
         if isinstance(came, Failed):
             return Failure(came.seen, came.reason)
         if came is None:
             return None
         self._note_weight(came)
-        return self._reply(came)
+        return self._reply(came, api_key)
 
-    def _reply(self, raw: Raw) -> Reply:
+    def _reply(self, raw: Raw, api_key: str = "") -> Reply:
         return Reply(
             http=raw.status,
             body=raw.body,
             retry_after_ms=self._retry_after_ms(raw.headers.get("retry-after")),
             challenge=is_challenge(raw),
             truncated=not raw.whole,
+            api_key=api_key,
         )
 
     def _note_weight(self, raw: Raw) -> None:
@@ -272,14 +271,14 @@ class Exchange:
             return None
         text = header.strip()
         if _SECONDS.fullmatch(text):
-            return min(round(float(text[:20]) * 1000), MAX_RETRY_AFTER_MS)
+            return min(round(float(text[:20]) * 1000), MAX_PAUSE_MS)
         try:
             until = parsedate_to_datetime(text)
             until = until if until.tzinfo else until.replace(tzinfo=UTC)  # "-0000" is UTC too
             asked_ms = int(until.timestamp() * 1000) - self._clock.now_ms()
         except (ValueError, TypeError, OverflowError):
             return None
-        return min(max(asked_ms, 0), MAX_RETRY_AFTER_MS)
+        return min(max(asked_ms, 0), MAX_PAUSE_MS)
 
 
 def is_challenge(raw: Raw) -> bool:

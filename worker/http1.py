@@ -33,8 +33,9 @@ class MalformedResponse(ValueError):
 class ResponseReader:
     """Reads one answer from what :meth:`feed` is given; it is to be fed until ``ended``.
 
-    ``status`` is 0 until the head is whole; a "100 Continue" is passed over, any other interim status is handed over
-    as an answer without a body. ``headers`` has lower-case names, and the values of a repeated one joined by ", ".
+    ``status`` is 0 until the head is whole; interim answers are passed over (RFC 9110, 15.2), but for a switch of
+    protocols, which is handed over as an answer without a body. ``headers`` has lower-case names, and the values of a
+    repeated one joined by ", ".
     ``body`` is what there is of it, at most ``body_limit`` bytes, and ``whole`` says whether that is all. ``reusable``
     says whether the connection may serve another request: the answer has ended where it said, nothing came after it.
     """
@@ -91,7 +92,7 @@ class ResponseReader:
 
     def _take_head(self) -> None:
         head = self._cut_head()
-        while head is not None and head[2] == "100":
+        while head is not None and head[2] != "101" and head[2] < "200":
             head = self._cut_head()
         if head is None:
             return

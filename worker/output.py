@@ -12,12 +12,12 @@ import errno
 import os
 import queue
 import select
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+
+from producer.streams import silence
 
 #: What is kept for a descriptor that takes nothing: so many lines, and so many bytes.
 MAX_LINES, MAX_BYTES = 10_000, 8 * 1024 * 1024
@@ -203,29 +203,3 @@ def write_now(fd: int, data: bytes, timeout_s: float) -> None:
     with contextlib.suppress(OSError):
         while data and room.poll(max(ends_at_s - time.monotonic(), 0) * 1000):
             data = data[os.write(fd, data[: select.PIPE_BUF]) :]
-
-
-def silence(fd: int) -> None:
-    """Let go nowhere what is still written to a descriptor.
-
-    The interpreter's last act is to write out what sys.stdout and sys.stderr hold: it would wait for a reader that has
-    stopped, and end with 120 where the disk is full.
-    """
-    with contextlib.suppress(OSError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        if nowhere != fd:
-            os.dup2(nowhere, fd)
-            os.close(nowhere)
-
-
-def open_closed_streams() -> None:
-    """Where the process was started with a standard stream closed, put `/dev/null` in its place.
-
-    Otherwise the first connection would get the number, and with it whatever anybody prints.
-    """
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for good

@@ -179,7 +179,8 @@ class CancelWorker(BaseWorker):
         Its connection is not kept: when it is needed again, Redis may be elsewhere.
         """
         try:
-            with contextlib.suppress(redis.ResponseError):  # a user may lack the right
+            # A user may lack the right, or have a name with which redis-py cannot read the answer.
+            with contextlib.suppress(redis.ResponseError, ValueError):
                 self.ip_address = str(self.connection.client_info()["addr"])
             if self.birth_date is None:
                 self.register_birth()  # type: ignore[no-untyped-call]

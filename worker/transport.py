@@ -234,6 +234,7 @@ def _split(url: str, rule: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         if parts.scheme in _DEFAULT_PORTS and parts.hostname and parts.port != 0:
+            parts.hostname.encode("idna")  # a name that no resolver takes
             return parts
     except ValueError:
         pass  # its text may quote a part of the URL

@@ -133,6 +133,24 @@ def test_cut_body_keeps_the_pause(bench: Bench, credential: Credential) -> None:
     assert (answer.http, answer.retry_after_ms, answer.truncated) == (418, 120_000, True)
 
 
+def test_an_answer_that_quotes_the_request_tells_neither_key_nor_signature(
+    bench: Bench, credential: Credential
+) -> None:
+    """An edge may show all that it was sent: what can be recorded and logged of that holds no secret."""
+
+    def quote(peer: Peer) -> None:
+        path, *fields = peer.read_head().split(b"\r\n")
+        peer.send(http_answer(b"\n".join([*sorted(fields, reverse=True), path]), "502 Bad Gateway"))
+
+    server, client = bench.to(quote)
+    said = classify(Call.CANCEL, REF, client.cancel(credential)).msg
+    (head,) = server.heads
+    assert said.startswith("X-MBX-APIKEY: ***")
+    assert credential.api_key in head.decode()
+    assert credential.api_key not in said
+    assert query_of(head).partition("&signature=")[2] not in said
+
+
 # ---- silence --------------------------------------------------------------------------------------------------------
 
 

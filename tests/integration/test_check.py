@@ -195,7 +195,7 @@ def test_a_server_that_may_lose_requests_is_warned_of(
         ("~* &* +@all -blmove", "command BLMOVE"),
         ("~* &* +@all -hset -zadd", "command HSET, command ZADD"),
         ("~* &* +@all -subscribe", "command SUBSCRIBE"),
-        ("~* resetchannels +@all", "channel cancels:outcome:*"),
+        ("~* resetchannels +@all", "channel *"),
         ("~rq:* ~cancels:* &* +@all", "key gate:*"),
         ("~cancels:* ~gate:* &* +@all", "key rq:job:*"),
     ],

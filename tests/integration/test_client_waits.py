@@ -63,6 +63,28 @@ def test_what_is_removed_ends_the_wait(talk: Talk, connection: redis.Redis) -> N
     assert caught.value.job_ids == (ticket.id,)
 
 
+def test_a_wait_without_a_thread_to_listen_is_told_and_the_next_one_listens(
+    client: CancelClient, workers: Workers, connection: redis.Redis
+) -> None:
+    """Where the system has no thread left a wait says so; once it has, the same ticket is waited for as ever."""
+    ticket = client.cancel(algo_id=7, account="nobody")
+    before = threading.stack_size(2**46)  # more than any machine has
+    try:
+        with pytest.raises(QueueUnavailable, match="nobody can listen"):
+            ticket.wait(20)
+    finally:
+        threading.stack_size(before)
+
+    def serve() -> None:
+        eventually(lambda: connection.info("clients")["blocked_clients"], what="somebody waits")
+        workers.start()
+
+    starter = threading.Thread(target=serve)
+    starter.start()
+    assert ticket.wait(30).kind is OutcomeKind.REFUSED
+    starter.join()
+
+
 def test_what_has_expired_ends_the_wait_at_once(talk: Talk, workers: Workers, connection: redis.Redis) -> None:
     """An outcome whose record has run out is not waited for, though RQ keeps the failed job."""
     workers.start()

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import redis
-from rq.job import Job
-from rq.serializers import JSONSerializer
 
 from producer import CancelClient
 from producer.message import OutcomeKind, decode_attempts
 from tests.holders import DEAD, SPOILED, Holder, OpenHolder, age, back, ended, ids, later, orders, tried
-from tests.servers import Peek, Valkey
+from tests.servers import Peek
 from worker.store import Lease, Row
 
 # ---- outcomes -------------------------------------------------------------------------------------------------------
@@ -201,21 +199,15 @@ def test_a_deadline_does_not_undo_what_the_exchange_said(
 def test_a_job_deleted_while_it_is_held_has_its_outcome(
     client: CancelClient, open_holder: OpenHolder, peek: Peek
 ) -> None:
-    """Deleting a job that is being worked on takes back nothing: what was done is recorded, announced, once."""
+    """Deleting a job that is being worked on takes back nothing: what was done is recorded, once."""
     ticket = client.cancel(algo_id=1)
     holder = open_holder()
     (lease,) = holder.claim()
     client.job(ticket).delete()
-    channel = client._redis.pubsub()
-    channel.subscribe(peek.keys.outcome_prefix + ticket.id)
-    channel.get_message(timeout=30)
 
     for _ in range(2):
         assert holder.complete(ended(lease)) == [1]
 
-    assert channel.get_message(timeout=30) is not None
-    assert channel.get_message(timeout=0.05) is None
-    channel.close()
     outcome = client.outcome(ticket.id)
     assert outcome is not None
     assert peek.ledger() == [outcome]
@@ -306,37 +298,6 @@ def test_what_rq_keeps_of_a_result_is_not_worth_an_outcome(
     assert peek.ledger() == [outcome]
     assert peek("ZRANGE", peek.keys.finished, 0, -1) == [ticket.id]
     assert 0 < peek("TTL", peek.keys.job_prefix + ticket.id) <= 600
-
-
-@pytest.mark.parametrize("kind", [OutcomeKind.CANCELLED, OutcomeKind.UNKNOWN])
-def test_a_user_without_channels_loses_nothing_of_an_outcome(
-    kind: OutcomeKind,
-    valkey: Valkey,
-    client: CancelClient,
-    open_holder: OpenHolder,
-    connection: redis.Redis,
-    peek: Peek,
-) -> None:
-    """Where the server refuses the announcement all else of an outcome is as ever, and so are its neighbours."""
-    connection.acl_setuser("mute", enabled=True, nopass=True, keys=["*"], commands=["+@all"], reset_channels=True)
-    tickets = orders(client, 3)
-    holder = open_holder(connection={"username": "mute", "password": "x"})
-    with pytest.raises(redis.exceptions.NoPermissionError):
-        holder.connection.publish("x", "y")
-
-    assert holder.complete(*(ended(lease, kind) for lease in holder.claim())) == [1, 1, 1]
-
-    registry, life_s = (peek.keys.failed, 604_800) if kind.failed else (peek.keys.finished, 600)
-    assert sorted(peek("ZRANGE", registry, 0, -1)) == sorted(ticket.id for ticket in tickets)
-    for ticket in tickets:
-        job = Job.fetch(ticket.id, connection=connection, serializer=JSONSerializer)
-        assert job.get_status().value == ("failed" if kind.failed else "finished")
-        assert life_s - 10 < peek("TTL", job.key) <= life_s
-        assert peek("XLEN", peek.keys.result_prefix + ticket.id) == 1
-        assert client.wait(ticket.id, 5) in peek.ledger()
-    assert (len(peek.ledger()), holder.is_drained()) == (3, True)
-    assert len(peek("KEYS", f"{peek.keys.order_prefix}*")) == (3 if kind.failed else 0)
-    connection.acl_deluser("mute")
 
 
 def test_a_ledger_that_takes_no_entry_any_more(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:

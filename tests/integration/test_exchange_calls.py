@@ -24,7 +24,7 @@ from tests.servers import eventually
 from tests.ways import API_KEY, REF, SECRET, Bench, replied
 from worker.classify import Means, OrderRef, Reply, classify
 from worker.clock import BEHIND_MS, ServerClock
-from worker.exchange import MAX_RETRY_AFTER_MS
+from worker.decide import MAX_PAUSE_MS
 from worker.signing import Credential
 
 # ---- on the wire ----------------------------------------------------------------------------------------------------
@@ -176,8 +176,8 @@ def test_going_is_asked_when_the_connection_stands(
         (" 35 ", 35_000),
         ("0", 0),
         ("1.5", 1_500),
-        ("9" * 400, MAX_RETRY_AFTER_MS),
-        ("604800", MAX_RETRY_AFTER_MS),
+        ("9" * 400, MAX_PAUSE_MS),
+        ("604800", MAX_PAUSE_MS),
         ("-5", None),
         ("soon", None),
         ("", None),
@@ -185,7 +185,7 @@ def test_going_is_asked_when_the_connection_stands(
         ("1e9", None),
         ("Fri, 99 Foo 2026 99:99:99 GMT", None),
         ("Sun, 06 Nov 1994 08:49:37 GMT", 0),
-        ("Fri, 31 Dec 9999 23:59:59 GMT", MAX_RETRY_AFTER_MS),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", MAX_PAUSE_MS),
     ],
 )
 def test_retry_after(bench: Bench, credential: Credential, header: str, expected_ms: int | None) -> None:

@@ -171,6 +171,8 @@ def test_key_that_would_break_the_head_is_not_sent(bench: Bench) -> None:
         "https://fapi.binance.com/a hunter2",
         "https://fapi.binance.com/\r\nhunter2: x",
         "https://fapi.bin\xe4nce.com",
+        "https://fapi..binance.com",
+        f"https://{'x' * 64}.com",
     ],
 )
 def test_bad_base_url_is_refused(url: str) -> None:
@@ -182,7 +184,13 @@ def test_bad_base_url_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["socks5://user:hunter2@proxy:1080", "user:hunter2@proxy", "http://user:hunt/er2@proxy:80", "http://[hunter2"],
+    [
+        "socks5://user:hunter2@proxy:1080",
+        "user:hunter2@proxy",
+        "http://user:hunt/er2@proxy:80",
+        "http://[hunter2",
+        "http://user:hunter2@proxy..local:80",
+    ],
 )
 def test_bad_proxy_url_is_refused_without_its_password(url: str) -> None:
     """A proxy URL that cannot be used is refused in words that hold no part of it."""

@@ -558,8 +558,8 @@ def test_children_of_a_process_without_streams(child: NewChild) -> None:
     """A process that such a worker starts finds its standard streams open as well."""
     text = """
 import subprocess, sys
-from worker import output
-output.open_closed_streams()
+from producer.streams import open_closed_streams
+open_closed_streams()
 sys.stdout.write("to nobody")
 sys.exit(subprocess.run([sys.executable, "-c", "import os; [os.fstat(fd) for fd in range(3)]"]).returncode)
 """

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import ssl
 import subprocess
@@ -25,7 +26,7 @@ from producer.message import decode_outcome
 from tests.exporting import append, record
 from tests.fault.proxy import Proxy
 from tests.loopback import certificate
-from tests.servers import ROOT, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.servers import ROOT, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
 from tests.strategies import PASSWORD, blocked, calls, fail
 from worker.sandbox.control import RunningExchange
 
@@ -84,6 +85,29 @@ def one_line(stderr: str) -> str:
     lines = stderr.splitlines()
     assert len(lines) == 1, stderr
     return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "streams", "code"),
+    [
+        ("cancel --algo-id 7", ">/dev/full", 0),
+        ("cancel --algo-id 7 --json", ">/dev/full 2>/dev/full", 0),
+        ("cancel --algo-id 7", "<&- >&- 2>&-", 0),
+        ("cancel --algo-id 7 --wait 0.1 --json", ">/dev/full", 3),
+        ("cancel --algo-id seven", "2>/dev/full", 2),
+        ("cancel --from-file -", "<&-", 2),
+        ("status", ">/dev/full", 0),
+        ("outcome nobody-knows", "2>&-", 1),
+        ("status --redis-url redis://127.0.0.1:1/0", ">&- 2>/dev/full", 4),
+    ],
+)
+def test_streams_that_take_nothing(words: str, streams: str, code: int, shell: Shell, peek: Peek) -> None:
+    """Where what is said can reach nobody, the exit code is what it would have been, and what was asked is done."""
+    call = f"exec {shlex.join(shell.command(*words.split()))} {streams}"
+    done = subprocess.run(["bash", "-c", call], cwd=ROOT, env=shell.environment, capture_output=True, text=True)
+
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert len(peek.waiting()) == words.startswith("cancel --algo-id 7")
 
 
 # --- help and usage -----------------------------------------------------------------------------------------------

@@ -320,7 +320,7 @@ def test_the_writes_are_those_of_the_scripts(connection: redis.Redis) -> None:
     begun = ("producer/scripts/job", "producer/scripts/place", "producer/scripts/enqueue")
     ours = tuple(str(path.relative_to(ROOT)).removesuffix(".lua") for path in (ROOT / "worker/scripts").glob("*.lua"))
     common = words_of(Role.READER) | {"eval", "evalsha"}
-    session = {"subscribe", "unsubscribe", "multi", "exec", "discard", "info"}
+    session = {"publish", "subscribe", "unsubscribe", "multi", "exec", "discard", "info"}
     assert words_of(Role.STRATEGY) - common == said_in(*begun) - {"rename"}
     assert words_of(Role.OPERATOR) - common == said_in(*begun, "producer/scripts/retry") - {"rename"}
     assert words_of(Role.WORKER) - common - session == said_in(*begun[:2], *ours) | {"blmove"}

@@ -192,6 +192,18 @@ def test_a_user_who_lacks_a_right(new_fleet: NewFleet, valkey: Valkey, connectio
         connection.execute_command("ACL", "DELUSER", "poor")
 
 
+def test_a_user_of_any_name_works(
+    new_fleet: NewFleet, valkey: Valkey, connection: redis.Redis, client: CancelClient
+) -> None:
+    """A user whose name redis-py cannot read in an answer starts a worker like any other."""
+    connection.execute_command("ACL", "SETUSER", "desk=a", "reset", "on", ">x", "+@all", "~*", "&*")
+    try:
+        new_fleet(REDIS_URL=valkey.url.replace("://", "://desk%3Da:x@")).start()
+        assert client.cancel(algo_id=1, account="nobody").wait(20).kind is OutcomeKind.REFUSED
+    finally:
+        connection.execute_command("ACL", "DELUSER", "desk=a")
+
+
 # ---- a signal that comes too early ----------------------------------------------------------------------------------
 
 UNSHARE = ("unshare", "--pid", "--fork", "--kill-child")

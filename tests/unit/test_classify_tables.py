@@ -547,3 +547,19 @@ def test_an_answer_that_quotes_the_request_tells_no_signature(quoted: str) -> No
         verdict = classify(Call.CANCEL, OrderRef(7), answer)
         assert secret[:16] not in verdict.msg
         assert "algoId=7" in verdict.msg
+
+
+@pytest.mark.parametrize("key", ["Kd" * 32, "short-key"])
+def test_an_answer_that_quotes_the_key_is_told_without_it(key: str) -> None:
+    """Neither a page that shows the request's fields nor a refusal that names the key brings it into a record."""
+    quoting = f"Invalid API-key {key}, IP, or permissions; X-MBX-APIKEY: {key}"
+    answers = [
+        Reply(502, f"<pre>{quoting}</pre>".encode(), api_key=key),
+        Reply(401, json.dumps({"code": -2015, "msg": quoting}).encode(), api_key=key),
+        Reply(200, json.dumps([quoting]).encode(), api_key=key),
+    ]
+
+    for answer in answers:
+        verdict = classify(Call.CANCEL, OrderRef(7), answer)
+        assert key not in verdict.msg
+        assert "Invalid API-key ***" in verdict.msg

@@ -115,3 +115,10 @@ def test_a_bans_end_is_translated(ahead: Span, waited_ms: int) -> None:
 def test_an_end_by_an_unknown_clock_makes_no_pause_shorter(verdict: Verdict, waited_ms: int) -> None:
     """While nobody knows how far the clocks are apart, a ban lasts at least as long as one without a named end."""
     assert pause_ms(verdict, Policy(), NOW, None) == waited_ms
+
+
+@pytest.mark.parametrize("ahead", [None, SAME, Span(10**12, 10**12)])
+@pytest.mark.parametrize("verdict", [banned(9_999_999_999_999), banned(9_999_999_999_999, 3_000), banned(NOW, 10**15)])
+def test_no_pause_is_longer_than_the_longest_ban(verdict: Verdict, ahead: Span | None) -> None:
+    """Whatever an answer says, the gate of all workers opens within three days: then the exchange is asked again."""
+    assert pause_ms(verdict, Policy(), NOW, ahead) == 3 * 24 * 3_600_000

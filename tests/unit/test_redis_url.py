@@ -83,6 +83,7 @@ def test_sentinels_have_names_and_a_login_of_their_own() -> None:
         *(f"redis+sentinel://:{PASSWORD}@h", f"redis+sentinel://:{PASSWORD}@h/", f"redis+sentinel://:{PASSWORD}@/svc"),
         *("redis+sentinel://h:0/svc", "redis+sentinel://h:70000/svc", "redis+sentinel://a,,b/svc"),
         *("redis+sentinel://h/svc/x", "redis+sentinel://h/svc/1/2", f"redis+sentinel://h/svc?nonsense={PASSWORD}"),
+        *("redis://a..b/0", f"rediss://:{PASSWORD}@{'x' * 64}.svc/0", "redis://.svc", "redis+sentinel://h,a..b/svc"),
         *("redis+sentinel://h/svc?db=x", "rediss+sentinel://h/svc", "redis-sentinel://h/svc"),
     ],
 )

@@ -181,6 +181,4 @@ function job.write_ends()
   if #out.over > 0 then redis.call('DEL', unpack(out.over)) end
   for i = #out.front, 1, -1 do on('LPUSH', WAITING, out.front[i]) end
   pcall(job.count) -- a user without these rights still ends jobs
-  -- Told when all is written, and not worth any of it: a user without channels may not publish.
-  for _, id in ipairs(out.ended) do redis.pcall('PUBLISH', OUTCOME_PREFIX .. id, '1') end
 end
