@@ -16,7 +16,7 @@ import redis
 
 from producer.lines import BaseLines
 from producer.place import Place
-from producer.protocol import CHUNK, Commands, NoConnectionFree, Slow, Wire, packets, weight
+from producer.protocol import CHUNK, Commands, NoConnectionFree, Slow, Wire, packets, unsent, weight
 from producer.redis_url import is_refused
 from producer.waiting import unheard
 
@@ -50,7 +50,8 @@ class AsyncLink:
         """
         try:
             async with asyncio.timeout_at(ends_at):
-                await self._prepare(distrusted_at)
+                with unsent():
+                    await self._prepare(distrusted_at)
                 for packed in packets(self._connection, trips):
                     await self._connection.send_packed_command([packed])
                 return [[await self._answer() for _ in range(len(commands))] for commands in trips]

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import redis
 
 from producer.place import Place
-from producer.protocol import Commands, Conversation, NotOurs, Slow, T, Wire, availability, carried
+from producer.protocol import (
+    Commands,
+    Conversation,
+    Doubt,
+    NotOurs,
+    QueueUnavailable,
+    Slow,
+    T,
+    Wire,
+    availability,
+    carried,
+    is_unsent,
+)
 from producer.redis_url import given, is_refused
 from producer.waiting import LOOK_S, Waiters
 
@@ -38,38 +50,51 @@ class BaseLines:
     def _now(self) -> float:
         raise NotImplementedError
 
-    async def carry(self, conversation: Conversation[T], doubt: str, repeat: bool) -> T:
+    async def carry(self, conversation: Conversation[T], words: str, repeat: bool) -> T:
         """See :meth:`producer.base.BaseClient.converse`."""
-        with availability(self._address, doubt):
-            try:
-                return await carried(conversation, partial(self._answers, repeat))
-            except NotOurs:
-                self._calls.distrust()
-                raise
-
-    async def _answers(self, repeat: bool, commands: Commands) -> list[Any]:
-        ends_at = self._now() + self._wire.timeout_s
-        if not isinstance(commands, Slow):
-            return await self._twice(self._calls, repeat, commands, ends_at)
+        doubt = Doubt(words)
         try:
-            return await self._twice(self._slow, repeat, commands, ends_at)
+            with availability(self._address, doubt):
+                try:
+                    return await carried(conversation, partial(self._answers, doubt, repeat))
+                except NotOurs:
+                    self._calls.distrust()
+                    raise
+        except QueueUnavailable as error:
+            error.nothing_sent = not doubt.has_left
+            raise
+
+    async def _answers(self, doubt: Doubt, repeat: bool, commands: Commands) -> list[Any]:
+        """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
+        ends_at = self._now() + self._wire.timeout_s
+        ask = partial(self._ask, doubt, commands, ends_at)
+        try:
+            try:
+                answers = await ask()
+                # What was refused so wrote nothing, and another connection may lead to another server.
+                if not is_refused(answers) or not (repeat or len(commands) == 1):
+                    return answers
+            except redis.AuthenticationError:
+                raise
+            except redis.ConnectionError:
+                # Closed by the server, say. The ids are in the words: a repeat finds itself.
+                if not repeat or self._now() >= ends_at:
+                    raise
+            return await ask()
         except redis.RedisError as error:
+            if not isinstance(commands, Slow):
+                raise
             return [error] * len(commands)
 
-    async def _twice(self, line: Any, repeat: bool, commands: Commands, ends_at: float) -> list[Any]:
-        """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
+    async def _ask(self, doubt: Doubt, commands: Commands, ends_at: float) -> list[Any]:
+        line = self._slow if isinstance(commands, Slow) else self._calls
         try:
             answers: list[Any] = await given(line.carry(commands, ends_at))
-            # What was refused so wrote nothing, and another connection may lead to another server.
-            if not is_refused(answers) or not (repeat or len(commands) == 1):
-                return answers
-        except redis.AuthenticationError:
+        except redis.RedisError as error:
+            doubt.has_left = doubt.has_left or not is_unsent(error)
             raise
-        except redis.ConnectionError:
-            # Closed by the server, say. The ids are in the words: a repeat finds itself.
-            if not repeat or self._now() >= ends_at:
-                raise
-        return cast(list[Any], await given(line.carry(commands, ends_at)))
+        doubt.has_left = True
+        return answers
 
     async def _hear(self, link: Any, ready: Callable[[], object]) -> None:
         async def ask(commands: Commands) -> list[Any]:

@@ -16,7 +16,19 @@ import redis
 
 from producer.lines import BaseLines
 from producer.place import Place
-from producer.protocol import CHUNK, Commands, NoConnectionFree, QueueUnavailable, Slow, Wire, packets, weight
+from producer.protocol import (
+    CHUNK,
+    UNSENT,
+    Commands,
+    NoConnectionFree,
+    QueueUnavailable,
+    Slow,
+    Wire,
+    is_unsent,
+    packets,
+    unsent,
+    weight,
+)
 from producer.redis_url import at_once, is_refused
 from producer.waiting import unheard
 
@@ -49,7 +61,8 @@ class Link:
             redis.RedisError: no answer; the connection is closed.
         """
         try:
-            self._prepare(ends_at, distrusted_at)
+            with unsent():
+                self._prepare(ends_at, distrusted_at)
             for packed in packets(self._connection, trips):
                 self._connection.send_packed_command([packed])
             return [[self._answer(ends_at) for _ in range(len(commands))] for commands in trips]
@@ -164,6 +177,8 @@ class Line:
             for each in batch[1:]:  # who of them may repeat it has time left for that
                 each.error = redis.ConnectionError("the connection was lost")
                 each.error.__cause__ = error
+                if is_unsent(error):
+                    each.error.add_note(UNSENT)
             raise
         finally:
             for each in batch:

@@ -71,13 +71,22 @@ IN_DOUBT = (
 )
 
 
+#: What is said instead where surely nothing of it was sent.
+NOTHING_SENT = "; nothing was sent: calling again is safe, by client id too"
+
+
 class CancelQueueError(Exception):
     """Base of the errors that the clients raise, beside :class:`producer.message.InvalidRequest`."""
 
 
 class QueueUnavailable(CancelQueueError):
     """Redis did not answer in time, or refused. The text names its address and the reason, and says of a call that
-    writes what a repeat would do: it may have been carried out, or a part of it."""
+    writes what a repeat would do: it may have been carried out, or a part of it.
+
+    ``nothing_sent``: surely not, as no connection could be opened, or none was free, before anything of it had left.
+    """
+
+    nothing_sent: bool = False
 
 
 class WaitTimeout(CancelQueueError, TimeoutError):
@@ -152,6 +161,37 @@ class NoConnectionFree(redis.exceptions.RedisError):
             f"all {many} connections of this client were taken until the call's time was up: its own limit, Redis was "
             "not asked"
         )
+        self.add_note(UNSENT)
+
+
+#: The note on an error that came before anything of a call was sent.
+UNSENT = "nothing was sent"
+
+
+@contextlib.contextmanager
+def unsent() -> Iterator[None]:
+    """For what comes before a call is sent: errors of Redis get that note."""
+    try:
+        yield
+    except redis.exceptions.RedisError as error:
+        error.add_note(UNSENT)
+        raise
+
+
+def is_unsent(error: BaseException) -> bool:
+    """Whether an error has that note."""
+    return UNSENT in getattr(error, "__notes__", ())
+
+
+@dataclass(slots=True)
+class Doubt:
+    """What is said of a call that failed; ``words``, if it may have been carried out."""
+
+    words: str
+    has_left: bool = False  # whether something of it may have
+
+    def __str__(self) -> str:
+        return self.words if self.has_left or not self.words else NOTHING_SENT
 
 
 #: The same of a retry.
@@ -517,7 +557,7 @@ def pages(job_ids: Sequence[str]) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def availability(address: str, doubt: str = "") -> Iterator[None]:
+def availability(address: str, doubt: object = "") -> Iterator[None]:
     """Redis' own errors as one of ours, which names ``address``; what quotes a command or a password is left out.
 
     ``doubt`` is said where the call may have been carried out.
