@@ -72,7 +72,7 @@ IN_DOUBT = (
 
 
 #: What is said instead where surely nothing of it was sent.
-NOTHING_SENT = "; nothing was sent: calling again is safe, by client id too"
+NOTHING_SENT = "; nothing was sent: a repeat makes the first request"
 
 
 class CancelQueueError(Exception):

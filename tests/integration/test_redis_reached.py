@@ -297,11 +297,11 @@ def test_errors_have_classes(pair: Pair) -> None:
 
 @pytest.mark.parametrize("sort", BOTH)
 def test_what_never_left_is_told_as_that(sort: type[Any], tmp_path: Path) -> None:
-    """Where no connection could be opened, a call that writes says that nothing was sent: it may be made again, by
-    client id too; whoever shares its connection is told the same."""
+    """Where no connection could be opened, a call that writes says that nothing was sent; whoever shares its connection
+    is told the same."""
 
     def refused(ask: Callable[[], object]) -> None:
-        with pytest.raises(QueueUnavailable, match="; nothing was sent: calling again is safe") as caught:
+        with pytest.raises(QueueUnavailable, match="; nothing was sent: a repeat makes the first request") as caught:
             ask()
         assert caught.value.nothing_sent
         assert "carried out" not in str(caught.value)
