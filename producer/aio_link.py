@@ -14,9 +14,9 @@ from typing import Any
 
 import redis
 
-from producer.lines import BaseLines
+from producer.lines import BaseLines, unsent
 from producer.place import Place
-from producer.protocol import CHUNK, Commands, NoConnectionFree, Slow, Wire, packets, unsent, weight
+from producer.protocol import CHUNK, Commands, NoConnectionFree, Slow, Wire, packets, weight
 from producer.redis_url import is_refused
 from producer.waiting import unheard
 

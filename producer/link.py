@@ -14,21 +14,9 @@ from typing import Any
 
 import redis
 
-from producer.lines import BaseLines
+from producer.lines import BaseLines, is_unsent, unsent
 from producer.place import Place
-from producer.protocol import (
-    CHUNK,
-    UNSENT,
-    Commands,
-    NoConnectionFree,
-    QueueUnavailable,
-    Slow,
-    Wire,
-    is_unsent,
-    packets,
-    unsent,
-    weight,
-)
+from producer.protocol import CHUNK, UNSENT, Commands, NoConnectionFree, QueueUnavailable, Slow, Wire, packets, weight
 from producer.redis_url import at_once, is_refused
 from producer.waiting import unheard
 

@@ -7,7 +7,6 @@ and returns what the caller wanted to know.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -69,10 +68,6 @@ IN_DOUBT = (
     "; it may have been carried out. Repeating it is safe by algo id; by client id alone a repeat makes a second job, "
     "which means the order that has the id then"
 )
-
-
-#: What is said instead where surely nothing of it was sent.
-NOTHING_SENT = "; nothing was sent: a repeat makes the first request"
 
 
 class CancelQueueError(Exception):
@@ -153,6 +148,10 @@ class NotOurs(redis.exceptions.RedisError):
 NO_ANSWER = (TypeError, ValueError, LookupError, AttributeError)
 
 
+#: The note on an error that came before anything of a call was sent.
+UNSENT = "nothing was sent"
+
+
 class NoConnectionFree(redis.exceptions.RedisError):
     """All connections of this client, so ``many``, were taken for as long as the call could wait."""
 
@@ -162,36 +161,6 @@ class NoConnectionFree(redis.exceptions.RedisError):
             "not asked"
         )
         self.add_note(UNSENT)
-
-
-#: The note on an error that came before anything of a call was sent.
-UNSENT = "nothing was sent"
-
-
-@contextlib.contextmanager
-def unsent() -> Iterator[None]:
-    """For what comes before a call is sent: errors of Redis get that note."""
-    try:
-        yield
-    except redis.exceptions.RedisError as error:
-        error.add_note(UNSENT)
-        raise
-
-
-def is_unsent(error: BaseException) -> bool:
-    """Whether an error has that note."""
-    return UNSENT in getattr(error, "__notes__", ())
-
-
-@dataclass(slots=True)
-class Doubt:
-    """What is said of a call that failed; ``words``, if it may have been carried out."""
-
-    words: str
-    has_left: bool = False  # whether something of it may have
-
-    def __str__(self) -> str:
-        return self.words if self.has_left or not self.words else NOTHING_SENT
 
 
 #: The same of a retry.
@@ -554,29 +523,6 @@ def pages(job_ids: Sequence[str]) -> Iterator[list[str]]:
     """The ids, :data:`CHUNK` at a time."""
     for start in range(0, len(job_ids), CHUNK):
         yield list(job_ids[start : start + CHUNK])
-
-
-@contextlib.contextmanager
-def availability(address: str, doubt: object = "") -> Iterator[None]:
-    """Redis' own errors as one of ours, which names ``address``; what quotes a command or a password is left out.
-
-    ``doubt`` is said where the call may have been carried out.
-    """
-    try:
-        yield
-    except NoConnectionFree as error:
-        raise QueueUnavailable(f"{error} [{address}]{doubt}") from None
-    except NotOurs:
-        raise QueueUnavailable(f"Redis answered something else than was asked [{address}]{doubt}") from None
-    except redis.exceptions.AuthenticationError as error:
-        raise QueueUnavailable(f"Redis refused the login ({type(error).__name__}) [{address}]") from None
-    except redis.exceptions.ResponseError as error:
-        raise QueueUnavailable(f"Redis refused ({why(error)}) [{address}]") from None
-    except redis.exceptions.RedisError as error:
-        if "max number of clients" in str(error):
-            reason = "it serves no more connections: its own limit, maxclients, is reached"
-            raise QueueUnavailable(f"Redis refused ({reason}) [{address}]{doubt}") from None
-        raise QueueUnavailable(f"Redis did not answer ({why(error)}) [{address}]{doubt}") from error
 
 
 def good(answers: list[Any]) -> list[Any]:

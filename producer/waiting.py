@@ -29,7 +29,6 @@ from producer.protocol import (
     UnknownRequest,
     WaitTimeout,
     Wire,
-    availability,
     carried,
     good,
     is_requeued,
@@ -351,12 +350,16 @@ class Waiters:
             waiter.wake()
 
     async def listen(
-        self, ask: Ask, pause: Callable[[float], Awaitable[None]], ready: Callable[[], object], address: str
+        self,
+        ask: Ask,
+        pause: Callable[[float], Awaitable[None]],
+        ready: Callable[[], object],
+        say: Callable[[RedisError], Exception],
     ) -> None:
         """What a client does on a connection of its own while anybody waits.
 
         ``ready`` is called when nothing that is recorded from then on can be missed, or nothing can be heard. Errors
-        that pass are told to nobody before a call's time is up.
+        that pass are told to nobody before a call's time is up; ``say`` puts them in words.
         """
         failing_since: float | None = None
         while not self.are_few():
@@ -368,16 +371,9 @@ class Waiters:
                 now = time.monotonic()
                 failing_since = failing_since or now
                 if not passes(error) or now - failing_since > self._wire.timeout_s:
-                    self._give_up(error, address)
+                    self.fail(say(error))
                     ready()
             await pause(_AGAIN_S)
-
-    def _give_up(self, error: RedisError, address: str) -> None:
-        try:
-            with availability(address):
-                raise error
-        except QueueUnavailable as told:
-            self.fail(told)
 
     async def _follow(self, ask: Ask, pause: Callable[[float], Awaitable[None]], ready: Callable[[], object]) -> None:
         """Follow the ledger and hand out what is waited for, until nobody waits any more."""

@@ -287,5 +287,5 @@ def test_an_answer_to_an_earlier_question_ends_no_later_wait(connection: redis.R
         async def pause(_: float) -> None:
             pass
 
-        asyncio.run(waiters.listen(ask, pause, lambda: None, "here"))
+        asyncio.run(waiters.listen(ask, pause, lambda: None, QueueUnavailable))
     assert told == [["a"], []]
