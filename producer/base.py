@@ -13,7 +13,7 @@ from producer.message import DEFAULT_QUEUE, CancelRequest, OpenRequest, Outcome
 from producer.open_orders import OPEN_IN_DOUBT, OpenOutcome, OpenTicketFields, pursue
 from producer.place import checked_url
 from producer.protocol import IN_DOUBT, TIMEOUT_S, Conversation, QueueUnavailable, T, TicketFields
-from producer.redis_url import given
+from producer.redis_url import Address, given
 from producer.waiting import (
     LOOK_S,
     End,
@@ -52,6 +52,10 @@ class BaseClient:
         """
         address = checked_url(url)
         call_s = checked_timeout(address.options.get("socket_timeout", TIMEOUT_S) if timeout_s is None else timeout_s)
+        return cls._at(address, call_s, options, queue)
+
+    @classmethod
+    def _at(cls, address: Address, call_s: float, options: dict[str, Any], queue: str) -> Self:
         return cls(cls._connect(address, call_s, **options), queue)
 
     def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> Any:

@@ -177,14 +177,8 @@ class TicketFields:
 
     def as_dict(self) -> dict[str, object]:
         """The ticket as the command line prints it."""
-        request = self.request
-        return {
-            "id": self.id,
-            "algo_id": request.algo_id,
-            "client_algo_id": request.client_algo_id,
-            "account": request.account,
-            "duplicate": self.duplicate,
-        }
+        order = {name: getattr(self.request, name) for name in ("algo_id", "client_algo_id", "account")}
+        return {"id": self.id, **order, "duplicate": self.duplicate}
 
     def __reduce__(self) -> tuple[type[Any], tuple[object, ...]]:
         return type(self), (self.id, self.request, self.duplicate)

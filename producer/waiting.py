@@ -172,8 +172,7 @@ def many_wanted(values: Any) -> dict[str, CancelRequest | None]:
     Raises:
         InvalidRequest: one of them is for all open orders of a symbol: it has no outcome of its own.
     """
-    tickets = list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else values
-    wanted = wanted_of(tickets)
+    wanted = wanted_of(values)
     for job_id, request in wanted.items():
         if isinstance(request, OpenRequest):
             rule = "is for all open orders of a symbol: wait for it alone, as client.wait(ticket)"

@@ -20,7 +20,6 @@ from producer import (
     CancelClient,
     CancelRequest,
     InvalidRequest,
-    NotDurable,
     Outcome,
     OutcomeKind,
     QueueUnavailable,
@@ -55,14 +54,6 @@ def test_signatures_are_the_same(double: type[Any], client: type[Any]) -> None:
     for name in [*names, "__enter__" if client is CancelClient else "__aenter__"]:
         assert inspect.signature(getattr(double, name)) == inspect.signature(getattr(client, name)), name
         assert inspect.iscoroutinefunction(getattr(double, name)) == inspect.iscoroutinefunction(getattr(client, name))
-
-
-@pytest.mark.parametrize(("double", "client"), PAIRS)
-def test_nothing_reaches_for_redis(double: type[Any], client: type[Any]) -> None:
-    """A double is the client but for its connections, of which it has none."""
-    assert issubclass(double, client)
-    assert "converse" in vars(double)
-    assert not {"_lines", "_place"} & set(vars(double()))
 
 
 @pytest.mark.parametrize("kind", OF_AN_ORDER)
@@ -473,18 +464,6 @@ def test_retry_whose_answer_was_lost(fake: FakeCancelClient) -> None:
 
     assert fake.retry([ticket.id], missing_ok=True) == []
     assert ticket.wait(0).run == 2
-
-
-def test_not_durable(fake: FakeCancelClient) -> None:
-    """Only calls that ask for durability are told that there is none."""
-    fake.cancel(algo_id=6, durable=True)
-    fake.not_durable()
-    fake.cancel(algo_id=7)
-    with pytest.raises(NotDurable) as caught:
-        fake.cancel(algo_id=8, durable=True)
-
-    (ticket,) = caught.value.tickets
-    assert fake.outcome(ticket.id) is not None
 
 
 def test_rq_job_leads_nowhere(fake: FakeCancelClient) -> None:
