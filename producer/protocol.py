@@ -25,14 +25,7 @@ from rq.job import JobStatus
 from producer.door import checked_ids, checked_requests
 from producer.job_fields import words_of_job
 from producer.keys import JobField, Keys, Script
-from producer.message import (
-    CancelRequest,
-    OnTrigger,
-    Outcome,
-    check_queue_name,
-    decode_outcome,
-    encode_call,
-)
+from producer.message import CancelRequest, OnTrigger, Outcome, check_queue_name, decode_outcome, encode_call
 from producer.redis_url import why
 from producer.untrusted import InvalidRequest, MalformedMessage, checked_flag, clean_text
 

@@ -448,10 +448,7 @@ class _Scripted(BaseClient):
         self._play.opened.setdefault((account, symbol), []).extend(algo_ids)
 
     def settle(
-        self,
-        ticket_or_id: TicketFields | str,
-        kind: OutcomeKind = OutcomeKind.CANCELLED,
-        **said: Unpack[Said],
+        self, ticket_or_id: TicketFields | str, kind: OutcomeKind = OutcomeKind.CANCELLED, **said: Unpack[Said]
     ) -> Outcome:
         """Record the outcome of a request now, and wake those who wait for it.
 

@@ -40,11 +40,7 @@ CLIENT_IDS = texts(chars=".:/_-ABCXYZabcxyz0189")
 
 REQUESTS = st.builds(
     lambda ids, **rest: CancelRequest(algo_id=ids[0], client_algo_id=ids[1], **rest),
-    ids=st.one_of(
-        st.tuples(ALGO_IDS, st.none()),
-        st.tuples(st.none(), CLIENT_IDS),
-        st.tuples(ALGO_IDS, CLIENT_IDS),
-    ),
+    ids=st.one_of(st.tuples(ALGO_IDS, st.none()), st.tuples(st.none(), CLIENT_IDS), st.tuples(ALGO_IDS, CLIENT_IDS)),
     account=st.sampled_from((DEFAULT_ACCOUNT, "0", "a" * 32, "hedge-2_b")),
     deadline_s=st.none()
     | st.integers(1, MAX_DEADLINE_S)

@@ -201,10 +201,7 @@ def test_a_brought_connection_s_repeats_are_ours(
     workers.stop()
     client.retry(["nobody-knows"], missing_ok=True)  # the server knows the script
 
-    with (
-        Proxy(valkey.port) as proxy,
-        talking(sort(kind.from_url(proxy.redis_url, socket_timeout=2))) as mine,
-    ):
+    with Proxy(valkey.port) as proxy, talking(sort(kind.from_url(proxy.redis_url, socket_timeout=2))) as mine:
         mine.status()
         lost = proxy.limit_data(b"EVALSHA")
         assert mine.cancel(algo_id=17).request.algo_id == 17

@@ -11,11 +11,7 @@ from rq import Queue
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from producer import (
-    CancelClient,
-    CancelRequest,
-    OutcomeKind,
-)
+from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import JobField, Keys
 from tests.servers import Workers
 from tests.strategies import field, now_ms

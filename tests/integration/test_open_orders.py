@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from producer import (
-    CancelClient,
-    InvalidRequest,
-    OpenOutcome,
-    OutcomeKind,
-    UnknownRequest,
-    WaitTimeout,
-)
+from producer import CancelClient, InvalidRequest, OpenOutcome, OutcomeKind, UnknownRequest, WaitTimeout
 from tests.orders import PROVEN_S
 from tests.servers import Peek, Valkey, Workers, eventually, python, stopped
 from worker.sandbox.control import RunningExchange

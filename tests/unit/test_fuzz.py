@@ -31,15 +31,7 @@ from producer.message import (
 from producer.untrusted import MessageError, clean_text
 from tests.examples import examples
 from worker.classify import OrderRef, Reply, classify
-from worker.decide import (
-    Again,
-    Case,
-    Policy,
-    Stop,
-    first_step,
-    next_number,
-    read_history,
-)
+from worker.decide import Again, Case, Policy, Stop, first_step, next_number, read_history
 from worker.http1 import FRAMING_LIMIT, MalformedResponse, ResponseReader
 
 #: Longest text of an error: it goes into the record of a refused job and into a log line.

@@ -42,16 +42,7 @@ from producer.message import (
     may_be_live,
 )
 from producer.untrusted import InvalidRequest, MessageError
-from tests.messages import (
-    ATTEMPT,
-    ATTEMPTS,
-    OUTCOME,
-    OUTCOMES,
-    PROFILE,
-    REQUEST,
-    REQUESTS,
-    assert_fit_for_a_log,
-)
+from tests.messages import ATTEMPT, ATTEMPTS, OUTCOME, OUTCOMES, PROFILE, REQUEST, REQUESTS, assert_fit_for_a_log
 
 # ---- any valid value ------------------------------------------------------------------------------------------------
 
