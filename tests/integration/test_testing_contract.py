@@ -208,12 +208,7 @@ def test_requests_for_one_order_share_a_job(talk: Story) -> None:
     elsewhere = talk.cancel(algo_id=other.algo_id)
     by_client_id = talk.cancel(client_algo_id="not-looked-at")
 
-    assert (first.duplicate, second.duplicate, elsewhere.duplicate, by_client_id.duplicate) == (
-        False,
-        True,
-        False,
-        False,
-    )
+    assert [each.duplicate for each in (first, second, elsewhere, by_client_id)] == [False, True, False, False]
     assert second.id == first.id
     assert len({first.id, elsewhere.id, by_client_id.id}) == 3
     talk.world.work()
@@ -241,12 +236,7 @@ def test_one_call_shares_too(talk: Story) -> None:
     asked, other = talk.world.order(), talk.world.order()
     tickets = talk.cancel_many(iter([asked, other, asked, CancelRequest(asked.algo_id, account="nobody")]))
 
-    assert [ticket.request.algo_id for ticket in tickets] == [
-        asked.algo_id,
-        other.algo_id,
-        asked.algo_id,
-        asked.algo_id,
-    ]
+    assert [ticket.request.algo_id for ticket in tickets] == [each.algo_id for each in (asked, other, asked, asked)]
     assert [ticket.duplicate for ticket in tickets] == [False, False, True, False]
     assert tickets[0].id == tickets[2].id != tickets[3].id
     assert talk.cancel_many([]) == []

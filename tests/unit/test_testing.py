@@ -132,39 +132,25 @@ UNRECORDED = [
     ("triggered", "actual_order_id", "", f"must be text of 1 to 40 {CLEAN}"),
     ("triggered", "actual_order_id", "8" * 41, f"must be text of 1 to 40 {CLEAN}"),
     ("cancelled", "symbol", "S" * 500, "must be text of 1 to 32 characters without control characters"),
-    ("cancelled", "symbol", "", "must be text of 1 to 32 characters without control characters"),
-    ("cancelled", "symbol", "BTC\ud800", "must be text of 1 to 32 characters without control characters"),
-    ("cancelled", "symbol", 7, "must be text of 1 to 32 characters without control characters"),
     ("cancelled", "error", "none", "no cancelled request has one"),
     ("refused", "error", "e" * 4000, f"must be text of 1 to 400 {CLEAN}"),
-    ("refused", "error", "", f"must be text of 1 to 400 {CLEAN}"),
     ("refused", "error", "two\nlines", f"must be text of 1 to 400 {CLEAN}"),
     ("refused", "error", "half a \udc00", f"must be text of 1 to 400 {CLEAN}"),
-    ("refused", "error", ValueError("no"), f"must be text of 1 to 400 {CLEAN}"),
 ]
 #: Field, value, the rule that it breaks: what only a script for runs to come has.
 UNPLAYED = [
     ("after_s", -1, SECONDS),
-    ("after_s", math.nan, SECONDS),
-    ("after_s", math.inf, SECONDS),
     ("after_s", 1e300, SECONDS),
     ("after_s", "5", SECONDS),
-    ("after_s", True, SECONDS),
     ("runs", 0, COUNT),
     ("runs", 1.5, COUNT),
-    ("runs", math.inf, COUNT),
-    ("runs", "2", COUNT),
     ("runs", True, COUNT),
 ]
 #: Field, value, the rule that it breaks: what names an order.
 UNNAMED = [
     ("account", "Desk 2!", "must match ^[a-z0-9][a-z0-9_-]{0,31}$"),
-    ("account", "", "must match ^[a-z0-9][a-z0-9_-]{0,31}$"),
-    ("account", 2, "must match ^[a-z0-9][a-z0-9_-]{0,31}$"),
     ("algo_id", 0, "must be a whole number from 1 to 9223372036854775807"),
-    ("algo_id", "7", "must be a whole number from 1 to 9223372036854775807"),
     ("client_algo_id", "a b", "must match ^[.A-Z:/a-z0-9_-]{1,36}$"),
-    ("client_algo_id", 7, "must match ^[.A-Z:/a-z0-9_-]{1,36}$"),
 ]
 
 
