@@ -5,33 +5,33 @@ The only place of the package that reads the environment. It is built with click
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import click
 from rq.defaults import RQ_KEY_PREFIX
 from rq.job import JobStatus
 
-from producer import __version__, console
+from producer import __version__, console, shell
 from producer.client import CancelClient
-from producer.door import checked_ids, checked_position
+from producer.door import checked_ids
 from producer.keys import Keys
-from producer.message import DEFAULT_QUEUE, CancelRequest, Outcome, check_queue_name
-from producer.open_orders import WARNING, OpenOutcome
+from producer.message import DEFAULT_QUEUE, CancelRequest, Outcome, OutcomeKind, check_queue_name
+from producer.open_orders import WARNING, OpenOutcome, followed
 from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest, WaitTimeout
 from producer.rights import acl_lines
-from producer.shell import ExitCode, Failure, InOrder, about_request, dumped, epilog, print_line, print_lines, say
+from producer.shell import ExitCode, Failure, InOrder, dumped, epilog, print_lines, say
 from producer.status import Status, aligned
 from producer.streams import open_closed_streams, silence
 from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
-from producer.waiting import look
+from producer.waiting import End, look
 
 #: RQ's status of a job whose outcome is still to come.
 _OPEN = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.STARTED})
@@ -40,47 +40,44 @@ _UNREADABLE = "its record cannot be read"
 _NOT_YET = "no outcome yet"
 #: Between two looks of --watch, s.
 _WATCH_S = 1.0
+#: What a command ends with that lets one of these through; the text is what is said on stderr.
+_ENDS: Mapping[type[Exception], ExitCode] = {
+    InvalidRequest: ExitCode.USAGE,
+    console.BadSetting: ExitCode.USAGE,
+    console.BadFile: ExitCode.USAGE,
+    QueueUnavailable: ExitCode.UNREACHABLE,
+    MalformedMessage: ExitCode.NOT_OFF_THE_BOOK,
+}
 
-C = TypeVar("C", bound=CancelClient)
+
 F = TypeVar("F", bound=Callable[..., object])
+_SHOWN: dict[str, Any] = {"show_default": True, "show_envvar": True}
+_WORDS = "A password on a command line is visible in ps: one with a password belongs into REDIS_URL."
+_URL: dict[str, Any] = {"envvar": "REDIS_URL", "default": "redis://localhost:6379/0", "metavar": "URL", "help": _WORDS}
+_of_queue = click.option("--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, metavar="Q", **_SHOWN)
+_host = click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
+
+
+def _of_redis(function: F) -> F:
+    """The options of every command that asks Redis."""
+    return click.option("--redis-url", **_URL, **_SHOWN)(_of_queue(function))
 
 
 def _common(function: F) -> F:
-    """The options of every command that prints."""
-    return _where(click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout.")(function))
+    """The options of every command that prints what it finds there."""
+    return _of_redis(
+        click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout.")(function)
+    )
 
 
-def _where(function: F) -> F:
-    """The options that every command has."""
-    shown: dict[str, Any] = {"show_default": True, "show_envvar": True}
-    words = "A password on a command line is visible in ps: one with a password belongs into REDIS_URL."
-    url: dict[str, Any] = {
-        "envvar": "REDIS_URL",
-        "default": "redis://localhost:6379/0",
-        "metavar": "URL",
-        "help": words,
-    }
-    queue = click.option("--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, metavar="Q", **shown)
-    return click.option("--redis-url", **url, **shown)(queue(function))
+def _port(default: int, **more: Any) -> Callable[[F], F]:
+    words = "Port to listen on; 0: any free one."
+    return click.option("--port", type=click.IntRange(0, 65535), default=default, show_default=True, help=words, **more)
 
 
-def _client(redis_url: str, queue: str) -> contextlib.AbstractContextManager[CancelClient]:
-    return _client_as(CancelClient, redis_url, queue)
-
-
-@contextlib.contextmanager
-def _client_as(kind: type[C], redis_url: str, queue: str) -> Iterator[C]:
-    try:
-        client = console.connect_as(
-            kind, redis_url, queue, os.environ.get("REDIS_TLS_VERIFY", ""), os.environ.get("REDIS_TLS_CA", "")
-        )
-    except (console.BadSetting, InvalidRequest) as error:
-        raise Failure(str(error), ExitCode.USAGE) from None
-    with client:
-        try:
-            yield client
-        except QueueUnavailable as error:
-            raise Failure(str(error), ExitCode.UNREACHABLE) from None
+def _client(redis_url: str, queue: str) -> CancelClient:
+    verify, ca_file = (os.environ.get(name, "") for name in ("REDIS_TLS_VERIFY", "REDIS_TLS_CA"))
+    return console.connect(redis_url, queue, verify, ca_file)
 
 
 @click.group(
@@ -124,7 +121,7 @@ def cli() -> None:
     "nothing of it is enqueued; a file without an id is an error.",
 )
 @click.option("--symbol", metavar="S", help="Carried into the outcome.")
-@about_request
+@shell.about_request
 @click.option(
     "--durable",
     is_flag=True,
@@ -148,14 +145,11 @@ def cancel(
             tickets: Sequence[TicketFields] = client.cancel_many(requests, durable=durable)
         except NotDurable as error:
             tickets, not_durable = error.tickets, error
-            say(str(error))
+            say(error)
         if wait is not None:
             return _wait(client, tickets, wait, as_json)
-    if as_json:
-        print_lines(dumped(ticket.as_dict()) for ticket in tickets)
-    else:
-        print_lines(aligned([console.ticket_cells(ticket) for ticket in tickets]))
-    return ExitCode.DONE if not_durable is None else ExitCode.NOT_OFF_THE_BOOK
+    code = ExitCode.DONE if not_durable is None else ExitCode.NOT_OFF_THE_BOOK
+    return _show([_Told([console.ticket_cells(ticket)], ticket.as_dict(), code) for ticket in tickets], as_json)
 
 
 def _requests(given: Sequence[str], options: Mapping[str, Any]) -> list[CancelRequest]:
@@ -164,17 +158,14 @@ def _requests(given: Sequence[str], options: Mapping[str, Any]) -> list[CancelRe
     defaults = {name: options[name] for name in ("account", "symbol", "tag", "urgent", "on_trigger")}
     defaults["deadline_s"] = options["deadline"]
     requests: list[CancelRequest] = []
-    try:
-        CancelRequest(algo_id=1, **defaults)  # a bad option is told once, not for each line of a file
-        for name in given:
-            if name == "algo_id":
-                requests.append(CancelRequest(algo_id=console.algo_id_of(next(words[name])), **defaults))
-            elif name == "client_algo_id":
-                requests.append(CancelRequest(client_algo_id=next(words[name]), **defaults))
-            elif name == "from_file":
-                requests += _requests_of_file(next(words[name]), defaults)
-    except (InvalidRequest, console.BadFile) as error:
-        raise Failure(str(error), ExitCode.USAGE) from None
+    CancelRequest(algo_id=1, **defaults)  # a bad option is told once, not for each line of a file
+    for name in given:
+        if name == "algo_id":
+            requests.append(CancelRequest(algo_id=console.algo_id_of(next(words[name])), **defaults))
+        elif name == "client_algo_id":
+            requests.append(CancelRequest(client_algo_id=next(words[name]), **defaults))
+        elif name == "from_file":
+            requests += _requests_of_file(next(words[name]), defaults)
     if not requests:
         raise click.UsageError("give --algo-id, --client-algo-id or --from-file")
     return requests
@@ -191,59 +182,86 @@ def _requests_of_file(name: str, defaults: Mapping[str, Any]) -> list[CancelRequ
 
 
 def _wait(client: CancelClient, tickets: Sequence[TicketFields], timeout_s: float, as_json: bool) -> ExitCode:
-    job_ids = [ticket.id for ticket in tickets]
-    found: dict[str, Outcome] = {}
-    in_vain: Mapping[str, Exception] = {}
-    rest = "waiting was broken off by an error; the request goes on"
+    wanted = {ticket.id: ticket.request for ticket in tickets}
+    ends: dict[str, End] = {}
+    rest, code = "waiting was broken off by an error; the request goes on", None
     try:
-        with console.progress(len(set(job_ids))) as shown:
-            in_vain = console.collect(client, job_ids, timeout_s, found, shown)
+        with console.progress(len(wanted)) as shown:
+            console.collect(client, wanted, timeout_s, ends, shown)
         rest = _NOT_YET
     except KeyboardInterrupt:
-        rest = "interrupted; the request goes on"
+        rest, code = "interrupted; the request goes on", ExitCode.INTERRUPTED
         say("interrupted; the requests go on")
-        return ExitCode.INTERRUPTED
     finally:
         # However the waiting ended: without its id nobody could ask for an outcome later.
-        words = {job_id: _why(in_vain[job_id]) if job_id in in_vain else rest for job_id in job_ids}
-        if as_json:
-            print_lines(_outcome_json(ticket.id, found, words[ticket.id]) for ticket in tickets)
-        else:
-            print_lines(aligned([_cells(ticket.id, found, ticket.request, words[ticket.id]) for ticket in tickets]))
-    return _judged(job_ids, found, in_vain)
+        told = [_told(job.id, ends.get(job.id), rest, ExitCode.TIMED_OUT, job.request) for job in tickets]
+        judged = _show(told, as_json)
+    for end in ends.values():
+        if isinstance(end, Exception):
+            say(end)
+    return judged if code is None else code
 
 
-def _why(error: Exception) -> str:
-    """Why there will be no outcome, in a few words; all of them go to stderr."""
-    return _UNREADABLE if isinstance(error, MalformedMessage) else _UNKNOWN
+# --- what is said of a request ------------------------------------------------------------------------------------
 
 
-def _judged(job_ids: Sequence[str], found: Mapping[str, Outcome], in_vain: Mapping[str, Exception]) -> ExitCode:
-    for error in in_vain.values():
-        say(str(error))
-    if in_vain or any(not outcome.off_the_book for outcome in found.values()):
-        return ExitCode.NOT_OFF_THE_BOOK
-    return ExitCode.DONE if all(job_id in found for job_id in job_ids) else ExitCode.TIMED_OUT
+class _Told(NamedTuple):
+    """What is said of one request: in rows for people, in --json, and by the exit code."""
+
+    rows: Sequence[tuple[str, ...]]
+    record: Mapping[str, object]
+    code: ExitCode
 
 
-def _outcome_json(job_id: str, found: Mapping[str, Outcome], why: str, **more: object) -> str:
-    """The record, or that there is none; ``why`` is said unless it is only that it takes longer."""
-    outcome = found.get(job_id)
-    bare = {"id": job_id, "kind": None, **more} | ({} if why == _NOT_YET else {"error": why})
-    return dumped(bare if outcome is None else outcome.as_dict())
+def _show(told: Sequence[_Told], as_json: bool) -> ExitCode:
+    """Print it; gives the exit code for all of them."""
+    if as_json:
+        print_lines(*(dumped(each.record) for each in told))
+    else:
+        print_lines(*aligned([row for each in told for row in each.rows]))
+    codes = {each.code for each in told}
+    return next((code for code in (ExitCode.NOT_OFF_THE_BOOK, ExitCode.TIMED_OUT) if code in codes), ExitCode.DONE)
 
 
-def _words(status: str | None) -> str:
-    """What is said of a request that has no record."""
-    if status is None:
-        return _UNKNOWN
-    return f"{_NOT_YET}, {status}" if status in _OPEN else f"record has run out, {clean_text(status, 40)}"
+def _told(
+    job_id: str, end: End | None, words: str, code: ExitCode, order: CancelRequest | None = None, **more: object
+) -> _Told:
+    """``words`` and ``code`` are those of a request that has not ended, ``order`` and ``more`` what is known of it."""
+    if isinstance(end, Outcome):
+        code = ExitCode.DONE if end.off_the_book else ExitCode.NOT_OFF_THE_BOOK
+        return _Told([console.outcome_cells(end)], console.record(end), code)
+    if end is not None:  # all of why goes to stderr
+        words, code = _UNREADABLE if isinstance(end, MalformedMessage) else _UNKNOWN, ExitCode.NOT_OFF_THE_BOOK
+    record = {"id": job_id, "kind": None, **more}
+    if not words.startswith(_NOT_YET):
+        record["error"] = words
+    return _Told([console.missing_cells(job_id, order, words, known=words != _UNKNOWN)], record, code)
 
 
-def _cells(job_id: str, found: Mapping[str, Outcome], order: CancelRequest | None, words: str) -> tuple[str, ...]:
-    if job_id in found:
-        return console.outcome_cells(found[job_id])
-    return console.missing_cells(job_id, order, words, known=words != _UNKNOWN)
+def _told_by_status(job_id: str, end: End | None, status: str | None) -> _Told:
+    """The same by RQ's status of a job that may have no record."""
+    words, code = _UNKNOWN, ExitCode.NOT_OFF_THE_BOOK
+    if status in _OPEN:
+        words, code = f"{_NOT_YET}, {status}", ExitCode.TIMED_OUT
+    elif status is not None:
+        words = f"record has run out, {clean_text(status, 40)}"
+    return _told(job_id, end, words, code, status=status)
+
+
+def _followed(listing: Outcome, seen: OpenOutcome) -> _Told:
+    """A listing and, below it, the orders that it named."""
+    row = console.outcome_cells(replace(listing, may_be_live=seen.may_be_live))
+    record = console.record(listing) | {
+        name: seen.as_dict()[name] for name in ("may_be_live", "off_the_book", "orders")
+    }
+    return _Told([row, *map(console.open_cells, seen.orders)], record, _open_code(seen))
+
+
+def _open_code(seen: OpenOutcome) -> ExitCode:
+    if seen.off_the_book:
+        return ExitCode.DONE
+    is_bad = seen.error or seen.left_alone or any(order.kind and not order.off_the_book for order in seen.orders)
+    return ExitCode.NOT_OFF_THE_BOOK if is_bad or seen.kind is not None else ExitCode.TIMED_OUT
 
 
 # --- cancel-open --------------------------------------------------------------------------------------------------
@@ -258,7 +276,7 @@ def _cells(job_id: str, found: Mapping[str, Outcome], order: CancelRequest | Non
     ),
 )
 @click.option("--symbol", required=True, metavar="S", help="The symbol, as BTCUSDT.")
-@about_request
+@shell.about_request
 @_common
 def cancel_open(
     redis_url: str, queue: str, as_json: bool, wait: float | None, deadline: float | None, **options: Any
@@ -271,35 +289,30 @@ def cancel_open(
     the exit code is 0. An order of which the clocks cannot tell whether it was open is left alone and named: then the
     kind is unknown, and the exit code 1.
 
-    Only --wait tells the final word, and looks once more for what the list lagged behind. Without it each order's own
-    outcome tells: `outcome ID` of the printed id says how many orders were listed, its --json also their requests.
+    Only --wait tells the final word, and looks once more for what the list lagged behind. Without it `outcome ID` of
+    the printed id says which orders were listed, and what has become of each.
     """
     with _client(redis_url, queue) as client:
-        try:
-            ticket = client.cancel_open(**options, deadline_s=deadline)
-        except InvalidRequest as error:
-            raise Failure(str(error), ExitCode.USAGE) from None
+        ticket = client.cancel_open(**options, deadline_s=deadline)
         say(f"{clean_text(options['symbol'])}: {WARNING}")
         if wait is None:
-            print_line(dumped(ticket.as_dict()) if as_json else clean_text(ticket.id))
+            print_lines(dumped(ticket.as_dict()) if as_json else clean_text(ticket.id))
             return ExitCode.DONE
-        seen, code = OpenOutcome(ticket.id, None, True), ExitCode.INTERRUPTED
+        seen, code = OpenOutcome(ticket.id, None, True), None
         try:
             seen = client.wait(ticket, wait)
-            code = ExitCode.DONE if seen.off_the_book else ExitCode.NOT_OFF_THE_BOOK
         except WaitTimeout as error:
             seen = error.so_far or seen
-            say(str(error))
-            is_bad = any(order.kind is not None and not order.off_the_book for order in seen.orders)
-            code = ExitCode.NOT_OFF_THE_BOOK if is_bad or seen.error else ExitCode.TIMED_OUT
+            say(error)
         except KeyboardInterrupt:
+            code = ExitCode.INTERRUPTED
             say("interrupted; the requests go on")
         except UnknownRequest as error:
-            say(str(error))
             code = ExitCode.NOT_OFF_THE_BOOK
+            say(error)
         finally:
-            print_lines([dumped(seen.as_dict())] if as_json else console.open_lines(seen))
-    return code
+            print_lines(*([dumped(seen.as_dict())] if as_json else console.open_lines(seen)))
+    return _open_code(seen) if code is None else code
 
 
 # --- outcome, outcomes --------------------------------------------------------------------------------------------
@@ -316,31 +329,24 @@ def cancel_open(
 def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> ExitCode:
     """Show what became of requests, in the order given.
 
+    Of a request for all open orders of a symbol it shows each order that was listed; the exit code is that of them all.
     Where there is no record --json prints {"id","kind":null,"status"} with RQ's status of the job, and "error" where
-    it cannot be read. The exit code is 3 while the request is queued, scheduled or started, and 1 if its record
+    none will come. The exit code is 3 while the request is queued, scheduled or started, and 1 if its record
     cannot be read or has run out, or nobody knows the id.
     """
-    try:
-        checked_ids(ids)
-    except InvalidRequest as error:
-        raise Failure(str(error), ExitCode.USAGE) from None
+    checked_ids(ids)
     with _client(redis_url, queue) as client:
         # In this order: a request that ends in between is found.
-        statuses = dict(zip(ids, client.statuses(ids), strict=True))
+        statuses = client.statuses(ids)
         ends = client.converse(look(client.keys, ids, for_the_gone=False))
-    found = {job_id: end for job_id, end in ends.items() if isinstance(end, Outcome)}
-    unreadable = {job_id: end for job_id, end in ends.items() if isinstance(end, Exception)}
-    words = {job_id: _words(status) for job_id, status in statuses.items()} | dict.fromkeys(unreadable, _UNREADABLE)
-    if as_json:
-        faults = dict.fromkeys(unreadable, _UNREADABLE)
-        lines = (_outcome_json(job_id, found, faults.get(job_id, _NOT_YET), status=statuses[job_id]) for job_id in ids)
-        print_lines(lines)
-    else:
-        print_lines(aligned([_cells(job_id, found, None, words[job_id]) for job_id in ids]))
-    judged = _judged(ids, found, unreadable)
-    if any(job_id not in found and status not in _OPEN for job_id, status in statuses.items()):
-        return ExitCode.NOT_OFF_THE_BOOK
-    return judged
+        told = {each: _told_by_status(each, ends.get(each), status) for each, status in zip(ids, statuses, strict=True)}
+        for job_id, end in ends.items():
+            if isinstance(end, Outcome) and end.kind is OutcomeKind.LISTED:
+                of_orders = look(client.keys, [order.id for order in end.orders or ()])
+                told[job_id] = _followed(end, followed(end, client.converse(of_orders)))
+            elif isinstance(end, Exception):
+                say(end)
+    return _show([told[job_id] for job_id in ids], as_json)
 
 
 @cli.command(
@@ -348,6 +354,7 @@ def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> 
         "python -m producer outcomes",
         "python -m producer outcomes --after '$' --follow",
         "python -m producer outcomes --after 1763797200000-0 --json | jq .kind",
+        codes=shell.READS,
     )
 )
 @click.option(
@@ -366,21 +373,15 @@ def outcomes(redis_url: str, queue: str, as_json: bool, after: str, follow: bool
     that cannot be read is passed over and named on stderr, and so are entries that were trimmed before
     they were read. Exits with 0.
     """
-    try:
-        checked_position(after)
-    except InvalidRequest as error:
-        raise Failure(str(error), ExitCode.USAGE) from None
     with _client(redis_url, queue) as client:
         while True:
             try:
                 for entry, ended in client.outcomes(after, follow=follow):
-                    if as_json:
-                        print_line(dumped({**ended.as_dict(), "entry": entry}))
-                    else:
-                        print_line(console.streamed((entry, *console.outcome_cells(ended))))
+                    line = console.streamed((entry, *console.outcome_cells(ended)))
+                    print_lines(dumped(console.record(ended) | {"entry": entry}) if as_json else line)
                 return ExitCode.DONE
             except LedgerGap as gap:
-                say(str(gap))
+                say(gap)
                 after = gap.resume
 
 
@@ -392,6 +393,7 @@ def outcomes(redis_url: str, queue: str, as_json: bool, after: str, follow: bool
     epilog=epilog(
         "python -m producer retry 4c7e0f1a3d5b4e6f8a9b0c1d2e3f4a5b",
         "python -m producer retry --failed",
+        codes=shell.READS,
     ),
 )
 @click.argument("ids", metavar="[ID...]", nargs=-1)
@@ -408,8 +410,8 @@ def retry(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...], faile
         try:
             started = client.retry(client.failed_ids() if failed else ids, missing_ok=failed)
         except UnknownRequest as error:
-            raise Failure(f"{error}; nothing was retried", ExitCode.USAGE) from None
-    print_lines(dumped({"id": job_id}) if as_json else clean_text(job_id, 80) for job_id in started)
+            raise Failure(f"{error}; nothing was retried") from None
+    print_lines(*(dumped({"id": job_id}) if as_json else clean_text(job_id, 80) for job_id in started))
     if not started:
         say("there is nothing to retry")
     return ExitCode.DONE
@@ -420,7 +422,7 @@ def retry(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...], faile
 
 @cli.command(
     short_help="Show how a queue stands.",
-    epilog=epilog("python -m producer status", "python -m producer status --watch --queue cancels"),
+    epilog=epilog("python -m producer status", "python -m producer status --watch --queue cancels", codes=shell.READS),
 )
 @click.option("--watch", is_flag=True, help="Look again every second until Ctrl-C; full-screen on a terminal.")
 @_common
@@ -428,14 +430,13 @@ def status(redis_url: str, queue: str, as_json: bool, watch: bool) -> ExitCode:
     """Show the queue: what waits and for how long, what is in flight, gate, refused keys, outcomes, workers."""
     with _client(redis_url, queue) as client:
         seen = client.status()
-        if not watch:
-            print_lines([dumped(seen.as_dict())] if as_json else seen.lines())
-            return ExitCode.DONE
-        if not as_json and (full_screen := _full_screen()) is not None:
-            full_screen(seen, client.status, str)
-        while True:
-            print_lines([dumped(seen.as_dict())] if as_json else [*seen.lines(), ""])
+        if watch and not as_json and (full_screen := _full_screen()) is not None:
+            full_screen(seen, client.status)
+        print_lines(*([dumped(seen.as_dict())] if as_json else seen.lines()))
+        while watch:
             seen = _next_look(client)
+            print_lines(*([dumped(seen.as_dict())] if as_json else ["", *seen.lines()]))
+    return ExitCode.DONE
 
 
 def _next_look(client: CancelClient) -> Status:
@@ -444,8 +445,7 @@ def _next_look(client: CancelClient) -> Status:
         try:
             return client.status()
         except QueueUnavailable as error:
-            # Whoever watches wants to see it come back.
-            say(str(error))
+            say(error)  # whoever watches wants to see it come back
 
 
 def _full_screen() -> Callable[..., NoReturn] | None:
@@ -460,18 +460,19 @@ def _full_screen() -> Callable[..., NoReturn] | None:
 # --- acl ----------------------------------------------------------------------------------------------------------
 
 
-@cli.command(epilog=epilog("python -m producer acl", "python -m producer acl --queue desk-a | grep ' strategy '"))
+@cli.command(
+    epilog=epilog(
+        "python -m producer acl", "python -m producer acl --queue desk-a | grep ' strategy '", codes=shell.PRINTS
+    )
+)
 @click.option("--redis-6", is_flag=True, help="For Redis 6.2, where nothing keeps a strategy from forging outcomes.")
-@click.option("--queue", envvar="CANCEL_QUEUE", default=DEFAULT_QUEUE, metavar="Q", show_default=True, show_envvar=True)
+@_of_queue
 def acl(queue: str, redis_6: bool) -> ExitCode:
     """Print users of Redis, each with no more rights than its part needs, as lines for redis-cli.
 
     They are for Redis 7 or later and Valkey. Put passwords in the place of the words in capitals. Asks no server.
     """
-    try:
-        print_lines(acl_lines(Keys(check_queue_name(queue), RQ_KEY_PREFIX), redis_6=redis_6))
-    except InvalidRequest as error:
-        raise Failure(str(error), ExitCode.USAGE) from None
+    print_lines(*acl_lines(Keys(check_queue_name(queue), RQ_KEY_PREFIX), redis_6=redis_6))
     return ExitCode.DONE
 
 
@@ -480,36 +481,29 @@ def acl(queue: str, redis_6: bool) -> ExitCode:
 
 @cli.command(
     short_help="Serve Prometheus metrics of a queue.",
-    epilog=epilog("python -m producer metrics", "python -m producer metrics --port 9464 --host 0.0.0.0"),
+    epilog=epilog(
+        "python -m producer metrics", "python -m producer metrics --port 9464 --host 0.0.0.0", codes=shell.SERVES
+    ),
 )
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=9464, show_default=True, help="Port to listen on; 0: any free one."
-)
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
-@_where
+@_port(9464)
+@_host
+@_of_redis
 def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
     """Serve the queue's metrics for Prometheus until told to stop; one process for each queue.
 
     Everything is read from Redis when Prometheus asks. Outcomes and times are counted there, whatever is restarted;
     what only the ledger tells (accounts, attempts, replies) is counted from the first scrape on. While Redis does not
-    answer, or refuses, cancel_up is 0. There is no login: whoever reaches the port reads the figures. Leaves with 0
-    on SIGTERM.
+    answer, or refuses, cancel_up is 0. There is no login: whoever reaches the port reads the figures.
     """
-    try:
-        from producer.metrics import LedgerClient, QueueCollector, Server
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "prometheus_client":
-            raise
-        raise Failure("metrics needs prometheus-client: pip install prometheus-client", ExitCode.USAGE) from None
-    with _client_as(LedgerClient, redis_url, queue) as client:
-        try:
+    shell.need("metrics needs prometheus-client: pip install prometheus-client", "prometheus_client")
+    from producer.metrics import QueueCollector, Server
+
+    with _client(redis_url, queue) as client:
+        with shell.listening(host, port):
             server = Server(QueueCollector(client), host, port)
-        except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise Failure(f"cannot listen on {host} port {port}: {why}", ExitCode.USAGE) from None
         with server:
             server.start()
-            print_line(f"metrics of queue {queue} on {server.url}")
+            print_lines(f"metrics of queue {queue} on {server.url}")
             return ExitCode.INTERRUPTED if server.wait() else ExitCode.DONE
 
 
@@ -522,48 +516,29 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
         "python -m producer web",
         'export WEB_TOKEN=$(openssl rand -hex 16); echo "$WEB_TOKEN"',
         "python -m producer web --host 0.0.0.0",
+        codes=shell.SERVES,
     ),
 )
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
-@click.option(
-    "--port",
-    envvar="PORT",
-    type=click.IntRange(0, 65535),
-    default=8080,
-    show_default=True,
-    show_envvar=True,
-    help="Port to listen on; 0: any free one.",
-)
+@_host
+@_port(8080, envvar="PORT", show_envvar=True)
 @click.option("--public-read", is_flag=True, help="Let whoever reaches HOST read everything, without a login.")
-@_where
+@_of_redis
 def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> ExitCode:
     """Serve pages about the queue: status, open requests, outcomes, failed requests, history, search, and retry.
 
     With WEB_TOKEN in the environment (16 characters or more, 8 of them different) every page asks for it, and
     failed requests can be retried. Without it nothing can be changed, and only this machine may read: another HOST than
     loopback is refused unless --public-read is given, and so is what a proxy forwards. Speaks HTTP: put TLS in front.
-    Leaves with 0 on SIGTERM.
     """
+    shell.need("web needs Flask and waitress: pip install flask waitress", "flask", "waitress")
+    from producer.web import access, app, serving
+
     token = os.environ.get("WEB_TOKEN") or None
-    try:
-        from producer.web import access, app, serving
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("flask", "jinja2", "werkzeug", "itsdangerous", "waitress"):
-            raise
-        raise Failure("web needs Flask and waitress: pip install flask waitress", ExitCode.USAGE) from None
-    try:
-        access.check_start(host, token, public_read)
-    except access.UnsafeStart as error:
-        raise Failure(str(error), ExitCode.USAGE) from None
-    local_names_only = token is None and not public_read
-    with _client(redis_url, queue) as client:
-        pages = app.create_app(client, token, local_names_only=local_names_only)
+    access.check_start(host, token, public_read)
+    with _client(redis_url, queue) as client, shell.listening(host, port):
+        pages = app.create_app(client, token, local_names_only=token is None and not public_read)
         mode = "read-only" if token is None else "login by WEB_TOKEN"
-        try:
-            interrupted = serving.serve(pages, host, port, lambda url: print_line(f"queue {queue} on {url} ({mode})"))
-        except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise Failure(f"cannot listen on {host} port {port}: {why}", ExitCode.USAGE) from None
+        interrupted = serving.serve(pages, host, port, lambda url: print_lines(f"queue {queue} on {url} ({mode})"))
     return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE
 
 
@@ -584,10 +559,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()
         except OSError:
             silence(2)
-        return error.code if isinstance(error, Failure) else error.exit_code
-    except MalformedMessage as error:
+        return error.exit_code
+    except tuple(_ENDS) as error:
         say(f"Error: {error}")
-        return ExitCode.NOT_OFF_THE_BOOK
+        return next(code for kind, code in _ENDS.items() if isinstance(error, kind))
     except OSError as error:
         # The reader has left (`| head`), or the help found no place; all other errors are told where they happen.
         silence(1)

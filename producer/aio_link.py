@@ -188,18 +188,20 @@ class AsyncLines(BaseLines):
         return self.loop.time()
 
     @staticmethod
-    async def wait(event: asyncio.Event, timeout_s: float | None) -> None:
+    async def wait(event: asyncio.Event, timeout_s: float | None) -> bool:
         """See :meth:`BaseLines.wait`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await event.wait()
+        return event.is_set()
 
-    async def listener(self) -> None:
-        """See to it that somebody listens, and that from now on nothing is missed."""
+    async def listener(self) -> bool:
+        """See :meth:`BaseLines.listener`."""
         if self._listening is None or self._listening.done():
             self._ready.clear()
             self._listening = self.loop.create_task(self._listen())
         await self.wait(self._ready, self._wire.timeout_s)
+        return True
 
     async def _listen(self) -> None:
         link = self._link()

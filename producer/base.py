@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -138,13 +139,15 @@ class BaseClient:
         lines = self._mine()
         came = lines.event()
         with lines.waiters.waiting(job_ids, came.set) as waiter:
-            await given(lines.listener())
-            # What came before the listener was there, it does not hear of.
-            asked = lines.waiters.came
-            lines.waiters.tell(await self._told(self._wire.look(job_ids)), asked)
-            left_s = None if timeout_s is None else max(0.0, began_at + timeout_s - time.monotonic())
-            await given(lines.wait(came, left_s))
-            return dict(waiter.ends)
+            look_s = math.inf if await given(lines.listener()) else LOOK_S
+            while True:
+                # What came before the listener was there, it does not hear of.
+                asked = lines.waiters.came
+                lines.waiters.tell(await self._told(self._wire.look(job_ids)), asked)
+                left_s = math.inf if timeout_s is None else max(0.0, began_at + timeout_s - time.monotonic())
+                pause_s = min(left_s, look_s)
+                if await given(lines.wait(came, None if pause_s == math.inf else pause_s)) or pause_s == left_s:
+                    return dict(waiter.ends)
 
     @contextlib.contextmanager
     def _news(self) -> Iterator[Callable[[str], Any]]:

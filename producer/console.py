@@ -5,11 +5,11 @@ from __future__ import annotations
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from producer.client import CancelClient
 from producer.message import (
@@ -26,9 +26,8 @@ from producer.protocol import TicketFields
 from producer.redis_url import FORMS, OPTIONS, Address, BadRedisUrl
 from producer.status import aligned
 from producer.untrusted import MAX_PAYLOAD_BYTES, InvalidRequest, MalformedMessage, MessageError, clean_text, loads
-from producer.waiting import LOOK_S, look
+from producer.waiting import LOOK_S, End, look, proven
 
-C = TypeVar("C", bound=CancelClient)
 #: Bad lines of a file that are reported one by one.
 SHOWN_BAD_LINES = 20
 #: Time between two lines of progress where there is no terminal, s.
@@ -39,7 +38,7 @@ _LAST_PAUSE_S = 0.25
 
 
 class BadSetting(ValueError):
-    """A connection setting cannot be used. The text names it and what it must be, and never shows its value."""
+    """A setting cannot be used. The text names it and what it must be, and shows no secret."""
 
 
 class BadFile(ValueError):
@@ -50,12 +49,7 @@ class BadFile(ValueError):
 
 
 def connect(url: str, queue: str, tls_verify: str, tls_ca: str) -> CancelClient:
-    """A client for ``url``; see :func:`connect_as`."""
-    return connect_as(CancelClient, url, queue, tls_verify, tls_ca)
-
-
-def connect_as(kind: type[C], url: str, queue: str, tls_verify: str, tls_ca: str) -> C:
-    """A client of a class; ``tls_verify`` (required, none, or empty) and ``tls_ca`` matter to rediss:// alone.
+    """A client; ``tls_verify`` (required, none, or empty) and ``tls_ca`` matter to rediss:// alone.
 
     Raises:
         BadSetting: the URL or a TLS setting cannot be used.
@@ -68,7 +62,7 @@ def connect_as(kind: type[C], url: str, queue: str, tls_verify: str, tls_ca: str
     if address.others:
         raise BadSetting(f"REDIS_URL: after the question mark only {', '.join(sorted(OPTIONS))} may be set")
     tls = _tls_options(address.options, tls_verify, tls_ca) if address.is_tls else {}
-    return kind.from_url(url, queue, **tls)
+    return CancelClient.from_url(url, queue, **tls)
 
 
 def _tls_options(options: Mapping[str, Any], verify: str, ca_file: str) -> dict[str, Any]:
@@ -183,86 +177,63 @@ def _fault(line: bytes, error: MessageError) -> str:
 
 def collect(
     client: CancelClient,
-    job_ids: Iterable[str],
+    wanted: Mapping[str, CancelRequest],
     timeout_s: float,
-    found: dict[str, Outcome],
+    ends: dict[str, End],
     progress: Callable[[int], None],
-) -> dict[str, Exception]:
-    """Look for outcomes until all are there or the time is up, adding them to ``found``; gives why others never come.
+) -> None:
+    """Look for what ends these requests until all have ended or the time is up, adding it to ``ends``.
 
-    One loop for all ids. An error, Ctrl-C too, leaves in ``found`` what had come before it.
+    One loop for all ids. An error, Ctrl-C too, leaves in ``ends`` what had come before it.
     """
     ends_at = time.monotonic() + timeout_s
-    pending = list(dict.fromkeys(job_ids))
     pause_s = _FIRST_PAUSE_S
-    in_vain: dict[str, Exception] = {}
     gone_at = ends_at - timeout_s
     while True:
         began = time.monotonic()
         is_due = began >= gone_at  # to look for what nobody knows any more costs more than a look for outcomes
         gone_at = began + LOOK_S if is_due else gone_at
-        for job_id, end in client.converse(look(client.keys, pending, for_the_gone=is_due)).items():
-            if isinstance(end, Outcome):
-                found[job_id] = end
-            else:
-                in_vain[job_id] = end
-        pending = [job_id for job_id in pending if job_id not in found and job_id not in in_vain]
-        progress(len(found))
+        pending = [job_id for job_id in wanted if job_id not in ends]
+        found = client.converse(look(client.keys, pending, for_the_gone=is_due))
+        ends |= {job_id: proven(end, wanted[job_id]) for job_id, end in found.items()}
+        progress(sum(isinstance(end, Outcome) for end in ends.values()))
         looked = time.monotonic()
-        if not pending or looked >= ends_at:
-            return in_vain
+        if len(ends) == len(wanted) or looked >= ends_at:
+            return
         # Whoever waits for very many must not keep the server busy with looking.
         pause_s = max(min(pause_s * 1.3, _LAST_PAUSE_S), 4 * (looked - began))
         time.sleep(min(pause_s, ends_at - looked))
 
 
-def progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
     """A function that takes how many outcomes there are and shows it on stderr: a bar on a terminal if rich is
     installed, else a line every few seconds."""
-    if sys.stderr.isatty():
-        try:
-            return _bar(total)
-        except ImportError:
-            pass
-    return nullcontext(_Plain(total))
+    try:
+        if not sys.stderr.isatty():
+            raise ImportError
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield _plain(total)
+        return
+    columns = (TextColumn("outcomes"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
-class _Plain:
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._began = self._shown = time.monotonic()
+def _plain(total: int) -> Callable[[int], None]:
+    began = shown = time.monotonic()
 
-    def __call__(self, done: int) -> None:
+    def show(done: int) -> None:
+        nonlocal shown
         now = time.monotonic()
-        if now - self._shown >= PROGRESS_S:
-            self._shown = now
-            print(  # noqa: T201
-                f"{done:,} of {self._total:,} have an outcome after {now - self._began:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+        if now - shown >= PROGRESS_S:
+            shown = now
+            print(f"{done:,} of {total:,} have an outcome after {now - began:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
 
-
-def _bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    bar = Progress(
-        TextColumn("outcomes"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-    @contextmanager
-    def shown() -> Iterator[Callable[[int], None]]:
-        with bar:
-            task = bar.add_task("", total=total)
-            yield lambda done: bar.update(task, completed=done)
-
-    return shown()
+    return show
 
 
 # --- Showing ------------------------------------------------------------------------------------------------------
@@ -278,6 +249,11 @@ def ticket_cells(ticket: TicketFields) -> tuple[str, ...]:
         f"account={request.account}",
         accepted,
     )
+
+
+def record(outcome: Outcome) -> dict[str, object]:
+    """An outcome for --json: its record, and what follows from it."""
+    return {**outcome.as_dict(), "off_the_book": outcome.off_the_book}
 
 
 def outcome_cells(outcome: Outcome) -> tuple[str, ...]:
@@ -315,10 +291,11 @@ def open_lines(outcome: OpenOutcome) -> list[str]:
     if outcome.left_alone:
         named = ", ".join(map(str, outcome.left_alone))
         lines.append(f"left alone, as the clocks cannot tell whether they were open then: algo_id={named}")
-    return lines + aligned([_open_cells(order) for order in outcome.orders])
+    return lines + aligned([open_cells(order) for order in outcome.orders])
 
 
-def _open_cells(order: OpenOrder) -> tuple[str, ...]:
+def open_cells(order: OpenOrder) -> tuple[str, ...]:
+    """The same of one of all open orders of a symbol."""
     details = [f"now order {order.actual_order_id}"] if order.actual_order_id else []
     details += [f"status {order.order_status}"] if order.order_status else []
     details += [order.error] if order.error else []

@@ -18,14 +18,6 @@ _HEAD = 100
 _BANDS = ((Band.WAITING, Band.RETRY), (Band.RETRY, Band.END), (Band.HELD, Band.WAITING))
 
 
-@dataclass(frozen=True, slots=True)
-class Waits:
-    """How long the request has waited that was due first, s; None where none waits."""
-
-    for_worker_s: float | None
-    gated_s: float | None  # that nobody may send: the gate is closed, the queue suspended, or its key refused
-
-
 def commands(keys: Keys) -> list[Command]:
     """Asks for those of each band of the index that come first."""
     return [
@@ -52,20 +44,27 @@ class Heads:
         rows = bands[0] + [row for band in bands[1:] for row in band if row[1] <= now_ms]
         return cls([job_id for job_id, _ in rows], [since_ms for _, since_ms in rows], len(bands[0]))
 
+    def still_waiting(self, there: Sequence[int], *, queued: int) -> list[float]:
+        """Since when each waits that was there at a later look, when so many were in the queue."""
+        waiting = zip(self.since_ms, there, strict=True)
+        return [since_ms for n, (since_ms, is_there) in enumerate(waiting) if is_there and (queued or n >= self.queued)]
+
 
 def waits(
     since_ms: Iterable[float], now_ms: int, *, closed_until_ms: int, is_suspended: bool, refused_s: Iterable[float]
-) -> Waits:
-    """``since_ms``: since when each waits. ``closed_until_ms``: when the gate opens, or opened last; what waited behind
-    it has waited for a worker from then on. ``refused_s``: for how long keys are held back for which requests wait."""
+) -> tuple[float | None, float | None]:
+    """How long the request has waited for a worker that was due first, s, and how long one that nobody may send: the
+    gate is closed, the queue suspended, or its key refused. None where none waits.
+
+    ``since_ms``: since when each waits. ``closed_until_ms``: when the gate opens, or opened last; what waited behind
+    it has waited for a worker from then on. ``refused_s``: for how long keys are held back for which requests wait.
+    """
     oldest_ms = min(since_ms, default=None)
     gated_s = list(refused_s)
-    if oldest_ms is None:
-        return Waits(None, max(gated_s, default=None))
-    if is_suspended or now_ms < closed_until_ms:
-        return Waits(None, max([*gated_s, _between_s(oldest_ms, now_ms)]))
-    return Waits(_between_s(max(oldest_ms, closed_until_ms), now_ms), max(gated_s, default=None))
-
-
-def _between_s(since_ms: float, now_ms: int) -> float:
-    return max(0.0, now_ms - since_ms) / 1000
+    for_worker_s = None
+    if oldest_ms is not None:
+        if is_suspended or now_ms < closed_until_ms:
+            gated_s.append(max(0.0, now_ms - oldest_ms) / 1000)
+        else:
+            for_worker_s = max(0.0, now_ms - max(oldest_ms, closed_until_ms)) / 1000
+    return for_worker_s, max(gated_s, default=None)

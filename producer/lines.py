@@ -64,7 +64,12 @@ class BaseLines:
 
     @staticmethod
     def wait(event: Any, timeout_s: float | None) -> Any:
-        """Wait until it is set, at most so long."""
+        """Wait until it is set, at most so long; gives whether it is."""
+        raise NotImplementedError
+
+    def listener(self) -> Any:
+        """See to it that somebody listens, and that from now on nothing is missed; False: there is no thread to be had,
+        as the system has none left, or as the interpreter is about to end."""
         raise NotImplementedError
 
     def __init__(self, place: Place, wire: Wire, link: Callable[[], Any], line: type[Any]) -> None:

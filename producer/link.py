@@ -16,7 +16,7 @@ import redis
 
 from producer.lines import BaseLines, is_unsent, unsent
 from producer.place import Place
-from producer.protocol import CHUNK, UNSENT, Commands, NoConnectionFree, QueueUnavailable, Slow, Wire, packets, weight
+from producer.protocol import CHUNK, UNSENT, Commands, NoConnectionFree, Slow, Wire, packets, weight
 from producer.redis_url import at_once, is_refused
 from producer.waiting import unheard
 
@@ -217,23 +217,24 @@ class Lines(BaseLines):
         self._ready: threading.Event | None = None  # of the thread that listens
 
     @staticmethod
-    def wait(event: threading.Event, timeout_s: float | None) -> None:
+    def wait(event: threading.Event, timeout_s: float | None) -> bool:
         """See :meth:`BaseLines.wait`."""
-        event.wait(timeout_s)
+        return event.wait(timeout_s)
 
-    def listener(self) -> None:
-        """See to it that somebody listens, and that from now on nothing is missed."""
+    def listener(self) -> bool:
+        """See :meth:`BaseLines.listener`."""
         with self._start:
             if self._ready is None:
                 self._ready = threading.Event()
                 thread = threading.Thread(target=self._listen, args=(self._ready,), name="cancel-outcomes", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError as error:
+                except RuntimeError:
                     self._ready = None
-                    raise QueueUnavailable(f"nobody can listen for outcomes: {error}") from None
+                    return False
             ready = self._ready
         ready.wait(self._wire.timeout_s)
+        return True
 
     def _listen(self, ready: threading.Event) -> None:
         link = self._link()

@@ -9,14 +9,12 @@ depth is worse than none.
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, TypeAlias
@@ -33,6 +31,7 @@ from producer.message import DEFAULT_ACCOUNT, Attempt, OutcomeKind
 from producer.protocol import (
     Conversation,
     QueueUnavailable,
+    Wire,
     entry_outcome,
     entry_parts,
     fields_of,
@@ -40,7 +39,8 @@ from producer.protocol import (
     is_wrong_type,
     text,
 )
-from producer.status import Gate, Status
+from producer.shell import block_ends, wait_for_end
+from producer.status import Status
 from producer.timeline import read_counts
 from producer.untrusted import MalformedMessage
 
@@ -77,10 +77,18 @@ class Labels:
         return value
 
 
-class Tally:
-    """What the ledger told since the first scrape. Nothing in it ever goes down."""
+class Ledger:
+    """What the ledger told since the first look at it, each entry once. Nothing in it ever goes down."""
 
-    def __init__(self, account: Labels) -> None:
+    def __init__(self, client: CancelClient, account: Labels) -> None:
+        self._client = client
+        self._wire = Wire(client.keys.queue)
+        self._added: int | None = (
+            None  # entries ever added, at the last look; None before Redis 7.0, which does not count
+        )
+        self._position = ""  # of the last entry that was read, or need not be; none before the first look
+        self._owed = 0  # entries that were added and are not read yet, or never will be: they were trimmed
+        self._missed: int | None = None  # None: the server does not count what it adds
         self._account = account
         self._verdict = Labels(MAX_VERDICTS)
         self._call = Labels(MAX_CALLS)
@@ -89,10 +97,35 @@ class Tally:
         self._attempts: Counter[tuple[str, ...]] = Counter()
         self._replies: Counter[tuple[str, ...]] = Counter()
         self._unreadable = 0
-        self.missed: int | None = None  # None: the server does not count what it adds
 
-    def add(self, entry_id: str, fields: Mapping[Any, Any]) -> None:
-        """Count one entry of the ledger."""
+    def read(self, until_s: float) -> None:
+        """Count what came since the last call, as far as that goes until ``until_s`` (monotonic).
+
+        Raises:
+            QueueUnavailable: Redis did not answer; what was read is counted, and the next call goes on there.
+        """
+        newest, added = self._client.converse(_ledger_end(self._client.keys.outcomes))
+        if not self._position or entry_parts(newest) < entry_parts(self._position):
+            # The first look; or the ledger is gone, or a server came back with an older state: what is there was read.
+            self._position, self._owed = newest, 0
+        elif added is not None and self._added is not None:
+            self._owed += added - self._added if added >= self._added else added
+        self._added = added
+        while entry_parts(self._position) < entry_parts(newest):
+            if time.monotonic() >= until_s:
+                return
+            page = self._client.converse(self._wire.page(self._position, gaps=False))
+            for entry_id, fields in page:
+                self._add(entry_id, fields)
+                self._position = entry_id
+                self._owed -= 1
+            if not page:  # the newest entry was deleted
+                self._position = newest
+        if added is not None:
+            self._missed = (self._missed or 0) + max(0, self._owed)
+            self._owed = min(0, self._owed)
+
+    def _add(self, entry_id: str, fields: Mapping[Any, Any]) -> None:
         try:
             outcome = entry_outcome(entry_id, fields)
         except MalformedMessage:
@@ -126,9 +159,9 @@ class Tally:
         labels = ("call", "http", "code")
         yield _counter("exchange_replies", "Answers to these calls, none among them.", queue, labels, self._replies)
         yield _counter("ledger_unreadable", "Entries that hold no outcome.", queue, (), {(): self._unreadable})
-        if self.missed is not None:
+        if self._missed is not None:
             words = "Entries that left the ledger before the exporter read them."
-            yield _counter("ledger_missed", words, queue, (), {(): self.missed})
+            yield _counter("ledger_missed", words, queue, (), {(): self._missed})
 
 
 def totals(counts: Counts, queue: str) -> Iterator[Metric]:
@@ -163,75 +196,15 @@ def _counter(
     return family
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerEnd:
-    """Where the ledger ends now."""
-
-    newest: str = "0-0"  # stream id of the newest entry that was ever added
-    added: int | None = 0  # entries ever added; None before Redis 7.0, which does not count them
-
-
-class LedgerClient(CancelClient):
-    """A client that also reads the counts, and the ledger for those who count it."""
-
-    def counts(self) -> Counts:
-        """All that was ever counted."""
-        return self.converse(read_counts(self.keys))
-
-    def ledger_end(self) -> LedgerEnd:
-        """The ledger's end; the beginning where there is no ledger, or a key of another type in its place."""
-        return self.converse(_ledger_end(self.keys.outcomes))
-
-    def ledger_page(self, after: str) -> list[tuple[str, Any]]:
-        """Stream id and fields of some entries after one, without waiting; none where there is none."""
-        return self.converse(self._wire.page(after, gaps=False))
-
-
-def _ledger_end(ledger: str) -> Conversation[LedgerEnd]:
+def _ledger_end(ledger: str) -> Conversation[tuple[str, int | None]]:
+    """The newest entry that was ever added, and how many were; the beginning where there is no ledger, or a key of
+    another type in its place."""
     there, told = yield [("EXISTS", ledger), ("XINFO", "STREAM", ledger)]
     if not good([there])[0] or is_wrong_type(told):
-        return LedgerEnd()
+        return "0-0", 0
     (told,) = good([told])
     known = {text(name): value for name, value in fields_of(told).items()}
-    return LedgerEnd(text(known["last-generated-id"]), known.get("entries-added"))
-
-
-class LedgerReader:
-    """Feeds a tally with what comes to the ledger from the first look on, each entry once."""
-
-    def __init__(self, client: LedgerClient, tally: Tally) -> None:
-        self._client = client
-        self._tally = tally
-        self._end: LedgerEnd | None = None
-        self._position = ""  # of the last entry that was read, or need not be
-        self._owed = 0  # entries that were added and are not read yet, or never will be: they were trimmed
-
-    def read(self, until_s: float) -> None:
-        """Count what came since the last call, as far as that goes until ``until_s`` (monotonic).
-
-        Raises:
-            QueueUnavailable: Redis did not answer; what was read is counted, and the next call goes on there.
-        """
-        end, before = self._client.ledger_end(), self._end
-        if before is None or entry_parts(end.newest) < entry_parts(self._position):
-            # The first look; or the ledger is gone, or a server came back with an older state: what is there was read.
-            self._position, self._owed = end.newest, 0
-        elif end.added is not None and before.added is not None:
-            self._owed += end.added - before.added if end.added >= before.added else end.added
-        self._end = end
-        while entry_parts(self._position) < entry_parts(end.newest):
-            if time.monotonic() >= until_s:
-                return
-            page = self._client.ledger_page(self._position)
-            for entry_id, fields in page:
-                self._tally.add(entry_id, fields)
-                self._position = entry_id
-                self._owed -= 1
-            if not page:  # the newest entry was deleted
-                self._position = end.newest
-        if end.added is not None:
-            self._tally.missed = (self._tally.missed or 0) + max(0, self._owed)
-            self._owed = min(0, self._owed)
+    return text(known["last-generated-id"]), known.get("entries-added")
 
 
 # --- Gauges -------------------------------------------------------------------------------------------------------
@@ -262,7 +235,9 @@ def gauges(status: Status, account: Labels) -> Iterator[Metric]:
     words = "Keys of the wrong type: what they should tell counts as nothing in the other gauges."
     yield _gauge("damaged_keys", words, queue, len(status.damaged))
     yield _gauge("suspended", "1 while `rq suspend` holds.", queue, status.suspended)
-    closed: Series = {(gate.scope,): gate.closed_for_s or 0.0 for gate in sorted(status.gates, key=_closed_for_s)}
+    closed: Series = {}
+    for gate in status.gates:
+        closed[(gate.scope,)] = max(closed.get((gate.scope,), 0), gate.closed_for_s or 0)
     yield _gauge("gate_seconds", "How long the gate stays closed; 0: it is open.", queue, closed, "scope")
     yield from _key_gauges(status, account)
     if status.used_weight is not None:
@@ -276,10 +251,6 @@ def gauges(status: Status, account: Labels) -> Iterator[Metric]:
         # A name of a worker is new with each start, and would leave a series behind each time.
         words = "The exchange's clock minus that of the live worker whose clock is farthest off."
         yield _gauge("clock_offset_seconds", words, queue, max(offsets_ms, key=abs) / 1000)
-
-
-def _closed_for_s(gate: Gate) -> float:
-    return gate.closed_for_s or 0.0
 
 
 def _key_gauges(status: Status, account: Labels) -> Iterator[Metric]:
@@ -298,12 +269,11 @@ def _key_gauges(status: Status, account: Labels) -> Iterator[Metric]:
 class QueueCollector(Collector):
     """All metrics of one queue, collected when asked for."""
 
-    def __init__(self, client: LedgerClient) -> None:
+    def __init__(self, client: CancelClient) -> None:
         self._client = client
         self._queue = client.keys.queue
         self._account = Labels(MAX_ACCOUNTS)
-        self._tally = Tally(self._account)
-        self._ledger = LedgerReader(client, self._tally)
+        self._ledger = Ledger(client, self._account)
         self._counts: Counts | None = None
         self._began_s = time.time()
         self._one_at_a_time = threading.Lock()
@@ -313,7 +283,7 @@ class QueueCollector(Collector):
         with self._one_at_a_time:
             seen: Status | None = None
             try:
-                self._counts = self._client.counts().after(self._counts)
+                self._counts = self._client.converse(read_counts(self._client.keys)).after(self._counts)
                 self._ledger.read(time.monotonic() + _READ_S)
                 seen = self._client.status()
             except QueueUnavailable:
@@ -324,15 +294,12 @@ class QueueCollector(Collector):
                 _gauge("up", up, self._queue, seen is not None),
                 _gauge("exporter_start_time_seconds", began, self._queue, self._began_s),
                 *([] if self._counts is None else totals(self._counts, self._queue)),
-                *self._tally.families(self._queue),
+                *self._ledger.families(self._queue),
                 *([] if seen is None else gauges(seen, self._account)),
             ]
 
 
 # --- HTTP ---------------------------------------------------------------------------------------------------------
-
-
-_ENDS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
 class _Handler(WSGIRequestHandler):
@@ -376,12 +343,12 @@ class Server(ThreadingMixIn, WSGIServer):
 
     def start(self) -> None:
         """Begin to answer. From here on SIGTERM and SIGINT only end :meth:`wait`, however often they come."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)  # before the thread, which inherits it
+        block_ends()
         self._thread.start()
 
     def wait(self) -> bool:
         """Answer until SIGTERM or SIGINT, then no more; whether it was SIGINT."""
-        ended_by = signal.sigwait(_ENDS)
+        is_interrupted = wait_for_end()
         self.shutdown()
         self._thread.join()
-        return ended_by == signal.SIGINT
+        return is_interrupted

@@ -61,7 +61,7 @@ class OpenOrder:
 
     def as_dict(self) -> dict[str, object]:
         """The row as the command line prints it."""
-        names = ("algo_id", "id", "kind", "order_status", "actual_order_id", "may_be_live")
+        names = ("algo_id", "id", "kind", "order_status", "actual_order_id", "may_be_live", "off_the_book")
         child = {name: getattr(self, name) for name in _CHILD_FIELDS if getattr(self, name) is not None}
         return {name: getattr(self, name) for name in names} | child
 
@@ -91,7 +91,7 @@ class OpenOutcome:
 
     def as_dict(self) -> dict[str, object]:
         """It as the command line prints it."""
-        names = ("id", "kind", "may_be_live", "orders", "left_alone", "listings", "error")
+        names = ("id", "kind", "may_be_live", "off_the_book", "orders", "left_alone", "listings", "error")
         lists = {"orders": [order.as_dict() for order in self.orders], "left_alone": list(self.left_alone)}
         return {name: getattr(self, name) for name in names} | lists
 
@@ -171,19 +171,40 @@ def _look(job_id: str, request: CancelRequest, asked_ms: int) -> Generator[Step,
         if (end.before_ms or 0) < asked_ms:  # it would leave out what was opened since
             words = f"it lists what was open at {end.before_ms}, before it was asked for at {asked_ms}"
             raise MalformedMessage(f"outcome of {clean_text(job_id)}: {words}")
-        wanted = {order.id: CancelRequest(order.algo_id, account=request.account) for order in listed}
-    except (InvalidRequest, MalformedMessage) as error:
-        return _Look(error if isinstance(error, MalformedMessage) else MalformedMessage(str(error)))
+        wanted = _wanted(end)
+    except MalformedMessage as error:
+        return _Look(error)
     ends: Mapping[str, End] = (yield wanted) if wanted else {}
     rows, standing, ended_at_ms = {}, [], end.finished_at_ms
     for order in listed:
-        row_end = proven(ends[order.id], CancelRequest(order.algo_id, account=request.account))
+        row_end = proven(ends[order.id], wanted[order.id])
         rows[order.algo_id] = _row(order, row_end)
         if isinstance(row_end, WaitTimeout | QueueUnavailable):
             standing.append(row_end)
         elif isinstance(row_end, Outcome):
             ended_at_ms = max(ended_at_ms, row_end.finished_at_ms)
     return _Look(end, rows, standing, ended_at_ms)
+
+
+def _wanted(listing: Outcome) -> dict[str, CancelRequest]:
+    """What a listing has asked for, by the requests' ids."""
+    try:
+        account = listing.account or ""
+        return {order.id: CancelRequest(order.algo_id, account=account) for order in listing.orders or ()}
+    except InvalidRequest as error:
+        raise MalformedMessage(f"outcome of {clean_text(listing.id)}: {error}") from None
+
+
+def followed(listing: Outcome, ends: Mapping[str, End]) -> OpenOutcome:
+    """What has become so far of the orders that a listing named; ``ends`` by their requests' ids, of those that ended.
+
+    Raises:
+        MalformedMessage: it names what no request can be for.
+    """
+    wanted, standing = _wanted(listing), WaitTimeout()
+    ends = {job_id: proven(ends.get(job_id, standing), request) for job_id, request in wanted.items()}
+    rows = {order.algo_id: _row(order, ends[order.id]) for order in listing.orders or ()}
+    return _outcome(listing.id, [_Look(listing, rows)])
 
 
 def _narrowed(request: OpenRequest, look: _Look) -> OpenRequest:

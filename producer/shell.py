@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import math
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 from typing import TypeVar
 
@@ -28,35 +32,75 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130  # Ctrl-C; requests that were accepted go on
 
 
-_EXIT_CODES = """\b
-Exit codes:
-  0    all orders are known to be off the book (cancelled, already_cancelled,
-       expired, rejected); without --wait: all requests were accepted
-  1    some are not known to be off the book (every failed kind; triggered,
-       unless its child has ended with nothing executed), or an id is
-       unknown; stronger than 3
-  2    bad usage or input; nothing was done
-  3    no outcome yet
-  4    Redis cannot be reached, or refuses
-  130  interrupted; what was accepted goes on
-"""
+_USAGE = {ExitCode.USAGE: "bad usage or input; nothing was done"}
+#: What the exit codes of a command mean: of one that asks Redis for nothing, of those that serve, of those that print
+#: what they find, and of those that are about orders.
+PRINTS = {ExitCode.DONE: "printed", **_USAGE}
+SERVES = {ExitCode.DONE: "ended by SIGTERM", **_USAGE, ExitCode.INTERRUPTED: "ended by Ctrl-C"}
+READS = {
+    ExitCode.DONE: "done",
+    **_USAGE,
+    ExitCode.UNREACHABLE: "Redis cannot be reached, or refuses",
+    ExitCode.INTERRUPTED: "interrupted",
+}
+ABOUT_ORDERS = READS | {
+    ExitCode.DONE: "all orders are known to be off the book (cancelled, already_cancelled, expired, rejected); "
+    "without --wait: all requests were accepted",
+    ExitCode.NOT_OFF_THE_BOOK: "some are not known to be off the book (every failed kind; triggered, unless its child "
+    "has ended with nothing executed), or an id is unknown; stronger than 3",
+    ExitCode.TIMED_OUT: "no outcome yet",
+    ExitCode.INTERRUPTED: "interrupted; what was accepted goes on",
+}
 _ENVIRONMENT = """\b
 Environment: REDIS_URL, CANCEL_QUEUE; for rediss:// also
 REDIS_TLS_VERIFY (required or none) and REDIS_TLS_CA (a PEM file).
 """
 
 
-def epilog(*examples: str) -> str:
-    lines = "\n".join(f"  {example}" for example in examples)
-    return f"\b\nExamples:\n{lines}\n\n{_EXIT_CODES}\n{_ENVIRONMENT}"
+def epilog(*examples: str, codes: Mapping[ExitCode, str] = ABOUT_ORDERS) -> str:
+    """The end of a command's help."""
+    shown = [f"  {example}" for example in examples]
+    told = [
+        textwrap.fill(codes[code], 70, initial_indent=f"  {code:<5}", subsequent_indent=" " * 7)
+        for code in sorted(codes)
+    ]
+    environment = "" if codes is PRINTS else _ENVIRONMENT
+    return "\n".join(["\b", "Examples:", *shown, "", "\b", "Exit codes:", *told, "", environment])
 
 
 class Failure(click.ClickException):
-    """One line on stderr and an exit code."""
+    """One line on stderr; nothing was done."""
 
-    def __init__(self, message: str, code: ExitCode) -> None:
-        super().__init__(message)
-        self.code = code
+    exit_code = ExitCode.USAGE
+
+
+def need(words: str, *modules: str) -> None:
+    """Say what to install where one of these is not there."""
+    if not all(importlib.util.find_spec(module) for module in modules):
+        raise Failure(words)
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[None]:
+    """For what listens there."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"cannot listen on {host} port {port}: {error.strerror or type(error).__name__}") from None
+
+
+_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+
+
+def block_ends() -> None:
+    """From here on SIGTERM and SIGINT only end :func:`wait_for_end`, however often they come: in this thread, and in
+    those that it starts later."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def wait_for_end() -> bool:
+    """Wait for one of them; whether it was SIGINT."""
+    return signal.sigwait(_SIGNALS) == signal.SIGINT
 
 
 class InOrder(click.Command):
@@ -69,17 +113,13 @@ class InOrder(click.Command):
         return super().parse_args(ctx, args)
 
 
-def seconds(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
     if value is not None and (math.isnan(value) or value < 0):
         raise click.BadParameter("must be a number of seconds, 0 or more")
     return value
 
 
-def print_line(line: str) -> None:
-    print_lines([line])
-
-
-def print_lines(lines: Iterable[str]) -> None:
+def print_lines(*lines: str) -> None:
     """Lines on stdout, at once: whoever reads them through a pipe acts on them.
 
     Where nobody can get them, as the disk is full, the exit code still tells what it would have told.
@@ -97,7 +137,7 @@ def print_lines(lines: Iterable[str]) -> None:
         say(f"Error: stdout takes nothing: {error.strerror}")
 
 
-def say(line: str) -> None:
+def say(line: object) -> None:
     """A line on stderr, if that takes it."""
     try:
         click.echo(line, err=True)
@@ -106,28 +146,28 @@ def say(line: str) -> None:
 
 
 def dumped(value: Mapping[str, object]) -> str:
+    """A line of --json."""
     return json.dumps(value, separators=(",", ":"))  # in ASCII: whatever words stand in it cannot act on a terminal
+
+
+_ABOUT_REQUEST = (
+    click.option("--account", default=DEFAULT_ACCOUNT, show_default=True, metavar="A"),
+    click.option("--tag", metavar="T", help="Carried into the outcome."),
+    click.option("--deadline", type=float, metavar="S", help="How long the cancel is worth pursuing, seconds."),
+    click.option("--urgent", is_flag=True, help="Go before what waits already."),
+    click.option(
+        "--on-trigger",
+        type=click.Choice([what.value for what in OnTrigger]),
+        default=OnTrigger.REPORT.value,
+        help="What to do where an order has triggered: report the order that it became, or cancel that, too. A "
+        "triggered stop is your exit in progress; cancelling it leaves the position open. This is for entries.",
+    ),
+    click.option("--wait", type=float, metavar="S", callback=_seconds, help="Wait up to S seconds for the outcomes."),
+)
 
 
 def about_request(function: F) -> F:
     """The options of every command that asks for cancels."""
-    found = (
-        click.option("--account", default=DEFAULT_ACCOUNT, show_default=True, metavar="A"),
-        click.option("--tag", metavar="T", help="Carried into the outcome."),
-        click.option("--deadline", type=float, metavar="S", help="How long the cancel is worth pursuing, seconds."),
-        click.option("--urgent", is_flag=True, help="Go before what waits already."),
-        click.option(
-            "--on-trigger",
-            type=click.Choice([what.value for what in OnTrigger]),
-            default=OnTrigger.REPORT.value,
-            help="What to do where an order has triggered: report the order that it became, or cancel that, too. A "
-            "triggered stop is your exit in progress; cancelling it leaves the position open. This is for entries.",
-        ),
-        click.option(
-            "--wait", type=float, metavar="S", callback=seconds, help="Wait up to S seconds for the outcomes."
-        ),
-    )
-    decorated: Callable[..., object] = function
-    for option in reversed(found):
-        decorated = option(decorated)
-    return decorated  # type: ignore[return-value]
+    for option in reversed(_ABOUT_REQUEST):
+        function = option(function)
+    return function

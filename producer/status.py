@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from producer import latency
 from producer.keys import Band, BreakerField, Keys, suspect_of
-from producer.message import Outcome, OutcomeKind
+from producer.message import OutcomeKind
 from producer.protocol import Command, Conversation, entry_outcome, fields_of, good, is_wrong_type, stream_entries, text
 from producer.untrusted import MAX_MSG_CHARS, MalformedMessage, clean_text
 from producer.workers import (
@@ -44,8 +45,6 @@ _NOTHING: Mapping[str, Any] = {
     "HGETALL": (),
     "GETRANGE": b"",
 }
-#: Scores of those that wait for a worker.
-_WAITING = (int(Band.WAITING), f"({int(Band.RETRY)}")
 _BREAKER_FIELDS = (BreakerField.FAILURES, BreakerField.REASON, BreakerField.SINCE_MS, BreakerField.PROBE_AT_MS)
 
 
@@ -116,7 +115,9 @@ class Status:
     at_ms: int
     queued: int = 0
     oldest_queued_s: float | None = None  # queue latency, from when it was due; None: nothing waits for a worker
+    gated_s: float | None = None  # for how long the oldest has waited that nobody may send now (gate, suspension, key)
     in_flight: int = 0  # that a worker holds under a lease which has not run out
+    to_be_taken_over: int = 0  # whose lease has run out: the next claim of any worker takes them over
     scheduled: int = 0
     failed: int = 0
     suspended: bool = False
@@ -129,10 +130,8 @@ class Status:
     enqueue_to_outcome: Percentiles = Percentiles()
     enqueue_to_first_attempt: Percentiles = Percentiles()
     workers: tuple[WorkerRow, ...] = ()
-    to_be_taken_over: int = 0  # whose lease has run out: the next claim of any worker takes them over
     damaged: tuple[str, ...] = ()  # keys of the wrong type: what they should tell counts as nothing above
     workers_known: bool = True  # the set of the workers can be read
-    gated_s: float | None = None  # for how long the oldest has waited that nobody may send now (gate, suspension, key)
 
     @property
     def live_workers(self) -> int:
@@ -145,26 +144,26 @@ class Status:
         waiting = self.queued or self.scheduled or self.in_flight or self.to_be_taken_over
         return bool(waiting) and not self.live_workers and self.workers_known
 
+    @property
+    def oldest_s(self) -> float | None:
+        """For how long the oldest has waited, where that is worth a word: not of what is queued nowhere, as it fell due
+        this moment."""
+        return self.oldest_queued_s if self.queued or (self.oldest_queued_s or 0) >= 0.05 else None
+
     def as_dict(self) -> dict[str, object]:
         """The status as the command line's ``--json`` prints it."""
-        waiting = ("queued", "oldest_queued_s", "gated_s")
-        counts = ("in_flight", "to_be_taken_over", "scheduled", "failed", "suspended")
-        told = asdict(self)
-        return {
-            **{name: told[name] for name in ("queue", "at_ms", *waiting, *counts)},
-            **{name: list(told[name]) for name in ("gates", "keys")},
-            **{name: told[name] for name in ("used_weight", "weight_limit")},
-            "outcomes_last_minute": told["outcomes"],
-            "outcomes_partial": self.outcomes_partial,
-            "latency_ms": {name: told[name] for name in ("enqueue_to_outcome", "enqueue_to_first_attempt")},
-            "workers": [asdict(worker) | {"live": worker.live} for worker in self.workers],
-            "damaged": list(self.damaged),
-        }
+        told = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        del told["workers_known"]
+        told["outcomes_last_minute"] = told.pop("outcomes")
+        told["latency_ms"] = {name: told.pop(name) for name in ("enqueue_to_outcome", "enqueue_to_first_attempt")}
+        for row, worker in zip(told["workers"], self.workers, strict=True):
+            row["live"] = worker.live
+        return told
 
     def lines(self) -> list[str]:
         """The status for people, aligned."""
         which = "the oldest" if self.queued else "one is due"  # no claim has come by since
-        oldest = "" if self.oldest_queued_s is None else f", {which} for {self.oldest_queued_s:.1f} s"
+        oldest = "" if self.oldest_s is None else f", {which} for {self.oldest_s:.1f} s"
         counts = ", ".join(f"{count:,} {kind}" for kind, count in self.outcomes.items()) or "no outcomes"
         newest = f" (of the newest {MAX_ENTRIES:,})" if self.outcomes_partial else ""
         rows = [
@@ -223,56 +222,67 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 def read_status(keys: Keys) -> Conversation[Status]:
     """Look at a queue in three round trips, however long the queue and its ledger are."""
     damaged: dict[str, None] = {}
-    first = _First.of((yield from readable(_First.commands(keys), damaged)))
-    details = _Details.of(first, (yield from readable(_Details.commands(keys, first), damaged)))
-    hosts = sorted({host for fields in details.workers if (host := raw_host(fields))})
-    crowds = [suspect for suspect, _, held in details.keys if _is_compared(held, first.scheduled)]
-    third = _third(keys, hosts, crowds)
-    answers = (yield third) if third else []
-    gate_fields = _without_damaged(third[: len(hosts)], answers[: len(hosts)], damaged)
-    gates = [("all", details.gate), *zip(hosts, gate_fields, strict=True)]
-    waiting = dict(zip(crowds, answers[len(hosts) :], strict=True))
-    rows = tuple(worker_rows(keys, first.now_ms, first.worker_keys, details.workers, details.lives_ms))
+    told = yield from _trip(_first(keys), damaged)
+    now_ms = ms_of(told["time"][0])
+    heads = latency.Heads.of(told["heads"], now_ms)
+    # Names are kept as Redis gave them: keys are made of them.
+    names, suspects = sorted(told["names"][0]), sorted(suspect_of(_bytes(each)) for each in told["suspects"][0])
+    told |= yield from _trip(_second(keys, now_ms, heads, names, suspects), damaged)
+    hosts = sorted({host for fields in told["workers"] if (host := raw_host(fields))})
+    sizes = zip(suspects, told["held"], strict=True)
+    crowds = [each for each, held in sizes if 0 < min(held, told["counts"][0]) <= _COMPARED_HELD]
+    told |= yield from _trip(_third(keys, hosts, crowds), damaged)
+    gates = _gates(["all", *hosts], told["gate"] + told["gates"], now_ms)
+    rows = tuple(worker_rows(keys, now_ms, names, told["workers"], told["lives"]))
+    refused = _refused_keys(now_ms, suspects, crowds, told)
     fresh = [row for row in rows if row.fresh]
-    outcomes, kinds = _outcomes(details.entries)
-    keys_refused = _refused_keys(first, details.keys, waiting)
-    waits = _waits(first, details.there, gates, rows, keys_refused)
+    oldest_queued_s, gated_s = latency.waits(
+        heads.still_waiting(told["there"], queued=told["index"][2]),
+        now_ms,
+        closed_until_ms=_closed_until_ms(gates, rows),
+        is_suspended=bool(told["counts"][2]),
+        refused_s=[key.since_s or 0 for key in refused if key.open and key.held],
+    )
     return Status(
         queue=keys.queue,
-        at_ms=first.now_ms,
-        queued=max(first.queued, details.waiting),
-        oldest_queued_s=waits.for_worker_s,
-        gated_s=waits.gated_s,
-        in_flight=details.in_flight,
-        scheduled=max(first.scheduled, details.retries),
-        failed=first.failed,
-        suspended=first.suspended,
+        at_ms=now_ms,
+        oldest_queued_s=oldest_queued_s,
+        gated_s=gated_s,
         # Whether a host has a gate of its own is its worker's setting; Redis knows only of those that were closed.
-        gates=tuple(_gate(scope, fields, first.now_ms) for scope, fields in gates if fields or scope == "all"),
-        keys=keys_refused,
+        gates=tuple(gate for gate, until_ms in gates if until_ms is not None or gate.scope == "all"),
+        keys=refused,
         used_weight=max((row.used_weight for row in fresh if row.used_weight is not None), default=None),
         weight_limit=max((row.weight_limit for row in fresh if row.weight_limit is not None), default=None),
-        outcomes=kinds,
-        outcomes_partial=len(details.entries) == MAX_ENTRIES,
-        enqueue_to_outcome=Percentiles.of([o.took_ms for o in outcomes]),
-        enqueue_to_first_attempt=Percentiles.of([o.first_attempt_ms for o in outcomes]),
         workers=rows,
-        to_be_taken_over=details.expired,
         damaged=tuple(damaged),
         workers_known=shown(keys.queue_workers, _MAX_KEY_CHARS) not in damaged,
+        **_counts(told, heads),
+        **_last_minute(told["ledger"][0]),
     )
+
+
+def ms_of(time: Sequence[Any]) -> int:
+    """What TIME says, ms since the epoch."""
+    return int(time[0]) * 1000 + int(time[1]) // 1000
+
+
+def _closed_until_ms(gates: Sequence[tuple[Gate, int | None]], rows: Sequence[WorkerRow]) -> int:
+    """Until when nobody can send, or could: while the shared gate is closed, or those of all live workers' hosts."""
+    live = {row.host for row in rows if row.live}
+    (_, shared_ms), *of_hosts = gates
+    return max(shared_ms or 0, min((until_ms or 0 for gate, until_ms in of_hosts if gate.scope in live), default=0))
 
 
 def is_served(keys: Keys) -> Conversation[bool | None]:
     """Whether a live worker serves a queue; None where nobody can tell."""
-    (seconds, _), found = yield [("TIME",), ("SRANDMEMBER", keys.queue_workers, _MAX_WORKERS)]
+    time, found = yield [("TIME",), ("SRANDMEMBER", keys.queue_workers, _MAX_WORKERS)]
     if isinstance(found, Exception):
         return None
     if not found:
         return False
     answers = yield [*(("HMGET", key, *WORKER_FIELDS) for key in found), *(("PTTL", key) for key in found)]
     told = [[None] * len(WORKER_FIELDS) if isinstance(each, Exception) else each for each in answers]
-    rows = worker_rows(keys, int(seconds) * 1000, found, told[: len(found)], told[len(found) :])
+    rows = worker_rows(keys, ms_of(time), found, told[: len(found)], told[len(found) :])
     return any(row.live for row in rows)
 
 
@@ -295,134 +305,96 @@ def _without_damaged(commands: Sequence[Command], answers: Sequence[Any], damage
     return good(told)
 
 
-@dataclass(frozen=True, slots=True)
-class _First:
-    """The first round trip: what needs no other answer. Names are kept as Redis gave them: keys are made of them."""
-
-    now_ms: int
-    queued: int  # entries of RQ's list and registry: more than jobs where entries are double or left over
-    scheduled: int
-    failed: int
-    suspended: bool
-    waiting: latency.Heads
-    worker_keys: list[Any]
-    suspects: list[tuple[bytes, bytes]]  # account and fingerprint of keys that are refused
-
-    @staticmethod
-    def commands(keys: Keys) -> list[Command]:
-        return [
-            ("TIME",),
-            ("LLEN", keys.waiting),
-            ("LLEN", keys.claiming),
-            ("ZCARD", keys.scheduled),
-            ("ZCARD", keys.failed),
-            ("EXISTS", keys.suspended),
-            *latency.commands(keys),
-            ("SRANDMEMBER", keys.queue_workers, _MAX_WORKERS),
-            ("SRANDMEMBER", keys.suspects, _MAX_KEYS),
-            ("STRLEN", keys.counts),
-            ("STRLEN", keys.minutes),
-        ]
-
-    @classmethod
-    def of(cls, answers: list[Any]) -> _First:
-        (seconds, micros), waiting, claiming, scheduled, failed, suspended, *heads, workers, suspects, _, _ = answers
-        now_ms = int(seconds) * 1000 + int(micros) // 1000
-        return cls(
-            now_ms=now_ms,
-            queued=waiting + claiming,
-            scheduled=scheduled,
-            failed=failed,
-            suspended=bool(suspended),
-            waiting=latency.Heads.of(heads, now_ms),
-            worker_keys=sorted(workers),
-            suspects=sorted(suspect_of(_bytes(member)) for member in suspects),
-        )
+def _trip(groups: Mapping[str, Sequence[Command]], damaged: dict[str, None]) -> Conversation[dict[str, list[Any]]]:
+    """One round trip, and its answers by what they are for."""
+    answers = iter((yield from readable([each for group in groups.values() for each in group], damaged)))
+    return {name: list(islice(answers, len(group))) for name, group in groups.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Details:
-    """The second: the last minute, the shared gate, the index of unfinished jobs, workers, and keys under suspicion."""
+def _first(keys: Keys) -> dict[str, list[Command]]:
+    """What needs no other answer."""
+    return {
+        "time": [("TIME",)],
+        "lists": [("LLEN", keys.waiting), ("LLEN", keys.claiming)],
+        "counts": [("ZCARD", keys.scheduled), ("ZCARD", keys.failed), ("EXISTS", keys.suspended)],
+        "heads": latency.commands(keys),
+        "names": [("SRANDMEMBER", keys.queue_workers, _MAX_WORKERS)],
+        "suspects": [("SRANDMEMBER", keys.suspects, _MAX_KEYS)],
+        "sizes": [("STRLEN", keys.counts), ("STRLEN", keys.minutes)],  # whether they are damaged
+    }
 
-    entries: Sequence[Any]
-    gate: Sequence[Any]
-    in_flight: int
-    expired: int
-    waiting: int
-    retries: int
-    there: Sequence[Any]  # whether there is a job, for each of those that wait
-    workers: Sequence[Sequence[Any]]
-    lives_ms: Sequence[Any]  # how long the workers' records still live
-    # account and fingerprint of a key, its breaker, size of its set of held jobs
-    keys: Sequence[tuple[tuple[bytes, bytes], Sequence[Any], int]]
 
-    @staticmethod
-    def commands(keys: Keys, first: _First) -> list[Command]:
-        since_ms = first.now_ms - WINDOW_S * 1000
-        commands: list[Command] = [
-            ("XREVRANGE", keys.outcomes, "+", since_ms, "COUNT", MAX_ENTRIES),
-            ("HGETALL", keys.gate("all")),
+def _second(
+    keys: Keys, now_ms: int, heads: latency.Heads, names: Sequence[Any], suspects: Sequence[tuple[bytes, bytes]]
+) -> dict[str, list[Command]]:
+    """The last minute, the shared gate, the index of unfinished jobs, workers, and keys under suspicion."""
+    prints = [print_ for _, print_ in suspects]
+    return {
+        "ledger": [("XREVRANGE", keys.outcomes, "+", now_ms - WINDOW_S * 1000, "COUNT", MAX_ENTRIES)],
+        "gate": [("HGETALL", keys.gate("all"))],
+        "index": [
             # A lease ends with its millisecond, as the claim has it.
-            ("ZCOUNT", keys.unfinished, f"({first.now_ms}", f"({int(Band.WAITING)}"),
-            ("ZCOUNT", keys.unfinished, "-inf", first.now_ms),
-            ("ZCOUNT", keys.unfinished, *_WAITING),
+            ("ZCOUNT", keys.unfinished, f"({now_ms}", f"({int(Band.WAITING)}"),
+            ("ZCOUNT", keys.unfinished, "-inf", now_ms),
+            ("ZCOUNT", keys.unfinished, int(Band.WAITING), f"({int(Band.RETRY)}"),
             ("ZCOUNT", keys.unfinished, int(Band.RETRY), f"({int(Band.END)}"),
-        ]
-        commands += [("EXISTS", _key(keys.job_prefix, job_id)) for job_id in first.waiting.ids]
-        commands += [("HMGET", key, *WORKER_FIELDS) for key in first.worker_keys]
-        commands += [("PTTL", key) for key in first.worker_keys]
-        commands += [("HMGET", _key(keys.breaker(""), print_), *_BREAKER_FIELDS) for _, print_ in first.suspects]
-        commands += [("SCARD", _key(keys.held(""), print_)) for _, print_ in first.suspects]
-        return commands
-
-    @classmethod
-    def of(cls, first: _First, answers: list[Any]) -> _Details:
-        entries, gate, in_flight, expired, waiting, retries, *rest = answers
-        there, rest = rest[: len(first.waiting.ids)], rest[len(first.waiting.ids) :]
-        lives_at = len(first.worker_keys)
-        breakers_at = lives_at + len(first.worker_keys)
-        held_at = breakers_at + len(first.suspects)
-        keys = zip(first.suspects, rest[breakers_at:held_at], rest[held_at:], strict=True)
-        workers, lives_ms = rest[:lives_at], rest[lives_at:breakers_at]
-        waiting -= there[: first.waiting.queued].count(0)
-        return cls(entries, gate, in_flight, expired, waiting, retries, there, workers, lives_ms, list(keys))
+        ],
+        "there": [("EXISTS", _key(keys.job_prefix, job_id)) for job_id in heads.ids],
+        "workers": [("HMGET", key, *WORKER_FIELDS) for key in names],
+        "lives": [("PTTL", key) for key in names],
+        "breakers": [("HMGET", _key(keys.breaker(""), each), *_BREAKER_FIELDS) for each in prints],
+        "held": [("SCARD", _key(keys.held(""), each)) for each in prints],
+    }
 
 
-def _third(keys: Keys, hosts: Sequence[Any], suspects: Sequence[tuple[bytes, bytes]]) -> list[Command]:
+def _third(keys: Keys, hosts: Sequence[Any], suspects: Sequence[tuple[bytes, bytes]]) -> dict[str, list[Command]]:
     """Gates of the workers' hosts, and how many held jobs are still to come."""
-    commands: list[Command] = [("HGETALL", _key(keys.gate(""), host)) for host in hosts]
-    return commands + [("ZINTERCARD", 2, _key(keys.held(""), print_), keys.scheduled) for _, print_ in suspects]
+    return {
+        "gates": [("HGETALL", _key(keys.gate(""), host)) for host in hosts],
+        "crowds": [("ZINTERCARD", 2, _key(keys.held(""), print_), keys.scheduled) for _, print_ in suspects],
+    }
 
 
-def _is_compared(held: int, scheduled: int) -> bool:
-    return 0 < min(held, scheduled) <= _COMPARED_HELD
+def _counts(told: Mapping[str, list[Any]], heads: latency.Heads) -> dict[str, Any]:
+    scheduled, failed, suspended = told["counts"]
+    in_flight, expired, waiting, retries = told["index"]
+    return {
+        # RQ's lists and registry hold more than jobs where entries are double or left over.
+        "queued": max(sum(told["lists"]), waiting - told["there"][: heads.queued].count(0)),
+        "scheduled": max(scheduled, retries),
+        "in_flight": in_flight,
+        "to_be_taken_over": expired,
+        "failed": failed,
+        "suspended": bool(suspended),
+    }
 
 
 def _refused_keys(
-    first: _First,
-    found: Sequence[tuple[tuple[bytes, bytes], Sequence[Any], int]],
-    waiting: Mapping[tuple[bytes, bytes], Any],
+    now_ms: int, suspects: Sequence[tuple[bytes, bytes]], crowds: Sequence[Any], told: Mapping[str, list[Any]]
 ) -> tuple[RefusedKey, ...]:
     """Those whose breaker is still there, open ones first, and one for each account.
 
     A held job that reached its deadline stays in the set until the key is accepted; a server before 7.0 cannot compare
     the set with the schedule, and a large set is not compared.
     """
+    compared = dict(zip(crowds, told["crowds"], strict=True))
     refused = []
-    for suspect, (failures, reason, since, probe_at), held in found:
+    for suspect, (failures, reason, since, probe_at), held in zip(
+        suspects, told["breakers"], told["held"], strict=True
+    ):
         if failures is None and reason is None and since is None:
             continue
-        counted = waiting.get(suspect)
+        counted = compared.get(suspect)
         since_ms, probe_at_ms = number(since), number(probe_at)
         refused.append(
             RefusedKey(
                 account=shown(suspect[0]),
                 failures=number(failures) or 0,
                 open=since_ms is not None,
-                since_s=None if since_ms is None else max(0, first.now_ms - since_ms) / 1000,
+                since_s=None if since_ms is None else max(0, now_ms - since_ms) / 1000,
                 reason=None if reason is None else shown(reason, MAX_MSG_CHARS),
-                probe_in_s=None if since_ms is None else max(0, (probe_at_ms or 0) - first.now_ms) / 1000,
-                held=counted if isinstance(counted, int) else min(held, first.scheduled),
+                probe_in_s=None if since_ms is None else max(0, (probe_at_ms or 0) - now_ms) / 1000,
+                held=min(held, told["counts"][0]) if counted is None else counted,
             )
         )
     refused.sort(key=lambda key: (not key.open, key.account))
@@ -444,39 +416,22 @@ def shown(value: Any, limit: int = MAX_NAME_CHARS) -> str:
     return clean_text(value, limit)
 
 
-def _waits(
-    first: _First,
-    there: Sequence[Any],
-    gates: Sequence[tuple[Any, Sequence[Any]]],
-    rows: Sequence[WorkerRow],
-    refused: Sequence[RefusedKey],
-) -> latency.Waits:
-    live = {row.host for row in rows if row.live}
-    (_, shared_ms), *of_hosts = [(shown(scope), _until_ms(fields)) for scope, fields in gates]
-    return latency.waits(
-        (since for since, is_there in zip(first.waiting.since_ms, there, strict=True) if is_there),
-        first.now_ms,
-        closed_until_ms=max(shared_ms, min((until_ms for host, until_ms in of_hosts if host in live), default=0)),
-        is_suspended=first.suspended,
-        refused_s=[key.since_s or 0 for key in refused if key.open and key.held],
-    )
+def _gates(scopes: Sequence[Any], answers: Sequence[Any], now_ms: int) -> list[tuple[Gate, int | None]]:
+    """The gates of these, each with until when it is closed, or was last; None of those that never were."""
+    gates: list[tuple[Gate, int | None]] = []
+    for scope, answer in zip(scopes, answers, strict=True):
+        known = {text(name): value for name, value in fields_of(answer).items()}
+        until_ms = number(known.get("until_ms")) or 0
+        gate = Gate(shown(scope), open=True)
+        if until_ms > now_ms:
+            reason, by = (shown(known[name], MAX_MSG_CHARS) if name in known else None for name in ("reason", "by"))
+            gate = Gate(shown(scope), False, (until_ms - now_ms) / 1000, until_ms, reason, by)
+        gates.append((gate, until_ms if known else None))
+    return gates
 
 
-def _until_ms(gate: Sequence[Any]) -> int:
-    return number({text(name): value for name, value in fields_of(gate).items()}.get("until_ms")) or 0
-
-
-def _gate(scope: Any, fields: Sequence[Any], now_ms: int) -> Gate:
-    known = {text(name): value for name, value in fields_of(fields).items()}
-    until_ms = number(known.get("until_ms")) or 0
-    if until_ms <= now_ms:
-        return Gate(shown(scope), open=True)
-    reason, by = (None if known.get(name) is None else shown(known[name], MAX_MSG_CHARS) for name in ("reason", "by"))
-    return Gate(shown(scope), False, (until_ms - now_ms) / 1000, until_ms, reason, by)
-
-
-def _outcomes(entries: Sequence[Any]) -> tuple[list[Outcome], dict[str, int]]:
-    """The outcomes and how many of each kind, in the order of the kinds; what cannot be read is counted as that."""
+def _last_minute(entries: Sequence[Any]) -> dict[str, Any]:
+    """Kinds are told in their order; what cannot be read is counted as that."""
     outcomes, unreadable = [], 0
     for entry_id, fields in stream_entries(entries):
         try:
@@ -485,4 +440,9 @@ def _outcomes(entries: Sequence[Any]) -> tuple[list[Outcome], dict[str, int]]:
             unreadable += 1
     counted = Counter(outcome.kind for outcome in outcomes)
     kinds = {kind.value: counted[kind] for kind in OutcomeKind if counted[kind]}
-    return outcomes, kinds | ({"unreadable": unreadable} if unreadable else {})
+    return {
+        "outcomes": kinds | ({"unreadable": unreadable} if unreadable else {}),
+        "outcomes_partial": len(entries) == MAX_ENTRIES,
+        "enqueue_to_outcome": Percentiles.of(outcome.took_ms for outcome in outcomes),
+        "enqueue_to_first_attempt": Percentiles.of(outcome.first_attempt_ms for outcome in outcomes),
+    }

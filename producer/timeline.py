@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from producer.counts import MINUTES_KEPT, SIZE, Counts, minute_of
 from producer.keys import Keys
 from producer.protocol import Command, Conversation
-from producer.status import readable
+from producer.status import ms_of, readable
 
 #: Most minutes that one reading covers.
 MAX_MINUTES = 1440
@@ -52,8 +52,8 @@ def read_timeline(keys: Keys, minutes: int = 60, step: int = 1) -> Conversation[
     """
     if not 0 < step <= minutes <= MAX_MINUTES or minutes % step:
         raise ValueError(f"minutes={minutes}, step={step}: at most {MAX_MINUTES} minutes, in whole steps")
-    ((seconds, micros),) = yield from readable([("TIME",)], {})
-    last = int(seconds) // 60
+    (time,) = yield from readable([("TIME",)], {})
+    last = int(time[0]) // 60
     starts = range(last // step * step - minutes + step, last + 1, step)
     wanted = range(starts.start, last + 2)  # a server that took over may be a minute behind what was counted
     spans = _spans(wanted)
@@ -64,7 +64,7 @@ def read_timeline(keys: Keys, minutes: int = 60, step: int = 1) -> Conversation[
     begun = {minute: state for minute, state in begun.items() if minute_of(state) == minute}
     counts = _between(begun, numbers, starts)
     intervals = (Interval(60_000 * start, each) for start, each in zip(starts, counts, strict=True))
-    return Timeline(int(seconds) * 1000 + int(micros) // 1000, Counts.of(numbers), tuple(intervals))
+    return Timeline(ms_of(time), Counts.of(numbers), tuple(intervals))
 
 
 def _counts(keys: Keys) -> Command:

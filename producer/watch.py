@@ -95,9 +95,9 @@ def _alarms(status: Status, room: int) -> list[Text]:
 def _latency(status: Status) -> Text:
     if status.gated_s is not None:
         return _line("queue latency", (f"held back for {status.gated_s:.1f} s", _ALARM), f", {status.queued:,} queued")
-    if not status.queued and status.oldest_queued_s is None:
+    if not status.queued and status.oldest_s is None:
         return _line("queue latency", ("nothing waits", "dim"))
-    oldest = "-" if status.oldest_queued_s is None else f"{status.oldest_queued_s:.1f} s"
+    oldest = "-" if status.oldest_s is None else f"{status.oldest_s:.1f} s"
     return _line("queue latency", (oldest, "bold"), f", {status.queued:,} queued")
 
 
@@ -216,10 +216,10 @@ def usable() -> bool:
     return sys.stdout.isatty() and not Console().is_dumb_terminal
 
 
-def run(seen: Status, look: Callable[[], Status], explain: Callable[[QueueUnavailable], str]) -> NoReturn:
+def run(seen: Status, look: Callable[[], Status]) -> NoReturn:
     """Show ``seen``, then each second what ``look`` gives, until Ctrl-C (KeyboardInterrupt).
 
-    While ``look`` raises QueueUnavailable the last view stays, with its age and what ``explain`` makes of the error.
+    While ``look`` raises QueueUnavailable the last view stays, with its age and the reason.
     """
     console = Console(markup=False, highlight=False, emoji=False)
     seen_at_s = time.monotonic()
@@ -231,7 +231,7 @@ def run(seen: Status, look: Callable[[], Status], explain: Callable[[QueueUnavai
                 seen = look()
                 seen_at_s, stale = time.monotonic(), None
             except QueueUnavailable as error:
-                stale = f"NOT OF NOW, {span(time.monotonic() - seen_at_s)} old: {explain(error)}"
+                stale = f"NOT OF NOW, {span(time.monotonic() - seen_at_s)} old: {error}"
 
 
 def _draw(live: Live, seen: Status, stale: str | None) -> None:

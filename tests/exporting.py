@@ -9,24 +9,17 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from producer.keys import Keys
-from producer.message import VERSION
-from tests.servers import ROOT, python, scrubbed
+from producer.message import Attempt, Call, Outcome, OutcomeKind
+from tests.servers import ROOT, scrubbed
 
 KEYS = Keys()
-#: The command line where prometheus-client is not installed.
-GONE = """
-import sys
-sys.modules["prometheus_client"] = None
-from producer.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
 Scrape = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -67,22 +60,11 @@ class Exporter:
         return self.process.returncode, errors
 
 
-def command(*arguments: str) -> list[str]:
-    """The words of a call; a warning in it is an error."""
-    return [sys.executable, "-W", "error", "-m", "producer", "metrics", *arguments]
-
-
-def ran(*arguments: str, script: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """A call that ends by itself."""
-    words = [sys.executable, "-W", "error", "-c", script, "metrics", *arguments] if script else command(*arguments)
-    return python(*words[1:], **environment)
-
-
 @contextlib.contextmanager
 def exporting(url: str, *arguments: str, **environment: str) -> Iterator[Exporter]:
     """An exporter on a port of its own, which complains of nothing as long as the block runs."""
     with subprocess.Popen(
-        command("--port", "0", *arguments),
+        [sys.executable, "-W", "error", "-m", "producer", "metrics", "--port", "0", *arguments],
         cwd=ROOT,
         env=scrubbed() | {"REDIS_URL": url, "PORT": "1"} | environment,
         stdout=subprocess.PIPE,
@@ -102,21 +84,11 @@ def exporting(url: str, *arguments: str, **environment: str) -> Iterator[Exporte
 
 
 def record(number: int = 1, **fields: object) -> str:
-    """An outcome record as a worker writes it."""
-    attempt = {
-        "n": 1,
-        "at_ms": 1_010,
-        "call": "cancel",
-        "http": 200,
-        "code": 200,
-        "msg": "",
-        "verdict": "confirmed",
-        "ms": 5,
-    }
-    base: dict[str, object] = {"v": VERSION, "id": f"{number:032x}", "run": 1, "account": "default", "algo_id": number}
-    base |= dict.fromkeys(("client_algo_id", "symbol", "tag", "order_status", "actual_order_id", "error"))
-    base |= {"kind": "cancelled", "may_be_live": False, "attempts": [attempt], "enqueued_at_ms": 1_000}
-    return json.dumps(base | {"finished_at_ms": 1_040, "worker": "w.1"} | fields)
+    """An outcome record as a worker writes it, with these fields, which no worker need have written."""
+    attempts = (Attempt(1, 1_010, Call.CANCEL, 200, 200, "", "confirmed", 5),)
+    base = Outcome(f"{number:032x}", 1, OutcomeKind.CANCELLED, "default", number, may_be_live=False, attempts=attempts)
+    ended = replace(base, enqueued_at_ms=1_000, finished_at_ms=1_040, worker="w.1")
+    return json.dumps(ended.as_dict() | fields)
 
 
 def append(connection: redis.Redis, *records: str, **options: Any) -> None:

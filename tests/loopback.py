@@ -305,11 +305,12 @@ def query_of(head: bytes) -> str:
     return head.split(b" ", 2)[1].partition(b"?")[2].decode()
 
 
-def drip(data: bytes, pause_s: float) -> Behaviour:
+def drip(data: bytes, pause_s: float, at_once: bytes = b"") -> Behaviour:
     """Send one byte at a time, each long before a time-out between two reads could end it."""
 
     def behave(peer: Peer) -> None:
         peer.read_head()
+        peer.send(at_once)
         for byte in data:
             peer.send(bytes([byte]))
             time.sleep(pause_s)

@@ -24,8 +24,7 @@ CONTRACT = tuple(
     f"tests/integration/test_{name}.py"
     for name in (
         *("enqueue", "claim", "complete", "index", "leases", "runs", "script_costs", "gate_script", "damaged_keys"),
-        *("worker_outcomes", "stock_worker", "rq_interop", "client", "aio", "testing_contract", "redis_users"),
-        "counts",
+        *("worker_outcomes", "stock_worker", "rq_interop", "client", "testing_contract", "redis_users", "counts"),
     )
 )
 PROGRAMS = ("redis-server", "valkey-server")

@@ -35,14 +35,15 @@ RQ = str(Path(sys.executable).with_name("rq"))
 
 def eventually(condition: Callable[[], object], timeout_s: float = 30.0, what: str = "") -> object:
     """Poll until ``condition`` gives something true, and give it back; fail by name after ``timeout_s``."""
-    ends_at = time.monotonic() + timeout_s
+    began = time.monotonic()
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > ends_at:
+        waited_s = time.monotonic() - began
+        if waited_s > timeout_s:
             raise AssertionError(f"not within {timeout_s} s: {what or condition}")
-        time.sleep(0.01)
+        time.sleep(min(max(waited_s / 10, 0.01), 0.05))  # what takes its time need not be asked for all the time
 
 
 def free_port() -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from producer.message import Call
-from tests.loopback import Behaviour, Server
-from worker.classify import Failure, OrderRef, Ref, Reply
+from tests.loopback import LOOPBACK, Authority, Behaviour, Server
+from worker.classify import Failure, Means, OrderRef, Ref, Reply, classify
 from worker.clock import ServerClock
 from worker.daemon import WorkerLoop
 from worker.exchange import Answer, Exchange, Sent
@@ -19,31 +20,16 @@ from worker.transport import Route
 from worker.transport_asyncio import AsyncioTransport
 from worker.transport_requests import RequestsTransport
 
-__all__ = [
-    "API_KEY",
-    "REF",
-    "SECRET",
-    "SLACK_S",
-    "TOTAL_S",
-    "WAYS",
-    "Bench",
-    "Client",
-    "bounded",
-    "failed",
-    "passed",
-    "replied",
-    "several",
-]
-
 T = TypeVar("T")
 
 WAYS = ("asyncio", "requests")
 SECRET = "s3cr3t-canary-of-the-account"
 API_KEY = "key-of-the-account"
+CREDENTIAL = Credential.from_secret("default", API_KEY, SECRET)
 REF = OrderRef(2146760, "a:b/c.d_e-f")
-#: Bound of an attempt in tests of break-downs, seconds; and by how much a busy machine may overrun it.
-TOTAL_S = 0.4
-SLACK_S = 1.5
+#: recvWindow in tests of break-downs, ms; an attempt's bound by it, s; and by how much a busy machine may overrun that.
+BRIEF_MS, TOTAL_S = 500, 0.4
+_SLACK_S = 1.5
 
 
 class Client:
@@ -63,30 +49,23 @@ class Client:
         """Have something done in the loop."""
         return self._runner.run(work)
 
-    def call(self, call: Call, credential: Credential, ref: Ref = REF) -> Reply | Failure:
-        """One signed call that may go."""
-        answer = self.run(self.exchange.call(call, credential, ref))
+    async def asking(self, ref: Ref = REF, call: Call = Call.CANCEL, **options: Any) -> Answer | None:
+        """One signed call, in the loop; a DELETE unless told otherwise."""
+        return await self.exchange.call(call, options.pop("credential", CREDENTIAL), ref, **options)
+
+    def ask(self, ref: Ref = REF, call: Call = Call.CANCEL, **options: Any) -> Answer:
+        """The same for who waits for it."""
+        answer = self.run(self.asking(ref, call, **options))
         assert answer is not None
         return answer
 
-    def cancel(self, credential: Credential, ref: OrderRef = REF) -> Reply | Failure:
-        """A signed DELETE."""
-        return self.call(Call.CANCEL, credential, ref)
+    def ask_patiently(self) -> Answer:
+        """A DELETE that is waited for as long as answers take."""
+        return self.ask(sent=Sent(late=lambda _: None))
 
-    def patient_cancel(self, credential: Credential, ref: OrderRef = REF) -> Reply | Failure:
-        """The same, waited for as long as answers take."""
-        answer = self.run(self.exchange.call(Call.CANCEL, credential, ref, sent=Sent(late=lambda _: None)))
-        assert answer is not None
-        return answer
-
-    def query(self, credential: Credential, ref: OrderRef = REF) -> Reply | Failure:
-        """A signed GET."""
-        return self.call(Call.QUERY, credential, ref)
-
-    @property
-    def requests_sent(self) -> int:
-        """How many requests may have left."""
-        return self.exchange.requests_sent
+    async def several(self, count: int, first: int = 1) -> list[Answer | None]:
+        """As many DELETEs at once, for the orders from ``first`` on."""
+        return await asyncio.gather(*[self.asking(OrderRef(first + n)) for n in range(count)])
 
     def close(self) -> None:
         """Close connections and loop."""
@@ -100,13 +79,18 @@ class Client:
 
 
 class Bench:
-    """Starts servers and clients of one way, and closes them all."""
+    """Starts servers and clients of one way, and closes them all. Clients trust the one authority."""
 
-    def __init__(self, way: str = "asyncio") -> None:
+    def __init__(self, way: str, authority: Authority) -> None:
         self.way = way
+        self.authority = authority
         self._open = contextlib.ExitStack()
 
-    def server(self, behaviour: Behaviour, tls: Any = None) -> Server:
+    def tls(self) -> ssl.SSLContext:
+        """TLS for a server that clients trust."""
+        return self.authority.server_context(LOOPBACK)
+
+    def server(self, behaviour: Behaviour, tls: ssl.SSLContext | None = None) -> Server:
         """A server that does so with each connection."""
         server = Server(behaviour, tls)
         self._open.callback(server.close)
@@ -114,19 +98,24 @@ class Bench:
 
     def client(self, url: str, clock: ServerClock | None = None, **options: Any) -> Client:
         """A client; ``options`` are those of route, transport and exchange."""
-        options.setdefault("recv_window_ms", 5_000)
-        client = Client(self.way, url, clock or ServerClock(), options)
+        given = {"recv_window_ms": 5_000, "ca_file": self.authority.ca_file, **options}
+        client = Client(self.way, url, clock or ServerClock(), given)
         self._open.callback(client.close)
         return client
 
-    def to(self, behaviour: Behaviour, **options: Any) -> tuple[Server, Client]:
-        """A server, and a client of it."""
-        server = self.server(behaviour)
+    def to(self, behaviour: Behaviour, *, secure: bool = False, **options: Any) -> tuple[Server, Client]:
+        """A server, and a client of it; ``secure``: over TLS."""
+        server = self.server(behaviour, self.tls() if secure else None)
         return server, self.client(server.url, **options)
 
-    def impatient(self, behaviour: Behaviour) -> tuple[Server, Client]:
+    def impatient(self, behaviour: Behaviour, *, secure: bool = False) -> tuple[Server, Client]:
         """The same for break-downs."""
-        return self.to(behaviour, patience_s=TOTAL_S)
+        return self.to(behaviour, secure=secure, recv_window_ms=BRIEF_MS)
+
+    def over_tls(self, behaviour: Behaviour, **options: Any) -> tuple[Server, Client]:
+        """A server whose behaviour does its part of TLS by itself, if at all, and a client that expects TLS."""
+        server = self.server(behaviour)
+        return server, self.client(f"https://127.0.0.1:{server.port}", **options)
 
     def close(self) -> None:
         """End everything."""
@@ -138,14 +127,15 @@ def bounded(seconds: float = TOTAL_S) -> Iterator[None]:
     """What runs inside may take ``seconds`` and the slack of a busy machine."""
     started_at = time.monotonic()
     yield
-    assert time.monotonic() - started_at < seconds + SLACK_S
+    assert time.monotonic() - started_at < seconds + _SLACK_S
 
 
-def failed(answer: Answer | None, *, seen: bool, reason: str) -> None:
-    """It is that failure; a ``reason`` that ends with a colon leaves the class of the error open."""
+def failed(answer: Answer | None, *, seen: bool, reason: str = ":") -> Failure:
+    """It is that failure; a ``reason`` that ends with a colon is its beginning."""
     assert isinstance(answer, Failure)
     assert answer.seen is seen
-    assert answer.reason.startswith(reason) if reason.endswith(":") else answer.reason == reason
+    assert answer.reason.startswith(reason.rstrip(":")) if reason.endswith(":") else answer.reason == reason
+    return answer
 
 
 def replied(answer: Answer | None) -> Reply:
@@ -154,10 +144,10 @@ def replied(answer: Answer | None) -> Reply:
     return answer
 
 
-async def several(client: Client, credential: Credential, count: int, first: int = 1) -> list[Answer | None]:
-    """As many calls at once, for the orders from ``first`` on."""
-    refs = [OrderRef(first + n) for n in range(count)]
-    return await asyncio.gather(*[client.exchange.call(Call.CANCEL, credential, ref) for ref in refs])
+def proves_nothing(answer: Answer | None) -> None:
+    """Whatever it is, it leaves the cancel in doubt."""
+    assert answer is not None
+    assert classify(Call.CANCEL, REF, answer).means is Means.UNCLEAR
 
 
 async def passed(condition: Callable[[], object]) -> None:

@@ -510,8 +510,7 @@ class Canceller:
             is_news = self._gate.spend(used, self._calling, self._server_clock.now_ms(), now_ms)
         if is_news:
             await self._gate.share(now_ms)
-        if self._keys.concerns(credential, verdict):
-            await self._keys.tell(credential, verdict)
+        await self._keys.tell(credential, verdict)
 
 
 async def _news(job: CancelJob, timeout_s: float) -> None:

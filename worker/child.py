@@ -103,7 +103,10 @@ def after_child(
     if delay_ms >= left_ms:
         if verdict.means in GATED:
             return bound(child, history, policy, "the deadline comes before the next try")
-        delay_ms = min(delay_ms, LAST_TRY_MS) if left_ms <= 0 else max(left_ms - LAST_TRY_MS, 0)
+        if left_ms <= 0:
+            delay_ms = min(delay_ms, LAST_TRY_MS)
+        else:  # within the last second what is done after the deadline comes next
+            delay_ms = left_ms - LAST_TRY_MS if left_ms > LAST_TRY_MS else left_ms
     return replace(step, delay_ms=delay_ms, resync=verdict.means is Means.CLOCK)
 
 

@@ -198,9 +198,9 @@ HTTP_MEANS: dict[int, Means] = {
     429: Means.LIMITED,
     451: Means.BLOCKED,  # where a network seems to be changes with an edge, and with a route
 }
-#: Statuses that decide where the body holds no listed code: whoever knows none of the exchange's codes is not the
-#: exchange, and what an edge says of a path it says of no order.
-HTTP_FALLBACK: dict[int, Means] = {401: Means.KEY_REFUSED, 404: Means.BUSY, 405: Means.BUSY}
+#: Statuses that say, where the body holds no listed code, that nothing was done: whoever knows none of the exchange's
+#: codes is not the exchange, and what an edge says of a path or a login it says of no order and no key.
+NOT_DONE_STATUSES = frozenset({401, 404, 405})
 #: Most orders that a listing is believed to hold; the exchange allows 200 to be open (exchange.md 1.1).
 MAX_LISTED = 1000
 #: Codes that are believed in a 5xx answer; any other refusal from a failing server proves nothing.
@@ -263,7 +263,7 @@ def _refusal(http: int, code: int | None, msg: str) -> Means:
         return Means.BUSY if _folded(msg) in NOT_DONE_TEXTS else Means.UNCLEAR
     if code in CODE_MEANS:
         return CODE_MEANS[code]
-    return HTTP_FALLBACK.get(http, Means.UNCLEAR)
+    return Means.BUSY if http in NOT_DONE_STATUSES else Means.UNCLEAR
 
 
 def _server_error(http: int, code: int | None, msg: str) -> Means:

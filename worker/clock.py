@@ -64,30 +64,40 @@ class _Offset(NamedTuple):
         return self.lo_ns - drift_ns, self.hi_ns + drift_ns
 
 
-class Bounds:
-    """What is known of a remote clock's offset (remote minus local).
+def _both(one: _Offset, other: _Offset) -> _Offset | None:
+    """What holds where both do; None: they cannot."""
+    older, newer = (one, other) if one.as_of_ns <= other.as_of_ns else (other, one)
+    lo_ns, hi_ns = older.at(newer.as_of_ns)
+    lo_ns, hi_ns = max(lo_ns, newer.lo_ns), min(hi_ns, newer.hi_ns)
+    return _Offset(lo_ns, hi_ns, newer.as_of_ns) if lo_ns <= hi_ns else None
+
+
+def _drift_ns(apart_ns: int) -> int:
+    """The most that two clocks can have drifted apart in a time measured by either, rounded up."""
+    return -(-abs(apart_ns) * DRIFT_PPM // (1_000_000 - DRIFT_PPM))
+
+
+class _RemoteClock:
+    """A remote clock by what is known of its offset (remote minus local), and the host's wall clock while nothing is.
 
     All samples together are one pair of bounds, as all of them widen alike.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, local: Callable[[], int] = local_ns, wall_ms: Callable[[], int] = _wall_ms) -> None:
+        self._local_ns = local
+        self._wall_ms = wall_ms
         self._lock = threading.Lock()
         self._offset: _Offset | None = None  # read without the lock: one reference, replaced as a whole
         self._doubted_ns: int | None = None
         self.steps = 0  # how often an answer could not be true together with the earlier ones
 
-    def add(self, asked_ns: int, answered_ns: int, remote_ms: int) -> None:
+    def observe(self, asked_ns: int, answered_ns: int, remote_ms: int) -> None:
         """Take in one answer: when it was asked and answered here, and the remote time in it, cut to whole ms.
 
         If it cannot be true together with the earlier ones (a clock was set, another server took over, this host
         slept uncounted), the samples answered before are forgotten. One that was asked before a doubt proves nothing:
         it may have been read before whatever gave rise to that.
-
-        Raises:
-            ValueError: the answer came before the question.
         """
-        if answered_ns < asked_ns:
-            raise ValueError("a sample was answered before it was asked")
         remote_ns = remote_ms * _NS_PER_MS
         # The lower bound needs no drift: whatever the clocks gained on each other since the remote one was read is
         # less than the time that passed.
@@ -105,22 +115,30 @@ class Bounds:
                 self.steps += 1
             self._doubted_ns = None
 
-    def doubt(self, now_ns: int) -> None:
-        """Take nothing that was asked until this local moment, ns, for proven any more."""
+    def doubt(self) -> None:
+        """Nothing measured so far is proven any more: some of it is wrong, or was another server's."""
         with self._lock:
-            self._doubted_ns = now_ns
+            self._doubted_ns = self._local_ns()
 
-    def at(self, local_ns: int) -> tuple[int, int] | None:
-        """Least and greatest offset at a local moment, ns; None while nothing is proven."""
-        return None if self._doubted_ns is not None else self.last_at(local_ns)
+    @property
+    def measured(self) -> bool:
+        """Whether there is a sample that nobody doubts."""
+        return self._offset is not None and self._doubted_ns is None
 
-    def last_at(self, local_ns: int) -> tuple[int, int] | None:
-        """The same as far as it was ever measured, doubted or not."""
+    def bounds(self) -> tuple[int, int] | None:
+        """Least and greatest offset now, ns; None while nothing is proven."""
+        return self._bounds_at(self._local_ns())
+
+    def _bounds_at(self, now_ns: int) -> tuple[int, int] | None:
+        return self._last_at(now_ns) if self.measured else None
+
+    def _last_at(self, now_ns: int) -> tuple[int, int] | None:
+        """The bounds as far as they were ever measured, doubted or not."""
         offset = self._offset
-        return None if offset is None else offset.at(local_ns)
+        return None if offset is None else offset.at(now_ns)
 
     def moments(self, remote_ms: int) -> tuple[int, int] | None:
-        """Between which local moments the remote clock read (or will read) ``remote_ms``, ns; None: not measured."""
+        """Between which local moments the clock read (or will read) ``remote_ms``, ns; None: not measured."""
         offset = self._offset
         if offset is None:
             return None
@@ -131,52 +149,6 @@ class Bounds:
             latest_ns + _drift_ns(latest_ns - offset.as_of_ns),
         )
 
-    @property
-    def newest_ns(self) -> int | None:
-        """When the newest sample was answered; None while nothing is proven."""
-        offset = self._offset
-        return None if offset is None or self._doubted_ns is not None else offset.as_of_ns
-
-
-def _both(one: _Offset, other: _Offset) -> _Offset | None:
-    """What holds where both do; None: they cannot."""
-    older, newer = (one, other) if one.as_of_ns <= other.as_of_ns else (other, one)
-    lo_ns, hi_ns = older.at(newer.as_of_ns)
-    lo_ns, hi_ns = max(lo_ns, newer.lo_ns), min(hi_ns, newer.hi_ns)
-    return _Offset(lo_ns, hi_ns, newer.as_of_ns) if lo_ns <= hi_ns else None
-
-
-def _drift_ns(apart_ns: int) -> int:
-    """The most that two clocks can have drifted apart in a time measured by either, rounded up."""
-    return -(-abs(apart_ns) * DRIFT_PPM // (1_000_000 - DRIFT_PPM))
-
-
-class _RemoteClock:
-    """A remote clock by what is known of it, and the host's wall clock while nothing is."""
-
-    def __init__(self, local: Callable[[], int] = local_ns, wall_ms: Callable[[], int] = _wall_ms) -> None:
-        self._local_ns = local
-        self._wall_ms = wall_ms
-        self._bounds = Bounds()
-
-    def doubt(self) -> None:
-        """Nothing measured so far is proven any more: some of it is wrong, or was another server's."""
-        self._bounds.doubt(self._local_ns())
-
-    def bounds(self) -> tuple[int, int] | None:
-        """Least and greatest offset (remote minus local) now, ns; None while nothing is measured."""
-        return self._bounds.at(self._local_ns())
-
-    @property
-    def measured(self) -> bool:
-        """Whether there is a sample."""
-        return self._bounds.newest_ns is not None
-
-    def local_at_latest(self, remote_ms: int) -> int | None:
-        """The local moment, ns, after which the clock does not read ``remote_ms`` any more; None: not measured."""
-        moments = self._bounds.moments(remote_ms)
-        return None if moments is None else moments[1]
-
 
 class ServerClock(_RemoteClock):
     """The exchange's clock, for timestamps.
@@ -184,15 +156,6 @@ class ServerClock(_RemoteClock):
     Until the first sample it is the host's wall clock. After :meth:`doubt` a timestamp is made as before until the next
     sample, which then counts alone; meanwhile nothing is compared with it.
     """
-
-    def add_sample(self, asked_ns: int, answered_ns: int, server_time_ms: int) -> None:
-        """Take in one answer of ``GET /fapi/v1/time``: when it was asked and answered (both :func:`local_ns`), and
-        what it said.
-
-        Raises:
-            ValueError: the answer came before the question.
-        """
-        self._bounds.add(asked_ns, answered_ns, server_time_ms)
 
     def now_ms(self) -> int:
         """The exchange's time for a timestamp, ms since the epoch: :data:`BEHIND_MS` before the middle of the bounds.
@@ -208,65 +171,33 @@ class ServerClock(_RemoteClock):
         now_ms = self._middle_ms()
         return 0 if now_ms is None else now_ms - self._wall_ms()
 
-    @property
-    def age_s(self) -> float | None:
-        """Seconds since the newest sample, None while there is none."""
-        newest_ns = self._bounds.newest_ns
-        return None if newest_ns is None else (self._local_ns() - newest_ns) / 1e9
-
     def _middle_ms(self) -> int | None:
         now_ns = self._local_ns()
-        offset = self._bounds.last_at(now_ns)
+        offset = self._last_at(now_ns)
         return None if offset is None else (now_ns + sum(offset) // 2) // _NS_PER_MS
 
 
 class RedisClock(_RemoteClock):
-    """Redis' clock as a worker knows it."""
+    """Redis' clock as a worker knows it.
 
-    @property
-    def steps(self) -> int:
-        """How often it was seen to be set, or to be another server's."""
-        return self._bounds.steps
-
-    def observe(self, asked_ns: int, answered_ns: int, now_ms: int) -> None:
-        """Take in one answer of a script: when it was asked and answered (both :func:`local_ns`), and Redis' time.
-
-        A claim that waited inside the server says little of the upper bound; a renewal or a heartbeat does.
-
-        Raises:
-            ValueError: the answer came before the question.
-        """
-        self._bounds.add(asked_ns, answered_ns, now_ms)
+    A claim that waited inside the server says little of the upper bound; a renewal or a heartbeat does.
+    """
 
     def now_ms(self) -> int:
-        """Redis' time, ms since the epoch; before the first answer the host's wall clock.
+        """Redis' time at least, ms since the epoch; the host's wall clock while nothing is proven.
 
-        It is :meth:`earliest_ms`: a claim waits inside the server before it answers, so that its answer is much
-        closer to the end of its trip than to the middle.
+        Not the middle: a claim waits inside the server before it answers, so that its answer is much closer to the
+        end of its trip.
         """
-        earliest_ms = self.earliest_ms()
-        return self._wall_ms() if earliest_ms is None else earliest_ms
-
-    def earliest_ms(self) -> int | None:
-        """What Redis' clock shows now at least, ms; None before the first answer: nothing is proven then."""
         now_ns = self._local_ns()
-        offset = self._bounds.at(now_ns)
-        return None if offset is None else (now_ns + offset[0]) // _NS_PER_MS
+        offset = self._bounds_at(now_ns)
+        return self._wall_ms() if offset is None else (now_ns + offset[0]) // _NS_PER_MS
 
     def latest_ms(self) -> int | None:
-        """What Redis' clock shows now at most, ms; None before the first answer: nothing is proven then."""
+        """What Redis' clock shows now at most, ms; None while nothing is proven."""
         now_ns = self._local_ns()
-        offset = self._bounds.at(now_ns)
+        offset = self._bounds_at(now_ns)
         return None if offset is None else -(-(now_ns + offset[1]) // _NS_PER_MS)
-
-    def local_at_earliest(self, remote_ms: int) -> int | None:
-        """The local moment, ns, before which Redis' clock did not yet read ``remote_ms``; None: not measured.
-
-        A lease that a script took at ``remote_ms`` is safely counted from here, or from the sending of the question
-        if that was later.
-        """
-        moments = self._bounds.moments(remote_ms)
-        return None if moments is None else moments[0]
 
 
 def minus(redis: RedisClock, exchange: ServerClock) -> Span | None:

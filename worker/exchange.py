@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC
@@ -20,10 +19,10 @@ from worker.classify import ChildRef, Failure, OrderRef, Ref, Reply, SymbolRef
 from worker.clock import ServerClock, local_ns
 from worker.decide import AHEAD_MS, MAX_PAUSE_MS
 from worker.patience import FIRST_S, FLOOR_S, Patience
-from worker.signing import Credential, check_api_key, signed_query
+from worker.signing import Credential, signed_query
 from worker.transport import BODY_LIMIT, Failed, Raw, Request, Transport
 
-__all__ = ["Answer", "Exchange", "Sent", "UsedWeight", "is_challenge"]
+__all__ = ["Answer", "Exchange", "Sent", "is_challenge"]
 
 #: How much of recvWindow an attempt may take: an answer that is later than that comes to a request that the exchange
 #: would no longer accept, and was most likely lost.
@@ -41,6 +40,7 @@ _LIST_LIMIT = 512 * 1024
 _TIME_PATH = "/fapi/v1/time"
 _INFO_PATH = "/fapi/v1/exchangeInfo"
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
+_WEIGHT = re.compile(r"[0-9]{1,9}")
 _RATE_LIMITS = re.compile(rb'"rateLimits"\s*:\s*')
 #: Statuses that concern every request of this address.
 _GATE_STATUSES = frozenset({403, 418, 429})
@@ -66,15 +66,6 @@ class Sent:
     accepted_until_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class UsedWeight:
-    """What X-MBX-USED-WEIGHT-1M said last."""
-
-    weight: int
-    minute: int  # of the exchange's clock since the epoch, in which the request was sent
-    seen_mono_s: float  # monotonic time of the answer, seconds
-
-
 class Exchange:
     """Calls to the exchange over ``transport``; belongs to the thread, or the event loop, that the transport does.
 
@@ -82,9 +73,8 @@ class Exchange:
     :class:`~worker.classify.Failure`, whose ``seen`` says whether a byte of the request may have left. An answer that
     breaks off is a reply that is marked as truncated: its status and its Retry-After count all the same.
 
-    ``patience_s`` bounds a whole attempt and is 0.8 x ``recv_window_ms`` unless given; connecting may take half of it.
-    How long the answer to a signed call is waited for follows what answers take (:mod:`worker.patience`), but is not
-    less than ``least_patience_s``.
+    An attempt takes 0.8 x ``recv_window_ms`` at the most, and connecting half of that. How long the answer to a signed
+    call is waited for follows what answers take (:mod:`worker.patience`), but is not less than ``least_patience_s``.
     """
 
     def __init__(
@@ -93,16 +83,15 @@ class Exchange:
         *,
         recv_window_ms: int,
         clock: ServerClock,
-        patience_s: float | None = None,
         least_patience_s: float = FLOOR_S,
     ) -> None:
         self._transport = transport
         self._recv_window_ms = recv_window_ms
         self._clock = clock
-        self._patience_s = _PART_OF_RECV_WINDOW * recv_window_ms / 1000 if patience_s is None else patience_s
+        self._patience_s = _PART_OF_RECV_WINDOW * recv_window_ms / 1000
         self._patience = Patience(self._patience_s, least_patience_s)
         self._refusal: Reply | None = None
-        self.used_weight: UsedWeight | None = None
+        self._used_weight, self._used_in = 0, 0  # as told last, and in which minute of the exchange's clock
 
     async def call(
         self,
@@ -131,44 +120,35 @@ class Exchange:
             if patience_s is not None and call is Call.CANCEL and isinstance(ref, OrderRef) and ref.algo_id is None:
                 window_ms = min(window_ms, round(patience_s * 1000))
             query = signed_query(_id_of(ref), credential, timestamp_ms, window_ms)
-            fields = (("X-MBX-APIKEY", check_api_key(credential.api_key)),)
+            fields = (("X-MBX-APIKEY", credential.api_key),)
             written_ns = local_ns()
             if sent is not None:
                 sent.accepted_until_ns = self._accepted_until_ns(timestamp_ms, window_ms)
-            method, path, limit = "DELETE" if call.cancels else "GET", _PATHS.get(call, _ORDER_PATH), BODY_LIMIT
-            if call is Call.LIST_OPEN:
-                limit = _LIST_LIMIT
-            return Request(method, f"{path}?{query}", fields, patience_s, late, limit)
+            limit = _LIST_LIMIT if call is Call.LIST_OPEN else BODY_LIMIT
+            target = f"{_PATHS.get(call, _ORDER_PATH)}?{query}"
+            return Request("DELETE" if call.cancels else "GET", target, fields, patience_s, late, limit)
 
         def late(came: Raw | Failed) -> None:
-            self._learn(call, came)
-            answer = self._answered(came, credential.api_key)
+            answer = self._answered(came, call, credential.api_key)
             if sent is not None and answer is not None:
-                sent.is_open = False
                 sent.late(answer)
 
         came = await self._transport.send(make, self._patience_s)
-        self._learn(call, came)
         if sent is not None and isinstance(came, Failed) and came.is_open:
             sent.is_open = True
             self._patience.silent(written_ns, local_ns())
-        return self._answered(came, credential.api_key)
-
-    def _learn(self, call: Call, came: Raw | Failed | None) -> None:
-        if isinstance(came, Raw):
-            self._patience.answered(call, came.sent_ns, came.received_ns)
+        return self._answered(came, call, credential.api_key)
 
     def _accepted_until_ns(self, timestamp_ms: int, window_ms: int) -> int:
-        proven_ns = self._clock.local_at_latest(timestamp_ms + window_ms) if self._clock.measured else None
-        return proven_ns or local_ns() + (window_ms + AHEAD_MS) * 1_000_000
+        moments = self._clock.moments(timestamp_ms + window_ms) if self._clock.measured else None
+        return moments[1] if moments else local_ns() + (window_ms + AHEAD_MS) * 1_000_000
 
     async def ask_time(self, may_go: Callable[[], bool] = _always, patience_s: float | None = None) -> Answer | None:
         """``GET /fapi/v1/time``, from which the clock learns (weight 1); None if ``may_go`` said no."""
-        came = await self._unsigned(_TIME_PATH, may_go, patience_s)
-        server_time_ms = _server_time_ms(came.body) if isinstance(came, Raw) and came.status == 200 else None
-        if isinstance(came, Raw) and server_time_ms is not None:
-            self._clock.add_sample(came.sent_ns, came.received_ns, server_time_ms)
-        return self._answered(came)
+        came, answer = await self._unsigned(_TIME_PATH, may_go, patience_s)
+        if isinstance(came, Raw) and (server_time_ms := _server_time_ms(answer)) is not None:
+            self._clock.observe(came.sent_ns, came.received_ns, server_time_ms)
+        return answer
 
     async def sync_time(self, samples: int = 3, may_go: Callable[[], bool] = _always) -> bool:
         """Ask for the exchange's time ``samples`` times, one after the other; whether the clock learned anything.
@@ -177,7 +157,7 @@ class Exchange:
         """
         learned = False
         for _ in range(samples):
-            if not _tells_time(await self.ask_time(may_go)):
+            if _server_time_ms(await self.ask_time(may_go)) is None:
                 break
             learned = True
         return learned
@@ -194,30 +174,23 @@ class Exchange:
             answer = await self.ask_time(patience_s=max(self._patience.of(Call.QUERY), FIRST_S))
             if isinstance(answer, Failure) and answer.seen:
                 answer = await self.ask_time()
-            return _tells_time(answer)
+            return _server_time_ms(answer) is not None
 
         return sum(await asyncio.gather(*[warmed() for _ in range(connections)]))
 
     async def weight_limit(self) -> int | None:
         """The weight that an address may use in a minute, from ``GET /fapi/v1/exchangeInfo``; None if unknown."""
-        came = await self._unsigned(_INFO_PATH)
-        self._answered(came)
-        return _minute_limit(came.body) if isinstance(came, Raw) and came.status == 200 else None
+        _, answer = await self._unsigned(_INFO_PATH)
+        return _minute_limit(answer.body) if isinstance(answer, Reply) and answer.http == 200 else None
 
     def last_used_weight(self) -> int:
         """The weight used in the present minute of the exchange's clock, as far as an answer told."""
-        used = self.used_weight
-        return used.weight if used is not None and used.minute == self._clock.now_ms() // 60_000 else 0
+        return self._used_weight if self._used_in == self._clock.now_ms() // 60_000 else 0
 
     def take_refusal(self) -> Reply | None:
         """The latest 403, 418, 429, 451 or challenge that an unsigned call got, once: it closes the gate too."""
         refusal, self._refusal = self._refusal, None
         return refusal
-
-    @property
-    def requests_sent(self) -> int:
-        """How many requests of any kind have left or may have left, in part at least, since the start."""
-        return self._transport.requests_sent
 
     def close(self) -> None:
         """Close all idle connections; those in use are closed when their call ends, and later calls fail unsent."""
@@ -227,43 +200,43 @@ class Exchange:
 
     async def _unsigned(
         self, path: str, may_go: Callable[[], bool] = _always, patience_s: float | None = None
-    ) -> Raw | Failed | None:
+    ) -> tuple[Raw | Failed | None, Answer | None]:
         came = await self._transport.send(
             lambda: Request("GET", path, patience_s=patience_s) if may_go() else None, self._patience_s
         )
-        if isinstance(came, Raw) and (came.status in _GATE_STATUSES or is_challenge(came)):
-            self._refusal = self._reply(came)
-        return came
+        answer = self._answered(came)
+        if isinstance(answer, Reply) and (answer.http in _GATE_STATUSES or answer.challenge):
+            self._refusal = answer
+        return came, answer
 
-    def _answered(self, came: Raw | Failed | None, api_key: str = "") -> Answer | None:
+    def _answered(self, came: Raw | Failed | None, call: Call | None = None, api_key: str = "") -> Answer | None:
+        """What came, and what there is to learn of it; ``call``: the signed one that it answers, with ``api_key``."""
         if isinstance(came, Failed):
             return Failure(came.seen, came.reason)
         if came is None:
             return None
+        if call is not None:
+            self._patience.answered(call, came.sent_ns, came.received_ns)
         self._note_weight(came)
-        return self._reply(came, api_key)
-
-    def _reply(self, raw: Raw, api_key: str = "") -> Reply:
         return Reply(
-            http=raw.status,
-            body=raw.body,
-            retry_after_ms=self._retry_after_ms(raw.headers.get("retry-after")),
-            challenge=is_challenge(raw),
-            truncated=not raw.whole,
+            http=came.status,
+            body=came.body,
+            retry_after_ms=self._retry_after_ms(came.headers.get("retry-after")),
+            challenge=is_challenge(came),
+            truncated=not came.whole,
             api_key=api_key,
         )
 
     def _note_weight(self, raw: Raw) -> None:
-        header = raw.headers.get("x-mbx-used-weight-1m")
-        if header is None or not header.isascii() or not header.isdigit() or len(header) > 9:
+        header = raw.headers.get("x-mbx-used-weight-1m", "")
+        if not _WEIGHT.fullmatch(header):
             return
         # By the minute of sending: a late answer to a request of the last minute must not fill the new one.
         now_ms = self._clock.now_ms()
         minute = (now_ms - (local_ns() - raw.sent_ns) // 1_000_000) // 60_000
-        last = self.used_weight
         # A minute that is still to come was noted by a clock that has been put right since.
-        if last is None or not minute < last.minute <= now_ms // 60_000:
-            self.used_weight = UsedWeight(int(header), minute, time.monotonic())
+        if not minute < self._used_in <= now_ms // 60_000:
+            self._used_weight, self._used_in = int(header), minute
 
     def _retry_after_ms(self, header: str | None) -> int | None:
         """Retry-After in either form, ms from now; None if absent or neither."""
@@ -286,10 +259,6 @@ def is_challenge(raw: Raw) -> bool:
     return raw.headers.get("x-amzn-waf-action", "").lower() == "challenge"
 
 
-def _tells_time(answer: Answer | None) -> bool:
-    return isinstance(answer, Reply) and answer.http == 200 and _server_time_ms(answer.body) is not None
-
-
 def _id_of(ref: Ref) -> list[tuple[str, str | int]]:
     if isinstance(ref, SymbolRef):
         return [("symbol", ref.symbol)]
@@ -302,9 +271,12 @@ def _id_of(ref: Ref) -> list[tuple[str, str | int]]:
     raise ValueError("an order is named by its algo id or its client algo id")
 
 
-def _server_time_ms(body: bytes) -> int | None:
+def _server_time_ms(answer: Answer | None) -> int | None:
+    """The time that the exchange tells, ms since the epoch; None if it does not."""
+    if not isinstance(answer, Reply) or answer.http != 200:
+        return None
     try:
-        value = json.loads(body)["serverTime"]
+        value = json.loads(answer.body)["serverTime"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     # Milliseconds of this century, not seconds or microseconds.

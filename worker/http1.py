@@ -1,6 +1,6 @@
 """One answer of an HTTP/1.x server, read from the bytes of a connection: no socket, no clock.
 
-It reads what RFC 9112 allows in answer to a request that is neither HEAD nor CONNECT. Where the RFC leaves a choice
+It reads what RFC 9112 allows in answer to any request but HEAD. Where the RFC leaves a choice
 and leniency could make one answer's bytes pass for another's, it refuses: for a cancel, an answer that is not
 understood is only a doubt, while a wrong one is a wrong record.
 """
@@ -38,29 +38,17 @@ class ResponseReader:
     repeated one joined by ", ".
     ``body`` is what there is of it, at most ``body_limit`` bytes, and ``whole`` says whether that is all. ``reusable``
     says whether the connection may serve another request: the answer has ended where it said, nothing came after it.
+
+    ``head_only``: it is over with its head, as the answer to CONNECT is; ``surplus`` says whether more came with it.
     """
 
-    __slots__ = (
-        "_body_limit",
-        "_buffer",
-        "_chunked",
-        "_keep_alive",
-        "_last_chunk",
-        "_left",
-        "body",
-        "ended",
-        "headers",
-        "reusable",
-        "status",
-        "whole",
-    )
-
-    def __init__(self, body_limit: int) -> None:
+    def __init__(self, body_limit: int, *, head_only: bool = False) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.body = b""
-        self.whole = self.ended = self.reusable = False
-        self._body_limit = body_limit
+        self.whole = self.ended = self.reusable = self.surplus = False
+        self.body_limit = body_limit
+        self._head_only = head_only
         self._buffer = b""
         self._keep_alive = False
         self._chunked = self._last_chunk = False
@@ -127,7 +115,7 @@ class ResponseReader:
         connection = self.headers.get("connection", "").lower()
         # After an interim status the true answer is still to come, and must not be taken for the next request's.
         self._keep_alive = status >= 200 and "close" not in connection and (not old or "keep-alive" in connection)
-        if status < 200 or status in (204, 304):
+        if status < 200 or status in (204, 304) or self._head_only:
             self._left = 0
         elif coding is not None:
             if coding.lower() != "chunked" or length is not None or old:
@@ -144,7 +132,7 @@ class ResponseReader:
     # -- the body
 
     def _take_plain(self) -> None:
-        length, limit = self._left, self._body_limit
+        length, limit = self._left, self.body_limit
         self.body = self._buffer[: limit if length is None else min(length, limit)]
         if len(self.body) == length:
             self._finish(surplus=len(self._buffer) > length)
@@ -153,7 +141,7 @@ class ResponseReader:
 
     def _take_chunks(self) -> None:
         buffer, at, left = self._buffer, 0, self._left or 0
-        parts, room = [self.body], self._body_limit - len(self.body)
+        parts, room = [self.body], self.body_limit - len(self.body)
         while not self._last_chunk and room >= 0:
             piece = buffer[at : at + left]
             parts.append(piece)
@@ -164,7 +152,7 @@ class ResponseReader:
             left = int(size_line[1], 16)
             self._last_chunk = left == 0
             at = size_line.end() - (2 if self._last_chunk else 0)  # the trailers' end is looked for like a head's
-        self.body = b"".join(parts)[: self._body_limit]
+        self.body = b"".join(parts)[: self.body_limit]
         self._buffer, self._left = buffer[at:], left
         self.ended = room < 0 or (left == 0 and self._take_framing())
 
@@ -179,4 +167,5 @@ class ResponseReader:
 
     def _finish(self, *, surplus: bool) -> None:
         self.whole = self.ended = True
+        self.surplus = surplus
         self.reusable = self._keep_alive and not surplus

@@ -64,26 +64,20 @@ class KeyBreaker:
             self._reasons.setdefault(print_, reason)
         return until_ms
 
-    def concerns(self, credential: Credential, verdict: Verdict) -> bool:
-        """Whether an answer to a signed call is to be told; most say nothing new."""
-        if verdict.means is Means.KEY_REFUSED:
-            return True
-        return verdict.means not in _SILENT and (
-            credential.fingerprint in self._reasons or any(_is_about(each, credential) for each in self._suspects)
-        )
-
     async def tell(self, credential: Credential, verdict: Verdict) -> None:
-        """Take note of an answer to a signed call."""
-        account = credential.account
+        """Take note of an answer to a signed call; most say nothing new."""
+        account, print_ = credential.account, credential.fingerprint
         if verdict.means is Means.KEY_REFUSED:
             reason = " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))
-            self._reasons[credential.fingerprint] = reason
+            self._reasons[print_] = reason
             probe_at_ms, _ = await self._ask(credential, "failed", reason)
             if probe_at_ms > 0:
                 log.error("key", account=account, state="held_back", probe_at_ms=probe_at_ms, reason=reason)
-        elif self.concerns(credential, verdict):
-            self._reasons.pop(credential.fingerprint, None)
-            self._suspects = frozenset(each for each in self._suspects if not _is_about(each, credential))
+            return
+        others = frozenset(each for each in self._suspects if each.account != account and each.fingerprint != print_)
+        if verdict.means not in _SILENT and (print_ in self._reasons or others != self._suspects):
+            self._reasons.pop(print_, None)
+            self._suspects = others
             await self._ask(credential, "answered", "")
             log.info("key", account=account, state="accepted")
 
@@ -93,7 +87,3 @@ class KeyBreaker:
         except redis.RedisError as error:
             log.warning("key", account=credential.account, state="not_shared", error=type(error).__name__)
             return 0, ""
-
-
-def _is_about(suspect: Suspect, credential: Credential) -> bool:
-    return suspect.account == credential.account or suspect.fingerprint == credential.fingerprint

@@ -52,8 +52,7 @@ class Gate:
         self._publish = publish
         self._unshared: tuple[int, str, bool] | None = None
         self._reason = "as another worker told before Redis forgot"
-        self._shared_at_ns = -math.inf  # when Redis last heard of a closing of ours
-        self._raised_at_ns = -math.inf  # when we last heard of one
+        self._news_at_ns = -math.inf  # when Redis last heard of a closing of ours, or we of another's
         self._left = (0, 0)  # until when it was told, and the weight that was left then
         self.until_ms = 0
         self.weight_limit = DEFAULT_WEIGHT_LIMIT
@@ -73,7 +72,7 @@ class Gate:
     def observe(self, until_ms: int) -> None:
         """Note what Redis says; an end that is later here has not reached Redis yet, and holds."""
         if until_ms > self.until_ms:
-            self.until_ms, self._raised_at_ns = until_ms, local_ns()
+            self.until_ms, self._news_at_ns = until_ms, local_ns()
 
     def told(self, until_ms: int | None, now_ms: int, asked_at_ns: int) -> None:
         """Note what Redis' own record said when asked at ``asked_at_ns``; None: it has no record.
@@ -81,7 +80,7 @@ class Gate:
         A person may open it there (`HSET gate:all until_ms 0`). A record that is gone, or holds an earlier end, says
         nothing: a Redis that lost its data, or its last second, must not end a ban, and is told of it again.
         """
-        is_fresh = self._unshared is None and asked_at_ns > max(self._shared_at_ns, self._raised_at_ns)
+        is_fresh = self._unshared is None and asked_at_ns > self._news_at_ns
         if until_ms != 0 or not self.closed(now_ms):
             self.observe(until_ms or 0)
             if is_fresh and self.closed(now_ms) and (until_ms or 0) + _SAME_PAUSE_MS < self.until_ms:
@@ -133,7 +132,7 @@ class Gate:
         except redis.RedisError as error:
             log.error("gate", state="not_shared", reason=reason, error=type(error).__name__)
             return
-        self._shared_at_ns = local_ns()
+        self._news_at_ns = local_ns()
         if self._unshared == unshared:
             self._unshared = None
 

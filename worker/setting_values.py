@@ -14,6 +14,7 @@ import re
 import ssl
 from dataclasses import dataclass
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 
 from producer.message import check_queue_name
 from producer.redis_url import OPTIONS, Address, BadRedisUrl
@@ -128,6 +129,16 @@ def _port_in_range(port: str | None) -> bool:
     return port is None or (len(port) <= 5 and 1 <= int(port) <= 65535)
 
 
+def _leads_somewhere(url: str) -> bool:
+    """Whether it can be taken apart (in brackets stands an IPv6 address alone; those of a password are to be
+    percent-encoded), and its host is a name that resolvers take."""
+    try:
+        str(urlsplit(url).hostname).encode("idna")
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class BaseUrl:
     """BINANCE_BASE_URL."""
@@ -151,7 +162,7 @@ class BaseUrl:
 def base_url(text: str) -> BaseUrl:
     """The exchange's address."""
     shape = _BASE_URL_SHAPE.fullmatch(text)
-    if not shape or not _port_in_range(shape["port"]):
+    if not shape or not _port_in_range(shape["port"]) or not _leads_somewhere(text):
         raise RefusedError
     host = shape["host"].lower()
     port = f":{shape['port']}" if shape["port"] else ""
@@ -173,7 +184,7 @@ def proxy_url(text: str) -> str | None:
     if not text:
         return None
     shape = _PROXY_URL_SHAPE.fullmatch(text)
-    if not shape or not _port_in_range(shape["port"]):
+    if not shape or not _port_in_range(shape["port"]) or not _leads_somewhere(text):
         raise RefusedError
     return text
 

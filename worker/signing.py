@@ -9,21 +9,18 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Literal, NoReturn
 from urllib.parse import quote
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 __all__ = [
     "Credential",
     "CredentialError",
     "KeyKind",
-    "SigningUnavailableError",
     "check_api_key",
     "encode_params",
     "signed_query",
@@ -54,24 +51,16 @@ class CredentialError(ValueError):
     """A key cannot be used for signing. The text says what to do and never holds any part of the key."""
 
 
-class SigningUnavailableError(CredentialError):
-    """A private key was given, but the package that signs with private keys is not installed."""
-
-
-class _SignerSlot:
-    """Keeps the signer out of the dataclass' fields, hence out of ``fields``, ``asdict``, ``repr`` and ``replace``."""
-
-    __slots__ = ("_signer",)
-    _signer: Signer
-
-
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
-class Credential(_SignerSlot):
+class Credential:
     """One account's key at the exchange, ready to sign.
 
     ``account`` is the name that requests use, ``api_key`` goes into the header ``X-MBX-APIKEY`` and ``kind`` is
-    ``hmac``, ``rsa`` or ``ed25519``. The secret can be used through :meth:`sign` only; it is in no field and in no
-    repr, and a credential refuses to be pickled. Two credentials are equal only if they are the same object.
+    ``hmac``, ``rsa`` or ``ed25519``. ``sign`` gives the signature of some bytes exactly as it goes on the wire after
+    ``signature=``: HMAC 64 lower-case hex digits, RSA and Ed25519 base64, percent-encoded (exchange.md section 2).
+
+    The secret can be used through ``sign`` only; it is in no field and in no repr, and a credential refuses to be
+    pickled. Two credentials are equal only if they are the same object.
 
     Built by :meth:`from_secret` or :meth:`from_private_key`. Safe to share between threads.
     """
@@ -79,10 +68,7 @@ class Credential(_SignerSlot):
     account: str
     api_key: str
     kind: KeyKind
-    signer: InitVar[Signer]
-
-    def __post_init__(self, signer: Signer) -> None:
-        object.__setattr__(self, "_signer", signer)
+    sign: Signer
 
     @property
     def fingerprint(self) -> str:
@@ -110,24 +96,12 @@ class Credential(_SignerSlot):
         Which of the two it is, is read from the key.
 
         Raises:
-            SigningUnavailableError: the extra ``signing`` is not installed.
-            CredentialError: not an unencrypted PEM private key, of another kind, or RSA below ``MIN_RSA_BITS``.
+            CredentialError: not an unencrypted PEM private key, of another kind, or RSA below ``MIN_RSA_BITS``; or the
+                extra ``signing`` is not installed.
         """
         check_api_key(api_key)
         kind, signer = _private_key_signer(_load_private_key(pem_text))
         return cls(account, api_key, kind, signer)
-
-    def sign(self, payload: bytes) -> str:
-        """The signature of ``payload``, exactly as it goes on the wire after ``signature=``.
-
-        HMAC gives 64 lower-case hex digits; RSA and Ed25519 give base64, percent-encoded (exchange.md section 2).
-
-        Raises:
-            TypeError: ``payload`` is not ``bytes``.
-        """
-        if not isinstance(payload, bytes):
-            raise TypeError(f"a payload is bytes, not {type(payload).__name__}")
-        return self._signer(payload)
 
     def __repr__(self) -> str:
         tail = self.api_key[-4:] if len(self.api_key) >= _ABBREVIATED_FROM else ""
@@ -219,7 +193,7 @@ def _load_private_key(pem_text: str) -> PrivateKeyTypes:
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     except ImportError as error:
-        raise SigningUnavailableError(
+        raise CredentialError(
             "RSA and Ed25519 keys need the package cryptography: `pip install -e '.[signing]'` in the checkout"
         ) from error
     try:
@@ -257,10 +231,12 @@ def _pem_problem(pem_text: str) -> str | None:
 
 def _private_key_signer(key: PrivateKeyTypes) -> tuple[KeyKind, Signer]:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+    from cryptography.hazmat.primitives.hashes import SHA256
 
     if isinstance(key, Ed25519PrivateKey):
-        return "ed25519", _ed25519_signer(key)
+        return "ed25519", lambda payload: _base64_on_the_wire(key.sign(payload))
     if not isinstance(key, RSAPrivateKey):
         name = type(key).__name__.removesuffix("PrivateKey")
         raise CredentialError(f"the private key is of kind {name}, and only RSA and Ed25519 can be used; {_MAKE_A_KEY}")
@@ -268,26 +244,8 @@ def _private_key_signer(key: PrivateKeyTypes) -> tuple[KeyKind, Signer]:
         raise CredentialError(
             f"the RSA key has {key.key_size} bits and needs at least {MIN_RSA_BITS} (2048 are advised); {_MAKE_A_KEY}"
         )
-    return "rsa", _rsa_signer(key)
-
-
-def _ed25519_signer(key: Ed25519PrivateKey) -> Signer:
-    def sign(payload: bytes) -> str:
-        return _base64_on_the_wire(key.sign(payload))
-
-    return sign
-
-
-def _rsa_signer(key: RSAPrivateKey) -> Signer:
-    from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
-    from cryptography.hazmat.primitives.hashes import SHA256
-
     padding, digest = PKCS1v15(), SHA256()
-
-    def sign(payload: bytes) -> str:
-        return _base64_on_the_wire(key.sign(payload, padding, digest))
-
-    return sign
+    return "rsa", lambda payload: _base64_on_the_wire(key.sign(payload, padding, digest))
 
 
 def _base64_on_the_wire(signature: bytes) -> str:

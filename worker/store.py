@@ -335,8 +335,8 @@ class Store:
     def _lease_from(self, now_ms: int, stamps: Stamps) -> int:
         """The end of a lease given when Redis' clock said ``now_ms``: counted from the earliest moment that can be."""
         self.clock.observe(stamps.asked_ns, stamps.answered_ns, now_ms)
-        proven_ns = self.clock.local_at_earliest(now_ms)
-        return max(stamps.asked_ns, proven_ns or stamps.asked_ns) + self._lease_ns
+        earliest_ns, _ = self.clock.moments(now_ms) or (stamps.asked_ns, None)
+        return max(stamps.asked_ns, earliest_ns) + self._lease_ns
 
     # -- what follows a claim --
 

@@ -8,7 +8,6 @@ transport shows, no repr, no exception and no log, has any part of it.
 from __future__ import annotations
 
 import base64
-import re
 import ssl
 import zlib
 from collections.abc import Callable, Mapping
@@ -42,10 +41,6 @@ IDLE_BOUND_S = 17.0
 #: What every request says of its sender.
 FIELDS = {"User-Agent": "algo-cancel-queue", "Accept": "application/json", "Accept-Encoding": "identity"}
 
-_PROXY_RULE = "the egress proxy must be http(s)://[user:password@]host[:port]"
-_BASE_RULE = "the exchange's base URL must be http(s)://host[:port][/path]"
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-_VISIBLE_ASCII = re.compile(r"[!-~]*")
 #: zlib's sign for "a zlib or a gzip header, whichever is there", and for no header at all.
 _ANY_HEADER, _NO_HEADER = 32 + zlib.MAX_WBITS, -zlib.MAX_WBITS
 _CODINGS = {"gzip": (_ANY_HEADER,), "x-gzip": (_ANY_HEADER,), "deflate": (_ANY_HEADER, _NO_HEADER)}
@@ -106,11 +101,6 @@ class Failed:
 class Transport(Protocol):
     """A way to send requests to one exchange."""
 
-    @property
-    def requests_sent(self) -> int:
-        """Requests that have left or may have left, in part at least."""
-        ...
-
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """Send one request and read its answer, within ``patience_s`` in all and half of it until it is written.
 
@@ -166,39 +156,38 @@ class Place:
     port: int
     secure: bool
 
+    @classmethod
+    def of(cls, url: SplitResult) -> Place:
+        """Where a URL leads."""
+        secure = url.scheme == "https"
+        return cls(str(url.hostname), url.port or (443 if secure else 80), secure)
+
     @property
     def authority(self) -> str:
         """``host:port``, as CONNECT wants it."""
-        return f"{_bracketed(self.host)}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class Route:
     """Where requests go, and by which way.
 
-    ``base_url`` holds scheme, host and, where needed, port and a path. ``egress_proxy_url`` may hold a login. A proxy
-    is asked for a tunnel and sees neither key nor signature. ``ca_file`` replaces the authorities that certificates are
-    checked against; that they are checked cannot be changed.
-
-    Raises:
-        ValueError: ``base_url`` or ``egress_proxy_url`` is not of the form it must have, ``base_url`` is plain http
-            beside a proxy, or ``ca_file`` holds no certificate.
-        OSError: ``ca_file`` cannot be read.
+    All three are as :mod:`worker.settings` lets them pass: ``base_url`` holds scheme, host and, where needed, port, and
+    is https beside a proxy. ``egress_proxy_url`` may hold a login. A proxy is asked for a tunnel and sees neither key
+    nor signature. ``ca_file`` replaces the authorities that certificates are checked against; that they are checked
+    cannot be changed.
     """
 
     def __init__(self, base_url: str, *, egress_proxy_url: str | None = None, ca_file: str | None = None) -> None:
-        base = _split_base(base_url)
-        proxy = _split(egress_proxy_url, _PROXY_RULE) if egress_proxy_url else None
-        self.exchange = _place(base)
-        self.proxy = _place(proxy) if proxy else None
+        base = urlsplit(base_url)
+        proxy = urlsplit(egress_proxy_url) if egress_proxy_url else None
+        self.base_url = base_url
+        self.exchange = Place.of(base)
+        self.proxy = Place.of(proxy) if proxy else None
         #: The login for the proxy, kept apart from its URL so that nothing which may be shown has the password.
-        self.proxy_fields = _proxy_fields(proxy)
-        if proxy is not None and not self.exchange.secure:
-            raise ValueError("through a proxy base_url must be https: it would see key and signature")
+        self.proxy_fields = _proxy_fields(proxy) if proxy else {}
         self.ca_file = ca_file or certifi.where()
         self.tls = _tls_context(self.ca_file) if "https" in (base.scheme, proxy and proxy.scheme) else None
-        self.base_url = base.geturl()
-        self._prefix = base.path
-        fields = {"Host": _host_field(base), **FIELDS}
+        fields = {"Host": base.netloc, **FIELDS}
         self._head = "".join([" HTTP/1.1\r\n", *[f"{name}: {value}\r\n" for name, value in fields.items()]])
 
     def encode(self, request: Request) -> bytes:
@@ -208,7 +197,7 @@ class Route:
             UnicodeEncodeError: it holds characters beyond ASCII.
         """
         own = "".join([f"{name}: {value}\r\n" for name, value in request.fields])
-        return f"{request.method} {self._prefix}{request.target}{self._head}{own}\r\n".encode("ascii")
+        return f"{request.method} {request.target}{self._head}{own}\r\n".encode("ascii")
 
     def encode_connect(self) -> bytes:
         """The bytes that ask the proxy for a tunnel."""
@@ -222,47 +211,12 @@ def _tls_context(ca_file: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # demands a certificate, and that it names the host
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_verify_locations(ca_file)
-    except ssl.SSLError:
-        raise ValueError("the file of certificate authorities holds no certificate") from None
+    context.load_verify_locations(ca_file)
     return context
 
 
-def _split(url: str, rule: str) -> SplitResult:
-    """Take ``url`` apart; ``rule`` is what it must be, said without the URL, which may hold a password."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme in _DEFAULT_PORTS and parts.hostname and parts.port != 0:
-            parts.hostname.encode("idna")  # a name that no resolver takes
-            return parts
-    except ValueError:
-        pass  # its text may quote a part of the URL
-    raise ValueError(rule)
-
-
-def _split_base(base_url: str) -> SplitResult:
-    base = _split(base_url.rstrip("/"), _BASE_RULE)
-    if base.query or base.fragment or "@" in base.netloc or not _VISIBLE_ASCII.fullmatch(base_url):
-        raise ValueError(_BASE_RULE)
-    return base
-
-
-def _place(url: SplitResult) -> Place:
-    return Place(str(url.hostname), url.port or _DEFAULT_PORTS[url.scheme], url.scheme == "https")
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _host_field(url: SplitResult) -> str:
-    host = _bracketed(str(url.hostname))
-    return host if url.port in (None, _DEFAULT_PORTS[url.scheme]) else f"{host}:{url.port}"
-
-
-def _proxy_fields(proxy: SplitResult | None) -> dict[str, str]:
-    if proxy is None or proxy.username is None:
+def _proxy_fields(proxy: SplitResult) -> dict[str, str]:
+    if proxy.username is None:
         return {}
     login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
     return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}

@@ -40,14 +40,8 @@ _LAYERS = 10
 _READ_SIZE = 16 * 1024
 
 
-class _NoSignedUrl(logging.Filter):
-    """Drops what shows a signed URL."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "signature=" not in record.getMessage()
-
-
-_no_signed_url = _NoSignedUrl()
+def _shows_no_signed_url(record: logging.LogRecord) -> bool:
+    return "signature=" not in record.getMessage()
 
 
 class _Adapter(HTTPAdapter):
@@ -88,11 +82,10 @@ class RequestsTransport:
 
     def __init__(self, route: Route, *, idle_bound_s: float = IDLE_BOUND_S) -> None:
         for name in _TALKATIVE:
-            logging.getLogger(f"urllib3.{name}").addFilter(_no_signed_url)
-        self.requests_sent = 0
+            logging.getLogger(f"urllib3.{name}").addFilter(_shows_no_signed_url)
         self._base_url = route.base_url
         # urllib3's TLS within TLS reads ahead, where nobody sees what came behind an answer.
-        self._keeps = not (route.proxy is not None and route.proxy.secure)
+        self._keeps = route.proxy is None or not route.proxy.secure
         self._idle_bound_ns = round(idle_bound_s * 1e9)
         self._used_ns = local_ns()
         self._is_closed = False
@@ -106,21 +99,17 @@ class RequestsTransport:
             return Failed(False, "could not connect: ConnectionAbortedError")
         outer = sys.exception()
         try:
-            request = make()
-            prepared = None if request is None else self._prepared(request)
+            if (request := make()) is None:
+                return None
+            prepared = self._prepared(request)
         except (ValueError, TypeError, OSError) as error:  # its text may hold what it was to sign
             return Failed(False, named("not sent", error))
-        if request is None or prepared is None:
-            return None
         if local_ns() - self._used_ns > self._idle_bound_ns:
             self._adapter.close()
-        self.requests_sent += 1
         try:
             return self._exchanged(prepared, patience_s, request.body_limit)
         except (requests.RequestException, HTTPError, OSError) as error:
-            failed = _failed(error, outer)
-            self.requests_sent -= not failed.seen
-            return failed
+            return _failed(error, outer)
         except BaseException as error:
             # What the libraries were handling when it came may say the signed URL.
             error.__context__ = None

@@ -33,24 +33,22 @@ def open_redis(settings: Settings) -> redis.Redis:
 
 def open_exchange(settings: Settings, *, one_at_a_time: bool = False) -> tuple[Exchange, ServerClock]:
     """The client of the exchange and its clock, which is not measured yet; ``one_at_a_time``: for who has no loop."""
-    clock = ServerClock()
-    transport = _transport(route_of(settings), settings, one_at_a_time)
+    route, clock = route_of(settings), ServerClock()
+    transport: Transport
+    if one_at_a_time:
+        from worker.transport_requests import RequestsTransport
+
+        transport = RequestsTransport(route)
+    else:
+        from worker.transport_asyncio import AsyncioTransport
+
+        transport = AsyncioTransport(route, pool_size=settings.concurrency + 2)
     return Exchange(transport, recv_window_ms=settings.recv_window_ms, clock=clock), clock
 
 
 def route_of(settings: Settings) -> Route:
     """The way to the exchange."""
     return Route(settings.base_url, egress_proxy_url=settings.egress_proxy_url, ca_file=settings.exchange_tls_ca)
-
-
-def _transport(route: Route, settings: Settings, one_at_a_time: bool) -> Transport:
-    if one_at_a_time:
-        from worker.transport_requests import RequestsTransport
-
-        return RequestsTransport(route)
-    from worker.transport_asyncio import AsyncioTransport
-
-    return AsyncioTransport(route, pool_size=settings.concurrency + 2)
 
 
 def open_store(settings: Settings, holder: str, queue: str, *, gate_scope: str | None = None) -> Store:

@@ -84,11 +84,6 @@ class Witness:
         self._transport = transport
         self._transcript = transcript
 
-    @property
-    def requests_sent(self) -> int:
-        """See :attr:`worker.transport.Transport.requests_sent`."""
-        return self._transport.requests_sent
-
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """See :meth:`worker.transport.Transport.send`."""
         call: dict[str, Any] = {}
@@ -98,22 +93,19 @@ class Witness:
             nonlocal call
             if (request := make()) is None:
                 return None
-            call = self._transcript.asked(request)
-            return request if request.late is None else replace(request, late=self._late(request.late, call, began_ns))
+            call, late = self._transcript.asked(request), request.late
+
+            def shown_late(came: Raw | Failed) -> None:
+                self._transcript.answered(call, came, _ms_since(began_ns), is_late=True)
+                if late is not None:
+                    late(came)
+
+            return request if late is None else replace(request, late=shown_late)
 
         came = await self._transport.send(shown, patience_s)
         if came is not None and call:
             self._transcript.answered(call, came, _ms_since(began_ns))
         return came
-
-    def _late(
-        self, late: Callable[[Raw | Failed], None], call: dict[str, Any], began_ns: int
-    ) -> Callable[[Raw | Failed], None]:
-        def shown(came: Raw | Failed) -> None:
-            self._transcript.answered(call, came, _ms_since(began_ns), is_late=True)
-            late(came)
-
-        return shown
 
     def close(self) -> None:
         """See :meth:`worker.transport.Transport.close`."""

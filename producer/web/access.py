@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from flask import Request, Response
 from itsdangerous import BadData, URLSafeTimedSerializer
 
+from producer.console import BadSetting
 from producer.untrusted import clean_text
 
 #: Least length of WEB_TOKEN, characters.
@@ -48,24 +49,20 @@ _FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwa
 _OWN_PATH = re.compile(r"/(?![/\\])[A-Za-z0-9._~%/?=&:@+-]*")
 
 
-class UnsafeStart(ValueError):
-    """The pages would be open to people who should not see them, or the token is too weak. The text says what to do."""
-
-
 def check_start(host: str, token: str | None, public_read: bool) -> None:
     """Refuse settings by which strangers could read the queue.
 
     Raises:
-        UnsafeStart: they could, or the settings contradict each other.
+        BadSetting: they could, the token is too weak, or the settings contradict each other.
     """
     if token is not None and len(token) < MIN_TOKEN_CHARS:
-        raise UnsafeStart(f"WEB_TOKEN must have {MIN_TOKEN_CHARS} characters or more; try: openssl rand -hex 16")
+        raise BadSetting(f"WEB_TOKEN must have {MIN_TOKEN_CHARS} characters or more; try: openssl rand -hex 16")
     if token is not None and len(set(token)) < MIN_TOKEN_KINDS:
-        raise UnsafeStart(f"WEB_TOKEN must have {MIN_TOKEN_KINDS} different characters; try: openssl rand -hex 16")
+        raise BadSetting(f"WEB_TOKEN must have {MIN_TOKEN_KINDS} different characters; try: openssl rand -hex 16")
     if token is not None and public_read:
-        raise UnsafeStart("--public-read means without a login, and WEB_TOKEN asks for one: leave one of them out")
+        raise BadSetting("--public-read means without a login, and WEB_TOKEN asks for one: leave one of them out")
     if token is None and not public_read and not is_loopback(host):
-        raise UnsafeStart(
+        raise BadSetting(
             f"whoever reaches {host} could read every order here. Set WEB_TOKEN ({MIN_TOKEN_CHARS} characters or more) "
             "so that a login is asked for, or bind to --host 127.0.0.1, or give --public-read if that is what you want"
         )

@@ -75,8 +75,6 @@ _NOT_LOCAL = (
 _IN_CLEAR = "Open this page with https: the token and the cookie of a login would go over the net in clear."
 _BUSY = "Others are reading the queue, and it was not this page's turn in time. Nothing was done; try again."
 _CROWD = "Too many others wait for their turn to read the queue. Nothing was done; try again in a few seconds."
-#: What a foreign record can make of figures that are read as numbers and dates.
-_UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 #: The addresses of the lists of open requests.
 _BANDS = {"queued": Band.WAITING, "scheduled": Band.RETRY, "in-flight": Band.HELD}
@@ -302,10 +300,7 @@ class _Pages:
         with self._turns.taken(heavy):
             told = self._client.converse(conversation)
             if "standing" not in g:
-                try:
-                    g.standing = self._client.converse(queries.standing(self._keys))
-                except _UNREADABLE:
-                    g.standing = None
+                g.standing = self._client.converse(queries.standing(self._keys))
             return told
 
     def standing(self) -> Standing | None:
@@ -322,22 +317,13 @@ class _Pages:
         """How the queue stands, as `python -m producer status` says it, and the newest outcomes."""
         if (frame := _frame("Status", REFRESH_S)) is not None:
             return frame
-        try:
-            with self._turns.taken(heavy=False):
-                seen, fault = self._client.status(), None
-        except (QueueUnavailable, HTTPException):
-            raise
-        except _UNREADABLE as error:
-            seen, fault = None, f"Something in Redis keeps these figures from being read ({type(error).__name__})."
-        if seen is not None:
-            unserved = seen.workers_known and not seen.live_workers
-            g.standing = Standing(seen.suspended, unserved, seen.unattended)
+        with self._turns.taken(heavy=False):
+            seen = self._client.status()
+        g.standing = Standing(seen.suspended, seen.workers_known and not seen.live_workers, seen.unattended)
         rows = self._ask(queries.newest(self._keys, _NEWEST))
-        now_ms = seen.at_ms if seen is not None else self._ask(queries.clock())
         hour = self._ask(read_timeline(self._keys, *_HOUR)).intervals
-        about: dict[str, Any] = {"now_ms": now_ms, "ledger": self._keys.outcomes}
-        about |= {"hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
-        return render_template("status.html", s=seen, fault=fault, rows=rows, **about)
+        about = {"ledger": self._keys.outcomes, "hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
+        return render_template("status.html", s=seen, rows=rows, **about)
 
     def history(self) -> Answer:
         """What became of requests in the last hour and day."""

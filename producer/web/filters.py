@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from producer.message import OutcomeKind
-from producer.untrusted import InvalidRequest, dumps
+from producer.untrusted import InvalidRequest
 from producer.web.seen import Seen
 
 #: Stands for the kind of a request whose outcome nobody can read.
@@ -16,7 +15,6 @@ UNREADABLE = "unreadable"
 #: What a filter can name, and the longest value of each, characters.
 _LENGTHS = {"kind": 20, "account": 32, "symbol": 32, "tag": 64, "from": 30, "until": 30}
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?)?Z?", re.ASCII)
-_ENDED = re.compile(rb'"finished_at_ms":(\d{1,15})[,}]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,49 +35,17 @@ class Wanted:
         """Whether nothing is filtered out."""
         return not self.typed
 
-    def glance(self, record: bytes | None) -> bool | None:
-        """Whether the raw record is of one that is meant, which spares reading most of them; None if it cannot tell.
-
-        Inside a JSON text quotes are escaped, so nothing in it can look like a field.
-        """
-        if record is None:
-            return None
-        sure = True
-        for name, value in self._words():
-            if value is not None and raw_field(name, value) not in record:
-                if f'"{name}":"'.encode() in record:
-                    return False
-                sure = False  # the job may say it
-        if self.since_ms is not None or self.until_ms is not None:
-            ended = _ENDED.search(record)
-            if ended is not None and not self._is_in_time(int(ended[1])):
-                return False
-            sure = sure and ended is not None
-        if self.kind == UNREADABLE:
-            return False if any(raw_field("kind", kind.value) in record for kind in OutcomeKind) else None
-        if self.kind is not None and raw_field("kind", self.kind) not in record:
-            return False
-        return sure or None
-
     def meets(self, seen: Seen) -> bool:
         """Whether this one is meant."""
         if self.kind is not None and self.kind != (seen.kind.value if seen.kind else UNREADABLE):
             return False
-        if any(value is not None and seen.of_order(name) != value for name, value in self._words()):
+        words = (("account", self.account), ("symbol", self.symbol), ("tag", self.tag))
+        if any(value is not None and seen.of_order(name) != value for name, value in words):
             return False
-        timed = self.since_ms is not None or self.until_ms is not None
-        return not timed or (seen.ended_at_ms is not None and self._is_in_time(seen.ended_at_ms))
-
-    def _words(self) -> Iterable[tuple[str, str | None]]:
-        return (("account", self.account), ("symbol", self.symbol), ("tag", self.tag))
-
-    def _is_in_time(self, at_ms: int) -> bool:
-        return (self.since_ms or 0) <= at_ms and (self.until_ms is None or at_ms <= self.until_ms)
-
-
-def raw_field(name: str, value: str) -> bytes:
-    """A field as records hold it."""
-    return f'"{name}":{dumps(value)}'.encode("utf-8", "replace")
+        if self.since_ms is None and self.until_ms is None:
+            return True
+        at_ms = seen.ended_at_ms
+        return at_ms is not None and (self.since_ms or 0) <= at_ms and (self.until_ms is None or at_ms <= self.until_ms)
 
 
 def wanted_of(given: Mapping[str, str], kinds: Iterable[str]) -> Wanted:

@@ -10,7 +10,7 @@ from typing import Any
 from producer.keys import Band, Keys
 from producer.message import DEFAULT_ACCOUNT, CancelRequest, decode_outcome
 from producer.protocol import Command, Conversation, good, pages, stream_entries, text
-from producer.status import is_served, readable
+from producer.status import is_served, ms_of, readable
 from producer.untrusted import InvalidRequest, MalformedMessage, dumps
 from producer.web.filters import Wanted
 from producer.web.seen import USABLE_ID, Seen, requests_of, with_outcome
@@ -26,7 +26,7 @@ DEPTH = 20_000
 _LATE_MS = 600_000
 #: Entries of the ledger read at a time.
 _ENTRIES = 1000
-#: Outcomes of one reading that are kept at most, newest first: far more than a page shows.
+#: Results that a search chooses from at most, newest first.
 _KEPT = 20 * RESULTS
 
 
@@ -78,17 +78,18 @@ def _record(fields: Mapping[Any, Any]) -> bytes:
 
 def _ledger(
     keys: Keys,
-    look: Callable[[bytes], object],
     meant: Callable[[Seen], bool],
     damaged: dict[str, None],
+    *,
+    words: str = "",
     bounds: tuple[str, str] = ("+", "-"),
-    most: int | None = None,
+    most: int = _KEPT,
     size: int = _ENTRIES,
 ) -> Conversation[tuple[list[Seen], int, str | None]]:
     """Outcomes that are ``meant``, newest first: up to ``most``, among the newest :data:`DEPTH` entries between bounds.
 
     With them comes how many entries were looked at, ``size`` at a time, and the last of those unless there is none
-    after it. ``look`` is given each raw record and says whether it may be meant; the others are neither read nor kept.
+    after it. Records that do not hold ``words`` are neither read nor kept.
     """
     found: list[Seen] = []
     read, last = 0, None
@@ -99,7 +100,7 @@ def _ledger(
         for entry_id, fields in entries:
             if read == DEPTH:
                 return found, read, last
-            if look(_record(fields)) and len(found) < _KEPT and meant(seen := _of_entry(entry_id, fields)):
+            if (not words or _may_hold(_record(fields), words)) and meant(seen := _of_entry(entry_id, fields)):
                 if len(found) == most:
                     return found, read, last
                 found.append(seen)
@@ -119,10 +120,8 @@ def outcomes(keys: Keys, wanted: Wanted, before: str | None = None) -> Conversat
         newest = str(wanted.until_ms + _LATE_MS)
     bounds = (newest, str(wanted.since_ms or 0))
     size = PAGE + 1 if wanted.all else _ENTRIES
-    rows, read, last = yield from _ledger(
-        keys, lambda record: wanted.glance(record) is not False, wanted.meets, damaged, bounds, PAGE, size
-    )
-    return Part(_now_ms(time), tuple(rows), tuple(damaged), read=read, last=last)
+    rows, read, last = yield from _ledger(keys, wanted.meets, damaged, bounds=bounds, most=PAGE, size=size)
+    return Part(ms_of(time), tuple(rows), tuple(damaged), read=read, last=last)
 
 
 # --- Open requests ------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ def open_requests(keys: Keys, band: Band, start: int = 0) -> Conversation[Part]:
         hinted = yield from requests_of(keys, others[first : first + count])
         rows += [seen for seen in hinted if seen.open or seen.faults]
         more = len(others) > first + count
-    return Part(_now_ms(time), tuple(rows), tuple(damaged), total, more=more)
+    return Part(ms_of(time), tuple(rows), tuple(damaged), total, more=more)
 
 
 def _unindexed(keys: Keys, band: Band, damaged: dict[str, None]) -> Conversation[list[str]]:
@@ -186,48 +185,38 @@ def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Con
     job_ids = [text(member) for member in members]
     matching = total
     if not wanted.all:
-        met = yield from _meeting(keys, job_ids, wanted.glance, wanted.meets)
+        met = yield from _meeting(keys, job_ids, wanted.meets)
         matching, job_ids = len(met), met[start : start + count]
     rows = yield from requests_of(keys, job_ids)
     # RQ scores the registry in whole seconds; within one, the records know better.
     rows.sort(key=lambda seen: seen.ended_at_ms or 0, reverse=True)
     partial = not wanted.all and total > DEPTH
-    return Part(_now_ms(time), tuple(rows), tuple(damaged), total, matching, partial=partial)
+    return Part(ms_of(time), tuple(rows), tuple(damaged), total, matching, partial=partial)
 
 
-def _meeting(
-    keys: Keys, job_ids: Sequence[str], glance: Callable[[bytes | None], bool | None], meets: Callable[[Seen], bool]
-) -> Conversation[list[str]]:
-    """Those that are meant, in their order: where a glance at the raw record cannot tell, the request itself does."""
+def _meeting(keys: Keys, job_ids: Sequence[str], meets: Callable[[Seen], bool]) -> Conversation[list[str]]:
+    """Those that are meant, in their order: by their record, or where none can be read by all that is known of them."""
     met: list[str] = []
     for page in pages(job_ids):
-        glances = [glance(record) for record in (yield from _records(keys, page))]
-        doubtful = [job_id for job_id, told in zip(page, glances, strict=True) if told is None]
-        read = yield from requests_of(keys, doubtful)
-        sure = {seen.id for seen in read if meets(seen)}
-        met += [job_id for job_id, told in zip(page, glances, strict=True) if told or job_id in sure]
+        (records,) = good((yield [("MGET", *(keys.outcome_prefix + job_id for job_id in page))]))
+        told = {job_id: _of_record(job_id, record) for job_id, record in zip(page, records, strict=True)}
+        others = yield from requests_of(keys, [job_id for job_id, seen in told.items() if seen is None])
+        known = {seen.id: seen for seen in [*told.values(), *others] if seen is not None}
+        met += [job_id for job_id in page if meets(known[job_id])]
     return met
 
 
-def _records(keys: Keys, job_ids: Sequence[str]) -> Conversation[list[bytes | None]]:
-    """The raw outcome records of at most a thousand requests."""
-    (records,) = good((yield [("MGET", *(keys.outcome_prefix + job_id for job_id in job_ids))]))
-    return [_raw(record) for record in records]
-
-
-def _raw(answer: Any) -> bytes | None:
-    """A text from Redis; None where there is none, or an error stands for it."""
-    return answer if isinstance(answer, bytes) else None
-
-
-def _now_ms(time: Sequence[Any]) -> int:
-    return int(time[0]) * 1000 + int(time[1]) // 1000
+def _of_record(job_id: str, record: Any) -> Seen | None:
+    try:
+        return with_outcome(Seen(job_id), decode_outcome(record or b""))
+    except MalformedMessage:
+        return None
 
 
 def clock() -> Conversation[int]:
     """Redis' time, ms since the epoch."""
     (time,) = good((yield [("TIME",)]))
-    return _now_ms(time)
+    return ms_of(time)
 
 
 # --- Search -------------------------------------------------------------------------------------------------------
@@ -246,11 +235,8 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[P
     def meant(seen: Seen) -> bool:
         return _is_of(seen, account) and (bool(seen.faults) or _meant(seen, words))
 
-    def glance(record: bytes | None) -> bool | None:
-        return None if record is None or _may_hold(record, words) else False
-
-    ended, read, last = yield from _ledger(keys, lambda record: _may_hold(record, words), meant, damaged)
-    met = yield from _meeting(keys, [text(job_id) for job_id in failed_ids], glance, lambda seen: _meant(seen, words))
+    ended, read, last = yield from _ledger(keys, meant, damaged, words=words)
+    met = yield from _meeting(keys, [text(job_id) for job_id in failed_ids], lambda seen: _meant(seen, words))
     named = yield from _open_with(keys, words, dict.fromkeys([DEFAULT_ACCOUNT, account or DEFAULT_ACCOUNT]), damaged)
     known = yield from requests_of(keys, list(dict.fromkeys([*named, *met[:_KEPT]])))
     known = [
@@ -259,7 +245,7 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[P
     found = _merged([*known, *ended], account)
     partial = last is not None or total > DEPTH
     rows, more = tuple(found[:RESULTS]), len(found) > RESULTS
-    return Part(_now_ms(time), rows, tuple(damaged), read=read, partial=partial, more=more)
+    return Part(ms_of(time), rows, tuple(damaged), read=read, partial=partial, more=more)
 
 
 def _is_of(seen: Seen, account: str | None) -> bool:
@@ -279,7 +265,7 @@ def _open_with(keys: Keys, words: str, accounts: Iterable[str], damaged: dict[st
     states = yield from readable([*places, ("LRANGE", keys.waiting, 0, DEPTH - 1)], damaged)
     for page in pages(list(dict.fromkeys(text(job_id) for state in states for job_id in state))):
         calls = yield [("HGET", keys.job_prefix + job_id, "data") for job_id in page]
-        ids += [job_id for job_id, call in zip(page, map(_raw, calls), strict=True) if call and _may_hold(call, words)]
+        ids += [job_id for job_id, call in zip(page, calls, strict=True) if _may_hold(call, words)]
     return ids
 
 
@@ -293,8 +279,10 @@ def order_keys(words: str, account: str) -> list[str]:
         return []
 
 
-def _may_hold(record: bytes, words: str) -> bool:
+def _may_hold(record: Any, words: str) -> bool:
     """Whether ``words`` stand in a record as a text or as a number; a look at the raw record spares reading most."""
+    if not isinstance(record, bytes):
+        return False
     quoted = dumps(words).encode("utf-8", "replace")
     is_number = words.isascii() and words.isdigit()
     return quoted in record or (is_number and (f":{words},".encode() in record or f":{words}}}".encode() in record))
@@ -320,5 +308,4 @@ def _merged(rows: Iterable[Seen], account: str | None) -> list[Seen]:
 
 def history(keys: Keys, job_id: str) -> Conversation[list[Seen]]:
     """All outcomes of one request in the newest :data:`DEPTH` of the ledger, newest first."""
-    found = yield from _ledger(keys, lambda record: _may_hold(record, job_id), lambda seen: seen.id == job_id, {})
-    return found[0]
+    return (yield from _ledger(keys, lambda seen: seen.id == job_id, {}, words=job_id))[0]

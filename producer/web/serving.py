@@ -6,20 +6,19 @@ import contextlib
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from threading import Thread
-from types import FrameType
 from typing import Any
 
 from flask import Flask
 from waitress import wasyncore
 from waitress.server import create_server
 
+from producer.shell import block_ends, wait_for_end
 from producer.web.access import GUESS_S
 
 #: Requests at a time. Pages that read the queue, or wait for their turn to, keep 14 of them at most (`_Turns`): some
@@ -37,7 +36,6 @@ _LOOK_S = 1.0
 _UNWRITTEN, _LINES, _LINES_S = 1000, 200, 10.0
 #: How long a request that is under way when a signal comes may take to its answer, s: far more than most need.
 _GRACE_S = 0.5
-_ENDS = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(app: Flask, host: str, port: int, listening: Callable[[str], object]) -> bool:
@@ -51,35 +49,41 @@ def serve(app: Flask, host: str, port: int, listening: Callable[[str], object]) 
     # Somebody who hangs up in the middle is no news.
     logging.getLogger("waitress").setLevel(logging.CRITICAL)
     open_sockets: dict[int, Any] = {}
+    block_ends()
     listener = _listen(host, port)
-    with _Ends() as ends:
-        logging.getLogger("producer.web").addHandler(_Log())
-        server: Any = create_server(
-            app,
-            map=open_sockets,
-            sockets=[listener],
-            threads=_THREADS,
-            ident=None,
-            clear_untrusted_proxy_headers=False,  # X-Forwarded-Proto says whether the cookie must be Secure
-            max_request_header_size=32 * 1024,
-            max_request_body_size=1024 * 1024,
-            inbuf_overflow=64 * 1024,
-            recv_bytes=2048,  # what is asked in one go is answered before it is read: no more than some dozen pages
-            connection_limit=_CONNECTIONS,
-            channel_timeout=30,
-        )
-        guesses = _Guesses(server, app.extensions["access"].is_guess)
-        try:
-            shown_host = f"[{host}]" if ":" in host else host
-            with ends.told_to(server.pull_trigger):
-                listening(f"http://{shown_host}:{listener.getsockname()[1]}/")
-                while not ends.come:
-                    wasyncore.loop(guesses.answered(), use_poll=True, map=open_sockets, count=1)
-                    _make_room(server, guesses)
-        finally:
-            guesses.drop()
-            _close(server, open_sockets)
-    return ends.come == [signal.SIGINT]
+    logging.getLogger("producer.web").addHandler(_Log())
+    server: Any = create_server(
+        app,
+        map=open_sockets,
+        sockets=[listener],
+        threads=_THREADS,
+        ident=None,
+        clear_untrusted_proxy_headers=False,  # X-Forwarded-Proto says whether the cookie must be Secure
+        max_request_header_size=32 * 1024,
+        max_request_body_size=1024 * 1024,
+        inbuf_overflow=64 * 1024,
+        recv_bytes=2048,  # what is asked in one go is answered before it is read: no more than some dozen pages
+        connection_limit=_CONNECTIONS,
+        channel_timeout=30,
+    )
+    guesses = _Guesses(server, app.extensions["access"].is_guess)
+    ended: list[bool] = []
+
+    def wait() -> None:
+        ended.append(wait_for_end())
+        server.pull_trigger()
+
+    # Nothing is raised wherever a signal comes: a socket half opened would stay so.
+    Thread(target=wait, name="signals", daemon=True).start()
+    try:
+        listening(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/")
+        while not ended:
+            wasyncore.loop(guesses.answered(), use_poll=True, map=open_sockets, count=1)
+            _make_room(server, guesses)
+    finally:
+        guesses.drop()
+        _close(server, open_sockets)
+    return ended[0]
 
 
 class _Guesses:
@@ -170,45 +174,6 @@ class _Log(logging.Handler):
             line = self._unwritten.get().encode("utf-8", "replace")
             with contextlib.suppress(OSError):
                 os.write(stderr, line)  # not by sys.stderr, whose lock would hold the process at its end
-
-
-class _Ends:
-    """The signals that end the server. Nothing is raised wherever one comes: a socket half opened would stay so.
-
-    They reach the loop alone. Before and after it they wait, in the threads that are started meanwhile for good; once
-    one has come, further ones change nothing until the process has ended.
-    """
-
-    def __init__(self) -> None:
-        self.come: list[int] = []
-
-    def __enter__(self) -> _Ends:
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.come:
-            for end in _ENDS:
-                signal.signal(end, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-
-    @contextlib.contextmanager
-    def told_to(self, wake: Callable[[], object]) -> Iterator[None]:
-        """For the length of the block a signal is noted in ``come``, and the first one calls ``wake``."""
-
-        def note(number: int, _: FrameType | None) -> None:
-            if not self.come:
-                self.come.append(number)
-                wake()
-
-        before = {end: signal.signal(end, note) for end in _ENDS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
-            for end, handler in before.items():
-                signal.signal(end, handler)
 
 
 def _close(server: Any, open_sockets: dict[int, Any]) -> None:

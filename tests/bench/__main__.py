@@ -37,8 +37,6 @@ MEASURES = {
     "cold": "first cancel after a pause, exchange over TLS that closes idle connections",
     "retries": "start of retries against when they were due",
     "memory": "memory of worker and Redis over many cancels",
-    "share": "two workers on one burst",
-    "slow": "one slow order and the others",
     "silence": "outcomes while 5 % of all answers never come",
     "calm": "a burst after a calm, behind a firewall that forgets flows that are still",
 }
@@ -60,8 +58,6 @@ QUICK = Sizes(
     closes_after_s=3.0,
     warm_s="1.25",
     retries={"project": 100},
-    share=600,
-    slow={"project": 40},
     silences=150,
     forgets_after_s=2.0,
     calm_s=5.0,
@@ -85,8 +81,6 @@ FULL = Sizes(
     closes_after_s=60.0,
     warm_s="",
     retries={"project": 400, "rq-simple": 10},
-    share=2000,
-    slow={"project": 60, "rq-simple": 5},
     silences=300,
     forgets_after_s=20.0,
     calm_s=50.0,
@@ -141,8 +135,6 @@ def _options(arguments: list[str]) -> Options:
 def measure(options: Options, bench: Bench, rig: Rig, results: Results) -> None:
     """Take the measurements that were asked for."""
     wanted, has_project = options.measures, PROJECT in bench.systems
-    if "burst" in wanted:
-        results.capacity.append(measures.capacity(bench, rig))
     for _ in range(options.rounds):
         if {"idle", "burst"} & set(wanted):
             measures.speed(bench, rig, results, wanted)
@@ -157,7 +149,9 @@ def measure(options: Options, bench: Bench, rig: Rig, results: Results) -> None:
     if "calls" in wanted and has_project:
         results.calls.append(measures.calls(bench, rig))
     with _long_pause(bench, results, wanted):
-        behaviour.together(bench, rig, results, wanted)
+        if "retries" in wanted:
+            chosen = [system for system in bench.systems if system.name in bench.sizes.retries]
+            results.retries += [behaviour.retries(bench, rig, system) for system in chosen]
         if "memory" in wanted and has_project:
             results.memory.append(endurance.memory(bench, rig))
 

@@ -1,4 +1,4 @@
-"""How cancels get along with each other and with time: first after a pause, retries, two workers, one slow order."""
+"""How cancels get along with time: the first one after a pause, and retries."""
 
 from __future__ import annotations
 
@@ -8,30 +8,17 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
 from uuid import uuid4
 
 import redis
 
-from tests.bench.common import (
-    FAR_MS,
-    NEAR_MS,
-    Bench,
-    forget,
-    lost_and_repeats,
-    pace_s,
-    put_paced,
-    warm_up,
-)
-from tests.bench.figures import FirstAfterIdle, Results, Retries, Share, Slow
+from tests.bench.common import NEAR_MS, Bench, forget, put_paced, warm_up
+from tests.bench.figures import FirstAfterIdle, Retries
 from tests.bench.rig import Arrival, Rig, open_rig
-from tests.bench.systems import PROJECT, RQ_SIMPLE, ProjectProducer, Running, running, wait_ready, wait_recorded
+from tests.bench.systems import PROJECT, RQ_SIMPLE, Running, System, running, wait_recorded
 
-#: How long the slow order's answer takes, ms.
-SLOW_MS = 4000.0
 _IDLES = 2  # pauses last so many times as long as the exchange lets a connection idle
 
 
@@ -82,28 +69,6 @@ def _first(bench: Bench, rig: Rig, worker: Running, warm_ms: list[float], idle_s
     )
 
 
-# ---- together -------------------------------------------------------------------------------------------------------
-
-
-def together(bench: Bench, rig: Rig, results: Results, wanted: Sequence[str]) -> None:
-    """Retries, the slow order and the second worker, with one worker of each system."""
-    for system in bench.systems:
-        has_retries = "retries" in wanted and system.name in bench.sizes.retries
-        has_slow = "slow" in wanted and system.name in bench.sizes.slow
-        has_share = "share" in wanted and system is PROJECT
-        if not (has_retries or has_slow or has_share):
-            continue
-        forget(rig)
-        with running(system, rig) as worker:
-            pace = pace_s(system, warm_up(bench, rig, worker))
-            if has_retries:
-                results.retries.append(retries(bench, rig, worker))
-            if has_slow:
-                results.slow.append(slow(bench, rig, worker, pace))
-            if has_share:
-                results.share.append(share(bench, rig, worker))
-
-
 # ---- retries --------------------------------------------------------------------------------------------------------
 
 
@@ -148,19 +113,22 @@ class Monitor:
         return due
 
 
-def retries(bench: Bench, rig: Rig, worker: Running) -> Retries:
+def retries(bench: Bench, rig: Rig, system: System) -> Retries:
     """Let the exchange refuse each order's first cancel, and see when the second one comes."""
-    name, producer = worker.system.name, worker.producer
-    orders, recorded = bench.take(bench.sizes.retries[name]), producer.recorded()
-    rig.exchange.reset(delay_ms=NEAR_MS, refuses_first=True)
-    with Monitor(rig.valkey.port) as monitor:
-        put_paced(worker, orders, worker.system.pace_s / 2)
-        rig.exchange.wait_for(len(orders), bench.sizes.limit_s, again=True)
-        wait_recorded(producer, recorded + len(orders), bench.sizes.limit_s)
-    due = monitor.scheduled(producer.retries)
-    bench.say(f"retries: {worker.system.title}, {len(orders)} orders")
-    jobs = {order: producer.jobs[order] for order in orders}
-    return _retries(name, jobs, rig.exchange.arrivals(), due, producer.unrecorded(orders))
+    forget(rig)
+    with running(system, rig) as worker:
+        warm_up(bench, rig, worker)
+        producer = worker.producer
+        orders, recorded = bench.take(bench.sizes.retries[system.name]), producer.recorded()
+        rig.exchange.reset(delay_ms=NEAR_MS, refuses_first=True)
+        with Monitor(rig.valkey.port) as monitor:
+            put_paced(worker, orders, system.pace_s / 2)
+            rig.exchange.wait_for(len(orders), bench.sizes.limit_s, again=True)
+            wait_recorded(producer, recorded + len(orders), bench.sizes.limit_s)
+        due = monitor.scheduled(producer.retries)
+        bench.say(f"retries: {system.title}, {len(orders)} orders")
+        jobs = {order: producer.jobs[order] for order in orders}
+        return _retries(system.name, jobs, rig.exchange.arrivals(), due, producer.unrecorded(orders))
 
 
 def _retries(
@@ -178,57 +146,3 @@ def _retries(
             delays_ms.append(1000 * (due[job_id] - came[0]))
             late_ms.append(1000 * (came[1] - due[job_id]))
     return Retries(system, len(jobs), delays_ms, late_ms, at_once, lost, unrecorded, repeats)
-
-
-# ---- a slow order, two workers --------------------------------------------------------------------------------------
-
-
-def slow(bench: Bench, rig: Rig, worker: Running, pace: float) -> Slow:
-    """Cancels asked for while one order's answer takes seconds, and the same number right before."""
-    producer, count = worker.producer, bench.sizes.slow[worker.system.name]
-    (slow_order,), before, meanwhile = bench.take(1), bench.take(count), bench.take(count)
-    orders, recorded = [*before, slow_order, *meanwhile], producer.recorded()
-    rig.exchange.reset(delay_ms=NEAR_MS, slow=slow_order, slow_ms=SLOW_MS)
-    calm = put_paced(worker, before, pace)
-    rig.exchange.wait_for(count, bench.sizes.limit_s)
-    put_paced(worker, [slow_order], 0)
-    rig.exchange.wait_for(count + 1, bench.sizes.limit_s)
-    busy = put_paced(worker, meanwhile, pace)
-    rig.exchange.wait_for(len(orders), bench.sizes.limit_s)
-    wait_recorded(producer, recorded + len(orders), bench.sizes.limit_s)
-    arrivals = rig.exchange.arrivals()
-    bench.say(f"slow: {worker.system.title}, {count} cancels beside one that takes {SLOW_MS:.0f} ms")
-    return Slow(
-        system=worker.system.name,
-        slow_ms=SLOW_MS,
-        before_ms=calm.latencies_ms(arrivals),
-        meanwhile_ms=busy.latencies_ms(arrivals),
-        lost=lost_and_repeats(orders, arrivals)[0],
-        unrecorded=producer.unrecorded(orders),
-    )
-
-
-def share(bench: Bench, rig: Rig, worker: Running) -> Share:
-    """A burst for ``worker`` and another one of the same queue."""
-    producer = worker.producer
-    assert isinstance(producer, ProjectProducer)
-    with running(PROJECT, rig) as other:
-        wait_ready(other)
-        orders, recorded = bench.take(bench.sizes.share), producer.recorded()
-        rig.exchange.reset(delay_ms=FAR_MS)
-        began_ns = time.time_ns()
-        producer.put_many(orders)
-        rig.exchange.wait_for(len(orders), bench.sizes.limit_s)
-        wait_recorded(producer, recorded + len(orders), bench.sizes.limit_s)
-    arrivals, shares = rig.exchange.arrivals(), _shares(producer, orders)
-    lost, repeats = lost_and_repeats(orders, arrivals)
-    last_ns = max((arrivals[order][0][0] for order in orders if order in arrivals), default=began_ns)
-    bench.say(f"share: {len(orders)} cancels, two workers: {' and '.join(map(str, shares))}")
-    return Share(shares, (last_ns - began_ns) / 1e9, lost, producer.unrecorded(orders), repeats)
-
-
-def _shares(producer: ProjectProducer, orders: Sequence[int]) -> list[int]:
-    """Outcomes of each of the two workers."""
-    found = producer.client.outcomes_of(producer.jobs[order] for order in orders)
-    counts = sorted(Counter(outcome.worker for outcome in found.values()).values(), reverse=True)
-    return [*counts, 0, 0][:2]

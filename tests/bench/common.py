@@ -39,8 +39,6 @@ class Sizes:
     closes_after_s: float
     warm_s: str  # "": as the worker does it by itself
     retries: Mapping[str, int]
-    share: int
-    slow: Mapping[str, int]
     silences: int
     forgets_after_s: float  # as a firewall does
     calm_s: float

@@ -4,7 +4,7 @@
 exchange (TLS if there is a certificate; it closes connections that were idle for CLOSES_AFTER_S, 0: never), "control"
 is for whoever measures:
 
-    POST /reset?delay_ms=&refuses_first=1&slow=ID&slow_ms=    forget all arrivals; how to answer from now on
+    POST /reset?delay_ms=&refuses_first=1    forget all arrivals; how to answer from now on
     GET /state       counts; "asked" is the number of orders of which a cancel has come, "again" of those with another
     GET /arrivals    {"<algo id>": [[ns since the epoch, number of the connection], ...]}
     GET /handshakes  ns since the epoch at which each connection was ready, by number
@@ -68,7 +68,7 @@ class Market:
         if path == CANCEL_PATH and method == "DELETE":
             self._in_flight += 1
             self._peak = max(self._peak, self._in_flight)
-            return *self._cancel(query, came_ns, connection), True
+            return self._cancel(query, came_ns, connection), self._delay_s, True
         return self._other(method, path, query, came_ns), 0.0, False
 
     def control(self, target: str) -> Answer:
@@ -83,7 +83,6 @@ class Market:
         self._arrivals: dict[str, list[tuple[int, int]]] = {}
         self._delay_s = float(asked.get("delay_ms", 0)) / 1000
         self._refuses_first = asked.get("refuses_first") == "1"
-        self._slow, self._slow_s = asked.get("slow", ""), float(asked.get("slow_ms", 0)) / 1000
         self._again, self._bad, self._peak = 0, 0, self._in_flight
         return {}
 
@@ -107,18 +106,17 @@ class Market:
         self._bad += 1
         return None
 
-    def _cancel(self, query: str, came_ns: int, connection: int) -> tuple[Answer, float]:
+    def _cancel(self, query: str, came_ns: int, connection: int) -> Answer:
         parameters = self._signed(query, came_ns)
         if parameters is None:
-            return _BAD_SIGNATURE, self._delay_s
+            return _BAD_SIGNATURE
         algo_id = parameters.get("algoId", "0")
         came = self._arrivals.setdefault(algo_id, [])
         came.append((came_ns, connection))
         self._again += len(came) == 2
         if self._refuses_first and len(came) == 1:
-            return _BUSY, self._delay_s
-        body = {"algoId": int(algo_id), "clientAlgoId": f"c{algo_id}", "code": "200", "msg": "success"}
-        return (200, body), self._slow_s if algo_id == self._slow else self._delay_s
+            return _BUSY
+        return 200, {"algoId": int(algo_id), "clientAlgoId": f"c{algo_id}", "code": "200", "msg": "success"}
 
     def _other(self, method: str, path: str, query: str, came_ns: int) -> Answer:
         if path == "/fapi/v1/time":

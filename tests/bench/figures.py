@@ -6,13 +6,6 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Capacity:
-    """How many cancels a second the exchange answers when nothing but sockets stands before it."""
-
-    per_s: float
-
-
-@dataclass(frozen=True)
 class Idle:
     """One cancel at a time on an idle system."""
 
@@ -126,29 +119,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Two workers on one queue."""
-
-    outcomes: list[int]  # of each worker
-    seconds: float
-    lost: int
-    unrecorded: int
-    repeats: int
-
-
-@dataclass(frozen=True)
-class Slow:
-    """Cancels asked for while one order's answer takes long, and right before."""
-
-    system: str
-    slow_ms: float
-    before_ms: list[float]
-    meanwhile_ms: list[float]
-    lost: int
-    unrecorded: int
-
-
-@dataclass(frozen=True)
 class Silences:
     """Cancels one at a time while a part of all answers never comes."""
 
@@ -176,7 +146,6 @@ class AfterCalm:
 class Results:
     """All of one run."""
 
-    capacity: list[Capacity] = field(default_factory=list)
     idle: list[Idle] = field(default_factory=list)
     far: list[Idle] = field(default_factory=list)
     burst: list[Burst] = field(default_factory=list)
@@ -185,8 +154,6 @@ class Results:
     cold: list[FirstAfterIdle] = field(default_factory=list)
     retries: list[Retries] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
-    share: list[Share] = field(default_factory=list)
-    slow: list[Slow] = field(default_factory=list)
     silence: list[Silences] = field(default_factory=list)
     calm: list[AfterCalm] = field(default_factory=list)
 

@@ -1,9 +1,8 @@
-"""Speed: latency of one cancel, throughput and cost of a burst, the producer's calls, the exchange's own limit."""
+"""Speed: latency of one cancel, throughput and cost of a burst, the producer's calls."""
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Mapping, Sequence
 
@@ -25,37 +24,14 @@ from tests.bench.common import (
     used,
     warm_up,
 )
-from tests.bench.figures import Burst, Calls, Capacity, Idle, Results
-from tests.bench.rig import ACCOUNT, Rig
-from tests.bench.signing import signed_target
+from tests.bench.figures import Burst, Calls, Idle, Results
+from tests.bench.rig import Rig
 from tests.bench.systems import PROJECT, Producer, Running, running, wait_recorded
 from tests.bench.usage import PeakRss, until_quiet
 
-_CAPACITY_CANCELS, _CAPACITY_CONNECTIONS = 4096, 64
 _CANCEL_MANY_TIMES = 3
 #: How many requests in flight the project's worker has when it is idle, and in the burst that all systems do.
 COMMON_IN_FLIGHT = 64
-
-
-def capacity(bench: Bench, rig: Rig) -> Capacity:
-    """Let the exchange answer signed cancels as fast as it can, one outstanding on each of many connections."""
-    rig.exchange.reset(delay_ms=0)
-    secret = ACCOUNT["BINANCE_API_SECRET"].encode()
-    targets = [signed_target(order, secret).encode() for order in bench.take(_CAPACITY_CANCELS)]
-    requests = [b"DELETE %s HTTP/1.1\r\nHost: exchange\r\nX-MBX-APIKEY: -\r\n\r\n" % target for target in targets]
-    with contextlib.ExitStack() as stack:
-        address = ("127.0.0.1", rig.exchange.port)
-        sockets = [stack.enter_context(socket.create_connection(address)) for _ in range(_CAPACITY_CONNECTIONS)]
-        began = time.perf_counter()
-        for at in range(0, _CAPACITY_CANCELS, _CAPACITY_CONNECTIONS):
-            for each, request in zip(sockets, requests[at : at + _CAPACITY_CONNECTIONS], strict=True):
-                each.sendall(request)
-            for each in sockets:
-                each.recv(4096)
-        took_s = time.perf_counter() - began
-    if rig.exchange.state()["asked"] != _CAPACITY_CANCELS:
-        raise RuntimeError("the exchange did not take all cancels of the measurement of its own speed")
-    return Capacity(_CAPACITY_CANCELS / took_s)
 
 
 def speed(bench: Bench, rig: Rig, results: Results, wanted: Sequence[str]) -> None:

@@ -223,7 +223,6 @@ def tables(results: Results) -> list[Table]:
         _cold_table(results),
         _retry_table(results),
         _memory_table(results),
-        _together_table(results),
         _silence_table(results),
         _ratio_table(ratios(results)),
         _further_ratio_table(ratios(results)),
@@ -267,8 +266,7 @@ def _burst_table(results: Results) -> Table:
             )
         )
     header = ("in flight", "cancels", "per s", "seen", "CPU ms", "Redis ms", "commands", "MiB", "exch. %")
-    limit = "".join(f"; alone it manages {number(one.per_s)}/s" for one in results.capacity[:1])
-    title = f"Burst, exchange 50 ms away (per cancel; exch. %: how busy the exchange was{limit})"
+    title = "Burst, exchange 50 ms away (per cancel; exch. %: how busy the exchange was)"
     return Table(title, ("", *header, "lost", "repeated"), rows)
 
 
@@ -330,20 +328,6 @@ def _memory_table(results: Results) -> Table:
             rows.append((f"after {step.cancels} cancels", *figures))
     header = ("", "worker MiB", "Redis MiB", "keys", "KiB that expire, per cancel")
     return Table("Memory over many cancels (Redis: without what expires by itself)", header, rows)
-
-
-def _together_table(results: Results) -> Table:
-    rows: list[tuple[Cell, ...]] = []
-    for one in results.share:
-        counts = " and ".join(map(str, one.outcomes))
-        rows.append((f"two workers, a burst of {sum(one.outcomes)}", f"{counts} each", None, None, one.lost))
-    for slow in results.slow:
-        what = f"{TITLES[slow.system]}, one order takes {slow.slow_ms:.0f} ms"
-        for when, values in (("right before", slow.before_ms), ("meanwhile", slow.meanwhile_ms)):
-            rows.append((what, when, percentile(values, 0.5), percentile(values, 1), slow.lost))
-    return Table(
-        "Together: two workers; a slow order and the others' latency", ("", "", "p50 ms", "max ms", "lost"), rows
-    )
 
 
 def _silence_table(results: Results) -> Table:

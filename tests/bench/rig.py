@@ -15,7 +15,6 @@ from http.client import HTTPConnection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlencode
 
 import redis
 from cryptography import x509
@@ -62,14 +61,12 @@ class Exchange:
         """Where workers send cancels to."""
         return f"{'https' if self.ca_file else 'http'}://127.0.0.1:{self.port}"
 
-    def reset(self, *, delay_ms: float, refuses_first: bool = False, slow: int = 0, slow_ms: float = 0) -> None:
+    def reset(self, *, delay_ms: float, refuses_first: bool = False) -> None:
         """Forget all arrivals, and answer ``delay_ms`` late from now on.
 
-        ``refuses_first``: the first cancel of each order gets a 503 that says that nothing was done. The order ``slow``
-        is answered ``slow_ms`` late.
+        ``refuses_first``: the first cancel of each order gets a 503 that says that nothing was done.
         """
-        query = {"delay_ms": delay_ms, "refuses_first": int(refuses_first), "slow": slow, "slow_ms": slow_ms}
-        self._call("POST", f"/reset?{urlencode(query)}")
+        self._call("POST", f"/reset?delay_ms={delay_ms}&refuses_first={int(refuses_first)}")
 
     def state(self) -> dict[str, int]:
         """Counts: asked, again, bad, peak, connections."""

@@ -194,19 +194,6 @@ def running(
         fleet.stop()
 
 
-def wait_ready(running: Running, limit_s: float = 30.0) -> None:
-    """Return once a worker of the project says that it works.
-
-    Raises:
-        RuntimeError: it does not within ``limit_s``.
-    """
-    ends_at = time.monotonic() + limit_s
-    while "event=started " not in running.worker.output():
-        if time.monotonic() > ends_at or running.worker.process.poll() is not None:
-            raise RuntimeError(f"the worker does not start; it printed:\n{running.worker.output()[-2000:]}")
-        time.sleep(0.02)
-
-
 def wait_recorded(producer: Producer, count: int, limit_s: float) -> bool:
     """Wait until ``count`` cancels have their record; False if some have not within ``limit_s``."""
     ends_at = time.monotonic() + limit_s

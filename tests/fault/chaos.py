@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -49,12 +50,11 @@ from tests.fault.producers import (
     spoil_answers,
 )
 from tests.fault.proxy import Proxy
-from tests.fault.verdict import Reckoning, table
+from tests.fault.verdict import Reckoning, table, times
 from tests.servers import ROOT, Peek, Valkey, Workers, scrubbed
 from worker.sandbox.arrivals import MAX_ARRIVALS, Arrival
 from worker.sandbox.control import BookEntry, ExchangeConfig, Incident, PlacedOrder, RunningExchange, start_exchange
 
-EXIT_OK, EXIT_FAILED = 0, 1
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 API_KEY, API_SECRET = "chaos-key", "chaos-secret"
 #: Orders that nobody asks about: a DELETE for one of them would be harm.
@@ -471,7 +471,7 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
         seed=world.seed,
         seconds=time.monotonic() - world.began_s,
         drained_s=drained_s,
-        blows=tuple(blow.kind.value for blow in world.struck),
+        blows=Counter(blow.kind.value for blow in world.struck),
         exchange_faults=sum(stats.faults_injected.values()),
         replies_lost=sum(proxy.count.replies_lost for proxy in world.proxies),
         resets=sum(proxy.count.resets for proxy in world.proxies),
@@ -486,8 +486,8 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
         sent_without_lease=tuple(sent_without_lease(records, arrivals, order_of, world.away_ms)),
         reopened=len(reopened),
         unread=sum((record.worker or "").startswith(f"w{UNREAD}g") for record in records),
-        recoveries_ms=tuple(recoveries_ms(team.kills, records)),
-        exits_s=tuple(team.exits_s),
+        recoveries_ms=times(recoveries_ms(team.kills, records)),
+        exits_s=times(team.exits_s),
         consumed_by_restarts=team.left_held,
         walked_out=tuple(team.walked_out),
         stock_ends=tuple(team.stock_ends),
@@ -531,7 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # all that was started ends with it
     reckoning = run(SCALES[chosen.scale], chosen.seed, chosen.jobs, chosen.keep_logs)
     sys.stdout.write(json.dumps(reckoning.as_dict()) + "\n" if chosen.json else table(reckoning))
-    return EXIT_FAILED if reckoning.problems() else EXIT_OK
+    return 1 if reckoning.problems() else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
 from tests.rehearsing import demo, relay  # noqa: F401 - fixtures of the rehearsals
 from tests.servers import Peek, Valkey, Workers, running_valkey
-from tests.ways import API_KEY, SECRET, WAYS, Bench
+from tests.ways import WAYS, Bench
 from tests.webpages import TOKEN
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
-from worker.signing import Credential
 
 
 @pytest.fixture
@@ -53,25 +52,24 @@ def open_holder(valkey: Valkey) -> Iterator[OpenHolder]:
 
 
 @pytest.fixture(params=WAYS)
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Bench]:
     """Its clients use the one transport and the other: the rules are the same."""
-    one = Bench(request.param)
-    yield one
-    one.close()
+    with closing(Bench(request.param, authority)) as one:
+        yield one
 
 
 @pytest.fixture
-def loop_bench() -> Iterator[Bench]:
+def loop_bench(authority: Authority) -> Iterator[Bench]:
     """For what only the worker's transport promises."""
-    one = Bench()
-    yield one
-    one.close()
+    with closing(Bench("asyncio", authority)) as one:
+        yield one
 
 
-@pytest.fixture(scope="session")
-def credential() -> Credential:
-    """An account of no exchange."""
-    return Credential.from_secret("default", API_KEY, SECRET)
+@pytest.fixture
+def requests_bench(authority: Authority) -> Iterator[Bench]:
+    """For what only the other one does."""
+    with closing(Bench("requests", authority)) as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

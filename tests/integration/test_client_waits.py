@@ -63,25 +63,29 @@ def test_what_is_removed_ends_the_wait(talk: Talk, connection: redis.Redis) -> N
     assert caught.value.job_ids == (ticket.id,)
 
 
-def test_a_wait_without_a_thread_to_listen_is_told_and_the_next_one_listens(
-    client: CancelClient, workers: Workers, connection: redis.Redis
-) -> None:
-    """Where the system has no thread left a wait says so; once it has, the same ticket is waited for as ever."""
-    ticket = client.cancel(algo_id=7, account="nobody")
+def test_a_wait_needs_no_thread(client: CancelClient, workers: Workers, connection: redis.Redis) -> None:
+    """Where the system has no thread left, or the interpreter is about to end, whoever waits looks for themselves; once
+    there are threads again, the same client listens as ever."""
+    tickets = [client.cancel(algo_id=number, account="nobody") for number in (1, 2)]
     before = threading.stack_size(2**46)  # more than any machine has
     try:
-        with pytest.raises(QueueUnavailable, match="nobody can listen"):
-            ticket.wait(20)
+        with pytest.raises(WaitTimeout):
+            tickets[0].wait(0.1)
+        workers.start(WORKER_CONCURRENCY="1")  # in a process of its own
+        assert tickets[0].wait(30).kind is OutcomeKind.REFUSED
     finally:
         threading.stack_size(before)
+    assert tickets[1].wait(30).kind is OutcomeKind.REFUSED
+    workers.stop()
+    third = client.cancel(algo_id=3, account="nobody")
 
     def serve() -> None:
-        eventually(lambda: connection.info("clients")["blocked_clients"], what="somebody waits")
+        eventually(lambda: connection.info("clients")["blocked_clients"], what="somebody listens")
         workers.start()
 
     starter = threading.Thread(target=serve)
     starter.start()
-    assert ticket.wait(30).kind is OutcomeKind.REFUSED
+    assert third.wait(30).kind is OutcomeKind.REFUSED
     starter.join()
 
 

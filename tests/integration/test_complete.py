@@ -193,6 +193,23 @@ def test_a_deadline_does_not_undo_what_the_exchange_said(
     assert [outcome.kind for outcome in peek.ledger()] == [kind]
 
 
+def test_a_wish_for_the_child_undoes_a_decision_to_leave_it(
+    client: CancelClient, open_holder: OpenHolder, peek: Peek
+) -> None:
+    """A triggered order's job goes on where its child is only told of while a later request wants it cancelled."""
+    ticket = client.cancel(algo_id=1)
+    holder = open_holder()
+    (lease,) = holder.claim()
+    assert client.cancel(algo_id=1, on_trigger="cancel_child").id == ticket.id
+
+    assert holder.complete(ended(lease, OutcomeKind.TRIGGERED, attempts=(tried(1),))) == [2]
+
+    (again,) = holder.claim()
+    assert (again.cancels_child, decode_attempts(again.attempts)) == (True, (tried(1),))
+    assert holder.complete(ended(again, OutcomeKind.TRIGGERED)) == [1]
+    assert [outcome.kind for outcome in peek.ledger()] == [OutcomeKind.TRIGGERED]
+
+
 # ---- jobs that somebody deleted -------------------------------------------------------------------------------------
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from typing import Any
 
 import pytest
+import redis
 
 from producer import CancelClient, InvalidRequest, OpenOutcome, OutcomeKind, UnknownRequest, WaitTimeout
 from tests.orders import PROVEN_S
@@ -218,7 +220,8 @@ def _ended(client: CancelClient, ticket: object) -> OpenOutcome | None:
 def test_the_command_line_prints_one_object(
     valkey: Valkey, workers: Workers, exchange: RunningExchange, client: CancelClient
 ) -> None:
-    """--json gives one object with a row for each order; where none was seen nothing is called cancelled."""
+    """--json gives one object with a row for each order; where none was seen nothing is called cancelled. Later
+    `outcome` of its id follows the orders that were listed."""
     asked = ("-m", "producer", "cancel-open", "--symbol", "BTCUSDT", "--redis-url", valkey.url)
     waiting = python(*asked, "--wait", "0", "--json")
     assert (waiting.returncode, json.loads(waiting.stdout)["kind"]) == (3, None)
@@ -233,9 +236,22 @@ def test_the_command_line_prints_one_object(
 
     told = json.loads(done.stdout)
     assert (done.returncode, told["kind"], told["may_be_live"]) == (0, "cancelled", False)
-    names = {"algo_id", "id", "kind", "order_status", "actual_order_id", "may_be_live"}
+    names = {"algo_id", "id", "kind", "order_status", "actual_order_id", "may_be_live", "off_the_book"}
     assert [set(row) for row in told["orders"]] == [names, names]
     assert sorted(row["algo_id"] for row in told["orders"]) == sorted(before)
+    look = ("-m", "producer", "outcome", "--redis-url", valkey.url, told["id"])
+    later = json.loads(python(*look, "--json").stdout)
+    assert (later["kind"], later["may_be_live"], later["off_the_book"]) == ("listed", False, True)
+    assert later["orders"] == told["orders"]
+    shown = python(*look)
+    first, *rows = (re.split(r" {2,}", line) for line in shown.stdout.splitlines())
+    assert (shown.returncode, first[2:4]) == (0, ["listed", "not live"])
+    assert sorted(row[1:4] for row in rows) == [[f"algo_id={each}", "cancelled", "not live"] for each in sorted(before)]
+    client.job(told["orders"][0]["id"]).delete()
+    with redis.Redis.from_url(valkey.url) as connection:
+        connection.delete(client.keys.outcome_prefix + told["orders"][0]["id"])
+    gone = python(*look)
+    assert (gone.returncode, "MAY BE LIVE" in gone.stdout.splitlines()[0]) == (1, True)
     nothing = python(*asked, "--wait", "30")
     assert (nothing.returncode, "0 orders seen" in nothing.stdout) == (0, True)
     assert "cancelled" not in nothing.stdout

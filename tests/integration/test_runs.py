@@ -20,8 +20,10 @@ FAILED = [kind for kind in OutcomeKind if kind.failed]
 
 
 def retried(client: CancelClient, connection: redis.Redis, job_id: str) -> None:
-    """By the client."""
+    """By the client: from then on its job lasts, and stands in the index."""
     assert client.retry([job_id]) == [job_id]
+    assert connection.ttl(client.keys.job_prefix + job_id) == -1
+    assert connection.zscore(client.keys.unfinished, job_id)
 
 
 def requeued(client: CancelClient, connection: redis.Redis, job_id: str) -> None:

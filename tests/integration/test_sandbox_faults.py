@@ -56,6 +56,7 @@ ON_CANCEL = {
         f"{how}_before": "400 code -2011"
         for how in ("triggered", "cancelled", "expired", "rejected", "filled", "match_expired")
     },
+    "login_401": "401 html",
     "path_404": "404 html",
     "method_405": "405 html",
     "region_451": "451 code 0",

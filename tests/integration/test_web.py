@@ -13,7 +13,7 @@ import redis
 from flask.testing import FlaskClient
 
 from producer import CancelClient
-from producer.message import OutcomeKind
+from producer.message import ListedOrder, OutcomeKind
 from producer.web import queries
 from tests.holders import OpenHolder, ended, later, requeue
 from tests.servers import Workers
@@ -155,6 +155,18 @@ def test_a_request_is_shown_while_it_is_open_and_when_it_has_ended(
     assert "cancelled Our cancel took the order off the book." in cells(shown)
     assert re.search(r" 1 \S+ \S+ cancel 200 200? ?.* confirmed \d+ ", cells(shown))
     assert "Refresh" not in reader.get(f"/requests/{ticket.id}?live=1").headers
+
+
+def test_a_listing_leads_to_the_requests_that_it_made(reader: FlaskClient, connection: redis.Redis) -> None:
+    """By the id of each order, whatever stands in the place of the requests' ids."""
+    listed = (ListedOrder(LARGEST, "r7"), ListedOrder(8, '"><script>'), ListedOrder(9, ""))
+    settle(connection, outcome("r1", kind=OutcomeKind.LISTED, algo_id=None, symbol="BTCUSDT", orders=listed))
+
+    shown = page(reader, "/requests/r1")
+
+    assert f"open orders, each with a request 3: {LARGEST} , 8 , 9" in cells(shown)
+    assert f'href="/requests/r7">{LARGEST}</a>' in shown
+    assert "<script" not in shown
 
 
 def test_a_request_whose_records_have_run_out_is_found_in_the_ledger(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -276,8 +277,8 @@ def test_axe_finds_nothing(
     beat: dict[Any, Any] = {"last_heartbeat": "2026-11-22T10:30:42.000000Z", "hostname": "h", "c_concurrency": 64}
     connection.hset(KEYS.worker_prefix + "dead", mapping=beat)
     connection.sadd(KEYS.queue_workers, KEYS.worker_prefix + "dead")
-    looks = [("light", 390), ("dark", 1100)]
-    found = [violations(browser, web.url + path, *way) for path in ("/login", "/failed") for way in looks]
+    ways = cycle(((("light", 390), ("dark", 1100)), (("dark", 390), ("light", 1100))))
+    found = [violations(browser, web.url + path, *next(ways)) for path in ("/login", "/failed")]
     log_in(browser, web)
     for path in (
         *PATHS,
@@ -287,16 +288,14 @@ def test_axe_finds_nothing(
         "/requests/r6",
         "/search?q=1&account=x",
     ):
-        found += [violations(browser, web.url + path, *way) for way in looks]
-        looks = [(looks[1][0], looks[0][1]), (looks[0][0], looks[1][1])]  # the next page the other way about
+        found.append(violations(browser, web.url + path, *next(ways)))
     with stopped(valkey):
-        found += [violations(browser, web.url + "/failed", *way) for way in looks]
+        found.append(violations(browser, web.url + "/failed", *next(ways)))
     assert [words for each in found for words in each] == []
 
 
-def violations(browser: webdriver.Chrome, address: str, scheme: str, pixels: int) -> list[str]:
-    """What axe objects to on a page, all of it opened, in a colour scheme and at a width."""
-    look(browser, pixels, scheme)
+def violations(browser: webdriver.Chrome, address: str, *ways: tuple[str, int]) -> list[str]:
+    """What axe objects to on a page, all of it opened, in each of these colour schemes and widths."""
     browser.get(address)
     browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
     browser.execute_script(AXE)
@@ -304,12 +303,16 @@ def violations(browser: webdriver.Chrome, address: str, scheme: str, pixels: int
         browser.switch_to.frame(frame)
         browser.execute_script(AXE)
         browser.switch_to.default_content()
-    told = browser.execute_async_script(
-        "const done = arguments[0], of = each => each.id + ': ' + each.nodes.map(node => node.html).join(' and ');"
-        "axe.run({preload: false})"
-        ".then(found => done(found.violations.map(of)), failed => done([`${failed}`]))"
-    )
-    return [f"{address} {scheme} {pixels}: {each}" for each in told]
+    found = []
+    for scheme, pixels in ways:
+        look(browser, pixels, scheme)
+        told = browser.execute_async_script(
+            "const done = arguments[0], of = each => each.id + ': ' + each.nodes.map(node => node.html).join(' and ');"
+            "axe.run({preload: false})"
+            ".then(found => done(found.violations.map(of)), failed => done([`${failed}`]))"
+        )
+        found += [f"{address} {scheme} {pixels}: {each}" for each in told]
+    return found
 
 
 def test_everything_can_be_reached_by_the_keyboard(

@@ -22,42 +22,12 @@ from producer import CancelClient
 from tests.integration.test_producer_cli import Shell, one_line
 from tests.servers import ROOT, Valkey, Workers, eventually, free_port, python, running_valkey, scrubbed
 from tests.strategies import fail
-from tests.webpages import LARGEST, TOKEN, WebProcess, form_token
-from worker.sandbox.control import RunningExchange
+from tests.webpages import LARGEST, TOKEN, WebProcess
 
 #: More than the server has threads.
 _CROWD = 40
 #: More than it has connections.
 _VISITORS = 450
-
-
-def test_an_operator_finds_a_failed_request_and_retries_it(
-    valkey: Valkey, client: CancelClient, workers: Workers, exchange: RunningExchange
-) -> None:
-    """Login, status, failed, search, confirmation and retry, through the real server, to the outcome of a new run."""
-    workers.start(NOT_FOUND_HORIZON_S="0.2")
-    ticket = client.cancel(algo_id=LARGEST)
-    ticket.wait(30)
-    with WebProcess(valkey.url, WEB_TOKEN=TOKEN) as web:
-        assert web("/").status == 401
-        began = time.monotonic()
-        assert web("/login", {"token": "wrong"}).status == 401
-        assert time.monotonic() - began >= 1
-        login = web("/login", {"token": TOKEN, "next": "/failed"})
-        assert (login.status, login.headers["Location"]) == (303, "/failed")
-        cookie = login.headers["Set-Cookie"].partition(";")[0]
-        assert str(LARGEST) in web("/failed", Cookie=cookie).text
-        assert f"/requests/{ticket.id}" in web(f"/search?q={LARGEST}", Cookie=cookie).text
-        shown = web(f"/retry?id={ticket.id}", Cookie=cookie)
-        assert "Retry 1 request?" in shown.text
-        form = {"form_token": form_token(shown.text), "id": ticket.id}
-        assert web("/retry/start", form).status == 401
-        started = web("/retry/start", form, Cookie=cookie)
-        assert started.status == 303
-        assert started.headers["Location"].startswith(f"/requests/{ticket.id}?note=")
-        assert client.wait(ticket.id, 10).run == 2
-        assert "not_found" in web(f"/requests/{ticket.id}", Cookie=cookie).text
-        assert web.stderr() == "web: wrong token from 127.0.0.1\n"
 
 
 def test_the_server_says_little_of_itself(valkey: Valkey) -> None:
@@ -271,17 +241,19 @@ def test_a_log_that_nobody_reads_holds_up_no_page(valkey: Valkey) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [
-        (("--host", "0.0.0.0"), {}, "--public-read"),
-        ((), {"WEB_TOKEN": "short"}, "16 characters"),
-        (("--host", "no.such.host.invalid"), {"WEB_TOKEN": TOKEN}, "cannot listen on"),
-        ((), {"REDIS_URL": "http://x"}, "REDIS_URL must be"),
+        (("web", "--host", "0.0.0.0"), {}, "--public-read"),
+        (("web",), {"WEB_TOKEN": "short"}, "16 characters"),
+        (("web", "--host", "no.such.host.invalid"), {"WEB_TOKEN": TOKEN}, "cannot listen on no.such.host.invalid port"),
+        (("metrics", "--host", "256.0.0.1"), {}, "cannot listen on 256.0.0.1 port 9464"),
+        (("web",), {"REDIS_URL": "http://x"}, "REDIS_URL must be"),
+        (("metrics",), {"REDIS_URL": "http://x"}, "REDIS_URL must be"),
     ],
 )
 def test_what_it_cannot_start_with_ends_with_2(
     valkey: Valkey, arguments: tuple[str, ...], environment: dict[str, str], said: str
 ) -> None:
-    """One line names the way out, and no secret."""
-    done = Shell(valkey.url)("web", *arguments, **environment)
+    """One line names the way out, and no secret: page and exporter alike."""
+    done = Shell(valkey.url)(*arguments, **environment)
 
     assert (done.returncode, done.stdout) == (2, "")
     assert said in one_line(done.stderr)
@@ -289,25 +261,31 @@ def test_what_it_cannot_start_with_ends_with_2(
 
 
 def test_a_port_in_use_ends_with_2(valkey: Valkey) -> None:
-    """PORT, as platforms give it, is what it listens on, and --port wins over it."""
+    """PORT, as platforms give it, is what the page listens on, and --port wins over it."""
     port = free_port()
     with WebProcess(valkey.url, "--port", str(port), PORT="1") as web:
         assert web.port == port
-        done = Shell(valkey.url)("web", PORT=str(port))
-        assert done.returncode == 2
-        assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in one_line(done.stderr)
+        for done in (Shell(valkey.url)("web", PORT=str(port)), Shell(valkey.url)("metrics", "--port", str(port))):
+            assert done.returncode == 2
+            assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in one_line(done.stderr)
 
 
-@pytest.mark.parametrize("missing", ["flask", "waitress"])
-def test_what_is_missing_is_named(valkey: Valkey, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "missing", "told"),
+    [
+        ("web", "flask", "pip install flask waitress"),
+        ("web", "waitress", "pip install flask waitress"),
+        ("metrics", "prometheus_client", "pip install prometheus-client"),
+    ],
+)
+def test_what_is_missing_is_named(valkey: Valkey, command: str, missing: str, told: str) -> None:
     """Without the extra one line says what to install."""
     code = (
-        f"import sys; sys.modules[{missing!r}] = None;"
-        "from producer.__main__ import main; sys.exit(main(['web', '--port', '0']))"
+        f"import sys; sys.modules[{missing!r}] = None; import producer.__main__ as p; sys.exit(p.main([{command!r}]))"
     )
     done = python("-c", code, REDIS_URL=valkey.url)
-    assert done.returncode == 2
-    assert "pip install flask waitress" in one_line(done.stderr)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in one_line(done.stderr)
 
 
 def test_the_worker_hands_over_without_the_exchanges_secrets(valkey: Valkey) -> None:

@@ -86,6 +86,7 @@ ROWS: list[tuple[str, list[Fault | None], list[Fault | None], OutcomeKind, list[
     ("triggering for ever", [Fault.TRIGGER_STUCK], [], OutcomeKind.GAVE_UP, None),
     ("overloaded fifty times", [Fault.UNAVAILABLE_503] * 50, [], OutcomeKind.CANCELLED, ["busy"] * 50 + ["confirmed"]),
     ("404 and 405 of an edge", [Fault.PATH_404, Fault.METHOD_405], [], OutcomeKind.CANCELLED, EDGE_SAID),
+    ("401 of an edge", [Fault.LOGIN_401] * 2, [], OutcomeKind.CANCELLED, EDGE_SAID),
     ("404 to a query", [Fault.DROP_AFTER], [Fault.PATH_404, None], OutcomeKind.CANCELLED, None),
     ("maintenance", [Fault.MAINTENANCE_2011] * 2, [], OutcomeKind.CANCELLED, EDGE_SAID),
     ("-2008", [Fault.KEY_ID_2008], [], OutcomeKind.REFUSED, ["key_refused"]),

@@ -49,7 +49,7 @@ def drive(seed: int, steps: int) -> bool:
             print(f"seed {seed}, step {driver.world.step}: {driver.world.trace(finding)}")  # noqa: T201
             return False
         finally:
-            driver.close()
+            driver.world.close()
     counts = ", ".join(f"{name} {count}" for name, count in sorted(driver.count.items()))
     print(f"seed {seed}: {steps} steps in {time.monotonic() - began:.0f} s, no rule broken; {counts}", flush=True)  # noqa: T201
     return True

@@ -13,7 +13,6 @@ from producer import OutcomeKind
 from producer.keys import Band
 from producer.message import decode_attempts
 from tests.model.holders import WatchedStore
-from tests.model.processes import Fleet
 from tests.model.rq_steps import RQ, clean_late
 from tests.model.rules import Finding
 from tests.model.steps import OURS, Step, claim_by, complete_all, done, expire_hold, grow_old, repeat_call, resume, tidy
@@ -24,25 +23,22 @@ from tests.model.world import World
 _CHECK_EVERY, _FORGET_EVERY = 3, 50
 #: So many jobs are kept while the driver goes on; beyond it the ended ones are forgotten.
 _MOST_JOBS = 100
-#: How often stock worker processes come, beside other steps: some fifteen times in 10,000.
-PROCESSES = 0.15
 #: RQ's entries of started jobs live no longer, s; our holders' outlast their deadline by an hour.
 _STOCK_LIFE_S = 3000
 #: Rounds in which a queue must be drained.
 _DRAIN_ROUNDS = 300
 #: Keys that may last: RQ's sets, lists and registries, our ledger.
 _LASTING = ("rq:queues", "rq:workers", "rq:wip:", "rq:failed:", "rq:finished:", "rq:canceled:", "rq:scheduled:")
+_STEPS = (*OURS, *RQ, *STOCK)
 
 
 class Driver:
-    """Drives one world by ``chance``. ``processes``: how often stock worker processes come, beside other things."""
+    """Drives one world by ``chance``."""
 
-    def __init__(self, port: int, chance: Random, *, processes: float = PROCESSES) -> None:
+    def __init__(self, port: int, chance: Random) -> None:
         self.world = World(port, chance)
         self.world.meanwhile = self._meanwhile
-        self.fleet = Fleet(self.world)
-        self._steps = (*OURS, *RQ, *STOCK, self.fleet.step(processes))
-        self._nested = tuple(step for step in self._steps if step.may_nest)
+        self._nested = tuple(step for step in _STEPS if step.may_nest)
         self._trouble: BaseException | None = None
         self._rq_cleans = chance.random() < 0.5  # at the end
 
@@ -50,11 +46,6 @@ class Driver:
     def count(self) -> Counter[str]:
         """What happened, by kind."""
         return self.world.count
-
-    def close(self) -> None:
-        """End its processes, and part with the server."""
-        self.fleet.close()
-        self.world.close()
 
     def run(self, steps: int) -> Iterator[int]:
         """Take so many steps and drain the queue; gives the number of each step, for who shows progress.
@@ -65,7 +56,7 @@ class Driver:
         world = self.world
         with _silence():
             for world.step in range(1, steps + 1):
-                self._take(self._steps)
+                self._take(_STEPS)
                 if world.step % _CHECK_EVERY == 0:
                     world.check()
                 if world.step % _FORGET_EVERY == 0:

@@ -14,7 +14,7 @@ from worker.store import Beat, Claimed, Completed, Done, Lease, Release, Request
 T = TypeVar("T")
 QUEUE = "cancels"
 DEADLINE_MS = 300_000
-STORE_OPTIONS: Mapping[str, Any] = {
+_OPTIONS: Mapping[str, Any] = {
     **{"gate_scope": "all", "deadline_ms": DEADLINE_MS},
     **{"outcome_ttl_s": 3600, "ledger_maxlen": 10_000_000},
 }
@@ -52,7 +52,7 @@ class WatchedStore(Store):
     """A :class:`Store` that tells a witness what it was answered."""
 
     def __init__(self, witness: Witness, holder: str, lease_ms: int) -> None:
-        super().__init__(QUEUE, holder, lease_ms=lease_ms, **STORE_OPTIONS)
+        super().__init__(QUEUE, holder, lease_ms=lease_ms, **_OPTIONS)
         self.holder = holder
         self.lease_ms = lease_ms
         self._witness = witness

@@ -40,8 +40,7 @@ SCRIPT_TESTS = tuple(
         "spread",
     )
 )
-#: The model, without what starts processes.
-MODEL_TESTS = ("tests/model/test_found.py", "tests/model/test_model.py", "-k", "not mutants and not processes")
+MODEL_TESTS = ("tests/model/test_found.py", "tests/model/test_model.py", "-k", "not mutants")
 _AT_ONCE = 2
 #: A mutant that makes a test stand still is noticed, too, s.
 _LONGEST_S = 900

@@ -58,7 +58,7 @@ def _failed(connection: redis.Redis) -> FailedJobRegistry:
 def _leaving_failed(world: World, job_id: str) -> Iterator[None]:
     """Meanwhile its entry is taken off the registry, whichever run's it is."""
     model = world.model
-    if (job := model.jobs.get(job_id)) is not None and (job.done in FAILED or model.is_blind):
+    if (job := model.jobs.get(job_id)) is not None and job.done in FAILED:
         job.left_failed = True
     model.leaving[job_id] += 1
     try:
@@ -116,7 +116,7 @@ def cancel(world: World) -> None:
             _may_be_recalled(known)  # it had failed, and somebody else has had it run again since
         world.note(job_id, "Job.cancel is through")
         if known is not None:
-            known.is_surely_recalled = known.is_recalled and world.depth == 0 and not world.model.is_blind
+            known.is_surely_recalled = known.is_recalled and world.depth == 0
 
 
 def _may_be_recalled(job: ModelJob | None) -> None:

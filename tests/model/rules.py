@@ -66,7 +66,6 @@ class Hold:
 
     token: str
     ends_ms: float
-    is_foreign: bool = False  # of a process that tells the model nothing
 
 
 @dataclass(slots=True)
@@ -134,7 +133,6 @@ class Model:
         self.recorded_kinds = Counter[OutcomeKind]()
         self.forgotten: set[str] = set()  # ended, expired, and of no interest any more
         self.leaving = Counter[str]()  # RQ is about to take them off the FailedJobRegistry
-        self.is_blind = False  # processes are at work that do not tell what they do
         self._listings = 0
         self.first: Finding | None = None  # RQ's code, through which it may pass, swallows whatever is raised
         self._deadline_ms = deadline_ms
@@ -175,7 +173,7 @@ class Model:
             raise self.finding(8, job.id, "of an earlier call is joined by client id alone", asked.order)
         if job.is_surely_recalled:
             raise self.finding(13, job.id, "is joined, though a person cancelled it")
-        if job.done and not job.is_deleted and not (self.is_blind and not job.left_failed):
+        if job.done and not job.is_deleted:
             if not job.left_failed:
                 raise self.finding(8, job.id, "is joined though it has ended", job.done)
             self._start_run(job, now_ms)
@@ -183,7 +181,6 @@ class Model:
     def retried(self, job_id: str, now_ms: int) -> None:
         """The client's retry said that it has started the job."""
         job = self._known(job_id)
-        job.left_failed = job.left_failed or self.is_blind  # it may have failed since it was looked at
         if job.done:
             if job.done not in FAILED:
                 raise self.finding(6, job_id, "is retried though it ended well", job.done)
@@ -202,7 +199,7 @@ class Model:
             self._may_be_given(job, lease, now_ms)
             if lease.cancels_child != job.cancels_child:
                 raise self.finding(7, job.id, "is given without what was asked of its child", lease.cancels_child)
-            if shown < job.attempts or (shown > job.attempts and not self.is_blind):
+            if shown != job.attempts:
                 raise self.finding(5, job.id, f"is given with {shown} attempts, {job.attempts} were made")
         job.attempts, job.due_ms = shown, 0
         job.hold = Hold(lease.token, now_ms + lease_ms)
@@ -212,7 +209,7 @@ class Model:
             raise self.finding(9, job.id, "is given though it has ended", job.done)
         if job.is_surely_recalled and not lease.fault.startswith("recalled"):
             raise self.finding(13, job.id, "is given to be sent, though a person cancelled it")
-        if now_ms < job.due_ms and not lease.fault.startswith("recalled") and not self.is_blind:
+        if now_ms < job.due_ms and not lease.fault.startswith("recalled"):
             raise self.finding(9, job.id, f"is given {job.due_ms - now_ms} ms before it is due")
         if lease.deadline_at_ms < job.deadline_ms:
             short_ms = job.deadline_ms - lease.deadline_at_ms
@@ -221,7 +218,7 @@ class Model:
     def _losing(self, job: Job, now_ms: float) -> None:
         """Somebody else has the job, or nobody: the hold that there was must have run out."""
         hold, job.hold = job.hold, None
-        if hold is None or (hold.is_foreign and self.is_blind):
+        if hold is None:
             return
         if now_ms < hold.ends_ms and not job.is_deleted:
             raise self.finding(4, job.id, f"loses a live lease, {hold.ends_ms - now_ms:.0f} ms left", hold.token)
@@ -232,7 +229,7 @@ class Model:
         job = self.jobs.get(job_id)
         if job is not None and job.hold is not None and job.hold.token == token:
             job.hold.ends_ms = max(job.hold.ends_ms, ends_ms)
-        elif job is not None and not self.is_blind and not job.is_deleted:
+        elif job is not None and not job.is_deleted:
             raise self.finding(3, job_id, "is renewed under a lease that was lost", token)
 
     def not_renewed(self, job_id: str, token: str, now_ms: int) -> None:
@@ -299,7 +296,7 @@ class Model:
             raise self.finding(2, job.id, f"run {run} ends twice", job.outcomes[run], kind)
         job.outcomes[run] = job.done = kind
         job.hold, job.attempts, job.due_ms = None, 0, 0
-        job.left_failed = self.leaving[job.id] > 0 or (job.left_failed and self.is_blind)
+        job.left_failed = self.leaving[job.id] > 0
         job.is_recalled = job.is_surely_recalled = False
         if self.pointers.get(job.order) == job.id and kind not in FAILED:  # RQ may put a failed job back
             del self.pointers[job.order]
@@ -350,10 +347,8 @@ class Model:
         self._listed(job, outcome)
         if job.outcomes.get(outcome.run) == outcome.kind.value:
             return
-        if not self.is_blind and not job.is_deleted:
-            raise self.finding(1, job.id, f"run {outcome.run} has an outcome of nobody", outcome.kind)
         if not job.is_deleted:
-            self._run_is(job, outcome.run, 0)
+            raise self.finding(1, job.id, f"run {outcome.run} has an outcome of nobody", outcome.kind)
         self._settle(job, outcome.run, outcome.kind.value)
 
     def _listed(self, listing: Job, outcome: Outcome) -> None:
@@ -374,9 +369,7 @@ class Model:
             raise self.finding(1, job.id, "is gone", job.done)
         job.was_recalled = job.was_recalled or job.is_recalled or seen.status in ("canceled", "stopped")
         self._run_is(job, seen.run, 0)
-        if self.is_blind:
-            self._adopt(job, seen, now_ms)
-        elif job.hold is not None and seen.lease != job.hold.token:
+        if job.hold is not None and seen.lease != job.hold.token:
             self._losing(job, now_ms)
         if job.done:
             self._is_over(job, seen, is_in_rqs_hands=is_in_rqs_hands)
@@ -398,20 +391,6 @@ class Model:
         self.pointers.pop(order, None)
         if job_id:
             self.pointers[order] = job_id
-
-    def _adopt(self, job: Job, seen: Seen, now_ms: int) -> None:
-        """Take in what processes did that tell nothing."""
-        if job.done:
-            return
-        if seen.lease != (job.hold.token if job.hold else ""):
-            self._losing(job, now_ms)
-            job.hold = Hold(seen.lease, 0, is_foreign=True) if seen.lease else None
-        if job.hold is not None and job.hold.is_foreign:
-            job.hold.ends_ms = seen.score or 0
-        shown = len(decode_attempts(seen.attempts))
-        if shown < job.attempts:
-            raise self.finding(5, job.id, f"has {shown} attempts, {job.attempts} were made")
-        job.attempts, job.due_ms = shown, seen.due_ms
 
     def _is_over(self, job: Job, seen: Seen, *, is_in_rqs_hands: bool) -> None:
         if seen.done != job.done:

@@ -76,7 +76,6 @@ def repeat_call(world: World) -> None:
 
 def retry(world: World) -> None:
     """The client's retry, of failed jobs and of others."""
-    world.catch_up()
     model, now_ms = world.model, world.now_ms()
     failed = set(world.plain.zrange(world.keys.failed, 0, -1))
     known = [job for job in model.jobs.values() if not job.is_expired and not job.is_deleted]
@@ -91,7 +90,7 @@ def retry(world: World) -> None:
             world.note(job.id, "is retried by the client")
             model.retried(job.id, now_ms)
             world.count["retries by the client"] += 1
-        elif job.done in FAILED and job.id in failed and not model.is_blind:
+        elif job.done in FAILED and job.id in failed:
             raise world.model.finding(6, job.id, "has failed, and cannot be retried", job.done)
 
 
@@ -111,8 +110,7 @@ def claim(world: World) -> None:
 
 def claim_by(world: World, store: WatchedStore, slots: int, *, is_heard: bool = True, **how: bool) -> int:
     """Claim for a holder, ``how`` as :meth:`Store.claim` has it; gives how many leases came."""
-    world.catch_up()
-    may_wait = not world.model.is_blind and world.plain.llen(world.keys.waiting) > 0  # then it will not have to
+    may_wait = world.plain.llen(world.keys.waiting) > 0  # then it will not have to
     claimed = world.link.ask_now(store.claim(slots, wait=may_wait and world.chance.random() < 0.3, **how))
     if claimed.damaged:
         raise world.model.finding(1, claimed.damaged[0], "is said to be damaged", claimed.damaged)
@@ -191,27 +189,23 @@ def complete(world: World) -> None:
 def complete_all(world: World, store: WatchedStore, hands: list[Hand], *, is_heard: bool = True) -> None:
     """End these holds."""
     world.count["rows sent again"] += sum(hand.sent is not None for hand in hands)
-    for pairs in calls_of([(hand, hand.sent or a_row(world, hand)) for hand in hands]):
-        _complete(world, store, pairs, is_heard=is_heard)
+    pairs = [(hand, hand.sent or a_row(world, hand)) for hand in hands]
+    rest = [pair for pair in pairs if not is_alone(pair[1])]
+    # What makes requests is ended by a call of its own, all else by one.
+    for call in [*([pair] for pair in pairs if is_alone(pair[1])), *([rest] if rest else [])]:
+        _complete(world, store, call, is_heard=is_heard)
     ended = {id(hand) for hand in hands if hand.sent is None}
     world.hands = [hand for hand in world.hands if id(hand) not in ended]
 
 
-def calls_of(pairs: list[tuple[Hand, Row]]) -> list[list[tuple[Hand, Row]]]:
-    """What makes requests is ended by a call of its own, all else by one."""
-    rest = [pair for pair in pairs if not is_alone(pair[1])]
-    return [*([pair] for pair in pairs if is_alone(pair[1])), *([rest] if rest else [])]
-
-
 def _complete(world: World, store: WatchedStore, pairs: list[tuple[Hand, Row]], *, is_heard: bool) -> None:
-    world.catch_up()
     lost = [hand.lease.id for hand, _ in pairs if not _is_held(world, hand)]
     stale = {job_id for job_id in lost if sum(hand.lease.id == job_id for hand, _ in pairs) == 1}
     before = {job_id: _written(world, job_id) for job_id in stale}
     completed = world.link.ask_now(store.complete([row for _, row in pairs]))
     for job_id in stale:
         job = world.model.jobs.get(job_id)
-        is_fair = not world.model.is_blind and job is not None and not job.is_deleted
+        is_fair = job is not None and not job.is_deleted
         if is_fair and _written(world, job_id) != before[job_id]:
             raise world.model.finding(3, job_id, "is changed by a completion under a lease that was lost")
     for (hand, row), answer in zip(pairs, completed.answers, strict=True):
@@ -276,7 +270,7 @@ def tidy(world: World) -> None:
     if damaged:
         raise world.model.finding(1, damaged[0], "is said to be damaged")
     world.check()
-    if not world.model.is_blind and (fading := world.fading.intersection(waiting)):
+    if fading := world.fading.intersection(waiting):
         raise world.model.finding(12, fading.pop(), "runs out though it waits")
 
 
@@ -327,7 +321,7 @@ def grow_old(world: World) -> None:
 
 def outlast(world: World) -> None:
     """A long lease runs out: its holder was silent for a minute."""
-    held = [job for job in world.model.jobs.values() if job.hold is not None and not job.hold.is_foreign]
+    held = [job for job in world.model.jobs.values() if job.hold is not None]
     if held:
         expire_hold(world, world.chance.choice(held).id)
         world.count["leases outlasted"] += 1

@@ -60,7 +60,6 @@ class ScriptedExchange:
 
     world: World
     life: Life
-    requests_sent: int = 0
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """See :class:`worker.transport.Transport`."""
@@ -69,7 +68,6 @@ class ScriptedExchange:
         if request is None:
             return None
         sent_ns = local_ns()
-        self.requests_sent += 1
         self.life.between()
         status, said = self._answer(request)
         if said is None:

@@ -12,12 +12,12 @@ from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
 from producer import CancelRequest, OutcomeKind, UnknownRequest
-from tests.model.holders import QUEUE, STORE_OPTIONS, Hand
+from tests.model.holders import QUEUE, Hand
 from tests.model.steps import attempts, claim_by, complete_all, done, expire_hold, tidy
 from tests.model.stock import Visit, settings_for
 from tests.model.world import World
 from tests.servers import Valkey
-from worker.store import Release, Retry, Store
+from worker.store import Release, Retry
 
 
 @pytest.fixture
@@ -111,17 +111,15 @@ def test_what_a_stock_worker_died_with_after_its_end_runs_out_again(world: World
 
 def test_of_two_failed_jobs_of_an_order_that_are_requeued_the_first_one_begun_is_joined(world: World) -> None:
     """Two requests for one order have failed one after the other, and a third went well; RQ puts the later one back
-    first, and a process that tells nobody begins both: the next request joins that one."""
+    first, and a worker begins both: the next request joins that one."""
     for kind in (OutcomeKind.REFUSED, OutcomeKind.REFUSED, OutcomeKind.CANCELLED):
         world.enqueue([CancelRequest(algo_id=1)])
         end(world, take(world), kind)
     earlier, later, _ = world.model.jobs
-    world.model.is_blind = True
     for job_id in (later, earlier):
         FailedJobRegistry(QUEUE, connection=world.raw, serializer=JSONSerializer).requeue(job_id)
         world.model.jobs[job_id].left_failed = True
-    silent = Store(QUEUE, "silent", **STORE_OPTIONS, lease_ms=60_000)
-    assert len(world.link.ask_now(silent.claim(2, wait=False)).leases) == 2
+    assert claim_by(world, world.stores[-1], 2) == 2
 
     world.check()
     assert world.client.cancel(algo_id=1).id == later

@@ -145,7 +145,6 @@ class World:
         """Send the words of a call, and tell the model what came of them; gives the ids of the carrying jobs."""
         now_ms = self.now_ms()
         answer = self._sent(call)
-        self.catch_up()
         for (own_id, asked), job_id in zip(call.rows, answer[1::2], strict=True):
             is_new = job_id not in self.model.jobs
             job = self.model.acknowledged(asked, job_id, now_ms, is_repeat=is_repeat)
@@ -168,7 +167,6 @@ class World:
         self._calls += 1
         now_ms = self.now_ms()
         tickets = self.client.cancel_many(requests)
-        self.catch_up()
         for request, ticket in zip(requests, tickets, strict=True):
             deadline_ms = "" if request.deadline_s is None else request.deadline_s * 1000
             asked = self._asked(self._calls, request, deadline_ms)
@@ -182,16 +180,11 @@ class World:
 
     # -- what stands in Redis --
 
-    def catch_up(self) -> None:
-        """Learn what processes did that tell nothing. The answer that is judged next may have moved a pointer."""
-        if self.model.is_blind:
-            self.check(pointers=False)
-
-    def check(self, *, pointers: bool = True) -> None:
+    def check(self) -> None:
         """Show the model what stands in Redis."""
         model = self.model
         ids = [job.id for job in model.jobs.values() if not job.is_expired]
-        orders = sorted({job.order for job in model.jobs.values() if ":a:" in job.order}) if pointers else []
+        orders = sorted({job.order for job in model.jobs.values() if ":a:" in job.order})
         now_ms, ledger, counted, led_to, rows = self._looked(orders, ids)
         for position, fields in ledger:
             self._ledger_at = f"({position}"
@@ -221,7 +214,7 @@ class World:
         if not seen.exists and self.deleting and not job.is_expired:
             job.is_deleted = True
             self.note(seen.id, "its hash is gone with the queue")
-        in_hands = self.model.is_blind or seen.id in self.left_behind or self.in_rqs_hands[seen.id] > 0
+        in_hands = seen.id in self.left_behind or self.in_rqs_hands[seen.id] > 0
         if seen.ttl >= 0:
             self.left_behind.discard(seen.id)
         is_fading = seen.ttl >= 0 and not seen.done and not job.is_deleted

@@ -220,6 +220,20 @@ def test_cancels_that_find_nothing_are_not_sent_at_once() -> None:
     assert len(played.calls) < 60
 
 
+@pytest.mark.parametrize("left_ms", [*range(50, 1_050, 100), 5_000])
+@pytest.mark.parametrize(
+    "answers",
+    [[GATEWAY], [TIMEOUT], [NEW, GATEWAY], [NEW, *[GONE, NEW] * 300], [child("NEW", orderId=7)], [OVERLOAD], [GONE]],
+)
+def test_the_last_second_knows_pauses_too(answers: list[Answer], left_ms: int) -> None:
+    """Just before the deadline an exchange that fails is asked no more often than before: a ban would hit everybody."""
+    played = play(answers, left_ms=left_ms, roll=0.5)
+
+    last = [attempt.at_ms for attempt in played.history if attempt.at_ms >= T0 + left_ms - 1_000]
+    assert len(last) <= 12
+    assert sum(at_ms >= T0 + left_ms for at_ms in last) <= 3
+
+
 def test_the_first_cancel_waits_for_nothing_however_many_looks_were_in_doubt() -> None:
     """A child that is seen open after many unanswered looks is cancelled at once: no cancel of it was sent yet."""
     played = play([TIMEOUT] * 9 + [NEW, DONE, CANCELED], left_ms=60_000)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from producer.message import Call
 from producer.untrusted import MAX_MSG_CHARS, clean_text
 from tests.examples import examples
-from worker.classify import CODE_MEANS, HTTP_FALLBACK, HTTP_MEANS, Failure, Means, OrderRef, Reply, classify
+from worker.classify import CODE_MEANS, HTTP_MEANS, NOT_DONE_STATUSES, Failure, Means, OrderRef, Reply, classify
 
 PROFILE = examples(25)
 
@@ -133,7 +133,8 @@ HTTP_ROWS = [
     both("400 code longer than we read", Reply(400, refusal(-1102), truncated=True), Means.UNCLEAR),
     both("401 -2014", Reply(401, refusal(-2014, "API-key format invalid.")), Means.KEY_REFUSED),
     both("401 -2015", Reply(401, refusal(-2015, "Invalid API-key, IP, or permissions")), Means.KEY_REFUSED),
-    both("401 empty", Reply(401, b""), Means.KEY_REFUSED),
+    both("401 of an edge", Reply(401, b"<html>401 Authorization Required</html>"), Means.BUSY),
+    both("401 empty", Reply(401, b""), Means.BUSY),
     both("403 HTML", Reply(403, CLOUDFRONT), Means.BLOCKED),
     both("403 with a code", Reply(403, refusal(-2015)), Means.BLOCKED),
     both("404 HTML", Reply(404, CLOUDFRONT), Means.BUSY),
@@ -356,7 +357,7 @@ def test_a_status_that_is_not_listed_is_unclear() -> None:
 def test_every_entry_of_the_tables_has_its_row() -> None:
     """A code or status that is added to the tables needs a row here."""
     statuses = {row.answer.http for row in HTTP_ROWS if isinstance(row.answer, Reply)}
-    assert set(HTTP_MEANS) | set(HTTP_FALLBACK) <= statuses
+    assert set(HTTP_MEANS) | NOT_DONE_STATUSES <= statuses
     assert set(CODE_MEANS) <= _codes(CODE_ROWS)
 
 

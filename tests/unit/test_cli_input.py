@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
 
 from producer.__main__ import main
-from producer.console import (
-    SHOWN_BAD_LINES,
-    BadFile,
-    BadSetting,
-    algo_id_of,
-    connect,
-    read_requests,
-)
+from producer.console import SHOWN_BAD_LINES, BadFile, BadSetting, algo_id_of, connect, read_requests
 from producer.message import CancelRequest
 from producer.untrusted import MAX_PAYLOAD_BYTES, InvalidRequest
 
@@ -144,24 +138,6 @@ def test_a_file_without_an_id_is_an_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "verify", "verified"),
-    [
-        ("rediss://localhost", "", True),
-        ("rediss://localhost", "required", True),
-        ("rediss://localhost", "none", False),
-        ("rediss://localhost?ssl_cert_reqs=none", "", False),
-        ("rediss://localhost?ssl_cert_reqs=required", "required", True),
-    ],
-)
-def test_tls_is_verified_unless_told_otherwise(url: str, verify: str, verified: bool) -> None:
-    """rediss:// checks certificate and name; only the setting or the URL switch both off."""
-    with connect(url, "cancels", verify, "") as client:
-        options = client._redis.connection_pool.connection_kwargs
-    assert options["ssl_cert_reqs"] == ("required" if verified else "none")
-    assert options["ssl_check_hostname"] is verified
-
-
-@pytest.mark.parametrize(
     ("url", "verify", "ca"),
     [
         ("rediss://localhost", "perhaps", ""),
@@ -219,3 +195,29 @@ def test_bad_usage_is_told_before_anything_is_tried(
     assert said.out == ""
     assert told in said.err
     assert PASSWORD not in said.err
+
+
+ABOUT_ORDERS = "0 1 2 3 4 130"
+
+
+@pytest.mark.parametrize(
+    ("command", "codes"),
+    [
+        ("cancel", ABOUT_ORDERS),
+        ("cancel-open", ABOUT_ORDERS),
+        ("outcome", ABOUT_ORDERS),
+        *((command, "0 2 4 130") for command in ("outcomes", "retry", "status")),
+        *((command, "0 2 130") for command in ("metrics", "web")),
+        ("acl", "0 2"),
+    ],
+)
+def test_help_ends_with_examples_and_the_codes_that_apply(
+    capsys: pytest.CaptureFixture[str], command: str, codes: str
+) -> None:
+    """And says where settings come from, and where a password belongs."""
+    assert main([command, "--help"]) == 0
+
+    told = capsys.readouterr().out
+    assert re.findall(r"^ +(\d+) +[a-zR]", told.partition("Exit codes:")[2], re.MULTILINE) == codes.split()
+    assert f"python -m producer {command}" in told.partition("Examples:")[2]
+    assert ("visible in ps" in " ".join(told.split())) == ("REDIS_TLS_VERIFY" in told) == (command != "acl")

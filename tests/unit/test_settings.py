@@ -174,7 +174,7 @@ BAD: list[tuple[str, str]] = [
                 "https://.binance.com",
                 "https://-a.binance.com",
             ),
-            "https://fapi.b\u0131nance.com",
+            *("https://fapi.b\u0131nance.com", "https://[::::]", "https://[127.0.0.1]"),
         )
     ],
     *[
@@ -186,7 +186,8 @@ BAD: list[tuple[str, str]] = [
         for text in (
             *("proxy:3128", "socks5://proxy:1080", "http://", "http://:3128", "http://proxy:0", "http://proxy:65536"),
             *("http://proxy:3128/path", "http://proxy?x", "http://proxy#x", "http://u:p@ss@proxy", "http://u:p/@proxy"),
-            *("http://u:p @proxy", "http://proxy ", "http://proxy:3128\n"),
+            *("http://u:p @proxy", "http://proxy ", "http://proxy:3128\n", "http://[::::]:3128", "http://u:p[@proxy"),
+            *("http://u:p@proxy..local:80", f"http://{'x' * 64}.local"),
         )
     ],
     *[("RATE_LIMIT_SCOPE", text) for text in ("ALL", "worker", "all,dyno")],

@@ -276,7 +276,7 @@ def test_a_credential_shows_account_kind_and_the_end_of_its_api_key(credential: 
         assert FAPI_KEY[-5:] not in text
         assert not any(secret in text for secret in secrets)
     fields = dataclasses.asdict(credential)
-    assert fields == {"account": "desk", "api_key": FAPI_KEY, "kind": credential.kind}
+    assert not any(secret in repr(fields) for secret in secrets)
 
 
 @pytest.mark.parametrize(("credential", "secrets"), credentials_with_canaries())
@@ -300,18 +300,18 @@ def test_a_failing_signature_shows_no_secret(credential: Credential, secrets: li
         credential.sign(cast(bytes, "text instead of bytes"))
     stack = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
     frames = "".join(entry for entry in stack.format() if "test_signing.py" not in entry)
-    assert "in sign" in frames
+    assert "signing.py" in frames
     assert not any(secret in frames for secret in secrets)
 
 
 WITHOUT_CRYPTOGRAPHY = """
 import sys
 sys.modules["cryptography"] = None
-from worker.signing import Credential, SigningUnavailableError
+from worker.signing import Credential, CredentialError
 assert len(Credential.from_secret("default", "key", "secret").sign(b"x")) == 64
 try:
     Credential.from_private_key("default", "key", sys.stdin.read())
-except SigningUnavailableError as error:
+except CredentialError as error:
     print(error)
 """
 

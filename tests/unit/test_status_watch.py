@@ -125,6 +125,7 @@ def test_hostile_and_long_content_keeps_its_place(width: int, height: int) -> No
     lines = drawn(seen, width, height, stale=f"NOT OF NOW: {HOSTILE}")
 
     assert len(lines) <= height
+    assert height < 2 or lines[1].startswith("NOT OF NOW"[: width - 1])
     assert all(cell_len(line) <= width for line in lines)
     text = "".join(lines)
     assert text.isprintable()
@@ -169,16 +170,24 @@ def test_a_screen_that_holds_all_workers_cuts_none() -> None:
 
 def test_an_empty_queue_is_told_as_such() -> None:
     """Nothing waits, nothing came out, nobody works: said in words, and not in red."""
-    seen = Status("cancels", 0, 0, None, 0, 0, 0, False, (Gate("all", True),), (), None, None, {}, False, *_NONE, ())
-    lines = drawn(seen, 80, 24, colour=True)
-
-    text = "\n".join(lines)
+    seen = Status("cancels", 0, gates=(Gate("all", True),))
+    text = "\n".join(drawn(seen, 80, 24, colour=True))
     for words in ("open", "nothing waits", "0 failed", "no outcomes", "none"):
         assert words in text
     assert "31m" not in text
+    assert "used weight    -" in seen.lines()
 
 
-_NONE = (Percentiles(), Percentiles())
+@pytest.mark.parametrize(
+    ("queued", "oldest_s", "told"),
+    [(0, 0.004, None), (0, 1.25, "0, one is due for 1.2 s"), (1, 0.0, "1, the oldest for 0.0 s"), (2, None, None)],
+)
+def test_what_fell_due_this_moment_is_no_news(queued: int, oldest_s: float | None, told: str | None) -> None:
+    """That a retry is due is said once it has waited for a claim that did not come."""
+    seen = Status("cancels", 0, queued=queued, oldest_queued_s=oldest_s)
+    (line,) = (line for line in seen.lines() if line.startswith("queued"))
+    assert line.removeprefix("queued").strip() == (told or str(queued))
+    assert any("nothing waits" in line for line in drawn(seen, 80, 24)) == (not queued and told is None)
 
 
 def test_red_is_what_needs_somebody() -> None:
@@ -192,15 +201,6 @@ def test_red_is_what_needs_somebody() -> None:
     assert "12 in flight, \x1b[2m0 scheduled\x1b[0m, \x1b[31m7 failed\x1b[0m" in jobs
     (kinds,) = (line for line in lines if line.startswith("last minute"))
     assert kinds.endswith("1,200 cancelled, \x1b[31m3 refused\x1b[0m")
-
-
-def test_an_old_view_says_how_old_it_is() -> None:
-    """The line below the head says that the view is not of now, and pushes nothing important out."""
-    lines = drawn(status(workers=50), 80, 24, stale="NOT OF NOW, 12 s old: Redis did not answer")
-
-    assert lines[1] == "NOT OF NOW, 12 s old: Redis did not answer"
-    assert len(lines) == 24
-    assert any(line.startswith("gate all") for line in lines)
 
 
 def test_a_silent_worker_of_ours_is_not_live() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from producer.web.access import Access, UnsafeStart, check_start, own_path
+from producer.console import BadSetting
+from producer.web.access import Access, check_start, own_path
 
 TOKEN = "a-token-of-the-tests"
 
@@ -24,7 +25,7 @@ TOKEN = "a-token-of-the-tests"
 )
 def test_an_open_door_is_not_opened_by_mistake(host: str, token: str | None, public_read: bool, said: str) -> None:
     """What strangers could read, and a token that can be guessed, stop the start with the ways out."""
-    with pytest.raises(UnsafeStart, match=said):
+    with pytest.raises(BadSetting, match=said):
         check_start(host, token, public_read)
 
 

@@ -321,6 +321,7 @@ class Fault(StrEnum):
     )
 
     # The edge, which knows nothing of orders.
+    LOGIN_401 = _rare("login_401", "INFERRED", _page(401, "401 Authorization Required"))
     PATH_404 = _rare("path_404", "INFERRED", _page(404, "404 Not Found"))
     METHOD_405 = _rare("method_405", "INFERRED", _page(405, "405 Not Allowed"))
     REGION_451 = _rare(
