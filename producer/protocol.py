@@ -26,6 +26,7 @@ from producer.door import checked_ids, checked_requests
 from producer.job_fields import words_of_job
 from producer.keys import JobField, Keys, Script
 from producer.message import CancelRequest, OnTrigger, Outcome, check_queue_name, decode_outcome, encode_call
+from producer.redis_url import text as text  # whoever reads an answer takes it from here
 from producer.redis_url import why
 from producer.untrusted import InvalidRequest, MalformedMessage, checked_flag, clean_text
 
@@ -523,11 +524,6 @@ def good(answers: list[Any]) -> list[Any]:
 def is_wrong_type(answer: Any) -> bool:
     """Whether it says that a key holds another type of value: the fault of that key alone, not of the server."""
     return isinstance(answer, redis.exceptions.ResponseError) and str(answer).startswith("WRONGTYPE")
-
-
-def text(value: Any) -> str:
-    """A word from Redis, whatever bytes it is made of."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def fields_of(answer: Sequence[Any]) -> dict[Any, Any]:

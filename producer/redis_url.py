@@ -273,7 +273,7 @@ def _judge(told: Any) -> None:
         NotPrimary, NotSupported: it is another than it should be.
     """
     pairs = told.items() if isinstance(told, Mapping) else zip(told[::2], told[1::2], strict=False)
-    said = {_text(name): _text(value) for name, value in pairs}
+    said = {text(name): text(value) for name, value in pairs}
     if said.get("mode") == "cluster":
         raise NotSupported("it is a Redis Cluster, which is not supported: one primary is needed")
     if said.get("mode") == "sentinel":
@@ -282,7 +282,8 @@ def _judge(told: Any) -> None:
         raise NotPrimary("it is a replica, not the primary")
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A word from Redis, whatever bytes it is made of."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
@@ -384,7 +385,7 @@ class _Primary(_Base):  # type: ignore[misc]
                 await given(sentinel.connect())
                 await given(sentinel.send_command(*sentinels.question))
                 if found := await given(sentinel.read_response()):
-                    return _text(found[0]), int(found[1])
+                    return text(found[0]), int(found[1])
             except (redis.RedisError, OSError) as error:
                 errors.append(error)
             finally:
