@@ -28,8 +28,6 @@ from producer.waiting import LOOK_S, Waiters
 
 #: Connections for calls; beside them one for calls that wait for a disk, and one that listens for all waiters.
 CONNECTIONS = 2
-
-
 #: What is said in the place of a call's doubt where surely nothing of it was sent.
 NOTHING_SENT = "; nothing was sent: a repeat makes the first request"
 
@@ -62,6 +60,14 @@ class BaseLines:
 
     event: type[Any]
 
+    def __init__(self, place: Place, wire: Wire, link: Callable[[], Any], line: type[Any]) -> None:
+        self._wire = wire
+        self._address = place.address
+        self._link = link
+        self._calls = line(link, CONNECTIONS)
+        self._slow = line(link, 1)
+        self.waiters = Waiters(wire)
+
     @staticmethod
     def wait(event: Any, timeout_s: float | None) -> Any:
         """Wait until it is set, at most so long; gives whether it is."""
@@ -71,14 +77,6 @@ class BaseLines:
         """See to it that somebody listens, and that from now on nothing is missed; False: there is no thread to be had,
         as the system has none left, or as the interpreter is about to end."""
         raise NotImplementedError
-
-    def __init__(self, place: Place, wire: Wire, link: Callable[[], Any], line: type[Any]) -> None:
-        self._wire = wire
-        self._address = place.address
-        self._link = link
-        self._calls = line(link, CONNECTIONS)
-        self._slow = line(link, 1)
-        self.waiters = Waiters(wire)
 
     def _now(self) -> float:
         raise NotImplementedError
