@@ -26,7 +26,7 @@ from producer.protocol import RETRY_IN_DOUBT, Conversation, T, TicketFields, rea
 from producer.redis_url import Address
 from producer.status import Status
 from producer.untrusted import checked_flag
-from producer.waiting import QueueWire, Waited, closed, many_wanted, split
+from producer.waiting import QueueWire, Waited, closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class AsyncCancelClient(BaseClient):
         self, tickets_or_ids: Iterable[AsyncTicket | str], timeout_s: float | timedelta | None = None
     ) -> Waited:
         """See :meth:`CancelClient.wait_many`."""
-        return split(await self._ends(many_wanted(tickets_or_ids), timeout_s))
+        return await self._wait_many(tickets_or_ids, timeout_s)
 
     async def retry(self, tickets_or_ids: Iterable[TicketFields | str], *, missing_ok: bool = False) -> list[str]:
         """See :meth:`CancelClient.retry`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,19 +14,18 @@ from producer.door import checked_timeout, checked_wait
 from producer.message import DEFAULT_QUEUE, CancelRequest, OpenRequest, Outcome
 from producer.open_orders import OPEN_IN_DOUBT, OpenOutcome, OpenTicketFields, pursue
 from producer.place import checked_url
-from producer.protocol import IN_DOUBT, TIMEOUT_S, Conversation, QueueUnavailable, T, TicketFields
+from producer.protocol import IN_DOUBT, TIMEOUT_S, Conversation, QueueUnavailable, T, TicketFields, WaitTimeout
 from producer.redis_url import Address, given
-from producer.waiting import (
-    LOOK_S,
-    End,
-    QueueWire,
-    one_wanted,
-    outcome_or_raise,
-    proven,
-    readable,
-    timed_out,
-    wanted_of,
-)
+from producer.untrusted import InvalidRequest, MalformedMessage
+from producer.waiting import LOOK_S, End, QueueWire, Waited, one_wanted, proven, wanted_of, who_serves
+
+_log = logging.getLogger("producer")
+
+
+def _outcome_of(end: End) -> Outcome:
+    if isinstance(end, Outcome):
+        return end
+    raise end.with_traceback(None)
 
 
 class BaseClient:
@@ -92,17 +92,36 @@ class BaseClient:
     async def _outcome(self, ticket_or_id: TicketFields | str) -> Outcome | None:
         ((job_id, request),) = one_wanted(ticket_or_id).items()
         ends = await self._told(self._wire.look([job_id], for_the_gone=False))
-        return outcome_or_raise(proven(ends[job_id], request)) if job_id in ends else None
+        return _outcome_of(proven(ends[job_id], request)) if job_id in ends else None
 
     async def _outcomes_of(self, tickets_or_ids: Iterable[TicketFields | str]) -> dict[str, Outcome]:
         wanted = wanted_of(tickets_or_ids)
         ends = await self._told(self._wire.look(wanted, for_the_gone=False))
-        return readable({job_id: proven(end, wanted[job_id]) for job_id, end in ends.items()})
+        ends = {job_id: proven(end, wanted[job_id]) for job_id, end in ends.items()}
+        for end in ends.values():
+            if isinstance(end, MalformedMessage):
+                _log.warning("%s", end)
+        return {job_id: end for job_id, end in ends.items() if isinstance(end, Outcome)}
 
     async def _wait(self, ticket_or_id: Any, timeout_s: float | timedelta | None) -> Any:
         if isinstance(ticket_or_id, OpenTicketFields):
             return await self._wait_for_open(ticket_or_id, checked_wait(timeout_s))
-        return outcome_or_raise(*(await self._ends(one_wanted(ticket_or_id), timeout_s)).values())
+        return _outcome_of(*(await self._ends(one_wanted(ticket_or_id), timeout_s)).values())
+
+    async def _wait_many(self, tickets_or_ids: Iterable[Any], timeout_s: float | timedelta | None) -> Waited:
+        wanted = wanted_of(tickets_or_ids)
+        for job_id, request in wanted.items():
+            if isinstance(request, OpenRequest):  # it has no outcome of its own
+                rule = "is for all open orders of a symbol: wait for it alone, as client.wait(ticket)"
+                raise InvalidRequest("ids", job_id, rule)
+        ended: dict[str, Outcome] = {}
+        standing: dict[str, Exception] = {}
+        for job_id, end in (await self._ends(wanted, timeout_s)).items():
+            if isinstance(end, Outcome):
+                ended[job_id] = end
+            else:
+                standing[job_id] = end
+        return Waited(ended, standing)
 
     async def _wait_for_open(self, ticket: OpenTicketFields, timeout_s: float | None) -> OpenOutcome:
         began_at = time.monotonic()
@@ -130,7 +149,11 @@ class BaseClient:
                 served: bool | None = None
                 with contextlib.suppress(QueueUnavailable):
                     served = await self._told(self._wire.served())
-                ends |= {each: timed_out(each, timeout_s, self._wire.keys.queue, served) for each in standing}
+                who = who_serves(served, self._wire.keys.queue)
+                for job_id in standing:
+                    late = WaitTimeout(f"no outcome of {job_id} within {timeout_s} s; the request goes on: {who}")
+                    late.is_served = served
+                    ends[job_id] = late
         except QueueUnavailable as error:
             ends = dict.fromkeys(wanted, error) | ends
         return {job_id: proven(ends[job_id], request) for job_id, request in wanted.items()}

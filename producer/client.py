@@ -29,7 +29,7 @@ from producer.protocol import RETRY_IN_DOUBT, Conversation, T, TicketFields, rea
 from producer.redis_url import Address, at_once
 from producer.status import Status
 from producer.untrusted import checked_flag
-from producer.waiting import QueueWire, Waited, closed, many_wanted, split
+from producer.waiting import QueueWire, Waited, closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ class CancelClient(BaseClient):
         What stands is given with what `wait` would raise for it: WaitTimeout, UnknownRequest, MalformedMessage or
         QueueUnavailable.
         """
-        return split(at_once(self._ends(many_wanted(tickets_or_ids), timeout_s)))
+        return at_once(self._wait_many(tickets_or_ids, timeout_s))
 
     def retry(self, tickets_or_ids: Iterable[TicketFields | str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.

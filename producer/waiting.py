@@ -27,7 +27,6 @@ from producer.protocol import (
     NotOurs,
     QueueUnavailable,
     UnknownRequest,
-    WaitTimeout,
     Wire,
     carried,
     good,
@@ -166,44 +165,9 @@ def wanted_of(values: Any) -> dict[str, CancelRequest | None]:
     return dict(zip(checked_ids(tickets), (getattr(each, "request", None) for each in tickets), strict=True))
 
 
-def many_wanted(values: Any) -> dict[str, CancelRequest | None]:
-    """As :func:`wanted_of`, for a wait for many.
-
-    Raises:
-        InvalidRequest: one of them is for all open orders of a symbol: it has no outcome of its own.
-    """
-    wanted = wanted_of(values)
-    for job_id, request in wanted.items():
-        if isinstance(request, OpenRequest):
-            rule = "is for all open orders of a symbol: wait for it alone, as client.wait(ticket)"
-            raise InvalidRequest("ids", job_id, rule)
-    return wanted
-
-
 def one_wanted(value: Any) -> dict[str, CancelRequest | None]:
     """As :func:`wanted_of` for one ticket or id."""
     return {checked_id(value): getattr(value, "request", None)}
-
-
-def outcome_or_raise(end: End) -> Outcome:
-    """What a wait for one comes to."""
-    if isinstance(end, Outcome):
-        return end
-    raise end.with_traceback(None)
-
-
-def readable(ends: Mapping[str, End]) -> dict[str, Outcome]:
-    """The outcomes; why another one cannot be read is logged."""
-    for end in ends.values():
-        if isinstance(end, MalformedMessage):
-            _log.warning("%s", end)
-    return {job_id: end for job_id, end in ends.items() if isinstance(end, Outcome)}
-
-
-def split(ends: Mapping[str, End]) -> Waited:
-    """What ended, and what stands."""
-    ended = {job_id: end for job_id, end in ends.items() if isinstance(end, Outcome)}
-    return Waited(ended, {job_id: end for job_id, end in ends.items() if not isinstance(end, Outcome)})
 
 
 def closed(client: object) -> InvalidRequest:
@@ -214,14 +178,6 @@ def closed(client: object) -> InvalidRequest:
 def unheard(error: BaseException) -> QueueUnavailable:
     """What whoever waits is told when a defect, or a lack of memory, has ended the listener."""
     return QueueUnavailable(f"nobody listens for outcomes any more ({type(error).__name__}): wait again")
-
-
-def timed_out(job_id: str, timeout_s: float | None, queue: str, served: bool | None) -> WaitTimeout:
-    """What a wait ends with whose time is up."""
-    words = f"no outcome of {job_id} within {timeout_s} s; the request goes on: {who_serves(served, queue)}"
-    error = WaitTimeout(words)
-    error.is_served = served
-    return error
 
 
 def who_serves(served: bool | None, queue: str) -> str:
