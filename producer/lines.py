@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +14,9 @@ import redis
 
 from producer.place import Place
 from producer.protocol import (
+    NO_ANSWER,
     UNSENT,
+    Ask,
     Commands,
     Conversation,
     NoConnectionFree,
@@ -22,12 +26,22 @@ from producer.protocol import (
     T,
     Wire,
     carried,
+    good,
+    stream_entries,
 )
-from producer.redis_url import given, is_refused, why
-from producer.waiting import LOOK_S, Waiters
+from producer.redis_url import given, is_refused, passes, why
+from producer.waiting import LOOK_S, Waiters, look
 
 #: Connections for calls; beside them one for calls that wait for a disk, and one that listens for all waiters.
 CONNECTIONS = 2
+#: Longest time that one read of the ledger waits for news, ms.
+_BLOCK_MS = 1000
+#: Entries of the ledger read at a time.
+_PAGE = 500
+#: Between two tries to reach Redis, s.
+_AGAIN_S = 0.1
+#: The id of a record, for a look at which of those that are waited for it may be.
+_ID = re.compile(rb'"id":"([^"\\]{1,256})"')
 #: What is said in the place of a call's doubt where surely nothing of it was sent.
 NOTHING_SENT = "; nothing was sent: a repeat makes the first request"
 
@@ -66,7 +80,7 @@ class BaseLines:
         self._link = link
         self._calls = line(link, CONNECTIONS)
         self._slow = line(link, 1)
-        self.waiters = Waiters(wire)
+        self.waiters = Waiters()
 
     @staticmethod
     def wait(event: Any, timeout_s: float | None) -> Any:
@@ -145,11 +159,64 @@ class BaseLines:
         return answers
 
     async def _hear(self, link: Any, ready: Callable[[], object]) -> None:
+        """What is done on a connection of its own while anybody waits.
+
+        ``ready`` is called when nothing that is recorded from then on can be missed, or nothing can be heard. Errors
+        that pass are told to nobody before a call's time is up.
+        """
+
         async def ask(commands: Commands) -> list[Any]:
             (answers,) = await given(link.ask([commands], self._now() + LOOK_S + self._wire.timeout_s))
             return list(answers)
 
-        async def pause(seconds: float) -> None:
-            await given(self.wait(self.event(), seconds))
+        failing_since: float | None = None
+        while not self.waiters.are_few():
+            try:
+                await self._follow(ask, ready)
+                failing_since = None
+            except (redis.RedisError, *NO_ANSWER) as told:
+                error = told if isinstance(told, redis.RedisError) else NotOurs(type(told).__name__)
+                now = time.monotonic()
+                failing_since = failing_since or now
+                if not passes(error) or now - failing_since > self._wire.timeout_s:
+                    self.waiters.fail(self._unavailable(error))
+                    ready()
+            await self._pause(_AGAIN_S)
 
-        await self.waiters.listen(ask, pause, ready, self._unavailable)
+    async def _pause(self, seconds: float) -> None:
+        await given(self.wait(self.event(), seconds))
+
+    async def _follow(self, ask: Ask, ready: Callable[[], object]) -> None:
+        """Follow the ledger and hand out what is waited for, until nobody waits any more."""
+        keys = self._wire.keys
+        block_ms = self._wire.server_wait_ms(_BLOCK_MS)
+        position: str | None = None
+        with contextlib.suppress(redis.ResponseError):  # somebody else's key, or no right to read it
+            position = await carried(self._wire.newest(), ask)
+        ready()
+        look_at = 0.0
+        entries: list[tuple[str, dict[Any, Any]]] = []
+        while not self.waiters.are_few():
+            began, came, wanted = time.monotonic(), self.waiters.came, self.waiters.wanted()
+            if began < look_at:
+                hinted = {_hint(fields) for _, fields in entries}
+                wanted = [job_id for job_id in wanted if job_id in hinted]
+            self.waiters.tell(await carried(look(keys, wanted), ask), came)
+            if began >= look_at:
+                now = time.monotonic()
+                look_at = now + max(LOOK_S, 10 * (now - began))
+            if position is None:
+                await self._pause(LOOK_S)
+            else:
+                command = ("XREAD", "COUNT", _PAGE, "BLOCK", block_ms, "STREAMS", keys.outcomes, position)
+                (page,) = good(await ask([command]))
+                entries = stream_entries(page[0][1] if page else [])
+                position = entries[-1][0] if entries else position
+            if entries or position is None:
+                self.waiters.news()
+
+
+def _hint(fields: Mapping[Any, Any]) -> str:
+    """Whose outcome a ledger entry may be."""
+    found = _ID.search(fields.get(b"outcome", b""))
+    return found[1].decode("utf-8", "replace") if found else ""

@@ -1,4 +1,4 @@
-"""How callers wait for outcomes: what ends a wait, and one listener for all who wait on a client.
+"""How callers wait for outcomes: what ends a wait, and all who wait on a client.
 
 As in :mod:`producer.protocol` nothing here talks to Redis: a client carries the conversations.
 """
@@ -6,57 +6,37 @@ As in :mod:`producer.protocol` nothing here talks to Redis: a client carries the
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
-
-from redis.exceptions import RedisError, ResponseError
 
 from producer.door import checked_id, checked_ids
 from producer.keys import Band, JobField, Keys
 from producer.message import CancelRequest, OpenRequest, Outcome, decode_outcome
 from producer.protocol import (
     ENDED,
-    NO_ANSWER,
-    Ask,
     Conversation,
-    NotOurs,
     QueueUnavailable,
     UnknownRequest,
     Wire,
-    carried,
     good,
     is_requeued,
     pages,
     requeue_commands,
-    stream_entries,
     text,
 )
-from producer.redis_url import passes
 from producer.status import Status, is_served, read_status
 from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
-
-_log = logging.getLogger("producer")
 
 #: What ends a wait for one request.
 End: TypeAlias = Outcome | Exception
 
 #: Between two looks at all that is waited for, s: a hint can be lost, and a request can vanish without any.
 LOOK_S = 1.0
-#: Longest time that one read of the ledger waits for news, ms.
-_BLOCK_MS = 1000
-#: Entries of the ledger read at a time.
-_PAGE = 500
-#: Between two tries to reach Redis, s.
-_AGAIN_S = 0.1
 #: For so long after the last one who waited the listener stays, s: the next one may come at once.
 _LINGER_S = 5.0
-#: The id of a record, for a look at which of those that are waited for it may be.
-_ID = re.compile(rb'"id":"([^"\\]{1,256})"')
 
 
 class Waited(NamedTuple):
@@ -186,13 +166,7 @@ def who_serves(served: bool | None, queue: str) -> str:
     return f"{who} queue {queue}"
 
 
-def _hint(fields: Mapping[Any, Any]) -> str:
-    """Whose outcome a ledger entry may be."""
-    found = _ID.search(fields.get(b"outcome", b""))
-    return found[1].decode("utf-8", "replace") if found else ""
-
-
-# --- The listener -------------------------------------------------------------------------------------------------
+# --- Who waits -------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False, slots=True)
@@ -230,11 +204,10 @@ class QueueWire(Wire):
 class Waiters:
     """All who wait on one client. ``tell`` and the like are called by its listener."""
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self) -> None:
         self._lock = threading.RLock()
         self._all: set[Waiter] = set()
-        self._by_id: dict[str, list[Waiter]] = {}
+        self._by_id: dict[str, set[Waiter]] = {}
         self._left_s = time.monotonic()
         self._is_closed = False
         #: How many have come so far.
@@ -249,16 +222,15 @@ class Waiters:
             waiter.number = self.came
             self._all.add(waiter)
             for job_id in waiter.wanted:
-                self._by_id.setdefault(job_id, []).append(waiter)
+                self._by_id.setdefault(job_id, set()).add(waiter)
         try:
             yield waiter
         finally:
             with self._lock:
                 self._all.discard(waiter)
                 for job_id in waiter.wanted:
-                    others = [each for each in self._by_id.get(job_id, ()) if each is not waiter]
-                    self._by_id[job_id] = others
-                    if not others:
+                    self._by_id[job_id].discard(waiter)
+                    if not self._by_id[job_id]:
                         del self._by_id[job_id]
                 self._left_s = time.monotonic()
 
@@ -298,63 +270,9 @@ class Waiters:
         self._is_closed = True
         self.fail(error)
 
-    def _news(self) -> None:
+    def news(self) -> None:
+        """Wake those who wait for news of the ledger."""
         with self._lock:
             readers = [waiter for waiter in self._all if not waiter.wanted]
         for waiter in readers:
             waiter.wake()
-
-    async def listen(
-        self,
-        ask: Ask,
-        pause: Callable[[float], Awaitable[None]],
-        ready: Callable[[], object],
-        say: Callable[[RedisError], Exception],
-    ) -> None:
-        """What a client does on a connection of its own while anybody waits.
-
-        ``ready`` is called when nothing that is recorded from then on can be missed, or nothing can be heard. Errors
-        that pass are told to nobody before a call's time is up; ``say`` puts them in words.
-        """
-        failing_since: float | None = None
-        while not self.are_few():
-            try:
-                await self._follow(ask, pause, ready)
-                failing_since = None
-            except (RedisError, *NO_ANSWER) as told:
-                error = told if isinstance(told, RedisError) else NotOurs(type(told).__name__)
-                now = time.monotonic()
-                failing_since = failing_since or now
-                if not passes(error) or now - failing_since > self._wire.timeout_s:
-                    self.fail(say(error))
-                    ready()
-            await pause(_AGAIN_S)
-
-    async def _follow(self, ask: Ask, pause: Callable[[float], Awaitable[None]], ready: Callable[[], object]) -> None:
-        """Follow the ledger and hand out what is waited for, until nobody waits any more."""
-        keys = self._wire.keys
-        block_ms = self._wire.server_wait_ms(_BLOCK_MS)
-        position: str | None = None
-        with contextlib.suppress(ResponseError):  # somebody else's key, or no right to read it
-            position = await carried(self._wire.newest(), ask)
-        ready()
-        look_at = 0.0
-        entries: list[tuple[str, dict[Any, Any]]] = []
-        while not self.are_few():
-            began, came, wanted = time.monotonic(), self.came, self.wanted()
-            if began < look_at:
-                hinted = {_hint(fields) for _, fields in entries}
-                wanted = [job_id for job_id in wanted if job_id in hinted]
-            self.tell(await carried(look(keys, wanted), ask), came)
-            if began >= look_at:
-                now = time.monotonic()
-                look_at = now + max(LOOK_S, 10 * (now - began))
-            if position is None:
-                await pause(LOOK_S)
-            else:
-                command = ("XREAD", "COUNT", _PAGE, "BLOCK", block_ms, "STREAMS", keys.outcomes, position)
-                (page,) = good(await ask([command]))
-                entries = stream_entries(page[0][1] if page else [])
-                position = entries[-1][0] if entries else position
-            if entries or position is None:
-                self._news()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ from producer import (
 )
 from producer.keys import Keys
 from producer.protocol import Commands
-from producer.waiting import QueueWire, Waiters
+from producer.redis_url import at_once
 from tests.exporting import append, record
 from tests.fault.proxy import Proxy
 from tests.servers import Valkey, Workers, confirms_durability, eventually, running_valkey
@@ -271,25 +271,22 @@ def test_a_signal_s_handler_may_cancel(client: CancelClient) -> None:
     assert len(handled) > 10
 
 
-def test_an_answer_to_an_earlier_question_ends_no_later_wait(connection: redis.Redis) -> None:
+def test_an_answer_to_an_earlier_question_ends_no_later_wait(client: CancelClient, connection: redis.Redis) -> None:
     """Who waits for a request that was retried is not told what somebody else was about to hear of its last run."""
     connection.set(KEYS.outcome_prefix + "a", record(id="a"))
-    waiters = Waiters(QueueWire("cancels"))
+    lines = client._mine()
     told: list[list[str]] = []
     with contextlib.ExitStack() as stack:
-        waits = [stack.enter_context(waiters.waiting(["a"], lambda: None))]
+        waits = [stack.enter_context(lines.waiters.waiting(["a"], lambda: None))]
 
-        async def ask(commands: Commands) -> list[Any]:
-            answers = [connection.execute_command(*command) for command in commands]
+        def ask(trips: Sequence[Commands], _: float) -> list[list[Any]]:
+            answers = [connection.execute_command(*command) for command in trips[0]]
             if len(waits) > 1:  # that is: what was recorded has been handed out
                 told.extend(list(each.ends) for each in waits)
-                waiters.close(ValueError("enough was heard"))
-            elif next(iter(commands))[0] == "MGET":  # what is recorded
-                waits.append(stack.enter_context(waiters.waiting(["a"], lambda: None)))
-            return answers
+                lines.waiters.close(ValueError("enough was heard"))
+            elif next(iter(trips[0]))[0] == "MGET":  # what is recorded
+                waits.append(stack.enter_context(lines.waiters.waiting(["a"], lambda: None)))
+            return [answers]
 
-        async def pause(_: float) -> None:
-            pass
-
-        asyncio.run(waiters.listen(ask, pause, lambda: None, QueueUnavailable))
+        at_once(lines._hear(SimpleNamespace(ask=ask), lambda: None))
     assert told == [["a"], []]
