@@ -27,7 +27,7 @@ from producer.message import DEFAULT_QUEUE, CancelRequest, Outcome, OutcomeKind,
 from producer.open_orders import WARNING, OpenOutcome, followed
 from producer.protocol import LedgerGap, NotDurable, QueueUnavailable, TicketFields, UnknownRequest, WaitTimeout
 from producer.rights import acl_lines
-from producer.shell import ExitCode, Failure, InOrder, dumped, epilog, print_lines, say
+from producer.shell import ExitCode, Failure, InOrder, dumped, ended_by_signals, epilog, print_lines, say
 from producer.status import Status, aligned
 from producer.streams import open_closed_streams, silence
 from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
@@ -550,6 +550,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    with ended_by_signals():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         return int(cli.main(arguments, prog_name="python -m producer", standalone_mode=False))
     except click.Abort:

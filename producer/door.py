@@ -15,7 +15,7 @@ from producer.untrusted import InvalidRequest, checked_seconds, not_a
 #: Longest time-out of a call, s.
 MAX_TIMEOUT_S = 3600
 
-_STREAM_ID = re.compile(r"\$|[0-9]{1,20}(-[0-9]{1,20})?")
+_STREAM_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
 
 
 def checked_id(value: object) -> str:
@@ -72,10 +72,12 @@ def checked_position(after: object) -> str:
     Raises:
         InvalidRequest: it cannot.
     """
-    if not isinstance(after, str) or not _STREAM_ID.fullmatch(after):
-        rule = "must be a stream id such as 1700000000000-0, or $ for the newest entry"
-        raise InvalidRequest("after", after, rule + not_a(after, str, "give text"))
-    return after
+    if isinstance(after, str):
+        is_id = _STREAM_ID.fullmatch(after) and all(int(part) < 2**64 for part in after.split("-"))
+        if is_id or after == "$":
+            return after
+    rule = "must be a stream id such as 1700000000000-0, or $ for the newest entry"
+    raise InvalidRequest("after", after, rule + not_a(after, str, "give text"))
 
 
 def checked_wait(timeout_s: object) -> float | None:

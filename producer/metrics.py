@@ -39,7 +39,7 @@ from producer.protocol import (
     is_wrong_type,
     text,
 )
-from producer.shell import block_ends, wait_for_end
+from producer.shell import block_ends, is_loopback, names_this_machine, wait_for_end
 from producer.status import Status
 from producer.timeline import read_counts
 from producer.untrusted import MalformedMessage
@@ -309,6 +309,18 @@ class _Handler(WSGIRequestHandler):
         """A scrape is no event."""
 
 
+def _for_this_machine(answer: Any) -> Any:
+    """Answers no browser that a stranger's page has led here by a name of its own."""
+
+    def guarded(request: dict[str, Any], start_response: Any) -> Any:
+        if names_this_machine(request.get("HTTP_HOST", "localhost")):
+            return answer(request, start_response)
+        start_response("421 Misdirected Request", [("Content-Type", "text/plain")])
+        return [b"ask for this machine as localhost, or start this with --host: see --help\n"]
+
+    return guarded
+
+
 class Server(ThreadingMixIn, WSGIServer):
     """Answers scrapes from the end of its construction until it is closed."""
 
@@ -325,7 +337,8 @@ class Server(ThreadingMixIn, WSGIServer):
         super().__init__((str(where[0]), int(where[1])), _Handler)
         registry = CollectorRegistry(auto_describe=False)
         registry.register(collector)
-        self.set_app(make_wsgi_app(registry))
+        answer = make_wsgi_app(registry)
+        self.set_app(_for_this_machine(answer) if is_loopback(host) else answer)
         shown_host = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown_host}:{self.server_port}/metrics"
         self._thread = threading.Thread(target=self.serve_forever, name="http", daemon=True)

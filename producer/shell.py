@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import ipaddress
 import json
 import math
+import os
 import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
+from types import FrameType
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import click
 
@@ -87,6 +91,45 @@ def listening(host: str, port: int) -> Iterator[None]:
         yield
     except OSError as error:
         raise Failure(f"cannot listen on {host} port {port}: {error.strerror or type(error).__name__}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on ``host``."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def names_this_machine(authority: str) -> bool:
+    """Whether a request's Host is a name that this machine has for itself, and not a stranger's that leads here."""
+    try:
+        return is_loopback(urlsplit(f"//{authority}").hostname or "")
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and the end of a terminal end the block as Ctrl-C does, so that what was accepted is told; then they end
+    the process. A second one ends it at once."""
+    came: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        came.append(number)
+        raise KeyboardInterrupt
+
+    heeded = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+    for number in heeded:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), came[0])
 
 
 _SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})

@@ -7,13 +7,10 @@ the workers take what is left of the screen. Nothing that came from Redis is rea
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from types import FrameType
 from typing import NoReturn
 
 from rich.cells import cell_len
@@ -246,28 +243,14 @@ def _draw(live: Live, seen: Status, stale: str | None) -> None:
         time.sleep(_RESIZE_EVERY_S)
 
 
-class _Terminated(BaseException):
-    """SIGTERM, on its way past everything that has a terminal to give back."""
-
-
 @contextlib.contextmanager
 def _given_back(console: Console) -> Iterator[None]:
     """The terminal is left as it was found, however the block ends; keys typed meanwhile are not shown."""
-
-    def end(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
     try:
         with _without_echo():
             yield
-    except _Terminated:
-        _restore(console)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
     finally:
         _restore(console)
-        signal.signal(signal.SIGTERM, before)
 
 
 def _restore(console: Console) -> None:

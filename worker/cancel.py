@@ -336,7 +336,7 @@ class Canceller:
         """Whether the exchange's clock can be compared with ours: by client id an order's age must be known, and until
         when a cancel may be accepted."""
         if self._ahead() is None:
-            await self.resync(self._resynced_ns)
+            await self.resync(local_ns() - _UNMEASURED_MS * 1_000_000)  # for all that wait for it
         return self._ahead() is not None
 
     def _with_key_reason(self, job: CancelJob, stop: Stop) -> Stop:

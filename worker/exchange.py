@@ -39,8 +39,8 @@ _PATHS = {
 _LIST_LIMIT = 512 * 1024
 _TIME_PATH = "/fapi/v1/time"
 _INFO_PATH = "/fapi/v1/exchangeInfo"
-_SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
-_WEIGHT = re.compile(r"[0-9]{1,9}")
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?(, *[0-9]+(\.[0-9]*)?)*")
+_WEIGHTS = re.compile(r"[0-9]{1,9}(, *[0-9]{1,9})*")  # a proxy may add what is there already
 _RATE_LIMITS = re.compile(rb'"rateLimits"\s*:\s*')
 #: Statuses that concern every request of this address.
 _GATE_STATUSES = frozenset({403, 418, 429})
@@ -229,14 +229,14 @@ class Exchange:
 
     def _note_weight(self, raw: Raw) -> None:
         header = raw.headers.get("x-mbx-used-weight-1m", "")
-        if not _WEIGHT.fullmatch(header):
+        if not _WEIGHTS.fullmatch(header):
             return
         # By the minute of sending: a late answer to a request of the last minute must not fill the new one.
         now_ms = self._clock.now_ms()
         minute = (now_ms - (local_ns() - raw.sent_ns) // 1_000_000) // 60_000
         # A minute that is still to come was noted by a clock that has been put right since.
         if not minute < self._used_in <= now_ms // 60_000:
-            self._used_weight, self._used_in = int(header), minute
+            self._used_weight, self._used_in = max(map(int, header.split(","))), minute
 
     def _retry_after_ms(self, header: str | None) -> int | None:
         """Retry-After in either form, ms from now; None if absent or neither."""
@@ -244,7 +244,7 @@ class Exchange:
             return None
         text = header.strip()
         if _SECONDS.fullmatch(text):
-            return min(round(float(text[:20]) * 1000), MAX_PAUSE_MS)
+            return min(round(max(float(each[:20]) for each in text.split(",")) * 1000), MAX_PAUSE_MS)
         try:
             until = parsedate_to_datetime(text)
             until = until if until.tzinfo else until.replace(tzinfo=UTC)  # "-0000" is UTC too

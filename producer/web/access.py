@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 from typing import Any
-from urllib.parse import urlsplit
 
 from flask import Request, Response
 from itsdangerous import BadData, URLSafeTimedSerializer
 
 from producer.console import BadSetting
+from producer.shell import is_loopback
 from producer.untrusted import clean_text
 
 #: Least length of WEB_TOKEN, characters.
@@ -46,6 +45,7 @@ _HEADERS = {
 _BY_HTTPS = {"Strict-Transport-Security": "max-age=31536000"}
 #: What proxies add: whoever sent a request that has one of these need not sit at this machine.
 _FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded", "X-Real-IP", "Via")
+_VISIBLE_ASCII = re.compile(r"[!-~]*")
 _OWN_PATH = re.compile(r"/(?![/\\])[A-Za-z0-9._~%/?=&:@+-]*")
 
 
@@ -55,6 +55,11 @@ def check_start(host: str, token: str | None, public_read: bool) -> None:
     Raises:
         BadSetting: they could, the token is too weak, or the settings contradict each other.
     """
+    if token is not None and not _VISIBLE_ASCII.fullmatch(token):
+        raise BadSetting(
+            "WEB_TOKEN holds white space, a control character (the end of a line?) or a letter beyond ASCII, which no "
+            "login can send; try: openssl rand -hex 16"
+        )
     if token is not None and len(token) < MIN_TOKEN_CHARS:
         raise BadSetting(f"WEB_TOKEN must have {MIN_TOKEN_CHARS} characters or more; try: openssl rand -hex 16")
     if token is not None and len(set(token)) < MIN_TOKEN_KINDS:
@@ -66,22 +71,6 @@ def check_start(host: str, token: str | None, public_read: bool) -> None:
             f"whoever reaches {host} could read every order here. Set WEB_TOKEN ({MIN_TOKEN_CHARS} characters or more) "
             "so that a login is asked for, or bind to --host 127.0.0.1, or give --public-read if that is what you want"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on ``host``."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
-def named_locally(request: Request) -> bool:
-    """Whether the browser asked for this machine by a name of its own, and not by a stranger's that leads here."""
-    try:
-        return is_loopback(urlsplit(f"//{request.headers.get('Host', '')}").hostname or "")
-    except ValueError:
-        return False
 
 
 def forwarded(request: Request) -> bool:

@@ -21,6 +21,7 @@ from producer.client import CancelClient
 from producer.keys import Band
 from producer.message import OutcomeKind
 from producer.protocol import CHUNK, Conversation, QueueUnavailable, UnknownRequest
+from producer.shell import names_this_machine
 from producer.status import readable
 from producer.timeline import read_timeline
 from producer.untrusted import InvalidRequest, clean_text
@@ -34,7 +35,6 @@ from producer.web.access import (
     forwarded_in_clear,
     harden,
     is_foreign,
-    named_locally,
     own_path,
     whence,
 )
@@ -147,7 +147,7 @@ class _Guard:
         """None to let it through, else the answer."""
         if request.endpoint == "healthz":
             return None
-        if self._local_names_only and (forwarded(request) or not named_locally(request)):
+        if self._local_names_only and (forwarded(request) or not names_this_machine(request.headers.get("Host", ""))):
             return _message(421, "Not here", _NOT_LOCAL)
         if self._access.enabled and forwarded_in_clear(request):
             raise Forbidden(_IN_CLEAR)

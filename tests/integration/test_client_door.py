@@ -69,7 +69,7 @@ REFUSED: list[tuple[str, Ask, str, str]] = [
     ("statuses of None", lambda c: c.statuses(None), "ids", "not NoneType: give a list"),
     *(
         (f"the ledger after {after!r}", lambda c, after=after: c.outcomes(after=after), "after", "a stream id such as")
-        for after in (5, "", "yesterday", "1-2-3", "-", "+", "0x10")
+        for after in (5, "", "yesterday", "1-2-3", "-", "+", "0x10", f"{2**64}-0")
     ),
     ("the ledger after None", lambda c: c.outcomes(after=None), "after", "not NoneType: give text"),
     ("follow in words", lambda c: c.outcomes(follow="no"), "follow", "give True or False"),

@@ -237,6 +237,21 @@ def test_a_slow_measurement_holds_up_nobody_else(
     recorded_once(valkey.port, late + others, running, logged)
 
 
+def test_a_clock_that_is_not_told_is_asked_for_once_a_second(
+    valkey: Valkey, client: CancelClient, stack: ExitStack
+) -> None:
+    """However many requests by client id wait for the exchange's time: each question costs the address weight."""
+    server = stack.enter_context(Answerer(lambda asked: OVERLOADED if asked.path.endswith("/time") else well(asked)))
+    began_s = time.monotonic()
+    stack.enter_context(RunningEngine(valkey.url, server.url, 64))
+    for number in range(30):
+        client.cancel(client_algo_id=f"x{number}")
+        time.sleep(0.03)
+    eventually(lambda: server.count()["time"] >= 4, what="the time is asked for again")
+    assert server.count()["time"] <= time.monotonic() - began_s + 2
+    assert server.count()["DELETE"] == 0
+
+
 # ---- after an outage of the exchange --------------------------------------------------------------------------------
 
 #: Of many jobs that back off by this, ms, some wait for longer than a test does.

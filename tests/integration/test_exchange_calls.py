@@ -173,6 +173,9 @@ def test_a_list_of_200_orders_is_read_whole(bench: Bench, size: int, coding: str
         (" 35 ", 35_000),
         ("0", 0),
         ("1.5", 1_500),
+        ("60, 60", 60_000),
+        ("5,60.5, 7", 60_500),
+        ("5, soon", None),
         ("9" * 400, MAX_PAUSE_MS),
         ("604800", MAX_PAUSE_MS),
         ("-5", None),
@@ -224,14 +227,15 @@ def test_used_weight_is_noted_from_every_answer(bench: Bench) -> None:
         http_answer(x_mbx_used_weight_1m="7"),
         http_answer(b"{}", "400 Bad Request", X_MBX_USED_WEIGHT_1M="2399"),
         http_answer(x_mbx_used_weight_1m="many"),
+        http_answer(x_mbx_used_weight_1m="12, 12"),
         http_answer(),
     )
     _, client = bench.to(behaviour, clock=clock)
     weights = [client.exchange.last_used_weight()]
-    for _ in range(4):
+    for _ in range(5):
         client.ask()
         weights.append(client.exchange.last_used_weight())
-    assert weights == [0, 7, 2399, 2399, 2399]
+    assert weights == [0, 7, 2399, 2399, 12, 12]
     wall[0] += 60_000
     assert client.exchange.last_used_weight() == 0
 

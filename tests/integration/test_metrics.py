@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -402,3 +404,29 @@ def test_signals_end_it_as_they_should(valkey: Valkey) -> None:
         assert exporter.url == f"http://localhost:{port}/metrics"
         assert exporter.value("cancel_up") == 1
         assert exporter.stop(signal.SIGINT) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("listens", "host", "status"),
+    [
+        *(("127.0.0.1", host, 200) for host in ("127.0.0.1", "localhost:9464", "[::1]:1", None)),
+        *(
+            ("127.0.0.1", host, 421)
+            for host in ("evil.example", "evil.example:9464", "127.0.0.1.evil.example", "[", "")
+        ),
+        ("0.0.0.0", "metrics.example", 200),
+    ],
+)
+def test_a_strangers_page_reads_nothing(listens: str, host: str | None, status: int, valkey: Valkey) -> None:
+    """On loopback only who asks for this machine by a name of its own is answered: a browser there can be led to it by
+    a stranger's name."""
+    with exporting(valkey.url, "--host", listens) as exporter:
+        port = urlsplit(exporter.url).port
+        asked = http.client.HTTPConnection("127.0.0.1", port or 0, timeout=20)
+        asked.putrequest("GET", "/metrics", skip_host=True)
+        if host is not None:
+            asked.putheader("Host", host)
+        asked.endheaders()
+        answer = asked.getresponse()
+        assert (answer.status, b"cancel_up" in answer.read()) == (status, status == 200)
+        asked.close()

@@ -219,15 +219,21 @@ def test_no_outcome_in_time_ends_with_3(shell: Shell, connection: redis.Redis) -
     assert calls(connection, "mget") < 60
 
 
-def test_a_wait_that_is_interrupted_gives_the_ids(shell: Shell, connection: redis.Redis) -> None:
-    """Ctrl-C ends the waiting with 130; the requests go on, and their ids are printed all the same."""
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP)]
+)
+def test_a_wait_that_is_interrupted_gives_the_ids(
+    number: signal.Signals, code: int, shell: Shell, connection: redis.Redis
+) -> None:
+    """Ctrl-C (130), a supervisor's signal and a closed terminal end the waiting; the requests go on, and their ids are
+    printed all the same."""
     connection.config_resetstat()
     with shell.running("cancel", "--json", "--wait", "60", "--algo-id", "1") as process:
         eventually(lambda: calls(connection, "mget"), what="it waits")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=10)
 
-    assert process.returncode == 130
+    assert process.returncode == code
     assert [objects(stdout)[0][name] for name in ("kind", "error")] == [None, "interrupted; the request goes on"]
     assert one_line(stderr) == "interrupted; the requests go on"
 
