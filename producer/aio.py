@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Self, cast, overload
+from typing import Any, Self, cast, overload
 
 import redis
 import redis.asyncio as aio
@@ -68,7 +68,6 @@ class AsyncCancelClient(BaseClient):
 
     _ticket = AsyncTicket
     _open_ticket = AsyncOpenTicket
-    _connect = Address.async_client
 
     def __init__(self, connection: aio.Redis, queue: str = DEFAULT_QUEUE) -> None:
         self._place = Place.of(connection, aio.Redis, redis.Redis, "CancelClient")
@@ -77,6 +76,10 @@ class AsyncCancelClient(BaseClient):
         self.keys = self._wire.keys
         self._lines: list[AsyncLines] = []  # of each loop and process; what a parent's loop watches is never touched
         self._is_closed = False
+
+    @classmethod
+    def _at(cls, address: Address, call_s: float, options: dict[str, Any], queue: str) -> Self:
+        return cls(address.async_client(call_s, **options), queue)
 
     async def close(self) -> None:
         """Give the connections back, a brought one too. A closed client refuses every call."""

@@ -33,11 +33,7 @@ class BaseClient:
 
     _ticket: ClassVar[type[Any]]
     _open_ticket: ClassVar[type[Any]]
-    _connect: ClassVar[Callable[..., Any]]  # of an address
     _wire: QueueWire
-
-    def __init__(self, connection: Any, queue: str = DEFAULT_QUEUE) -> None:
-        raise NotImplementedError
 
     @classmethod
     def from_url(
@@ -57,7 +53,7 @@ class BaseClient:
 
     @classmethod
     def _at(cls, address: Address, call_s: float, options: dict[str, Any], queue: str) -> Self:
-        return cls(cls._connect(address, call_s, **options), queue)
+        raise NotImplementedError
 
     def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> Any:
         """Carry a conversation with Redis to its end; ``repeat``: its commands may be sent again if an answer is lost.

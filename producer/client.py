@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Self, cast, overload
+from typing import Any, Self, cast, overload
 
 import redis
 import redis.asyncio as aio
@@ -77,7 +77,6 @@ class CancelClient(BaseClient):
 
     _ticket = Ticket
     _open_ticket = OpenTicket
-    _connect = Address.client
 
     def __init__(self, connection: redis.Redis, queue: str = DEFAULT_QUEUE) -> None:
         self._place = Place.of(connection, redis.Redis, aio.Redis, "AsyncCancelClient")
@@ -86,6 +85,10 @@ class CancelClient(BaseClient):
         self.keys = self._wire.keys
         self._lines: dict[int, Lines] = {}  # by process
         self._is_closed = False
+
+    @classmethod
+    def _at(cls, address: Address, call_s: float, options: dict[str, Any], queue: str) -> Self:
+        return cls(address.client(call_s, **options), queue)
 
     def close(self) -> None:
         """Give the connections back, a brought one too. A closed client refuses every call."""
