@@ -4,7 +4,7 @@ What another clock told proves one thing: it read that time between the question
 bounds, which many answers narrow and drift widens. A single reading is not enough: an answer that is read late makes
 the other clock seem to lag. Times of two clocks are compared by the bounds of their difference (:func:`minus`).
 
-All moments given and returned in ns are :func:`local_ns`. Every class here may be shared between threads.
+All moments given and returned in ns are :data:`local_ns`. Every class here may be shared between threads.
 """
 
 from __future__ import annotations
@@ -42,14 +42,9 @@ def _boot_clock() -> Callable[[], int] | None:
         return None
 
 
-#: Whether :func:`local_ns` goes on while the host sleeps.
-COUNTS_SLEEP = _boot_clock() is not None
-_read_ns = _boot_clock() or time.monotonic_ns
-
-
-def local_ns() -> int:
-    """This host's own clock, ns since some moment: nobody sets it, and it counts sleep if :data:`COUNTS_SLEEP`."""
-    return _read_ns()
+#: This host's own clock, ns since some moment: nobody sets it, and it counts sleep if :data:`COUNTS_SLEEP`.
+local_ns: Callable[[], int] = _boot_clock() or time.monotonic_ns
+COUNTS_SLEEP = local_ns is not time.monotonic_ns
 
 
 class _Offset(NamedTuple):
@@ -213,7 +208,7 @@ def minus(redis: RedisClock, exchange: ServerClock) -> Span | None:
 
 
 class SleepWatch:
-    """Tells a host that slept from one that did not, where :func:`local_ns` cannot count sleep.
+    """Tells a host that slept from one that did not, where :data:`local_ns` cannot count sleep.
 
     There the wall clock alone shows it. Somebody who set the clock looks the same: who holds leases renews them before
     the next send, which is right after a sleep and harmless else. Where sleep is counted, the wall clock is not asked.

@@ -126,16 +126,17 @@ class Exchange:
                 sent.accepted_until_ns = self._accepted_until_ns(timestamp_ms, window_ms)
             limit = _LIST_LIMIT if call is Call.LIST_OPEN else BODY_LIMIT
             target = f"{_PATHS.get(call, _ORDER_PATH)}?{query}"
-            return Request("DELETE" if call.cancels else "GET", target, fields, patience_s, late, limit)
+            return Request("DELETE" if call.cancels else "GET", target, fields, patience_s, limit)
 
-        def late(came: Raw | Failed) -> None:
-            answer = self._answered(came, call, credential.api_key)
+        def came_late(late: asyncio.Future[Raw | Failed]) -> None:
+            answer = None if late.cancelled() else self._answered(late.result(), call, credential.api_key)
             if sent is not None and answer is not None:
                 sent.late(answer)
 
         came = await self._transport.send(make, self._patience_s)
-        if sent is not None and isinstance(came, Failed) and came.is_open:
+        if sent is not None and isinstance(came, Failed) and came.late is not None:
             sent.is_open = True
+            came.late.add_done_callback(came_late)
             self._patience.silent(written_ns, local_ns())
         return self._answered(came, call, credential.api_key)
 
@@ -150,17 +151,15 @@ class Exchange:
             self._clock.observe(came.sent_ns, came.received_ns, server_time_ms)
         return answer
 
-    async def sync_time(self, samples: int = 3, may_go: Callable[[], bool] = _always) -> bool:
-        """Ask for the exchange's time ``samples`` times, one after the other; whether the clock learned anything.
+    async def sync_time(self, may_go: Callable[[], bool] = _always) -> bool:
+        """Ask for the exchange's time three times, one after the other; whether the clock learned anything.
 
         Stops at the first call without a good answer, and when ``may_go`` says so. Weight: one for each call.
         """
-        learned = False
-        for _ in range(samples):
+        for learned in range(3):
             if _server_time_ms(await self.ask_time(may_go)) is None:
-                break
-            learned = True
-        return learned
+                return learned > 0
+        return True
 
     async def keep_warm(self, connections: int = 2) -> int:
         """Use as many different connections for ``GET /fapi/v1/time``, opening what is missing; how many answered.

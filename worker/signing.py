@@ -110,12 +110,6 @@ class Credential:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a credential cannot be pickled: its secret stays in the process that read it")
 
-    def __copy__(self) -> Credential:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Credential:
-        return self
-
 
 def encode_params(pairs: Iterable[tuple[str, str | int]]) -> str:
     """Names and values percent-encoded (RFC 3986, UTF-8) and joined with ``&`` in the order given.

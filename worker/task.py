@@ -181,7 +181,7 @@ class _StockRun:
         held = _Held(lease, lease.until_ns, SleepWatch(), self._ask_whose)
         with self._renewing(held):
             if not self._server_clock.measured and not self._gate.closed(self._store.clock.now_ms()):
-                await self._exchange.sync_time(samples=1)
+                await self._exchange.ask_time()
             return await self._canceller.carry(lease, held, _decoded(self._request))
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ transport shows, no repr, no exception and no log, has any part of it.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import ssl
 import zlib
@@ -56,15 +57,13 @@ class Request:
     Both are sent as they are: whoever makes a request has seen to it that they hold visible ASCII alone.
 
     ``patience_s`` is how long its answer is waited for, counted from when it is written; None: until the attempt's
-    end. Then the call fails, and ``late`` is given what comes of it until the attempt's end; so it is where the
-    transport can wait beside other calls. ``body_limit``: most bytes of the answer's body that are read.
+    end. ``body_limit``: most bytes of the answer's body that are read.
     """
 
     method: str
     target: str = field(repr=False)
     fields: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     patience_s: float | None = field(default=None, repr=False)
-    late: Callable[[Raw | Failed], None] | None = field(default=None, repr=False)
     body_limit: int = field(default=BODY_LIMIT, repr=False)
 
 
@@ -89,13 +88,13 @@ class Raw:
 class Failed:
     """No answer. ``seen``: a byte of the request may have left; False is a proof that none has.
 
-    ``reason`` says how far it got and names the class of an error, never its text. ``is_open``: the request's ``late``
-    will be given what comes of it.
+    ``reason`` says how far it got and names the class of an error, never its text. ``late`` is done with what comes of
+    the request after its patience, by the attempt's end, where the transport can wait for that beside other calls.
     """
 
     seen: bool
     reason: str
-    is_open: bool = False
+    late: asyncio.Future[Raw | Failed] | None = None
 
 
 class Transport(Protocol):
@@ -104,8 +103,8 @@ class Transport(Protocol):
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """Send one request and read its answer, within ``patience_s`` in all and half of it until it is written.
 
-        An answer that the request has no patience for may still come: the connection stays open for it until
-        ``patience_s`` are over.
+        An answer that the request has no patience for may still come (:attr:`Failed.late`): the connection stays open
+        for it until ``patience_s`` are over.
 
         ``make`` is called when there is a connection to write to, right before the first byte: it looks whether the
         request may still go, and signs. It returns None if it may not: then nothing was sent, and None is returned.
@@ -126,23 +125,37 @@ def named(phase: str, error: BaseException) -> str:
 
 
 def decoded(headers: Mapping[str, str], body: bytes, whole: bool, limit: int) -> tuple[bytes, bool]:
-    """The body without its content coding, and whether that is all of it.
+    """The body without its content codings, and whether that is all of it.
 
     Proxies compress though ``identity`` was asked for. What cannot be decoded, or not within ``limit`` bytes, is
-    not whole.
+    not whole; in the place of a body of an unknown coding stand words that say so.
     """
-    coding = headers.get("content-encoding", "").strip().lower()
-    if coding in ("", "identity") or not body:
-        return body, whole
-    for header in _CODINGS.get(coding, ()):
+    codings = [coding.strip().lower() for coding in headers.get("content-encoding", "").split(",")]
+    for coding in reversed(codings):
+        if coding in ("", "identity") or not body:
+            continue
+        if coding not in _CODINGS:
+            return f"its body is coded as {coding}, which cannot be read: a proxy on the way does that".encode(), whole
+        tried = [_inflated(header, body, limit) for header in _CODINGS[coding]]
+        body, is_all = next((found for found in tried if found is not None), (b"", False))
+        whole = whole and is_all
+    return body, whole
+
+
+def _inflated(header: int, body: bytes, limit: int) -> tuple[bytes, bool] | None:
+    """What there is of a body, of one or several members (RFC 1952, 2.2), and whether that is all; None: it is not of
+    this kind."""
+    text, rest = b"", body
+    while rest and len(text) <= limit:
         decoder = zlib.decompressobj(header)
         try:
-            text = decoder.decompress(body, limit + 1)
+            text += decoder.decompress(rest, limit + 1 - len(text))
         except zlib.error:
-            continue
-        is_all = decoder.eof and not decoder.unused_data and len(text) <= limit
-        return text[:limit], whole and is_all
-    return b"", False
+            return (text, False) if text else None
+        if not decoder.eof:
+            return text[:limit], False
+        rest = decoder.unused_data
+    return text[:limit], len(text) <= limit
 
 
 # ---- the way --------------------------------------------------------------------------------------------------------

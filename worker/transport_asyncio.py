@@ -41,9 +41,9 @@ class _Pool:
         self._idle_bound_ns = round(idle_bound_s * 1e9)
         self._idle: deque[Connection] = deque()  # the one used last at the right end
         self._waiting: dict[asyncio.Future[Connection | Failed], float] = {}  # calls, and until when they wait
-        self._opening: set[asyncio.Task[None]] = set()
+        self._opening: dict[asyncio.Task[None], Connection] = {}
+        self._overdue = "could not connect"  # the phase of the latest opening that ran out of time
         self._opener = Opener(route)
-        self._newest = self._opener.new()  # of those that were opened, or are being opened
         self._closed = False
 
     def take_idle(self) -> Connection | None:
@@ -72,7 +72,8 @@ class _Pool:
             raise
         finally:
             self._waiting.pop(turn, None)
-        return Failed(False, f"{self._newest.phase}: TimeoutError")
+        phase = next((connection.phase for connection in self._opening.values()), self._overdue)
+        return Failed(False, f"{phase}: TimeoutError")
 
     def distrust(self, silent: Connection) -> None:
         """Close what has been idle at least as long as a connection had that does not answer now.
@@ -128,13 +129,13 @@ class _Pool:
             ends_at_s = next(reversed(self._waiting.values()))  # the latest call waits longest
             if ends_at_s <= asyncio.get_running_loop().time():
                 return
-            self._newest = self._opener.new()
-            task = asyncio.create_task(self._open(self._newest, ends_at_s))
-            self._opening.add(task)
+            connection = self._opener.new()
+            task = asyncio.create_task(self._open(connection, ends_at_s))
+            self._opening[task] = connection
             task.add_done_callback(self._opened)
 
     def _opened(self, task: asyncio.Task[None]) -> None:
-        self._opening.discard(task)
+        del self._opening[task]
         if not (self._closed or task.cancelled()):
             self._open_more()
 
@@ -145,7 +146,9 @@ class _Pool:
         except TunnelRefused as refused:
             self._answer_first(Failed(False, f"{connection.phase}: {refused}"))
         except Exception as error:  # noqa: BLE001 - the call that waits for it must hear of it
-            if not bound.expired():  # else a call that has time left gets another try
+            if bound.expired():  # a call that has time left gets another try
+                self._overdue = connection.phase
+            else:
                 self._answer_first(Failed(False, named(connection.phase, error)))
         else:
             if connection.is_over:  # opened again for the same call, and again, it would be a flood
@@ -164,7 +167,7 @@ class AsyncioTransport:
     def __init__(self, route: Route, *, pool_size: int = 64, idle_bound_s: float = IDLE_BOUND_S) -> None:
         self._route = route
         self._pool = _Pool(route, pool_size, idle_bound_s)
-        self._silent: dict[asyncio.Task[None], Connection] = {}
+        self._silent: dict[asyncio.Task[Raw | Failed], Connection] = {}
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """See :meth:`worker.transport.Transport.send`."""
@@ -190,7 +193,7 @@ class AsyncioTransport:
         silent_at_s = ends_at_s if written.patience_s is None else min(loop.time() + written.patience_s, ends_at_s)
         try:
             if not await came_by(connection.done, silent_at_s) and silent_at_s < ends_at_s:
-                return self._left_open(connection, written.late, ends_at_s)
+                return self._left_open(connection, ends_at_s)
         except BaseException:
             connection.abort()
             raise
@@ -214,22 +217,18 @@ class AsyncioTransport:
         connection.ask(data, ResponseReader(request.body_limit))
         return request
 
-    def _left_open(
-        self, connection: Connection, late: Callable[[Raw | Failed], None] | None, ends_at_s: float
-    ) -> Failed:
+    def _left_open(self, connection: Connection, ends_at_s: float) -> Failed:
         """What a call is told that waits no more, while its connection does."""
 
-        async def follow() -> None:
+        async def follow() -> Raw | Failed:
             await came_by(connection.done, ends_at_s)
-            answer = self._answer(connection)
-            if late is not None:
-                late(answer)
+            return self._answer(connection)
 
-        following = asyncio.create_task(follow())
-        self._silent[following] = connection
-        following.add_done_callback(self._silent.pop)
+        late = asyncio.create_task(follow())
+        self._silent[late] = connection
+        late.add_done_callback(self._silent.pop)
         self._pool.distrust(connection)
-        return Failed(True, SILENCE, is_open=late is not None)
+        return Failed(True, SILENCE, late)
 
     def _answer(self, connection: Connection) -> Raw | Failed:
         connection.end(TimeoutError())

@@ -1,4 +1,6 @@
-"""The way to the exchange of whoever makes one call at a time (a stock RQ worker, `check`): a session of requests.
+"""The way to the exchange of whoever makes one call at a time (a stock RQ worker, `check`): by requests.
+
+Its adapter alone is used, and not its sessions: those would follow redirects, keep cookies and look at the environment.
 
 Only what requests and urllib3 document is used, so less is known than in an event loop: a request is signed before a
 new connection is opened, and every error that does not prove the opposite counts as perhaps seen. What proves it is
@@ -13,7 +15,6 @@ import ssl
 import sys
 import time
 from collections.abc import Callable
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
 import requests
@@ -62,16 +63,6 @@ class _Adapter(HTTPAdapter):
         return self._login
 
 
-class _Session(requests.Session):
-    """A session that takes a redirect for an answer like any other.
-
-    Told not to follow one, requests would still read the whole of its body, and build the next request.
-    """
-
-    def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002
-        return None
-
-
 class RequestsTransport:
     """Requests one after the other; see :class:`worker.transport.Transport`. The coroutine of a call waits in it.
 
@@ -84,13 +75,17 @@ class RequestsTransport:
         for name in _TALKATIVE:
             logging.getLogger(f"urllib3.{name}").addFilter(_shows_no_signed_url)
         self._base_url = route.base_url
+        # urllib3 adds the authorities to the context's own; its default would add those that were replaced.
+        self._ways: dict[str, Any] = {"verify": route.ca_file}
+        if route.proxy is not None:
+            proxy = f"{'https' if route.proxy.secure else 'http'}://{route.proxy.authority}"
+            self._ways["proxies"] = {"https": proxy}
         # urllib3's TLS within TLS reads ahead, where nobody sees what came behind an answer.
         self._keeps = route.proxy is None or not route.proxy.secure
         self._idle_bound_ns = round(idle_bound_s * 1e9)
         self._used_ns = local_ns()
         self._is_closed = False
         self._adapter = _Adapter(route)
-        self._session = _session(route, self._adapter)
 
     async def send(self, make: Callable[[], Request | None], patience_s: float) -> Raw | Failed | None:
         """See :meth:`worker.transport.Transport.send`; ``make`` is called before a connection is opened. Any answer is
@@ -120,11 +115,11 @@ class RequestsTransport:
     def close(self) -> None:
         """See :meth:`worker.transport.Transport.close`."""
         self._is_closed = True
-        self._session.close()
+        self._adapter.close()
 
     def _prepared(self, request: Request) -> requests.PreparedRequest:
-        url = f"{self._base_url}{request.target}"
-        prepared = self._session.prepare_request(requests.Request(request.method, url, dict(request.fields)))
+        url, fields = f"{self._base_url}{request.target}", {**FIELDS, **dict(request.fields)}
+        prepared = requests.Request(request.method, url, fields).prepare()
         prepared.headers.pop("Content-Length", None)  # requests tells the length of a body that is not there
         return prepared
 
@@ -132,8 +127,8 @@ class RequestsTransport:
         ends_at_s = time.monotonic() + patience_s
         sent_ns = local_ns()
         # What is sent shall have time to be answered: a request that never left can be tried again without doubt.
-        bound = Timeout(total=patience_s, connect=patience_s / 2)
-        with self._session.send(prepared, stream=True, timeout=bound, allow_redirects=False) as response:  # type: ignore[arg-type]
+        bound: Any = Timeout(total=patience_s, connect=patience_s / 2)  # as its documentation allows
+        with self._adapter.send(prepared, stream=True, timeout=bound, **self._ways) as response:
             received_ns = local_ns()
             headers = {name.lower(): value.strip() for name, value in response.headers.items()}
             body, is_whole = _body(response, ends_at_s, body_limit)
@@ -143,21 +138,6 @@ class RequestsTransport:
             self._adapter.close()
         body, is_whole = decoded(headers, body, is_whole, body_limit)
         return Raw(response.status_code, headers, body, is_whole, sent_ns, received_ns)
-
-
-def _session(route: Route, adapter: HTTPAdapter) -> requests.Session:
-    session = _Session()
-    session.trust_env = False
-    session.headers = requests.structures.CaseInsensitiveDict(FIELDS)
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    # urllib3 adds these to the context's own; its default would add authorities that were replaced.
-    session.verify = route.ca_file
-    if route.proxy is not None:
-        url = f"{'https' if route.proxy.secure else 'http'}://{route.proxy.authority}"
-        session.proxies = {"http": url, "https": url}
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, adapter)
-    return session
 
 
 def _body(response: requests.Response, ends_at_s: float, limit: int) -> tuple[bytes, bool]:

@@ -6,8 +6,9 @@ shown.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -93,18 +94,18 @@ class Witness:
             nonlocal call
             if (request := make()) is None:
                 return None
-            call, late = self._transcript.asked(request), request.late
+            call = self._transcript.asked(request)
+            return request
 
-            def shown_late(came: Raw | Failed) -> None:
-                self._transcript.answered(call, came, _ms_since(began_ns), is_late=True)
-                if late is not None:
-                    late(came)
-
-            return request if late is None else replace(request, late=shown_late)
+        def shown_late(late: asyncio.Future[Raw | Failed]) -> None:
+            if not late.cancelled():
+                self._transcript.answered(call, late.result(), _ms_since(began_ns), is_late=True)
 
         came = await self._transport.send(shown, patience_s)
         if came is not None and call:
             self._transcript.answered(call, came, _ms_since(began_ns))
+        if isinstance(came, Failed) and came.late is not None:
+            came.late.add_done_callback(shown_late)
         return came
 
     def close(self) -> None:

@@ -41,13 +41,14 @@ from worker.signing import Credential
         (REF, "algoId=2146760"),
     ],
 )
-def test_signed_bytes_are_the_sent_bytes(bench: Bench, ref: OrderRef, pair: str) -> None:
+@pytest.mark.parametrize(("call", "method"), [(Call.CANCEL, "DELETE"), (Call.QUERY, "GET")])
+def test_signed_bytes_are_the_sent_bytes(bench: Bench, call: Call, method: str, ref: OrderRef, pair: str) -> None:
     """The request line holds, byte for byte, the encoded string that was signed, and the signature last."""
-    server, client = bench.to(answering(http_answer()))
-    client.ask(ref)
+    server, client = bench.to(answering(http_answer(DONE + b"\n")))
+    assert client.ask(ref, call) == Reply(http=200, body=DONE + b"\n")
     head = server.heads[0].decode("ascii")
     line = re.fullmatch(
-        r"DELETE /fapi/v1/algoOrder\?((?:algoId|clientAlgoId)=[^&]+&recvWindow=5000&timestamp=\d{13})"
+        method + r" /fapi/v1/algoOrder\?((?:algoId|clientAlgoId)=[^&]+&recvWindow=5000&timestamp=\d{13})"
         r"&signature=([0-9a-f]{64}) HTTP/1\.1",
         head.split("\r\n")[0],
     )
@@ -83,13 +84,6 @@ def test_headers_are_few_and_there_is_no_body(bench: Bench, monkeypatch: pytest.
         "User-Agent: algo-cancel-queue",
         f"X-MBX-APIKEY: {API_KEY}",
     ]
-
-
-def test_query_reads_the_same_order(bench: Bench) -> None:
-    """A query is a signed GET of the same path, and the answer's body is handed over as it came."""
-    server, client = bench.to(answering(http_answer(DONE + b"\n")))
-    assert client.ask(call=Call.QUERY) == Reply(http=200, body=DONE + b"\n")
-    assert server.heads[0].startswith(b"GET /fapi/v1/algoOrder?algoId=2146760&recvWindow=")
 
 
 def test_each_attempt_has_its_own_timestamp_and_signature(bench: Bench) -> None:
@@ -320,35 +314,9 @@ def test_time_needed_to_connect_does_not_spoil_the_sample(loop_bench: Bench) -> 
 
     clock = ServerClock()
     _, client = loop_bench.over_tls(behave, clock=clock)
-    assert client.run(client.exchange.sync_time(samples=1))
+    assert replied(client.run(client.exchange.ask_time())).http == 200
     # Counted from the start, half of the slow part would be taken for an offset.
     assert abs(clock.offset_ms) < slow_s * 1000 / 4
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{}",
-        b"[]",
-        b"null",
-        b'{"serverTime":"1760000000000"}',
-        b'{"serverTime":true}',
-        b'{"serverTime":1760000000}',
-        b'{"serverTime":1760000000000000}',
-        b'{"serverTime":1760000000000',
-        b"[" * 60_000,
-        b"\xff\xfe",
-    ],
-)
-def test_sync_time_believes_no_nonsense(bench: Bench, body: bytes) -> None:
-    """An answer without a time in milliseconds teaches nothing, and nothing is raised."""
-    clock = ServerClock()
-    server, client = bench.to(answering(http_answer(body)), clock=clock)
-    assert not client.run(client.exchange.sync_time())
-    assert not clock.measured
-    assert len(server.heads) == 1
-    assert client.exchange.take_refusal() is None
 
 
 def test_sync_time_without_the_exchange(bench: Bench) -> None:
@@ -384,23 +352,6 @@ def test_keep_warm_uses_different_connections(loop_bench: Bench) -> None:
     assert sorted(server.used) == [1, 1, 2, 2]
     assert replied(client.ask()).http == 200
     assert server.connections == 2
-
-
-def test_keep_warm_survives_closed_connections(loop_bench: Bench) -> None:
-    """Connections that the exchange closed while idle are opened anew."""
-    closed: list[int] = []
-
-    def once(peer: Peer) -> None:
-        peer.read_head()
-        peer.send(time_answer(1_760_000_000_000))
-        peer.sock.close()
-        closed.append(peer.number)
-
-    server, client = loop_bench.to(once)
-    for turn in range(1, 4):
-        assert client.run(client.exchange.keep_warm()) == 2
-        assert server.connections == 2 * turn
-        eventually(lambda expected=2 * turn: len(closed) == expected)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -442,21 +393,28 @@ def test_weight_limit(bench: Bench, symbols: int) -> None:
     assert server.heads[0].startswith(b"GET /fapi/v1/exchangeInfo HTTP/1.1\r\n")
 
 
+def limits(*rows: object) -> bytes:
+    """An answer with these limits."""
+    return json.dumps({"rateLimits": rows}).encode()
+
+
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
-        b"{}",
-        b'{"rateLimits":',
-        b'{"rateLimits": 5}',
-        b'{"rateLimits":[1]}',
-        b'{"rateLimits":[{"rateLimitType":"REQUEST_WEIGHT"}]}',
-        b'{"rateLimits":' + b"[" * 60_000,
-        json.dumps({"rateLimits": LIMITS[:2]}).encode(),
-        *[json.dumps({"rateLimits": [{**LIMITS[2], "limit": limit}]}).encode() for limit in (0, -1, "6000", True)],
+        *(b"", b"{}", b"[]", b"null", b"[" * 60_000, b"\xff\xfe"),
+        *(b'{"serverTime":%b}' % told for told in (b'"1760000000000"', b"true", b"1760000000", b"1760000000000000")),
+        b'{"serverTime":1760000000000',
+        *(b'{"rateLimits":%b' % told for told in (b"", b"5}", b"[1]}", b"[" * 60_000)),
+        *(limits({"rateLimitType": "REQUEST_WEIGHT"}), limits(*LIMITS[:2])),
+        *(limits({**LIMITS[2], "limit": limit}) for limit in (0, -1, "6000", True)),
     ],
 )
-def test_weight_limit_is_unknown_rather_than_wrong(bench: Bench, body: bytes) -> None:
-    """Where the answer does not say it, there is no limit to go by, and nothing is raised."""
-    _, client = bench.to(answering(http_answer(body)))
+def test_time_and_weight_limit_are_unknown_rather_than_wrong(bench: Bench, body: bytes) -> None:
+    """An answer that does not say them teaches nothing, and nothing is raised."""
+    clock = ServerClock()
+    server, client = bench.to(answering(http_answer(body)), clock=clock)
+    assert not client.run(client.exchange.sync_time())
+    assert not clock.measured
     assert client.run(client.exchange.weight_limit()) is None
+    assert len(server.heads) == 2
+    assert client.exchange.take_refusal() is None

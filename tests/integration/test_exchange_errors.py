@@ -97,7 +97,7 @@ def test_raised_by_requests(
                 raise requests.exceptions.ProxyError(URL) from inner
             raise
 
-    monkeypatch.setattr(requests.Session, "send", send)
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
     answer = failed(requests_bench.client("http://127.0.0.1:9").ask(), seen=error in DOUBTS)
     assert CANARY not in answer.reason
 
@@ -112,7 +112,7 @@ def test_alarm_shows_nothing_of_what_was_handled(requests_bench: Bench, monkeypa
             raise alarm  # noqa: B904 - as an alarm does
 
     alarm = JobTimeoutException("Task exceeded maximum timeout value (1 seconds)")
-    monkeypatch.setattr(requests.Session, "send", send)
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
     with pytest.raises(JobTimeoutException) as caught:
         requests_bench.client("http://127.0.0.1:9").ask()
     assert caught.value is alarm

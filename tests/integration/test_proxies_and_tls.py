@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import ssl
-import time
 from pathlib import Path
 
 import pytest
@@ -44,60 +43,20 @@ def test_given_authorities_replace_the_others(bench: Bench) -> None:
     assert len(client.route.tls.get_ca_certs()) == 1
 
 
-def in_pieces(peer: Peer, data: bytes, size: int) -> None:
-    """Send ``size`` bytes at a time, each by itself."""
-    for at in range(0, len(data), size):
-        peer.send(data[at : at + size])
-        time.sleep(0.001)
-
-
-@pytest.mark.parametrize("piece", [3, 100_000])
-def test_late_session_tickets_are_no_answer(bench: Bench, piece: int) -> None:
-    """Tickets that come when the answer is waited for are passed over, whole or in pieces."""
+def test_late_session_tickets_are_no_answer(bench: Bench) -> None:
+    """Tickets that come when the answer is waited for are passed over."""
 
     def behave(peer: Peer) -> None:
         tls = HandTls(peer, bench.tls())
-        tickets = tls.tickets
+        before = tls.tickets
         while tls.read_head():
-            in_pieces(peer, tickets, piece)
-            peer.send(tls.record(http_answer()))
-            tickets = b""
+            peer.send(before + tls.record(http_answer()))
+            before = b""
 
     server, client = bench.over_tls(behave)
     for _ in range(2):
         assert client.ask() == WELL
     assert server.used == [1, 1]
-
-
-@pytest.mark.parametrize(("record", "piece"), [(1_000, 7), (9, 100_000), (9, 7)])
-def test_records_of_any_cut_are_one_answer(bench: Bench, record: int, piece: int) -> None:
-    """A record that comes in pieces, and an answer of many records, are read as if they had come in one."""
-
-    def behave(peer: Peer) -> None:
-        tls = HandTls(peer, bench.tls())
-        peer.send(tls.tickets)
-        answer = http_answer()
-        while tls.read_head():
-            records = [tls.record(answer[at : at + record]) for at in range(0, len(answer), record)]
-            in_pieces(peer, b"".join(records), piece)
-
-    server, client = bench.over_tls(behave)
-    for _ in range(2):
-        assert client.ask() == WELL
-    assert server.used == [1, 1]
-
-
-@pytest.mark.parametrize("cut", [1, 20])
-def test_cut_record_proves_nothing(bench: Bench, cut: int) -> None:
-    """A record that breaks off is never read: its answer leaves the cancel in doubt."""
-
-    def behave(peer: Peer) -> None:
-        tls = HandTls(peer, bench.tls())
-        tls.read_head()
-        peer.send(tls.tickets + tls.record(http_answer())[:-cut])
-
-    _, client = bench.over_tls(behave)
-    failed(client.ask(), seen=True)
 
 
 def test_tls_of_a_stranger_is_refused_unseen(

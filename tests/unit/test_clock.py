@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -11,15 +10,7 @@ from hypothesis import strategies as st
 
 from tests.examples import examples
 from tests.servers import python
-from worker.clock import (
-    BEHIND_MS,
-    DRIFT_PPM,
-    MOVED_NS,
-    RedisClock,
-    ServerClock,
-    SleepWatch,
-    minus,
-)
+from worker.clock import BEHIND_MS, DRIFT_PPM, MOVED_NS, RedisClock, ServerClock, SleepWatch, minus
 
 PROFILE = examples(100)
 MS = 1_000_000
@@ -27,10 +18,12 @@ START_MS = 1_760_000_000_000
 
 
 class Remote:
-    """Another host's clock: so far ahead of this host's wall clock, and so much faster than its own clock."""
+    """Another host's clock: so far ahead of this host's wall clock, so much faster than its own clock, and what is
+    known of it here."""
 
-    def __init__(self, world: World, ahead_ms: int = 0, ppm: int = 0) -> None:
-        self._world, self.ahead_ns, self.ppm, self._since_ns = world, ahead_ms * MS, ppm, world.local_ns
+    def __init__(self, world: World, known: RedisClock | ServerClock, ahead_ms: int) -> None:
+        self._world, self._known, self._since_ns = world, known, world.local_ns
+        self.ahead_ns, self.ppm = ahead_ms * MS, 0
 
     @property
     def now_ns(self) -> int:
@@ -48,13 +41,13 @@ class Remote:
         """How far it is ahead of this host's own clock; what the bounds must hold."""
         return self.now_ns - self._world.local_ns
 
-    def ask(self, into: Callable[[int, int, int], None], out_ns: int, back_ns: int) -> None:
+    def ask(self, out_ms: float, back_ms: float) -> None:
         """Ask it for its time, with a way out and a way back."""
         asked_ns = self._world.local_ns
-        self._world.local_ns += out_ns
+        self._world.local_ns += round(out_ms * MS)
         told_ms = self.now_ms
-        self._world.local_ns += back_ns
-        into(asked_ns, self._world.local_ns, told_ms)
+        self._world.local_ns += round(back_ms * MS)
+        self._known.observe(asked_ns, self._world.local_ns, told_ms)
 
 
 class World:
@@ -64,10 +57,10 @@ class World:
         self.local_ns = 5_000 * MS
         self._wall_since_ns = self.local_ns
         self.wall_jump_ms = 0
-        self.exchange = Remote(self, exchange_ahead_ms)
-        self.redis = Remote(self, redis_ahead_ms)
         self.server = ServerClock(local=lambda: self.local_ns, wall_ms=lambda: self.wall_ms)
         self.redis_clock = RedisClock(local=lambda: self.local_ns, wall_ms=lambda: self.wall_ms)
+        self.exchange = Remote(self, self.server, exchange_ahead_ms)
+        self.redis = Remote(self, self.redis_clock, redis_ahead_ms)
 
     @property
     def wall_ms(self) -> int:
@@ -77,14 +70,6 @@ class World:
     def pass_ms(self, ms: int) -> None:
         """Let time go by."""
         self.local_ns += ms * MS
-
-    def measure(self, out_ms: int, back_ms: int) -> None:
-        """Ask the exchange for its time."""
-        self.exchange.ask(self.server.observe, out_ms * MS, back_ms * MS)
-
-    def hear(self, out_ms: int, back_ms: int) -> None:
-        """Run a script at Redis."""
-        self.redis.ask(self.redis_clock.observe, out_ms * MS, back_ms * MS)
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
@@ -105,7 +90,7 @@ def test_the_bounds_hold_the_truth(ahead_ms: int, ppm: int, trips: list[tuple[in
     remote.ppm = ppm
     seen: list[tuple[int, int]] = []
     for out_ns, back_ns, pause_ns in trips:
-        remote.ask(clock.observe, out_ns, back_ns)
+        remote.ask(out_ns / MS, back_ns / MS)
         seen.append((world.local_ns, remote.now_ms))
         world.local_ns += pause_ns
     world.local_ns += look_ns
@@ -120,7 +105,7 @@ def test_the_bounds_hold_the_truth(ahead_ms: int, ppm: int, trips: list[tuple[in
 def test_doubt_grows_with_age() -> None:
     """Each bound widens by what two clocks can drift apart: 200 ms on either side in 1,000 s."""
     world = World()
-    world.hear(0, 0)
+    world.redis.ask(0, 0)
     lo_ns, hi_ns = world.redis_clock.bounds() or (0, 0)
     for ms in (1_000_000, -2_000_000):  # later, and before
         world.pass_ms(ms)
@@ -135,12 +120,12 @@ def test_an_answer_that_contradicts_replaces_the_earlier_ones(jump_ms: int) -> N
     though it was slower; and who holds leases is told."""
     world = World()
     for _ in range(9):
-        world.hear(1, 1)
-        world.measure(1, 1)
+        world.redis.ask(1, 1)
+        world.exchange.ask(1, 1)
     world.redis.ahead_ns += jump_ms * MS
     world.exchange.ahead_ns += jump_ms * MS
-    world.hear(20, 20)
-    world.measure(20, 20)
+    world.redis.ask(20, 20)
+    world.exchange.ask(20, 20)
     lo_ns, hi_ns = world.redis_clock.bounds() or (0, 0)
     assert lo_ns <= world.redis.offset_ns <= hi_ns
     assert (hi_ns - lo_ns > 40 * MS) == world.redis_clock.steps == (jump_ms != 0)
@@ -160,7 +145,7 @@ def test_timestamp_is_never_ahead_and_hardly_behind(ahead_ms: int, trips: list[t
     than the 1,000 ms that the exchange allows ahead, and far less than recvWindow behind."""
     world = World(ahead_ms)
     for out, back in trips:
-        world.measure(out, back)
+        world.exchange.ask(out, back)
         world.pass_ms(50)
     best_ms = min(out + back for out, back in trips)
     behind_ms = world.exchange.now_ms - world.server.now_ms()
@@ -172,17 +157,17 @@ def test_a_drifting_clock_is_followed() -> None:
     """A quick sample does not win for ever: hours of drift at 100 ppm are never more than a few milliseconds off."""
     world = World()
     world.exchange.ppm = 100
-    world.measure(0, 0)
+    world.exchange.ask(0, 0)
     for _ in range(400):
         world.pass_ms(25_000)
-        world.measure(2, 2)
+        world.exchange.ask(2, 2)
         assert abs(world.server.now_ms() + BEHIND_MS - world.exchange.now_ms) <= 5
 
 
 def test_jump_of_the_wall_clock_does_not_matter() -> None:
     """Once measured, the time rests on the host's own clock alone; the status shows the new offset."""
     world = World(40)
-    world.measure(5, 5)
+    world.exchange.ask(5, 5)
     before = world.server.now_ms()
     world.wall_jump_ms -= 3_600_000
     assert world.server.now_ms() == before
@@ -192,27 +177,27 @@ def test_jump_of_the_wall_clock_does_not_matter() -> None:
 def test_doubted_samples_prove_nothing() -> None:
     """After a clock refusal nothing is compared before the next sample, which counts alone, however slow it was."""
     world = World(500)
-    world.measure(0, 0)
+    world.exchange.ask(0, 0)
     before_ms = world.server.now_ms()
     world.server.doubt()
     assert (world.server.measured, world.server.bounds()) == (False, None)
     assert world.server.now_ms() == before_ms
     world.exchange.ahead_ns = 510 * MS
-    world.measure(30, 30)
+    world.exchange.ask(30, 30)
     assert world.server.offset_ms == 510
 
 
 def test_an_answer_on_its_way_at_a_doubt_does_not_end_it() -> None:
     """It may tell the time from before the step that the doubt is about; the next one that is asked counts."""
     world = World()
-    world.measure(0, 0)
+    world.exchange.ask(0, 0)
     asked_ns, told_ms = world.local_ns, world.exchange.now_ms
     world.pass_ms(50)
     world.exchange.ahead_ns += 5_000 * MS
     world.server.doubt()
     world.server.observe(asked_ns, world.local_ns, told_ms)
     assert not world.server.measured
-    world.measure(10, 10)
+    world.exchange.ask(10, 10)
     assert world.server.offset_ms == 5_000
 
 
@@ -228,7 +213,7 @@ def test_redis_time_does_not_run_back(trips: list[tuple[int, int, int]]) -> None
     world, shown = World(redis_ahead_ms=90), list[int]()
     world.local_ns += 999_999
     for out_ms, back_ms, pause_ms in trips:
-        world.hear(out_ms, back_ms)
+        world.redis.ask(out_ms, back_ms)
         for part_ns in (0, pause_ms * MS, 500_000, 500_000):
             world.local_ns += part_ns
             shown.append(world.redis_clock.now_ms())
@@ -239,7 +224,7 @@ def test_redis_time_does_not_run_back(trips: list[tuple[int, int, int]]) -> None
 def test_a_lease_is_counted_from_when_the_script_can_have_run() -> None:
     """A claim that waited 1,000 ms took its lease near the end of its wait, and a close look before proves that."""
     world = World(redis_ahead_ms=250)
-    world.hear(1, 1)
+    world.redis.ask(1, 1)
     asked_ns = world.local_ns
     world.pass_ms(1_000)
     ran_ns, ran_ms = world.local_ns, world.redis.now_ms
@@ -265,8 +250,8 @@ def test_the_difference_of_two_clocks_is_within_its_bounds(
     world = World(exchange_ms, redis_ms)
     for out_ms, back_ms, odd_ns in trips:
         world.local_ns += odd_ns
-        world.measure(out_ms, back_ms)
-        world.hear(back_ms, out_ms)
+        world.exchange.ask(out_ms, back_ms)
+        world.redis.ask(back_ms, out_ms)
     world.pass_ms(7_000)
     ahead = minus(world.redis_clock, world.server)
     assert ahead is not None
@@ -283,14 +268,14 @@ class Host:
     """A host with a clock of its own that does not count sleep, and a wall clock."""
 
     def __init__(self) -> None:
-        self.local_ns, self.wall_ns = 7 * MS, START_MS * MS
-        self.watch = SleepWatch(False, lambda: self.local_ns, lambda: self.wall_ns)
+        self._world = World()
+        self._watch = SleepWatch(False, lambda: self._world.local_ns, lambda: self._world.wall_ms * MS)
 
     def live(self, local_ms: int, wall_ms: int) -> bool:
         """Let both clocks go on, and look."""
-        self.local_ns += local_ms * MS
-        self.wall_ns += wall_ms * MS
-        return self.watch.moved()
+        self._world.pass_ms(local_ms)
+        self._world.wall_jump_ms += wall_ms - local_ms
+        return self._watch.moved()
 
 
 @pytest.mark.parametrize("moved_ms", [-3_600_000, -1_001, 1_001, 60_000])

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 from urllib.parse import parse_qsl, unquote
 
 import pytest
@@ -46,9 +46,9 @@ UNRESERVED = r"A-Za-z0-9._~\-"
 def pem(
     key: PrivateKeyTypes,
     form: PrivateFormat = PrivateFormat.PKCS8,
-    encryption: serialization.KeySerializationEncryption | None = None,
+    encryption: serialization.KeySerializationEncryption = NoEncryption(),  # noqa: B008 - it holds nothing
 ) -> str:
-    return key.private_bytes(serialization.Encoding.PEM, form, encryption or NoEncryption()).decode()
+    return key.private_bytes(serialization.Encoding.PEM, form, encryption).decode()
 
 
 def key_body(pem_text: str) -> list[str]:
@@ -59,11 +59,6 @@ def key_body(pem_text: str) -> list[str]:
 @pytest.fixture(scope="module")
 def rsa_key() -> rsa.RSAPrivateKey:
     return rsa.generate_private_key(65537, 2048)
-
-
-@pytest.fixture(scope="module")
-def ed25519_key() -> ed25519.Ed25519PrivateKey:
-    return ed25519.Ed25519PrivateKey.from_private_bytes(bytes.fromhex(ED25519_SEED))
 
 
 @pytest.mark.parametrize(
@@ -103,30 +98,8 @@ def test_published_hmac_vectors(credential: Credential, payload: str, signature:
     assert credential.sign(payload.encode()) == signature
 
 
-@pytest.mark.parametrize(
-    ("pair", "encoded", "signature"),
-    [
-        (("algoId", 2146760), "algoId=2146760", "023da8a4fc80b7c0bc74fb812354b920034c291bb9ae7aa4bdeda9d24d8a5dfa"),
-        (
-            ("clientAlgoId", "6B2I9XVcJpCjqPAJ4YoFX7"),
-            "clientAlgoId=6B2I9XVcJpCjqPAJ4YoFX7",
-            "bbeaee11684e6e98be6dd578d6f102c343a40089ebb41eb439662b56d3da7b9a",
-        ),
-        (
-            ("clientAlgoId", "a:b/c.d_e-f"),
-            "clientAlgoId=a%3Ab%2Fc.d_e-f",
-            "0403f70b1c057b29fac93ee371d790d9452506300378bea8fee62839d09e329d",
-        ),
-    ],
-)
-def test_signed_query_of_a_cancel(pair: tuple[str, str | int], encoded: str, signature: str) -> None:
-    """A cancel's query is its id, percent-encoded, then recvWindow and timestamp, and the signature of that last."""
-    expected = f"{encoded}&recvWindow=5000&timestamp=1591702613943&signature={signature}"
-    assert signed_query([pair], FAPI, timestamp_ms=1591702613943, recv_window_ms=5000) == expected
-
-
-def test_signed_query_encodes_non_ascii_like_the_published_vector() -> None:
-    """Non-ASCII text is sent as the percent-encoded bytes of its UTF-8 form."""
+def test_signed_query_encodes_like_the_published_vector() -> None:
+    """Non-ASCII text is sent as the percent-encoded bytes of its UTF-8 form, and signed so."""
     fullwidth_digits = "".join(chr(0xFF11 + n) for n in range(6))
     names = ("symbol", "side", "type", "timeInForce", "quantity", "price")
     values = (fullwidth_digits, "BUY", "LIMIT", "GTC", 1, "0.1")
@@ -144,12 +117,12 @@ def test_signed_query_encodes_non_ascii_like_the_published_vector() -> None:
         ),
     ],
 )
-def test_ed25519_vectors(ed25519_key: ed25519.Ed25519PrivateKey, payload: bytes, signature: str) -> None:
+def test_ed25519_vectors(payload: bytes, signature: str) -> None:
     """An Ed25519 key signs the payload itself (RFC 8032), and the base64 of that is percent-encoded for the wire."""
-    credential = Credential.from_private_key("default", FAPI_KEY, pem(ed25519_key))
+    key = ed25519.Ed25519PrivateKey.from_private_bytes(bytes.fromhex(ED25519_SEED))
+    credential = Credential.from_private_key("default", FAPI_KEY, pem(key))
     on_the_wire = credential.sign(payload)
     assert credential.kind == "ed25519"
-    assert unquote(on_the_wire) == signature
     assert on_the_wire == signature.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
 
 
@@ -173,12 +146,8 @@ def test_encoded_parameters_read_back_as_given(pairs: list[tuple[str, str | int]
     assert re.fullmatch(rf"[{UNRESERVED}%&=]*", encoded)
 
 
-def encrypted_pem() -> str:
-    return pem(ed25519.Ed25519PrivateKey.generate(), encryption=BestAvailableEncryption(b"x"))
-
-
-def openssh_pem() -> str:
-    return pem(ed25519.Ed25519PrivateKey.generate(), PrivateFormat.OpenSSH)
+def ed25519_pem(form: PrivateFormat = PrivateFormat.PKCS8, **more: Any) -> str:
+    return pem(ed25519.Ed25519PrivateKey.generate(), form, **more)
 
 
 def public_pem() -> str:
@@ -209,8 +178,8 @@ def small_rsa_pem() -> str:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (encrypted_pem, "openssl pkey -in"),
-        (openssh_pem, "OpenSSH's own format"),
+        (lambda: ed25519_pem(encryption=BestAvailableEncryption(b"x")), "openssl pkey -in"),
+        (lambda: ed25519_pem(PrivateFormat.OpenSSH), "OpenSSH's own format"),
         (public_pem, "not the private key"),
         (damaged_pem, "from -----BEGIN to -----END"),
         (small_rsa_pem, "512 bits and needs at least 1024"),
@@ -257,12 +226,10 @@ def test_unusable_secrets_are_refused_without_being_shown(api_key: str, secret: 
 
 def credentials_with_canaries() -> list[tuple[Credential, list[str]]]:
     """A credential of each kind, and the texts that must never be seen of it."""
-    rsa_pem = pem(rsa.generate_private_key(65537, 1024))
-    ed25519_pem = pem(ed25519.Ed25519PrivateKey.generate())
+    pems = [pem(rsa.generate_private_key(65537, 1024)), ed25519_pem()]
     return [
         (Credential.from_secret("desk", FAPI_KEY, CANARY), [CANARY]),
-        (Credential.from_private_key("desk", FAPI_KEY, rsa_pem), key_body(rsa_pem)),
-        (Credential.from_private_key("desk", FAPI_KEY, ed25519_pem), key_body(ed25519_pem)),
+        *[(Credential.from_private_key("desk", FAPI_KEY, text), key_body(text)) for text in pems],
     ]
 
 
@@ -281,7 +248,7 @@ def test_a_credential_shows_account_kind_and_the_end_of_its_api_key(credential: 
 
 @pytest.mark.parametrize(("credential", "secrets"), credentials_with_canaries())
 def test_a_credential_cannot_be_taken_apart(credential: Credential, secrets: list[str]) -> None:
-    """A credential has no instance dictionary, refuses pickling and change, and its copies are itself."""
+    """A credential has no instance dictionary, and refuses pickling, copies and change."""
     with pytest.raises(TypeError):
         vars(credential)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
@@ -289,8 +256,8 @@ def test_a_credential_cannot_be_taken_apart(credential: Credential, secrets: lis
             pickle.dumps(credential, protocol)
     with pytest.raises(dataclasses.FrozenInstanceError):
         credential.api_key = "other"  # type: ignore[misc]
-    assert copy.copy(credential) is credential
-    assert copy.deepcopy({"a": credential})["a"] is credential
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        copy.deepcopy({"a": credential})
 
 
 @pytest.mark.parametrize(("credential", "secrets"), credentials_with_canaries())
@@ -318,7 +285,7 @@ except CredentialError as error:
 
 def test_hmac_works_and_private_keys_name_the_extra_without_cryptography() -> None:
     """Without the package cryptography HMAC signs, and a private key is answered with the extra to install."""
-    key = pem(ed25519.Ed25519PrivateKey.generate())
+    key = ed25519_pem()
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_CRYPTOGRAPHY], input=key, capture_output=True, text=True, timeout=60, check=True
     )
