@@ -14,9 +14,9 @@ from typing import Any
 
 import redis
 
-from producer.lines import BaseLines, unsent
+from producer.lines import BaseLines
 from producer.place import Place
-from producer.protocol import CHUNK, Commands, NoConnectionFree, Slow, Wire, packets, weight
+from producer.protocol import CHUNK, UNSENT, Commands, NoConnectionFree, Slow, Wire, packets, weight
 from producer.redis_url import is_refused
 from producer.waiting import unheard
 
@@ -50,8 +50,11 @@ class AsyncLink:
         """
         try:
             async with asyncio.timeout_at(ends_at):
-                with unsent():
+                try:
                     await self._prepare(distrusted_at)
+                except redis.RedisError as error:
+                    error.add_note(UNSENT)
+                    raise
                 for packed in packets(self._connection, trips):
                     await self._connection.send_packed_command([packed])
                 return [[await self._answer() for _ in range(len(commands))] for commands in trips]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,18 +46,8 @@ _ID = re.compile(rb'"id":"([^"\\]{1,256})"')
 NOTHING_SENT = "; nothing was sent: a repeat makes the first request"
 
 
-@contextlib.contextmanager
-def unsent() -> Iterator[None]:
-    """For what comes before a call is sent: errors of Redis get a note that says so."""
-    try:
-        yield
-    except redis.RedisError as error:
-        error.add_note(UNSENT)
-        raise
-
-
 def is_unsent(error: BaseException) -> bool:
-    """Whether an error has that note."""
+    """Whether an error came before anything of a call was sent."""
     return UNSENT in getattr(error, "__notes__", ())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 
-from producer.lines import BaseLines, is_unsent, unsent
+from producer.lines import BaseLines, is_unsent
 from producer.place import Place
 from producer.protocol import CHUNK, UNSENT, Commands, NoConnectionFree, Slow, Wire, packets, weight
 from producer.redis_url import at_once, is_refused
@@ -49,8 +49,11 @@ class Link:
             redis.RedisError: no answer; the connection is closed.
         """
         try:
-            with unsent():
+            try:
                 self._prepare(ends_at, distrusted_at)
+            except redis.RedisError as error:
+                error.add_note(UNSENT)
+                raise
             for packed in packets(self._connection, trips):
                 self._connection.send_packed_command([packed])
             return [[self._answer(ends_at) for _ in range(len(commands))] for commands in trips]
