@@ -57,6 +57,7 @@ class _Call:
 
     repeat: bool
     has_left: bool = False  # whether something of it may have
+    was_heeded: bool = False  # whether a command of it was answered without an error
 
 
 class BaseLines:
@@ -93,7 +94,11 @@ class BaseLines:
         except redis.RedisError as error:
             if isinstance(error, NotOurs):
                 self._calls.distrust()
-            told = self._unavailable(error, doubt if call.has_left or not doubt else NOTHING_SENT)
+            if isinstance(error, redis.ResponseError) and not call.was_heeded:
+                doubt = ""  # all of it was refused
+            elif doubt and not call.has_left:
+                doubt = NOTHING_SENT
+            told = self._unavailable(error, doubt)
             told.nothing_sent = not call.has_left
             raise told from told.__cause__
 
@@ -107,7 +112,7 @@ class BaseLines:
         elif isinstance(error, redis.AuthenticationError):
             said, doubt = f"Redis refused the login ({type(error).__name__})", ""
         elif isinstance(error, redis.ResponseError):
-            said, doubt = f"Redis refused ({why(error)})", ""
+            said = f"Redis refused ({why(error)})"
         elif "max number of clients" in str(error):
             said = "Redis refused (it serves no more connections: its own limit, maxclients, is reached)"
         else:
@@ -146,6 +151,7 @@ class BaseLines:
             call.has_left = call.has_left or not is_unsent(error)
             raise
         call.has_left = True
+        call.was_heeded = call.was_heeded or any(not isinstance(answer, Exception) for answer in answers)
         return answers
 
     async def _hear(self, link: Any, ready: Callable[[], object]) -> None:

@@ -286,6 +286,21 @@ def test_a_server_that_refuses_writes_is_told_by_its_code(sort: type[Any]) -> No
             assert connection.dbsize() == 0
 
 
+def test_what_was_refused_half_way_is_in_doubt(sort: type[Any], valkey: Valkey, connection: redis.Redis) -> None:
+    """Where a server runs full amid many requests, the error says that a part of them may be on the queue, and what a
+    repeat would do."""
+    with talking(sort.from_url(valkey.url)) as talk:
+        talk.cancel(algo_id=1)
+        connection.config_set("maxmemory-policy", "noeviction")
+        connection.config_set("maxmemory", int(connection.info("memory")["used_memory"]) + 300_000)
+        try:
+            with pytest.raises(QueueUnavailable, match=r"refused \(.*it is full\).*it may have been carried out"):
+                talk.cancel_many(CancelRequest(algo_id=number) for number in range(2, 10_000))
+        finally:
+            connection.config_set("maxmemory", 0)
+        assert 1 < connection.llen(KEYS.waiting) < 9_999
+
+
 # --- durability ---------------------------------------------------------------------------------------------------
 
 
