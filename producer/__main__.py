@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 from rq.defaults import RQ_KEY_PREFIX
@@ -430,8 +430,11 @@ def status(redis_url: str, queue: str, as_json: bool, watch: bool) -> ExitCode:
     """Show the queue: what waits and for how long, what is in flight, gate, refused keys, outcomes, workers."""
     with _client(redis_url, queue) as client:
         seen = client.status()
-        if watch and not as_json and (full_screen := _full_screen()) is not None:
-            full_screen(seen, client.status)
+        if watch and not as_json and importlib.util.find_spec("rich") is not None:
+            from producer import watch as view
+
+            if view.usable():
+                view.run(seen, client.status)
         print_lines(*([dumped(seen.as_dict())] if as_json else seen.lines()))
         while watch:
             seen = _next_look(client)
@@ -446,15 +449,6 @@ def _next_look(client: CancelClient) -> Status:
             return client.status()
         except QueueUnavailable as error:
             say(error)  # whoever watches wants to see it come back
-
-
-def _full_screen() -> Callable[..., NoReturn] | None:
-    """What shows a status on the whole terminal; None where stdout is none, or rich is not installed."""
-    try:
-        from producer import watch
-    except ImportError:
-        return None
-    return watch.run if watch.usable() else None
 
 
 # --- acl ----------------------------------------------------------------------------------------------------------
@@ -496,15 +490,13 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
     answer, or refuses, cancel_up is 0. There is no login: whoever reaches the port reads the figures.
     """
     shell.need("metrics needs prometheus-client: pip install prometheus-client", "prometheus_client")
-    from producer.metrics import QueueCollector, Server
+    from producer.metrics import serve
 
     with _client(redis_url, queue) as client:
-        with shell.listening(host, port):
-            server = Server(QueueCollector(client), host, port)
-        with server:
-            server.start()
-            print_lines(f"metrics of queue {queue} on {server.url}")
-            return ExitCode.INTERRUPTED if server.wait() else ExitCode.DONE
+        listener, url = shell.listen(host, port)
+        print_lines(f"metrics of queue {queue} on {url}metrics")
+        is_interrupted = serve(client, listener, local_names_only=shell.is_loopback(host))
+        return ExitCode.INTERRUPTED if is_interrupted else ExitCode.DONE
 
 
 # --- web ----------------------------------------------------------------------------------------------------------
@@ -531,15 +523,17 @@ def web(redis_url: str, queue: str, host: str, port: int, public_read: bool) -> 
     loopback is refused unless --public-read is given, and so is what a proxy forwards. Speaks HTTP: put TLS in front.
     """
     shell.need("web needs Flask and waitress: pip install flask waitress", "flask", "waitress")
-    from producer.web import access, app, serving
+    from producer.web.access import check_start
+    from producer.web.app import create_app
+    from producer.web.serving import serve
 
     token = os.environ.get("WEB_TOKEN") or None
-    access.check_start(host, token, public_read)
-    with _client(redis_url, queue) as client, shell.listening(host, port):
-        pages = app.create_app(client, token, local_names_only=token is None and not public_read)
-        mode = "read-only" if token is None else "login by WEB_TOKEN"
-        interrupted = serving.serve(pages, host, port, lambda url: print_lines(f"queue {queue} on {url} ({mode})"))
-    return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE
+    check_start(host, token, public_read)
+    with _client(redis_url, queue) as client:
+        pages = create_app(client, token, local_names_only=token is None and not public_read)
+        listener, url = shell.listen(host, port)
+        print_lines(f"queue {queue} on {url} ({'read-only' if token is None else 'login by WEB_TOKEN'})")
+        return ExitCode.INTERRUPTED if serve(pages, listener) else ExitCode.DONE
 
 
 # --- the way out --------------------------------------------------------------------------------------------------

@@ -260,22 +260,32 @@ def outcome_cells(outcome: Outcome) -> tuple[str, ...]:
     """An outcome for people: id, order, kind, whether the order may be live, what else is known."""
     live = {True: "MAY BE LIVE", False: "not live", None: "no order"}[outcome.may_be_live]
     details = []
-    if outcome.actual_order_id:
-        symbol = f" {outcome.symbol}" if outcome.symbol else ""
-        details.append(f"now order {outcome.actual_order_id}{symbol}")
     if outcome.orders is not None:
         details.append(f"{len(outcome.orders)} open on {outcome.symbol}, each with a request of its own")
     if outcome.left_alone:
         details.append(f"left alone: {', '.join(map(str, outcome.left_alone))}")
-    if outcome.order_status:
-        details.append(f"status {outcome.order_status}")
-    if outcome.child_status:
-        by = " by us" if outcome.child_cancelled else ""
-        details.append(f"which is {outcome.child_status}{by}, executed {outcome.child_executed_qty or '?'}")
-    if outcome.error:
-        details.append(outcome.error)
+    details += _fate(outcome, f" {outcome.symbol}" if outcome.symbol else "")
     words = (outcome.id, _order(outcome.algo_id, outcome.client_algo_id), outcome.kind.value, live, ", ".join(details))
     return tuple(clean_text(word) for word in words)
+
+
+def open_cells(order: OpenOrder) -> tuple[str, ...]:
+    """The same of one of all open orders of a symbol."""
+    live = "MAY BE LIVE" if order.may_be_live else "not live"
+    words = (order.id, _order(order.algo_id, None), order.kind or "no outcome yet", live, ", ".join(_fate(order)))
+    return tuple(clean_text(word) for word in words)
+
+
+def _fate(end: Outcome | OpenOrder, symbol: str = "") -> Iterator[str]:
+    if end.actual_order_id:
+        yield f"now order {end.actual_order_id}{symbol}"
+    if end.order_status:
+        yield f"status {end.order_status}"
+    if end.child_status:
+        by = " by us" if end.child_cancelled else ""
+        yield f"which is {end.child_status}{by}, executed {end.child_executed_qty or '?'}"
+    if end.error:
+        yield end.error
 
 
 def open_lines(outcome: OpenOutcome) -> list[str]:
@@ -292,16 +302,6 @@ def open_lines(outcome: OpenOutcome) -> list[str]:
         named = ", ".join(map(str, outcome.left_alone))
         lines.append(f"left alone, as the clocks cannot tell whether they were open then: algo_id={named}")
     return lines + aligned([open_cells(order) for order in outcome.orders])
-
-
-def open_cells(order: OpenOrder) -> tuple[str, ...]:
-    """The same of one of all open orders of a symbol."""
-    details = [f"now order {order.actual_order_id}"] if order.actual_order_id else []
-    details += [f"status {order.order_status}"] if order.order_status else []
-    details += [order.error] if order.error else []
-    live = "MAY BE LIVE" if order.may_be_live else "not live"
-    words = (order.id, _order(order.algo_id, None), order.kind or "no outcome yet", live, ", ".join(details))
-    return tuple(clean_text(word) for word in words)
 
 
 def missing_cells(job_id: str, order: CancelRequest | None, words: str, known: bool = True) -> tuple[str, ...]:

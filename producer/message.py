@@ -472,13 +472,13 @@ def decode_outcome(text: str | bytes) -> Outcome:
     try:
         return Outcome(
             id=str(record["id"]),
-            run=int(record["run"]),
+            run=_int(record["run"]),
             kind=OutcomeKind(record["kind"]),
             attempts=_attempts(record.get("attempts", [])),
             child_attempts=_attempts(record.get("child_attempts", [])),
             orders=_listed(record.get("orders")),
             left_alone=tuple(_int(algo_id) for algo_id in record.get("left_alone", [])),
-            finished_at_ms=int(record.get("finished_at_ms", 0)),
+            finished_at_ms=_int(record.get("finished_at_ms", 0)),
             **{name: _typed(record[name], kind) for name, kind in _PLAIN_OUTCOME_FIELDS.items() if name in record},
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from socketserver import TCPServer, ThreadingMixIn
+from socketserver import ThreadingMixIn
 from typing import Any, TypeAlias
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -39,7 +39,7 @@ from producer.protocol import (
     is_wrong_type,
     text,
 )
-from producer.shell import block_ends, is_loopback, names_this_machine, wait_for_end
+from producer.shell import names_this_machine, wait_for_end
 from producer.status import Status
 from producer.timeline import read_counts
 from producer.untrusted import MalformedMessage
@@ -321,32 +321,14 @@ def _for_this_machine(answer: Any) -> Any:
     return guarded
 
 
-class Server(ThreadingMixIn, WSGIServer):
-    """Answers scrapes from the end of its construction until it is closed."""
-
+class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
-    def __init__(self, collector: QueueCollector, host: str, port: int) -> None:
-        """Listen.
-
-        Raises:
-            OSError: the address cannot be listened on.
-        """
-        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self.address_family = family
-        super().__init__((str(where[0]), int(where[1])), _Handler)
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(collector)
-        answer = make_wsgi_app(registry)
-        self.set_app(_for_this_machine(answer) if is_loopback(host) else answer)
-        shown_host = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown_host}:{self.server_port}/metrics"
-        self._thread = threading.Thread(target=self.serve_forever, name="http", daemon=True)
-
-    def server_bind(self) -> None:
-        """Without the look-up of the host's name that the standard library's does: nobody needs it."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(listener.getsockname()[:2], _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.server_name, self.server_port = listener.getsockname()[:2]
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -354,14 +336,18 @@ class Server(ThreadingMixIn, WSGIServer):
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
-    def start(self) -> None:
-        """Begin to answer. From here on SIGTERM and SIGINT only end :meth:`wait`, however often they come."""
-        block_ends()
-        self._thread.start()
 
-    def wait(self) -> bool:
-        """Answer until SIGTERM or SIGINT, then no more; whether it was SIGINT."""
+def serve(client: CancelClient, listener: socket.socket, *, local_names_only: bool) -> bool:
+    """Answer scrapes until SIGTERM or SIGINT; whether it was SIGINT. ``local_names_only`` turns away requests that name
+    another host than this machine (for a listener on loopback)."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(QueueCollector(client))
+    with _Server(listener) as server:
+        answer = make_wsgi_app(registry)
+        server.set_app(_for_this_machine(answer) if local_names_only else answer)
+        thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
+        thread.start()
         is_interrupted = wait_for_end()
-        self.shutdown()
-        self._thread.join()
-        return is_interrupted
+        server.shutdown()
+        thread.join()
+    return is_interrupted

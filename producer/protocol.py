@@ -446,15 +446,17 @@ def requeue_commands(keys: Keys, job_id: str) -> tuple[Command, Command]:
     return ("HMGET", keys.job_prefix + job_id, *fields), ("ZSCORE", keys.failed, job_id)
 
 
-def is_requeued(state: Any, score: Any) -> bool:
+def is_requeued(state: Any, score: Any, recorded_run: int) -> bool:
     """Whether a failed job's record is of the run before: a new run has begun (and no claim has removed the record
-    yet), or RQ has put the job back, as `producer/scripts/job.lua` has it: its entry has left the registry of failed
-    ones. A copy that RQ saved late over an ended job has not."""
+    yet), or ended since the record was read, or RQ has put the job back, as `producer/scripts/job.lua` has it: its
+    entry has left the registry of failed ones. A copy that RQ saved late over an ended job has not."""
     if isinstance(state, Exception):
         return False
     status, done, run = state
     if done is None:
         return run is not None
+    if (number := text(run)[:20]).isdecimal() and int(number) > recorded_run:
+        return True
     return score is None and (status is None or text(status) not in ENDED)
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -84,15 +85,6 @@ def need(words: str, *modules: str) -> None:
         raise Failure(words)
 
 
-@contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[None]:
-    """For what listens there."""
-    try:
-        yield
-    except OSError as error:
-        raise Failure(f"cannot listen on {host} port {port}: {error.strerror or type(error).__name__}") from None
-
-
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens on ``host``."""
     try:
@@ -135,10 +127,28 @@ def ended_by_signals() -> Iterator[None]:
 _SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
-def block_ends() -> None:
-    """From here on SIGTERM and SIGINT only end :func:`wait_for_end`, however often they come: in this thread, and in
-    those that it starts later."""
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """A socket that listens on the first address of ``host``, and that address.
+
+    From here on SIGTERM and SIGINT only end :func:`wait_for_end`, however often they come: in this thread, and in those
+    that it starts later.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a server has nothing to tell: a closed terminal ends it at once
+    bare = host.strip("[]")
+    try:
+        family, *_, where = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        with contextlib.ExitStack() as failed:
+            failed.callback(listener.close)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+            listener.listen()
+            failed.pop_all()
+    except OSError as error:
+        raise Failure(f"cannot listen on {host} port {port}: {error.strerror or type(error).__name__}") from None
+    return listener, f"http://{f'[{bare}]' if ':' in bare else bare}:{listener.getsockname()[1]}/"
 
 
 def wait_for_end() -> bool:

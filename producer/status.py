@@ -236,8 +236,9 @@ def read_status(keys: Keys) -> Conversation[Status]:
     rows = tuple(worker_rows(keys, now_ms, names, told["workers"], told["lives"]))
     refused = _refused_keys(now_ms, suspects, crowds, told)
     fresh = [row for row in rows if row.fresh]
+    counts = _counts(told, heads)
     oldest_queued_s, gated_s = latency.waits(
-        heads.still_waiting(told["there"], queued=told["index"][2]),
+        heads.still_waiting(told["there"], queued=counts["queued"]),
         now_ms,
         closed_until_ms=_closed_until_ms(gates, rows),
         is_suspended=bool(told["counts"][2]),
@@ -256,7 +257,7 @@ def read_status(keys: Keys) -> Conversation[Status]:
         workers=rows,
         damaged=tuple(damaged),
         workers_known=shown(keys.queue_workers, _MAX_KEY_CHARS) not in damaged,
-        **_counts(told, heads),
+        **counts,
         **_last_minute(told["ledger"][0]),
     )
 

@@ -78,12 +78,12 @@ def _read(job_id: str, record: Any) -> Outcome | MalformedMessage:
 def _without_requeued(keys: Keys, found: Mapping[str, End]) -> Conversation[dict[str, End]]:
     """Leave out what has no outcome yet: a failed request that RQ has put back belongs to its next run, though the
     earlier one's record stands until a worker or another request comes by."""
-    failed = [job_id for job_id, end in found.items() if isinstance(end, Outcome) and end.kind.failed]
+    failed = {job_id: end.run for job_id, end in found.items() if isinstance(end, Outcome) and end.kind.failed}
     if not failed:
         return dict(found)
     answers = yield [command for job_id in failed for command in requeue_commands(keys, job_id)]
-    states = zip(failed, answers[::2], answers[1::2], strict=True)
-    requeued = {job_id for job_id, state, score in states if is_requeued(state, score)}
+    states = zip(failed.items(), answers[::2], answers[1::2], strict=True)
+    requeued = {job_id for (job_id, run), state, score in states if is_requeued(state, score, run)}
     return {job_id: end for job_id, end in found.items() if job_id not in requeued}
 
 

@@ -107,8 +107,8 @@ def number(value: Any) -> int | None:
     return int(digits) if _NUMBER.fullmatch(digits) else None
 
 
-def _stamp_s(value: Any) -> float | None:
-    """A time as RQ writes it, s since the epoch."""
+def stamp_s(value: Any) -> float | None:
+    """A time as RQ writes it, by the clock of the host that wrote it, s since the epoch."""
     try:
         return utcparse(text(value)).timestamp() if value else None
     except (ValueError, OverflowError):
@@ -129,7 +129,7 @@ def _silent_s(now_ms: int, heartbeat: Any, is_ours: bool, life_ms: Any) -> float
     """
     if is_ours and 0 < life_ms <= _BEAT_LIFE_MS:
         return float(_BEAT_LIFE_MS - life_ms) / 1000
-    beat_s = _stamp_s(heartbeat)
+    beat_s = stamp_s(heartbeat)
     return None if beat_s is None else max(0.0, now_ms / 1000 - beat_s)
 
 

@@ -1,14 +1,19 @@
-"""One order played through the decisions: the answers that may come, and what a worker does about them."""
+"""One request played through the decisions: the answers that may come, and what a worker does about them."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from producer.message import Attempt, Call, OutcomeKind
-from worker.classify import SILENCE, Failure, Means, OrderRef, Reply, classify
-from worker.decide import Again, Case, Policy, Span, Stop, first_step, next_step
+from worker import decide
+from worker.child import Child
+from worker.classify import SILENCE, Failure, Means, OrderRef, Ref, Reply, classify
+from worker.decide import Again, Case, Policy, Span, Stop
+from worker.job import Rules
 
 T0 = 1750485492076
 ALGO_ID = 2146760
@@ -72,7 +77,6 @@ class Played:
 
     calls: list[str] = dataclasses.field(default_factory=list)
     delays: list[int] = dataclasses.field(default_factory=list)
-    resyncs: list[bool] = dataclasses.field(default_factory=list)
     history: list[Attempt] = dataclasses.field(default_factory=list)
     now_ms: int = T0
     stop: Stop = dataclasses.field(default_factory=lambda: Stop(OutcomeKind.UNKNOWN))
@@ -86,39 +90,42 @@ class Played:
 def play(
     answers: list[Answer],
     *,
-    policy: Policy = POLICY,
+    rules: Rules = decide,
+    ref: Ref | None = None,
     by_client_id: bool = False,
     age_ms: int = 0,
     deadline_s: float = 300,
     roll: float = 0.5,
-    ahead: Span | None = SAME,
+    before: Sequence[Attempt] = (),
+    **known: Any,
 ) -> Played:
-    """Work on one request until it stops; the last answer is repeated for as long as calls are made.
+    """Work on one request until it stops; the last answer is repeated for as long as calls are made. ``known``: what
+    else its :class:`Case` holds.
 
     As a worker does: an order that a query shows by client id is from then on asked for by its algo id.
     """
     enqueued_ms = T0 - age_ms
-    case = Case(by_client_id, enqueued_ms, enqueued_ms + int(deadline_s * 1000), ahead)
-    played = Played()
-    ref = OrderRef(None, CLIENT_ID) if by_client_id else OrderRef(ALGO_ID)
+    case = Case(by_client_id, enqueued_ms, enqueued_ms + round(deadline_s * 1000), **{"ahead": SAME, **known})
+    played = Played(history=list(before))
+    ref = ref or (OrderRef(None, CLIENT_ID) if by_client_id else OrderRef(ALGO_ID))
     replies = itertools.chain(answers, itertools.repeat(answers[-1]))
-    step = first_step(case, (), policy, T0)
+    step = rules.first_step(case, before, T0)
     while isinstance(step, Again):
         assert len(played.calls) < 2000, "it does not end"
         played.calls.append(step.call.value)
         verdict = classify(step.call, ref, next(replies))
-        if verdict.order is not None:
-            ref = OrderRef(verdict.order.algo_id)
-        n, at_ms = len(played.calls), played.now_ms
-        played.history.append(
-            Attempt(n, at_ms, step.call, verdict.http, verdict.code, verdict.msg, verdict.means.value, TOOK_MS)
-        )
+        said = (verdict.http, verdict.code, verdict.msg, verdict.means.value, TOOK_MS)
+        played.history.append(Attempt(len(played.history) + 1, played.now_ms, step.call, *said))
         played.now_ms += TOOK_MS
-        step = next_step(case, played.history, verdict, policy, played.now_ms, roll)
+        if isinstance(rules, Child):
+            rules.learn(verdict)
+        step = rules.next_step(case, played.history, verdict, played.now_ms, roll)
         if isinstance(step, Again):
-            case = dataclasses.replace(case, by_client_id=ref.algo_id is None)
+            if verdict.order is not None:
+                ref = OrderRef(verdict.order.algo_id)
+                case = dataclasses.replace(case, by_client_id=False)
             played.delays.append(step.delay_ms)
-            played.resyncs.append(step.resync)
+            assert step.resync is (verdict.means is Means.CLOCK), "only a clock refusal asks for its measurement"
             played.now_ms += step.delay_ms
     played.stop = step
     return played

@@ -28,12 +28,11 @@ from worker.engine import Engine
 from worker.exchange import Exchange
 from worker.patience import FLOOR_S
 from worker.rate_gate import Gate
-from worker.redis_link import open_link
 from worker.settings import Settings
 from worker.store import Store
 from worker.transport import Route
 from worker.transport_asyncio import AsyncioTransport
-from worker.wiring import lease_of, open_canceller, open_redis, open_store
+from worker.wiring import lease_of, open_engine, open_redis, open_store
 
 KEYS = {"BINANCE_API_KEY": API_KEY, "BINANCE_API_SECRET": API_SECRET}
 #: How long an answer of an exchange is held back at the most, s: no test hangs for good.
@@ -134,19 +133,10 @@ class RunningEngine:
         )
         if self._measures:
             await exchange.sync_time()
-        claims, rest = open_link(self._connection), open_link(self._connection)
-        canceller, self.gate = open_canceller(settings, exchange, clock, self.store, rest, self._name)
-        self._change(Parts(self.store, canceller, self.gate, exchange))
-        self.engine = Engine(
-            settings.concurrency,
-            self.store,
-            (claims, rest),
-            canceller,
-            self.gate,
-            lease_s=lease_of(settings),
-            life_s=60,
-            sleep=self._sleep,
-        )
+        parts = (settings, exchange, clock, self.store, self._connection, self._name)
+        self.engine = open_engine(*parts, life_s=60, sleep=self._sleep)
+        self.gate = self.engine.canceller.gate
+        self._change(Parts(self.store, self.engine.canceller, self.gate, exchange))
         beating = asyncio.create_task(self._beat())
         self._stands.set()
         try:
@@ -219,13 +209,16 @@ def well(asked: Asked) -> Said:
 class Answerer:
     """An exchange that answers each request as ``behave`` says, in a thread for each connection.
 
-    With ``tls`` the first ``opened`` connections are opened at once, all others when ``may_open`` is set.
+    What ``holds`` is said of is answered when ``may_answer`` is set. With ``tls`` the first ``opened`` connections are
+    opened at once, all others when ``may_open`` is set.
     """
 
     behave: Callable[[Asked], Said] = well
+    holds: Callable[[Asked], object] = lambda _: False
     tls: ssl.SSLContext | None = None
     opened: int = 0
     asked: list[Asked] = field(default_factory=list)
+    may_answer: threading.Event = field(default_factory=threading.Event)
     may_open: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Self:
@@ -235,6 +228,7 @@ class Answerer:
 
     def __exit__(self, *_: object) -> None:
         self.may_open.set()
+        self.may_answer.set()
         self._server.close()
 
     @property
@@ -267,4 +261,16 @@ class Answerer:
             algo_id = re.search(r"algoId=(\d+)", query)
             asked = Asked(method, path, int(algo_id[1]) if algo_id else None)
             self.asked.append(asked)
+            if self.holds(asked):
+                self.may_answer.wait(HELD_S)
             peer.send(self.behave(asked).wire())
+
+
+def every(asked: Asked) -> bool:
+    """All that is asked about orders is held back."""
+    return asked.algo_id is not None
+
+
+def clock(asked: Asked) -> bool:
+    """What asks for the time is held back."""
+    return asked.path.endswith("/time")

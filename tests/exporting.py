@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import redis
@@ -17,18 +14,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from producer.keys import Keys
 from producer.message import Attempt, Call, Outcome, OutcomeKind
-from tests.servers import ROOT, scrubbed
+from tests.commands import Served
 
 KEYS = Keys()
 Scrape = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-@dataclass
-class Exporter:
-    """A running exporter and where it listens."""
+class Exporter(Served):
+    """`python -m producer metrics` as a real process."""
 
-    process: subprocess.Popen[str]
-    url: str
+    command = "metrics"
 
     def text(self) -> str:
         """One scrape as it came; an answer other than 200 raises."""
@@ -53,34 +48,14 @@ class Exporter:
         """One figure of a new scrape, None where it has none."""
         return self.scrape().get((name, tuple(sorted(labels.items()))))
 
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """Signal it; gives exit code and what it had to complain about."""
-        self.process.send_signal(how)
-        _, errors = self.process.communicate(timeout=30)
-        return self.process.returncode, errors
-
 
 @contextlib.contextmanager
 def exporting(url: str, *arguments: str, **environment: str) -> Iterator[Exporter]:
     """An exporter on a port of its own, which complains of nothing as long as the block runs."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "producer", "metrics", "--port", "0", *arguments],
-        cwd=ROOT,
-        env=scrubbed() | {"REDIS_URL": url, "PORT": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith("metrics of queue cancels on http://")
-            exporter = Exporter(process, line.split()[-1])
-            yield exporter
-            if process.poll() is None:
-                assert exporter.stop() == (0, "")
-        finally:
-            process.kill()
+    with Exporter(url, *arguments, stderr=None, PORT="1", **environment) as exporter:
+        yield exporter
+        if exporter.process.poll() is None:
+            assert exporter.stop() == (0, "")
 
 
 def record(number: int = 1, **fields: object) -> str:

@@ -85,7 +85,7 @@ class Server:
         self.heads: list[bytes] = []
         self.used: list[int] = []  # which connection brought each head
         self.connections = 0
-        self._sockets: list[socket.socket] = []
+        self._peers: list[Peer] = []
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
@@ -113,30 +113,30 @@ class Server:
             except OSError:
                 return
             self.connections += 1
-            self._sockets.append(sock)
-            thread = threading.Thread(target=self._serve, args=(sock, self.connections))
+            self._peers.append(Peer(self, self.connections, sock))
+            thread = threading.Thread(target=self._serve, args=(self._peers[-1],))
             self._threads.append(thread)
             thread.start()
 
-    def _serve(self, sock: socket.socket, number: int) -> None:
+    def _serve(self, peer: Peer) -> None:
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:
-                sock = self._tls.wrap_socket(sock, server_side=True)
-                self._sockets.append(sock)
-            self._behaviour(Peer(self, number, sock))
+                peer.sock = self._tls.wrap_socket(peer.sock, server_side=True, do_handshake_on_connect=False)
+                peer.sock.do_handshake()
+            self._behaviour(peer)
         except OSError:
             pass  # the client went away
         finally:
-            sock.close()
+            peer.sock.close()
 
     def close(self) -> None:
         """End listener, connections and threads."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for sock in self._sockets:
+        for peer in self._peers:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                peer.sock.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -321,3 +322,32 @@ def stopped(server: Valkey) -> Iterator[None]:
         yield
     finally:
         server.process.send_signal(signal.SIGCONT)
+
+
+def refuses(connection: redis.Redis, word: str) -> bool:
+    """Whether the server is up and answers whatever it is asked with such an error."""
+    try:
+        connection.get("x")
+    except redis.RedisError as error:
+        return word in str(error)
+    return False
+
+
+@contextlib.contextmanager
+def busy_with_a_script(connection: redis.Redis) -> Iterator[None]:
+    """A server that says BUSY."""
+    connection.config_set("busy-reply-threshold", 50)
+    port = connection.get_connection_kwargs()["port"]
+
+    def run() -> None:
+        with contextlib.suppress(redis.RedisError), redis.Redis(port=port, socket_timeout=60) as other:
+            other.eval("while true do end", 0)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        eventually(lambda: refuses(connection, "BUSY"), 20, "it is busy")
+        yield
+    finally:
+        connection.script_kill()
+        thread.join()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlencode
 
 import redis
@@ -18,7 +14,7 @@ from flask.testing import FlaskClient
 
 from producer.keys import JobField, Keys
 from producer.message import Attempt, Call, CancelRequest, Outcome, OutcomeKind, encode_call
-from tests.servers import ROOT, scrubbed
+from tests.commands import Served
 
 KEYS = Keys()
 TOKEN = "a-token-of-the-tests"
@@ -129,63 +125,20 @@ class Reply:
         self.text = answer.read().decode()
 
 
-class WebProcess:
+class WebProcess(Served):
     """`python -m producer web` as a real process, and HTTP to it."""
 
-    def __init__(self, redis_url: str, *arguments: str, stderr: int | None = None, **environment: str) -> None:
-        self._command = [sys.executable, "-W", "error", "-m", "producer", "web", "--port", "0", *arguments]
-        self._environment = scrubbed() | {"REDIS_URL": redis_url} | environment
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115
-        self._stderr = self._said if stderr is None else stderr
-        self.port = 0
-
-    def __enter__(self) -> Self:
-        self.process = subprocess.Popen(
-            self._command, cwd=ROOT, env=self._environment, stdout=subprocess.PIPE, stderr=self._stderr
-        )
-        assert self.process.stdout is not None
-        watchdog = threading.Timer(20, self.process.kill)
-        watchdog.start()
-        line = self.process.stdout.readline().decode()
-        watchdog.cancel()
-        found = re.search(r"http://[^/]+:(\d+)/", line)
-        if found is None:
-            self.process.wait(30)
-            raise AssertionError(line + self.stderr())
-        self.port = int(found.group(1))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait(30)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        self._said.close()
-
-    @property
-    def url(self) -> str:
-        """Its address, without a slash at the end."""
-        return f"http://127.0.0.1:{self.port}"
-
-    def stderr(self) -> str:
-        """What it has complained about."""
-        self._said.seek(0)
-        return self._said.read().decode()
+    command = "web"
 
     def __call__(
         self, path: str, form: Mapping[str, str] | None = None, method: str | None = None, **headers: str
     ) -> Reply:
         """GET, or POST with a form; underscores in the names of headers are dashes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            named = {name.replace("_", "-"): value for name, value in headers.items()}
-            body = None
-            if form is not None:
-                named["Content-Type"] = "application/x-www-form-urlencoded"
-                body = urlencode(form)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        body = None
+        if form is not None:
+            named["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urlencode(form)
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)) as connection:
             connection.request(method or ("GET" if form is None else "POST"), path, body, named)
             return Reply(connection.getresponse())
-        finally:
-            connection.close()

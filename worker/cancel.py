@@ -8,10 +8,9 @@ time, a stock RQ worker one step of one job, by the same code.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from producer.message import (
@@ -25,35 +24,34 @@ from producer.message import (
     decode_pin,
 )
 from producer.untrusted import MessageError
-from worker import log
-from worker.child import Child, ChildCase, after_child, child_step
-from worker.child import bound as child_bound
+from worker import decide, log
+from worker.child import Child
 from worker.classify import GATED, STATUS_MEANS, Means, OrderRef, Ref, Reply, Verdict, child_of, classify
 from worker.clock import RedisClock, ServerClock, local_ns, minus
+from worker.daemon import wait_for
 from worker.decide import (
+    PASSED,
     Again,
     Case,
     Policy,
     Span,
     Stop,
     accepted_until_ms,
-    bound,
     bounded,
-    first_step,
     looks_up_a_silence,
     next_number,
-    next_step,
     silent_until_ms,
 )
 from worker.exchange import Answer, Exchange, Sent
-from worker.job import CancelJob, Hold, history_of, refusal
+from worker.hold import Held
+from worker.job import CancelJob, history_of, refusal
 from worker.key_breaker import KeyBreaker
-from worker.listing import after_listing, has_untold, listing_step, unlisted
+from worker.listing import has_untold
 from worker.rate_gate import Gate, LookUps, ms_to_next_minute
 from worker.recovery import Recovery
 from worker.settings import Settings
 from worker.signing import Credential
-from worker.store import Done, Lease, Release, Retry, Row, Suspect
+from worker.store import Done, Lease, Release, Retry, Row
 
 _NS_PER_MS = 1_000_000
 #: When to look again whether the exchange tells its time, ms.
@@ -77,6 +75,7 @@ def policy_of(settings: Settings) -> Policy:
     )
 
 
+@dataclass(eq=False)
 class Canceller:
     """Carries jobs for one holder, all of them in one event loop.
 
@@ -85,52 +84,48 @@ class Canceller:
     carried at a time at the most.
     """
 
-    def __init__(
-        self,
-        *,
-        exchange: Exchange,
-        server_clock: ServerClock,
-        redis_clock: RedisClock,
-        gate: Gate,
-        keys: KeyBreaker,
-        policy: Policy,
-        credential_for: Callable[[str], Credential | None],
-        holder: str,
-        sends_late: bool = False,
-        flight: int = 1,
-    ) -> None:
-        self._sends_late = sends_late
-        self._look_ups = LookUps(flight)
-        self.recovery = Recovery(flight)
-        self.is_suspended = False  # whether `rq suspend` holds, as of the last look
+    exchange: Exchange
+    server_clock: ServerClock
+    redis_clock: RedisClock
+    gate: Gate
+    keys: KeyBreaker
+    policy: Policy
+    credential_for: Callable[[str], Credential | None]
+    holder: str
+    sends_late: bool = False
+    flight: int = 1
+    is_suspended: bool = field(default=False, init=False)  # whether `rq suspend` holds, as of the last look
+
+    def __post_init__(self) -> None:
+        self._look_ups = LookUps(self.flight)
+        self.recovery = Recovery(self.flight)
         self._in_hand: set[CancelJob] = set()
         self._lingering = 0
         self._is_leaving = False
-        self._exchange = exchange
-        self._server_clock = server_clock
-        self._redis_clock = redis_clock
-        self._gate = gate
-        self._keys = keys
-        self._policy = policy
-        self._credential_for = credential_for
-        self._holder = holder
         self._calling = 0  # signed requests under way
         self._resynced_ns = 0
         self._resyncing = asyncio.Lock()
 
-    async def carry(self, lease: Lease, hold: Hold, request: CancelRequest | None = None) -> Row:
+    async def carry(self, lease: Lease, hold: Held, request: CancelRequest | None = None) -> Row:
         """Carry a job as far as it goes without a delay; gives how its hold is to end.
 
         ``request`` spares the decoding where RQ has done it.
         """
+        what, _, of = lease.fault.partition(" ")
         try:
+            if of == "data":
+                raise MessageError("its payload is larger than any request")
+            request = request or decode_call(lease.data)
+            if what == "number":
+                raise MessageError(f"its field {of} is no whole number")
+            if of == "c_pin":
+                raise MessageError("its field c_pin is larger than any pin")
             job = self._take_up(lease, hold, request)
         except MessageError as error:
-            return self._refused(lease, _if_legible(lease, request), f"not a job of this queue: {error}")
+            return self._refused(lease, request, f"not a job of this queue: {error}")
         if job is None:
-            request = request or decode_call(lease.data)
             return self._refused(lease, request, f"account {request.account!r} has no key in this worker")
-        if lease.fault.startswith("recalled"):
+        if what == "recalled":
             return self._done(job, job.recalled())
         if job.history and job.history[-1].msg == WORKER_LOST:
             lost = job.history[-1]
@@ -147,57 +142,55 @@ class Canceller:
         for job in self._in_hand:
             job.news.set()
 
-    async def resync(self, since_ns: int, hold: Hold | None = None) -> None:
+    async def resync(self, since_ns: int, hold: Held | None = None) -> None:
         """Measure the exchange's clock, once for all requests that were refused by the same old one.
 
         Where the exchange calls our time wrong, Redis tells by ``hold`` whose the jobs are by now.
         """
         async with self._resyncing:
             if self._resynced_ns <= since_ns:
-                self._server_clock.doubt()
+                self.server_clock.doubt()
                 if hold is not None:
                     await hold.renew()
-                await self._exchange.sync_time(may_go=lambda: not self._gate.closed(self._now_ms()))
+                await self.exchange.sync_time(may_go=lambda: not self.gate.closed(self._now_ms()))
                 self._resynced_ns = local_ns()
                 await self.heed_refusal()
 
     async def heed_refusal(self) -> None:
         """A 429, 418, 403 or 451 to one of our unsigned calls closes the gate as any other does."""
-        refusal, now_ms = self._exchange.take_refusal(), self._now_ms()
+        refusal, now_ms = self.exchange.take_refusal(), self._now_ms()
         if refusal is None:
             return
-        if self._gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self._policy, now_ms, self._ahead()):
-            await self._gate.share(now_ms)
-
-    def know_suspects(self, suspects: Iterable[Suspect]) -> None:
-        """Take note of the keys of the exchange that are refused."""
-        self._keys.know(suspects)
+        if self.gate.close_for(classify(Call.QUERY, OrderRef(None), refusal), self.policy, now_ms, self._ahead()):
+            await self.gate.share(now_ms)
 
     # -- one job --
 
     def _now_ms(self) -> int:
-        return self._redis_clock.now_ms()
+        return self.redis_clock.now_ms()
 
     def _latest_ms(self) -> int:
         """What Redis' clock shows at most: no request must be taken for a younger one than it is."""
-        latest_ms = self._redis_clock.latest_ms()
+        latest_ms = self.redis_clock.latest_ms()
         return self._now_ms() if latest_ms is None else latest_ms
 
     def _ahead(self) -> Span | None:
-        return minus(self._redis_clock, self._server_clock)
+        return minus(self.redis_clock, self.server_clock)
 
-    def _case(self, job: CancelJob, means: Means | None = None) -> Case:
-        """The request as a decision sees it; the clocks are compared where something that the exchange dates counts."""
-        lease, by_client_id = job.lease, job.algo_id is None
-        ahead = self._ahead() if by_client_id or means in GATED else None
-        is_old = lease.run > 1 or self._sends_late
-        strikes_ms = self._strikes_until_ms(job)
-        bounds = (lease.meant_at_ms, lease.deadline_at_ms)
-        return Case(by_client_id, *bounds, ahead, is_old, strikes_ms, lease.cancels_child, job.told_to)
-
-    def _child_case(self, job: CancelJob) -> ChildCase:
-        lease = job.lease
-        return ChildCase(lease.cancels_child, lease.deadline_at_ms, lease.run > 1, self._ahead(), job.told_to)
+    def _case(self, job: CancelJob) -> Case:
+        """The request as a decision sees it."""
+        return Case(
+            by_client_id=job.algo_id is None,
+            meant_at_ms=job.meant_at_ms,
+            deadline_at_ms=job.lease.deadline_at_ms,
+            policy=self.policy,
+            ahead=self._ahead(),
+            retried=job.lease.run > 1,
+            sends_late=self.sends_late,
+            strikes_until_ms=self._strikes_until_ms(job),
+            cancels_child=job.lease.cancels_child,
+            told_to=job.told_to,
+        )
 
     def _strikes_until_ms(self, job: CancelJob) -> int:
         """See :class:`worker.decide.Case`: a cancel by client id is the first call of all, if it was made."""
@@ -207,14 +200,10 @@ class Canceller:
             return 0
         if job.strikes_until_ns:
             return self._latest_ms() + (job.strikes_until_ns - local_ns()) // _NS_PER_MS + 1
-        return accepted_until_ms(first, self._policy)
+        return accepted_until_ms(first, self.policy)
 
     def _first_step(self, job: CancelJob) -> Stop | Again:
-        if job.child is not None:
-            return child_step(self._child_case(job), job.child, job.history, self._policy, self._latest_ms())
-        if (listing := job.listing(None)) is not None:
-            return listing_step(listing, job.history, self._policy, self._latest_ms())
-        return first_step(self._case(job), job.history, self._policy, self._latest_ms())
+        return job.rules.first_step(self._case(job), job.history, self._latest_ms())
 
     async def _pursue(self, job: CancelJob) -> Row:
         step = self._first_step(job)
@@ -254,27 +243,22 @@ class Canceller:
         """
         if job.child is not None and job.is_only_told(step) and (delay_ms > 0 or not self._may_send(job)):
             return job.child.parent
-        is_stuck = is_held_back or self.is_suspended or self._gate.closed(self._now_ms())
+        is_stuck = is_held_back or self.is_suspended or self.gate.closed(self._now_ms())
         if self._latest_ms() < job.lease.deadline_at_ms or not is_stuck:
             return None
-        why = "the deadline passed"
-        if job.child is not None:
-            return child_bound(job.child, job.history, self._policy, why)
-        if job.listing(None) is not None:
-            return unlisted(job.history, why)
-        return bound(self._case(job), job.history, self._policy, self._latest_ms(), why)
+        return job.rules.bound(self._case(job), job.history, self._latest_ms(), PASSED)
 
     def _done(self, job: CancelJob, stop: Stop) -> Done:
         requests = job.requests(stop)
-        return Done(job.lease, job.outcome(stop, self._now_ms(), self._holder, requests), job.pin(), requests)
+        return Done(job.lease, job.outcome(stop, self._now_ms(), self.holder, requests), job.pin(), requests)
 
     def _refused(self, lease: Lease, request: CancelRequest | None, error: str) -> Done:
-        return Done(lease, refusal(lease, request, self._latest_ms(), self._now_ms(), self._holder, error))
+        return Done(lease, refusal(lease, request, self._latest_ms(), self._now_ms(), self.holder, error))
 
     async def _may_be_cleared_up(self, job: CancelJob, stop: Stop) -> bool:
         """Whether a late answer has come that may tell what else would be ``unknown`` for good; it is waited for."""
         if stop.kind is OutcomeKind.UNKNOWN and job.silent:
-            await self._lingered(job, self._policy.recv_window_ms)
+            await self._lingered(job, self.policy.recv_window_ms)
         return bool(job.late)
 
     async def _lingered(self, job: CancelJob, delay_ms: int) -> int:
@@ -295,17 +279,8 @@ class Canceller:
             self._lingering -= 1
         return 0 if job.late else max(-(-left_ns // _NS_PER_MS), 0)
 
-    def _take_up(self, lease: Lease, hold: Hold, request: CancelRequest | None) -> CancelJob | None:
-        what, _, field = lease.fault.partition(" ")
-        if field == "data":
-            raise MessageError("its payload is larger than any request")
-        if request is None:
-            request = decode_call(lease.data)
-        if what == "number":
-            raise MessageError(f"its field {field} is no whole number")
-        if field == "c_pin":
-            raise MessageError("its field c_pin is larger than any pin")
-        credential = self._credential_for(request.account)
+    def _take_up(self, lease: Lease, hold: Held, request: CancelRequest) -> CancelJob | None:
+        credential = self.credential_for(request.account)
         if credential is None:
             return None
         history = history_of(lease, self._latest_ms())
@@ -320,12 +295,12 @@ class Canceller:
         It is no attempt.
         """
         now_ms, wait_ms = self._now_ms(), 0
-        used, server_ms = self._exchange.last_used_weight(), self._server_clock.now_ms()
+        used, server_ms = self.exchange.last_used_weight(), self.server_clock.now_ms()
         is_look_up = not step.call.cancels and looks_up_a_silence(job.history)
-        has_room = self._gate.allows(step.call, used)
-        if not has_room or (is_look_up and not self._gate.allows_look_up(used, server_ms // 60_000)):
+        has_room = self.gate.allows(step.call, used)
+        if not has_room or (is_look_up and not self.gate.allows_look_up(used, server_ms // 60_000)):
             wait_ms = ms_to_next_minute(server_ms)
-        elif (until_ms := await self._keys.wait_until_ms(job.credential, job.lease.key)) > 0:
+        elif (until_ms := await self.keys.wait_until_ms(job.credential, job.lease.key)) > 0:
             wait_ms = max(until_ms - now_ms, 1)
         if wait_ms == 0 and job.algo_id is None and not await self._knows_the_time():
             wait_ms = _UNMEASURED_MS
@@ -341,9 +316,9 @@ class Canceller:
 
     def _with_key_reason(self, job: CancelJob, stop: Stop) -> Stop:
         """A request that its key kept waiting until the deadline was refused, for that reason."""
-        reason = self._keys.reason(job.credential)
+        reason = self.keys.reason(job.credential)
         # A doubt that is a silence alone, and cannot strike any more, is none beside what the exchange says since then.
-        is_doubted = not 0 < silent_until_ms(job.history, self._policy) <= self._latest_ms()
+        is_doubted = not 0 < silent_until_ms(job.history, self.policy) <= self._latest_ms()
         kinds = (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP) if is_doubted else (OutcomeKind.UNKNOWN,)
         if reason is None or stop.kind not in kinds or stop.is_left_alone:
             return stop
@@ -352,7 +327,7 @@ class Canceller:
         )
 
     def _may_send(self, job: CancelJob) -> bool:
-        return job.hold.is_valid() and not self._gate.closed(self._now_ms())
+        return job.hold.is_valid() and not self.gate.closed(self._now_ms())
 
     def _may_go(self, job: CancelJob, step: Again) -> bool:
         """Asked right before the first byte: what had to wait (for a connection, a clock, Redis) is decided anew."""
@@ -372,7 +347,7 @@ class Canceller:
         if step.call.cancels or not looks_up_a_silence(job.history):
             return await self._attempt(job, step)
         if self._is_leaving:  # what is in flight is finished; who comes next looks it up
-            await self._lingered(job, self._policy.recv_window_ms)
+            await self._lingered(job, self.policy.recv_window_ms)
             return self._first_step(job) if job.late else None
         while not self._look_ups.begin(sum(bool(each.silent) for each in self._in_hand), len(self._in_hand)):
             self._look_ups.waiting.append(job.news)
@@ -382,7 +357,7 @@ class Canceller:
             if job.late or is_over or self._is_leaving or not self._may_send(job):
                 return self._first_step(job)
         try:
-            self._gate.note_look_up(self._server_clock.now_ms() // 60_000)
+            self.gate.note_look_up(self.server_clock.now_ms() // 60_000)
             return await self._attempt(job, step)
         finally:
             self._look_ups.end()
@@ -394,7 +369,7 @@ class Canceller:
         at_ms, job.began_ns = self._now_ms(), local_ns()
         self._calling += 1
         try:
-            answer = await self._exchange.call(step.call, job.credential, ref, lambda: self._may_go(job, step), sent)
+            answer = await self.exchange.call(step.call, job.credential, ref, lambda: self._may_go(job, step), sent)
         finally:
             self._calling -= 1
         if answer is None:
@@ -405,38 +380,29 @@ class Canceller:
             job.strikes_until_ns = sent.accepted_until_ns
         took_ms = (local_ns() - job.began_ns) // _NS_PER_MS
         verdict = await self._comparable(job, classify(step.call, ref, answer))
-        self._note_attempt(job, n, step.call, at_ms, took_ms, verdict)
+        said = (verdict.http, verdict.code, verdict.msg, verdict.means.value)
+        job.history.append(Attempt(n, at_ms, step.call, *said, took_ms))
+        if verdict.means is not Means.CONFIRMED:
+            _tell_attempt("attempt", job.lease.id, job.history[-1])
         await self._note_pauses(job.credential, verdict)
         late = await self._settled(job)
         return late if isinstance(late, Stop) else self._decided(job, step.call, verdict)
 
     def _decided(self, job: CancelJob, call: Call, verdict: Verdict) -> Stop | Again:
-        if (listing := job.listing(self._ahead())) is not None:
-            latest_ms = self._latest_ms()
-            decision = after_listing(listing, job.history, verdict, self._policy, latest_ms, random.random())
-        else:
-            decision = (self._decided_of_child if call.of_child else self._decided_of_order)(job, verdict)
-        job.history[:] = bounded(job.history)
-        return decision
-
-    def _decided_of_child(self, job: CancelJob, verdict: Verdict) -> Stop | Again:
-        if job.child is None:
-            raise RuntimeError("a call about a child that nobody knows")
-        job.child.is_asked = True
-        job.child.learn(verdict)
-        now_ms, case = self._latest_ms(), self._child_case(job)
-        return after_child(case, job.child, job.history, verdict, self._policy, now_ms, random.random())
-
-    def _decided_of_order(self, job: CancelJob, verdict: Verdict) -> Stop | Again:
-        case = self._case(job, verdict.means)
-        decision = next_step(case, job.history, verdict, self._policy, self._latest_ms(), random.random())
+        rules = job.rules
+        if job.child is not None and call.of_child:
+            job.child.learn(verdict)
+        elif job.child is not None:  # the order's own answer, which came late
+            rules = decide
+        decision = rules.next_step(self._case(job), job.history, verdict, self._latest_ms(), random.random())
         if not (isinstance(decision, Stop) and decision.kind is OutcomeKind.UNKNOWN):
             job.learn(verdict)  # an order that is left alone is not the one that was meant
         ref = child_of(verdict.order)
         if isinstance(decision, Stop) and decision.kind is OutcomeKind.TRIGGERED and ref is not None:
             job.child = job.child or Child(ref, decision)
             job.child.parent = decision
-            return self._first_step(job)
+            decision = self._first_step(job)
+        job.history[:] = bounded(job.history)
         return decision
 
     # -- answers that nobody waits for any more --
@@ -448,7 +414,7 @@ class Canceller:
             verdict = classify(call, ref, answer)
             self.recovery.note(verdict.means)
             if verdict.means in GATED:
-                self._gate.close_for(verdict, self._policy, self._now_ms(), self._ahead())
+                self.gate.close_for(verdict, self.policy, self._now_ms(), self._ahead())
             job.late.append((n, call, verdict))
         job.news.set()
 
@@ -462,15 +428,12 @@ class Canceller:
             verdict = await self._comparable(job, verdict)
             for at, silent in enumerate(job.history):
                 if silent.n == n:
-                    ms = max(self._now_ms() - silent.at_ms, silent.ms)
-                    told = Attempt(
-                        n, silent.at_ms, silent.call, verdict.http, verdict.code, verdict.msg, verdict.means.value, ms
-                    )
-                    job.history[at] = replace(told, counted_before=silent.counted_before)
+                    ms, means = max(self._now_ms() - silent.at_ms, silent.ms), verdict.means.value
+                    told = replace(silent, http=verdict.http, code=verdict.code, msg=verdict.msg, verdict=means, ms=ms)
+                    job.history[at] = told
                     _tell_attempt("late", job.lease.id, told)
-            is_found = (
-                verdict.order is not None and job.algo_id is None
-            )  # whether it is the one that was meant is decided
+            # Whether what a client id is found to mean is the order that was meant is decided.
+            is_found = verdict.order is not None and job.algo_id is None
             if verdict.means in _ENDS or is_found or job.history[-1].n == n:
                 decision = self._decided(job, call, verdict)
         return decision
@@ -481,52 +444,35 @@ class Canceller:
         The clocks may have been doubted since the question was asked. Where they cannot be measured now, it is asked
         again later.
         """
-        listing = job.listing(self._ahead())
-        if listing is not None and has_untold(listing, verdict) and self._may_send(job):
+        if verdict.means is Means.LISTED and has_untold(self._case(job), verdict) and self._may_send(job):
             # What was measured before has widened since; an order that is left alone may be one that was meant.
             await job.hold.renew()
-            await self._exchange.sync_time(may_go=partial(self._may_send, job))
+            await self.exchange.sync_time(may_go=partial(self._may_send, job))
             await self.heed_refusal()
         if verdict.means is Means.CONFIRMED or verdict.order is None or job.algo_id is not None:
             return verdict
         is_known = self._ahead() is not None or (self._may_send(job) and await self._knows_the_time())
         return verdict if is_known else Verdict(Means.UNCLEAR, verdict.http, msg=_NOT_MEASURED)
 
-    @staticmethod
-    def _note_attempt(job: CancelJob, n: int, call: Call, at_ms: int, took_ms: int, verdict: Verdict) -> None:
-        attempt = Attempt(n, at_ms, call, verdict.http, verdict.code, verdict.msg, verdict.means.value, took_ms)
-        job.history.append(attempt)
-        if verdict.means is not Means.CONFIRMED:
-            _tell_attempt("attempt", job.lease.id, attempt)
-
     async def _note_pauses(self, credential: Credential, verdict: Verdict) -> None:
         """What an answer says about the address and the key, beside the order."""
         self.recovery.note(verdict.means)
         now_ms = self._now_ms()
         if verdict.means in GATED:
-            is_news = self._gate.close_for(verdict, self._policy, now_ms, self._ahead())
+            is_news = self.gate.close_for(verdict, self.policy, now_ms, self._ahead())
         else:
-            used = self._exchange.last_used_weight()
-            is_news = self._gate.spend(used, self._calling, self._server_clock.now_ms(), now_ms)
+            used = self.exchange.last_used_weight()
+            is_news = self.gate.spend(used, self._calling, self.server_clock.now_ms(), now_ms)
         if is_news:
-            await self._gate.share(now_ms)
-        await self._keys.tell(credential, verdict)
+            await self.gate.share(now_ms)
+        await self.keys.tell(credential, verdict)
 
 
 async def _news(job: CancelJob, timeout_s: float) -> None:
     job.news.clear()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await job.news.wait()
+    await wait_for(job.news, timeout_s)
 
 
 def _tell_attempt(event: str, job_id: str, attempt: Attempt) -> None:
     said = {name: value for name, value in attempt.as_dict().items() if name not in ("at_ms", "counted_before")}
     log.info(event, id=job_id, **said)
-
-
-def _if_legible(lease: Lease, request: CancelRequest | None) -> CancelRequest | None:
-    """What a damaged job asks for, if that much can be read."""
-    with contextlib.suppress(MessageError):
-        return request or decode_call(lease.data)
-    return None

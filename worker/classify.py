@@ -59,6 +59,8 @@ STATUS_MEANS: dict[str, Means] = {
 }
 #: Verdicts that bring a pause for everybody on the address and count as no attempt.
 GATED = frozenset({Means.LIMITED, Means.BLOCKED})
+#: ... that repeating cannot change.
+REFUSED = frozenset({Means.DENIED, Means.KEY_REFUSED})
 
 
 @dataclass(frozen=True, slots=True)

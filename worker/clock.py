@@ -224,18 +224,9 @@ class SleepWatch:
         self._local_ns = local
         self._wall_ns = wall_ns
         self._apart_ns = wall_ns() - local()
-        self._is_doubted = False
-
-    def doubt(self) -> None:
-        """Something else tells that this host may have slept (a virtual machine can, with no clock of it showing)."""
-        self._is_doubted = True
 
     def moved(self) -> bool:
-        """Whether the wall clock moved by more than :data:`MOVED_NS` since this was last true (small moves add up), or
-        there was a doubt."""
-        if self._is_doubted:
-            self._is_doubted = False
-            return True
+        """Whether the wall clock moved by more than :data:`MOVED_NS` since this was last true (small moves add up)."""
         if self._counts_sleep:
             return False
         apart_ns = self._wall_ns() - self._local_ns()

@@ -1,6 +1,7 @@
-"""Threads for what cannot be waited for in an event loop: daemons, so that none of them holds the process at its end.
+"""Waiting in an event loop, and threads for what cannot be waited for there.
 
-An executor's threads would: a name look-up or a login that hangs is waited for when the interpreter ends.
+These are daemons, so that none of them holds the process at its end. An executor's threads would: a name look-up or a
+login that hangs is waited for when the interpreter ends.
 """
 
 from __future__ import annotations
@@ -13,9 +14,42 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-__all__ = ["WorkerLoop", "in_daemon_thread"]
+__all__ = ["WorkerLoop", "came_by", "in_daemon_thread", "wait_for"]
 
 T = TypeVar("T")
+
+#: How often the loop looks at its sockets between the end of a wait's time and a time-out: the next pass takes up
+#: what has come, a second delivers it, TLS within TLS needs a third. A loop that stood still is no silence.
+_LAST_LOOKS = 3
+
+
+async def wait_for(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait for an event, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+
+
+async def came_by(what: asyncio.Future[Any], ends_at_s: float) -> bool:
+    """Wait for something until a time of the loop's clock; whether it came."""
+    loop = asyncio.get_running_loop()
+    woken = loop.create_future()  # asyncio.wait does the same, and takes twice as long for each call
+
+    def wake(_: object = None) -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    timer = loop.call_at(ends_at_s, wake)
+    what.add_done_callback(wake)
+    try:
+        await woken
+    finally:
+        timer.cancel()
+        what.remove_done_callback(wake)
+    for _ in range(_LAST_LOOKS):
+        if not what.done():
+            await asyncio.sleep(0)
+    return what.done()
 
 
 async def in_daemon_thread(work: Callable[[], T], name: str) -> T:

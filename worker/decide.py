@@ -2,7 +2,8 @@
 
 :func:`first_step` and :func:`next_step` give :class:`Stop` (with the outcome's kind) or :class:`Again` (with a delay
 and the call to make). Nothing here reads a clock, draws a random number, or talks to anybody: time and chance are
-arguments, so that every decision can be replayed from the attempts that an outcome records.
+arguments, so that every decision can be replayed from the attempts that an outcome records. :mod:`worker.listing` and
+:mod:`worker.child` decide about other questions by functions of the same names.
 
 The rule above all others: whether the exchange can have *seen* a cancel is asked before whether to try again. An
 attempt that may have worked stays in doubt until a query settles it; no later refusal does.
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import NamedTuple
 
-from producer.message import Attempt, Call, OutcomeKind, decode_attempts
-from producer.untrusted import MAX_MSG_CHARS, MalformedMessage, clean_text
-from worker.classify import GATED, SILENCE, STATUS_MEANS, ChildView, Means, OrderView, Verdict, child_of
+from producer.message import Attempt, Call, OutcomeKind
+from producer.untrusted import clean_text
+from worker.classify import GATED, REFUSED, SILENCE, STATUS_MEANS, ChildView, Means, OrderView, Verdict, child_of
 
 #: A cancel by client id alone is sent without a look-up only this soon after the request was made, ms: before anybody
 #: has learned that the order is gone, and opened another one under its id.
@@ -58,7 +60,12 @@ _FREES_CLIENT_ID = frozenset(
     {Means.CONFIRMED, Means.CANCELED, Means.TRIGGERED, Means.FINISHED, Means.EXPIRED, Means.REJECTED}
 )
 _MEANS_STATUS = {means.value: status for status, means in STATUS_MEANS.items()}
-_REFUSED = frozenset({Means.DENIED, Means.KEY_REFUSED})
+#: States in which the order has become another one, the child.
+_BECAME_ANOTHER = frozenset({Means.TRIGGERED.name, Means.FINISHED.name})
+#: Cleanly not done, whatever the call.
+NOT_DONE = GATED | {Means.BUSY, Means.CLOCK, Means.NOT_SENT}
+#: After these answers to a cancel the order's state must be read before anything else is tried.
+_ASK_AFTER = frozenset({Means.UNCLEAR, Means.NO_SUCH_ORDER, Means.TRIGGER_RACE, Means.CONFIRMED}) | REFUSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +92,12 @@ class Case:
     """What a decision needs to know of the request; times by Redis' clock, ms since the epoch."""
 
     by_client_id: bool  # only a client id is known: nothing pinned it to an algo id yet
-    meant_at_ms: int  # when the request was first made: an order created later is not the one that was meant
+    meant_at_ms: int  # when the request was first made: an order created later is not meant
     deadline_at_ms: int
+    policy: Policy = Policy()
     ahead: Span | None = None  # Redis' clock minus the exchange's, ms; None: not known
-    retried: bool = False  # an earlier run has ended, whose calls the history lacks; or calls may leave late
+    retried: bool = False  # an earlier run has ended, whose calls the history lacks
+    sends_late: bool = False  # a call may leave later than it was decided
     strikes_until_ms: int = 0  # until then a cancel by client id that got no clear answer may meet the id's next order
     cancels_child: bool = False  # what the order becomes by triggering is to be cancelled, too
     told_to: int = 0  # up to this attempt Redis tells what earlier holders did: no outcome rests on that alone
@@ -118,77 +127,78 @@ class Again:
     resync: bool = False
 
 
-def first_step(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: int) -> Stop | Again:
+PASSED, TOO_LATE = "the deadline passed", "the deadline comes before the next try"
+
+
+def first_step(case: Case, history: Sequence[Attempt], now_ms: int) -> Stop | Again:
     """What a worker does with a request that it was just given: nothing was sent yet, or a retry is due.
 
     Also what it does with a step that had to wait: it is decided anew. ``now_ms`` is the latest that Redis' clock can
-    show, here and in :func:`next_step`: a request by client id must never be taken for a younger one than it is.
+    show, here and elsewhere: a request by client id must never be taken for a younger one than it is.
     """
     if now_ms >= case.deadline_at_ms:
-        if not history:
-            return Stop(OutcomeKind.OVERDUE, error="the deadline passed before anything was sent")
-        seen = _last_seen(history)
-        is_told = seen is not None and seen.n <= case.told_to
-        if (
-            last_status(history) in _BECAME_ANOTHER
-            and (is_told or case.cancels_child)
-            and _may_look_again(case, history)
-        ):
-            return Again(Call.QUERY)
-        return bound(case, history, policy, now_ms, "the deadline passed")
-    call = call_for(case, history, policy, now_ms)
-    why = spent(history, policy, call)
-    return bound(case, history, policy, now_ms, why) if why else Again(call)
+        return Again(Call.QUERY) if _may_look_again(case, history) else bound(case, history, now_ms, PASSED)
+    call = call_for(case, history, now_ms)
+    why = spent(history, case.policy, call)
+    return bound(case, history, now_ms, why) if why else Again(call)
 
 
-def next_step(
-    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float
-) -> Stop | Again:
+def next_step(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int, roll: float) -> Stop | Again:
     """What follows the attempt that ends ``history`` and got ``verdict``.
 
     ``roll`` is a random number in [0, 1): the jitter of a delay. The delay never ends at or past the deadline.
     """
-    stop = _final(case, history, verdict, policy, now_ms)
+    stop = _final(case, history, verdict, now_ms)
     if stop is not None:
         return stop
     if verdict.order is not None:
         case = replace(case, by_client_id=False)  # the answer told the algo id, and the caller pins it
     if now_ms >= case.deadline_at_ms:
-        return bound(case, history, policy, now_ms, "the deadline passed")
-    delay_ms = _delay(case, history, verdict, policy, now_ms, roll)
-    if why := spent(history, policy, call_for(case, history, policy, now_ms + delay_ms)):
-        return bound(case, history, policy, now_ms, why)
+        return bound(case, history, now_ms, PASSED)
+    wanted_ms = delay_after(case, verdict, now_ms, _own_delay(case, history, verdict, now_ms, roll))
+    if why := spent(history, case.policy, call_for(case, history, now_ms + wanted_ms)):
+        return bound(case, history, now_ms, why)
+    delay_ms = in_time(case, verdict, now_ms, wanted_ms)
+    if delay_ms is None:
+        return bound(case, history, now_ms, TOO_LATE)
+    return Again(call_for(case, history, now_ms + delay_ms), delay_ms, resync=verdict.means is Means.CLOCK)
+
+
+def delay_after(case: Case, verdict: Verdict, now_ms: int, own_ms: int) -> int:
+    """How long to wait after an answer, ms: ``own_ms``, unless the exchange asks for another time."""
+    if verdict.means in GATED:
+        return pause_ms(verdict, case.policy, now_ms, case.ahead)
+    return max(own_ms, verdict.retry_after_ms or 0)
+
+
+def in_time(case: Case, verdict: Verdict, now_ms: int, delay_ms: int) -> int | None:
+    """A delay, or what of it leaves time for a last try before the deadline; None: there is no time, or nothing may be
+    sent before."""
     left_ms = case.deadline_at_ms - now_ms
-    if delay_ms >= left_ms:
-        if verdict.means in GATED or left_ms <= LAST_TRY_MS:
-            return bound(case, history, policy, now_ms, "the deadline comes before the next try")
-        delay_ms = left_ms - LAST_TRY_MS
-    call = call_for(case, history, policy, now_ms + delay_ms)
-    return Again(call, delay_ms, resync=verdict.means is Means.CLOCK)
+    if delay_ms < left_ms:
+        return delay_ms
+    return None if verdict.means in GATED or left_ms <= LAST_TRY_MS else left_ms - LAST_TRY_MS
 
 
-def call_for(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int) -> Call:
+def call_for(case: Case, history: Sequence[Attempt], at_ms: int) -> Call:
     """Which call comes next at ``at_ms``: a query wherever a cancel would be a guess."""
     if history and _asks(history[-1]):
-        return Call.CANCEL if _wants_last_word(case, history, policy, at_ms) else Call.QUERY
+        return Call.CANCEL if _wants_last_word(case, history, at_ms) else Call.QUERY
     # Whatever was sent before, even what was refused, took time in which the id can have changed hands. A clock that
     # shows a time before the request was set back, and tells nothing.
-    is_fresh = not history and not case.retried and 0 <= at_ms - case.meant_at_ms <= BLIND_CANCEL_MS
+    is_first = not (history or case.retried or case.sends_late)
+    is_fresh = is_first and 0 <= at_ms - case.meant_at_ms <= BLIND_CANCEL_MS
     return Call.CANCEL if is_fresh or not case.by_client_id else Call.QUERY
 
 
-#: States in which the order has become another one, the child.
-_BECAME_ANOTHER = frozenset({Means.TRIGGERED.name, Means.FINISHED.name})
-
-
-def _was_done(attempt: Attempt) -> bool:
-    return attempt.verdict not in NOT_DONE
-
-
 def _may_look_again(case: Case, history: Sequence[Attempt]) -> bool:
-    """Whether a child that was never cancelled, or not looked at since, is asked for once more after the deadline
-    (:mod:`worker.child`)."""
-    calls = [a for a in history if a.call is Call.QUERY_CHILD or (a.call is Call.CANCEL_CHILD and _was_done(a))]
+    """Whether a triggered order is asked for once more after the deadline: one that Redis alone tells of, or whose
+    child (:mod:`worker.child`) was never cancelled, or not looked at since."""
+    seen = _last_seen(history)
+    if seen is None or _status(seen) not in _BECAME_ANOTHER or not (case.cancels_child or seen.n <= case.told_to):
+        return False
+    done = (a for a in history if a.call is not Call.CANCEL_CHILD or a.verdict not in NOT_DONE)
+    calls = [a for a in done if a.call in (Call.CANCEL_CHILD, Call.QUERY_CHILD)]
     is_through = any(a.call is Call.CANCEL_CHILD for a in calls) and calls[-1].call is Call.QUERY_CHILD
     return not is_through and not any(a.call is Call.QUERY and a.at_ms >= case.deadline_at_ms for a in history)
 
@@ -200,39 +210,27 @@ def _asks(last: Attempt) -> bool:
     return not (last.call is Call.QUERY and last.verdict == Means.OPEN)
 
 
-def _wants_last_word(case: Case, history: Sequence[Attempt], policy: Policy, at_ms: int) -> bool:
+def _wants_last_word(case: Case, history: Sequence[Attempt], at_ms: int) -> bool:
     """Whether "no such order" would be believed now, but for one more cancel.
 
     Where the book is late, an order that cancels and queries have missed can be cancelled all the same. It is asked
     once, and by algo id alone: that never means another order, and cancels of what does not exist lead to a ban.
     """
     first = _first_missed(history)
-    if first is None or case.by_client_id or not _misses_order(history[-1]) or at_ms >= case.deadline_at_ms:
+    if first is None or case.by_client_id or not _misses(history[-1]) or at_ms >= case.deadline_at_ms:
         return False
-    is_due = at_ms >= _horizon_ends(history, policy, at_ms)
-    return is_due and _last_cancel(history) <= first and not spent(history, policy, Call.CANCEL)
+    is_due = at_ms >= _horizon_ends(history, case.policy, at_ms)
+    is_asked = any(attempt.call is Call.CANCEL for attempt in history[first + 1 :])
+    return is_due and not is_asked and not spent(history, case.policy, Call.CANCEL)
 
 
-def _last_cancel(history: Sequence[Attempt]) -> int:
-    """Where the last cancel stands; -1: nowhere."""
-    return max((at for at in range(len(history)) if history[at].call is Call.CANCEL), default=-1)
-
-
-#: After these answers to a cancel the order's state must be read before anything else is tried.
-_ASK_AFTER = frozenset({Means.UNCLEAR, Means.NO_SUCH_ORDER, Means.TRIGGER_RACE, Means.CONFIRMED, *_REFUSED})
-
-
-def in_doubt(history: Sequence[Attempt], policy: Policy) -> bool:
-    """Whether a cancel of ours may have worked, or may still work, without a query having settled it.
+def doubts(history: Sequence[Attempt], policy: Policy) -> list[Attempt]:
+    """The cancels that may have worked, or may still work, without a query having settled it; those of a child are
+    :mod:`worker.child`'s.
 
     A query that shows the order open settles only those cancels whose time window had closed when it was asked: no
     request is newly accepted once its timestamp is older than recvWindow (exchange.md 4.4).
     """
-    return bool(_doubts(history, policy))
-
-
-def _doubts(history: Sequence[Attempt], policy: Policy) -> list[Attempt]:
-    """The cancels in doubt; those of a child are :mod:`worker.child`'s."""
     open_at_ms = max((a.at_ms for a in history if _shows_state(a) and a.verdict == Means.OPEN), default=None)
     return [
         attempt
@@ -265,10 +263,6 @@ def _shows_state(attempt: Attempt) -> bool:
     return attempt.call is Call.QUERY and (attempt.verdict in _MEANS_STATUS or attempt.verdict == Means.ODD_STATUS)
 
 
-def _misses_order(attempt: Attempt) -> bool:
-    return attempt.verdict == Means.NO_SUCH_ORDER and attempt.call in (Call.CANCEL, Call.QUERY)
-
-
 def counted(history: Sequence[Attempt]) -> int:
     """How many attempts count against the bound: those that were answered about the order or may have been carried out.
 
@@ -276,10 +270,6 @@ def counted(history: Sequence[Attempt]) -> int:
     its own, the horizon.
     """
     return _counts(history)[-1]
-
-
-#: Cleanly not done, whatever the call.
-NOT_DONE = GATED | {Means.BUSY, Means.CLOCK, Means.NOT_SENT}
 
 
 def _counts(history: Sequence[Attempt]) -> list[int]:
@@ -296,14 +286,18 @@ def _counts(history: Sequence[Attempt]) -> list[int]:
 def last_status(history: Sequence[Attempt]) -> str | None:
     """The order's state as last seen by a query, in the exchange's spelling."""
     seen = _last_seen(history)
-    return None if seen is None else _MEANS_STATUS.get(seen.verdict, seen.msg)
+    return None if seen is None else _status(seen)
+
+
+def _status(seen: Attempt) -> str:
+    return _MEANS_STATUS.get(seen.verdict, seen.msg)
 
 
 def _last_seen(history: Sequence[Attempt]) -> Attempt | None:
     return next((attempt for attempt in reversed(history) if _shows_state(attempt)), None)
 
 
-def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int) -> Stop | None:
+def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int) -> Stop | None:
     means, order = verdict.means, verdict.order
     is_found = case.by_client_id and means is not Means.CONFIRMED
     if order is not None and is_found and (doubt := _why_not_meant(case, order)):
@@ -312,8 +306,8 @@ def _final(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Pol
         if now_ms < case.strikes_until_ms or _awaits_child(case, history, verdict, now_ms):
             return None
         return _off_the_book(case, history, verdict)
-    if means in _REFUSED or means is Means.NO_SUCH_ORDER:
-        return _unless_in_doubt(case, history, verdict, policy, now_ms)
+    if means in REFUSED or means is Means.NO_SUCH_ORDER:
+        return _unless_in_doubt(case, history, verdict, now_ms)
     return None
 
 
@@ -340,33 +334,31 @@ def _off_the_book(case: Case, history: Sequence[Attempt], verdict: Verdict) -> S
     return Stop(OutcomeKind.EXPIRED if means is Means.EXPIRED else OutcomeKind.REJECTED, verdict.msg)
 
 
-def _unless_in_doubt(
-    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int
-) -> Stop | None:
+def _unless_in_doubt(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int) -> Stop | None:
     """The end by a refusal, or by "no such order" that is believed. One silence must not make it ``unknown`` for good.
 
     A silence is settled by its late answer, or by what is said when it cannot strike any more: the exchange would show
     an order that was cancelled, and refused the silent call as it does this one. An answer that left it open is not.
     """
-    is_refusal = verdict.means in _REFUSED
-    if not is_refusal and now_ms < _horizon_ends(history, policy, now_ms):
+    policy = case.policy
+    if verdict.means in REFUSED:
+        kind, said = OutcomeKind.REFUSED, "refused"
+    elif now_ms < _horizon_ends(history, policy, now_ms) or _wants_last_word(case, history, now_ms):
         return None
-    if not is_refusal and _wants_last_word(case, history, policy, now_ms):
-        return None
+    else:
+        kind, said = OutcomeKind.NOT_FOUND, "unknown to the exchange"
     if silent_until_ms(history, policy) > history[-1].at_ms:
         return None
-    certain, said = (
-        (OutcomeKind.REFUSED, "refused") if is_refusal else (OutcomeKind.NOT_FOUND, "unknown to the exchange")
-    )
-    kind = certain if all(map(is_silence, _doubts(history, policy))) else OutcomeKind.UNKNOWN
-    return Stop(kind, last_status(history), error=f"{said}: {_quoted(verdict)}")
+    is_certain = all(map(is_silence, doubts(history, policy)))
+    return Stop(kind if is_certain else OutcomeKind.UNKNOWN, last_status(history), error=f"{said}: {quoted(verdict)}")
 
 
 def silent_until_ms(history: Sequence[Attempt], policy: Policy) -> int:
     """Until when a silent cancel may still be accepted; 0 where there is none, or the doubt has other reasons too."""
-    doubts = _doubts(history, policy)
-    is_silent = bool(doubts) and all(map(is_silence, doubts))
-    return max(accepted_until_ms(attempt, policy) for attempt in doubts) if is_silent else 0
+    in_doubt = doubts(history, policy)
+    if not all(map(is_silence, in_doubt)):
+        return 0
+    return max((accepted_until_ms(attempt, policy) for attempt in in_doubt), default=0)
 
 
 def _why_not_meant(case: Case, order: OrderView) -> str:
@@ -405,9 +397,13 @@ def _first_missed(history: Sequence[Attempt]) -> int | None:
     for at in reversed(range(len(history))):
         if _shows_state(history[at]):
             break
-        if _misses_order(history[at]):
+        if _misses(history[at]):
             first = at
     return first
+
+
+def _misses(attempt: Attempt) -> bool:
+    return attempt.verdict == Means.NO_SUCH_ORDER and attempt.call in (Call.CANCEL, Call.QUERY)
 
 
 def spent(history: Sequence[Attempt], policy: Policy, call: Call) -> str:
@@ -418,52 +414,68 @@ def spent(history: Sequence[Attempt], policy: Policy, call: Call) -> str:
     return f"{used} counted attempts were made" if used + spare >= policy.max_attempts else ""
 
 
-def bound(case: Case, history: Sequence[Attempt], policy: Policy, now_ms: int, why: str) -> Stop:
+def bound(case: Case, history: Sequence[Attempt], now_ms: int, why: str) -> Stop:
     """The end of a request that is out of time or of attempts."""
-    status, seen = last_status(history), _last_seen(history)
+    seen = _last_seen(history)
+    status = None if seen is None else _status(seen)
     is_ours = seen is not None and seen.n > case.told_to
     # What an order has become is told, even where the exchange never said which one it is.
     if status in _BECAME_ANOTHER and is_ours and not case.cancels_child and now_ms >= case.strikes_until_ms:
         return Stop(OutcomeKind.TRIGGERED, status)
     of_child = any(a.call is Call.CANCEL_CHILD and a.verdict == Means.UNCLEAR for a in history)
-    kind = OutcomeKind.UNKNOWN if of_child or in_doubt(history, policy) else OutcomeKind.GAVE_UP
-    said = f"; last: {history[-1].verdict} {history[-1].msg}".rstrip() if history else ""
-    return Stop(kind, status, error=f"{why}{said}")
+    kind = OutcomeKind.UNKNOWN if of_child or doubts(history, case.policy) else OutcomeKind.GAVE_UP
+    return unfinished(history, kind, status, why)
 
 
-def _delay(case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float) -> int:
-    if verdict.means in GATED:
-        return pause_ms(verdict, policy, now_ms, case.ahead)
-    return max(_own_delay(case, history, verdict, policy, now_ms, roll), verdict.retry_after_ms or 0)
+def unfinished(history: Sequence[Attempt], kind: OutcomeKind, status: str | None, why: str) -> Stop:
+    """The end of a request that is overdue if nothing was tried; else ``why`` is said, and what was answered last."""
+    if not history:
+        return Stop(OutcomeKind.OVERDUE, error="the deadline passed before anything was sent")
+    return Stop(kind, status, error=f"{why}; last: {history[-1].verdict} {history[-1].msg}".rstrip())
 
 
-def _own_delay(
-    case: Case, history: Sequence[Attempt], verdict: Verdict, policy: Policy, now_ms: int, roll: float
-) -> int:
-    means, call = verdict.means, history[-1].call
-    if means is Means.CLOCK and trailing(history, Means.CLOCK) <= MAX_RESYNCS:
-        return 0
+def _own_delay(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int, roll: float) -> int:
+    means, call, policy = verdict.means, history[-1].call, case.policy
     if means in _FREES_CLIENT_ID and now_ms < case.strikes_until_ms:
         return case.strikes_until_ms - now_ms
-    if means in _REFUSED:
+    if means in REFUSED:
         return max(silent_until_ms(history, policy) - now_ms, 0)
-    if sum(attempt.verdict == Means.UNCLEAR for attempt in history[-_TAIL:]) <= QUICK_DOUBTS:
-        if is_silence(history[-1]):  # others may have met it too
-            return min(int(LOOK_UP_WITHIN_MS * roll), policy.backoff_cap_ms)
-        if means is Means.OPEN and len(history) > 1 and history[-2].verdict == Means.UNCLEAR:
-            return min(int(DOUBT_PAUSE_MS * (0.5 + roll / 2)), policy.backoff_cap_ms)
+    if (quick_ms := quick_delay(history, policy, roll)) is not None:
+        return quick_ms
+    if is_quick(history) and means is Means.OPEN and len(history) > 1 and history[-2].verdict == Means.UNCLEAR:
+        return min(int(DOUBT_PAUSE_MS * (0.5 + roll / 2)), policy.backoff_cap_ms)
     if call is Call.CANCEL and means in (Means.UNCLEAR, Means.NO_SUCH_ORDER):
         return 0
     if means is Means.OPEN and not any(a.call is Call.CANCEL for a in history):
         return 0
-    if means in (Means.TRIGGER_RACE, Means.TRIGGERING, Means.TRIGGERED, Means.FINISHED):
-        doublings = 0 if means is Means.TRIGGER_RACE else min(trailing(history, means), 32)
-        return int(min(TRIGGER_POLL_MS << doublings, policy.backoff_cap_ms) * (0.5 + roll / 2))
+    if means is Means.TRIGGER_RACE:
+        return polled_ms(0, policy, roll)
+    if means in (Means.TRIGGERING, Means.TRIGGERED, Means.FINISHED):
+        return polled_ms(trailing(history, means), policy, roll)
     delay_ms = backoff_ms(len(history), policy, roll)
     if means is Means.NO_SUCH_ORDER:  # one more look just when it would be believed
         believed_ms = max(_horizon_ends(history, policy, now_ms), silent_until_ms(history, policy))
         return min(delay_ms, max(believed_ms - now_ms, 0))
     return delay_ms
+
+
+def is_quick(calls: Sequence[Attempt]) -> bool:
+    """Whether so few of the latest calls were unclear that a short pause follows them."""
+    return sum(attempt.verdict == Means.UNCLEAR for attempt in calls[-_TAIL:]) <= QUICK_DOUBTS
+
+
+def quick_delay(calls: Sequence[Attempt], policy: Policy, roll: float) -> int | None:
+    """How long to wait where our clock was refused, or nothing came back, ms; None: neither, or too often."""
+    if calls[-1].verdict == Means.CLOCK and trailing(calls, Means.CLOCK) <= MAX_RESYNCS:
+        return 0
+    if is_silence(calls[-1]) and is_quick(calls):  # others may have met it too
+        return min(int(LOOK_UP_WITHIN_MS * roll), policy.backoff_cap_ms)
+    return None
+
+
+def polled_ms(times: int, policy: Policy, roll: float) -> int:
+    """How long to wait before what triggers is looked at again that was looked at so often, ms."""
+    return int(min(TRIGGER_POLL_MS << min(times, 32), policy.backoff_cap_ms) * (0.5 + roll / 2))
 
 
 def pause_ms(verdict: Verdict, policy: Policy, now_ms: int, ahead: Span | None) -> int:
@@ -490,36 +502,35 @@ def backoff_ms(attempts: int, policy: Policy, roll: float) -> int:
 
 def trailing(history: Sequence[Attempt], means: Means) -> int:
     """How many of the latest attempts in a row got this verdict."""
-    count = 0
-    for attempt in reversed(history):
-        if attempt.verdict != means:
-            break
-        count += 1
-    return count
+    return sum(1 for _ in takewhile(lambda attempt: attempt.verdict == means, reversed(history)))
 
 
-def _quoted(verdict: Verdict) -> str:
+def quoted(verdict: Verdict) -> str:
+    """What an answer said, with status and code."""
     return " ".join(str(part) for part in (verdict.http, verdict.code, verdict.msg) if part not in (None, ""))
 
 
 # ---- the history as it is kept --------------------------------------------------------------------------------------
 
 
-def read_history(text: str | bytes | None, now_ms: int) -> list[Attempt]:
-    """The history out of a job hash, whatever stands there.
-
-    One that cannot be read (damaged, or larger than any that is written) may have held a cancel that worked: it is read
-    as one such attempt, at ``now_ms``, the latest that Redis' clock can show.
-    """
-    try:
-        return bounded(as_known(decode_attempts(text)))
-    except MalformedMessage:
-        return [Attempt(1, now_ms, Call.CANCEL, None, None, UNREADABLE, Means.UNCLEAR.value, 0)]
+def unread(now_ms: int) -> list[Attempt]:
+    """What stands for a history that is larger than any that is written: it may have held a cancel that worked.
+    ``now_ms`` is the latest that Redis' clock can show."""
+    return [Attempt(1, now_ms, Call.CANCEL, None, None, UNREADABLE, Means.UNCLEAR.value, 0)]
 
 
 def as_known(history: Sequence[Attempt]) -> list[Attempt]:
-    """A history out of Redis; a verdict that this version does not know (a newer worker's) is read as unclear."""
-    return [a if a.verdict in _KNOWN else replace(a, verdict=Means.UNCLEAR.value) for a in history]
+    """A history out of Redis as this version knows it: a verdict of a newer worker's is read as unclear, and no text is
+    longer than a record's."""
+    return [
+        replace(
+            attempt,
+            call=attempt.call if isinstance(attempt.call, Call) else clean_text(attempt.call, _MAX_NAME_CHARS),
+            msg=clean_text(attempt.msg),
+            verdict=attempt.verdict if attempt.verdict in _KNOWN else Means.UNCLEAR.value,
+        )
+        for attempt in history
+    ]
 
 
 _KNOWN = frozenset(means.value for means in Means)
@@ -531,12 +542,12 @@ def next_number(history: Sequence[Attempt]) -> int:
 
 
 def bounded(history: Sequence[Attempt]) -> list[Attempt]:
-    """The history as it is kept: at most :data:`MAX_HISTORY` attempts, and no text longer than a record's.
+    """The history as it is kept: at most :data:`MAX_HISTORY` attempts.
 
     Every decision is the same by it as by the whole, now and after further attempts. The first, the newest and the
     unclear attempts stay (of too many unclear ones the oldest go); what is left out leaves a gap in the numbers.
     """
-    whole = [_fitted(attempt) for attempt in history]
+    whole = list(history)
     if len(whole) <= MAX_HISTORY:
         return whole
     kept = _needed(whole)
@@ -572,12 +583,3 @@ def _needed(history: Sequence[Attempt]) -> set[int]:
         max(opened, key=lambda at: history[at].at_ms, default=None),  # what takes it
     )
     return {at for at in found if at is not None} | set(places[-_TAIL:])
-
-
-def _fitted(attempt: Attempt) -> Attempt:
-    if len(attempt.msg) <= MAX_MSG_CHARS and max(len(attempt.verdict), len(attempt.call)) <= _MAX_NAME_CHARS:
-        return attempt
-    call = attempt.call if isinstance(attempt.call, Call) else clean_text(attempt.call, _MAX_NAME_CHARS)
-    return replace(
-        attempt, call=call, msg=clean_text(attempt.msg), verdict=clean_text(attempt.verdict, _MAX_NAME_CHARS)
-    )

@@ -10,9 +10,6 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -21,11 +18,12 @@ from producer.redis_url import passes, why
 from worker import log
 from worker.cancel import Canceller
 from worker.clock import SleepWatch, local_ns
-from worker.rate_gate import Gate
+from worker.daemon import wait_for
+from worker.hold import Held, Trust
 from worker.redis_link import AsyncLink, Outage, is_about_rows
-from worker.store import Claimed, Done, Lease, Release, Retry, Row, Store, is_alone
+from worker.store import Claimed, Done, Release, Retry, Row, Store, is_alone
 
-__all__ = ["Engine", "tell_damaged", "tell_outcome", "where"]
+__all__ = ["Engine", "tell_damaged", "tell_outcome"]
 
 _NS_PER_S = 1_000_000_000
 #: While the gate is closed or RQ suspended, the queue is looked at this often, s, without waiting at it; a queue that
@@ -48,31 +46,9 @@ _GROUP = 256
 _APART_S = 0.002
 #: First and longest wait while Redis is away, s; between them exponential with jitter.
 _AWAY_FIRST_S, _AWAY_LONGEST_S = 0.05, 1.0
-#: After Redis came back, others' expired leases are left alone this long, s: their holders complete first.
+#: After Redis came back, or its clock stepped, others' expired leases are left alone this long, s: their holders
+#: complete first.
 _COMPLETE_FIRST_S = 2.0
-
-
-@dataclass(slots=True, eq=False)
-class Held:
-    """A job in our hands, with its lease as far as we know it."""
-
-    lease: Lease
-    until_ns: int
-    claimed_ns: int
-    watch: Callable[[], object]  # looks whether this host has slept, which ends our trust in leases
-    ask: Callable[[], Coroutine[Any, Any, None]]  # has Redis tell whose all jobs are
-    is_lost: bool = False
-    is_ending: bool = False
-
-    def is_valid(self) -> bool:
-        """Whether the job is still ours: a process that was paused may wake up long after somebody else took it."""
-        self.watch()
-        return not self.is_lost and local_ns() < self.until_ns
-
-    async def renew(self) -> None:
-        """See :class:`worker.cancel.Hold`."""
-        if not self.is_lost:
-            await self.ask()
 
 
 class Engine:
@@ -85,16 +61,15 @@ class Engine:
         store: Store,
         links: tuple[AsyncLink, AsyncLink],
         canceller: Canceller,
-        gate: Gate,
         *,
         lease_s: float,
         life_s: int,
         sleep: SleepWatch | None = None,
     ) -> None:
         self._size, self._lease_s, self._life_s = size, lease_s, life_s
-        self._store, self._canceller, self._gate = store, canceller, gate
-        self._claims, self._rest = links  # one for the claim that waits at the queue, one for all else
-        self._sleep, self._sleeps, self._steps = sleep or SleepWatch(), 0, 0
+        self._store, self.canceller, self._gate = store, canceller, canceller.gate
+        self._claims, self.rest = links  # one for the claim that waits at the queue, one for all else
+        self._trust = Trust(store.clock, sleep)
         self._held: dict[str, Held] = {}  # by token: a job can come back while its last completion is answered
         self._ready: deque[Held] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,7 +85,7 @@ class Engine:
         self._let_go, self._stopping = asyncio.Event(), asyncio.Event()
         self._is_full = False
         self._outage = Outage()
-        self._troubles, self._back_at_ns = 0, 0
+        self._troubles, self._back_ns = 0, 0
         self.refused: redis.AuthenticationError | None = None  # Redis does not know our password any more
         self.failed = self.finished = 0  # outcomes of each sort
         self.working_s = 0.0  # from claim to outcome, added up over all jobs
@@ -132,11 +107,6 @@ class Engine:
         """Outcomes recorded."""
         return self.failed + self.finished
 
-    @property
-    def is_suspended(self) -> bool:
-        """Whether `rq suspend` holds, as of the last look."""
-        return self._canceller.is_suspended
-
     def is_idle(self) -> bool:
         """Whether nothing is in our hands and no retry of ours is due later."""
         return not self._held and not self._retries and not self._due.is_set()
@@ -145,7 +115,7 @@ class Engine:
         """Claim nothing more; hand back at once what has not been started."""
         self._stopping.set()
         self._room_changed.set()
-        self._canceller.leave()
+        self.canceller.leave()
         self._hand_back_ready()
 
     async def run(self) -> None:
@@ -164,7 +134,7 @@ class Engine:
         finally:
             for task in (*helpers, *self._tasks):
                 task.cancel()
-            for link in (self._claims, self._rest):
+            for link in (self._claims, self.rest):
                 await link.close()
 
     async def beat(self, figures: Mapping[str, Any] | None) -> bool:
@@ -175,22 +145,25 @@ class Engine:
         Raises:
             redis.RedisError: no answer.
         """
-        asked_ns, sleeps = local_ns(), self._watch_sleep()
+        since_ns, asked_ns = self._trust.since_ns(), local_ns()
         # Not at each beat: what is renewed all the time is taken over a whole lease after its holder's death.
-        is_due = asked_ns >= self._renewed_ns + self._lease_s / 4 * _NS_PER_S
+        is_due = self._renewed_ns < since_ns or asked_ns >= self._renewed_ns + self._lease_s / 4 * _NS_PER_S
         held = list(self._held.values()) if is_due else []
         leases = [each.lease for each in held]
-        beat = await self._rest.ask(lambda: self._store.beat(leases, figures, self._life_s))
+        beat = await self.rest.ask(lambda: self._store.beat(leases, figures, self._life_s))
         tell_damaged(beat.damaged)
-        until_ns = beat.renewed_until_ns if self._watch_sleep() == sleeps else 0
-        if is_due and until_ns:
+        if is_due:
             self._renewed_ns = asked_ns
         for each in held:
-            self._renewed(each, beat.lost, until_ns)
+            if each.lease.token not in beat.lost:
+                each.renewed(asked_ns, beat.renewed_until_ns)
+            elif not each.is_ending and not each.is_over:  # else it may have been completed just now
+                each.is_over = True
+                log.warning("lease_lost", id=each.lease.id)
         now_ms = self._store.clock.now_ms()
         self._gate.told(beat.gate_until_ms, now_ms, asked_ns)
-        self._canceller.is_suspended = beat.suspended
-        self._canceller.know_suspects(beat.suspects)
+        self.canceller.is_suspended = beat.suspended
+        self.canceller.keys.know(beat.suspects)
         await self._gate.share(now_ms)
         return beat.is_unknown
 
@@ -201,34 +174,9 @@ class Engine:
         async with self._renewing:
             if self._asked_whose_ns < wanted_ns:
                 self._asked_whose_ns = local_ns()
-                self._sleep.doubt()
+                self._trust.doubt()
                 with contextlib.suppress(redis.RedisError):
                     await self.beat(None)
-
-    def _watch_sleep(self) -> int:
-        """After a sleep that the clock of leases does not count, and after a step of Redis' clock (it was set, or is
-        another server's), leases are renewed before anything is sent, and others' are left alone for as long.
-
-        Gives how often that was so: what was asked before the last time says nothing of a lease's end.
-        """
-        is_step = self._store.clock.steps != self._steps
-        if self._sleep.moved() or is_step:
-            self._sleeps += 1
-            if is_step:
-                self._steps = self._store.clock.steps
-                self._back_at_ns = local_ns() + round(_COMPLETE_FIRST_S * _NS_PER_S)
-            self._renewed_ns = 0
-            for held in self._held.values():
-                held.until_ns = 0
-        return self._sleeps
-
-    @staticmethod
-    def _renewed(held: Held, lost: frozenset[str], until_ns: int) -> None:
-        if held.lease.token not in lost:
-            held.until_ns = max(held.until_ns, until_ns)
-        elif not held.is_ending and not held.is_lost:  # else it may have been completed just now
-            held.is_lost = True
-            log.warning("lease_lost", id=held.lease.id)
 
     # -- steps that repeat --
 
@@ -239,11 +187,11 @@ class Engine:
                 await step()
             except redis.RedisError as error:
                 if passes(error):
-                    for link in (self._claims, self._rest):
+                    for link in (self._claims, self.rest):
                         await link.drop_if_idle()
                 await self._pause(self._trouble(error))
             except Exception as defect:  # noqa: BLE001 - whatever it is, the loop lives
-                log.error("defect", where=where(defect), error=type(defect).__name__)
+                log.defect(defect)
                 await self._pause(_LOOK_S)
 
     async def _pause(self, seconds: float) -> None:
@@ -251,7 +199,7 @@ class Engine:
         if self._stopping.is_set():
             await asyncio.sleep(min(seconds, _AWAY_LONGEST_S))
         else:
-            await _wait(self._stopping, seconds)
+            await wait_for(self._stopping, seconds)
 
     # -- claiming --
 
@@ -271,7 +219,7 @@ class Engine:
         return room if 2 * room >= ahead else 0  # in halves: one by one they would cost Redis a call each
 
     def _is_paused(self) -> bool:
-        return self.is_suspended or self._gate.closed(self._store.clock.now_ms())
+        return self.canceller.is_suspended or self._gate.closed(self._store.clock.now_ms())
 
     async def _claim_next(self) -> None:
         """One claim, as soon as there is room for what comes."""
@@ -280,7 +228,7 @@ class Engine:
             return
         self._room_changed.clear()
         if (room := self._room()) < 1:
-            await _wait(self._room_changed, _RAMP_LOOK_S if self._running < self._size else _LOOK_S)
+            await wait_for(self._room_changed, _RAMP_LOOK_S if self._running < self._size else _LOOK_S)
             self._start_ready()
         elif not self._is_paused():
             # Ahead of a free slot only what is there already is taken: what comes later may find a worker that has one.
@@ -298,45 +246,37 @@ class Engine:
             self._due.clear()  # whoever waits at the queue brings what is due
         elif (free := self._free() - len(self._ready)) > 0:
             self._due.clear()
-            await self._claim(self._rest, free, wait=False)
+            await self._claim(self.rest, free, wait=False)
         else:
             self._room_changed.clear()
-            await _wait(self._room_changed, _LOOK_S)
+            await wait_for(self._room_changed, _LOOK_S)
 
     async def _wake(self) -> None:
         """After an outage of the exchange jobs do not wait out their backoff: more and more of them are due at once."""
-        await self._canceller.recovery.is_over.wait()
+        await self.canceller.recovery.is_over.wait()
         if not (self._is_paused() or self._outage.is_on or self._stopping.is_set()):
-            jobs = self._canceller.recovery.next_ones(self._free() - len(self._ready))
+            jobs = self.canceller.recovery.next_ones(self._free() - len(self._ready))
             if jobs:
-                tell_damaged(await self._rest.ask(lambda: self._store.wake(jobs)))
+                tell_damaged(await self.rest.ask(lambda: self._store.wake(jobs)))
                 self._due.set()
         await asyncio.sleep(_RAMP_LOOK_S)
 
     async def _claim(self, link: AsyncLink, slots: int, *, wait: bool) -> None:
         now_ns = local_ns()
-        may_take_lost = not self._outage.is_on and now_ns >= self._back_at_ns
+        came_back_ns = max(self._back_ns, self._trust.stepped_ns)
+        may_take_lost = not self._outage.is_on and now_ns >= came_back_ns + _COMPLETE_FIRST_S * _NS_PER_S
         look_closely = now_ns >= self._looked_closely_ns + _LOOK_S * _NS_PER_S
         if look_closely:
             self._looked_closely_ns = now_ns
-        bring_back = link is self._rest or now_ns >= self._brought_back_ns + _BRING_BACK_S * _NS_PER_S
+        bring_back = link is self.rest or now_ns >= self._brought_back_ns + _BRING_BACK_S * _NS_PER_S
         if bring_back:
             self._brought_back_ns = now_ns
         self._claims_out += 1
-        sleeps = self._watch_sleep()
         try:
-            claimed = await link.ask(
-                partial(
-                    self._store.claim,
-                    max(slots, 1),
-                    wait=wait,
-                    bring_back=bring_back,
-                    take_lost=may_take_lost,
-                    look_closely=look_closely,
-                )
-            )
+            looks = {"bring_back": bring_back, "take_lost": may_take_lost, "look_closely": look_closely}
+            claimed = await link.ask(lambda: self._store.claim(max(slots, 1), wait=wait, **looks))
             self._worked()
-            self._take(claimed, is_fresh=self._watch_sleep() == sleeps)
+            self._take(claimed, now_ns)
         finally:
             self._claims_out -= 1
             self._let_go.set()
@@ -345,14 +285,13 @@ class Engine:
         if wait:
             await self._heed_full(claimed)
 
-    def _take(self, claimed: Claimed, *, is_fresh: bool) -> None:
-        """Take what a claim brought into our hands; ``is_fresh``: the leases' ends as we count them can be trusted."""
+    def _take(self, claimed: Claimed, asked_ns: int) -> None:
+        """Take what a claim brought into our hands."""
         tell_damaged(claimed.damaged)
-        self._canceller.is_suspended = claimed.suspended
+        self.canceller.is_suspended = claimed.suspended
         self._gate.observe(claimed.gate_until_ms)
-        claimed_ns = local_ns()
         for lease in claimed.leases:
-            held = Held(lease, lease.until_ns if is_fresh else 0, claimed_ns, self._watch_sleep, self._renew)
+            held = Held(lease, asked_ns, self._trust, self._renew)
             self._held[lease.token] = held
             self._ready.append(held)
         self._start_ready()
@@ -387,11 +326,10 @@ class Engine:
 
     async def _carry(self, held: Held) -> None:
         try:
-            self._end(held, await self._canceller.carry(held.lease, held))
+            self._end(held, await self.canceller.carry(held.lease, held))
         except Exception as defect:  # noqa: BLE001 - whatever it is, the loop lives
-            # A defect is no answer: the lease brings the job back, and the attempt counts as unclear. What it says may
-            # hold what must not be logged; where it stands may not.
-            log.error("defect", id=held.lease.id, error=type(defect).__name__, where=where(defect))
+            # A defect is no answer: the lease brings the job back, and the attempt counts as unclear.
+            log.defect(defect, id=held.lease.id)
             self._held.pop(held.lease.token, None)
             self._let_go.set()
         self._running -= 1
@@ -424,7 +362,7 @@ class Engine:
 
     async def _write(self, group: list[Row]) -> None:
         try:
-            completed = await self._rest.ask(lambda: self._store.complete(group))
+            completed = await self.rest.ask(lambda: self._store.complete(group))
         except Exception as error:
             if isinstance(error, redis.RedisError) and not is_about_rows(error):
                 raise
@@ -441,7 +379,7 @@ class Engine:
             for row in group:
                 await self._write([row])
             return
-        said = str(error) if is_about_rows(error) else f"{type(error).__name__} in {where(error)}"
+        said = str(error) if is_about_rows(error) else f"{type(error).__name__} in {log.where(error)}"
         log.error("defect", id=group[0].lease.id, where="complete", error=said)
         self._written(group[0], None)
 
@@ -465,7 +403,7 @@ class Engine:
         elif isinstance(row, Retry):
             self._retry_at(answer)
             if row.attempts:
-                self._canceller.recovery.wait(row.lease.key, row.attempts[-1].verdict, answer)
+                self.canceller.recovery.wait(row.lease.key, row.attempts[-1].verdict, answer)
         elif isinstance(row, Done) and answer == 2:
             log.info("deadline_moved", id=row.lease.id, kind=kind)
         elif isinstance(row, Done):
@@ -498,7 +436,7 @@ class Engine:
         """Note that Redis did what it was asked."""
         self._troubles = 0
         if self._outage.end():
-            self._back_at_ns = local_ns() + round(_COMPLETE_FIRST_S * _NS_PER_S)
+            self._back_ns = local_ns()
 
     def _trouble(self, error: BaseException) -> float:
         """Note that it did not; gives how long to leave it alone, s."""
@@ -508,12 +446,6 @@ class Engine:
         longest_s = min(_AWAY_FIRST_S * (1 << min(self._troubles, 10)), _AWAY_LONGEST_S)
         self._troubles += 1
         return longest_s * (0.5 + random.random() / 2)
-
-
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
 
 
 def tell_damaged(names: tuple[str, ...]) -> None:
@@ -540,11 +472,3 @@ def tell_outcome(row: Done) -> None:
             "count#cancel.outcomes": 1,
         },
     )
-
-
-def where(error: BaseException) -> str:
-    """The place in the code that an error came from; what it says may hold what must not be logged."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame is not None else "?"

@@ -23,24 +23,27 @@ from producer.message import (
     may_be_live,
 )
 from producer.untrusted import MalformedMessage
-from worker import log
+from worker import decide, listing, log
 from worker.child import Child
 from worker.classify import Means, OrderRef, Ref, SymbolRef, Verdict
 from worker.clock import local_ns
-from worker.decide import Again, Span, Stop, as_known, bounded, next_number, read_history
-from worker.listing import ListingCase
+from worker.decide import Again, Case, Stop, as_known, bounded, next_number, unread
+from worker.hold import Held
 from worker.signing import Credential
 from worker.store import TOO_LARGE, Lease
 
 
-class Hold(Protocol):
-    """What a job's holder knows while it works on the job."""
+class Rules(Protocol):
+    """By what it is decided about a request: about its order (:mod:`worker.decide`), what that became
+    (:mod:`worker.child`), or all of a symbol (:mod:`worker.listing`)."""
 
-    def is_valid(self) -> bool:
-        """Whether the job is still ours: else nothing more may be sent for it."""
+    def first_step(self, case: Case, history: Sequence[Attempt], now_ms: int) -> Stop | Again: ...
 
-    async def renew(self) -> None:
-        """Trust no lease that was given so far, as this host may have stood still, and ask Redis whose the job is."""
+    def next_step(
+        self, case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms: int, roll: float
+    ) -> Stop | Again: ...
+
+    def bound(self, case: Case, history: Sequence[Attempt], now_ms: int, why: str) -> Stop: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +55,7 @@ class CancelJob:
     """
 
     lease: Lease
-    hold: Hold
+    hold: Held
     request: CancelRequest
     credential: Credential
     history: list[Attempt]
@@ -72,13 +75,15 @@ class CancelJob:
         self.told_to = next_number(self.history) - 1
         self.client_algo_id = self.request.client_algo_id
 
-    def listing(self, ahead: Span | None) -> ListingCase | None:
-        """What there is to decide of a request for all open orders of a symbol; None: it is for one order. A retry
-        means the moment of the first run."""
-        if not isinstance(self.request, OpenRequest):
-            return None
-        moments_ms = [self.lease.meant_at_ms, self.request.before_ms]
-        return ListingCase(min(ms for ms in moments_ms if ms is not None), self.lease.deadline_at_ms, ahead)
+    @property
+    def rules(self) -> Rules:
+        return self.child or (listing if isinstance(self.request, OpenRequest) else decide)
+
+    @property
+    def meant_at_ms(self) -> int:
+        """The moment whose orders are meant; a retry means that of the first run."""
+        asked_ms = self.request.before_ms if isinstance(self.request, OpenRequest) else None
+        return self.lease.meant_at_ms if asked_ms is None else min(asked_ms, self.lease.meant_at_ms)
 
     def ref(self, call: Call) -> Ref:
         if call is Call.LIST_OPEN:
@@ -122,10 +127,11 @@ class CancelJob:
         """The record of its end."""
         request, child = self.request, stop.child
         is_live: bool | None = may_be_live(stop.kind, stop.order_status, child.status if child else None)
-        orders, listing = None, self.listing(None)
+        listed: dict[str, Any] = {}
         if stop.orders is not None:
             orders = tuple(ListedOrder(each.algo_id or 0, job_id) for job_id, each in requests)
             is_live = True if orders or stop.left_alone else None
+            listed = {"orders": orders, "left_alone": stop.left_alone, "before_ms": self.meant_at_ms}
         return _outcome(
             self.lease,
             self.history,
@@ -142,12 +148,10 @@ class CancelJob:
             child_executed_qty=child.executed_qty if child else None,
             child_avg_price=child.avg_price if child else None,
             child_cancelled=stop.child_cancelled,
-            orders=orders,
-            left_alone=stop.left_alone,
-            before_ms=listing.before_ms if listing and orders is not None else None,
             finished_at_ms=finished_at_ms,
             worker=worker,
             error=stop.error,
+            **listed,
         )
 
     def recalled(self) -> Stop:
@@ -183,7 +187,7 @@ def history_of(lease: Lease, latest_ms: int) -> list[Attempt]:
     if lease.attempts != TOO_LARGE:
         return bounded(as_known(decode_attempts(lease.attempts)))
     log.warning("damaged", id=lease.id, field="c_attempts", reason="larger than any history: taken for a doubt")
-    return read_history(lease.attempts, latest_ms)
+    return unread(latest_ms)
 
 
 def _outcome(lease: Lease, history: Sequence[Attempt], **known: Any) -> Outcome:

@@ -14,7 +14,8 @@ import logging
 import re
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from producer.untrusted import clean_text
@@ -36,24 +37,22 @@ def event(level: int, name: str, **fields: object) -> None:
         logger.handle(_record(level, name, fields))
 
 
-def info(name: str, **fields: object) -> None:
-    """What an operator wants to see of normal work."""
-    event(logging.INFO, name, **fields)
+#: For who hunts a defect; for who watches normal work, or something that is wrong; what a person should look at.
+debug, info = partial(event, logging.DEBUG), partial(event, logging.INFO)
+warning, error = partial(event, logging.WARNING), partial(event, logging.ERROR)
 
 
-def warning(name: str, **fields: object) -> None:
-    """What an operator wants to see if something is wrong."""
-    event(logging.WARNING, name, **fields)
+def defect(raised: BaseException, **fields: object) -> None:
+    """Log an error that nobody expected; what it says may hold what must not be logged."""
+    error("defect", **fields, where=where(raised), error=type(raised).__name__)
 
 
-def error(name: str, **fields: object) -> None:
-    """What a person should look at."""
-    event(logging.ERROR, name, **fields)
-
-
-def debug(name: str, **fields: object) -> None:
-    """What only somebody who hunts a defect wants to see."""
-    event(logging.DEBUG, name, **fields)
+def where(raised: BaseException) -> str:
+    """The place in the code that an error came from."""
+    frame = raised.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame is not None else "?"
 
 
 def _value(value: object) -> str:
@@ -72,23 +71,24 @@ def _value(value: object) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-class LogfmtFormatter(logging.Formatter):
-    """`at=2026-01-31T12:00:00.123Z level=info event=outcome id=… kind=cancelled`."""
+class Formatter(logging.Formatter):
+    """`at=2026-01-31T12:00:00.123Z level=info event=outcome id=… kind=cancelled`, or the same fields as a JSON object.
 
-    def format(self, record: logging.LogRecord) -> str:
-        """One line, exceptions included by their type alone: a traceback may show what must not be shown."""
-        return " ".join([f"{name}={_value(value)}" for name, value in _fields(record).items()])
+    An exception is told by its type alone: a traceback may show what must not be shown.
+    """
 
-
-class JsonFormatter(logging.Formatter):
-    """The same fields as one JSON object."""
+    def __init__(self, style: str = "logfmt") -> None:
+        super().__init__()
+        self._is_json = style == "json"
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
-        fields = {
-            name: value if isinstance(value, int | float) else clean_text(str(value), _MAX_VALUE_CHARS)
-            for name, value in _fields(record).items()
-        }
+        fields = _fields(record)
+        if not self._is_json:
+            return " ".join([f"{name}={_value(value)}" for name, value in fields.items()])
+        for name, value in fields.items():
+            if not isinstance(value, int | float):
+                fields[name] = clean_text(str(value), _MAX_VALUE_CHARS)
         return json.dumps(fields, ensure_ascii=False)
 
 
@@ -114,7 +114,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return fields
 
 
-_formatter: logging.Formatter = LogfmtFormatter()
+_formatter = Formatter()
 
 
 def _record(level: int, name: str, fields: dict[str, Any]) -> logging.LogRecord:
@@ -154,7 +154,7 @@ def configure(level: str, style: str, *, wait_for_each: bool = False) -> None:
     global _formatter
     # No line of ours names a thread or a process, and finding them out is a third of the cost of a line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    _formatter = JsonFormatter() if style == "json" else LogfmtFormatter()
+    _formatter = Formatter(style)
     root = logging.getLogger()
     root.setLevel(logging.WARNING)
     logger.setLevel(level)
@@ -175,7 +175,7 @@ def configure(level: str, style: str, *, wait_for_each: bool = False) -> None:
 def tell_warnings_on_stderr() -> None:
     """For a command that says on stdout what it does: events that somebody should look at, and nothing else."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogfmtFormatter())
+    handler.setFormatter(Formatter())
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
 

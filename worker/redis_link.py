@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import redis
 
 from producer.redis_url import Address, code_of, is_refused, passes, why
 from worker import log
 from worker.clock import local_ns
+from worker.daemon import came_by
 from worker.store import ANSWER_WITHIN_S, Request, Stamps, Words
 
 __all__ = [
@@ -25,10 +26,7 @@ __all__ = [
     "Link",
     "Outage",
     "connect",
-    "connect_like",
     "is_about_rows",
-    "open_channel",
-    "open_link",
 ]
 
 T = TypeVar("T")
@@ -44,8 +42,55 @@ _ROWS = re.compile(r"script|WRONGTYPE", re.IGNORECASE)
 PROBE_EVERY_S = 10.0
 
 
-class Link(Protocol):
-    """A way to have requests answered."""
+def connect(place: str | redis.Redis, **options: Any) -> redis.Redis:
+    """A blocking client: few connections, and never a repeat of a command whose reply was lost.
+
+    ``place`` is a URL, or another client (the one that RQ's command line made), whose address and credentials it has.
+    """
+    address = Address.parse(place) if isinstance(place, str) else Address.of(place)
+    return address.client(ANSWER_WITHIN_S, max_connections=MAX_CONNECTIONS, protocol=2, **options)
+
+
+class _Line:
+    """A connection of an event loop to where ``like`` connects to; it connects when it is first needed."""
+
+    def __init__(self, like: redis.Redis) -> None:
+        self._connection: Any = Address.of(like).async_connection(ANSWER_WITHIN_S, protocol=2, socket_timeout=None)
+
+    async def _bound(self, work: Coroutine[Any, Any, T], within_s: float = ANSWER_WITHIN_S) -> T:
+        """Wait for something no longer than this; whatever goes wrong, the connection is closed.
+
+        In a task of its own, which is ended then: a connection that is closed wakes nobody before all that was written
+        has left, or TLS has taken its leave.
+        """
+        loop = asyncio.get_running_loop()
+        doing = loop.create_task(work)
+        try:
+            if not await came_by(doing, loop.time() + within_s):
+                raise redis.TimeoutError("no answer in time")
+            return doing.result()
+        except BaseException as error:
+            doing.cancel()
+            await asyncio.gather(doing, return_exceptions=True)
+            await self._connection.disconnect(nowait=True)
+            if isinstance(error, OSError):
+                raise redis.ConnectionError(type(error).__name__) from error
+            raise
+
+    async def close(self) -> None:
+        """Part with the server."""
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self._connection.disconnect(nowait=True)
+
+
+class AsyncLink(_Line):
+    """The way of an event loop to have requests answered: one after the other."""
+
+    def __init__(self, like: redis.Redis) -> None:
+        super().__init__(like)
+        self._turn = asyncio.Lock()
+        #: How often it was connected.
+        self.opened = 0
 
     async def ask(self, make: Callable[[], Request[T]]) -> T:
         """Make the request when its turn has come, and its round trip.
@@ -53,49 +98,11 @@ class Link(Protocol):
         Raises:
             redis.RedisError: no answer (what ran is not known then), or one that is an error.
         """
-
-
-def connect(url: str, **options: Any) -> redis.Redis:
-    """A blocking client: few connections, and never a repeat of a command whose reply was lost."""
-    return _blocking(Address.parse(url), **options)
-
-
-def connect_like(client: redis.Redis) -> redis.Redis:
-    """The same for the address and credentials of another client (the one that RQ's command line made)."""
-    return _blocking(Address.of(client))
-
-
-def _blocking(address: Address, **options: Any) -> redis.Redis:
-    return address.client(ANSWER_WITHIN_S, max_connections=MAX_CONNECTIONS, protocol=2, **options)
-
-
-def open_link(like: redis.Redis) -> AsyncLink:
-    """A link of an event loop to where ``like`` connects to; it connects at its first request."""
-    return AsyncLink(_connection(like))
-
-
-def open_channel(like: redis.Redis, name: str) -> Channel:
-    """What is published there under a name."""
-    return Channel(_connection(like), name)
-
-
-def _connection(like: redis.Redis) -> Any:
-    return Address.of(like).async_connection(ANSWER_WITHIN_S, protocol=2, socket_timeout=None)
-
-
-class AsyncLink:
-    """The link of an event loop."""
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-        self._turn = asyncio.Lock()
-        #: How often it was connected.
-        self.opened = 0
-
-    async def ask(self, make: Callable[[], Request[T]]) -> T:
-        """See :meth:`Link.ask`."""
         async with self._turn:
-            request, answers, stamps = await self._round_trips(make)
+            if not self._connection.is_connected:
+                await self._bound(self._connection.connect())
+                self.opened += 1
+            request, answers, stamps = await self._bound(self._round_trips(make))
             try:
                 return request.read(answers, stamps)
             except Exception as error:
@@ -106,27 +113,11 @@ class AsyncLink:
                 raise
 
     async def _round_trips(self, make: Callable[[], Request[T]]) -> tuple[Request[T], list[Any], Stamps]:
-        patience = _Patience()
-        try:
-            if not self._connection.is_connected:
-                await self._connection.connect()
-                self.opened += 1
-                patience.begin_anew()  # a request may tell the server how long it is waited for
-            request = make()
-            answers, stamps = await self._round_trip(request.commands)
-            if isinstance(answers[-1], redis.exceptions.NoScriptError):
-                again, stamps = await self._round_trip(request.anew())
-                answers[-1] = again[-1]
-        except BaseException as error:
-            patience.end()
-            await self._connection.disconnect(nowait=True)
-            if patience.has_ended(error):
-                raise redis.TimeoutError("no answer in time") from None
-            if isinstance(error, OSError):
-                raise redis.ConnectionError(type(error).__name__) from error
-            raise
-        finally:
-            patience.end()
+        request = make()  # right before it is sent: it may tell the server how long it is waited for
+        answers, stamps = await self._round_trip(request.commands)
+        if isinstance(answers[-1], redis.exceptions.NoScriptError):
+            again, stamps = await self._round_trip(request.anew())
+            answers[-1] = again[-1]
         return request, answers, stamps
 
     async def _round_trip(self, commands: Sequence[Words]) -> tuple[list[Any], Stamps]:
@@ -146,17 +137,12 @@ class AsyncLink:
             async with self._turn:
                 await self._connection.disconnect(nowait=True)
 
-    async def close(self) -> None:
-        """Part with the server."""
-        with contextlib.suppress(redis.RedisError, OSError):
-            await self._connection.disconnect(nowait=True)
 
-
-class Channel:
+class Channel(_Line):
     """What is published under a name, heard on a connection of its own that is probed while nobody speaks."""
 
-    def __init__(self, connection: Any, name: str) -> None:
-        self._connection = connection
+    def __init__(self, like: redis.Redis, name: str) -> None:
+        super().__init__(like)
         self._name = name
 
     async def open(self) -> None:
@@ -166,10 +152,12 @@ class Channel:
             redis.RedisError: not now, or not allowed.
         """
         if not self._connection.is_connected:
-            async with self._bound():
-                await self._connection.connect()
-                await self._connection.send_command("SUBSCRIBE", self._name)
-                await self._connection.read_response()
+            await self._bound(self._subscribe())
+
+    async def _subscribe(self) -> None:
+        await self._connection.connect()
+        await self._connection.send_command("SUBSCRIBE", self._name)
+        await self._connection.read_response()
 
     async def hear(self) -> bytes | None:
         """What is published next; None: nothing within :data:`PROBE_EVERY_S`, but the connection stands.
@@ -178,76 +166,15 @@ class Channel:
             redis.RedisError: it broke. What is published until it is opened again is not heard.
         """
         await self.open()
-        answer = await self._read(PROBE_EVERY_S)
-        if answer is None:
-            async with self._bound():
-                await self._connection.send_command("PING")
-                answer = await self._connection.read_response()
+        answer = await self._bound(self._next(), PROBE_EVERY_S + ANSWER_WITHIN_S)
         return answer[2] if answer[0] == b"message" else None
 
-    async def _read(self, within_s: float) -> Any:
-        try:
-            return await self._connection.read_response(timeout=within_s)
-        except BaseException:
-            await self.close()
-            raise
-
-    @contextlib.asynccontextmanager
-    async def _bound(self) -> AsyncIterator[None]:
-        """No longer than an answer may take; whatever goes wrong, the connection is closed."""
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                yield
-        except TimeoutError:
-            await self.close()
-            raise redis.TimeoutError("no answer in time") from None
-        except BaseException:
-            await self.close()
-            raise
-
-    async def close(self) -> None:
-        """Part with the server."""
-        with contextlib.suppress(redis.RedisError, OSError):
-            await self._connection.disconnect(nowait=True)
-
-
-class _Patience:
-    """Ends a wait that takes too long, as :func:`asyncio.timeout` does.
-
-    But a loop that stood still hears of its alarms first, with the answer unread. So when this one comes, whatever has
-    arrived is read before anything ends. And it is the waiting task that is ended: a connection that is closed wakes it
-    no sooner than all that was written has left, or TLS has taken its leave.
-    """
-
-    def __init__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._loop, self._task, self._cancelling = asyncio.get_running_loop(), task, task.cancelling()
-        self._passes, self._is_over = 3, False
-        self._alarm: asyncio.Handle = self._loop.call_later(ANSWER_WITHIN_S, self._look)
-
-    def _look(self) -> None:
-        if self._passes:
-            self._passes -= 1
-            self._alarm = self._loop.call_later(0, self._look)
-        else:
-            self._is_over = True
-            self._task.cancel()
-
-    def begin_anew(self) -> None:
-        """What was waited for has come, and something else is."""
-        self.end()
-        self._passes = 3
-        self._alarm = self._loop.call_later(ANSWER_WITHIN_S, self._look)
-
-    def has_ended(self, error: BaseException) -> bool:
-        """Whether this ended the wait, and nobody else the task: to be asked once, with what the wait raised."""
-        is_ours = self._is_over and self._task.uncancel() <= self._cancelling
-        return is_ours and isinstance(error, asyncio.CancelledError)
-
-    def end(self) -> None:
-        """Nothing is waited for any more."""
-        self._alarm.cancel()
+    async def _next(self) -> Any:
+        answer = await self._connection.read_response(timeout=PROBE_EVERY_S)
+        if answer is None:
+            await self._connection.send_command("PING")
+            answer = await self._connection.read_response()
+        return answer
 
 
 class BlockingLink:
@@ -257,7 +184,7 @@ class BlockingLink:
         self._connection = connection
 
     async def ask(self, make: Callable[[], Request[T]]) -> T:
-        """See :meth:`Link.ask`."""
+        """See :meth:`AsyncLink.ask`."""
         return self.ask_now(make())
 
     def ask_now(self, request: Request[T]) -> T:
@@ -290,6 +217,10 @@ def is_about_rows(error: BaseException) -> bool:
     server."""
     is_script = type(error) is redis.ResponseError and _ROWS.search(str(error)) and not code_of(error)
     return bool(is_script) or isinstance(error, redis.DataError)
+
+
+#: A way to have requests answered.
+Link = AsyncLink | BlockingLink
 
 
 class Outage:

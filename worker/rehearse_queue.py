@@ -24,11 +24,10 @@ from producer.redis_url import Address, passes
 from worker.clock import ServerClock
 from worker.engine import Engine
 from worker.exchange import Exchange
-from worker.redis_link import open_link
 from worker.settings import Settings
 from worker.store import ANSWER_WITHIN_S
 from worker.transport import Transport
-from worker.wiring import lease_of, open_canceller, open_redis, open_store
+from worker.wiring import open_engine, open_redis, open_store
 
 __all__ = ["NAME", "OwnQueue", "OwnWorker"]
 
@@ -158,10 +157,9 @@ class OwnWorker:
             CancelQueueError: Redis does not answer, or refuses.
         """
         settings, queue = self._settings, self._queue
-        links = (open_link(queue.connection), open_link(queue.connection))
         store = open_store(settings, queue.name, queue.name, gate_scope=queue.name)
-        canceller, gate = open_canceller(settings, self._exchange, self._clock, store, links[1], queue.name)
-        engine = Engine(_FLIGHT, store, links, canceller, gate, lease_s=lease_of(settings), life_s=_LEFT_FOR_S)
+        parts = (settings, self._exchange, self._clock, store, queue.connection, queue.name)
+        engine = open_engine(*parts, life_s=_LEFT_FOR_S)
         like = Address.of(queue.connection).async_client(ANSWER_WITHIN_S)
         working, beating = asyncio.create_task(engine.run()), asyncio.create_task(_beat(engine))
         try:

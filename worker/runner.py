@@ -21,18 +21,15 @@ from producer.keys import WorkerField
 from producer.redis_url import passes, why
 from producer.untrusted import MalformedMessage, clean_text, loads
 from worker import log
-from worker.daemon import WorkerLoop, in_daemon_thread
-from worker.engine import Engine, where
-from worker.redis_link import Outage, connect_like, open_channel, open_link
+from worker.daemon import WorkerLoop, in_daemon_thread, wait_for
+from worker.engine import tell_damaged
+from worker.redis_link import Channel, Outage, connect
 from worker.secrecy import keep_memory_private
 from worker.settings import Settings
 from worker.store import ANSWER_WITHIN_S
 from worker.watchdog import Watchdog
-from worker.wiring import lease_of, open_canceller, open_exchange, open_redis, open_store
+from worker.wiring import open_engine, open_exchange, open_redis, open_store
 
-EX_OK = 0
-EX_UNAVAILABLE = 69  # sysexits.h: Redis refused the login
-EX_SOFTWARE = 70  # sysexits.h: a defect
 EX_INTERRUPTED = 130
 
 #: How often Redis is asked for the gate and for suspension at the latest, s.
@@ -63,9 +60,10 @@ class CancelWorker(BaseWorker):
         **options: Any,
     ) -> None:
         self._settings = settings or Settings.from_env()
-        own = connect_like(connection) if connection is not None else open_redis(self._settings)
+        own = connect(connection) if connection is not None else open_redis(self._settings)
         # Queues that RQ's command line hands in keep a serializer of their own, which may execute what it reads.
-        names = [queue.name if isinstance(queue, Queue) else queue for queue in _listed(queues)]
+        given = queues if isinstance(queues, list | tuple) else [queues]
+        names = [queue.name if isinstance(queue, Queue) else queue for queue in given]
         if len(names) != 1:
             raise ValueError(f"one queue for each worker, not {', '.join(names)}: start a process for each")
         # RQ would prepare by asking Redis, which may be away when a worker starts: see `_register`.
@@ -73,7 +71,7 @@ class CancelWorker(BaseWorker):
         super().__init__(names, name or _unique_name(self._settings), connection=own, **options)
         self.hostname, self.pid = socket.gethostname(), os.getpid()
         self._interrupts = 0
-        self.exit_code = EX_OK
+        self.exit_code = os.EX_OK
         self._stop = threading.Event()  # told from any thread, before there is a loop too
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watchdog = Watchdog(_STUCK_LOOK_S, _STUCK_LOOKS)
@@ -104,19 +102,10 @@ class CancelWorker(BaseWorker):
         self._woken = asyncio.Event()
         self._exchange, self._server_clock = open_exchange(self._settings)
         self._store = open_store(self._settings, self.name, self.queues[0].name)
-        self._rest = open_link(self.connection)
-        self._channel = open_channel(self.connection, self.pubsub_channel_name)
-        parts = open_canceller(self._settings, self._exchange, self._server_clock, self._store, self._rest, self.name)
-        self._canceller, self._gate = parts
-        self._engine = Engine(
-            self._settings.concurrency,
-            self._store,
-            (open_link(self.connection), self._rest),
-            self._canceller,
-            self._gate,
-            lease_s=lease_of(self._settings),
-            life_s=self.worker_ttl + 60,
-        )
+        self._channel = Channel(self.connection, self.pubsub_channel_name)
+        parts = (self._settings, self._exchange, self._server_clock, self._store, self.connection, self.name)
+        self._engine = open_engine(*parts, life_s=self.worker_ttl + 60)
+        self._rest, self._gate = self._engine.rest, self._engine.canceller.gate
         self._loop = asyncio.get_running_loop()  # signals find all of the above from now on
         if self._stop.is_set():
             self._woken.set()
@@ -152,7 +141,7 @@ class CancelWorker(BaseWorker):
                     self._refused(error)
                     return False
                 outage.note(error)
-                await self._wait(_LOOK_S)
+                await wait_for(self._woken, _LOOK_S)
                 continue
             self._listens_since = self._rest.opened
             if not self._stop.is_set():
@@ -166,7 +155,7 @@ class CancelWorker(BaseWorker):
         said = clean_text(str(error), 200) if isinstance(error, redis.ResponseError) else None
         redis_url = self._settings.display_redis_url
         log.error("redis", state="refused", redis=redis_url, error=why(error), said=said)
-        self.exit_code = EX_UNAVAILABLE
+        self.exit_code = os.EX_UNAVAILABLE
 
     async def _hear_and_register(self) -> None:
         with contextlib.suppress(redis.exceptions.NoPermissionError):  # it is missed by RQ's commands alone
@@ -198,7 +187,7 @@ class CancelWorker(BaseWorker):
         if not self._gate.closed(self._store.clock.now_ms()):
             await self._unless_stopped(self._exchange.sync_time())
             await self._unless_stopped(self._learn_weight_limit())
-            await self._canceller.heed_refusal()
+            await self._engine.canceller.heed_refusal()
 
     def _tell_start(self) -> None:
         clock = self._server_clock
@@ -228,14 +217,14 @@ class CancelWorker(BaseWorker):
 
     async def _until_stop(self, engine: asyncio.Task[None], burst: bool) -> None:
         while not self._stop.is_set():
-            await self._wait(0.05 if burst else 0.5)
+            await wait_for(self._woken, 0.05 if burst else 0.5)
             if self._engine.refused is not None:
                 log.error("redis", state="refused", error="the login was refused; restart with the new REDIS_URL")
-                self.exit_code = EX_UNAVAILABLE
+                self.exit_code = os.EX_UNAVAILABLE
                 return
             if engine.done():
                 log.error("defect", where="engine", error="it has ended; the leases bring its jobs back")
-                self.exit_code = EX_SOFTWARE
+                self.exit_code = os.EX_SOFTWARE
                 return
             if burst and self._engine.is_idle() and await self._is_drained():
                 return
@@ -258,12 +247,6 @@ class CancelWorker(BaseWorker):
         else:
             doing.cancel()
 
-    async def _wait(self, seconds: float) -> None:
-        """Wait, but not beyond a stop."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._woken.wait()
-
     # -- upkeep --
 
     async def _for_ever(self, step: Callable[[], Coroutine[Any, Any, float]]) -> None:
@@ -275,7 +258,7 @@ class CancelWorker(BaseWorker):
             except redis.RedisError as error:
                 log.debug("upkeep", error=type(error).__name__)
             except Exception as error:  # noqa: BLE001 - without renewals every job in flight would be lost
-                log.error("defect", where=where(error), error=type(error).__name__)
+                log.defect(error)
             await asyncio.sleep(pause_s)
 
     async def _look(self) -> float:
@@ -291,7 +274,7 @@ class CancelWorker(BaseWorker):
 
     def _register_anew(self) -> None:
         """Redis came back without its data, or is another server by now."""
-        connection = connect_like(self.connection)
+        connection = connect(self.connection)
         try:
             with connection.pipeline() as pipeline:
                 pipeline.hset(self.key, mapping={**self.serialize(), "state": self._state_now()})
@@ -303,7 +286,7 @@ class CancelWorker(BaseWorker):
             connection.connection_pool.disconnect()
 
     def _state_now(self) -> WorkerStatus:
-        if self._engine.is_suspended:
+        if self._engine.canceller.is_suspended:
             return WorkerStatus.SUSPENDED
         return WorkerStatus.BUSY if self._engine.in_hand else WorkerStatus.IDLE
 
@@ -333,7 +316,7 @@ class CancelWorker(BaseWorker):
         if not self._gate.closed(self._store.clock.now_ms()):
             await self._exchange.keep_warm()
             await self._learn_weight_limit()
-            await self._canceller.heed_refusal()
+            await self._engine.canceller.heed_refusal()
         return 0.0
 
     async def _learn_weight_limit(self) -> None:
@@ -346,8 +329,7 @@ class CancelWorker(BaseWorker):
         cursor, position = self._tidied
         cursor, position, damaged = await self._rest.ask(lambda: self._store.tidy(cursor, position))
         self._tidied = cursor, position
-        for key in damaged:
-            log.error("damaged", key=key, reason="of another type than it should have: set aside")
+        tell_damaged(damaged)
         return _LOOK_S if cursor or position else _TIDY_S
 
     _is_registered = False  # with RQ, by what we have heard of it
@@ -418,7 +400,7 @@ class CancelWorker(BaseWorker):
         finally:
             self.connection.connection_pool.disconnect()
 
-    # -- RQ's commands and maintenance --
+    # -- RQ's commands --
 
     async def _listen(self) -> float:
         """Obey RQ's commands; where others of our connections had to be opened anew, this one may lead nowhere."""
@@ -445,21 +427,6 @@ class CancelWorker(BaseWorker):
             self.request_stop(None, None)
         else:
             log.warning("ignored", command=command, reason="a cancel that was sent cannot be stopped")
-
-    @property
-    def should_run_maintenance_tasks(self) -> bool:
-        """Never: RQ's clean-up loads and calls what a job names. Its part that is needed here is `_tidy`."""
-        return False
-
-    def run_maintenance_tasks(self) -> None:
-        """Nothing; see :attr:`should_run_maintenance_tasks`."""
-
-    def clean_registries(self) -> None:
-        """Nothing; see :attr:`should_run_maintenance_tasks`."""
-
-
-def _listed(queues: Any) -> list[Any]:
-    return list(queues) if isinstance(queues, list | tuple) else [queues]
 
 
 def _unique_name(settings: Settings) -> str:

@@ -8,8 +8,7 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache, partial
 
 import redis
@@ -20,15 +19,14 @@ from rq.job import Job
 from producer.message import TASK, CancelRequest, decode_outcome, decode_request
 from producer.untrusted import MessageError
 from worker import log
-from worker.cancel import Canceller
-from worker.clock import ServerClock, SleepWatch, local_ns
+from worker.clock import ServerClock, local_ns
 from worker.engine import tell_damaged, tell_outcome
 from worker.exchange import Exchange
-from worker.rate_gate import Gate
-from worker.redis_link import BlockingLink, connect_like
+from worker.hold import Held, Trust
+from worker.redis_link import BlockingLink, connect
 from worker.secrecy import keep_memory_private
 from worker.settings import Settings
-from worker.store import Claimed, Done, Lease, Release, Request, Retry, Row, Store
+from worker.store import Claimed, Done, Lease, Release, Request, Retry, Row
 from worker.wiring import lease_of, open_canceller, open_exchange, open_store
 
 #: RQ's bound on retries; ours are attempts and deadline.
@@ -64,7 +62,7 @@ def cancel_algo_order(request: object) -> object:
         )
     _disarm_rqs_alarm()
     # RQ's connection waits for minutes, repeats what got no answer, and is used in RQ's signal handlers.
-    connection = connect_like(job.connection)
+    connection = connect(job.connection)
     try:
         return asyncio.run(_StockRun(job, request, connection).run())
     finally:
@@ -77,35 +75,6 @@ def _disarm_rqs_alarm() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-@dataclass(slots=True, eq=False)
-class _Held:
-    """The hold of a stock worker."""
-
-    lease: Lease
-    until_ns: int
-    sleep: SleepWatch
-    ask: Callable[[_Held], None]  # has Redis tell whose it is
-    trusted_from_ns: int = 0  # what was asked before tells nothing of the lease's end
-    is_lost: bool = False
-    is_leaving: bool = False
-
-    def is_valid(self) -> bool:
-        """Whether more may be sent: the job is still ours (after a sleep only its renewal tells), and nobody waits for
-        us to leave."""
-        if self.sleep.moved():
-            self._distrust()
-        return not self.is_lost and not self.is_leaving and local_ns() < self.until_ns
-
-    async def renew(self) -> None:
-        """See :class:`worker.cancel.Hold`."""
-        if not self.is_lost and not self.is_leaving:
-            self._distrust()
-            self.ask(self)
-
-    def _distrust(self) -> None:
-        self.until_ns, self.trusted_from_ns = 0, local_ns()
-
-
 class _StockRun:
     """One run of the job function."""
 
@@ -116,25 +85,24 @@ class _StockRun:
         self._exchange = exchange
         self._lease_s = lease_of(settings)
         self._holder = job.worker_name or socket.gethostname()
-        self._store: Store = open_store(settings, self._holder, job.origin)
+        self._store = open_store(settings, self._holder, job.origin)
         self._link = BlockingLink(connection)
-        self._canceller: Canceller
-        self._gate: Gate
-        parts = open_canceller(
-            settings, exchange, self._server_clock, self._store, self._link, self._holder, sends_late=True
-        )
-        self._canceller, self._gate = parts
+        parts = (settings, exchange, self._server_clock, self._store, self._link, self._holder)
+        self._canceller = open_canceller(*parts, sends_late=True)
+        self._gate = self._canceller.gate
+        self._trust = Trust(self._store.clock)
 
     async def run(self) -> object:
         ends_ns = local_ns() + round(_RUN_S * 1e9)
         while True:
+            asked_ns = local_ns()
             claimed = await self._link.ask(lambda: self._store.claim_one(self._job.id))
             tell_damaged(claimed.damaged)
             self._gate.observe(claimed.gate_until_ms)
-            self._canceller.know_suspects(claimed.suspects)
+            self._canceller.keys.know(claimed.suspects)
             if not claimed.leases:
                 return await self._instead(claimed)
-            row = await self._carry(claimed.leases[0])
+            row = await self._carry(claimed.leases[0], asked_ns)
             completed = await self._link.ask(partial(self._store.complete, [row]))
             tell_damaged(completed.damaged)
             answer = completed.answers[0]
@@ -177,15 +145,19 @@ class _StockRun:
             return _later(min(claimed.gate_until_ms, claimed.until_ms) - claimed.now_ms)
         return _later(_HELD_S * 1000) if claimed.why_not == "held" else "gone"
 
-    async def _carry(self, lease: Lease) -> Row:
-        held = _Held(lease, lease.until_ns, SleepWatch(), self._ask_whose)
+    async def _carry(self, lease: Lease, asked_ns: int) -> Row:
+        async def ask() -> None:
+            self._trust.doubt()
+            self._ask_whose(held)
+
+        held = Held(lease, asked_ns, self._trust, ask)
         with self._renewing(held):
             if not self._server_clock.measured and not self._gate.closed(self._store.clock.now_ms()):
                 await self._exchange.ask_time()
             return await self._canceller.carry(lease, held, _decoded(self._request))
 
     @contextlib.contextmanager
-    def _renewing(self, held: _Held) -> Iterator[None]:
+    def _renewing(self, held: Held) -> Iterator[None]:
         """Keep the lease and hear of a closed gate while a step is at work: in a thread, as the step is waited for."""
         ended = threading.Event()
         thread = threading.Thread(target=self._renew, args=(held, ended), name="renewal", daemon=True)
@@ -196,24 +168,23 @@ class _StockRun:
             ended.set()
             thread.join()
 
-    def _renew(self, held: _Held, ended: threading.Event) -> None:
+    def _renew(self, held: Held, ended: threading.Event) -> None:
         # Within bounds: a step that takes longer than this is one that stands still, and is taken over.
         ends_ns = local_ns() + round(2 * _RUN_S * 1e9)
         while local_ns() < ends_ns and not ended.wait(min(self._lease_s / 4, _LOOK_S)):
             self._ask_whose(held)
 
-    def _ask_whose(self, held: _Held) -> None:
-        """Renew the lease, if it is still ours; no answer leaves it as it is."""
+    def _ask_whose(self, held: Held) -> None:
+        """Renew the lease, if it is still ours; no answer leaves it as it is. Who is to leave sends nothing more."""
         asked_ns = local_ns()
         try:
-            held.is_leaving = self._link.ask_now(self._is_leaving())
+            is_leaving = self._link.ask_now(self._is_leaving())
             beat = self._link.ask_now(self._store.beat([held.lease], None, 1))
         except redis.RedisError as error:
             log.debug("renewal", error=type(error).__name__)
             return
-        held.is_lost = held.lease.token in beat.lost
-        if asked_ns >= held.trusted_from_ns:
-            held.until_ns = max(held.until_ns, beat.renewed_until_ns)
+        held.is_over = is_leaving or held.lease.token in beat.lost
+        held.renewed(asked_ns, beat.renewed_until_ns)
         self._gate.told(beat.gate_until_ms, self._store.clock.now_ms(), asked_ns)
 
     async def _ended(self) -> str:

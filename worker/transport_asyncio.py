@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from worker.classify import NO_ANSWER, SILENCE
 from worker.clock import local_ns
+from worker.daemon import came_by
 from worker.http1 import ResponseReader
 from worker.transport import IDLE_BOUND_S, Failed, Raw, Request, Route, decoded, named
-from worker.transport_connect import Connection, Opener, TunnelRefused, came_by
+from worker.transport_connect import Connection, Opener, TunnelRefused
 
 __all__ = ["OPENERS", "AsyncioTransport"]
 

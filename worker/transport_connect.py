@@ -18,7 +18,7 @@ from worker.clock import local_ns
 from worker.http1 import MalformedResponse, ResponseReader
 from worker.transport import Route
 
-__all__ = ["Connection", "Opener", "TunnelRefused", "came_by"]
+__all__ = ["Connection", "Opener", "TunnelRefused"]
 
 #: How long one address of a name has for itself before the next is tried beside it, s (RFC 8305, section 5).
 NEXT_ADDRESS_S = 0.25
@@ -29,34 +29,9 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _ANSWER_LIMIT = 1024 * 1024
 #: Most bytes of one read.
 _READ_SIZE = 16 * 1024
-#: How often the loop looks at its sockets between the end of an attempt's time and a time-out: the next pass takes up
-#: what has come, a second delivers it, TLS within TLS needs a third. A loop that stood still is no silence.
-_LAST_LOOKS = 3
 
 #: One address as :func:`socket.getaddrinfo` gives it.
 _Address = tuple[int, int, int, str, tuple[Any, ...]]
-
-
-async def came_by(what: asyncio.Future[Any], ends_at_s: float) -> bool:
-    """Wait for something until a time of the loop's clock; whether it came."""
-    loop = asyncio.get_running_loop()
-    woken = loop.create_future()  # asyncio.wait does the same, and takes twice as long for each call
-
-    def wake(_: object = None) -> None:
-        if not woken.done():
-            woken.set_result(None)
-
-    timer = loop.call_at(ends_at_s, wake)
-    what.add_done_callback(wake)
-    try:
-        await woken
-    finally:
-        timer.cancel()
-        what.remove_done_callback(wake)
-    for _ in range(_LAST_LOOKS):
-        if not what.done():
-            await asyncio.sleep(0)
-    return what.done()
 
 
 class Connection(asyncio.BufferedProtocol):

@@ -10,13 +10,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from worker import log
-
-EX_SOFTWARE = 70  # sysexits.h: a defect
 
 #: How long the end may be put off by what is still to be said, s.
 _WORDS_S = 1.0
@@ -31,11 +28,11 @@ def end_process() -> None:
         words.start()
         words.join(_WORDS_S)
     finally:
-        os._exit(EX_SOFTWARE)
+        os._exit(os.EX_SOFTWARE)
 
 
 def _last_words() -> None:
-    log.last_words("defect", where="loop", error="it stands still; the leases bring its jobs back", exit=EX_SOFTWARE)
+    log.last_words("defect", where="loop", error="it stands still; the leases bring its jobs back", exit=os.EX_SOFTWARE)
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():
         if ident != threading.get_ident():
@@ -52,17 +49,16 @@ def _frames(frame: FrameType | None) -> str:
 
 
 class Watchdog:
-    """Calls ``on_stuck`` once, in its own thread, after ``looks`` looks in a row, ``look_s`` apart, without a tick.
+    """Ends the process after ``looks`` looks in a row, ``look_s`` apart, without a tick.
 
     The loop has to call :meth:`tick` at least once in ``look_s``. Only time in which this thread ran counts: when it
     was held up itself (a stopped process, a sleeping host, no processor to be had), the loop was too, and the count
     begins anew.
     """
 
-    def __init__(self, look_s: float, looks: int, on_stuck: Callable[[], None] = end_process) -> None:
+    def __init__(self, look_s: float, looks: int) -> None:
         self._look_s = look_s
         self._looks = looks
-        self._on_stuck = on_stuck
         self._ticks = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -88,6 +84,5 @@ class Watchdog:
             ticks = self._ticks
             missed = 0 if ticks != seen or was_held_up else missed + 1
             if missed >= self._looks:
-                self._on_stuck()
-                return
+                end_process()
             seen, began_s = ticks, now_s

@@ -8,11 +8,12 @@ from functools import partial
 import redis
 
 from worker.cancel import Canceller, policy_of
-from worker.clock import ServerClock
+from worker.clock import ServerClock, SleepWatch
+from worker.engine import Engine
 from worker.exchange import Exchange
 from worker.key_breaker import FAILURES, PROBE_EVERY_MS, KeyBreaker
 from worker.rate_gate import Gate
-from worker.redis_link import Link, connect
+from worker.redis_link import AsyncLink, Link, connect
 from worker.settings import Settings
 from worker.store import Store, Suspect
 from worker.transport import Route, Transport
@@ -73,8 +74,8 @@ def open_canceller(
     holder: str,
     *,
     sends_late: bool = False,
-) -> tuple[Canceller, Gate]:
-    """What carries a job out, and the gate that it looks at; ``sends_late`` as in :class:`Canceller`."""
+) -> Canceller:
+    """What carries a job out; ``sends_late`` as in :class:`Canceller`."""
 
     async def publish(pause_ms: int, reason: str, doubling: bool) -> int:
         return await link.ask(partial(store.close_gate, pause_ms, reason, doubling))
@@ -82,12 +83,11 @@ def open_canceller(
     async def ask_breaker(key: Suspect, what: str, word: str | bytes) -> tuple[int, str]:
         return await link.ask(partial(store.key, key, what, word, FAILURES, PROBE_EVERY_MS))
 
-    gate = Gate(publish)
-    canceller = Canceller(
+    return Canceller(
         exchange=exchange,
         server_clock=server_clock,
         redis_clock=store.clock,
-        gate=gate,
+        gate=Gate(publish),
         keys=KeyBreaker(ask_breaker, tries=not sends_late),  # a stock worker begins a process for each job
         policy=policy_of(settings),
         credential_for=settings.credential_for,
@@ -95,4 +95,21 @@ def open_canceller(
         sends_late=sends_late,
         flight=1 if sends_late else settings.concurrency,
     )
-    return canceller, gate
+
+
+def open_engine(
+    settings: Settings,
+    exchange: Exchange,
+    server_clock: ServerClock,
+    store: Store,
+    like: redis.Redis,
+    holder: str,
+    *,
+    life_s: int,
+    sleep: SleepWatch | None = None,
+) -> Engine:
+    """A loop's engine, on two links of its own to where ``like`` connects to."""
+    claims, rest = AsyncLink(like), AsyncLink(like)
+    canceller = open_canceller(settings, exchange, server_clock, store, rest, holder)
+    lease_s = lease_of(settings)
+    return Engine(settings.concurrency, store, (claims, rest), canceller, lease_s=lease_s, life_s=life_s, sleep=sleep)

@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import re
 import secrets
-from typing import Any
 
 from flask import Request, Response
 from itsdangerous import BadData, URLSafeTimedSerializer
@@ -157,10 +156,7 @@ class Access:
 
     def login_of(self, request: Request) -> str | None:
         """What names the login of this request's cookie; None without a valid one."""
-        if not self.enabled:
-            return None
-        login = self._signed("login", request.cookies.get(COOKIE, ""), LOGIN_S)
-        return login if isinstance(login, str) else None
+        return self._signed("login", request.cookies.get(COOKIE, ""), LOGIN_S) if self.enabled else None
 
     # --- forms ---
 
@@ -170,8 +166,7 @@ class Access:
 
     def is_form_of(self, login: str, token: str) -> bool:
         """Whether a form was made for this login."""
-        found = self._signed("form", token, LOGIN_S)
-        return isinstance(found, str) and hmac.compare_digest(found.encode(), login.encode())
+        return hmac.compare_digest((self._signed("form", token, LOGIN_S) or "").encode(), login.encode())
 
     def note(self, words: str) -> str:
         """A sentence of ours, to be shown by the page that follows an action, and not to be made up by a link."""
@@ -179,16 +174,15 @@ class Access:
 
     def noted(self, note: str | None) -> str | None:
         """The sentence of :meth:`note`, while it is fresh."""
-        words = self._signed("note", note or "", _NOTE_S)
-        return words if isinstance(words, str) else None
+        return self._signed("note", note or "", _NOTE_S)
 
     def _sign(self, purpose: str, value: str) -> str:
         signed = self._signer.dumps(value, salt=purpose)
         return signed if isinstance(signed, str) else signed.decode()
 
-    def _signed(self, purpose: str, text: str, life_s: int) -> Any:
+    def _signed(self, purpose: str, text: str, life_s: int) -> str | None:
         try:
-            return self._signer.loads(text, max_age=life_s, salt=purpose)
+            return str(self._signer.loads(text, max_age=life_s, salt=purpose))
         except BadData:
             return None
 

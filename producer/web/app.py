@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -105,16 +106,16 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters.update(FILTERS)
     app.extensions["access"] = access = Access(token)
-    guard = _Guard(access, local_names_only)
     pages = _Pages(client, access)
-    app.before_request(guard.check)
+    app.before_request(partial(_guard, access, local_names_only))
     app.after_request(_finished)
     app.context_processor(
         lambda: {
-            "queue": client.keys.queue if guard.has_let_in() else None,
-            "login": guard.login(),
+            "queue": client.keys.queue if g.get("let_in") else None,  # nobody else learns its name
+            "login": access.login_of(request),
             "writable": access.enabled,
             "live": _is_live(),
+            "now_ms": getattr(g.get("standing"), "at_ms", None),
             "standing": pages.standing,
         }
     )
@@ -122,54 +123,41 @@ def create_app(client: CancelClient, token: str | None = None, *, local_names_on
     for rule, view in pages.rules().items():
         methods = ["POST"] if view.__name__ in ("logout", "start") else ["GET"]
         app.add_url_rule(rule, view.__name__, view, methods=methods + ["POST"] * (view.__name__ == "login"))
+    app.add_url_rule("/healthz", "healthz", lambda: Response("ok\n", mimetype="text/plain"))
+    app.add_url_rule("/style.css", "style", lambda: Response(_STYLE, mimetype="text/css"))
     app.register_error_handler(QueueUnavailable, _away)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _broken)
     return app
 
 
-class _Guard:
-    """Looks at each request before its page does."""
-
-    def __init__(self, access: Access, local_names_only: bool) -> None:
-        self._access = access
-        self._local_names_only = local_names_only
-
-    def login(self) -> str | None:
-        """What names the login of the present request."""
-        return self._access.login_of(request)
-
-    def has_let_in(self) -> bool:
-        """Whether the present request may read: nobody else learns the queue's name."""
-        return bool(g.get("let_in", False))
-
-    def check(self) -> Answer | None:
-        """None to let it through, else the answer."""
-        if request.endpoint == "healthz":
-            return None
-        if self._local_names_only and (forwarded(request) or not names_this_machine(request.headers.get("Host", ""))):
-            return _message(421, "Not here", _NOT_LOCAL)
-        if self._access.enabled and forwarded_in_clear(request):
-            raise Forbidden(_IN_CLEAR)
-        g.let_in = not self._access.enabled
-        changes = request.method not in ("GET", "HEAD", "OPTIONS")
-        if changes and not self._access.enabled:
-            raise Forbidden(_READ_ONLY)
-        if changes and is_foreign(request):
-            raise Forbidden("Another site made this request. Open the page here and repeat it.")
-        if not self._access.enabled or request.endpoint in _OPEN_TO_ALL:
-            return None
-        token = bearer(request.headers.get("Authorization", ""))
-        if token is not None:
-            g.let_in = _accepted(self._access, token)
-            return None if g.let_in else _login_form()
-        login = self.login()
-        if login is None:
-            return _login_form()
-        g.let_in = True
-        if changes and not self._access.is_form_of(login, request.form.get("form_token", "")):
-            raise Forbidden("This form is not of the present login, or too old. Open the page again and repeat it.")
+def _guard(access: Access, local_names_only: bool) -> Answer | None:
+    """Look at a request before its page does: None to let it through, else the answer."""
+    if request.endpoint == "healthz":
         return None
+    if local_names_only and (forwarded(request) or not names_this_machine(request.headers.get("Host", ""))):
+        return _message(421, "Not here", _NOT_LOCAL)
+    if access.enabled and forwarded_in_clear(request):
+        raise Forbidden(_IN_CLEAR)
+    g.let_in = not access.enabled
+    changes = request.method not in ("GET", "HEAD", "OPTIONS")
+    if changes and not access.enabled:
+        raise Forbidden(_READ_ONLY)
+    if changes and is_foreign(request):
+        raise Forbidden("Another site made this request. Open the page here and repeat it.")
+    if not access.enabled or request.endpoint in _OPEN_TO_ALL:
+        return None
+    token = bearer(request.headers.get("Authorization", ""))
+    if token is not None:
+        g.let_in = _accepted(access, token)
+        return None if g.let_in else _login_form()
+    login = access.login_of(request)
+    if login is None:
+        return _login_form()
+    g.let_in = True
+    if changes and not access.is_form_of(login, request.form.get("form_token", "")):
+        raise Forbidden("This form is not of the present login, or too old. Open the page again and repeat it.")
+    return None
 
 
 def _accepted(access: Access, token: str) -> bool:
@@ -291,8 +279,6 @@ class _Pages:
             "/retry/start": self.start,
             LOGIN_PATH: self.login,
             "/logout": self.logout,
-            "/healthz": self.healthz,
-            "/style.css": self.style,
         }
 
     def _ask(self, conversation: Conversation[T], heavy: bool = False) -> T:
@@ -306,8 +292,8 @@ class _Pages:
     def standing(self) -> Standing | None:
         """What holds up everything, for the banner; None where it cannot be told."""
         if "standing" not in g:
-            with contextlib.suppress(QueueUnavailable, HTTPException):
-                self._ask(queries.clock())
+            with contextlib.suppress(QueueUnavailable, HTTPException), self._turns.taken(heavy=False):
+                g.standing = self._client.converse(queries.standing(self._keys))
         found: Standing | None = g.get("standing")
         return found
 
@@ -319,8 +305,8 @@ class _Pages:
             return frame
         with self._turns.taken(heavy=False):
             seen = self._client.status()
-        g.standing = Standing(seen.suspended, seen.workers_known and not seen.live_workers, seen.unattended)
-        rows = self._ask(queries.newest(self._keys, _NEWEST))
+        g.standing = Standing(seen.at_ms, seen.suspended, seen.workers_known and not seen.live_workers, seen.unattended)
+        rows = self._ask(queries.outcomes(self._keys, Wanted())).rows[:_NEWEST]
         hour = self._ask(read_timeline(self._keys, *_HOUR)).intervals
         about = {"ledger": self._keys.outcomes, "hour": rows_of(hour), "plots": plots_of(hour, "minute", "last hour")}
         return render_template("status.html", s=seen, rows=rows, **about)
@@ -377,7 +363,6 @@ class _Pages:
         """One request in full."""
         if not USABLE_ID.fullmatch(job_id):
             raise NotFound("No request can have this id.")
-        now_ms = self._ask(queries.clock())
         (seen,) = self._ask(requests_of(self._keys, [job_id]))
         earlier: list[Seen] = []
         if seen.outcome is None and seen.status is None and not seen.faults:
@@ -388,7 +373,7 @@ class _Pages:
         if seen.open and (frame := _frame("Request", REFRESH_S)) is not None:
             return frame
         note = self._access.noted(request.args.get("note"))
-        return render_template("request.html", seen=seen, now_ms=now_ms, note=note)
+        return render_template("request.html", seen=seen, note=note)
 
     def search(self) -> Answer:
         """By the id of an order or of a request."""
@@ -407,7 +392,6 @@ class _Pages:
         """What a retry would start, to be confirmed."""
         if not self._access.enabled:
             raise Forbidden(_READ_ONLY)
-        now_ms = self._ask(queries.clock())
         ids = [job_id for job_id in request.args.getlist("id") if USABLE_ID.fullmatch(job_id)]
         wanted = wanted_of(request.args, _FAILED)
         if wanted.fault is not None:
@@ -426,7 +410,6 @@ class _Pages:
             damaged=damaged,
             wanted=wanted,
             by_id=bool(ids),
-            now_ms=now_ms,
             form=self._access.login_of(request),
             by_name=any(seen.of_order("algo_id") is None and seen.of_order("client_algo_id") for seen in chosen),
         )
@@ -467,14 +450,6 @@ class _Pages:
     def logout(self) -> Answer:
         """Take the cookie back."""
         return self._access.let_out(make_response(redirect(url_for("login"), 303)), request)
-
-    def healthz(self) -> Answer:
-        """For the platform: the process serves."""
-        return Response("ok\n", mimetype="text/plain")
-
-    def style(self) -> Answer:
-        """The one style sheet."""
-        return Response(_STYLE, mimetype="text/css")
 
 
 _STYLE = files("producer.web").joinpath("static", "style.css").read_text("utf-8")

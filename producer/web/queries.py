@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from producer.console import algo_id_of
 from producer.keys import Band, Keys
 from producer.message import DEFAULT_ACCOUNT, CancelRequest, decode_outcome
 from producer.protocol import Command, Conversation, good, pages, stream_entries, text
@@ -34,7 +36,6 @@ _KEPT = 20 * RESULTS
 class Part:
     """A part of a list, and what was looked at for it."""
 
-    now_ms: int
     rows: tuple[Seen, ...]
     damaged: tuple[str, ...] = ()  # keys of the wrong type, which count as empty
     total: int = 0  # in the registry, or of this state in the index
@@ -47,20 +48,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What holds up everything."""
+    """What holds up everything, and when that was seen, ms by Redis' clock."""
 
+    at_ms: int
     suspended: bool
     unserved: bool  # there is no live worker
     waiting: bool = False  # and there is work
 
 
 # --- The ledger ---------------------------------------------------------------------------------------------------
-
-
-def newest(keys: Keys, count: int) -> Conversation[list[Seen]]:
-    """The newest outcomes, newest first; none of a ledger of the wrong type, which the status names."""
-    (entries,) = yield from readable([("XREVRANGE", keys.outcomes, "+", "-", "COUNT", count)], {})
-    return [_of_entry(entry_id, fields) for entry_id, fields in stream_entries(entries)]
 
 
 def _of_entry(entry: str, fields: Mapping[Any, Any]) -> Seen:
@@ -114,14 +110,14 @@ def outcomes(keys: Keys, wanted: Wanted, before: str | None = None) -> Conversat
     """The newest outcomes that meet ``wanted``, of those before an entry if one is named: :data:`PAGE` at most, among
     :data:`DEPTH` entries."""
     damaged: dict[str, None] = {}
-    time, length = yield [("TIME",), ("XLEN", keys.outcomes)]
+    (length,) = yield [("XLEN", keys.outcomes)]
     newest = f"({before}" if before else "+"
     if wanted.until_ms is not None and not before and isinstance(length, int) and length > DEPTH:
         newest = str(wanted.until_ms + _LATE_MS)
     bounds = (newest, str(wanted.since_ms or 0))
     size = PAGE + 1 if wanted.all else _ENTRIES
     rows, read, last = yield from _ledger(keys, wanted.meets, damaged, bounds=bounds, most=PAGE, size=size)
-    return Part(ms_of(time), tuple(rows), tuple(damaged), read=read, last=last)
+    return Part(tuple(rows), tuple(damaged), read=read, last=last)
 
 
 # --- Open requests ------------------------------------------------------------------------------------------------
@@ -132,9 +128,8 @@ def open_requests(keys: Keys, band: Band, start: int = 0) -> Conversation[Part]:
     next, or whose lease ends first. Those that no worker has put into the index yet follow."""
     damaged: dict[str, None] = {}
     bounds = (int(band), f"({int(dict(pairwise(Band))[band])}")
-    commands: list[Command] = [("TIME",), ("ZCOUNT", keys.unfinished, *bounds)]
-    commands += [("ZRANGEBYSCORE", keys.unfinished, *bounds, "LIMIT", start, PAGE)]
-    time, total, known = yield from readable(commands, damaged)
+    listed = ("ZRANGEBYSCORE", keys.unfinished, *bounds, "LIMIT", start, PAGE)
+    total, known = yield from readable([("ZCOUNT", keys.unfinished, *bounds), listed], damaged)
     rows = yield from requests_of(keys, [text(job_id) for job_id in known])
     gone = ("its job is gone; a worker that looks for it drops it from the index",)
     rows = [seen if seen.status or seen.outcome or seen.faults else replace(seen, faults=gone) for seen in rows]
@@ -145,7 +140,7 @@ def open_requests(keys: Keys, band: Band, start: int = 0) -> Conversation[Part]:
         hinted = yield from requests_of(keys, others[first : first + count])
         rows += [seen for seen in hinted if seen.open or seen.faults]
         more = len(others) > first + count
-    return Part(ms_of(time), tuple(rows), tuple(damaged), total, more=more)
+    return Part(tuple(rows), tuple(damaged), total, more=more)
 
 
 def _unindexed(keys: Keys, band: Band, damaged: dict[str, None]) -> Conversation[list[str]]:
@@ -166,8 +161,8 @@ def _unindexed(keys: Keys, band: Band, damaged: dict[str, None]) -> Conversation
 
 def standing(keys: Keys) -> Conversation[Standing]:
     """Whether anything holds up everything."""
-    (suspended,) = good((yield [("EXISTS", keys.suspended)]))
-    return Standing(bool(suspended), (yield from is_served(keys)) is False)
+    time, suspended = good((yield [("TIME",), ("EXISTS", keys.suspended)]))
+    return Standing(ms_of(time), bool(suspended), (yield from is_served(keys)) is False)
 
 
 # --- Failed requests ----------------------------------------------------------------------------------------------
@@ -180,8 +175,8 @@ def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Con
     """
     first, last = (start, start + count - 1) if wanted.all else (0, DEPTH - 1)
     damaged: dict[str, None] = {}
-    commands: list[Command] = [("TIME",), ("ZCARD", keys.failed), ("ZREVRANGE", keys.failed, first, last)]
-    time, total, members = yield from readable(commands, damaged)
+    commands: list[Command] = [("ZCARD", keys.failed), ("ZREVRANGE", keys.failed, first, last)]
+    total, members = yield from readable(commands, damaged)
     job_ids = [text(member) for member in members]
     matching = total
     if not wanted.all:
@@ -191,7 +186,7 @@ def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Con
     # RQ scores the registry in whole seconds; within one, the records know better.
     rows.sort(key=lambda seen: seen.ended_at_ms or 0, reverse=True)
     partial = not wanted.all and total > DEPTH
-    return Part(ms_of(time), tuple(rows), tuple(damaged), total, matching, partial=partial)
+    return Part(tuple(rows), tuple(damaged), total, matching, partial=partial)
 
 
 def _meeting(keys: Keys, job_ids: Sequence[str], meets: Callable[[Seen], bool]) -> Conversation[list[str]]:
@@ -213,12 +208,6 @@ def _of_record(job_id: str, record: Any) -> Seen | None:
         return None
 
 
-def clock() -> Conversation[int]:
-    """Redis' time, ms since the epoch."""
-    (time,) = good((yield [("TIME",)]))
-    return ms_of(time)
-
-
 # --- Search -------------------------------------------------------------------------------------------------------
 
 
@@ -229,8 +218,8 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[P
     ``default``; ended ones in the newest :data:`DEPTH` of ledger and registry. Newest first, open ones before them.
     """
     damaged: dict[str, None] = {}
-    commands: list[Command] = [("TIME",), ("ZCARD", keys.failed), ("ZREVRANGE", keys.failed, 0, DEPTH - 1)]
-    time, total, failed_ids = yield from readable(commands, damaged)
+    commands: list[Command] = [("ZCARD", keys.failed), ("ZREVRANGE", keys.failed, 0, DEPTH - 1)]
+    total, failed_ids = yield from readable(commands, damaged)
 
     def meant(seen: Seen) -> bool:
         return _is_of(seen, account) and (bool(seen.faults) or _meant(seen, words))
@@ -245,7 +234,7 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[P
     found = _merged([*known, *ended], account)
     partial = last is not None or total > DEPTH
     rows, more = tuple(found[:RESULTS]), len(found) > RESULTS
-    return Part(ms_of(time), rows, tuple(damaged), read=read, partial=partial, more=more)
+    return Part(rows, tuple(damaged), read=read, partial=partial, more=more)
 
 
 def _is_of(seen: Seen, account: str | None) -> bool:
@@ -256,8 +245,9 @@ def _is_of(seen: Seen, account: str | None) -> bool:
 def _open_with(keys: Keys, words: str, accounts: Iterable[str], damaged: dict[str, None]) -> Conversation[list[str]]:
     """The request of this id, those that an order's pointer names, and the open ones in whose call ``words`` stand."""
     ids = [words] if USABLE_ID.fullmatch(words) else []
-    if pointers := [keys.order_prefix + key for account in accounts for key in order_keys(words, account)]:
-        (named,) = good((yield [("MGET", *pointers)]))
+    with contextlib.suppress(InvalidRequest):
+        orders = [CancelRequest(algo_id_of(words), account=account).order_key for account in accounts]
+        (named,) = good((yield [("MGET", *(keys.order_prefix + order for order in orders))]))
         ids += [text(job_id) for job_id in named if job_id is not None]
     # The list as well: what another program enqueued is in the index only when a worker has seen it.
     bands = [(int(band), f"({int(end)}") for band, end in pairwise(Band)]
@@ -267,16 +257,6 @@ def _open_with(keys: Keys, words: str, accounts: Iterable[str], damaged: dict[st
         calls = yield [("HGET", keys.job_prefix + job_id, "data") for job_id in page]
         ids += [job_id for job_id, call in zip(page, calls, strict=True) if _may_hold(call, words)]
     return ids
-
-
-def order_keys(words: str, account: str) -> list[str]:
-    """The keys of the orders that ``words`` can mean for an account; none where it breaks the contract."""
-    if not (words.isascii() and words.isdigit() and len(words) <= 19):
-        return []
-    try:
-        return [CancelRequest(algo_id=int(words), account=account).order_key]
-    except InvalidRequest:
-        return []
 
 
 def _may_hold(record: Any, words: str) -> bool:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rq.job import JobStatus
-from rq.utils import utcparse
 
 from producer.keys import Band, JobField, Keys
 from producer.message import (
@@ -30,7 +29,7 @@ from producer.message import (
 )
 from producer.protocol import Command, Conversation, good, is_requeued, pages, stream_entries, text
 from producer.untrusted import MAX_PAYLOAD_BYTES, MalformedMessage, MessageError, clean_text
-from producer.workers import number
+from producer.workers import number, stamp_s
 
 #: What an id must look like to stand in an address or a form; RQ itself allows less.
 USABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:~@+-]{0,199}")
@@ -140,7 +139,7 @@ def _seen(job_id: str, record: Any, job: Any, failed: Any, index: Any, unread: M
     seen = replace(_with_job(Seen(job_id), job, faults), in_failed=_there(failed))
     done = None if isinstance(job, Exception) else job[-1]
     outcome = _decoded(record, faults)
-    if outcome is not None and outcome.kind.failed and is_requeued((seen.status, done, seen.run), failed):
+    if outcome is not None and outcome.kind.failed and is_requeued((seen.status, done, seen.run), failed, outcome.run):
         seen = _with_state(seen, index)  # the record is of the run before
     elif outcome is not None:
         seen = with_outcome(seen, outcome)
@@ -223,11 +222,8 @@ def _with_job(seen: Seen, job: Any, faults: list[str]) -> Seen:
 
 
 def _stamp_ms(value: Any) -> int | None:
-    """RQ's own stamp, by the clock of the host that wrote it."""
-    try:
-        return int(utcparse(text(value)).timestamp() * 1000) if value else None
-    except (ValueError, OverflowError):
-        return None
+    at_s = stamp_s(value)
+    return None if at_s is None else int(at_s * 1000)
 
 
 def _with_results(keys: Keys, rows: Sequence[Seen]) -> Conversation[list[Seen]]:

@@ -18,7 +18,7 @@ from flask import Flask
 from waitress import wasyncore
 from waitress.server import create_server
 
-from producer.shell import block_ends, wait_for_end
+from producer.shell import wait_for_end
 from producer.web.access import GUESS_S
 
 #: Requests at a time. Pages that read the queue, or wait for their turn to, keep 14 of them at most (`_Turns`): some
@@ -38,20 +38,15 @@ _UNWRITTEN, _LINES, _LINES_S = 1000, 200, 10.0
 _GRACE_S = 0.5
 
 
-def serve(app: Flask, host: str, port: int, listening: Callable[[str], object]) -> bool:
-    """Serve until SIGTERM or SIGINT; whether it was SIGINT. ``listening`` is told the address.
+def serve(app: Flask, listener: socket.socket) -> bool:
+    """Serve until SIGTERM or SIGINT; whether it was SIGINT.
 
     Requests that are then under way have half a second; one that takes longer loses its connection.
-
-    Raises:
-        OSError: the address cannot be listened on.
     """
     # Somebody who hangs up in the middle is no news.
     logging.getLogger("waitress").setLevel(logging.CRITICAL)
-    open_sockets: dict[int, Any] = {}
-    block_ends()
-    listener = _listen(host, port)
     logging.getLogger("producer.web").addHandler(_Log())
+    open_sockets: dict[int, Any] = {}
     server: Any = create_server(
         app,
         map=open_sockets,
@@ -76,7 +71,6 @@ def serve(app: Flask, host: str, port: int, listening: Callable[[str], object]) 
     # Nothing is raised wherever a signal comes: a socket half opened would stay so.
     Thread(target=wait, name="signals", daemon=True).start()
     try:
-        listening(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/")
         while not ended:
             wasyncore.loop(guesses.answered(), use_poll=True, map=open_sockets, count=1)
             _make_room(server, guesses)
@@ -185,17 +179,3 @@ def _close(server: Any, open_sockets: dict[int, Any]) -> None:
         _hang_up(channel, [channel.request, *waited])
     # The trigger last: a thread that still ran would write into whatever file had its number next.
     wasyncore.close_all(open_sockets)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on the first address of ``host``."""
-    family, *_, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-        listener.listen()
-    except OSError:
-        listener.close()
-        raise
-    return listener

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
+import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.bench import behaviour, endurance, measures, plot, silences
-from tests.bench.common import Bench, Sizes
-from tests.bench.environment import describe
+from tests.bench.common import REDIS_ONE_WAY_MS, Bench, Sizes
 from tests.bench.figures import Results
-from tests.bench.report import ratios, tables
+from tests.bench.report import tables
 from tests.bench.rig import Rig, open_rig
 from tests.bench.systems import PROJECT, SYSTEMS
 
@@ -89,20 +87,7 @@ FULL = Sizes(
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command line."""
-
-    quick: bool
-    json: str | None
-    plot: Path | None
-    redis_ms: float
-    measures: tuple[str, ...]
-    systems: tuple[str, ...]
-    rounds: int
-
-
-def _options(arguments: list[str]) -> Options:
+def _options(arguments: list[str]) -> argparse.Namespace:
     names = [system.name for system in SYSTEMS]
     shown = "\n".join(f"  {name:<10}{what}" for name, what in MEASURES.items())
     parser = argparse.ArgumentParser(
@@ -113,35 +98,23 @@ def _options(arguments: list[str]) -> Options:
         "exit codes: 0 measured, 1 a cancel was lost (no DELETE, or no record), 2 bad usage, 3 not measured",
     )
     parser.add_argument("--quick", action="store_true", help="less of everything: under a minute")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write every raw figure; - is stdout, the tables then go to stderr"
-    )
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw idle latency and throughput (matplotlib)")
-    parser.add_argument("--redis-ms", metavar="ONE_WAY", type=float, default=0.5, help="distance for `far` (0.5)")
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="these measurements, systems, or both")
-    parser.add_argument(
-        "--rounds", metavar="N", type=int, default=1, help="idle, far, burst and cost so many times (1)"
-    )
     given = parser.parse_args(arguments)
     if unknown := set(given.only) - MEASURES.keys() - set(names):
         parser.error(f"--only: no such measurement or system: {', '.join(sorted(unknown))}")
-    if not 0 < given.redis_ms <= 1000 or not 0 < given.rounds <= 100:
-        parser.error("--redis-ms is more than 0 and at most 1000, --rounds is 1 to 100")
-    chosen = tuple(name for name in MEASURES if name in given.only) or tuple(MEASURES)
-    systems = tuple(name for name in names if name in given.only) or tuple(names)
-    return Options(given.quick, given.json, given.plot, given.redis_ms, chosen, systems, given.rounds)
+    return given
 
 
-def measure(options: Options, bench: Bench, rig: Rig, results: Results) -> None:
+def measure(wanted: Collection[str], bench: Bench, rig: Rig) -> Results:
     """Take the measurements that were asked for."""
-    wanted, has_project = options.measures, PROJECT in bench.systems
-    for _ in range(options.rounds):
-        if {"idle", "burst"} & set(wanted):
-            measures.speed(bench, rig, results, wanted)
-        if "far" in wanted:
-            measures.far(bench, rig, results)
-        if "cost" in wanted and has_project:
-            results.cost += [endurance.cost(bench, rig, full) for full in (False, True)]
+    results, has_project = Results(), PROJECT in bench.systems
+    if {"idle", "burst"} & set(wanted):
+        measures.speed(bench, rig, results, wanted)
+    if "far" in wanted:
+        measures.far(bench, rig, results)
+    if "cost" in wanted and has_project:
+        results.cost += [endurance.cost(bench, rig, full) for full in (False, True)]
     if "silence" in wanted and has_project:
         results.silence.append(silences.silences(bench, rig))
     if "calm" in wanted and has_project:
@@ -154,10 +127,11 @@ def measure(options: Options, bench: Bench, rig: Rig, results: Results) -> None:
             results.retries += [behaviour.retries(bench, rig, system) for system in chosen]
         if "memory" in wanted and has_project:
             results.memory.append(endurance.memory(bench, rig))
+    return results
 
 
 @contextlib.contextmanager
-def _long_pause(bench: Bench, results: Results, wanted: tuple[str, ...]) -> Iterator[None]:
+def _long_pause(bench: Bench, results: Results, wanted: Collection[str]) -> Iterator[None]:
     """The first cancel after a pause: the pause lasts while the block runs, and longer if need be."""
     if "cold" not in wanted:
         yield
@@ -181,48 +155,26 @@ def _progress() -> Callable[[str], None]:
     return say
 
 
-def run(options: Options) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measure and report; gives the exit code."""
     if options.plot is not None:
         plot.library()
-    began, results = time.monotonic(), Results()
-    systems = [system for system in SYSTEMS if system.name in options.systems]
-    bench = Bench(QUICK if options.quick else FULL, systems, options.redis_ms, _progress())
-    with open_rig(options.redis_ms) as rig:
-        environment = describe(rig.redis)
-        measure(options, bench, rig, results)
-    environment |= {"load_1m_after": os.getloadavg()[0], "seconds": round(time.monotonic() - began, 1)}
-    _report(options, environment, results)
-    return EX_LOST if results.losses() else EX_OK
-
-
-def _report(options: Options, environment: dict[str, object], results: Results) -> None:
-    where = f"{environment['cores']} cores, Python {environment['python']}, {environment['server']}"
-    text = "\n\n".join(table.text() for table in tables(results))
-    lost = "".join(f"LOST  {line}\n" for line in results.losses())
-    ending = f"{where}, {environment['seconds']} s. Stock workers do fewer cancels; p99 of less than 100 is their max."
-    out = sys.stderr if options.json == "-" else sys.stdout
-    out.write(f"{text}\n\n{ending}\n{lost}")
-    if options.json is not None:
-        _write_json(options, environment, results)
+    began = time.monotonic()
+    wanted = [name for name in MEASURES if name in options.only] or list(MEASURES)
+    systems = [system for system in SYSTEMS if system.name in options.only] or list(SYSTEMS)
+    bench = Bench(QUICK if options.quick else FULL, systems, _progress())
+    with open_rig(REDIS_ONE_WAY_MS) as rig:
+        server = rig.redis.info("server")
+        results = measure(wanted, bench, rig)
+    name = f"{server.get('server_name', 'redis')} {server.get('valkey_version', server.get('redis_version'))}"
+    where = f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {name}"
+    remark = "Stock workers do fewer cancels; p99 of less than 100 is their max."
+    lost = [f"LOST  {line}" for line in results.losses()]
+    lines = [f"{where}, {time.monotonic() - began:.1f} s. {remark}", *lost]
+    print(*(f"{table.text()}\n" for table in tables(results)), *lines, sep="\n")  # noqa: T201
     if options.plot is not None:
         plot.draw(results, options.plot, where)
-
-
-def _write_json(options: Options, environment: dict[str, object], results: Results) -> None:
-    record = {
-        "v": 1,
-        "environment": environment,
-        "options": {**asdict(options), "plot": None if options.plot is None else str(options.plot)},
-        "results": asdict(results),
-        "ratios": [{**asdict(one), "ratio": one.value} for one in ratios(results)],
-        "losses": results.losses(),
-    }
-    text = json.dumps(record, allow_nan=False) + "\n"
-    if options.json == "-":
-        sys.stdout.write(text)
-    elif options.json is not None:
-        Path(options.json).write_text(text, "utf-8")
+    return EX_LOST if lost else EX_OK
 
 
 def main(arguments: list[str]) -> int:

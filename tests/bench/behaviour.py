@@ -34,7 +34,7 @@ def first_after_idle(bench: Bench, pausing: threading.Event) -> list[FirstAfterI
     project = replace(PROJECT, command=(sys.executable, "-m", "tests.bench.warm_worker"))
     chosen = [project if system is PROJECT else system for system in bench.systems if system in (PROJECT, RQ_SIMPLE)]
     with open_rig(tls=True, closes_after_s=closes_after_s) as rig, contextlib.ExitStack() as stack:
-        trusted = str(rig.exchange.ca_file)
+        trusted = rig.exchange.ca_file
         variables = {"EXCHANGE_TLS_CA": trusted, "REQUESTS_CA_BUNDLE": trusted, "BENCH_WARM_S": bench.sizes.warm_s}
         workers = [stack.enter_context(running(system, rig, environment=variables)) for system in chosen]
         warm_ms = [warm_up(bench, rig, worker) for worker in workers]

@@ -17,6 +17,8 @@ from tests.bench.usage import cpu_s
 
 #: How late the exchange answers, ms: one nearby for latency, one far away for bursts.
 NEAR_MS, FAR_MS = 5.0, 50.0
+#: How far away Redis is where it is not on the same machine, ms.
+REDIS_ONE_WAY_MS = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ class Bench:
 
     sizes: Sizes
     systems: Sequence[System]
-    redis_one_way_ms: float
     say: Callable[[str], None]
     _orders: itertools.count[int] = field(default_factory=lambda: itertools.count(10**15))
 

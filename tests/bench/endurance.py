@@ -14,7 +14,6 @@ from tests.bench.figures import Cost, Memory, MemoryStep
 from tests.bench.rig import Rig
 from tests.bench.systems import PROJECT, PROJECT_QUEUE, ProjectProducer, Running, running, wait_recorded
 from tests.bench.usage import rss_mib, until_quiet
-from tests.servers import plain
 
 #: Cancels before the stretch that is measured, and so many more behind it than are in flight.
 _LEAD, _TAIL = 300, 300
@@ -135,38 +134,33 @@ def memory(bench: Bench, rig: Rig) -> Memory:
             steps.append(_memory_step(rig.redis, worker, done, len(orders)))
             shown = "?" if steps[-1].rss_mib is None else f"{steps[-1].rss_mib:.1f}"
             bench.say(f"memory: {done} cancels, worker {shown} MiB, Redis {steps[-1].redis_mib:.1f} MiB")
-    return Memory(sizes.memory_ledger, steps, lost, unrecorded, repeats)
+    return Memory(steps, lost, unrecorded, repeats)
 
 
 def _memory_step(client: redis.Redis, worker: Running, done: int, count: int) -> MemoryStep:
     until_quiet(worker.pid)
     before = int(client.info("memory")["used_memory"])
-    expiring = expire(client)
+    expire(client)
     after = int(client.info("memory")["used_memory"])
     return MemoryStep(
         cancels=done,
         rss_mib=rss_mib(worker.pid),
-        expiring_keys=expiring,
         lasting_keys=client.dbsize(),
         redis_mib=after / 2**20,
         expiring_bytes=(before - after) / count,
     )
 
 
-def expire(client: redis.Redis) -> int:
+def expire(client: redis.Redis) -> None:
     """Do at once what time does: remove jobs, results and outcome records that carry an expiry, and what registries
-    hold of them. Gives the number of keys; those without an expiry stay, and so does everything else."""
-    prefixes = (_KEYS.job_prefix, _KEYS.result_prefix, _KEYS.outcome_prefix)
-    removed, cursor = 0, -1
-    while cursor:
-        cursor, found = client.scan(max(cursor, 0), count=_CHUNK)
-        names = [name for name in found if str(plain(name)).startswith(prefixes)]
+    hold of them; those without an expiry stay, and so does everything else."""
+    for prefix in (_KEYS.job_prefix, _KEYS.result_prefix, _KEYS.outcome_prefix):
+        names = list(client.scan_iter(f"{prefix}*", _CHUNK))
         with client.pipeline(transaction=False) as pipeline:
             for name in names:
                 pipeline.ttl(name)
-            lives_s = pipeline.execute()
-        expiring = [name for name, life_s in zip(names, lives_s, strict=True) if life_s >= 0]
-        removed += client.delete(*expiring) if expiring else 0
+            expiring = [name for name, life_s in zip(names, pipeline.execute(), strict=True) if life_s >= 0]
+        if expiring:
+            client.delete(*expiring)
     for registry in (_KEYS.finished, _KEYS.failed):
         client.zremrangebyscore(registry, "-inf", "+inf")
-    return removed

@@ -1,4 +1,4 @@
-"""What was measured, as it stands in the JSON: every raw figure, nothing derived."""
+"""What was measured: every raw figure, nothing derived."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ class Idle:
     """One cancel at a time on an idle system."""
 
     system: str
-    redis_one_way_ms: float  # 0: on the same machine
     ping_ms: float  # median round trip to Redis as the producer has it
     latencies_ms: list[float]  # from the call that asks for the cancel to the arrival of its DELETE
     calls_ms: list[float]  # the call alone
@@ -28,7 +27,6 @@ class Burst:
     exchange_ms: float
     cancels: int
     seconds: float  # from the call that asks for them to the arrival of the last DELETE
-    put_many_ms: float
     peak_in_flight: int
     worker_cpu_ms: float | None  # of all of them, as is the next
     redis_cpu_ms: float
@@ -101,7 +99,6 @@ class MemoryStep:
 
     cancels: int
     rss_mib: float | None
-    expiring_keys: int  # jobs, results and outcomes, which go with time
     lasting_keys: int
     redis_mib: float  # without what goes with time
     expiring_bytes: float  # per cancel
@@ -111,7 +108,6 @@ class MemoryStep:
 class Memory:
     """One worker over many cancels."""
 
-    ledger_maxlen: int
     steps: list[MemoryStep]
     lost: int
     unrecorded: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import redis
 
@@ -34,7 +34,7 @@ _CANCEL_MANY_TIMES = 3
 COMMON_IN_FLIGHT = 64
 
 
-def speed(bench: Bench, rig: Rig, results: Results, wanted: Sequence[str]) -> None:
+def speed(bench: Bench, rig: Rig, results: Results, wanted: Collection[str]) -> None:
     """Idle latency of all systems by turns, then a burst for each."""
     forget(rig)
     with contextlib.ExitStack() as stack:
@@ -59,7 +59,7 @@ def far(bench: Bench, rig: Rig, results: Results) -> None:
     forget(rig)
     with contextlib.ExitStack() as stack:
         workers = _start(bench, rig, [stack] * len(bench.systems), far=True)
-        results.far += idle(bench, rig, workers, bench.sizes.far, bench.redis_one_way_ms)
+        results.far += idle(bench, rig, workers, bench.sizes.far)
 
 
 def _start(
@@ -78,7 +78,6 @@ def idle(
     rig: Rig,
     workers: Sequence[tuple[Running, float]],
     counts: Mapping[str, int],
-    redis_one_way_ms: float = 0,
 ) -> list[Idle]:
     """Cancels one at a time, far enough apart that each one finds an idle worker and an idle machine."""
     rig.exchange.reset(delay_ms=NEAR_MS)
@@ -87,18 +86,17 @@ def idle(
     rig.exchange.wait_for(sum(len(one.asked_ns) for one in sent.values()), bench.sizes.limit_s)
     figures = []
     for (worker, _), recorded in zip(workers, before, strict=True):
-        figures.append(_idle(bench, rig, worker, sent[worker.system.name], recorded, redis_one_way_ms))
-    bench.say(f"{'far' if redis_one_way_ms else 'idle'}: {sum(len(one.latencies_ms) for one in figures)} cancels")
+        figures.append(_idle(bench, rig, worker, sent[worker.system.name], recorded))
+    bench.say(f"one at a time: {sum(len(one.latencies_ms) for one in figures)} cancels")
     return figures
 
 
-def _idle(bench: Bench, rig: Rig, worker: Running, sent: Sent, recorded: int, redis_one_way_ms: float) -> Idle:
+def _idle(bench: Bench, rig: Rig, worker: Running, sent: Sent, recorded: int) -> Idle:
     producer, orders, arrivals = worker.producer, list(sent.asked_ns), rig.exchange.arrivals()
     wait_recorded(producer, recorded + len(orders), bench.sizes.limit_s)
     lost, repeats = lost_and_repeats(orders, arrivals)
     return Idle(
         system=worker.system.name,
-        redis_one_way_ms=redis_one_way_ms,
         ping_ms=median_ping_ms(producer.redis),
         latencies_ms=sent.latencies_ms(arrivals),
         calls_ms=sent.calls_ms,
@@ -119,7 +117,6 @@ def burst(bench: Bench, rig: Rig, worker: Running) -> Burst:
     with PeakRss(worker.pid) as peak:
         began_ns = time.time_ns()
         worker.producer.put_many(orders)
-        put_ns = time.time_ns() - began_ns
         _finished(bench, rig, worker.producer, before.recorded + count, count)
     until_quiet(worker.pid)
     took = used(rig, worker).since(before)
@@ -134,7 +131,6 @@ def burst(bench: Bench, rig: Rig, worker: Running) -> Burst:
         exchange_ms=FAR_MS,
         cancels=count,
         seconds=seconds,
-        put_many_ms=put_ns / 1e6,
         peak_in_flight=state["peak"],
         worker_cpu_ms=took.worker_cpu_ms,
         redis_cpu_ms=took.redis_cpu_ms,

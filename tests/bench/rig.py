@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import json
 import subprocess
 import sys
@@ -17,12 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import redis
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
+from tests.loopback import certificate
 from tests.servers import ROOT, Valkey, running_valkey, scrubbed
 
 ACCOUNT = {"BINANCE_API_KEY": "key-of-the-benchmark", "BINANCE_API_SECRET": "secret-of-the-benchmark"}
@@ -54,7 +48,7 @@ class Exchange:
     pid: int
     port: int
     control: int
-    ca_file: Path | None
+    ca_file: str = ""  # of TLS
 
     @property
     def url(self) -> str:
@@ -119,35 +113,11 @@ def open_rig(redis_one_way_ms: float = 0, *, tls: bool = False, closes_after_s: 
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="bench-")))
         valkey = stack.enter_context(running_valkey("--appendonly", "no"))
         client = stack.enter_context(redis.Redis(port=valkey.port))
-        certificate, key = _certificate(directory) if tls else (None, None)
-        words = [str(closes_after_s), *(str(path) for path in (certificate, key) if path)]
-        pid, line = stack.enter_context(_process("tests.bench.exchange", *words))
+        files = certificate(directory) if tls else ()
+        pid, line = stack.enter_context(_process("tests.bench.exchange", str(closes_after_s), *files))
         ports: Mapping[str, int] = json.loads(line)
         far_url = valkey.url
         if redis_one_way_ms:
             far = stack.enter_context(_process("tests.bench.distance", str(valkey.port), str(redis_one_way_ms)))
             far_url = f"redis://127.0.0.1:{int(far[1])}/0"
-        yield Rig(valkey, client, Exchange(pid, ports["port"], ports["control"], certificate), far_url, directory)
-
-
-def _certificate(directory: Path) -> tuple[Path, Path]:
-    """A certificate for loopback that vouches for itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "exchange of the benchmark")])
-    now, address = datetime.datetime.now(datetime.UTC), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    paths = directory / "certificate.pem", directory / "key.pem"
-    paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
-    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return paths
+        yield Rig(valkey, client, Exchange(pid, ports["port"], ports["control"], *files[:1]), far_url, directory)

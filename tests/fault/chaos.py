@@ -471,7 +471,7 @@ def reckon(world: World, drained_s: float, logs: Path | None) -> Reckoning:
         seed=world.seed,
         seconds=time.monotonic() - world.began_s,
         drained_s=drained_s,
-        blows=Counter(blow.kind.value for blow in world.struck),
+        blows=dict(Counter(blow.kind.value for blow in world.struck)),
         exchange_faults=sum(stats.faults_injected.values()),
         replies_lost=sum(proxy.count.replies_lost for proxy in world.proxies),
         resets=sum(proxy.count.resets for proxy in world.proxies),

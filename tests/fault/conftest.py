@@ -6,10 +6,8 @@ scenes at the same time, each on servers or queues of its own, and each test the
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,27 +42,8 @@ FAST = {
     "NOT_FOUND_HORIZON_S": "2",
     "CANCEL_DEADLINE_S": "60",
 }
-#: Starting Python is the only thing about a scene that needs a processor, so only three workers start at a time: a
-#: test of how soon something happens must not wait for others' imports.
-_STARTING = threading.BoundedSemaphore(3)
 #: Writes that were acknowledged are on the disk: the server may be killed.
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
-
-
-class Fleet(Workers):
-    """Starts workers that are waited for two at a time, whichever scene they belong to."""
-
-    def start(
-        self,
-        *arguments: str,
-        command: tuple[str, ...] = (),
-        wait: bool = True,
-        stdout: int | None = None,
-        **environment: str,
-    ) -> Worker:
-        """Start a worker and, unless told not to, wait until it works."""
-        with _STARTING if wait else contextlib.nullcontext():
-            return super().start(*arguments, command=command, wait=wait, stdout=stdout, **environment)
 
 
 class Stage:
@@ -102,7 +81,7 @@ class Stage:
         """Starts workers on these two, with the waits scaled."""
         directory = self._directory / f"fleet-{len(list(self._directory.iterdir()))}"
         directory.mkdir()
-        workers = Fleet(directory, environment(redis_url, exchange.url) | settings)
+        workers = Workers(directory, environment(redis_url, exchange.url) | settings)
         self._stack.callback(workers.stop)
         return workers
 

@@ -18,8 +18,8 @@ from worker.sandbox.faults import Fault
 
 #: A wait at the queue ends within a second, on behalf of a process that stands still too: before the lease does.
 LEASE_S = "1.5"
-#: Time between a DELETE's arrival and its answer, in which the worker is paused, ms.
-LATENCY_MS = 400
+#: Time between a DELETE's arrival and its answer, in which the worker is paused, ms; later ones are answered soon.
+LATENCY_MS = 1200
 #: How long a woken worker is watched for requests that it must not send, s: longer than its looks at Redis.
 WATCHED_S = 1.5
 SCENES = Scenes()
@@ -28,9 +28,9 @@ SCENES = Scenes()
 class Pair:
     """A worker that is to be paused, and a peer that comes when it is."""
 
-    def __init__(self, stage: Stage, latency_ms: float = LATENCY_MS) -> None:
+    def __init__(self, stage: Stage) -> None:
         self.valkey: Valkey = stage.valkey()
-        self.exchange: RunningExchange = stage.exchange(latency_ms)
+        self.exchange: RunningExchange = stage.exchange()
         self.client: CancelClient = stage.client(self.valkey.url)
         self.peek = Peek(stage.direct(self.valkey))
         self._fleet: Workers = stage.fleet(self.valkey.url, self.exchange, LEASE_S=LEASE_S)
@@ -50,9 +50,11 @@ class Pair:
         order = self.exchange.add_orders()[0]
         if faults:
             self.exchange.script_faults(order.algo_id, faults)
+        self.exchange.set_latency_ms(LATENCY_MS)
         ticket = self.client.cancel(algo_id=order.algo_id)
         eventually(lambda: self.requests(order.algo_id)[0] == 1, what="the DELETE arrives")
         self.pause()
+        self.exchange.set_latency_ms(0)
         return ticket, order.algo_id
 
     def gets(self, ticket: Ticket) -> bool:
@@ -60,13 +62,9 @@ class Pair:
         eventually(lambda: self.peek.waiting() or self.peek.job(ticket.id)["worker_name"], what="a place for the job")
         return not self.peek.waiting()
 
-    def start_peer(self) -> Worker:
-        """Start the peer."""
-        return self._fleet.start()
-
     def peer_takes_over(self, ticket: Ticket) -> Worker:
         """Start the peer and wait until it has ended the job."""
-        peer = self.start_peer()
+        peer = self._fleet.start()
         assert ticket.wait(15).kind is OutcomeKind.CANCELLED
         assert [outcome.worker for outcome in self.peek.ledger()] == [name_of(peer)]
         return peer
@@ -90,44 +88,19 @@ class Pair:
 
 @SCENES.add
 def an_answer_read_after_the_lease_is_not_recorded(stage: Stage) -> None:
-    """Paused between its DELETE and the answer, the first worker's outcome is refused: the peer's stands alone."""
+    """Paused between its DELETE and the answer, the first worker's outcome is refused: the peer's stands alone. From
+    then on it takes new jobs as before."""
     pair = Pair(stage)
     ticket, algo_id = pair.send()
-    pair.peer_takes_over(ticket)
+    peer = pair.peer_takes_over(ticket)
     assert [attempt.msg for attempt in ticket.wait(1).attempts] == ["worker lost", "CANCELED"]
+    assert peer.stop() == 0
     pair.wake_and_watch(algo_id)
     assert "event=fenced" in pair.paused.output()
-
-
-def wake_beside_the_peer(stage: Stage, *faults: Fault) -> tuple[Pair, int]:
-    """The paused worker wakes with its answer while the peer has a request for the same job in flight."""
-    pair = Pair(stage)
-    ticket, algo_id = pair.send(*faults)
-    pair.exchange.set_latency_ms(1200)
-    peer = pair.start_peer()
-    eventually(lambda: pair.requests(algo_id)[1], what="the peer asks")
-    pair.wake()
-    eventually(lambda: "event=fenced" in pair.paused.output(), 1, "the late completion is refused")
-    assert pair.peek.ledger() == []
-    assert pair.peek.job(ticket.id)["worker_name"] == name_of(peer)
-    assert ticket.wait(10).worker == name_of(peer)
-    assert len(pair.peek.ledger()) == 1
-    return pair, algo_id
-
-
-@SCENES.add
-def a_late_outcome_does_not_end_the_peers_hold(stage: Stage) -> None:
-    """An outcome that comes while the peer is at work on the job is refused, though there is none yet."""
-    pair, algo_id = wake_beside_the_peer(stage)
-    assert pair.requests(algo_id)[0] == 1
-
-
-@SCENES.add
-def a_late_retry_does_not_end_the_peers_hold(stage: Stage) -> None:
-    """A retry that is scheduled while the peer is at work on the job is refused: nobody makes it."""
-    pair, algo_id = wake_beside_the_peer(stage, Fault.INTERNAL_503)
-    assert pair.requests(algo_id)[0] == 2
-    assert pair.peek("ZCARD", pair.peek.keys.scheduled) == 0
+    order = pair.exchange.add_orders()[0]
+    outcome = pair.client.cancel(algo_id=order.algo_id).wait(5)
+    assert (outcome.kind, outcome.worker) == (OutcomeKind.CANCELLED, name_of(pair.paused))
+    assert len(outcome.attempts) == 1
 
 
 @SCENES.add
@@ -151,7 +124,7 @@ def no_second_delete_follows_an_answer_read_too_late(stage: Stage) -> None:
 @SCENES.add
 def a_claim_read_after_its_lease_sends_nothing(stage: Stage) -> None:
     """Redis hands a job to a worker that stands still at the queue; it wakes when somebody else has done the job."""
-    pair = Pair(stage, latency_ms=0)
+    pair = Pair(stage)
     for _ in range(10):
         pair.client.cancel(algo_id=pair.exchange.add_orders()[0].algo_id).wait(5)  # the server knows the scripts now
         pair.peek("DEL", pair.peek.keys.outcomes)
@@ -165,20 +138,6 @@ def a_claim_read_after_its_lease_sends_nothing(stage: Stage) -> None:
     assert pair.peek.job(ticket.id)["worker_name"] == name_of(pair.paused)
     pair.peer_takes_over(ticket)
     pair.wake_and_watch(order.algo_id)
-
-
-@SCENES.add
-def the_woken_worker_works_on(stage: Stage) -> None:
-    """A worker that lost its jobs to a pause takes new ones as before."""
-    pair = Pair(stage, latency_ms=50)
-    ticket, algo_id = pair.send()
-    peer = pair.peer_takes_over(ticket)
-    assert peer.stop() == 0
-    pair.wake_and_watch(algo_id)
-    order = pair.exchange.add_orders()[0]
-    outcome = pair.client.cancel(algo_id=order.algo_id).wait(5)
-    assert (outcome.kind, outcome.worker) == (OutcomeKind.CANCELLED, name_of(pair.paused))
-    assert len(outcome.attempts) == 1
 
 
 @pytest.mark.parametrize("name", SCENES)

@@ -11,16 +11,15 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 import pytest
-import redis
 from rq.command import send_shutdown_command
 
 from producer import CancelClient, CancelRequest, QueueUnavailable, Ticket
 from producer.message import OutcomeKind
 from producer.protocol import Wire
-from tests.fault.conftest import DURABLE, Scenes, Stage, cpu_s, is_running, mark_of, name_of, store_like, wait_for_line
+from tests.fault.conftest import DURABLE, Scenes, Stage, cpu_s, is_running, mark_of, name_of, store_like
 from tests.fault.proxy import Proxy
 from tests.orders import stayed_in_hand
-from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port
+from tests.servers import Peek, Valkey, Worker, Workers, eventually, free_port, refuses
 from worker.sandbox.control import RunningExchange
 
 SCENES = Scenes()
@@ -199,24 +198,13 @@ def loading(stage: Stage) -> None:
     tickets = scenery.in_flight(2, 500)
     scenery.valkey.stop(signal.SIGKILL)
     scenery.valkey.start(wait=False)
-    eventually(lambda: is_loading(scenery.connection), 5, "the server says LOADING")
+    eventually(lambda: refuses(scenery.connection, "loading"), 5, "the server says LOADING")
     with pytest.raises(QueueUnavailable):
         scenery.client.outcome("none")
     scenery.away(2.0)
-    assert is_loading(scenery.connection)
-    eventually(lambda: not is_loading(scenery.connection), 20, "it has loaded")
+    assert refuses(scenery.connection, "loading")
+    eventually(lambda: not refuses(scenery.connection, "loading"), 20, "it has loaded")
     scenery.goes_on(*tickets)
-
-
-def is_loading(connection: redis.Redis) -> bool:
-    """Whether the server is up and loading."""
-    try:
-        connection.ping()
-    except redis.exceptions.BusyLoadingError:
-        return True
-    except redis.ConnectionError:
-        return False
-    return False
 
 
 @SCENES.add
@@ -326,19 +314,6 @@ def flushed(stage: Stage) -> None:
     assert scenery.peek("TTL", f"rq:worker:{name}") > 0
     scenery.goes_on()
     scenery.connection.script_flush()
-    scenery.goes_on()
-
-
-@SCENES.after(flushed)
-def a_worker_starts_while_redis_is_away(stage: Stage) -> None:
-    """A worker that is started too early waits for Redis and then works."""
-    scenery: Scenery = stage.scenery
-    assert scenery.worker.stop() == 0
-    scenery.proxy.down()
-    scenery.worker = scenery.fleet.start(wait=False)
-    wait_for_line(scenery.worker, "event=redis state=away")
-    assert is_running(scenery.worker)
-    scenery.proxy.up()
     scenery.goes_on()
 
 

@@ -32,12 +32,11 @@ class Scenery:
     def __init__(self, stage: Stage) -> None:
         stage.scenery = self
         self.valkey: Valkey = stage.valkey()
-        self.proxy = stage.proxy(self.valkey)
         self.exchange: RunningExchange = stage.exchange()
         self.client: CancelClient = stage.client(self.valkey.url)
         self.connection = stage.direct(self.valkey)
         self.peek = Peek(self.connection)
-        self.fleet: Workers = stage.fleet(self.proxy.redis_url, self.exchange)
+        self.fleet: Workers = stage.fleet(self.valkey.url, self.exchange)
         self._settings = dict(self.fleet.environment)
 
     @classmethod
@@ -192,26 +191,6 @@ def a_retry_that_waits_is_left_to_others(stage: Stage) -> None:
 
 
 @SCENES.add
-def while_redis_is_away(stage: Stage) -> None:
-    """A worker that cannot reach Redis leaves in time as well, idle or with an outcome that it cannot write."""
-    scenery = Scenery.on(stage, latency_ms=500, SHUTDOWN_GRACE_S="6")
-    idle, busy = scenery.fleet.start(CANCEL_QUEUE="other"), scenery.fleet.start()
-    tickets = scenery.ask(1)
-    scenery.wait_for_requests(1)
-    scenery.proxy.timeout()
-    time.sleep(0.7)  # the answer comes, and cannot be written
-    for worker in (idle, busy):
-        worker.process.send_signal(signal.SIGTERM)
-    leave(idle, 6)
-    leave(busy, 6)
-    scenery.proxy.timeout(False)
-    scenery.proxy.reset_peer()
-    scenery.fleet.start("--burst", wait=False)
-    assert tickets[0].wait(10).kind is OutcomeKind.CANCELLED
-    assert scenery.exchange.book()[tickets[0].request.algo_id or 0].deletes_effective == 1
-
-
-@SCENES.add
 def a_request_slower_than_the_grace_is_left_behind(stage: Stage) -> None:
     """The grace holds whatever the exchange does; the job comes back with its attempt as unclear."""
     scenery = Scenery.on(stage, latency_ms=2500, SHUTDOWN_GRACE_S="4")
@@ -263,7 +242,7 @@ def suspended_and_resumed(stage: Stage) -> None:
     assert [entry.deletes for entry in scenery.exchange.book().values()] == [1, 0, 0, 0, 0]
     assert scenery.peek.waiting() == [ticket.id for ticket in second]
     rq(scenery, "resume")
-    eventually(lambda: scenery.exchange.stats().in_flight == 3, 1.5, "the rest is sent")
+    eventually(lambda: scenery.exchange.stats().in_flight == 3, what="the rest is sent")
     assert {ticket.wait(5).kind for ticket in second} == {OutcomeKind.CANCELLED}
     worker.process.send_signal(signal.SIGTERM)
     leave(worker, IDLE_EXIT_S)

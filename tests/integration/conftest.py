@@ -16,6 +16,7 @@ from producer.web.app import create_app
 from tests.caller import ACCOUNTS, TIMING, Caller
 from tests.holders import Holder, OpenHolder
 from tests.loopback import Authority
+from tests.processes import child, pipe  # noqa: F401 - fixtures
 from tests.rehearsing import demo, relay  # noqa: F401 - fixtures of the rehearsals
 from tests.servers import Peek, Valkey, Workers, running_valkey
 from tests.ways import WAYS, Bench
@@ -49,6 +50,12 @@ def open_holder(valkey: Valkey) -> Iterator[OpenHolder]:
     yield make
     for holder in holders:
         holder.close()
+
+
+@pytest.fixture
+def holder(open_holder: OpenHolder) -> Holder:
+    """A worker of ours, as the scripts know it."""
+    return open_holder()
 
 
 @pytest.fixture(params=WAYS)

@@ -14,19 +14,7 @@ from rq.serializers import JSONSerializer
 from producer import CancelClient, CancelRequest
 from producer.keys import Band
 from producer.message import TASK, OutcomeKind, decode_attempts, decode_call, encode_request
-from tests.holders import (
-    DEAD,
-    DEADLINE_MS,
-    NUMBERS,
-    OpenHolder,
-    back,
-    band,
-    ended,
-    ids,
-    later,
-    orders,
-    tried,
-)
+from tests.holders import DEAD, DEADLINE_MS, NUMBERS, Holder, OpenHolder, back, band, ended, ids, later, orders, tried
 from tests.servers import Peek, eventually
 from worker.store import ANSWER_WITHIN_S, TOO_LARGE
 
@@ -65,12 +53,12 @@ def test_a_job_is_given_once(client: CancelClient, open_holder: OpenHolder) -> N
     assert len({lease.token for lease in leases}) == 30
 
 
-def test_a_claim_keeps_to_its_slots_and_to_the_order(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_claim_keeps_to_its_slots_and_to_the_order(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """Jobs are given first come, first served, urgent ones before, and never more than there are slots."""
     slow = [ticket.id for ticket in orders(client, 4)]
     urgent = client.cancel(algo_id=99, urgent=True).id
 
-    given = ids(open_holder().claim(3))
+    given = ids(holder.claim(3))
 
     assert given == [urgent, *slow[:2]]
     assert peek.waiting() == slow[2:]
@@ -116,11 +104,10 @@ def test_an_entry_of_a_held_job_gives_it_to_nobody(client: CancelClient, open_ho
 
 @pytest.mark.parametrize("kind", [OutcomeKind.CANCELLED, OutcomeKind.UNKNOWN])
 def test_an_entry_of_an_ended_job_is_dropped(
-    kind: OutcomeKind, client: CancelClient, open_holder: OpenHolder, peek: Peek
+    kind: OutcomeKind, client: CancelClient, holder: Holder, peek: Peek
 ) -> None:
     """A list entry of a job that has its outcome gives nothing, and leaves the outcome alone."""
     client.cancel(algo_id=1)
-    holder = open_holder()
     (lease,) = holder.claim()
     holder.complete(ended(lease, kind))
     before = peek.job(lease.id)
@@ -131,12 +118,9 @@ def test_an_entry_of_an_ended_job_is_dropped(
     assert len(peek.ledger()) == 1
 
 
-def test_an_entry_of_a_scheduled_job_waits_for_its_time(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_an_entry_of_a_scheduled_job_waits_for_its_time(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A retry that is due later is not given early because its id stands on the list, whatever RQ says of it."""
     client.cancel(algo_id=1)
-    holder = open_holder()
     (lease,) = holder.claim()
     holder.complete(later(lease, 60_000, tried(1)))
     for status in ("scheduled", "queued", "started"):
@@ -151,63 +135,57 @@ def test_an_entry_of_a_scheduled_job_waits_for_its_time(
 
 @pytest.mark.parametrize("status", ["failed", "started", "deferred", "finished"])
 def test_a_job_without_outcome_and_lease_waits_whatever_rq_says(
-    status: str, client: CancelClient, open_holder: OpenHolder, peek: Peek
+    status: str, client: CancelClient, holder: Holder, peek: Peek
 ) -> None:
     """RQ's clean-up may call a job failed that nobody has worked on: a worker takes it all the same, for good."""
     ticket = client.cancel(algo_id=1)
     peek("HSET", peek.keys.job_prefix + ticket.id, "status", status)
     peek("EXPIRE", peek.keys.job_prefix + ticket.id, 600)
 
-    assert ids(open_holder().claim()) == [ticket.id]
+    assert ids(holder.claim()) == [ticket.id]
     assert peek("TTL", peek.keys.job_prefix + ticket.id) == -1
 
 
-def test_a_deleted_job_leaves_nothing(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_deleted_job_leaves_nothing(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """An id whose job was deleted is dropped, and its hash is not called back to life."""
     ticket = client.cancel(algo_id=1)
     peek("DEL", peek.keys.job_prefix + ticket.id)
-    holder = open_holder()
 
     assert holder.claim() == []
     assert peek.job(ticket.id) == {}
     assert holder.is_drained()
 
 
-def test_what_a_broken_claim_moved_goes_back_to_the_front(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_what_a_broken_claim_moved_goes_back_to_the_front(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """Ids that a broken claim moved away are given first, in their order."""
     tickets = [ticket.id for ticket in orders(client, 4)]
     for _ in range(2):
         peek("LMOVE", peek.keys.waiting, peek.keys.claiming, "LEFT", "RIGHT")
 
-    assert ids(open_holder().claim()) == tickets
+    assert ids(holder.claim()) == tickets
     assert peek("EXISTS", peek.keys.claiming) == 0
 
 
 # ---- jobs of others -------------------------------------------------------------------------------------------------
 
 
-def test_a_plain_rq_job_gets_its_times_at_the_first_claim(
-    connection: redis.Redis, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_a_plain_rq_job_gets_its_times_at_the_first_claim(connection: redis.Redis, holder: Holder, peek: Peek) -> None:
     """A job that another program enqueued through RQ counts from the moment it is first seen."""
     queue = Queue("cancels", connection=connection, serializer=JSONSerializer)
     job = queue.enqueue(TASK, encode_request(CancelRequest(algo_id=5)))
     before = peek.now_ms()
 
-    (lease,) = open_holder().claim()
+    (lease,) = holder.claim()
 
     assert lease.id == job.id
     assert before <= lease.enqueued_at_ms <= peek.now_ms()
     assert lease.deadline_at_ms == lease.enqueued_at_ms + DEADLINE_MS
 
 
-def test_a_hash_without_a_status_is_given(open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_hash_without_a_status_is_given(holder: Holder, peek: Peek) -> None:
     """A waiting hash that lacks even RQ's own fields is somebody's mistake: it is given, so that it gets an outcome."""
     peek("HSET", peek.keys.job_prefix + "odd", "x", "y")
     peek("RPUSH", peek.keys.waiting, "odd")
-    holder = open_holder()
 
     (lease,) = holder.claim()
 
@@ -217,11 +195,10 @@ def test_a_hash_without_a_status_is_given(open_holder: OpenHolder, peek: Peek) -
 
 
 @pytest.mark.parametrize("odd_id", [b"\xff\xfe\x80", b"a:b", "ü mlaut".encode(), b"", b"{x}\r\n", b"x" * 256])
-def test_any_id_gets_its_outcome(odd_id: bytes, open_holder: OpenHolder, peek: Peek, connection: redis.Redis) -> None:
+def test_any_id_gets_its_outcome(odd_id: bytes, holder: Holder, peek: Peek, connection: redis.Redis) -> None:
     """An id that RQ would not make is brought to its end like any other, whatever bytes it holds."""
     connection.hset(peek.keys.job_prefix.encode() + odd_id, "status", "queued")
     connection.rpush(peek.keys.waiting, odd_id)
-    holder = open_holder()
 
     (lease,) = holder.claim()
 
@@ -234,12 +211,11 @@ def test_any_id_gets_its_outcome(odd_id: bytes, open_holder: OpenHolder, peek: P
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [b"abc", b"", b"1.5", b"inf", b"\xff", b"9" * 400])
 def test_a_damaged_number_is_named(
-    name: str, value: bytes, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    name: str, value: bytes, client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """A field of ours that holds no whole number costs neighbours nothing, and the worker learns which one it is."""
     damaged, sound = orders(client, 2)
     connection.hset(peek.keys.job_prefix + damaged.id, name, value)
-    holder = open_holder()
 
     leases = holder.claim()
 
@@ -249,12 +225,11 @@ def test_a_damaged_number_is_named(
 
 @pytest.mark.parametrize("run", ["007", "-0", "-7"])
 def test_a_number_of_a_run_in_another_spelling(
-    run: str, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    run: str, client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """Whoever is given such a job can bring it to its end: else it would be given for ever."""
     (ticket,) = orders(client, 1)
     connection.hset(peek.keys.job_prefix + ticket.id, "c_run", run)
-    holder = open_holder()
 
     (lease,) = holder.claim()
 
@@ -276,13 +251,12 @@ def test_a_number_of_a_run_in_another_spelling(
     ],
 )
 def test_an_endless_id_costs_itself_alone(
-    place: str, put: tuple[Any, ...], client: CancelClient, open_holder: OpenHolder, peek: Peek
+    place: str, put: tuple[Any, ...], client: CancelClient, holder: Holder, peek: Peek
 ) -> None:
     """What is too long for an id is dropped unread wherever it stands, with its first letters as its name."""
     key, (command, *score) = getattr(peek.keys, place), put
     (ticket,) = orders(client, 1)
     peek(command, key, *score, b"h" * 5_000_000)
-    holder = open_holder()
 
     claimed = holder.claimed()
 
@@ -304,12 +278,11 @@ def test_an_endless_id_costs_itself_alone(
     ],
 )
 def test_a_field_that_is_too_large_is_not_read(
-    name: str, size: int, fault: str, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    name: str, size: int, fault: str, client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """The job comes without the field, and told of, so that it gets an outcome; its neighbours come as ever."""
     large, neighbour = orders(client, 2)
     connection.hset(peek.keys.job_prefix + large.id, name, b"[" * size)
-    holder = open_holder()
 
     one, other = holder.claim()
 
@@ -367,10 +340,9 @@ def test_a_lost_job_with_a_history_that_is_none_comes_back(
 # ---- many at once: bounded ------------------------------------------------------------------------------------------
 
 
-def test_due_retries_come_back_a_hundred_at_a_time(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_due_retries_come_back_a_hundred_at_a_time(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """However many retries are due at once, one call brings back a hundred of them at the most, oldest first."""
     orders(client, 250)
-    holder = open_holder()
     leases = holder.claim(250)
     for group in (leases[:1], leases[1:]):
         holder.complete(*(later(lease, 0, tried(1)) for lease in group))
@@ -396,12 +368,11 @@ def test_lost_leases_come_back_a_hundred_at_a_time(client: CancelClient, open_ho
     assert sorted(ids(taken)) == sorted(ids(lost))
 
 
-def test_a_retry_starts_when_it_is_due(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_retry_starts_when_it_is_due(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A retry is not given before its time and at once after it, with attempts, pin, run and deadline as they were."""
     client.cancel(client_algo_id="c1")
-    holder = open_holder()
     (lease,) = holder.claim()
-    (due_ms,) = holder.complete(later(lease, 250, tried(1), pin='{"algo_id":5}'))
+    (due_ms,) = holder.complete(later(lease, 1500, tried(1), pin='{"algo_id":5}'))
 
     assert holder.claim() == []
     eventually(lambda: peek.now_ms() > due_ms, what="the retry is due")
@@ -414,10 +385,9 @@ def test_a_retry_starts_when_it_is_due(client: CancelClient, open_holder: OpenHo
 
 
 def test_a_full_server_refuses_the_wait_and_not_the_claim(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis
+    client: CancelClient, holder: Holder, connection: redis.Redis
 ) -> None:
     """The worker learns why it was not let wait, so that it does not ask without end, and is given what there is."""
-    holder = open_holder()
     assert holder.claim() == []  # from now on the server knows the script
     (ticket,) = orders(client, 1)
     connection.config_set("maxmemory", 1)

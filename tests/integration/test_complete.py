@@ -47,12 +47,11 @@ def test_no_worker_is_called_back_to_life(client: CancelClient, open_holder: Ope
     assert peek("KEYS", "rq:worker:*") == []
 
 
-def test_the_pointer_ends_with_the_outcome(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_the_pointer_ends_with_the_outcome(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """The pointer of an order's open job goes with its outcome, so that the next request starts a fresh job."""
     ticket = client.cancel(algo_id=1)
     pointer = peek.keys.order_prefix + ticket.request.order_key
     assert peek("GET", pointer) == ticket.id
-    holder = open_holder()
     (lease,) = holder.claim()
 
     holder.complete(ended(lease))
@@ -62,12 +61,9 @@ def test_the_pointer_ends_with_the_outcome(client: CancelClient, open_holder: Op
     assert (fresh.id != ticket.id, fresh.duplicate) == (True, False)
 
 
-def test_the_pointer_to_a_failed_job_leads_nobody_astray(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_the_pointer_to_a_failed_job_leads_nobody_astray(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """It stays, as RQ may put the job back; until then a request for its order starts a fresh job, which takes it."""
     ticket = client.cancel(algo_id=1)
-    holder = open_holder()
     holder.complete(ended(holder.claim()[0], OutcomeKind.UNKNOWN))
     assert peek("GET", peek.keys.order_prefix + ticket.request.order_key) == ticket.id
 
@@ -77,11 +73,10 @@ def test_the_pointer_to_a_failed_job_leads_nobody_astray(
     assert client.cancel(algo_id=1).id == fresh.id
 
 
-def test_the_pointer_of_another_job_is_left_alone(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_the_pointer_of_another_job_is_left_alone(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """An outcome takes away only the pointer that points to its own job."""
     ticket = client.cancel(algo_id=1)
     pointer = peek.keys.order_prefix + ticket.request.order_key
-    holder = open_holder()
     (lease,) = holder.claim()
     peek("SET", pointer, "somebody-else")
 
@@ -94,11 +89,10 @@ def test_the_pointer_of_another_job_is_left_alone(client: CancelClient, open_hol
 
 
 def test_a_retry_is_due_with_a_fraction_of_a_second(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """A retry stands in RQ's scheduled registry under its due time, and RQ counts it."""
     ticket = client.cancel(algo_id=1)
-    holder = open_holder()
     (lease,) = holder.claim()
     before = peek.now_ms()
 
@@ -126,20 +120,18 @@ def test_a_handed_back_job_is_first_and_untried(client: CancelClient, open_holde
     assert (again.id, again.attempts, again.run) == (lease.id, b"", 1)
 
 
-def test_jobs_handed_back_together_keep_their_order(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_jobs_handed_back_together_keep_their_order(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A worker that hands several jobs back leaves the queue as it found it."""
     tickets = [ticket.id for ticket in orders(client, 5)]
-    holder = open_holder()
 
     holder.complete(*map(back, holder.claim(3)))
 
     assert peek.waiting() == tickets
 
 
-def test_a_handed_back_job_keeps_what_was_tried(client: CancelClient, open_holder: OpenHolder) -> None:
+def test_a_handed_back_job_keeps_what_was_tried(client: CancelClient, holder: Holder) -> None:
     """A job that is handed back in the middle of its attempts keeps them, and what is known of its order."""
     client.cancel(algo_id=1)
-    holder = open_holder()
     (lease,) = holder.claim()
 
     holder.complete(replace(back(lease), attempts=(tried(1),), pin='{"algo_id":1}'))
@@ -193,12 +185,9 @@ def test_a_deadline_does_not_undo_what_the_exchange_said(
     assert [outcome.kind for outcome in peek.ledger()] == [kind]
 
 
-def test_a_wish_for_the_child_undoes_a_decision_to_leave_it(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_a_wish_for_the_child_undoes_a_decision_to_leave_it(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A triggered order's job goes on where its child is only told of while a later request wants it cancelled."""
     ticket = client.cancel(algo_id=1)
-    holder = open_holder()
     (lease,) = holder.claim()
     assert client.cancel(algo_id=1, on_trigger="cancel_child").id == ticket.id
 
@@ -213,12 +202,9 @@ def test_a_wish_for_the_child_undoes_a_decision_to_leave_it(
 # ---- jobs that somebody deleted -------------------------------------------------------------------------------------
 
 
-def test_a_job_deleted_while_it_is_held_has_its_outcome(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_a_job_deleted_while_it_is_held_has_its_outcome(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """Deleting a job that is being worked on takes back nothing: what was done is recorded, once."""
     ticket = client.cancel(algo_id=1)
-    holder = open_holder()
     (lease,) = holder.claim()
     client.job(ticket).delete()
 
@@ -233,12 +219,9 @@ def test_a_job_deleted_while_it_is_held_has_its_outcome(
     assert peek("ZCARD", peek.keys.started) == 0
 
 
-def test_a_deleted_job_is_neither_tried_again_nor_given(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_a_deleted_job_is_neither_tried_again_nor_given(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A retry of a deleted job and one that is handed back are told that it is gone; another outcome comes too late."""
     tickets = orders(client, 3)
-    holder = open_holder()
     one, two, three = holder.claim()
     for ticket in tickets:
         client.job(ticket).delete()
@@ -271,11 +254,10 @@ def test_a_deleted_job_that_nobody_holds_gets_no_outcome_late(
 
 @pytest.mark.parametrize("kind", sorted(SPOILED.keys() - {"hash"}))
 def test_one_spoiled_job_costs_no_other(
-    kind: str, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    kind: str, client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """In a group with a job whose key was replaced all outcomes are filed, its own too, and what goes back waits."""
     tickets = orders(client, 4)
-    holder = open_holder()
     returned, failing, broken, good = holder.claim()
     connection.delete(peek.keys.job_prefix + broken.id)
     SPOILED[kind](connection, peek.keys.job_prefix + broken.id)
@@ -294,13 +276,12 @@ def test_one_spoiled_job_costs_no_other(
 def test_what_rq_keeps_of_a_result_is_not_worth_an_outcome(
     spoil: Callable[[redis.Redis, str], object],
     client: CancelClient,
-    open_holder: OpenHolder,
+    holder: Holder,
     connection: redis.Redis,
     peek: Peek,
 ) -> None:
     """Another key where RQ's result, the record or a counter stands costs nothing of the outcome."""
     (ticket,) = orders(client, 1)
-    holder = open_holder()
     spoil(connection, peek.keys.result_prefix + ticket.id)
     spoil(connection, peek.keys.outcome_prefix + ticket.id)
     connection.hset("rq:worker:w", mapping={"successful_job_count": "many", "total_working_time": "x"})
@@ -317,10 +298,9 @@ def test_what_rq_keeps_of_a_result_is_not_worth_an_outcome(
     assert 0 < peek("TTL", peek.keys.job_prefix + ticket.id) <= 600
 
 
-def test_a_ledger_that_takes_no_entry_any_more(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_ledger_that_takes_no_entry_any_more(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A ledger whose last id is the largest there is goes aside under a name that tells, and outcomes go on."""
     orders(client, 2)
-    holder = open_holder()
     peek("XADD", peek.keys.outcomes, f"{2**64 - 1}-{2**64 - 1}", "outcome", "{}")
 
     completed = holder.completed([ended(lease) for lease in holder.claim()])
@@ -353,11 +333,10 @@ def test_a_user_without_the_ledger_ends_nothing_by_half(
 
 
 def test_a_full_server_takes_outcomes(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek, full: Callable[[], object]
+    client: CancelClient, holder: Holder, peek: Peek, full: Callable[[], object]
 ) -> None:
     """What was done is recorded, and leases are prolonged, also while the server refuses new requests."""
     tickets = orders(client, 3)
-    holder = open_holder()
     one, two, three = holder.claim()
     full()
 
@@ -368,12 +347,11 @@ def test_a_full_server_takes_outcomes(
 
 
 def test_a_full_server_gives_jobs_whole_or_not_at_all(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek, full: Callable[[], object]
+    client: CancelClient, holder: Holder, peek: Peek, full: Callable[[], object]
 ) -> None:
     """A claim at a full server loses no job, with the gate open or closed: it is given, or waits still."""
     tickets = [ticket.id for ticket in orders(client, 2)]
     overdue = client.cancel(algo_id=50, deadline_s=0.001).id
-    holder = open_holder()
     holder.close_gate(300)
     full()
     time.sleep(0.01)

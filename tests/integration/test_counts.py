@@ -100,11 +100,10 @@ def played(client: CancelClient, open_holder: OpenHolder, connection: redis.Redi
 
 
 def test_each_outcome_is_counted_once(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """Kinds are those of the ledger and times are exact; a completion that is repeated, a retry, what is handed back
     and what somebody else has ended count nothing."""
-    holder = open_holder()
     orders(client, 6)
     one, two, three, four, five, six = holder.claim()
     rows: list[Row] = [
@@ -130,10 +129,9 @@ def test_each_outcome_is_counted_once(
     assert (last.counts.kinds, last.counts.outcome) == (seen.kinds, seen.outcome)
 
 
-def test_a_listing_is_counted(client: CancelClient, open_holder: OpenHolder, connection: redis.Redis) -> None:
+def test_a_listing_is_counted(client: CancelClient, holder: Holder, connection: redis.Redis) -> None:
     """What makes requests is recorded by another script, and counted like all else; repeated, once."""
     client.cancel_open("BTCUSDT")
-    holder = open_holder()
     (lease,) = holder.claim()
     row = Done(lease, Outcome(lease.id, 1, OutcomeKind.LISTED, orders=(ListedOrder(7, "0" * 32),), finished_at_ms=1))
 
@@ -214,7 +212,7 @@ def test_an_outcome_is_recorded_whatever_stands_there(
     name: str,
     spoil: Callable[[redis.Redis, str], object],
     client: CancelClient,
-    open_holder: OpenHolder,
+    holder: Holder,
     connection: redis.Redis,
     peek: Peek,
 ) -> None:
@@ -225,7 +223,6 @@ def test_an_outcome_is_recorded_whatever_stands_there(
     assert client.status().damaged == (key,)
     assert told(connection, read_timeline(KEYS)).total.count == 0
     orders(client, 2)
-    holder = open_holder()
 
     completed = holder.completed([ended(lease) for lease in holder.claim()])
 
@@ -238,13 +235,12 @@ def test_an_outcome_is_recorded_whatever_stands_there(
 
 @pytest.mark.parametrize("numbers", [b"x", b"\xff" * SIZE, b"\x7f" + b"\xff" * 1_000_000], ids=["x", "-1", "large"])
 def test_an_outcome_is_recorded_whatever_is_written_there(
-    numbers: bytes, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    numbers: bytes, client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """Numbers that are none of ours cost figures alone; a reader is given a bounded part of them."""
     connection.set(KEYS.counts, numbers)
     connection.set(KEYS.minutes, numbers * 2)
     orders(client, 2)
-    holder = open_holder()
     assert holder.complete(*(ended(lease) for lease in holder.claim())) == [1, 1]
     assert len(peek.ledger()) == 2
 

@@ -5,7 +5,6 @@ Against a real Redis and the local exchange, or one that answers when the test s
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,14 +17,25 @@ import pytest
 import redis
 
 from producer import CancelClient, CancelRequest, OutcomeKind
-from tests.engines import CLOCK_ERROR, HELD_S, OVERLOADED, Answerer, Asked, Parts, RunningEngine, Said, enqueued, well
+from tests.engines import (
+    CLOCK_ERROR,
+    OVERLOADED,
+    Answerer,
+    Asked,
+    Parts,
+    RunningEngine,
+    Said,
+    enqueued,
+    every,
+    well,
+)
 from tests.fault.conftest import mark_of
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import Logged
 from tests.orders import at_first_try, cancel_all, opened, outcomes, steps
 from tests.servers import Peek, Valkey, eventually
 from worker.clock import RedisClock, SleepWatch, local_ns
-from worker.job import Hold
+from worker.hold import Held
 from worker.sandbox.control import RunningExchange
 from worker.store import Beat, Claimed, Completed, Lease, Request, Retry, Row
 
@@ -53,18 +63,15 @@ def test_what_was_claimed_ahead_goes_back_when_the_exchange_stalls(
     valkey: Valkey, client: CancelClient, exchange: RunningExchange, stack: ExitStack
 ) -> None:
     """Jobs that were claimed for slots that do not fall free are soon handed back, unsent, and another sends them."""
-    goes_on = threading.Event()
     stalling: list[RunningEngine] = []
 
-    def behave(asked: Asked) -> Said:
-        if len(stalling) > 1 or stalling[0].engine.working_on > 16:  # it has claimed ahead
-            stalling.append(stalling[0])
-            goes_on.wait(HELD_S)
+    def stalls(asked: Asked) -> bool:
+        has_claimed_ahead = len(stalling) > 1 or stalling[0].engine.working_on > 16
+        stalling.extend(stalling[:1] if has_claimed_ahead else ())
         time.sleep(0.03)
-        return well(asked)
+        return has_claimed_ahead
 
-    server = stack.enter_context(Answerer(behave))
-    stack.callback(goes_on.set)
+    server = stack.enter_context(Answerer(holds=stalls))
     tickets = cancel_all(client, opened(exchange, 1500))
     stalling.append(RunningEngine(valkey.url, server.url, 16, "stalled", patience_s=60, BINANCE_RECV_WINDOW_MS="60000"))
     stalled = stack.enter_context(stalling[0]).engine
@@ -73,7 +80,7 @@ def test_what_was_claimed_ahead_goes_back_when_the_exchange_stalls(
     eventually(lambda: stalled.in_hand == stalled.working_on == 16, 1, "what was not sent is handed back")
     stack.enter_context(RunningEngine(valkey.url, exchange.url, 64, "other"))
     eventually(lambda: len(client.outcomes_of(t.id for t in tickets)) == 1500 - 16, 25, "the other has sent the rest")
-    goes_on.set()
+    server.may_answer.set()
     found = outcomes(client, tickets)
     assert at_first_try(found)
     sent_by_other = {outcome.algo_id for outcome in found if outcome.worker == "other"}
@@ -102,19 +109,12 @@ def test_what_comes_up_together_is_completed_together(
     valkey: Valkey, client: CancelClient, connection: redis.Redis, stack: ExitStack
 ) -> None:
     """Outcomes of one moment cost a few calls of Redis in all, not one each."""
-    goes_on = threading.Event()
-
-    def behave(asked: Asked) -> Said:
-        goes_on.wait(HELD_S)
-        return well(asked)
-
-    server = stack.enter_context(Answerer(behave))
-    stack.callback(goes_on.set)
+    server = stack.enter_context(Answerer(holds=every))
     tickets = enqueued(client, 64)
     engine = stack.enter_context(RunningEngine(valkey.url, server.url, 64)).engine
     eventually(lambda: len(server.asked) == 64, what="all are sent")
     connection.config_resetstat()
-    goes_on.set()
+    server.may_answer.set()
 
     assert at_first_try(outcomes(client, tickets))
     eventually(lambda: engine.in_hand == 0, what="each is told of")
@@ -127,7 +127,7 @@ def stumbling(at: int, row_of: Callable[[Lease], Row]) -> Callable[[Parts], None
     def change(parts: Parts) -> None:
         carry = parts.canceller.carry
 
-        async def carried(lease: Lease, hold: Hold) -> Row:
+        async def carried(lease: Lease, hold: Held) -> Row:
             row = await carry(lease, hold)
             return row_of(lease) if f'"algo_id":{at}'.encode() in lease.data else row
 
@@ -142,20 +142,13 @@ def test_one_bad_row_costs_its_own_job_alone(
 ) -> None:
     """What cannot be recorded of one job is told of, and comes back with its lease; the rest of its group is
     recorded."""
-    goes_on = threading.Event()
-
-    def behave(asked: Asked) -> Said:
-        goes_on.wait(HELD_S)
-        return well(asked)
-
-    server = stack.enter_context(Answerer(behave))
-    stack.callback(goes_on.set)
+    server = stack.enter_context(Answerer(holds=every))
     tickets = enqueued(client, 9)
     bad = tickets[4]
     change = stumbling(5, lambda lease: Retry(lease, (), delay))
     stack.enter_context(RunningEngine(valkey.url, server.url, 16, change=change, LEASE_S="1"))
     eventually(lambda: len(server.asked) == 9, what="all are sent")
-    goes_on.set()
+    server.may_answer.set()
 
     assert at_first_try(outcomes(client, [ticket for ticket in tickets if ticket is not bad], 2))
     eventually(lambda: len(logged("defect")) > 1, what="it has come back, and is told of again")
@@ -190,15 +183,12 @@ def test_an_outcome_is_told_once_though_its_group_is_written_again(
 ) -> None:
     """Where a bad row has its group written one by one, and Redis is lost in the midst of it, nothing counts twice."""
     proxy = stack.enter_context(Proxy(valkey.port))
-    is_writing = threading.Event()
 
     def behave(asked: Asked) -> Said:
-        if asked.algo_id != 1:
-            is_writing.wait(HELD_S)
-            time.sleep(0.05 * (asked.algo_id or 0))
+        time.sleep(0.05 * (asked.algo_id or 0))
         return well(asked)
 
-    server = stack.enter_context(Answerer(behave))
+    server = stack.enter_context(Answerer(behave, lambda asked: asked.algo_id != 1))
     tickets = enqueued(client, 4)
     change = stumbling(4, lambda lease: Retry(lease, (), None))  # type: ignore[arg-type]
     running = RunningEngine(proxy.redis_url, server.url, 8, change=change, LEASE_S="30")
@@ -207,7 +197,7 @@ def test_an_outcome_is_told_once_though_its_group_is_written_again(
     trap = proxy.limit_data(b"done\r\n$32\r\n" + tickets[2].id.encode())
     with running:
         eventually(lambda: len(server.asked) == 4 and client.outcome(tickets[0].id), what="the first one is written")
-        is_writing.set()
+        server.may_answer.set()
 
         assert at_first_try(outcomes(client, tickets[:3]))
         eventually(lambda: running.engine.in_hand == 0, what="each is told of")
@@ -318,7 +308,7 @@ class Host:
         self.answers_s = 0.0
         self.asked: list[Asked] = []
         self.story: list[str] = []  # sleeps, questions to Redis about leases that were taken, and calls
-        self.holds: list[Hold] = []
+        self.holds: list[Held] = []
         self._doubted: set[int | None] = set()
         self._interrupts = ""
         self._clock: RedisClock
@@ -351,7 +341,7 @@ class Host:
 
         self._clock = parts.store.clock
 
-        async def carried(lease: Lease, hold: Hold) -> Row:
+        async def carried(lease: Lease, hold: Held) -> Row:
             self.holds.append(hold)
             return await carry(lease, hold)
 

@@ -5,14 +5,12 @@ Against a real Redis and an exchange that answers, or keeps silent, as each test
 
 from __future__ import annotations
 
-import contextlib
 import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import redis
@@ -21,20 +19,21 @@ from producer import CancelClient, OutcomeKind, Ticket
 from tests.engines import (
     BANNED,
     CLOCK_ERROR,
-    HELD_S,
     OVERLOADED,
     TOO_MANY,
     Answerer,
     Asked,
     RunningEngine,
     Said,
+    clock,
     enqueued,
+    every,
     well,
 )
 from tests.integration.conftest import Logged
 from tests.loopback import certificate
 from tests.orders import at_first_try, outcomes
-from tests.servers import Peek, Valkey, eventually, running_valkey
+from tests.servers import Peek, Valkey, busy_with_a_script, eventually, running_valkey
 from worker.transport_asyncio import OPENERS
 
 
@@ -61,22 +60,17 @@ def test_after_a_429_nothing_leaves(
     ca_file, key_file = certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(ca_file, key_file)
-    heard = threading.Event()
 
     def behave(asked: Asked) -> Said:
-        if asked.algo_id == 1:
-            eventually(lambda: len(server.asked) >= OPENERS)
-        else:
-            heard.wait(HELD_S)
+        eventually(lambda: len(server.asked) >= OPENERS)
         return TOO_MANY
 
-    server = stack.enter_context(Answerer(behave, context, opened=OPENERS))
-    stack.callback(heard.set)
+    server = stack.enter_context(Answerer(behave, lambda asked: asked.algo_id != 1, context, opened=OPENERS))
     enqueued(client, 64)
     running = stack.enter_context(RunningEngine(valkey.url, server.url, 64, ca_file=ca_file))
     eventually(running.is_closed, what="the first 429 was heard")
     server.may_open.set()
-    heard.set()
+    server.may_answer.set()
 
     eventually(lambda: running.engine.in_hand == 0, what="all jobs are handed back")
     assert server.count() == {"DELETE": OPENERS}
@@ -86,25 +80,18 @@ def test_after_a_429_nothing_leaves(
 def test_after_a_418_no_clock_is_measured(valkey: Valkey, client: CancelClient, stack: ExitStack) -> None:
     """While the clock is measured for those whom it failed, another's 418 stops the measurement, and none is sent
     anew."""
-    measuring, heard = threading.Event(), threading.Event()
 
     def behave(asked: Asked) -> Said:
-        if asked.path.endswith("/time"):
-            measuring.set()
-            heard.wait(HELD_S)
-            return well(asked)
         if asked.algo_id == 7:
-            measuring.wait(HELD_S)
-            eventually(lambda: server.count()["DELETE"] == 8)
+            eventually(lambda: server.count() == {"DELETE": 8, "time": 1})
             return BANNED
-        return CLOCK_ERROR
+        return well(asked) if clock(asked) else CLOCK_ERROR
 
-    server = stack.enter_context(Answerer(behave))
-    stack.callback(heard.set)
+    server = stack.enter_context(Answerer(behave, clock))
     enqueued(client, 8)
     running = stack.enter_context(RunningEngine(valkey.url, server.url, 16))
     eventually(running.is_closed, what="the 418 was heard")
-    heard.set()
+    server.may_answer.set()
 
     eventually(lambda: running.engine.in_hand == 0, what="all jobs are handed back")
     assert server.count() == {"DELETE": 8, "time": 1}
@@ -135,70 +122,24 @@ def test_a_418_to_a_measurement_closes_the_gate(
 # ---- a Redis that refuses -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """Jobs whose requests were sent, and whose answers wait until they are let go."""
-
-    valkey: Valkey
-    connection: redis.Redis
-    client: CancelClient
-    running: RunningEngine
-    tickets: list[Ticket]
-    let_go: threading.Event
-
-
-@contextlib.contextmanager
-def in_flight(count: int, *options: str) -> Iterator[InFlight]:
-    """A server of its own, with an engine that has sent so many requests."""
-    let_go = threading.Event()
-
-    def behave(asked: Asked) -> Said:
-        let_go.wait(HELD_S)
-        return well(asked)
-
-    with ExitStack() as stack:
-        valkey = stack.enter_context(running_valkey(*options))
-        client = stack.enter_context(CancelClient.from_url(valkey.url))
-        connection = stack.enter_context(redis.Redis(port=valkey.port))
-        server = stack.enter_context(Answerer(behave))
-        running = stack.enter_context(RunningEngine(valkey.url, server.url, 64))
-        stack.callback(let_go.set)
-        tickets = enqueued(client, count)
-        eventually(lambda: len(server.asked) == count, what="all are sent")
-        yield InFlight(valkey, connection, client, running, tickets, let_go)
-
-
-def test_a_busy_server_costs_no_outcome(logged: Logged) -> None:
+def test_a_busy_server_costs_no_outcome(stack: ExitStack, logged: Logged) -> None:
     """Outcomes that come up while the server is busy with a long script are recorded when it is not any more."""
-    with (
-        in_flight(5, "--appendonly", "no", "--lua-time-limit", "50") as world,
-        redis.Redis(port=world.valkey.port, socket_timeout=20) as other,
-    ):
+    valkey = stack.enter_context(running_valkey("--appendonly", "no"))
+    client = stack.enter_context(CancelClient.from_url(valkey.url))
+    connection = stack.enter_context(redis.Redis(port=valkey.port, socket_timeout=20))
+    server = stack.enter_context(Answerer(holds=every))
+    running = stack.enter_context(RunningEngine(valkey.url, server.url, 64))
+    tickets = enqueued(client, 5)
+    eventually(lambda: len(server.asked) == 5, what="all are sent")
 
-        def keep_busy() -> None:
-            with contextlib.suppress(redis.ResponseError):  # it is killed
-                other.eval("while true do end", 0)
+    with busy_with_a_script(connection):
+        server.may_answer.set()
+        eventually(lambda: running.engine.working_on == 0, what="all are answered")
+        eventually(lambda: logged("redis"), what="the outcomes are refused")
+        assert running.engine.in_hand == 5
 
-        def is_busy() -> bool:
-            try:
-                return not world.connection.ping()
-            except redis.ResponseError as error:
-                return "BUSY" in str(error)
-
-        thread = threading.Thread(target=keep_busy)
-        thread.start()
-        try:
-            eventually(is_busy, what="the script runs")
-            world.let_go.set()
-            eventually(lambda: world.running.engine.working_on == 0, what="all are answered")
-            eventually(lambda: logged("redis"), what="the outcomes are refused")
-            assert world.running.engine.in_hand == 5
-        finally:
-            world.connection.script_kill()
-            thread.join()
-
-        assert at_first_try(outcomes(world.client, world.tickets, 4))
-        recorded_once(world.valkey.port, world.tickets, world.running, logged)
+    assert at_first_try(outcomes(client, tickets, 4))
+    recorded_once(valkey.port, tickets, running, logged)
 
 
 # ---- connections that break -----------------------------------------------------------------------------------------
@@ -209,18 +150,13 @@ def test_a_slow_measurement_holds_up_nobody_else(
 ) -> None:
     """While forty orders wait for a measurement of the clock that takes long, the engine connects to Redis anew and
     cancels other orders."""
-    measured = threading.Event()
 
     def behave(asked: Asked) -> Said:
-        if asked.path.endswith("/time"):
-            measured.wait(HELD_S)
-        elif asked.algo_id is not None and asked.algo_id <= 40 and not measured.is_set():
-            return CLOCK_ERROR
-        return well(asked)
+        is_late = asked.algo_id is not None and asked.algo_id <= 40 and not server.may_answer.is_set()
+        return CLOCK_ERROR if is_late else well(asked)
 
-    server = stack.enter_context(Answerer(behave))
+    server = stack.enter_context(Answerer(behave, clock))
     running = stack.enter_context(RunningEngine(valkey.url, server.url, 128, BINANCE_RECV_WINDOW_MS="60000"))
-    stack.callback(measured.set)
     late = enqueued(client, 40)
     eventually(lambda: server.count() == {"DELETE": 40, "time": 1}, what="all wait for the clock")
     own = connection.client_id()
@@ -231,8 +167,7 @@ def test_a_slow_measurement_holds_up_nobody_else(
         others = enqueued(other, 5, first=101)
         assert at_first_try(outcomes(other, others, 4))
         assert server.count()["time"] == 1
-        assert not measured.is_set()
-        measured.set()
+        server.may_answer.set()
         assert {outcome.kind for outcome in outcomes(other, late)} == {OutcomeKind.CANCELLED}
     recorded_once(valkey.port, late + others, running, logged)
 

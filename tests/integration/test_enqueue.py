@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import redis
 
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import Band, JobField
 from producer.protocol import Wire, rows
-from tests.holders import OpenHolder, band, ended, ids, later, orders, requeue
+from tests.holders import Holder, OpenHolder, band, ended, later, orders, requeue
 from tests.servers import Peek
 
 
@@ -30,10 +32,9 @@ def test_a_new_job_is_whole(client: CancelClient, peek: Peek) -> None:
     assert peek("SMEMBERS", peek.keys.queues) == [peek.keys.waiting]
 
 
-def test_large_numbers_stay_whole_in_every_field(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_large_numbers_stay_whole_in_every_field(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """Times in our fields are plain whole numbers, never in scientific notation, whoever wrote them."""
     client.cancel(algo_id=1, deadline_s=604_800)
-    holder = open_holder()
     (lease,) = holder.claim()
     fields = peek.job(lease.id)
     holder.complete(later(lease, 600_000_000))
@@ -45,11 +46,10 @@ def test_large_numbers_stay_whole_in_every_field(client: CancelClient, open_hold
 
 @pytest.mark.parametrize("state", ["waiting", "held", "scheduled"])
 def test_a_request_joins_an_unfinished_job_in_each_state(
-    state: str, client: CancelClient, open_holder: OpenHolder, peek: Peek
+    state: str, client: CancelClient, holder: Holder, peek: Peek
 ) -> None:
     """Whether it waits, is in somebody's hand or waits for its next try: the job is shared, and prolonged."""
     (ticket,) = orders(client, 1, deadline_s=1)
-    holder = open_holder()
     if state != "waiting":
         (lease,) = holder.claim()
         if state == "scheduled":
@@ -76,13 +76,10 @@ def test_joining_adds_no_second_entry(client: CancelClient, peek: Peek) -> None:
     assert peek.waiting() == [tickets[2], *tickets]
 
 
-def test_a_pointer_that_leads_elsewhere_is_not_followed(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_a_pointer_that_leads_elsewhere_is_not_followed(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A pointer that leads to an ended job or that of another order, as somebody wrote it, or to none, swallows no
     request."""
     ticket = client.cancel(algo_id=1)
-    holder = open_holder()
     holder.complete(ended(holder.claim()[0], OutcomeKind.UNKNOWN))
     other = client.cancel(algo_id=2)
     for leads_to in (ticket.id, other.id, "nobody", "", "x" * 300, b"\xff\xfe"):
@@ -96,11 +93,10 @@ def test_a_pointer_that_leads_elsewhere_is_not_followed(
 
 
 def test_a_requeued_job_is_joined_before_anybody_claims_it(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """Once RQ has put a failed job back, the next request for its order shares it: a new run with a new deadline."""
     ticket = client.cancel(algo_id=1, deadline_s=1)
-    holder = open_holder()
     holder.complete(ended(holder.claim()[0], OutcomeKind.OVERDUE))
     requeue(connection, ticket.id)
 
@@ -117,48 +113,23 @@ def test_a_requeued_job_is_joined_before_anybody_claims_it(
 # ---- repeats --------------------------------------------------------------------------------------------------------
 
 
-def test_a_repeat_after_the_outcome_gives_no_row_a_new_job(
+def test_a_call_that_is_sent_again_makes_nothing(
     client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
 ) -> None:
-    """Two requests for one order, enqueued, finished, and enqueued again with the same ids, make no second job."""
-    ((batch,),) = rows([CancelRequest(algo_id=7), CancelRequest(algo_id=7)])
-    wire = Wire("cancels")
-    words = wire._enqueue_words(batch)
-    first = connection.eval(wire.enqueue_script.source, 0, *words)
-    holder = open_holder()
-    assert holder.complete(*map(ended, holder.claim())) == [1]
+    """Its words, with the same ids, are answered as at first and make no job: while its jobs wait, when they have
+    ended, and when no more than the records of their outcomes is left."""
+    ((batch,),) = rows([CancelRequest(algo_id=7), CancelRequest(algo_id=7), *[CancelRequest(None, "c")] * 2])
+    wire, holder = Wire("cancels"), open_holder()
 
-    again = connection.eval(wire.enqueue_script.source, 0, *words)
+    def call() -> Any:
+        return connection.eval(wire.enqueue_script.source, 0, *wire._enqueue_words(batch))[1:]
 
-    assert again[1:] == first[1:]
-    assert peek.waiting() == []
-    assert len(peek.ledger()) == 1
-
-
-def test_a_repeat_after_the_job_ran_out_gives_no_new_one_either(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
-) -> None:
-    """Nor is one made where only the record of the outcome is left."""
-    ((batch,),) = rows([CancelRequest(algo_id=7)])
-    wire = Wire("cancels")
-    words = wire._enqueue_words(batch)
-    (_, job_id, _) = first = connection.eval(wire.enqueue_script.source, 0, *words)
-    holder = open_holder()
-    holder.complete(*map(ended, holder.claim()))
-    connection.delete(peek.keys.job_prefix.encode() + job_id)
-
-    assert connection.eval(wire.enqueue_script.source, 0, *words)[1:] == first[1:]
-    assert ids(holder.claim()) == []
-
-
-def test_a_repeat_while_it_waits_joins_nothing_and_makes_nothing(client: CancelClient, connection: redis.Redis) -> None:
-    """Made again with the same ids at once, requests are answered as before, and each stands on the list once."""
-    ((batch,),) = rows([CancelRequest(algo_id=7), CancelRequest(None, "c"), CancelRequest(None, "c")])
-    wire = Wire("cancels")
-    words = wire._enqueue_words(batch)
-    first = connection.eval(wire.enqueue_script.source, 0, *words)
-    jobs = set(connection.keys("rq:job:*"))
-
-    assert connection.eval(wire.enqueue_script.source, 0, *words)[1:] == first[1:]
-    assert connection.llen("rq:queue:cancels") == 2
-    assert set(connection.keys("rq:job:*")) == jobs
+    first, jobs = call(), connection.keys("rq:job:*")
+    assert call() == first
+    assert (len(peek.waiting()), sorted(connection.keys("rq:job:*"))) == (2, sorted(jobs))
+    assert holder.complete(*map(ended, holder.claim())) == [1, 1]
+    assert call() == first
+    assert (peek.waiting(), len(peek.ledger())) == ([], 2)
+    connection.delete(*jobs)
+    assert call() == first
+    assert holder.claim() == []

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from producer import CancelClient, CancelRequest
-from tests.holders import OVERLOOKED_BUSY_MS, OpenHolder, age, ids, later, orders
+from tests.holders import OVERLOOKED_BUSY_MS, Holder, OpenHolder, age, ids, later, orders
 from tests.servers import Peek, eventually
 from worker.store import Suspect
 
@@ -29,13 +29,12 @@ def test_a_closed_gate_gives_nothing(client: CancelClient, open_holder: OpenHold
     assert peek.waiting() == tickets
 
 
-def test_the_gate_opens_by_itself(client: CancelClient, open_holder: OpenHolder) -> None:
+def test_the_gate_opens_by_itself(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """When the gate's time is over, claims give again and say that it is open."""
     client.cancel(algo_id=1)
-    holder = open_holder()
-    holder.close_gate(50)
+    until_ms = holder.close_gate(1500)
     assert holder.claim() == []
-    time.sleep(0.06)
+    eventually(lambda: peek.now_ms() > until_ms, what="its time is over")
 
     claimed = holder.claimed()
 
@@ -84,22 +83,18 @@ def test_what_waited_for_its_key_goes_on_when_it_is_accepted(client: CancelClien
 
 
 @pytest.mark.parametrize("until_ms", ["9" * 5000, "9" * 17, "abc", ""])
-def test_an_end_of_the_gate_that_is_none(
-    until_ms: str, client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_an_end_of_the_gate_that_is_none(until_ms: str, client: CancelClient, holder: Holder, peek: Peek) -> None:
     """Whatever stands in place of the gate's end, beats go on, and beats and claims agree that the gate is open."""
     orders(client, 1)
     peek("HSET", peek.keys.gate("all"), "until_ms", until_ms)
-    holder = open_holder()
 
     assert holder.beat().gate_until_ms is None
     claimed = holder.claimed()
     assert (len(claimed.leases), claimed.gate_until_ms) == (1, 0)
 
 
-def test_a_doubling_pause(open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_doubling_pause(holder: Holder, peek: Peek) -> None:
     """A firewall's block that comes again after its pause lasts twice as long; those during the pause are one."""
-    holder = open_holder()
     holder.close_gate(60, "403", True)
     until_ms = holder.close_gate(60, "403", True)
     assert until_ms <= peek.now_ms() + 60
@@ -111,13 +106,12 @@ def test_a_doubling_pause(open_holder: OpenHolder, peek: Peek) -> None:
 
 @pytest.mark.parametrize("pause", ["gate", "suspension"])
 def test_an_overdue_job_is_given_even_during_a_pause(
-    pause: str, client: CancelClient, open_holder: OpenHolder, peek: Peek
+    pause: str, client: CancelClient, holder: Holder, peek: Peek
 ) -> None:
     """A request whose deadline has passed needs nothing sent: it is given so that its outcome comes on time."""
     (early,) = orders(client, 1)
     overdue = client.cancel(algo_id=50, deadline_s=0.001)
     (late,) = orders(client, 1, first=60)
-    holder = open_holder()
     if pause == "gate":
         holder.close_gate(60_000)
     else:
@@ -130,12 +124,11 @@ def test_an_overdue_job_is_given_even_during_a_pause(
 
 @pytest.mark.parametrize("status", ["canceled", "stopped"])
 def test_a_job_that_was_taken_back_is_given_even_during_a_pause(
-    status: str, client: CancelClient, open_holder: OpenHolder, peek: Peek
+    status: str, client: CancelClient, holder: Holder, peek: Peek
 ) -> None:
     """Nor does the outcome of a job that somebody took back through RQ need anything sent."""
     ticket, other = orders(client, 2)
     peek("HSET", peek.keys.job_prefix + ticket.id, "status", status)
-    holder = open_holder()
     holder.close_gate(60_000)
 
     (lease,) = holder.claim()
@@ -145,13 +138,12 @@ def test_a_job_that_was_taken_back_is_given_even_during_a_pause(
 
 
 def test_overdue_jobs_behind_a_long_queue_are_given_during_a_pause(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
+    client: CancelClient, holder: Holder, peek: Peek
 ) -> None:
     """Each look of a pause goes through another stretch of the queue, so that an overdue job deep in it is found."""
     orders(client, 1200)
     overdue = client.cancel_many(CancelRequest(algo_id=5000 + i, deadline_s=0.001) for i in range(3))
     waiting = set(peek.waiting())
-    holder = open_holder()
     holder.close_gate(60_000)
 
     given: list[str] = []
@@ -167,10 +159,9 @@ def test_overdue_jobs_behind_a_long_queue_are_given_during_a_pause(
     assert len(peek.waiting()) == 1200
 
 
-def test_suspension_gives_nothing(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_suspension_gives_nothing(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """While RQ is suspended jobs stay on the queue in their order; afterwards they are given."""
     tickets = [ticket.id for ticket in orders(client, 3)]
-    holder = open_holder()
     peek("SET", peek.keys.suspended, "1")
 
     claimed = holder.claimed(2, wait=True)

@@ -60,7 +60,7 @@ LOST: dict[str, Lose] = {"removed": removed, "list deleted": unlisted, "popped":
 @pytest.mark.parametrize("urgent", [False, True])
 @pytest.mark.parametrize("lose", LOST.values(), ids=LOST)
 def test_a_later_request_finds_it(
-    lose: Lose, urgent: bool, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis
+    lose: Lose, urgent: bool, client: CancelClient, holder: Holder, connection: redis.Redis
 ) -> None:
     """A request that joins a job which stands on no list puts it there: at once somebody is given it."""
     (ticket,) = orders(client, 1)
@@ -69,17 +69,16 @@ def test_a_later_request_finds_it(
     joined = client.cancel(algo_id=1, urgent=urgent)
 
     assert (joined.id, joined.duplicate) == (ticket.id, True)
-    assert ids(open_holder().claim()) == [ticket.id]
+    assert ids(holder.claim()) == [ticket.id]
 
 
 @pytest.mark.parametrize("lose", LOST.values(), ids=LOST)
 def test_an_idle_queue_gives_it_without_one(
-    lose: Lose, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    lose: Lose, client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """When nothing else waits, a job that has waited for five seconds is given though it stands on no list."""
     (ticket,) = orders(client, 1)
     lose(connection, ticket.id)
-    holder = open_holder()
     assert holder.claim() == []
 
     age(peek, OVERLOOKED_MS - 1000)
@@ -89,7 +88,7 @@ def test_an_idle_queue_gives_it_without_one(
 
 
 def test_a_queue_that_is_never_empty_gives_it_too(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """A look that is close brings what has waited for half a minute, in an eighth of the slots; the rest goes on."""
     tickets = [ticket.id for ticket in orders(client, 4)]
@@ -97,7 +96,6 @@ def test_a_queue_that_is_never_empty_gives_it_too(
         removed(connection, job_id)
     age(peek, OVERLOOKED_BUSY_MS)
     behind = [ticket.id for ticket in orders(client, 40, first=100)]
-    holder = open_holder()
 
     assert not set(tickets[:3]) & set(ids(holder.claim(8)))
     given = ids(holder.claim(8, look_closely=True))
@@ -186,13 +184,10 @@ def test_a_held_job_in_a_wrong_place_of_the_index(
     assert ids(other.claim()) == [ticket.id]
 
 
-def test_a_scheduled_job_that_the_index_forgot_is_found(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_a_scheduled_job_that_the_index_forgot_is_found(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A retry that stands in neither registry nor index is put in its place by a later request, and not given early."""
     (ticket,) = orders(client, 1)
-    holder = open_holder()
-    (due_ms,) = holder.complete(later(holder.claim()[0], 300, tried(1)))
+    (due_ms,) = holder.complete(later(holder.claim()[0], 1500, tried(1)))
     peek("DEL", peek.keys.unfinished, peek.keys.scheduled)
 
     assert client.cancel(algo_id=1, urgent=True).duplicate
@@ -244,7 +239,7 @@ def tidied(holder: Holder) -> None:
 
 
 def test_what_rq_enqueued_gets_into_the_index(
-    connection: redis.Redis, open_holder: OpenHolder, peek: Peek, client: CancelClient
+    connection: redis.Redis, holder: Holder, peek: Peek, client: CancelClient
 ) -> None:
     """Jobs that another program put on the list or into RQ's schedule are known after a look: then none is lost."""
     queue = Queue("cancels", connection=connection, serializer=JSONSerializer)
@@ -254,7 +249,6 @@ def test_what_rq_enqueued_gets_into_the_index(
     between.save()
     connection.rpush(peek.keys.intermediate, between.id)
     assert peek("ZCARD", peek.keys.unfinished) == 0
-    holder = open_holder()
 
     tidied(holder)
 
@@ -278,10 +272,9 @@ def test_an_unfinished_job_does_not_run_out(client: CancelClient, open_holder: O
     assert peek("TTL", peek.keys.job_prefix + one.id) == -1
 
 
-def test_jobs_that_ended_are_not_adopted(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_jobs_that_ended_are_not_adopted(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """An entry of an ended, a deleted or an endless id brings nothing into the index, and leaves RQ's schedule."""
     (ticket,) = orders(client, 1)
-    holder = open_holder()
     holder.complete(ended(holder.claim()[0]))
     for name in (ticket.id, "nobody", "x" * 300):
         peek("RPUSH", peek.keys.waiting, name)
@@ -308,14 +301,13 @@ def test_a_hold_that_the_index_forgot_is_adopted_as_one(
 
 
 def test_what_a_stock_worker_popped_and_never_began_goes_back(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek, connection: redis.Redis
+    client: CancelClient, holder: Holder, peek: Peek, connection: redis.Redis
 ) -> None:
     """An id between RQ's list and a stock worker leaves that place after a minute, and its job is given."""
     fresh, old = orders(client, 2)
     unlisted(connection, "")
     peek("RPUSH", peek.keys.intermediate, fresh.id, old.id)
     peek("ZINCRBY", peek.keys.unfinished, -61_000, old.id)
-    holder = open_holder()
 
     tidied(holder)
 
@@ -323,10 +315,9 @@ def test_what_a_stock_worker_popped_and_never_began_goes_back(
     assert ids(holder.claim()) == [old.id]
 
 
-def test_registries_are_trimmed_in_steps(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_registries_are_trimmed_in_steps(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A look removes expired entries of RQ's registries, never many at once, never a job and nothing that lasts."""
     (ticket,) = orders(client, 1)
-    holder = open_holder()
     holder.complete(ended(holder.claim()[0], OutcomeKind.REFUSED))
     now_s, keys = peek.now_ms() // 1000, peek.keys
     for registry in (keys.finished, keys.failed, keys.started):

@@ -12,7 +12,7 @@ import redis
 from producer import CancelClient, OutcomeKind
 from producer.keys import Band
 from producer.message import Call, decode_attempts
-from tests.holders import DEAD, OpenHolder, back, ended, ids, later, orders, requeue, tried
+from tests.holders import DEAD, Holder, OpenHolder, back, ended, ids, later, orders, requeue, tried
 from tests.servers import Peek, eventually
 from worker.store import Row
 
@@ -139,11 +139,10 @@ def test_a_beat_tells_what_is_lost_and_what_is_closed(
 
 
 def test_a_beat_costs_no_lease_for_a_neighbour(
-    client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """One held job whose key was replaced is told as lost; all others are prolonged."""
     orders(client, 3)
-    holder = open_holder()
     leases = holder.claim()
     connection.set(peek.keys.job_prefix + leases[1].id, "x")
     for lease in leases:
@@ -155,10 +154,9 @@ def test_a_beat_costs_no_lease_for_a_neighbour(
     assert [score > 5 for score in scores] == [True, False, True]
 
 
-def test_a_beat_prolongs_thousands(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_beat_prolongs_thousands(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """However many jobs are in one hand, because their completions were held up, one beat prolongs all of them."""
     orders(client, 5000)
-    holder = open_holder()
     leases = [lease for _ in range(10) for lease in holder.claim(500)]
     peek("DEL", peek.keys.unfinished)
 
@@ -167,10 +165,9 @@ def test_a_beat_prolongs_thousands(client: CancelClient, open_holder: OpenHolder
     assert peek("ZCARD", peek.keys.unfinished) == 5000
 
 
-def test_a_beat_keeps_a_held_job_alive(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_beat_keeps_a_held_job_alive(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """RQ may give a held job an end; the next beat takes it back."""
     orders(client, 1)
-    holder = open_holder()
     (lease,) = holder.claim()
     peek("EXPIRE", peek.keys.job_prefix + lease.id, 600)
 
@@ -201,11 +198,10 @@ def test_the_outcome_of_a_lost_lease_changes_nothing(client: CancelClient, open_
 
 @pytest.mark.parametrize("by", ["retry", "requeue"])
 def test_the_outcome_of_an_old_run_changes_nothing(
-    by: str, client: CancelClient, open_holder: OpenHolder, connection: redis.Redis, peek: Peek
+    by: str, client: CancelClient, holder: Holder, connection: redis.Redis, peek: Peek
 ) -> None:
     """Once a new run has begun, neither lease nor number of the run before ends anything, nor is it a repeat."""
     ticket = client.cancel(algo_id=1)
-    holder = open_holder()
     (old,) = holder.claim()
     row = ended(old, OutcomeKind.UNKNOWN)
     assert holder.complete(row) == [1]
@@ -227,11 +223,10 @@ def test_the_outcome_of_an_old_run_changes_nothing(
 # ---- repeats --------------------------------------------------------------------------------------------------------
 
 
-def test_a_repeated_completion_changes_nothing(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_repeated_completion_changes_nothing(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A completion whose answer was lost can be repeated: it is answered as the first time, each outcome stands once,
     each retry is scheduled once."""
     orders(client, 3)
-    holder = open_holder()
     one, two, three = holder.claim()
     group: list[Row] = [ended(one), later(two, 50_000, tried(1)), back(three)]
     answers = holder.complete(*group)
@@ -251,10 +246,9 @@ def test_a_repeated_completion_changes_nothing(client: CancelClient, open_holder
         assert all_of_it() == before
 
 
-def test_a_lease_that_was_ended_is_ended(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_lease_that_was_ended_is_ended(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """Whatever else is said of an ended lease is answered as its end was, and changes nothing."""
     orders(client, 2)
-    holder = open_holder()
     one, two = holder.claim()
     done, due_ms = holder.complete(ended(one), later(two, 50_000, tried(1)))
     before = [peek.job(lease.id) for lease in (one, two)]
@@ -296,10 +290,9 @@ def test_a_job_that_is_handed_back_twice(client: CancelClient, open_holder: Open
     assert other.complete(ended(taken)) == [1]
 
 
-def test_an_undone_decision_is_told_alike_again(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_an_undone_decision_is_told_alike_again(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """An overdue end that a later deadline undid is, repeated, undone still: the job waits once."""
     client.cancel(algo_id=1, deadline_s=1)
-    holder = open_holder()
     (lease,) = holder.claim()
     client.cancel(algo_id=1, deadline_s=60)
     row = ended(lease, OutcomeKind.OVERDUE)

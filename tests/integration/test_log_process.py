@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import resource
-import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from producer import CancelClient, CancelRequest, OutcomeKind
-from tests.servers import ROOT, Workers, eventually, scrubbed
+from producer import CancelClient, OutcomeKind
+from tests.processes import Child, NewChild, Pipe, logging_program, python, redirected
+from tests.servers import Workers, eventually
 from worker.output import MAX_LINES
 from worker.sandbox.control import RunningExchange
 
@@ -53,109 +50,6 @@ _DROPPED = re.compile(r"at=[-\dT:.]+Z level=warning event=log_dropped count=(\d+
 def ticking(progress: Progress, *arguments: str, lines: int = 1_000_000_000) -> list[str]:
     """The command that runs it."""
     return python(TICKING, str(progress.path), str(lines), *arguments)
-
-
-def python(text: str, *arguments: str) -> list[str]:
-    """The command that runs a program."""
-    return [sys.executable, "-c", text, *arguments]
-
-
-def redirected(streams: str, command: list[str]) -> list[str]:
-    """The same command with its streams as a shell makes them."""
-    return ["sh", "-c", f'exec "$@" {streams}', "sh", *command]
-
-
-class Child:
-    """A process with one of our pipes or files as its stdout, and its stderr in a file."""
-
-    def __init__(self, directory: Path, command: list[str], stdout: int | None, **environment: str) -> None:
-        self._errors = directory / "stderr"
-        with self._errors.open("wb") as errors:
-            # Unbuffered, what a test prints would not wait in sys.stdout.
-            given = {name: value for name, value in scrubbed().items() if name != "PYTHONUNBUFFERED"} | environment
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=given, stdout=stdout, stderr=errors, start_new_session=True
-            )
-
-    def errors(self) -> str:
-        """What it has written to stderr."""
-        return self._errors.read_text("utf-8")
-
-    def stop(self) -> int:
-        """SIGTERM; gives the exit code, which must be there in time."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(10)
-
-
-NewChild = Callable[..., Child]
-
-
-@pytest.fixture
-def child(tmp_path: Path) -> Iterator[NewChild]:
-    """Starts processes, and ends what is left of them."""
-    made: list[Child] = []
-
-    def start(command: list[str], stdout: int | None, **environment: str) -> Child:
-        directory = tmp_path / f"child-{len(made)}"
-        directory.mkdir()
-        made.append(Child(directory, command, stdout, **environment))
-        return made[-1]
-
-    yield start
-    for each in made:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(each.process.pid, signal.SIGKILL)
-        each.process.wait()
-
-
-class Pipe:
-    """A pipe for a child's stdout."""
-
-    def __init__(self) -> None:
-        self.reader, self.writer = os.pipe()
-
-    def fill(self) -> None:
-        """Leave no room in it, so that the next write waits."""
-        os.set_blocking(self.writer, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(self.writer, b"." * 4095 + b"\n")
-        os.set_blocking(self.writer, True)
-
-    def read_slowly(self, seconds: float) -> str:
-        """Read less than a busy child writes; gives what was read."""
-        data, ends_at_s = b"", time.monotonic() + seconds
-        while time.monotonic() < ends_at_s or not data.endswith(b"\n"):
-            data += os.read(self.reader, 1024 if time.monotonic() < ends_at_s else 1)
-            time.sleep(0.001)
-        return data.decode("utf-8")
-
-    def read_all(self) -> str:
-        """What is written into it until its last writer has ended."""
-        self.close_writer()
-        with os.fdopen(os.dup(self.reader), "rb") as file:
-            return file.read().decode("utf-8")
-
-    def close_writer(self) -> None:
-        """Let go of our own end."""
-        if self.writer >= 0:
-            os.close(self.writer)
-            self.writer = -1
-
-    def close_reader(self) -> None:
-        """Be a reader that has left."""
-        if self.reader >= 0:
-            os.close(self.reader)
-            self.reader = -1
-
-
-@pytest.fixture
-def pipe() -> Iterator[Pipe]:
-    """A pipe, closed in the end."""
-    made = Pipe()
-    yield made
-    made.close_writer()
-    made.close_reader()
 
 
 class Progress:
@@ -283,53 +177,47 @@ def test_disk_that_is_full_for_a_while(child: NewChild, progress: Progress, tmp_
     assert started.errors() == ""
 
 
-def test_closed_stdout_is_not_the_next_connection(child: NewChild) -> None:
-    """A connection that was given stdout's number, as stdout was closed, gets no line of the log."""
-    text = """
+#: A connection that has stdout's number, and must be sent nothing.
+HEARS_NOTHING = """
 import socket, sys
-from worker import log
 ours, theirs = socket.socketpair()
 assert ours.fileno() == 1, ours
+def listen():
+    log.flush(1)
+    theirs.settimeout(0.5)
+    try:
+        sys.exit(f"got {theirs.recv(100)}")
+    except TimeoutError:
+        sys.exit(0)
+"""
+
+
+def test_closed_stdout_is_not_the_next_connection(child: NewChild) -> None:
+    """A connection that was given stdout's number, as stdout was closed, gets no line of the log."""
+    text = f"""
+from worker import log
+{HEARS_NOTHING}
 log.configure("INFO", "logfmt")
 log.error("defect", where="here")
-log.flush(1)
-theirs.settimeout(0.5)
-try:
-    sys.exit(f"got {theirs.recv(100)}")
-except TimeoutError:
-    sys.exit(0)
+listen()
 """
-    started = child(redirected(">&-", python(text)), None)
-
-    assert started.process.wait(10) == 0, started.errors()
+    child(redirected(">&-", python(text))).ends_with(0)
 
 
 def test_stdout_that_is_closed_later(child: NewChild, pipe: Pipe) -> None:
     """Nor does one that is given its number later, once the log has found it closed."""
-    started = child(
-        python("""
-import os, socket, sys
-from worker import log
-log.configure("INFO", "logfmt")
+    text = f"""
 log.info("before")
 log.flush(5)
 os.close(1)
 log.info("at the closed one")
 log.flush(5)
-ours, theirs = socket.socketpair()
-assert ours.fileno() == 1, ours
+{HEARS_NOTHING}
 log.info("after")
-log.flush(1)
-theirs.settimeout(0.5)
-try:
-    sys.exit(f"got {theirs.recv(100)}")
-except TimeoutError:
-    sys.exit(0)
-"""),
-        pipe.writer,
-    )
+listen()
+"""
+    child(logging_program(text), pipe.writer).ends_with(0)
 
-    assert started.process.wait(10) == 0, started.errors()
     assert [line.split("event=")[1] for line in pipe.read_all().splitlines()] == ["before"]
 
 
@@ -341,14 +229,12 @@ except TimeoutError:
 def test_any_letter_in_any_locale(child: NewChild, pipe: Pipe, environment: dict[str, str]) -> None:
     """No line is lost to a locale or an encoding that lacks its letters."""
     text = """
-from worker import log
-log.configure("INFO", "logfmt")
 log.info("tick", n=1, word="\\u00fc\\u4e2d\\U0001f642", end="here")
 """
-    started = child(python(text), pipe.writer, **environment)
+    started = child(logging_program(text), pipe.writer, **environment)
 
     assert accounted(pipe.read_all()) == (1, [])
-    assert started.process.wait(10) == 0
+    started.ends_with(0)
     assert started.errors() == ""
 
 
@@ -357,9 +243,6 @@ def test_stdout_that_takes_nothing_costs_no_work(child: NewChild, pipe: Pipe, ho
     """A process that has logged and now waits does not use up its processor in trying."""
     pipe.close_reader()
     text = """
-import sys, time
-from worker import log
-log.configure("INFO", "logfmt")
 for _ in range(100):
     log.info("tick")
 time.sleep(0.2)
@@ -368,9 +251,7 @@ time.sleep(2)
 sys.exit(time.process_time() - before_s > 0.5)
 """
     way = {"full": ">/dev/full", "left": ""}[how]
-    started = child(redirected(way, python(text)), pipe.writer)
-
-    assert started.process.wait(20) == 0, started.errors()
+    child(redirected(way, logging_program(text)), pipe.writer).ends_with(0)
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
@@ -380,43 +261,33 @@ sys.exit(time.process_time() - before_s > 0.5)
 def test_end_of_a_process_loses_no_line(child: NewChild, pipe: Pipe, end: str, code: int) -> None:
     """A process that ends by itself has written all that it logged, down to its last line."""
     text = f"""
-import sys
-from worker import log
-log.configure("INFO", "logfmt")
 for n in range(1, 5001):
     log.info("tick", n=n, word="\\u00fc\\u4e2d\\U0001f642", end="here")
 {end}
 """
-    started = child(python(text), pipe.writer)
+    started = child(logging_program(text), pipe.writer)
 
     assert accounted(pipe.read_all()) == (5000, [])
-    assert started.process.wait(10) == code
+    started.ends_with(code)
 
 
 def test_flush_waits_no_longer_than_it_may(child: NewChild, pipe: Pipe) -> None:
     """`flush` says that not everything is written, after the time it was given, and the end waits no second time."""
     pipe.fill()
     text = """
-import os, time
-from worker import log
-log.configure("INFO", "logfmt")
 log.info("tick")
 began = time.monotonic()
 assert not log.flush(1.5)
 assert 1.4 < time.monotonic() - began < 10
 os._exit(9)
 """
-    started = child(python(text), pipe.writer)
-
-    assert started.process.wait(20) == 9, started.errors()
+    child(logging_program(text), pipe.writer).ends_with(9)
 
 
 def test_signal_in_the_middle_of_a_line(child: NewChild, pipe: Pipe) -> None:
     """A handler of a signal may log at any moment, in the middle of a line of the same thread too."""
     text = """
-import signal, time
-from worker import log
-log.configure("INFO", "logfmt")
+import signal
 told = 0
 def tell(*_):
     global told
@@ -434,10 +305,10 @@ while time.monotonic() < ends_at:
 signal.setitimer(signal.ITIMER_REAL, 0)
 log.info("sums", said=said, told=told)
 """
-    started = child(python(text), pipe.writer)
+    started = child(logging_program(text), pipe.writer)
 
     lines = [line.split("event=")[1] for line in pipe.read_all().splitlines()]
-    assert started.process.wait(10) == 0, started.errors()
+    started.ends_with(0)
     said, told = (sum(line.startswith(name) for line in lines) for name in ("said", "told"))
     assert lines[-1] == f"sums said={said} told={told}"
     assert told > 50
@@ -479,7 +350,7 @@ def test_forked_processes_log(child: NewChild, pipe: Pipe) -> None:
     """Each line of a horse that ends by `os._exit` is there, in order and once, and its parent's lines are too."""
     started = child(python(FORKING), pipe.writer)
     lines = [line.split("event=")[1] for line in pipe.read_all().splitlines()]
-    assert started.process.wait(30) == 0, started.errors()
+    started.ends_with(0)
     horses = [line for line in lines if line.startswith("horse")]
     assert horses == [f"horse horse={horse} n={n}" for horse in range(30) for n in (1, 2)]
     for name in "ab":
@@ -492,9 +363,6 @@ def test_forked_process_that_nobody_reads(child: NewChild, pipe: Pipe) -> None:
     """A horse whose stdout nobody reads is through with a thousand lines in time, and ends with its own code."""
     pipe.fill()
     text = """
-import os
-from worker import log
-log.configure("INFO", "logfmt")
 log.info("parent")
 if (pid := os.fork()) == 0:
     for n in range(1000):
@@ -502,9 +370,7 @@ if (pid := os.fork()) == 0:
     os._exit(5)
 os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
-    started = child(python(text), pipe.writer)
-
-    assert started.process.wait(10) == 5, started.errors()
+    child(logging_program(text), pipe.writer).ends_with(5)
 
 
 def test_each_line_is_waited_for_where_asked(child: NewChild, pipe: Pipe) -> None:
@@ -520,32 +386,17 @@ os._exit(5)
     started = child(python(text), pipe.writer)
 
     assert [line.split("event=")[1] for line in pipe.read_all().splitlines()] == ["first", "last"]
-    assert started.process.wait(10) == 5
+    started.ends_with(5)
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
-
-
-def test_worker_whose_stdout_nobody_reads(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, child: NewChild, pipe: Pipe
-) -> None:
-    """Such a worker cancels, and ends with 0 on SIGTERM."""
-    pipe.fill()
-    settings = workers.environment | {"LOG_LEVEL": "DEBUG", "SHUTDOWN_GRACE_S": "5"}
-    started = child([sys.executable, "-m", "worker"], pipe.writer, **settings)
-
-    tickets = client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in exchange.add_orders(300)])
-    assert {ticket.wait(30).kind for ticket in tickets} == {OutcomeKind.CANCELLED}
-    started.process.send_signal(signal.SIGTERM)
-    assert started.process.wait(10) == 0
-    assert started.errors() == ""
 
 
 def test_worker_without_streams(
     workers: Workers, client: CancelClient, exchange: RunningExchange, child: NewChild
 ) -> None:
     """A worker that was started with all streams closed cancels, and gives none of their numbers to a connection."""
-    started = child(redirected("<&- >&- 2>&-", [sys.executable, "-m", "worker"]), None, **workers.environment)
+    started = child(redirected("<&- >&- 2>&-", [sys.executable, "-m", "worker"]), **workers.environment)
 
     (order,) = exchange.add_orders(1)
     assert client.cancel(algo_id=order.algo_id).wait(30).kind is OutcomeKind.CANCELLED
@@ -563,9 +414,7 @@ open_closed_streams()
 sys.stdout.write("to nobody")
 sys.exit(subprocess.run([sys.executable, "-c", "import os; [os.fstat(fd) for fd in range(3)]"]).returncode)
 """
-    started = child(redirected("<&- >&- 2>&-", python(text)), None)
-
-    assert started.process.wait(20) == 0
+    child(redirected("<&- >&- 2>&-", python(text))).ends_with(0)
 
 
 @pytest.mark.parametrize(
@@ -582,9 +431,9 @@ def test_exit_codes_of_commands(streams: str, arguments: tuple[str, ...], code: 
     settings |= {"REDIS_URL": "redis://127.0.0.1:1/0", "BINANCE_BASE_URL": "http://127.0.0.1:1"}
     if code == 78:
         settings["LEASE_S"] = "soon"
-    started = child(redirected(streams, [sys.executable, "-m", "worker", *arguments]), None, **settings)
+    started = child(redirected(streams, [sys.executable, "-m", "worker", *arguments]), **settings)
 
-    assert started.process.wait(30) == code
+    started.ends_with(code)
     assert "Traceback" not in started.errors()
 
 
@@ -594,7 +443,5 @@ def test_check_in_any_encoding(
 ) -> None:
     """`check` shows a letter that the terminal's encoding lacks in another way, and ends as it would have."""
     command = [sys.executable, "-m", "worker", "check"]
-    started = child(command, pipe.writer, **workers.environment, PYTHONIOENCODING=encoding)
-
-    assert started.process.wait(30) == 0, started.errors()
+    child(command, pipe.writer, **workers.environment, PYTHONIOENCODING=encoding).ends_with(0)
     assert "accepted" in pipe.read_all()

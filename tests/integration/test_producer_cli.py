@@ -13,7 +13,6 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +22,16 @@ import redis
 from producer import CancelClient, CancelRequest
 from producer.keys import Keys
 from producer.message import decode_outcome
+from tests.commands import Shell, one_line
 from tests.exporting import append, record
 from tests.fault.proxy import Proxy
 from tests.loopback import certificate
-from tests.servers import ROOT, Peek, Valkey, Workers, eventually, running_valkey, scrubbed
+from tests.servers import ROOT, Peek, Valkey, Workers, eventually, running_valkey
 from tests.strategies import PASSWORD, blocked, calls, fail
 from worker.sandbox.control import RunningExchange
 
 KEYS = Keys()
 LARGEST = 2**63 - 1
-
-
-class Shell:
-    """Runs the command line with REDIS_URL set, as an operator's shell has it."""
-
-    def __init__(self, url: str) -> None:
-        self.environment = scrubbed() | {"REDIS_URL": url}
-
-    def command(self, *arguments: str) -> list[str]:
-        """The words of a call; a warning in it is an error."""
-        return [sys.executable, "-W", "error", "-m", "producer", *arguments]
-
-    def __call__(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run to the end."""
-        return subprocess.run(
-            self.command(*arguments),
-            input=stdin,
-            cwd=ROOT,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-
-    @contextlib.contextmanager
-    def running(self, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
-        """Start it, and end it if the test does not."""
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        with subprocess.Popen(
-            self.command(*arguments), cwd=ROOT, env=self.environment, text=True, **options
-        ) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
 
 
 @pytest.fixture
@@ -78,13 +43,6 @@ def shell(valkey: Valkey) -> Shell:
 def objects(stdout: str) -> list[dict[str, Any]]:
     """One JSON object for each line, and nothing else."""
     return [json.loads(line) for line in stdout.splitlines()]
-
-
-def one_line(stderr: str) -> str:
-    """All that was said: one line, and no traceback."""
-    lines = stderr.splitlines()
-    assert len(lines) == 1, stderr
-    return lines[0]
 
 
 @pytest.mark.parametrize(

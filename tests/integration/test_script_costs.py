@@ -21,10 +21,9 @@ from tests.servers import Peek, Valkey
 from worker.store import Suspect
 
 
-def test_scripts_survive_a_flush(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_scripts_survive_a_flush(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A server that has forgotten the scripts gets them again, and no call is lost or doubled."""
     tickets = [ticket.id for ticket in orders(client, 3)]
-    holder = open_holder()
 
     def forgotten() -> Holder:
         peek("SCRIPT", "FLUSH")
@@ -85,9 +84,8 @@ def test_a_drained_queue_leaves_a_constant_number_of_keys(
     assert holder.is_drained()
 
 
-def test_drained_sees_every_place(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_drained_sees_every_place(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A queue is drained only when no job waits, is on its way, is due later, is in anybody's hand or in no list."""
-    holder = open_holder()
     assert holder.is_drained()
     client.cancel(algo_id=1)
     assert not holder.is_drained()

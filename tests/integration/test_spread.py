@@ -8,7 +8,7 @@ import pytest
 
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.message import Attempt, Call, ListedOrder, Outcome, decode_attempts
-from tests.holders import OpenHolder, ended, ids
+from tests.holders import Holder, OpenHolder, ended, ids
 from tests.servers import Peek
 from worker.store import Done, Lease
 
@@ -41,13 +41,10 @@ def carried(client: CancelClient, listing: str) -> dict[int, str]:
     return {order.algo_id: order.id for order in outcome.orders or ()}
 
 
-def test_a_listing_ends_once_and_its_requests_are_made_once(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_a_listing_ends_once_and_its_requests_are_made_once(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """The call repeated, as when its answer was lost, is answered alike and makes nothing more, even when the requests
     have ended by then; another holder's end of the same listing changes nothing."""
     ticket = client.cancel_open("BTCUSDT")
-    holder = open_holder()
     (lease,) = holder.claim()
 
     assert holder.complete(spread(lease, [7, 8])) == [1]
@@ -78,12 +75,11 @@ def test_a_lost_lease_makes_no_request(client: CancelClient, open_holder: OpenHo
     assert carried(client, ticket.id) == {7: PROPOSED[1]}
 
 
-def test_its_requests_join_what_is_under_way(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_its_requests_join_what_is_under_way(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """An order that has an unfinished request keeps that one, with the later deadline, urgency and what is asked of a
     child; later requests join the jobs that were made."""
     client.cancel(algo_id=9)
     under_way = client.cancel(algo_id=7, deadline_s=5)
-    holder = open_holder()
     listing = client.cancel_open("BTCUSDT", deadline_s=500, urgent=True, on_trigger="cancel_child")
     (lease,) = holder.claim(1)
     assert lease.id == listing.id
@@ -99,25 +95,21 @@ def test_its_requests_join_what_is_under_way(client: CancelClient, open_holder: 
 
 
 @pytest.mark.parametrize("other", ['x","id":"1', "%1", "a b", "ö", "x" * 300, ""])
-def test_an_odd_pointer_is_not_joined(client: CancelClient, open_holder: OpenHolder, peek: Peek, other: str) -> None:
+def test_an_odd_pointer_is_not_joined(client: CancelClient, holder: Holder, peek: Peek, other: str) -> None:
     """Only a plain id out of Redis gets into the record: else the order has a job of its own."""
     order = CancelRequest(algo_id=7).order_key
     peek("SET", peek.keys.order_prefix + order, other)
     peek("HSET", peek.keys.job_prefix + other, "status", "queued", "c_run", "1", "c_order", order)
     ticket = client.cancel_open("BTCUSDT")
-    holder = open_holder()
     (lease,) = holder.claim()
 
     assert holder.complete(spread(lease, [7])) == [1]
     assert carried(client, ticket.id) == {7: PROPOSED[0]}
 
 
-def test_a_listing_that_a_person_took_back_makes_no_request(
-    client: CancelClient, open_holder: OpenHolder, peek: Peek
-) -> None:
+def test_a_listing_that_a_person_took_back_makes_no_request(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """Cancelled through RQ while it was in hand, it goes back to be ended, with what was done for it."""
     ticket = client.cancel_open("BTCUSDT")
-    holder = open_holder()
     (lease,) = holder.claim()
     client.job(ticket).cancel()
 
@@ -142,10 +134,9 @@ def test_a_listing_whose_requests_cannot_be_made_does_not_end(
     assert peek.waiting() == PROPOSED[:1]
 
 
-def test_a_deleted_listing_ends_once(client: CancelClient, open_holder: OpenHolder, peek: Peek) -> None:
+def test_a_deleted_listing_ends_once(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """In hand when its hash was deleted, it is recorded with its requests all the same, once."""
     ticket = client.cancel_open("BTCUSDT")
-    holder = open_holder()
     (lease,) = holder.claim()
     peek("DEL", peek.keys.job_prefix + ticket.id)
 

@@ -15,7 +15,6 @@ import sys
 import termios
 import threading
 from collections.abc import Iterator
-from typing import Self
 
 import pytest
 import redis
@@ -40,13 +39,13 @@ class Terminal:
         self._leader, self._follower = pty.openpty()
         self.resize(width, height)
         self.modes = termios.tcgetattr(self._follower)
-        environment = {
-            name: value for name, value in scrubbed().items() if name not in ("COLUMNS", "LINES", "NO_COLOR")
-        }
+        environment = scrubbed() | {"REDIS_URL": url, "TERM": term}
+        for name in ("COLUMNS", "LINES", "NO_COLOR"):
+            environment.pop(name, None)
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment | {"REDIS_URL": url, "TERM": term},
+            env=environment,
             stdin=self._follower,
             stdout=self._follower,
             stderr=self._follower,
@@ -69,10 +68,8 @@ class Terminal:
                 return
             self.output += data
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End it, and give the terminal back."""
         self.process.kill()
         self.process.wait(10)
         os.close(self._follower)
@@ -113,7 +110,7 @@ def watching(
     """The command on a terminal of this size."""
     start = ("-m", "producer") if rich else ("-c", WITHOUT_RICH)
     command = (sys.executable, "-W", "error", *start, "status", "--watch")
-    with Terminal(url, command, width, height, term) as terminal:
+    with contextlib.closing(Terminal(url, command, width, height, term)) as terminal:
         yield terminal
 
 

@@ -7,17 +7,17 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 
-from producer import CancelClient, CancelRequest, Outcome, OutcomeKind, Ticket
+from producer import CancelClient, CancelRequest, OutcomeKind, Ticket
 from producer.keys import FAILURE_TTL_S, RESULT_TTL_S
 from producer.message import WORKER_LOST
-from tests.orders import under_way
-from tests.servers import RQ, Peek, Valkey, Worker, Workers, eventually, members
+from tests.orders import steps, under_way
+from tests.servers import Peek, Worker, Workers, eventually, members
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 
@@ -25,79 +25,60 @@ LEASE_S = 2.0
 #: How long it takes at most until a look of a worker of ours puts right what RQ has overwritten, s.
 TIDIED_S = 15.0
 #: The ways in which people start RQ's own workers.
-FORKED: tuple[str, ...] = ("cancels",)
-SCHEDULING = ("cancels", "--with-scheduler")
-SIMPLE = ("cancels", "-w", "rq.SimpleWorker")
-SEVERAL = ("cancels", "others")
+FORKED: tuple[str, ...] = ()
+SCHEDULING = ("--with-scheduler",)
+SIMPLE = ("-w", "rq.SimpleWorker")
+SEVERAL = ("others",)
 
 
 class Fleet:
-    """Starts our workers and RQ's own."""
+    """Starts our workers and RQ's own; ``backoff_ms`` is the bound of each delay."""
 
-    def __init__(self, workers: Workers, valkey: Valkey, peek: Peek) -> None:
-        self._workers, self._valkey, self._peek = workers, valkey, peek
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
         workers.environment |= {"LEASE_S": "2", "CANCEL_DEADLINE_S": "60", "NOT_FOUND_HORIZON_S": "2"}
         self.environment = workers.environment
 
     def ours(self, *, concurrency: int = 64, backoff_ms: int = 100) -> Worker:
-        """Start a worker of ours; ``backoff_ms`` is the bound of each delay."""
-        backoff = str(backoff_ms)
-        return self._workers.start(WORKER_CONCURRENCY=str(concurrency), BACKOFF_BASE_MS=backoff, BACKOFF_CAP_MS=backoff)
+        """Start a worker of ours."""
+        return self._workers.start(WORKER_CONCURRENCY=str(concurrency), **self._backoff(backoff_ms))
 
     def stock(self, *options: str, backoff_ms: int = 100) -> Worker:
-        """Start one of RQ's, and wait until RQ knows it."""
-        backoff = str(backoff_ms)
-        common = ("--serializer", "json", "--url", self._valkey.url)
-        worker = self._workers.start(
-            *options, *common, command=(RQ, "worker"), wait=False, BACKOFF_BASE_MS=backoff, BACKOFF_CAP_MS=backoff
-        )
-        pid = str(worker.process.pid)
-
-        def is_known() -> bool:
-            known = self._peek("SMEMBERS", self._peek.keys.workers)
-            return any(self._peek("HGET", key, "pid") == pid for key in known) or worker.process.poll() is not None
-
-        eventually(is_known, what="the stock worker starts")
-        return worker
+        """Start one of RQ's."""
+        return self._workers.start_stock(*options, **self._backoff(backoff_ms))
 
     @staticmethod
-    def horses(worker: Worker) -> list[int]:
-        """The processes that have the jobs of a stock worker: unlike its scheduler they lead a group of their own."""
-        leader = worker.process.pid
-        found = []
-        for pid in members(leader):
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                found += [pid] if os.getpgid(pid) == pid != leader else []
-        return found
+    def _backoff(ms: int) -> dict[str, Any]:
+        return {"BACKOFF_BASE_MS": str(ms), "BACKOFF_CAP_MS": str(ms)}
 
-    def kill_horse(self, worker: Worker) -> None:
-        """SIGKILL to the process that has the job, and none to its parent."""
-        (horse,) = self.horses(worker)
-        os.kill(horse, signal.SIGKILL)
 
-    @staticmethod
-    def dismiss(worker: Worker, within_s: float = 20) -> None:
-        """SIGTERM, once: it must leave in peace within that time."""
-        worker.process.send_signal(signal.SIGTERM)
-        try:
-            code = worker.process.wait(within_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still there: {members(worker.process.pid)}\n{worker.output()}") from None
-        assert code == 0, worker.output()
+def kill_horse(worker: Worker) -> None:
+    """SIGKILL to the process that has the job, and none to its parent: unlike the scheduler it leads a group."""
+    leader, horses = worker.process.pid, list[int]()
+    for pid in members(leader):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            horses += [pid] if os.getpgid(pid) == pid != leader else []
+    (horse,) = horses
+    os.kill(horse, signal.SIGKILL)
 
-    @staticmethod
-    def kill_all(worker: Worker) -> None:
-        """SIGKILL to a worker and all that it has forked."""
-        for pid in members(worker.process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        worker.process.wait()
+
+def kill_all(worker: Worker) -> None:
+    """SIGKILL to a worker and all that it has forked."""
+    for pid in members(worker.process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    worker.process.wait()
+
+
+def dismiss(worker: Worker) -> None:
+    """SIGTERM, once: it must leave in peace."""
+    assert worker.stop(signal.SIGTERM, timeout_s=20) == 0, worker.output()
 
 
 @pytest.fixture
-def fleet(workers: Workers, valkey: Valkey, peek: Peek) -> Fleet:
+def fleet(workers: Workers) -> Fleet:
     """Workers of all sorts."""
-    return Fleet(workers, valkey, peek)
+    return Fleet(workers)
 
 
 def entered_twice(client: CancelClient, exchange: RunningExchange, *faults: Fault) -> Ticket:
@@ -108,11 +89,6 @@ def entered_twice(client: CancelClient, exchange: RunningExchange, *faults: Faul
     ticket = client.cancel(algo_id=algo_id)
     assert client.cancel(algo_id=algo_id, urgent=True).id == ticket.id
     return ticket
-
-
-def verdicts(outcome: Outcome) -> list[str]:
-    """What each attempt came to."""
-    return [attempt.verdict for attempt in outcome.attempts]
 
 
 def deletes(exchange: RunningExchange) -> list[int]:
@@ -190,7 +166,7 @@ def test_backoff_is_kept(
     if "--with-scheduler" not in options:
         fleet.ours()
     outcome = ticket.wait(30)
-    assert (outcome.kind, verdicts(outcome)) == (OutcomeKind.CANCELLED, ["busy"] * tries + ["confirmed"])
+    assert (outcome.kind, steps(outcome)) == (OutcomeKind.CANCELLED, ["busy"] * tries + ["confirmed"])
     assert outcome.attempts[-1].at_ms >= due_ms
 
 
@@ -221,7 +197,7 @@ def test_killed_in_a_call(
     stock = fleet.stock(*options)
     ticket = under_way(client, exchange)
     fleet.ours()
-    (fleet.kill_all if whole else fleet.kill_horse)(stock)
+    (kill_all if whole else kill_horse)(stock)
     killed_ms = peek.now_ms()
 
     outcome = ticket.wait(30)
@@ -237,11 +213,11 @@ def test_stock_workers_alone_recover(fleet: Fleet, client: CancelClient, exchang
     """Where all workers are stock ones, one with a scheduler, the job of a killed horse goes on with the next."""
     stock = fleet.stock(*SCHEDULING)
     ticket = under_way(client, exchange)
-    fleet.kill_horse(stock)
+    kill_horse(stock)
 
     outcome = ticket.wait(30)
 
-    assert (outcome.kind, verdicts(outcome)) == (OutcomeKind.CANCELLED, ["unclear", "canceled"])
+    assert (outcome.kind, steps(outcome)) == (OutcomeKind.CANCELLED, ["unclear", "canceled"])
     assert (len(peek.ledger()), deletes(exchange)) == (1, [1])
 
 
@@ -251,14 +227,14 @@ def test_next_job_brings_back_a_lost_one(
     """Where all workers are stock ones, the next job that one of them works on brings back what a killed one held."""
     doomed = fleet.stock(*FORKED)
     ticket = under_way(client, exchange)
-    fleet.kill_all(doomed)
+    kill_all(doomed)
     fleet.stock(*FORKED)
     time.sleep(LEASE_S)
 
     other = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
 
     assert other.wait(30).kind is OutcomeKind.CANCELLED
-    assert verdicts(ticket.wait(30)) == ["unclear", "canceled"]
+    assert steps(ticket.wait(30)) == ["unclear", "canceled"]
     assert deletes(exchange) == [1, 1]
 
 
@@ -284,7 +260,7 @@ def test_leaves_while_a_job_is_in_backoff(
     tickets = client.cancel_many([CancelRequest(algo_id=order.algo_id) for order in orders])
     eventually(lambda: max(deletes(exchange)) > 0, what="one waits for its next try")
 
-    fleet.dismiss(stock)
+    dismiss(stock)
 
     asked = sum(deletes(exchange))
     time.sleep(1)
@@ -307,11 +283,11 @@ def test_leaves_after_the_answer(
     stock = fleet.stock(*options)
     ticket = under_way(client, exchange, 2000)
 
-    fleet.dismiss(stock)
+    dismiss(stock)
 
     outcome = client.outcome(ticket.id)
     assert outcome is not None
-    assert (outcome.kind, verdicts(outcome)) == (OutcomeKind.CANCELLED, ["confirmed"])
+    assert (outcome.kind, steps(outcome)) == (OutcomeKind.CANCELLED, ["confirmed"])
     assert is_filed(peek, ticket.id, "finished")
 
 
@@ -344,7 +320,7 @@ def test_rqs_alarm_breaks_off_no_call(
 
     outcome = ticket.wait(30)
 
-    assert (outcome.kind, verdicts(outcome), deletes(exchange)) == (OutcomeKind.CANCELLED, ["confirmed"], [1])
+    assert (outcome.kind, steps(outcome), deletes(exchange)) == (OutcomeKind.CANCELLED, ["confirmed"], [1])
 
 
 # ---- all of them at once ---------------------------------------------------------------------------------------------

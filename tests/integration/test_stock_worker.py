@@ -10,19 +10,14 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from producer import CancelClient, CancelRequest, Outcome, OutcomeKind
+from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.message import TASK
 from tests.conftest import API_KEY, API_SECRET
+from tests.orders import steps
 from tests.servers import Peek, Workers, eventually
 from worker.sandbox.control import RunningExchange
 from worker.sandbox.faults import Fault
 from worker.signing import Credential
-
-
-def outcomes(client: CancelClient, ids: list[str], timeout_s: float = 40) -> dict[str, Outcome]:
-    """Their outcomes, once all of them are there."""
-    eventually(lambda: len(client.outcomes_of(ids)) == len(ids), timeout_s, "all outcomes are there")
-    return client.outcomes_of(ids)
 
 
 def status(job_id: str, connection: redis.Redis) -> str:
@@ -60,11 +55,11 @@ def test_same_outcomes_as_ours(
         tickets = client.cancel_many([CancelRequest(algo_id=algo_id, tag="t") for algo_id in ids])
         stranger = foreign.enqueue(TASK, FOREIGN)
         process = workers.start() if worker == "ours" else workers.start_stock("--with-scheduler")
-        found = outcomes(client, [*(ticket.id for ticket in tickets), stranger.id])
+        found = {job_id: client.wait(job_id, 40) for job_id in (*(ticket.id for ticket in tickets), stranger.id)}
         eventually(lambda: peek("ZCARD", peek.keys.started) == 0, what="RQ has finished too")
         process.stop()
         seen[worker] = [
-            (o.kind, [a.verdict for a in o.attempts], o.may_be_live, o.order_status, o.account, o.tag, o.error, o.run)
+            (o.kind, steps(o), o.may_be_live, o.order_status, o.account, o.tag, o.error, o.run)
             for o in (found[ticket.id] for ticket in tickets)
         ]
         refused = found[stranger.id]
@@ -81,7 +76,8 @@ def test_same_outcomes_as_ours(
 def test_closed_gate_is_respected(
     workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
 ) -> None:
-    """A stock worker sends nothing while the gate is closed, not even for the time, and counts no attempt for it."""
+    """A stock worker sends nothing while the gate is closed, not even for the time, and counts no attempt for it. A 429
+    that it meets closes the gate for every worker."""
     peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 4000)
     exchange.start_incident(Fault.LIMITED_429, duration_ms=3900)
     one, two = (order.algo_id for order in exchange.add_orders(2))
@@ -90,8 +86,13 @@ def test_closed_gate_is_respected(
 
     assert overdue.wait(30).kind is OutcomeKind.OVERDUE
     outcome = ticket.wait(30)
-    assert (outcome.kind, [a.verdict for a in outcome.attempts]) == (OutcomeKind.CANCELLED, ["confirmed"])
+    assert (outcome.kind, steps(outcome)) == (OutcomeKind.CANCELLED, ["confirmed"])
     assert exchange.stats().requests_during_incidents == 0
+
+    exchange.start_incident(Fault.LIMITED_429, duration_ms=2500)
+    ticket = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
+    eventually(lambda: int(peek("HGET", peek.keys.gate("all"), "until_ms")) > peek.now_ms(), what="it is closed again")
+    assert ticket.wait(30).kind is OutcomeKind.CANCELLED
 
 
 def test_refused_key_is_left_in_peace(
@@ -131,19 +132,5 @@ def test_gate_closed_meanwhile_is_respected(
 
     outcome = ticket.wait(30)
 
-    assert [attempt.verdict for attempt in outcome.attempts] == ["unclear", "open", "confirmed"]
+    assert steps(outcome) == ["unclear", "open", "confirmed"]
     assert min(each.at_ns / 1e6 for each in exchange.arrivals() if each.method == "GET") >= opens_ms
-
-
-def test_gate_is_closed_for_others(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
-) -> None:
-    """A 429 that a stock worker meets closes the gate for every worker."""
-    workers.start_stock("--with-scheduler")
-    exchange.start_incident(Fault.LIMITED_429, duration_ms=2500)
-
-    ticket = client.cancel(algo_id=exchange.add_orders(1)[0].algo_id)
-
-    eventually(lambda: peek("EXISTS", peek.keys.gate("all")), what="the gate is closed in Redis")
-    assert int(peek("HGET", peek.keys.gate("all"), "until_ms")) > peek.now_ms()
-    assert ticket.wait(30).kind is OutcomeKind.CANCELLED

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import pytest
 
-from tests.servers import ROOT, eventually, scrubbed
-from worker.watchdog import Watchdog
+from tests.processes import Child, NewChild, Pipe, python
+from tests.servers import eventually
 
 LOOK_S, LOOKS = 0.2, 5
 #: A loop that is watched, ticks, and meets what `meet` does; SIGTERM ends it in order.
@@ -72,100 +66,84 @@ async def main():
     def tick():
         watchdog.tick()
         loop.call_later({LOOK_S / 4}, tick)
-    tick()
+    if sys.argv[1] != "no_tick":
+        tick()
     watchdog.start()
     open(sys.argv[2], "w").close()
     loop.call_later(0.1, globals()["meet_" + sys.argv[1]])
     await stop.wait()
     watchdog.stop()
 
+meet_no_tick = meet_nothing
 log.configure("INFO", "logfmt")
 asyncio.run(main())
 """
 _LIMIT_S = LOOK_S * LOOKS
 
-Watched = Callable[..., subprocess.Popen[bytes]]
+Watched = Callable[..., Child]
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    """Starts a watched process that meets something, with its streams in files or where they are told to go."""
-    made: list[subprocess.Popen[bytes]] = []
+def watched(child: NewChild, tmp_path: Path) -> Watched:
+    """Starts a watched process that meets something."""
 
-    def start(what: str, stream: int | None = None) -> subprocess.Popen[bytes]:
-        with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
-            streams: list[int | IO[bytes]] = [out, err] if stream is None else [stream, stream]
-            process = subprocess.Popen(
-                [sys.executable, "-c", WATCHED, what, str(tmp_path / "started")],
-                cwd=ROOT,
-                env=scrubbed(),
-                stdout=streams[0],
-                stderr=streams[1],
-                start_new_session=True,
-            )
-        made.append(process)
+    def start(what: str, stdout: int | None = None) -> Child:
+        started = child(python(WATCHED, what, str(tmp_path / "started")), stdout)
         eventually((tmp_path / "started").exists, 20, "it starts")
-        return process
+        return started
 
-    yield start
-    for process in made:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return start
 
 
-def test_loop_that_stands_still(watched: Watched, tmp_path: Path) -> None:
+def test_loop_that_stands_still(watched: Watched) -> None:
     """A loop that waits in a call ends its process with 70; file and line of that call are told, and no value."""
     began = time.monotonic()
     process = watched("sleep")
 
-    assert process.wait(20) == 70
+    process.ends_with(70)
     assert time.monotonic() - began > _LIMIT_S
-    said = (tmp_path / "err").read_text("utf-8").splitlines()
+    said = process.errors().splitlines()
     assert re.fullmatch(r'at=\S+Z level=error event=defect where=loop error="it stands still; .*" exit=70', said[0])
     number = WATCHED.splitlines().index("    time.sleep(60)  # here") + 1
     assert any(re.search(rf'event=stands thread=MainThread frames="<string>:{number} asyncio/', line) for line in said)
     assert "the-secret-word" not in "".join(said)
-    assert "event=last" in (tmp_path / "out").read_text("utf-8")
+    assert "event=last" in process.output()
 
 
-@pytest.mark.parametrize("what", ["endless_work", "locked_log"])
-def test_other_ways_to_stand_still(watched: Watched, what: str) -> None:
-    """Neither endless work nor a lock that is never released keeps the process from its end."""
-    assert watched(what).wait(20) == 70
+@pytest.mark.parametrize(("what", "code"), [("endless_work", 70), ("locked_log", 70), ("no_tick", 70), ("stop", 3)])
+def test_other_ways_to_stand_still(watched: Watched, what: str, code: int) -> None:
+    """Neither endless work nor a lock that is never released keeps the process from its end, nor that the loop never
+    moved at all; after `stop` nobody minds whether it moves."""
+    watched(what).ends_with(code)
 
 
-def test_nobody_reads_what_is_said(watched: Watched) -> None:
+def test_nobody_reads_what_is_said(child: NewChild, pipe: Pipe, tmp_path: Path) -> None:
     """Nor does it wait for a reader with what it says of each of its threads."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"." * 4096)
-    os.set_blocking(writer, True)
-    try:
-        assert watched("sleep_of_many", writer).wait(20) == 70
-    finally:
-        os.close(reader)
-        os.close(writer)
+    pipe.fill()
+    words = python(WATCHED, "sleep_of_many", str(tmp_path / "started"))
+    child(["sh", "-c", 'exec "$@" 2>&1', "sh", *words], pipe.writer).ends_with(70)
 
 
-def pause(process: subprocess.Popen[bytes], seconds: float) -> None:
+def pause(child: Child, seconds: float) -> None:
     """Stop the process for a while, as a debugger, a container's pause or a host's sleep does."""
-    process.send_signal(signal.SIGSTOP)
+    child.process.send_signal(signal.SIGSTOP)
     time.sleep(seconds)
-    process.send_signal(signal.SIGCONT)
+    child.process.send_signal(signal.SIGCONT)
 
 
-def test_process_that_was_stopped(watched: Watched, tmp_path: Path) -> None:
+def goes_on(child: Child) -> None:
+    """See that it is left alone, and leaves in order."""
+    time.sleep(1.5 * _LIMIT_S)
+    assert (child.stop(), child.errors()) == (0, "")
+
+
+def test_process_that_was_stopped(watched: Watched) -> None:
     """A process that was paused for longer than its loop may stand still goes on where it was."""
     process = watched("nothing")
 
     pause(process, 2 * _LIMIT_S)
 
-    time.sleep(1.5 * _LIMIT_S)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0, (tmp_path / "err").read_text("utf-8")
+    goes_on(process)
 
 
 def test_pauses_do_not_add_up(watched: Watched, tmp_path: Path) -> None:
@@ -177,10 +155,8 @@ def test_pauses_do_not_add_up(watched: Watched, tmp_path: Path) -> None:
         pause(process, 3 * LOOK_S)
     (tmp_path / "started.enough").touch()
 
-    eventually(lambda: "event=through" in (tmp_path / "out").read_text("utf-8") or process.poll() is not None)
-    time.sleep(_LIMIT_S)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0, (tmp_path / "err").read_text("utf-8")
+    eventually(lambda: "event=through" in process.output() or process.process.poll() is not None)
+    goes_on(process)
 
 
 def test_pause_does_not_save_a_loop_that_stands_still(watched: Watched) -> None:
@@ -189,39 +165,15 @@ def test_pause_does_not_save_a_loop_that_stands_still(watched: Watched) -> None:
 
     pause(process, 2 * _LIMIT_S)
 
-    assert process.poll() is None
-    assert process.wait(20) == 70
+    assert process.process.poll() is None
+    process.ends_with(70)
 
 
 @pytest.mark.parametrize("what", ["busy_moments", "nothing"])
-def test_loop_that_moves(watched: Watched, tmp_path: Path, what: str) -> None:
+def test_loop_that_moves(watched: Watched, what: str) -> None:
     """A loop that is busy all the time, or idle, and ticks is left alone."""
     process = watched(what)
 
-    time.sleep(3 * _LIMIT_S)
+    time.sleep(1.5 * _LIMIT_S)
 
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0, (tmp_path / "err").read_text("utf-8")
-    assert (tmp_path / "err").read_text("utf-8") == ""
-
-
-def test_loop_that_is_watched_no_more(watched: Watched) -> None:
-    """After `stop` nobody minds whether the loop moves."""
-    assert watched("stop").wait(20) == 3
-
-
-def test_loop_that_never_moves() -> None:
-    """A loop that does not even begin to tick is found out once, by whoever asked to be told."""
-    calls: list[str] = []
-    told = threading.Event()
-
-    def on_stuck() -> None:
-        calls.append(threading.current_thread().name)
-        told.set()
-
-    watchdog = Watchdog(0.01, 3, on_stuck)
-    watchdog.start()
-
-    assert told.wait(10)
-    time.sleep(0.2)
-    assert calls == ["watchdog"]
+    goes_on(process)

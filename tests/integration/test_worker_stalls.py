@@ -1,11 +1,8 @@
 """Worker processes that stand still, or are held up: nobody reads their stdout, their loop hangs, Redis or the exchange
-say nothing at their start, they are stopped for longer than their leases."""
+say nothing at their start."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
 import signal
 import sys
 import threading
@@ -16,15 +13,15 @@ from contextlib import ExitStack
 import pytest
 
 from producer import CancelClient, OutcomeKind
-from tests.engines import CLOCK_ERROR, HELD_S, Answerer, Asked, Said, enqueued, well
-from tests.fault.conftest import name_of, state
+from tests.engines import CLOCK_ERROR, Answerer, Asked, clock, enqueued, every, well
+from tests.fault.conftest import name_of
 from tests.fault.proxy import Proxy
 from tests.integration.conftest import NewFleet
 from tests.loopback import Peer, Server
 from tests.orders import cancel_all, events, once_each, opened, outcomes, steps
-from tests.servers import WORKER, Peek, Valkey, Worker, Workers, eventually, running_valkey
+from tests.processes import Pipe
+from tests.servers import Peek, Valkey, Worker, Workers, eventually, running_valkey, stopped
 from worker.sandbox.control import RunningExchange
-from worker.sandbox.faults import Fault
 
 #: How long a stop may take that has nothing to wait for, s: RQ's thread for commands looks once a second.
 SOON_S = 3.0
@@ -33,25 +30,12 @@ SOON_S = 3.0
 # ---- nobody reads ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unread() -> Iterator[tuple[int, int]]:
-    """A pipe's two ends: its buffer is as small as it can be, and full."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while os.write(writer, b"x" * select.PIPE_BUF):
-            pass
-    os.set_blocking(writer, True)
-    yield reader, writer
-    for end in (reader, writer):
-        os.close(end)
-
-
 def test_a_worker_that_nobody_reads_goes_on(
-    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek, unread: tuple[int, int]
+    workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek, pipe: Pipe
 ) -> None:
     """A worker whose stdout is a full pipe serves its queue, keeps its leases from a peer, and leaves with 0."""
-    mute = workers.start(LOG_LEVEL="DEBUG", LEASE_S="1", wait=False, stdout=unread[1])
+    pipe.fill()
+    mute = workers.start(LOG_LEVEL="DEBUG", LEASE_S="1", wait=False, stdout=pipe.writer)
     eventually(lambda: peek("SCARD", "rq:workers") == 1, 20, "it works")
     assert {outcome.kind for outcome in outcomes(client, cancel_all(client, opened(exchange, 500)))} == {
         OutcomeKind.CANCELLED
@@ -122,11 +106,11 @@ def silent() -> Iterator[Server]:
         yield server
 
 
-def leaves_soon(worker: Worker, how: signal.Signals) -> None:
+def leaves_soon(worker: Worker, how: signal.Signals, within_s: float = SOON_S) -> None:
     """See that a signal ends it in order."""
     began = time.monotonic()
     assert worker.stop(how) == 0
-    assert time.monotonic() - began < SOON_S
+    assert time.monotonic() - began < within_s
     assert "Traceback" not in worker.output()
 
 
@@ -160,75 +144,37 @@ def test_a_stop_while_it_joins_leaves_nothing_of_it_in_rq(new_fleet: NewFleet, v
     assert peek("SCARD", "rq:workers") == 0
 
 
-def test_a_stop_at_any_moment_of_the_start(new_fleet: NewFleet, peek: Peek) -> None:
-    """A worker that is told to stop while it starts does so in order, or has not begun: nothing of it is left."""
-    fleet = new_fleet()
-    moments: list[float] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
-    ends = []
-    for moment in moments:
-        worker = fleet.start(command=WORKER, wait=False)
-        time.sleep(moment)
-        ends.append(worker.stop(signal.SIGTERM, timeout_s=SOON_S))
-        assert "Traceback" not in worker.output()
-
-    assert set(ends) <= {0, -signal.SIGTERM}
-    assert peek("SCARD", "rq:workers") == 0
-
-
-# ---- stops that cannot wait for everything --------------------------------------------------------------------------
-
-
-def leaves_within(worker: Worker, grace_s: float) -> None:
-    """See that a signal ends it within its grace, by itself."""
-    began = time.monotonic()
-    assert worker.stop(timeout_s=grace_s + 6) == 0
-    assert time.monotonic() - began <= grace_s
-    assert "event=stopped" in worker.output()
-    assert "Traceback" not in worker.output()
-
-
 def test_a_stop_while_the_clock_is_measured(new_fleet: NewFleet, client: CancelClient, stack: ExitStack) -> None:
     """A worker whose orders wait for the exchange's clock leaves within its grace."""
-    has_started, measuring, answers = threading.Event(), threading.Event(), threading.Event()
+    has_started, measuring = threading.Event(), threading.Event()
 
-    def behave(asked: Asked) -> Said:
-        if has_started.is_set() and asked.path.endswith("/time"):
+    def holds(asked: Asked) -> bool:
+        if has_started.is_set() and clock(asked):
             measuring.set()
-            answers.wait(HELD_S)
-        return CLOCK_ERROR if asked.algo_id is not None else well(asked)
+        return measuring.is_set() and clock(asked)
 
-    server = stack.enter_context(Answerer(behave))
-    stack.callback(answers.set)
+    server = stack.enter_context(Answerer(lambda asked: CLOCK_ERROR if every(asked) else well(asked), holds))
     worker = new_fleet(BINANCE_BASE_URL=server.url, SHUTDOWN_GRACE_S="4").start()
     has_started.set()
     enqueued(client, 4)
     assert measuring.wait(10)
 
-    leaves_within(worker, 4)
+    leaves_soon(worker, signal.SIGTERM, within_s=4)
+    assert "event=stopped" in worker.output()
 
 
 def test_a_stop_while_redis_stands_still(new_fleet: NewFleet, stack: ExitStack) -> None:
     """A worker whose Redis stands still leaves within its grace, though it cannot record what was answered."""
-    answers = threading.Event()
-
-    def behave(asked: Asked) -> Said:
-        if asked.algo_id is not None:
-            answers.wait(HELD_S)
-        return well(asked)
-
     valkey = stack.enter_context(running_valkey("--appendonly", "no"))
     client = stack.enter_context(CancelClient.from_url(valkey.url))
-    server = stack.enter_context(Answerer(behave))
-    stack.callback(answers.set)
+    server = stack.enter_context(Answerer(holds=every))
     worker = new_fleet(REDIS_URL=valkey.url, BINANCE_BASE_URL=server.url, SHUTDOWN_GRACE_S="4").start()
     enqueued(client, 4)
     eventually(lambda: server.count()["DELETE"] == 4, what="all are sent")
-    assert valkey.process is not None
-    valkey.process.send_signal(signal.SIGSTOP)
-    stack.callback(valkey.process.send_signal, signal.SIGCONT)
-    answers.set()
-
-    leaves_within(worker, 4)
+    with stopped(valkey):
+        server.may_answer.set()
+        leaves_soon(worker, signal.SIGTERM, within_s=4)
+    assert "event=stopped" in worker.output()
 
 
 # ---- signals with jobs in hand --------------------------------------------------------------------------------------
@@ -249,45 +195,3 @@ def test_a_terminal_that_is_closed_stops_in_order(
     outcome = client.outcome(ticket.id)
     assert outcome is not None
     assert steps(outcome) == ["confirmed"]
-
-
-# ---- stopped for longer than its leases -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("moment_s", [0.0, 0.15, 0.3])
-def test_a_woken_worker_sends_nothing_for_what_it_lost(
-    moment_s: float, workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek
-) -> None:
-    """A worker that is stopped under load, with claims, calls and retries on their way, and wakes when others have done
-    its work, sends nothing more for any of it."""
-    with Proxy(int(exchange.url.rpartition(":")[2])) as way:
-        sleeper = workers.start(
-            BINANCE_BASE_URL=way.http_url,
-            LEASE_S="1",
-            WORKER_CONCURRENCY="16",
-            BACKOFF_BASE_MS="200",
-            BACKOFF_CAP_MS="200",
-        )
-        exchange.set_latency_ms(50)
-        algo_ids = opened(exchange, 400)
-        for algo_id in algo_ids[::3]:
-            exchange.script_faults(algo_id, [Fault.UNKNOWN_503])
-        for algo_id in algo_ids[1::3]:
-            exchange.script_faults(algo_id, [Fault.UNAVAILABLE_503])
-        tickets = cancel_all(client, algo_ids)
-        eventually(lambda: len(peek.ledger()) > 50, what="it is at work")
-        time.sleep(moment_s)
-        sleeper.process.send_signal(signal.SIGSTOP)
-        eventually(lambda: state(sleeper.process.pid) == "T", what="it stands still")
-        peer = workers.start(LEASE_S="1")
-        found = outcomes(client, tickets, 40)
-        assert name_of(peer) in {outcome.worker for outcome in found}
-        records, sent = len(peek.ledger()), way.count.turns
-
-        sleeper.process.send_signal(signal.SIGCONT)
-        time.sleep(1.5)  # longer than its looks at Redis
-
-        assert way.count.turns == sent
-        assert len(peek.ledger()) == records
-        assert once_each(peek, tickets)
-        assert sleeper.stop() == 0

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,17 @@ from producer import CancelClient, OutcomeKind
 from tests.failover import UNSUPPORTED, direct
 from tests.integration.conftest import NewFleet
 from tests.orders import cancel_all, events, opened
-from tests.servers import Valkey, Worker, eventually, free_port, members, running_valkey
+from tests.servers import (
+    Valkey,
+    Worker,
+    busy_with_a_script,
+    eventually,
+    free_port,
+    members,
+    refuses,
+    running_valkey,
+    stopped,
+)
 from worker.sandbox.control import RunningExchange
 
 # ---- a Redis that cannot serve now ----------------------------------------------------------------------------------
@@ -65,31 +74,9 @@ def unable_to_write_its_disk(server: Valkey, connection: redis.Redis) -> Iterato
     server.directory.mkdir()
 
 
-@contextlib.contextmanager
-def busy_with_a_script(server: Valkey, connection: redis.Redis) -> Iterator[None]:
+def busy(server: Valkey, connection: redis.Redis) -> contextlib.AbstractContextManager[None]:
     """BUSY."""
-    connection.config_set("busy-reply-threshold", 50)
-
-    def run() -> None:
-        with contextlib.suppress(redis.RedisError), direct(server) as client:
-            client.eval("while true do end", 0)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    eventually(lambda: is_busy(connection), 20, "it is busy")
-    yield
-    connection.script_kill()
-    thread.join()
-
-
-def is_busy(connection: redis.Redis) -> bool:
-    """Whether it says so."""
-    with contextlib.suppress(redis.ConnectionError):
-        try:
-            connection.get("x")
-        except redis.ResponseError as error:
-            return str(error).startswith("BUSY")
-    return False
+    return busy_with_a_script(connection)
 
 
 @contextlib.contextmanager
@@ -102,29 +89,14 @@ def loading(server: Valkey, connection: redis.Redis) -> Iterator[None]:
     server.stop(signal.SIGKILL)
     server.options += ("--key-load-delay", "5000", "--loading-process-events-interval-bytes", "1024")
     server.start(wait=False)
-    eventually(lambda: is_loading(connection), 20, "it is loading")
+    eventually(lambda: refuses(connection, "loading"), 20, "it is loading")
     yield
     connection.config_set("key-load-delay", 0)
 
 
-def is_loading(connection: redis.Redis) -> bool:
-    """Whether it says so."""
-    try:
-        connection.get("x")
-    except redis.exceptions.BusyLoadingError:
-        return True
-    except redis.RedisError:
-        return False
-    return False
-
-
-@contextlib.contextmanager
-def standing_still(server: Valkey, connection: redis.Redis) -> Iterator[None]:
+def standing_still(server: Valkey, connection: redis.Redis) -> contextlib.AbstractContextManager[None]:
     """No answer, though connections are taken."""
-    assert server.process is not None
-    server.process.send_signal(signal.SIGSTOP)
-    yield
-    server.process.send_signal(signal.SIGCONT)
+    return stopped(server)
 
 
 @contextlib.contextmanager
@@ -136,7 +108,7 @@ def out_of_clients(server: Valkey, connection: redis.Redis) -> Iterator[None]:
 
 
 TROUBLES: list[Trouble] = [
-    *(a_replica, a_replica_that_lost_its_primary, without_replicas, unable_to_write_its_disk, busy_with_a_script),
+    *(a_replica, a_replica_that_lost_its_primary, without_replicas, unable_to_write_its_disk, busy),
     *(loading, standing_still, out_of_clients),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,11 +27,12 @@ from tests.decisions import (
     SILENT,
     T0,
     TIMEOUT,
-    TOOK_MS,
     Answer,
+    Played,
     state,
 )
-from worker.child import Child, ChildCase, after_child, child_step
+from tests.decisions import play as play_by_rules
+from worker.child import Child
 from worker.classify import SILENCE, ChildRef, Means, OrderRef, Reply, classify
 from worker.decide import NOT_DONE, UNREADABLE, Again, Case, Policy, Stop, first_step, next_step
 
@@ -52,47 +54,12 @@ PRICED = child("CANCELED", "0.4", "9.5")
 DONE, DONE_IN_PART = child("CANCELED", price=None), child("CANCELED", "0.4", None)
 
 
-@dataclasses.dataclass
-class Played:
-    """What was done about a child, and how it ended."""
-
-    calls: list[str] = dataclasses.field(default_factory=list)
-    delays: list[int] = dataclasses.field(default_factory=list)
-    history: list[Attempt] = dataclasses.field(default_factory=list)
-    stop: Stop = dataclasses.field(default_factory=lambda: Stop(OutcomeKind.UNKNOWN))
-
-
 def play(
-    answers: list[Answer],
-    *,
-    cancels: bool = True,
-    parent: str = "TRIGGERED",
-    left_ms: int = 300_000,
-    roll: float = 0.5,
-    before: tuple[Attempt, ...] = (),
-    retried: bool = False,
-    told_to: int = 0,
+    answers: list[Answer], *, cancels: bool = True, parent: str = "TRIGGERED", left_ms: int = 300_000, **how: Any
 ) -> Played:
     """Work on a child until it stops; the last answer is repeated for as long as calls are made."""
-    case = ChildCase(cancels, T0 + left_ms, retried, told_to=told_to)
     known = Child(REF, Stop(OutcomeKind.TRIGGERED, parent, CHILD_ID))
-    played = Played(history=list(before))
-    now_ms, step = T0, child_step(case, known, before, POLICY, T0)
-    while isinstance(step, Again):
-        assert len(played.calls) < 2000, "it does not end"
-        played.calls.append(step.call.value)
-        verdict = classify(step.call, REF, answers[min(len(played.calls), len(answers)) - 1])
-        said = (verdict.http, verdict.code, verdict.msg, verdict.means.value, TOOK_MS)
-        played.history.append(Attempt(len(played.history) + 1, now_ms, step.call, *said))
-        now_ms += TOOK_MS
-        known.is_asked = True
-        known.learn(verdict)
-        step = after_child(case, known, played.history, verdict, POLICY, now_ms, roll)
-        if isinstance(step, Again):
-            played.delays.append(step.delay_ms)
-            now_ms += step.delay_ms
-    played.stop = step
-    return played
+    return play_by_rules(answers, rules=known, ref=REF, deadline_s=left_ms / 1000, cancels_child=cancels, **how)
 
 
 ROWS: list[tuple[str, dict[str, object], list[Answer], list[str], str, str | None, bool | None]] = [
@@ -174,6 +141,15 @@ def test_whose_cancel_it_was_that_a_lost_worker_sent() -> None:
     assert play([CANCELED], retried=True).stop.child_cancelled is None  # by an earlier run's, perhaps
 
 
+def test_a_child_that_was_seen_is_missed_for_a_whole_horizon_from_then_on() -> None:
+    """What the exchange did not know before it showed the child open says nothing of where it is now."""
+    missed = Attempt(1, T0 - 20_000, Call.QUERY_CHILD, 400, -2013, "", Means.NO_SUCH_ORDER.value, 5)
+    shown = Attempt(2, T0 - 10, Call.QUERY_CHILD, 200, None, "NEW", Means.OPEN.value, 5)
+
+    last = play([GONE, NOT_THERE], before=(missed, shown)).history[-1]
+    assert POLICY.not_found_horizon_ms <= last.at_ms - T0 < 3 * POLICY.not_found_horizon_ms
+
+
 def test_a_finished_parent_is_believed_where_the_child_is_not_found() -> None:
     """What the exchange never shows, and calls finished, rests no more; it is asked for until the horizon."""
     played = play([NOT_THERE], parent="FINISHED")
@@ -194,10 +170,11 @@ def test_what_nobody_can_read_may_have_been_a_cancel_of_ours() -> None:
 def test_a_cancel_that_was_proven_to_have_done_nothing_was_not_ours() -> None:
     """A look that shows the child open, when the cancel could be accepted no more, takes it back."""
     tried = Attempt(1, T0, Call.CANCEL_CHILD, None, None, SILENCE, Means.UNCLEAR.value, 5)
-    opened = Attempt(2, T0 + 60_000, Call.QUERY_CHILD, 200, None, "NEW", Means.OPEN.value, 5)
+    early, late = (Attempt(2, T0 + ms, Call.QUERY_CHILD, 200, None, "NEW", "open", 5) for ms in (100, 60_000))
 
-    assert play([GONE, CANCELED], before=(tried, opened)).stop.child_cancelled is False
-    assert play([GONE, CANCELED], before=(tried,)).stop.child_cancelled is True
+    assert play([GONE, CANCELED], before=(tried, early, late)).stop.child_cancelled is False
+    for before in ((tried, early), (tried, dataclasses.replace(late, verdict="unclear"))):
+        assert play([GONE, CANCELED], before=before).stop.child_cancelled is True
 
 
 def test_an_heir_after_the_deadline_looks_and_keeps_the_doubt() -> None:
@@ -207,8 +184,12 @@ def test_an_heir_after_the_deadline_looks_and_keeps_the_doubt() -> None:
     tried = Attempt(2, T0 + 10, Call.CANCEL_CHILD, None, None, SILENCE, Means.UNCLEAR.value, 250)
     asked = Attempt(3, T0 + 2_000, Call.QUERY, 503, None, "", Means.BUSY.value, 5)
 
-    assert first_step(case, [seen, tried], POLICY, T0 + 2_000) == Again(Call.QUERY)
-    stop = first_step(case, [seen, tried, asked], POLICY, T0 + 3_000)
+    busy = dataclasses.replace(tried, verdict="busy")
+    looked = Attempt(3, T0 + 20, Call.QUERY_CHILD, 200, None, "NEW", "open", 5)
+    for before in ([seen, tried], [seen, busy, looked]):  # the cancel of the latter was never done
+        assert first_step(case, before, T0 + 2_000) == Again(Call.QUERY)
+    assert first_step(case, [seen, tried, looked], T0 + 2_000) != Again(Call.QUERY)
+    stop = first_step(case, [seen, tried, asked], T0 + 3_000)
     assert isinstance(stop, Stop)
     assert stop.kind is OutcomeKind.UNKNOWN
 
@@ -304,12 +285,12 @@ def test_a_child_that_is_never_named_is_given_up_at_the_deadline() -> None:
     verdict = classify(Call.QUERY, OrderRef(ALGO_ID), state("TRIGGERED"))
     case = Case(False, T0, T0 + 1_000, cancels_child=True)
 
-    assert isinstance(next_step(case, [seen], verdict, POLICY, T0 + 905, 0.5), Again)
-    late = next_step(case, [seen], verdict, POLICY, T0 + 1_000, 0.5)
+    assert isinstance(next_step(case, [seen], verdict, T0 + 905, 0.5), Again)
+    late = next_step(case, [seen], verdict, T0 + 1_000, 0.5)
     assert isinstance(late, Stop)
     assert (late.kind, late.order_status) == (OutcomeKind.GAVE_UP, "TRIGGERED")
-    told = dataclasses.replace(case, cancels_child=False)
-    steps = [next_step(told, [seen] * count, verdict, POLICY, T0 + 905, 0.5) for count in (1, 6)]
+    told = dataclasses.replace(case, cancels_child=False, deadline_at_ms=T0 + 60_000)
+    steps = [next_step(told, [seen] * count, verdict, T0 + 905, 0.5) for count in (1, 6)]
     assert isinstance(steps[0], Again)
     assert isinstance(steps[1], Stop)
     assert steps[1].kind is OutcomeKind.TRIGGERED
@@ -320,7 +301,7 @@ def test_what_an_order_became_is_told_at_the_bounds_too(policy: Policy, left_ms:
     """A triggered order whose child the exchange does not name is no live order when attempts or time run out."""
     seen = Attempt(1, T0 + 900, Call.QUERY, 200, None, "TRIGGERED", Means.TRIGGERED.value, 5)
     verdict = classify(Call.QUERY, OrderRef(ALGO_ID), state("TRIGGERED"))
-    case = Case(False, T0, T0 + left_ms, cancels_child=False)
+    case = Case(False, T0, T0 + left_ms, policy)
 
-    for step in (next_step(case, [seen], verdict, policy, T0 + 905, 0.5), first_step(case, [seen], policy, T0 + 905)):
+    for step in (next_step(case, [seen], verdict, T0 + 905, 0.5), first_step(case, [seen], T0 + 905)):
         assert step == Stop(OutcomeKind.TRIGGERED, "TRIGGERED")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import pytest
 
-from producer.message import Call
+from producer.message import Attempt, Call
 from tests.decisions import (
     CANCELED,
     GONE,
@@ -17,7 +17,6 @@ from tests.decisions import (
     NO_CONNECTION,
     OK,
     OVERLOAD,
-    POLICY,
     RACE,
     SAME,
     T0,
@@ -36,17 +35,35 @@ from worker.decide import BLIND_CANCEL_MS, Again, Case, Policy, Span, first_step
 # ---- by client id alone ---------------------------------------------------------------------------------------------
 
 
-def test_a_fresh_client_id_is_cancelled_at_once() -> None:
-    """Up to a tenth of a second after the request the id cannot have been reused: no look-up delays the cancel."""
-    played = play([OK], by_client_id=True, age_ms=BLIND_CANCEL_MS)
-    assert (played.calls, played.kind) == ([C], "cancelled")
+#: words, what was done before, how long after the request it is decided in ms, what else is known, the call.
+CALLS: list[tuple[str, list[Attempt], int, dict[str, Any], Call]] = [
+    ("at once", [], BLIND_CANCEL_MS, {}, Call.CANCEL),
+    ("later, or when it had to wait", [], BLIND_CANCEL_MS + 1, {}, Call.QUERY),
+    ("by a clock that was set back", [], -1, {}, Call.QUERY),
+    ("in a later run, whatever the first has sent", [], 1, {"retried": True}, Call.QUERY),
+    ("where the call may leave later", [], 1, {"sends_late": True}, Call.QUERY),
+    ("in a later run, by algo id", [], 1, {"retried": True, "by_client_id": False}, Call.CANCEL),
+    ("after an unclear cancel", [attempt(Means.UNCLEAR)], 60, {}, Call.QUERY),
+    ("after a cancel that was not done", [attempt(Means.BUSY)], 60, {}, Call.QUERY),
+    ("where another worker saw it open", [attempt(Means.OPEN, Call.QUERY)], 60, {}, Call.QUERY),
+    ("... after a cancel", [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + 50)], 60, {}, Call.QUERY),
+]
+
+
+@pytest.mark.parametrize(("history", "after_ms", "known", "call"), [c[1:] for c in CALLS], ids=[c[0] for c in CALLS])
+def test_a_client_id_is_cancelled_at_once_or_looked_up(
+    history: list[Attempt], after_ms: int, known: dict[str, Any], call: Call
+) -> None:
+    """Up to a tenth of a second after the request the id cannot have been reused: no look-up delays the cancel. Later,
+    and after whatever was sent, it may be another order's."""
+    case = Case(**{"by_client_id": True, "meant_at_ms": T0, "deadline_at_ms": T0 + 300_000} | known)
+    assert first_step(case, history, T0 + after_ms) == Again(call)
 
 
 def test_an_old_client_id_is_resolved_first_and_cancelled_by_algo_id() -> None:
-    """Later than that the id may be another order's: it is looked up, and that very order is cancelled."""
+    """What a look-up shows is cancelled, that very order, without a delay."""
     played = play([NEW, OK], by_client_id=True, age_ms=BLIND_CANCEL_MS + 1)
-    assert (played.calls, played.kind) == ([Q, C], "cancelled")
-    assert played.delays == [0]
+    assert (played.calls, played.kind, played.delays) == ([Q, C], "cancelled", [0])
 
 
 @pytest.mark.parametrize(
@@ -58,27 +75,6 @@ def test_a_second_cancel_is_never_sent_by_client_id(first: Answer) -> None:
     """Whatever the first answer was and however soon it came, the order is looked up and then cancelled by algo id."""
     played = play([first, NEW, OK], by_client_id=True, roll=0.0)
     assert (played.calls, played.kind) == ([C, Q, C], "cancelled")
-
-
-def test_a_retry_is_looked_up_first() -> None:
-    """What an earlier run sent may have freed the client id, however soon the retry came."""
-    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000, retried=True)
-    assert first_step(case, (), POLICY, T0 + 1) == Again(Call.QUERY)
-    assert first_step(dataclasses.replace(case, retried=False), (), POLICY, T0 + 1) == Again(Call.CANCEL)
-    assert first_step(dataclasses.replace(case, by_client_id=False), (), POLICY, T0 + 1) == Again(Call.CANCEL)
-
-
-def test_a_clock_that_was_set_back_makes_nothing_fresh() -> None:
-    """A request that seems to come from the future may be of any age: it is looked up."""
-    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
-    assert first_step(case, (), POLICY, T0 - 1) == Again(Call.QUERY)
-    assert first_step(case, (), POLICY, T0) == Again(Call.CANCEL)
-
-
-def test_a_step_that_had_to_wait_is_decided_anew() -> None:
-    """A blind cancel that could not be sent at once is a look-up when it can be."""
-    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
-    assert [first_step(case, (), POLICY, T0 + ms) for ms in (100, 101)] == [Again(Call.CANCEL), Again(Call.QUERY)]
 
 
 @pytest.mark.parametrize("before", [[TIMEOUT], [GONE], [NO_CONNECTION]])
@@ -155,14 +151,6 @@ def test_a_wrong_clock_of_the_exchange_changes_nothing(shift_ms: int, by_client_
         assert (away.calls, away.delays, away.stop) == (here.calls, here.delays, here.stop)
 
 
-def test_a_tried_client_id_is_resolved_even_while_fresh() -> None:
-    """An unclear cancel may have freed the client id within the first moments already, and a look-up tells its age."""
-    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
-    history = [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + 50)]
-    for tried in (history, history[:1], history[1:]):
-        assert first_step(case, tried, POLICY, T0 + 60) == Again(Call.QUERY)
-
-
 def test_the_last_attempt_resolves_a_client_id_that_grew_old() -> None:
     """The attempt that is kept for a query is used where the backoff makes the next call a query."""
     played = play([OVERLOAD, CANCELED], by_client_id=True, policy=Policy(max_attempts=2, backoff_base_ms=4_000))
@@ -177,10 +165,3 @@ def test_a_look_up_that_is_refused_is_backed_off() -> None:
 def test_by_algo_id_the_time_of_creation_is_not_asked() -> None:
     """An algo id is never reused, so an order by algo id is ours whatever its time says."""
     assert play([GONE, NEWER, OK]).kind == "cancelled"
-
-
-def test_coming_back_unpinned_it_is_looked_up_again() -> None:
-    """A worker that knows only the client id of an old request asks, even where another one saw the order open."""
-    case = Case(by_client_id=True, meant_at_ms=T0, deadline_at_ms=T0 + 300_000)
-    assert first_step(case, [attempt(Means.OPEN, Call.QUERY)], POLICY, T0 + 2_000) == Again(Call.QUERY)
-    assert first_step(case, [attempt(Means.BUSY)], POLICY, T0 + 2_000) == Again(Call.QUERY)

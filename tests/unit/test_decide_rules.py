@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -12,12 +11,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.message import Attempt, Call, OutcomeKind, decode_attempts, encode_attempts
+from tests.decisions import (
+    ALGO_ID,
+    BAD_KEY,
+    BAD_PARAM,
+    CANCELED,
+    CLIENT_ID,
+    ENGINE_CLOCK,
+    EXPIRED,
+    FORBIDDEN,
+    GATEWAY,
+    GONE,
+    LATE_CLOCK,
+    NEW,
+    NO_CONNECTION,
+    NO_PATH,
+    NOT_THERE,
+    ODD,
+    OK,
+    RACE,
+    REGION,
+    REJECTED,
+    SILENT,
+    T0,
+    TIMEOUT,
+    TRIGGERING,
+    Answer,
+    refusal,
+    state,
+)
 from tests.examples import examples
-from worker.classify import GATED, SILENCE, Failure, Means, OrderRef, Reply, Verdict, child_of, classify
+from worker.classify import GATED, SILENCE, Means, OrderRef, Verdict, child_of, classify
 from worker.decide import (
     BLIND_CANCEL_MS,
     LAST_TRY_MS,
     MAX_RESYNCS,
+    NOT_DONE,
     Again,
     Case,
     Policy,
@@ -33,9 +62,6 @@ from worker.decide import (
 PROFILE = examples(30)
 _T = TypeVar("_T")
 
-T0 = 1750485492076
-ALGO_ID = 2146760
-CLIENT_ID = "6B2I9XVcJpCjqPAJ4YoFX7"
 #: How long after its timestamp a cancel can still be accepted, and how far ahead that may have been, ms.
 STRIKE_MS = 5_000 + 1_000
 #: In some runs a cancel by client id may meet the id's next order until so long after the start, ms.
@@ -44,46 +70,16 @@ STRIKES_UNTIL_MS = 400
 MAX_CALLS = 3_000
 
 
-def _refusal(http: int, code: int, msg: str = "", retry_after_ms: int | None = None) -> Reply:
-    return Reply(http, json.dumps({"code": code, "msg": msg}).encode(), retry_after_ms)
-
-
-def _state(status: str, created_ms: int = T0 - 60_000) -> Reply:
-    order = {"algoId": ALGO_ID, "clientAlgoId": CLIENT_ID, "algoStatus": status, "createTime": created_ms}
-    return Reply(200, json.dumps(order).encode())
-
-
-_CONFIRMED = Reply(200, json.dumps({"algoId": ALGO_ID, "clientAlgoId": CLIENT_ID, "code": "200"}).encode())
 #: What either call may be answered with; those that end nothing stand first, because shrinking prefers them.
-_EITHER: tuple[Reply | Failure, ...] = (
-    _refusal(503, -1008, retry_after_ms=2_500),
-    Reply(404, b"<html>"),
-    Reply(451, b"<html>"),
-    Failure(False, "ConnectionRefusedError"),
-    Failure(True, "ReadTimeout"),
-    Failure(True, SILENCE),
-    _refusal(400, -1021),
-    _refusal(400, -5028),
-    _refusal(429, -1003, retry_after_ms=1_000),
-    _refusal(418, -1003, f"banned until {T0 + 20_000}", retry_after_ms=500),
-    Reply(502, b"<html>"),
-    _refusal(401, -2015),
-    _refusal(400, -1102),
+_EITHER: tuple[Answer, ...] = (
+    *(refusal(503, -1008, retry_after_ms=2_500), NO_PATH, REGION, NO_CONNECTION, TIMEOUT, SILENT),
+    *(LATE_CLOCK, ENGINE_CLOCK, refusal(429, -1003, retry_after_ms=1_000)),
+    *(refusal(418, -1003, f"banned until {T0 + 20_000}", retry_after_ms=500), GATEWAY, BAD_KEY, BAD_PARAM),
 )
-_TO_A_CANCEL = (_refusal(400, -2011, "Unknown order sent."), _refusal(400, -4117), *_EITHER, _CONFIRMED)
+_TO_A_CANCEL = (GONE, RACE, *_EITHER, OK)
 _TO_A_QUERY = (
-    _refusal(400, -2013),
-    _state("NEW"),
-    _state("TRIGGERING"),
-    _state("PENDING_CANCEL"),
-    *_EITHER,
-    Reply(403, b"<html>"),
-    _state("CANCELED"),
-    _state("TRIGGERED"),
-    _state("FINISHED"),
-    _state("EXPIRED"),
-    _state("REJECTED"),
-    _state("NEW", created_ms=T0 + 60_000),
+    *(NOT_THERE, NEW, TRIGGERING, ODD, *_EITHER, FORBIDDEN),
+    *(CANCELED, state("TRIGGERED"), state("FINISHED"), EXPIRED, REJECTED, state("NEW", created_ms=T0 + 60_000)),
 )
 
 
@@ -91,8 +87,8 @@ _TO_A_QUERY = (
 class Moment:
     """What the world does about one call, and when the next one starts."""
 
-    to_a_cancel: Reply | Failure
-    to_a_query: Reply | Failure
+    to_a_cancel: Answer
+    to_a_query: Answer
     took_ms: int
     roll: float
     late_ms: int  # how much later than planned somebody comes back to the request; 0: the same worker, at once
@@ -117,10 +113,14 @@ class Run:
     """One request from its first step to its outcome."""
 
     case: Case
-    policy: Policy
     turns: tuple[Turn, ...]
     stop: Stop
     ended_ms: int
+
+    @property
+    def policy(self) -> Policy:
+        """Its bounds."""
+        return self.case.policy
 
     @property
     def history(self) -> tuple[Attempt, ...]:
@@ -133,9 +133,9 @@ class Run:
         return [a for a in self.history if a.call is Call.CANCEL and a.verdict == "unclear"]
 
 
-def _play(case: Case, policy: Policy, moments: list[Moment], start_ms: int) -> Run:
+def _play(case: Case, moments: list[Moment], start_ms: int) -> Run:
     first, now_ms, turns, history = case, start_ms, list[Turn](), list[Attempt]()
-    step = first_step(case, (), policy, now_ms)
+    step = first_step(case, (), now_ms)
     while isinstance(step, Again):
         assert len(turns) < MAX_CALLS, "it does not end"
         moment, call, sent_ms = moments[len(turns) % len(moments)], step.call, now_ms
@@ -144,32 +144,29 @@ def _play(case: Case, policy: Policy, moments: list[Moment], start_ms: int) -> R
         means, n = verdict.means.value, len(history) + 1
         history.append(Attempt(n, sent_ms, call, verdict.http, verdict.code, verdict.msg, means, moment.took_ms))
         now_ms += moment.took_ms
-        step = next_step(case, history, verdict, policy, now_ms, moment.roll)
+        step = next_step(case, history, verdict, now_ms, moment.roll)
         turns.append(Turn(case, call, sent_ms, tuple(history), verdict, now_ms, moment.roll, step))
         if isinstance(step, Again):
             now_ms += step.delay_ms + moment.late_ms
             if verdict.order is not None:
                 case = dataclasses.replace(case, by_client_id=False)
             if moment.late_ms:
-                step = first_step(case, history, policy, now_ms)
-    return Run(first, policy, tuple(turns), step, now_ms)
+                step = first_step(case, history, now_ms)
+    return Run(first, tuple(turns), step, now_ms)
 
 
 def _case(chance: bytes) -> Case:
     ahead = _one_of((Span(0, 0), Span(-3, 40), Span(-70_000, 70_000), None), chance[0] >> 1)
     strikes_ms = T0 + STRIKES_UNTIL_MS if chance[1] >= 200 else 0
     deadline_ms = T0 + _one_of((30_000, 1, 900, 5_000, 120_000), chance[1])
-    return Case(bool(chance[0] % 2), T0, deadline_ms, ahead, strikes_until_ms=strikes_ms)
-
-
-def _policy(chance: bytes) -> Policy:
-    return Policy(
-        max_attempts=1 + chance[0] % 12,
-        backoff_base_ms=_one_of((100, 1, 4_000), chance[1]),
-        backoff_cap_ms=_one_of((15_000, 1_000), chance[2]),
-        not_found_horizon_ms=_one_of((2_000, 0, 10_000), chance[3]),
+    policy = Policy(
+        max_attempts=1 + chance[2] % 12,
+        backoff_base_ms=_one_of((100, 1, 4_000), chance[3]),
+        backoff_cap_ms=_one_of((15_000, 1_000), chance[4]),
+        not_found_horizon_ms=_one_of((2_000, 0, 10_000), chance[5]),
         waf_pause_ms=9_000,
     )
+    return Case(bool(chance[0] % 2), T0, deadline_ms, policy, ahead, strikes_until_ms=strikes_ms)
 
 
 def _moment(chance: bytes) -> Moment:
@@ -185,7 +182,7 @@ def _moment(chance: bytes) -> Moment:
 def _run(chance: bytes) -> Run:
     """A run by chance. It is read from one string of bytes, because drawing every choice takes ten times as long."""
     moments = [_moment(chance[at : at + 4]) for at in range(8, len(chance) - 3, 4)]
-    return _play(_case(chance[:2]), _policy(chance[2:6]), moments, _one_of((T0, T0 + 1_500, T0 + 99), chance[6]))
+    return _play(_case(chance), moments, _one_of((T0, T0 + 1_500, T0 + 99), chance[6]))
 
 
 def _one_of(options: Sequence[_T], chance: int) -> _T:
@@ -245,16 +242,13 @@ def test_no_delay_exceeds_what_asked_for_it(run: Run) -> None:
             assert again.delay_ms <= max(run.policy.backoff_cap_ms, turn.verdict.retry_after_ms or 0, strikes_ms)
 
 
-_NOT_DONE = GATED | {Means.BUSY, Means.CLOCK, Means.NOT_SENT}
-
-
 @any_run
 def test_what_was_cleanly_not_done_is_bounded_by_the_deadline_alone(run: Run) -> None:
     """It costs no attempt, and where nothing else is answered the request ends no sooner than its last try."""
     for turn in run.turns:
-        if turn.verdict.means in _NOT_DONE:
+        if turn.verdict.means in NOT_DONE:
             assert counted(turn.history) == counted(turn.history[:-1])
-    if run.stop.kind.failed and all(turn.verdict.means in _NOT_DONE for turn in run.turns):
+    if run.stop.kind.failed and all(turn.verdict.means in NOT_DONE for turn in run.turns):
         last = run.turns[-1] if run.turns else None
         is_pause = last is not None and last.verdict.means in GATED
         assert is_pause or run.ended_ms >= run.case.deadline_at_ms - LAST_TRY_MS
@@ -262,22 +256,14 @@ def test_what_was_cleanly_not_done_is_bounded_by_the_deadline_alone(run: Run) ->
 
 @any_run
 def test_a_clock_refusal_is_answered_at_once_three_times_in_a_row(run: Run) -> None:
-    """The next one waits."""
-    in_a_row = 0
-    for turn in run.turns:
-        in_a_row = in_a_row + 1 if turn.verdict.means is Means.CLOCK else 0
-        if 0 < in_a_row <= MAX_RESYNCS and isinstance(turn.step, Again):
-            assert turn.step.delay_ms == 0
-
-
-@any_run
-def test_never_more_than_three_resyncs_at_once_in_a_row(run: Run) -> None:
-    """A clock that cannot be set right is not measured in a tight loop: the fourth refusal is backed off."""
+    """By a measured clock; one that cannot be set right is not measured in a tight loop."""
     in_a_row = 0
     for turn, again in _planned(run):
         assert again.resync is (turn.verdict.means is Means.CLOCK)
         in_a_row = in_a_row + 1 if again.resync else 0
-        if in_a_row > MAX_RESYNCS and turn.roll and run.policy.backoff_base_ms > 1:
+        if 0 < in_a_row <= MAX_RESYNCS:
+            assert again.delay_ms == 0
+        elif in_a_row and turn.roll and run.policy.backoff_base_ms > 1:
             assert again.delay_ms > 0
 
 
@@ -407,7 +393,7 @@ def test_after_an_unclear_cancel_the_state_is_read_first(run: Run) -> None:
     assert last_words <= 1 or any(a.verdict in _STATES for a in run.history)
 
 
-_ANSWERED = frozenset(Means) - _NOT_DONE
+_ANSWERED = frozenset(Means) - NOT_DONE
 _STATES = {"open", "triggering", "odd_status"}
 
 
@@ -420,7 +406,7 @@ def test_recorded_attempts_lead_to_the_same_decisions(run: Run) -> None:
     for turn in run.turns:
         recorded = decode_attempts(encode_attempts(turn.history))
         assert recorded == turn.history
-        assert next_step(turn.case, recorded, turn.verdict, run.policy, turn.now_ms, turn.roll) == turn.step
+        assert next_step(turn.case, recorded, turn.verdict, turn.now_ms, turn.roll) == turn.step
 
 
 @any_run
@@ -429,7 +415,7 @@ def test_an_outcome_can_be_explained_from_its_attempts(run: Run) -> None:
     for turn in run.turns:
         last = turn.history[-1]
         verdict = Verdict(Means(last.verdict), last.http, last.code, last.msg)
-        again = next_step(turn.case, turn.history, verdict, run.policy, turn.now_ms, turn.roll)
+        again = next_step(turn.case, turn.history, verdict, turn.now_ms, turn.roll)
         if isinstance(turn.step, Stop) and isinstance(again, Stop) and "left alone" not in (turn.step.error or ""):
             assert again.kind is turn.step.kind
             assert again.error == turn.step.error
@@ -442,12 +428,12 @@ def test_an_outcome_can_be_explained_from_its_attempts(run: Run) -> None:
 )
 def test_any_recorded_history_leads_to_a_first_step(rows: list[tuple[Call, Means, int]], chance: bytes) -> None:
     """Whatever attempts a job hash holds, coming back to it leads to a call within the bounds or to an outcome."""
-    case, policy = _case(chance[:2]), _policy(chance[2:])
+    case = _case(chance)
     history = [Attempt(n, T0 + ms, call, None, None, "", means.value, 5) for n, (call, means, ms) in enumerate(rows, 1)]
-    step = first_step(case, history, policy, T0 + 9_000)
+    step = first_step(case, history, T0 + 9_000)
     if isinstance(step, Again):
         assert case.deadline_at_ms > T0 + 9_000
-        assert counted(history) < policy.max_attempts
+        assert counted(history) < case.policy.max_attempts
         assert step.delay_ms == 0
         assert not (case.by_client_id and step.call is Call.CANCEL)
     else:

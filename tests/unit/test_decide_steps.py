@@ -1,12 +1,13 @@
-"""What a worker does about one order, step by step: answers in, calls and the outcome out."""
+"""What a worker does about one order, step by step: answers in, calls and the outcome out; and what stays in doubt."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from producer.message import Call
+from producer.message import Attempt, Call, OutcomeKind
 from tests.decisions import (
     ALGO_ID,
     ANSWERED,
@@ -15,6 +16,7 @@ from tests.decisions import (
     CANCELED,
     CASE,
     CHALLENGE,
+    CHILD_ID,
     ENGINE_CLOCK,
     EXPIRED,
     FEW,
@@ -53,8 +55,10 @@ from tests.decisions import (
     play,
     refusal,
 )
+from worker import decide, listing
 from worker.classify import Means, OrderRef, classify
-from worker.decide import Again, Policy, Stop, next_step
+from worker.decide import PASSED, Again, Policy, Stop, call_for, doubts, first_step, last_status, next_step
+from worker.job import Rules
 
 #: words, answers, calls made, outcome's kind. Enqueued just now, by algo id, with the default bounds.
 PROCEDURE: list[tuple[str, list[Answer], list[str], str]] = [
@@ -205,17 +209,6 @@ def test_asking_for_a_lost_order_costs_no_attempts() -> None:
     assert played.kind == "not_found"
 
 
-def test_seeing_the_order_starts_the_horizon_anew() -> None:
-    """An order that showed itself in between was not unknown for the whole horizon."""
-    policy = Policy(not_found_horizon_ms=2_000)
-    lost = play([GONE, *[NOT_THERE] * 3, ODD, NOT_THERE], policy=policy, roll=0.5)
-    seen_at = [a.at_ms for a in lost.history if a.verdict == "odd_status"]
-    assert seen_at
-    assert lost.kind == "not_found"
-    assert lost.now_ms >= seen_at[0] + 2_000
-    assert lost.stop.order_status == "PENDING_CANCEL"
-
-
 def test_a_cancels_word_alone_is_never_believed() -> None:
     """Even with no horizon at all, "unknown order" from a cancel is checked by a query, a cancel, and a query."""
     played = play([GONE, NOT_THERE], policy=Policy(not_found_horizon_ms=0))
@@ -268,12 +261,12 @@ def test_the_horizon_is_counted_from_when_the_order_was_last_seen(seen: Means) -
         attempt(Means.NO_SUCH_ORDER, Call.QUERY, lost_ms + 8_000),
     ]
     verdict = classify(Call.QUERY, OrderRef(ALGO_ID), NOT_THERE)
-    assert next_step(CASE, history[:-1], verdict, POLICY, lost_ms + 500, 0.5) == Again(Call.QUERY, 400)
-    early = next_step(CASE, history, verdict, POLICY, lost_ms + 9_999, 0.999)
+    assert next_step(CASE, history[:-1], verdict, lost_ms + 500, 0.5) == Again(Call.QUERY, 400)
+    early = next_step(CASE, history, verdict, lost_ms + 9_999, 0.999)
     assert early == Again(Call.CANCEL, 1)
-    assert next_step(CASE, history, verdict, POLICY, lost_ms + 10_000, 0.999) == Again(Call.CANCEL)
+    assert next_step(CASE, history, verdict, lost_ms + 10_000, 0.999) == Again(Call.CANCEL)
     asked = [attempt(Means.NO_SUCH_ORDER, at_ms=lost_ms + 10_000), attempt(Means.NO_SUCH_ORDER, Call.QUERY, lost_ms)]
-    stop = next_step(CASE, [*history, *asked], verdict, POLICY, lost_ms + 10_050, 0.999)
+    stop = next_step(CASE, [*history, *asked], verdict, lost_ms + 10_050, 0.999)
     assert isinstance(stop, Stop)
     assert stop.kind == "not_found"
 
@@ -283,3 +276,158 @@ def test_the_deadline_comes_before_the_horizon() -> None:
     played = play([GONE, NOT_THERE], deadline_s=4)
     assert played.kind == "gave_up"
     assert played.now_ms < T0 + 4_000 + TOOK_MS
+
+
+# ---- coming back to a request ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("means", "kind"), [(Means.UNCLEAR, "unknown"), (Means.BUSY, "gave_up"), (Means.NOT_SENT, "gave_up")]
+)
+def test_after_the_deadline_a_retry_is_not_sent(means: Means, kind: str) -> None:
+    """A request that was tried and came back too late ends by what its attempts left behind, never as overdue."""
+    stop = first_step(CASE, [attempt(means)], CASE.deadline_at_ms)
+    assert isinstance(stop, Stop)
+    assert stop.kind == kind
+    assert stop.error == f"the deadline passed; last: {means}"
+
+
+@pytest.mark.parametrize("rules", [decide, listing])
+def test_what_was_never_sent_is_overdue_whatever_kept_it(rules: Rules) -> None:
+    """A first call that its key, the weight or a pause held back until the deadline was no try."""
+    assert rules.bound(CASE, (), CASE.deadline_at_ms, PASSED).kind is OutcomeKind.OVERDUE
+
+
+def test_a_trigger_that_another_holder_saw_is_looked_at_again() -> None:
+    """What Redis tells of an earlier holder's answers makes no outcome: after the deadline too the order is asked for
+    once; what was heard by oneself, waiting for the child's id, is the end."""
+    late, seen = CASE.deadline_at_ms, attempt(Means.TRIGGERED, Call.QUERY)
+    told = dataclasses.replace(CASE, told_to=1)
+    assert first_step(told, [seen], late) == Again(Call.QUERY)
+    asked = attempt(Means.UNCLEAR, Call.QUERY, at_ms=late, n=2)
+    stop = first_step(told, [seen, asked], late + 1)
+    assert isinstance(stop, Stop)
+    assert (stop.kind, stop.order_status) == (OutcomeKind.GAVE_UP, "TRIGGERED")
+    assert first_step(CASE, [seen], late) == Stop(OutcomeKind.TRIGGERED, "TRIGGERED")
+
+
+def test_the_deadline_during_the_last_call_ends_the_request() -> None:
+    """An answer that comes after the deadline is still read, but leads to no further call."""
+    late = CASE.deadline_at_ms
+    answers: list[tuple[Answer, Call, str]] = [
+        (OK, Call.CANCEL, "cancelled"),
+        (CANCELED, Call.QUERY, "already_cancelled"),
+        (OVERLOAD, Call.CANCEL, "gave_up"),
+        (TIMEOUT, Call.CANCEL, "unknown"),
+        (NEW, Call.QUERY, "gave_up"),
+    ]
+    for answer, call, kind in answers:
+        verdict = classify(call, OrderRef(ALGO_ID), answer)
+        stop = next_step(CASE, [attempt(verdict.means, call)], verdict, late, 0.5)
+        assert isinstance(stop, Stop)
+        assert stop.kind == kind
+        assert not stop.kind.failed or (stop.error or "").startswith("the deadline passed; last: ")
+
+
+# ---- what the outcome tells -----------------------------------------------------------------------------------------
+
+
+def test_a_triggered_order_hands_on_its_child() -> None:
+    """The strategy gets the id of the order that is live now, and the state in the exchange's words."""
+    stop = play([GONE, TRIGGERED]).stop
+    assert (stop.order_status, stop.actual_order_id) == ("TRIGGERED", CHILD_ID)
+    stop = play([GONE, FINISHED]).stop
+    assert (stop.order_status, stop.actual_order_id) == ("FINISHED", CHILD_ID)
+
+
+@pytest.mark.parametrize(
+    ("answers", "status"),
+    [
+        ([OK], "CANCELED"),
+        ([TIMEOUT, CANCELED], "CANCELED"),
+        ([GONE, EXPIRED], "EXPIRED"),
+        ([GONE, REJECTED], "REJECTED"),
+        ([RACE, TRIGGERING], "TRIGGERING"),
+        ([GONE, ODD], "PENDING_CANCEL"),
+        ([GONE, NEW, BAD_KEY], "NEW"),
+        ([BAD_KEY], None),
+        ([TIMEOUT], None),
+    ],
+)
+def test_the_outcome_holds_the_state_as_last_seen(answers: list[Answer], status: str | None) -> None:
+    """Whoever has to look gets the order's last known state, if any was seen."""
+    assert play(answers).stop.order_status == status
+
+
+@pytest.mark.parametrize(
+    ("answers", "how", "error"),
+    [
+        ([BAD_KEY], {}, "refused: 401 -2015 Invalid API-key, IP, or permissions for action."),
+        ([BAD_PARAM], {}, "refused: 400 -1102 Mandatory parameter was not sent."),
+        ([OK], {"age_ms": 300_000}, "the deadline passed before anything was sent"),
+        ([TIMEOUT], {"policy": ANSWERED}, "25 counted attempts were made; last: unclear ReadTimeout"),
+        ([NO_CONNECTION], {}, "the deadline comes before the next try; last: not_sent ConnectionRefusedError"),
+    ],
+)
+def test_an_outcome_says_why(answers: list[Answer], how: dict[str, Any], error: str) -> None:
+    """A refusal is quoted with status and code; which bound was reached, and at what answer, is named."""
+    assert play(answers, **how).stop.error == error
+
+
+def test_the_last_state_skips_what_shows_none() -> None:
+    """Answers without a state do not hide the one seen before."""
+    history = [attempt(Means.OPEN, Call.QUERY), attempt(Means.BUSY), attempt(Means.UNCLEAR)]
+    assert last_status(history) == "NEW"
+    assert last_status(history[1:]) is None
+    assert last_status([*history, attempt(Means.FINISHED, "query_child")]) == "NEW"
+
+
+def test_a_newer_workers_calls_about_another_order_start_no_horizon() -> None:
+    """That a child order is not known says nothing of its parent."""
+    verdict = classify(Call.QUERY, OrderRef(ALGO_ID), NOT_THERE)
+    missed = attempt(Means.NO_SUCH_ORDER, Call.QUERY, T0 + 20_000)
+    history = [attempt(Means.NO_SUCH_ORDER, "query_child"), attempt(Means.UNCLEAR, "cancel_child"), missed]
+    assert isinstance(next_step(CASE, history, verdict, T0 + 20_050, 0.5), Again)
+    known = [attempt(Means.NO_SUCH_ORDER), attempt(Means.NO_SUCH_ORDER, at_ms=T0 + 11_000), missed]
+    assert isinstance(next_step(CASE, known, verdict, T0 + 20_050, 0.5), Stop)
+
+
+# ---- doubt ----------------------------------------------------------------------------------------------------------
+
+
+LATE = T0 + 60_000
+#: words, what was done, whether a cancel stays in doubt.
+DOUBTS: list[tuple[str, list[Attempt], bool]] = [
+    ("nothing sent", [], False),
+    ("clean refusals", [attempt(Means.BUSY), attempt(Means.NO_SUCH_ORDER)], False),
+    ("an unclear query", [attempt(Means.UNCLEAR, Call.QUERY)], False),
+    ("an unclear cancel", [attempt(Means.UNCLEAR)], True),
+    ("a refusal clears nothing", [attempt(Means.UNCLEAR), attempt(Means.DENIED)], True),
+    ("nor no such order", [attempt(Means.UNCLEAR), attempt(Means.NO_SUCH_ORDER, Call.QUERY, LATE)], True),
+    ("nor TRIGGERING", [attempt(Means.UNCLEAR), attempt(Means.TRIGGERING, Call.QUERY, LATE)], True),
+    ("NEW in its window", [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS - 1)], True),
+    ("NEW after its window", [attempt(Means.UNCLEAR), attempt(Means.OPEN, Call.QUERY, T0 + WINDOW_MS)], False),
+    ("NEW before it", [attempt(Means.OPEN, Call.QUERY), attempt(Means.UNCLEAR, at_ms=T0 + 50)], True),
+    ("NEW twice", [attempt(Means.UNCLEAR), *(attempt(Means.OPEN, Call.QUERY, ms) for ms in (T0 + 100, LATE))], False),
+    ("of another order", [attempt(Means.UNCLEAR, "cancel_child")], False),
+    ("NEW of another order", [attempt(Means.UNCLEAR), attempt(Means.OPEN, "query_child", LATE)], True),
+]
+
+
+@pytest.mark.parametrize(("history", "doubt"), [row[1:] for row in DOUBTS], ids=[row[0] for row in DOUBTS])
+def test_only_a_query_after_the_window_settles_an_unclear_cancel(history: list[Attempt], doubt: bool) -> None:
+    """A cancel that may have worked stays in doubt until the order is seen open when it can no longer strike."""
+    assert bool(doubts(history, POLICY)) is doubt
+
+
+def test_a_settled_cancel_leaves_the_next_refusal_a_refusal() -> None:
+    """Once a late query shows the order open, the unclear cancel before it did nothing."""
+    policy = Policy(backoff_base_ms=8_000, backoff_cap_ms=8_000)
+    played = play([TIMEOUT, TIMEOUT, NEW, BAD_KEY], roll=0.999, policy=policy)
+    assert (played.calls, played.kind) == ([C, Q, Q, C], "refused")
+
+
+@pytest.mark.parametrize("last", [attempt(Means.CONFIRMED, "cancel_child"), attempt(Means.OPEN, "query_child")])
+def test_a_call_about_another_order_says_nothing_of_this_one(last: Attempt) -> None:
+    """The order's state is asked for anew; what follows its own calls is the procedure's."""
+    assert call_for(CASE, [last], T0 + 100) is Call.QUERY

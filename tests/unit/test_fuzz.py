@@ -31,7 +31,7 @@ from producer.message import (
 from producer.untrusted import MessageError, clean_text
 from tests.examples import examples
 from worker.classify import OrderRef, Reply, classify
-from worker.decide import Again, Case, Policy, Stop, first_step, next_number, read_history
+from worker.decide import Again, Case, Stop, as_known, bounded, first_step, next_number
 from worker.http1 import FRAMING_LIMIT, MalformedResponse, ResponseReader
 
 #: Longest text of an error: it goes into the record of a refused job and into a log line.
@@ -93,11 +93,11 @@ def _attempts_or_error(data: bytes) -> None:
     # A worker decides by this history and records it: strategies must be able to read that record.
     record = Outcome("i", 1, OutcomeKind.GAVE_UP, attempts=attempts).encode()
     assert decode_outcome(record.encode()).attempts == attempts
-    kept, policy = read_history(data, T0), Policy()
-    assert read_history(encode_attempts(kept), T0) == kept
+    kept = bounded(as_known(attempts))
+    assert bounded(as_known(decode_attempts(encode_attempts(kept)))) == kept
     assert next_number(kept) > max((attempt.n for attempt in kept), default=0)
     for by_client_id in (False, True):
-        step = first_step(Case(by_client_id, T0, T0 + 60_000), kept, policy, T0 + 10)
+        step = first_step(Case(by_client_id, T0, T0 + 60_000), kept, T0 + 10)
         assert isinstance(step, Stop | Again)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from producer.message import WORKER_LOST, Attempt, Call, OutcomeKind
+from tests import decisions
 from tests.decisions import (
     BAD_KEY,
     CHALLENGE,
@@ -22,16 +23,16 @@ from tests.decisions import (
     SILENT,
     T0,
     TIMEOUT,
-    TOOK_MS,
     UNKNOWN_ERROR,
     Answer,
     refusal,
 )
+from worker import listing
 from worker.classify import MAX_LISTED, Means, Reply, SymbolRef, Verdict, classify
-from worker.decide import Again, Span, Stop
-from worker.listing import ListingCase, after_listing, has_untold, listing_step
+from worker.decide import Case, Span, Stop
+from worker.listing import has_untold
 
-CASE = ListingCase(T0, T0 + 60_000, Span(-5, 5))
+CASE = Case(False, T0, T0 + 60_000, ahead=Span(-5, 5))
 
 
 def order(algo_id: int, created_ms: int | None = T0 - 60_000, symbol: str = "BTCUSDT") -> dict[str, Any]:
@@ -49,24 +50,13 @@ def verdict_of(answer: Answer) -> Verdict:
     return classify(Call.LIST_OPEN, SymbolRef("BTCUSDT"), answer)
 
 
-def play(answers: list[Answer], case: ListingCase = CASE) -> tuple[Stop, list[int]]:
+def play(answers: list[Answer], deadline_s: float = 60, **known: Any) -> tuple[Stop, list[int]]:
     """The end, and the delays before each further call; the last answer comes for ever."""
-    history: list[Attempt] = []
-    now_ms, delays = T0, list[int]()
-    step = listing_step(case, history, POLICY, now_ms)
-    while isinstance(step, Again):
-        assert step.call is Call.LIST_OPEN
-        answer = answers[min(len(history), len(answers) - 1)]
-        verdict = verdict_of(answer)
-        told_of = (verdict.http, verdict.code, verdict.msg, verdict.means.value, TOOK_MS)
-        history.append(Attempt(len(history) + 1, now_ms, Call.LIST_OPEN, *told_of))
-        now_ms += TOOK_MS
-        step = after_listing(case, history, verdict, POLICY, now_ms, 0.5)
-        if isinstance(step, Again):
-            delays.append(step.delay_ms)
-            now_ms += step.delay_ms
-            assert now_ms < case.deadline_at_ms
-    return step, delays
+    how = {"ahead": CASE.ahead, **known}
+    played = decisions.play(answers, rules=listing, ref=SymbolRef("BTCUSDT"), deadline_s=deadline_s, **how)
+    assert set(played.calls) == {"list_open"}
+    assert played.history[-1].at_ms < T0 + deadline_s * 1000
+    return played.stop, played.delays
 
 
 #: What is answered first, before the list: each is asked again, and so is what no list of the symbol proves.
@@ -128,7 +118,7 @@ def test_what_was_created_later_is_not_meant() -> None:
 
 def test_without_clocks_nothing_is_concluded() -> None:
     """While the clocks are not measured no list is believed."""
-    stop, _ = play([told(order(1))], replace(CASE, ahead=None))
+    stop, _ = play([told(order(1))], ahead=None)
 
     assert (stop.kind, stop.orders) == (OutcomeKind.GAVE_UP, None)
 
@@ -139,7 +129,7 @@ def test_too_late_or_lost() -> None:
     lost = Attempt(1, T0 - 10, Call.CANCEL, None, None, WORKER_LOST, Means.UNCLEAR.value, 10)
 
     for history, kind in (([], OutcomeKind.OVERDUE), ([lost], OutcomeKind.GAVE_UP)):
-        step = listing_step(late, history, POLICY, T0)
+        step = listing.first_step(late, history, T0)
         assert isinstance(step, Stop)
         assert step.kind is kind
 
@@ -155,9 +145,7 @@ def test_a_pause_is_not_cut_short() -> None:
 
 def test_attempts_are_bounded() -> None:
     """What was answered unclearly so often as the settings allow is given up before the deadline."""
-    case = replace(CASE, deadline_at_ms=T0 + 7 * 86_400_000)
-
-    stop, delays = play([GATEWAY], case)
+    stop, delays = play([GATEWAY], deadline_s=7 * 86_400)
 
     assert (stop.kind, len(delays)) == (OutcomeKind.GAVE_UP, POLICY.max_attempts - 1)
     assert f"{POLICY.max_attempts} counted attempts" in (stop.error or "")

@@ -36,35 +36,22 @@ def worker(number: int, name: str = "host-0123456789", **fields: object) -> Work
     )
 
 
-def status(
-    queued: int = 1234,
-    gates: tuple[Gate, ...] = (Gate("all", open=True),),
-    keys: tuple[RefusedKey, ...] = (),
-    workers: int = 3,
-    outcomes: dict[str, int] | None = None,
-    suspended: bool = False,
-    name: str = "host-0123456789",
-) -> Status:
-    """A queue at work."""
-    return Status(
-        queue="cancels",
-        at_ms=1_763_808_175_000,
-        queued=queued,
-        oldest_queued_s=3.25 if queued else None,
-        in_flight=12,
-        scheduled=0,
-        failed=7,
-        suspended=suspended,
-        gates=gates,
-        keys=keys,
-        used_weight=1200,
-        weight_limit=2400,
-        outcomes={"cancelled": 1200, "refused": 3} if outcomes is None else outcomes,
-        outcomes_partial=False,
-        enqueue_to_outcome=Percentiles(12, 340),
-        enqueue_to_first_attempt=Percentiles(2, 30),
-        workers=tuple(worker(number, name) for number in range(workers)),
-    )
+#: A queue at work.
+STATUS = Status(
+    queue="cancels",
+    at_ms=1_763_808_175_000,
+    queued=1234,
+    oldest_queued_s=3.25,
+    in_flight=12,
+    failed=7,
+    gates=(Gate("all", open=True),),
+    used_weight=1200,
+    weight_limit=2400,
+    outcomes={"cancelled": 1200, "refused": 3},
+    enqueue_to_outcome=Percentiles(12, 340),
+    enqueue_to_first_attempt=Percentiles(2, 30),
+    workers=tuple(worker(number) for number in range(3)),
+)
 
 
 def drawn(seen: Status, width: int, height: int, stale: str | None = None, colour: bool = False) -> list[str]:
@@ -90,7 +77,7 @@ def refused(account: str, reason: str = "401 -2015 Invalid API-key.", is_open: b
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_what_stops_cancels_comes_first(width: int, height: int) -> None:
     """Gate, queue latency and refused key stand above all else, in this order, with time of the look and way out."""
-    lines = drawn(status(gates=(closed("all"),), keys=(refused("default"),)), width, height)
+    lines = drawn(replace(STATUS, gates=(closed("all"),), keys=(refused("default"),)), width, height)
 
     assert lines[0].startswith("queue cancels ")
     assert lines[0].endswith(" 10:42:55 UTC  Ctrl-C leaves")
@@ -105,7 +92,7 @@ def test_what_stops_cancels_comes_first(width: int, height: int) -> None:
 
 def test_what_nobody_may_send_is_no_latency() -> None:
     """Behind a closed gate nothing waits for a worker: the view says for how long it has been held back."""
-    lines = drawn(replace(status(gates=(closed("all"),)), oldest_queued_s=None, gated_s=93.0), 100, 30)
+    lines = drawn(replace(STATUS, gates=(closed("all"),), oldest_queued_s=None, gated_s=93.0), 100, 30)
 
     assert lines[3].startswith("queue latency  held back for 93.0 s, 1,234 queued")
 
@@ -113,13 +100,13 @@ def test_what_nobody_may_send_is_no_latency() -> None:
 @pytest.mark.parametrize(("width", "height"), [*SIZES, (40, 12), (20, 5), (300, 100), (1, 1)])
 def test_hostile_and_long_content_keeps_its_place(width: int, height: int) -> None:
     """However much there is to tell and whatever it is made of, it fits: no line wraps, nothing is obeyed."""
-    seen = status(
+    seen = replace(
+        STATUS,
         gates=tuple(closed(HOSTILE * 5, HOSTILE * 9) for _ in range(40)),
         keys=tuple(refused(HOSTILE * 5, HOSTILE * 9) for _ in range(40)),
-        workers=300,
+        workers=tuple(worker(number, HOSTILE * 4) for number in range(300)),
         outcomes=dict.fromkeys([kind.value for kind in OutcomeKind] + [HOSTILE], 10**9),
         suspended=True,
-        name=HOSTILE * 4,
     )
 
     lines = drawn(seen, width, height, stale=f"NOT OF NOW: {HOSTILE}")
@@ -143,7 +130,7 @@ def test_hostile_and_long_content_keeps_its_place(width: int, height: int) -> No
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_rows_of_workers_are_cut_last(width: int, height: int) -> None:
     """What does not fit of the workers is told as a number; a larger terminal shows more rows and columns."""
-    lines = drawn(status(workers=50), width, height)
+    lines = drawn(replace(STATUS, workers=tuple(map(worker, range(50)))), width, height)
 
     rows = [line for line in lines if line.startswith("host-")]
     assert len(lines) == height
@@ -157,9 +144,8 @@ def test_rows_of_workers_are_cut_last(width: int, height: int) -> None:
 
 def test_a_screen_that_holds_all_workers_cuts_none() -> None:
     """Each worker has a row with its own figures where there is room; a stock worker's unknown ones are dashes."""
-    seen = status(workers=2)
     stock = WorkerRow("stock", "elsewhere", None, "idle", 0, 0, None)
-    lines = drawn(replace(seen, workers=(*seen.workers, stock)), 120, 40)
+    lines = drawn(replace(STATUS, workers=(worker(0), worker(1), stock)), 120, 40)
 
     assert "more" not in "".join(lines)
     assert any("64 of 64" in line and "-12 ms" in line and "0 s ago" in line for line in lines)
@@ -192,7 +178,7 @@ def test_what_fell_due_this_moment_is_no_news(queued: int, oldest_s: float | Non
 
 def test_red_is_what_needs_somebody() -> None:
     """A closed gate, a refused key and failed kinds are red, zeros are dim, the rest is plain."""
-    seen = status(gates=(closed("all"),), keys=(refused("default", is_open=False),))
+    seen = replace(STATUS, gates=(closed("all"),), keys=(refused("default", is_open=False),))
     lines = drawn(seen, 120, 40, colour=True)
 
     assert "\x1b[1;31mCLOSED for" in lines[2]
@@ -203,20 +189,11 @@ def test_red_is_what_needs_somebody() -> None:
     assert kinds.endswith("1,200 cancelled, \x1b[31m3 refused\x1b[0m")
 
 
-def test_a_silent_worker_of_ours_is_not_live() -> None:
-    """Ten seconds without its beat end it; a stock worker lives as long as RQ keeps its record."""
-    ages = [(9.9, True), (10.1, False), (None, False)]
-    assert [replace(worker(1), heartbeat_age_s=age).live for age, _ in ages] == [live for _, live in ages]
-    stock = WorkerRow("stock", "elsewhere", None, "idle", 0, 0, 300.0)
-    assert (stock.live, stock.heartbeat) == (True, "300 s ago")
-
-
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_the_dead_are_told_and_dimmed(width: int, height: int) -> None:
     """A worker that went silent is named so and dimmed, below the live; work without a live one is an alarm."""
-    seen = status(workers=3)
-    dead = replace(seen.workers[0], heartbeat_age_s=34.0)
-    some = replace(seen, workers=(dead, *seen.workers[1:]))
+    dead = replace(worker(0), heartbeat_age_s=34.0)
+    some = replace(STATUS, workers=(dead, worker(1), worker(2)))
     lines = drawn(some, width, height, colour=True)
     (row,) = (line for line in lines if "silent for 34 s" in line)
     assert row.startswith("\x1b[2m")
@@ -225,7 +202,7 @@ def test_the_dead_are_told_and_dimmed(width: int, height: int) -> None:
     assert "No live worker" not in "".join(lines)
     assert re.search(r"^workers +2 live, 1 silent$", "\n".join(some.lines()), re.M)
 
-    none = replace(seen, workers=(dead,))
+    none = replace(STATUS, workers=(dead,))
     assert "workers        No live worker, and work is waiting" in drawn(none, width, height)
     assert re.search(r"^workers +0 live, 1 silent: NO LIVE WORKER, and work is waiting$", "\n".join(none.lines()), re.M)
     idle = replace(none, queued=0, in_flight=0)
@@ -234,9 +211,8 @@ def test_the_dead_are_told_and_dimmed(width: int, height: int) -> None:
 
 def test_lost_leases_are_told_only_where_there_are_any() -> None:
     """What is to be taken over is a figure of its own, in view and lines, while there is such a thing."""
-    seen = status()
-    assert "take" not in "\n".join([*drawn(seen, 120, 40), *seen.lines()])
-    lost = replace(seen, to_be_taken_over=1234)
+    assert "take" not in "\n".join([*drawn(STATUS, 120, 40), *STATUS.lines()])
+    lost = replace(STATUS, to_be_taken_over=1234)
     assert "jobs           12 in flight, 1,234 to be taken over, 0 scheduled, 7 failed" in drawn(lost, 120, 40)
     assert re.search(r"^to take over +1,234, their leases ran out$", "\n".join(lost.lines()), re.M)
-    assert (seen.as_dict()["to_be_taken_over"], lost.as_dict()["to_be_taken_over"]) == (0, 1234)
+    assert (STATUS.as_dict()["to_be_taken_over"], lost.as_dict()["to_be_taken_over"]) == (0, 1234)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.message import Outcome, OutcomeKind
+from producer.message import OutcomeKind
 from producer.web.filters import wanted_of
-from producer.web.seen import Seen, with_outcome
+from producer.web.seen import Seen
 
 KINDS = tuple(kind.value for kind in OutcomeKind)
 #: 2026-11-29 00:00 UTC, ms.
@@ -52,36 +52,6 @@ def test_wrong_input_is_named_with_its_value_and_the_way_out(given: dict[str, st
 
     assert fault in (wanted.fault or "")
     assert wanted.typed == given
-
-
-FOUND = Outcome(
-    *("r1", 1, OutcomeKind.NOT_FOUND),
-    account="desk2",
-    algo_id=1,
-    symbol="BTCUSDT",
-    tag='für "sl"',
-    finished_at_ms=DAY_MS,
-)
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        ({}, True),
-        ({"kind": "not_found", "account": "desk2", "symbol": "BTCUSDT", "tag": 'für "sl"'}, True),
-        ({"kind": "refused"}, False),
-        ({"kind": "unreadable"}, False),
-        ({"account": "desk"}, False),
-        ({"symbol": "BTC"}, False),
-        ({"tag": "für"}, False),
-        ({"from": "2026-11-29", "until": "2026-11-29"}, True),
-        ({"from": "2026-11-29 00:00:01"}, False),
-        ({"until": "2026-11-28"}, False),
-    ],
-)
-def test_a_request_is_meant_if_each_part_of_the_filter_is_its_own(given: dict[str, str], meant: bool) -> None:
-    """In full, not in part."""
-    assert wanted_of(given, KINDS).meets(with_outcome(Seen("r1"), FOUND)) is meant
 
 
 @given(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from markupsafe import Markup
 
 from producer.message import OutcomeKind
@@ -25,35 +23,11 @@ AT_MS = 1_763_807_442_123  # 2025-11-22 10:30:42.123 UTC
         (7200, "2.0 h"),
         (200_000, "2.3 days"),
         (None, "-"),
-        (float("inf"), "-"),
-        ("x", "-"),
     ],
 )
-def test_a_length_of_time_has_the_unit_that_fits(seconds: object, shown: str) -> None:
+def test_a_length_of_time_has_the_unit_that_fits(seconds: float | None, shown: str) -> None:
     """Two digits that matter, in the unit in which a person would say it."""
     assert formatting.span(seconds) == shown
-
-
-@given(
-    st.one_of(
-        *(st.none(), st.integers(), st.floats(), st.text(), st.lists(st.integers())),
-        st.sampled_from([10**400, -(10**400), "9" * 5000]),
-    )
-)
-def test_no_value_of_a_foreign_record_breaks_a_page(value: object) -> None:
-    """Whatever stands where a time, a number or a kind is expected, something is shown."""
-    for shown in (
-        formatting.when(value),
-        formatting.clock(value, AT_MS),
-        formatting.span(value),
-        formatting.ago(value, AT_MS),
-        formatting.between(value, AT_MS),
-        formatting.between(AT_MS, value),
-        formatting.count(value),
-        formatting.tone(value if isinstance(value, str) else str(value)),
-    ):
-        assert isinstance(shown, str)
-        assert shown
 
 
 def test_what_cannot_be_sent_is_replaced_and_markup_is_left_alone() -> None:
