@@ -8,12 +8,13 @@ import json
 import ssl
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote, urlencode, urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from worker.sandbox.control import ChildEntry, RunningExchange
 from worker.sandbox.faults import FaultTiming
 
 KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"
@@ -92,6 +93,12 @@ class Caller:
                 "127.0.0.1", port, timeout=self.timeout_s, source_address=(self.source, 0)
             )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
     def send(self, method: str, target: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> Seen:
         """Send exactly this and read the whole answer."""
         started_s = time.monotonic()
@@ -114,3 +121,10 @@ class Caller:
 
     def status(self, algo_id: int) -> str:
         return str(self.call("GET", algoId=algo_id).json["algoStatus"])
+
+
+def child_of(exchange: RunningExchange, algo_id: int) -> ChildEntry:
+    """The child of a triggered order, as it stands in the book."""
+    child = exchange.book([algo_id])[algo_id].child
+    assert child is not None
+    return child

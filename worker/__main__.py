@@ -16,10 +16,10 @@ import importlib.util
 import io
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -30,14 +30,9 @@ if (_at := getattr(importlib.util.find_spec("producer"), "origin", "")) and not 
 
 from producer.streams import open_closed_streams, silence
 from worker import log
-from worker.settings import (
-    SETTINGS,
-    QueuePlace,
-    Settings,
-    SettingsError,
-    environment_for_readers,
-    sandbox_server,
-)
+from worker.settings import SETTINGS, QueuePlace, Settings, SettingsError, environment_for_readers, sandbox_server
+
+T = TypeVar("T")
 
 EX_OK = 0
 EX_UNHEALTHY = 1
@@ -82,15 +77,19 @@ def _say(text: str, *, to_stderr: bool = False) -> None:
         silence(2 if to_stderr else 1)
 
 
-def _settings(queue: str | None = None, concurrency: str | None = None, *, logs: bool = True) -> Settings:
+def _told(read: Callable[[], T]) -> T:
+    """What is read of the environment; where it is wrong, that is said, and the end is here."""
     try:
-        settings = Settings.from_env().overridden(queue=queue, concurrency=concurrency)
+        return read()
     except SettingsError as error:
         for problem in error.problems:
             _say(f"error: {problem}", to_stderr=True)
         sys.exit(EX_CONFIG)
-    if logs:
-        log.configure(settings.log_level, settings.log_format)
+
+
+def _settings(queue: str | None = None, concurrency: str | None = None) -> Settings:
+    settings = _told(lambda: Settings.from_env().overridden(queue=queue, concurrency=concurrency))
+    log.configure(settings.log_level, settings.log_format)
     return settings
 
 
@@ -176,13 +175,7 @@ def health_command(queue: str | None) -> None:
     """
     from worker.health import why_unhealthy
 
-    try:
-        place = QueuePlace.from_env(queue)
-    except SettingsError as error:
-        for problem in error.problems:
-            _say(f"error: {problem}", to_stderr=True)
-        sys.exit(EX_CONFIG)
-    if (reason := why_unhealthy(place)) is not None:
+    if (reason := why_unhealthy(_told(lambda: QueuePlace.from_env(queue)))) is not None:
         _say(reason)
         sys.exit(EX_UNHEALTHY)
 
@@ -216,7 +209,7 @@ def rehearse_command(symbol: str, account: str, as_json: bool) -> None:
     """
     if not symbol.isprintable() or not 1 <= len(symbol) <= 32:
         raise click.UsageError(f"--symbol {ascii(symbol)[:80]} names no symbol, as BTCUSDT does")
-    settings = _settings(logs=False)
+    settings = _told(Settings.from_env)
     from worker.rehearse import rehearse
     from worker.secrecy import keep_memory_private
 
@@ -283,40 +276,38 @@ def sandbox_command(stay: bool, port: int | None, redis_port: int | None, **opti
     129 after SIGHUP, 130 after Ctrl-C, 143 after SIGTERM;
     with --serve: 0 after SIGTERM, 69 a part did not start or ended, 129 after SIGHUP, 130 after Ctrl-C.
     """
-    if stay:
-        from worker.sandbox.serve import ServeOptions, serve
+    from worker.sandbox.stage import Options
 
-        sys.exit(serve(ServeOptions(port=port or 0, redis_port=redis_port or 0, **options), *sandbox_server()))
+    asked = Options(port=port or 0, redis_port=redis_port or 0, **options)
+    if stay:
+        from worker.sandbox.serve import serve
+
+        sys.exit(serve(asked, *sandbox_server()))
     if port is not None or redis_port is not None:
         raise click.UsageError("--port and --redis-port need --serve")
-    from worker.sandbox.run import Options, run
+    from worker.sandbox.run import run
 
-    sys.exit(run(Options(**options), *sandbox_server()))
-
-
-def _hand_over(command: str, arguments: tuple[str, ...]) -> None:
-    """Become `python -m producer COMMAND`: what only reads the queue runs without the worker's code and secrets."""
-    os.execve(sys.executable, [sys.executable, "-m", "producer", command, *arguments], environment_for_readers())  # noqa: S606
+    sys.exit(run(asked, *sandbox_server()))
 
 
-_READER: dict[str, Any] = {
-    "add_help_option": False,
-    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
-}
+def _hand_over(command: str, what: str) -> None:
+    """A command that becomes `python -m producer COMMAND`: what only reads the queue runs without the worker's code and
+    secrets."""
+
+    @main.command(
+        command,
+        help=f"{what} (the same as `python -m producer {command}`).",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def become(arguments: tuple[str, ...]) -> None:
+        words = [sys.executable, "-m", "producer", command, *arguments]
+        os.execve(sys.executable, words, environment_for_readers())  # noqa: S606
 
 
-@main.command("metrics", **_READER)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def metrics_command(arguments: tuple[str, ...]) -> None:
-    """Serve Prometheus metrics of the queue (the same as `python -m producer metrics`)."""
-    _hand_over("metrics", arguments)
-
-
-@main.command("web", **_READER)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def web_command(arguments: tuple[str, ...]) -> None:
-    """Serve the page for operators (the same as `python -m producer web`)."""
-    _hand_over("web", arguments)
+_hand_over("metrics", "Serve Prometheus metrics of the queue")
+_hand_over("web", "Serve the page for operators")
 
 
 def start() -> None:

@@ -234,7 +234,7 @@ class Canceller:
                 # The job goes back as it is. If somebody else has it by now, its lease sees to it.
                 return Release(job.lease, tuple(job.history), job.pin())
             step = following
-        return self._done(job, self._with_key_reason(job, step))
+        return self._done(job, self._with_reason(job, step))
 
     def _instead(self, job: CancelJob, step: Again, delay_ms: int, *, is_held_back: bool) -> Stop | None:
         """The outcome of a request whose next call cannot go now, and would be waited for in vain.
@@ -314,17 +314,28 @@ class Canceller:
             await self.resync(local_ns() - _UNMEASURED_MS * 1_000_000)  # for all that wait for it
         return self._ahead() is not None
 
-    def _with_key_reason(self, job: CancelJob, stop: Stop) -> Stop:
-        """A request that its key kept waiting until the deadline was refused, for that reason."""
+    def _with_reason(self, job: CancelJob, stop: Stop) -> Stop:
+        """A request that its key kept waiting until the deadline was refused, for that reason; of one of which nothing
+        was sent it is told what holds requests back now."""
         reason = self.keys.reason(job.credential)
         # A doubt that is a silence alone, and cannot strike any more, is none beside what the exchange says since then.
         is_doubted = not 0 < silent_until_ms(job.history, self.policy) <= self._latest_ms()
         kinds = (OutcomeKind.OVERDUE, OutcomeKind.GAVE_UP) if is_doubted else (OutcomeKind.UNKNOWN,)
+        if stop.kind is OutcomeKind.OVERDUE and reason is None:
+            return replace(stop, error=f"{stop.error}{self._held_back_by(job)}")
         if reason is None or stop.kind not in kinds or stop.is_left_alone:
             return stop
         return replace(
             stop, kind=OutcomeKind.REFUSED, error=f"held back until the deadline: the key is refused: {reason}"
         )
+
+    def _held_back_by(self, job: CancelJob) -> str:
+        if self.is_suspended:
+            return "; the queue is suspended: `rq resume`"
+        if self.gate.closed(self._now_ms()):
+            return "; a pause of the exchange holds all back: `python -m producer status` tells why"
+        is_untold = job.algo_id is None and self._ahead() is None
+        return "; the exchange's time is not known, which a request by client id needs" if is_untold else ""
 
     def _may_send(self, job: CancelJob) -> bool:
         return job.hold.is_valid() and not self.gate.closed(self._now_ms())

@@ -113,18 +113,16 @@ def why_no_answer(answer: Answer | None, otherwise: str) -> str:
 
 def _key(account: str, credential: Credential, exchange: Exchange) -> Finding:
     what = f"key of {account}"
-    may_read = False
     for call in (Call.QUERY, Call.CANCEL):
         answer = asyncio.run(exchange.call(call, credential, _NO_ORDER))
         assert answer is not None  # nothing kept it from going
         verdict = classify(call, _NO_ORDER, answer)
         if verdict.means is not Means.NO_SUCH_ORDER:
-            return _bad_key(what, verdict, may_read)
-        may_read = True
+            return _bad_key(what, verdict, may_read=call is Call.CANCEL)
     return Finding(what, f"accepted, may trade ({credential.kind}, …{credential.api_key[-4:]})")
 
 
-def _bad_key(what: str, verdict: Verdict, may_read: bool) -> Finding:
+def _bad_key(what: str, verdict: Verdict, *, may_read: bool) -> Finding:
     said = words_of(verdict)
     if verdict.means not in (Means.KEY_REFUSED, Means.DENIED):
         return Finding(what, f"not answered as expected: {verdict.means} {said}", Fault.UNREACHABLE)

@@ -6,9 +6,10 @@ may be forbidden to this user, or wrong.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -22,7 +23,7 @@ from producer.redis_url import NotPrimary, NotSupported, code_of, passes, why
 from producer.untrusted import clean_text
 from worker.store import ANSWER_WITHIN_S
 
-__all__ = ["Fault", "Finding", "look_at_redis"]
+__all__ = ["Fault", "Finding", "look_at_redis", "shared_keys"]
 
 
 class Fault(StrEnum):
@@ -196,10 +197,10 @@ def _rows(keys: Keys, token: str) -> list[list[str]]:
         "gate": keys.gate(""),
     }
     steps = _STEPS.format(**{name: prefix + token for name, prefix in names.items()})
-    return [*(step.split() for step in steps.split(",")), *(["EXISTS", key] for key in _shared(keys))]
+    return [*(step.split() for step in steps.split(",")), *(["EXISTS", key] for key in shared_keys(keys))]
 
 
-def _shared(keys: Keys) -> dict[str, str]:
+def shared_keys(keys: Keys) -> dict[str, str]:
     """The keys that all jobs share, with their types."""
     return {
         keys.waiting: "list",
@@ -225,20 +226,30 @@ def _shared(keys: Keys) -> dict[str, str]:
 def _rehearse(connection: redis.Redis, keys: Keys) -> str | None:
     """What a worker could not do here, with the way out; None: all of it works."""
     token = f"check-{uuid4().hex}"
+    source, target = f"{keys.outcome_prefix}{token}", f"{keys.order_prefix}{token}"
     missing: list[str] = []
+
+    def tried(command: str, *words: Any) -> Any:
+        """What a command gives; a right that it lacks is noted."""
+        try:
+            return connection.execute_command(command, *words)
+        except redis.exceptions.NoPermissionError as error:
+            _note(missing, command, "", str(error))
+            return None
+
     try:
-        source, target = f"{keys.outcome_prefix}{token}", f"{keys.order_prefix}{token}"
         # The first thing that needs room: in a script it could hide behind what does not.
-        _tried(missing, "SET", lambda: connection.set(source, "1", ex=60))
-        rows = _rows(keys, token)
-        words = [word for row in rows for word in (str(len(row)), *row)]
-        found = _tried(missing, "EVALSHA", lambda: _run(connection, words)) or []
-        for command, key, said in zip(found[::3], found[1::3], found[2::3], strict=True):
+        tried("SET", source, "1", "EX", 60)
+        words = [word for row in _rows(keys, token) for word in (str(len(row)), *row)]
+        sha, found = tried("SCRIPT LOAD", _REHEARSAL), None
+        with contextlib.suppress(redis.exceptions.NoScriptError):  # where the right to load it is what is missing
+            found = tried("EVALSHA", sha or "", 0, *words)
+        for command, key, said in zip(*[iter(found or ())] * 3, strict=True):
             _note(missing, command.decode(), key.decode("utf-8", "replace").replace(token, "*"), said.decode())
-        _tried(missing, "DEL", lambda: connection.delete(source, target))
-        _tried(missing, "RPUSH", lambda: connection.rpush(source, "1"))
-        _tried(missing, "BLMOVE", lambda: connection.blmove(source, target, 1, "LEFT", "RIGHT"))
-        _tried(missing, "DEL", lambda: connection.delete(source, target))
+        tried("DEL", source, target)
+        tried("RPUSH", source, "1")
+        tried("BLMOVE", source, target, "LEFT", "RIGHT", 1)
+        tried("DEL", source, target)
         if (deaf := _listen(connection, PUBSUB_CHANNEL_TEMPLATE % token, missing)) is not None:
             return deaf
     except redis.RedisError as error:
@@ -247,25 +258,6 @@ def _rehearse(connection: redis.Redis, keys: Keys) -> str | None:
         return None
     lacking = ", ".join(dict.fromkeys(missing))
     return f"this user lacks rights that a worker needs: {lacking}; `python -m producer acl` prints all of them"
-
-
-def _run(connection: redis.Redis, words: list[str]) -> list[bytes]:
-    sha = connection.script_load(_REHEARSAL)
-    faults: list[bytes] = connection.evalsha(sha, 0, *words)
-    return faults
-
-
-def _tried(missing: list[str], name: str, do: Callable[[], Any]) -> Any:
-    """What it gives; a right that it lacks is noted.
-
-    Raises:
-        redis.RedisError: any other trouble.
-    """
-    try:
-        return do()
-    except redis.exceptions.NoPermissionError as error:
-        _note(missing, name, "", str(error))
-    return None
 
 
 def _note(missing: list[str], command: str, key: str, said: str) -> None:
@@ -286,11 +278,11 @@ def _note(missing: list[str], command: str, key: str, said: str) -> None:
 def _listen(connection: redis.Redis, channel: str, missing: list[str]) -> str | None:
     """Whether what is published is heard; a worker hears of RQ's commands so."""
     with connection.pubsub(ignore_subscribe_messages=True) as listener:
-        subscribed = len(missing)
-        _tried(missing, "SUBSCRIBE", lambda: listener.subscribe(channel))
-        if len(missing) == subscribed:
-            _tried(missing, "SUBSCRIBE", lambda: listener.get_message(timeout=ANSWER_WITHIN_S))
-        if len(missing) > subscribed:
+        try:
+            listener.subscribe(channel)
+            listener.get_message(timeout=ANSWER_WITHIN_S)
+        except redis.exceptions.NoPermissionError as error:
+            _note(missing, "SUBSCRIBE", "", str(error))
             return None
         connection.publish(channel, "1")
         ends_at_s = time.monotonic() + ANSWER_WITHIN_S
@@ -302,18 +294,16 @@ def _listen(connection: redis.Redis, channel: str, missing: list[str]) -> str | 
 
 def _damaged(connection: redis.Redis, keys: Keys) -> Iterator[str]:
     """Keys that have another type than they should."""
-    expected = _shared(keys)
+    expected = shared_keys(keys)
     try:
         with connection.pipeline(transaction=False) as pipeline:
             for key in expected:
                 pipeline.type(key)
-            found = pipeline.execute(raise_on_error=False)
-            for key in expected:
                 pipeline.exists(set_aside(key))
-            aside = pipeline.execute(raise_on_error=False)
+            found = pipeline.execute(raise_on_error=False)
     except redis.RedisError:
         return
-    for (key, kind), told, was_set_aside in zip(expected.items(), found, aside, strict=True):
+    for (key, kind), told, was_set_aside in zip(expected.items(), found[::2], found[1::2], strict=True):
         if isinstance(told, bytes) and told.decode() not in (kind, "none"):
             yield f"{key} is damaged: a {told.decode()} instead of a {kind}; a worker renames it to {set_aside(key)}"
         if was_set_aside == 1:

@@ -193,14 +193,11 @@ def call_for(case: Case, history: Sequence[Attempt], at_ms: int) -> Call:
 
 def _may_look_again(case: Case, history: Sequence[Attempt]) -> bool:
     """Whether a triggered order is asked for once more after the deadline: one that Redis alone tells of, or whose
-    child (:mod:`worker.child`) was never cancelled, or not looked at since."""
+    child is to be cancelled: :mod:`worker.child` ends what is begun, and tells which order may be live."""
     seen = _last_seen(history)
     if seen is None or _status(seen) not in _BECAME_ANOTHER or not (case.cancels_child or seen.n <= case.told_to):
         return False
-    done = (a for a in history if a.call is not Call.CANCEL_CHILD or a.verdict not in NOT_DONE)
-    calls = [a for a in done if a.call in (Call.CANCEL_CHILD, Call.QUERY_CHILD)]
-    is_through = any(a.call is Call.CANCEL_CHILD for a in calls) and calls[-1].call is Call.QUERY_CHILD
-    return not is_through and not any(a.call is Call.QUERY and a.at_ms >= case.deadline_at_ms for a in history)
+    return not any(a.call is Call.QUERY and a.at_ms >= case.deadline_at_ms for a in history)
 
 
 def _asks(last: Attempt) -> bool:
@@ -459,14 +456,19 @@ def _own_delay(case: Case, history: Sequence[Attempt], verdict: Verdict, now_ms:
     return delay_ms
 
 
+def _lately(calls: Sequence[Attempt], means: Means) -> int:
+    """How many of the latest calls got this verdict."""
+    return sum(attempt.verdict == means for attempt in calls[-_TAIL:])
+
+
 def is_quick(calls: Sequence[Attempt]) -> bool:
     """Whether so few of the latest calls were unclear that a short pause follows them."""
-    return sum(attempt.verdict == Means.UNCLEAR for attempt in calls[-_TAIL:]) <= QUICK_DOUBTS
+    return _lately(calls, Means.UNCLEAR) <= QUICK_DOUBTS
 
 
 def quick_delay(calls: Sequence[Attempt], policy: Policy, roll: float) -> int | None:
     """How long to wait where our clock was refused, or nothing came back, ms; None: neither, or too often."""
-    if calls[-1].verdict == Means.CLOCK and trailing(calls, Means.CLOCK) <= MAX_RESYNCS:
+    if calls[-1].verdict == Means.CLOCK and _lately(calls, Means.CLOCK) <= MAX_RESYNCS:
         return 0
     if is_silence(calls[-1]) and is_quick(calls):  # others may have met it too
         return min(int(LOOK_UP_WITHIN_MS * roll), policy.backoff_cap_ms)

@@ -7,6 +7,7 @@ settings say; nothing that works on a queue imports it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from producer.redis_url import why
 from producer.untrusted import MessageError, shown
 from worker.check_redis import Fault, look_at_redis
 from worker.classify import Means, OrderRef
+from worker.interrupts import Interrupted, Interrupts
 from worker.rehearse_exchange import DemoExchange, Ended, Exit
 from worker.rehearse_order import Stop, Unusable, far_stop, verdict
-from worker.rehearse_queue import NAME, OwnQueue, OwnWorker
-from worker.sandbox.run import Interrupted, Interrupts
-from worker.setting_values import base_url
+from worker.rehearse_queue import NAME, OwnQueue, cancelled
+from worker.setting_values import is_loopback
 from worker.settings import Settings
 from worker.signing import Credential
 from worker.transport_asyncio import AsyncioTransport
@@ -39,16 +40,14 @@ _DEMO_HOSTS = ("demo-fapi.binance.com", "testnet.binancefuture.com")
 
 def why_not_there(settings: Settings) -> str | None:
     """Why no order is placed at the exchange of these settings; None: it is a demo host, or on this machine."""
-    url = base_url(settings.base_url)
-    if url.url in {f"https://{host}{port}" for host in _DEMO_HOSTS for port in ("", ":443")}:
-        return None
-    if url.is_loopback() and settings.egress_proxy_url is not None:
-        return f"BINANCE_BASE_URL is '{url.url}': behind EGRESS_PROXY_URL that is another machine; unset one of the two"
-    if url.is_loopback():
+    url, is_here = settings.base_url, is_loopback(settings.base_url)
+    if is_here and settings.egress_proxy_url is not None:
+        return f"BINANCE_BASE_URL is '{url}': behind EGRESS_PROXY_URL that is another machine; unset one of the two"
+    if is_here or url.removesuffix(":443") in {f"https://{host}" for host in _DEMO_HOSTS}:
         return None
     hosts = " and ".join(f"https://{host}" for host in _DEMO_HOSTS)
     return (
-        f"BINANCE_BASE_URL is '{url.url}': a rehearsal places an order, so it goes to {hosts} or to loopback, and "
+        f"BINANCE_BASE_URL is '{url}': a rehearsal places an order, so it goes to {hosts} or to loopback, and "
         f"nowhere else; export BINANCE_BASE_URL=https://{_DEMO_HOSTS[0]}, with keys of the demo site"
     )
 
@@ -61,7 +60,8 @@ def rehearse(
     report: dict[str, Any] = {"exchange": settings.base_url, "account": account, "symbol": symbol}
     with Interrupts() as interrupts:
         try:
-            word, said = _begun(settings, account, transcript, report, interrupts)
+            with contextlib.closing(_Rehearsal(settings, transcript, report, interrupts)) as rehearsal:
+                word, said = rehearsal.run()
             code = int(Exit[word.upper()])
         except Interrupted:
             word, said, code = "interrupted", "what it had begun is taken back", interrupts.exit_code
@@ -80,43 +80,39 @@ def rehearse(
     return code
 
 
-def _begun(
-    settings: Settings, account: str, transcript: Transcript, report: dict[str, Any], interrupts: Interrupts
-) -> tuple[str, str]:
+def _credential(settings: Settings, account: str) -> Credential:
+    """The key that may be used, where an order may be placed.
+
+    Raises:
+        Ended: there is none, or it may not.
+    """
     if (reason := why_not_there(settings)) is not None:
         raise Ended(Exit.SETTINGS, reason)
-    credential = settings.credential_for(account)
-    if credential is None:
+    if (credential := settings.credential_for(account)) is None:
         names = ", ".join(sorted(settings.credentials))
         way_out = "set its BINANCE_<ACCOUNT>_API_KEY, or choose one of these"
         raise Ended(Exit.SETTINGS, f"--account {shown(account)} has no key here; {way_out}: {names}")
-    transcript.hide([credential.api_key])
-    queue = OwnQueue(settings)
-    rehearsal = _Rehearsal(settings, credential, queue, transcript, report, interrupts)
-    try:
-        return rehearsal.run()
-    finally:
-        rehearsal.close()
+    return credential
 
 
 class _Rehearsal:
-    """One rehearsal, from the first look to the verdict."""
+    """One rehearsal, from the first look to the verdict; ``report`` names account and symbol, and is filled.
+
+    Raises:
+        Ended: the settings do not let an order be placed.
+    """
 
     def __init__(
-        self,
-        settings: Settings,
-        credential: Credential,
-        queue: OwnQueue,
-        transcript: Transcript,
-        report: dict[str, Any],
-        interrupts: Interrupts,
+        self, settings: Settings, transcript: Transcript, report: dict[str, Any], interrupts: Interrupts
     ) -> None:
-        self._settings, self._credential, self._queue = settings, credential, queue
-        self._transcript, self._report, self._interrupts = transcript, report, interrupts
+        credential = _credential(settings, report["account"])
+        transcript.hide([credential.api_key])
+        self._settings, self._transcript, self._report, self._interrupts = settings, transcript, report, interrupts
         self._is_leaving = False
         self._symbol: str = report["symbol"]
+        self._queue = OwnQueue(settings)
         self._exchange = DemoExchange(settings, credential, self._symbol, transcript, self._check)
-        report |= {"rehearsal": queue.name, "leftovers": []}
+        report |= {"rehearsal": self._queue.name, "leftovers": []}
 
     def _check(self) -> None:
         if not self._is_leaving:
@@ -234,8 +230,17 @@ class _Rehearsal:
         """Cancel the order as a strategy does, by a worker on a queue of its own."""
         self._transcript.note(f"queue {self._queue.name}: cancel {algo_id}")
         transport = Witness(AsyncioTransport(route_of(self._settings), pool_size=4), self._transcript)
-        worker = OwnWorker(self._settings, self._queue, transport, self._exchange.clock)
-        outcome = asyncio.run(worker.cancel(algo_id, self._report["account"], self._check))
+        outcome = asyncio.run(
+            cancelled(
+                algo_id,
+                self._report["account"],
+                self._settings,
+                self._queue,
+                transport,
+                self._exchange.clock,
+                self._check,
+            )
+        )
         self._report["outcome"] = None if outcome is None else outcome.as_dict()
         if outcome is not None:
             error = f" ({outcome.error})" if outcome.error else ""

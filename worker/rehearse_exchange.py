@@ -31,8 +31,9 @@ __all__ = ["DemoExchange", "Ended", "Exit"]
 _ALGO_ORDER = "/fapi/v1/algoOrder"
 #: Most bytes of an answer that are read: exchangeInfo, with all symbols, has a few million.
 _BODY_LIMIT = 32 * 1024 * 1024
+_INFO, _MARK = "/fapi/v1/exchangeInfo", "/fapi/v1/premiumIndex"
 #: How long an answer may take, and that long one, s.
-_PATIENCE_S, _LONG_S = 10.0, 60.0
+_PATIENCE_S, _INFO_PATIENCE_S = 10.0, 60.0
 #: How often what failed in passing is asked again, and after how long, s.
 _TRIES, _PAUSE_S = 5, 0.5
 #: How long an order is looked for whose placing was refused, and how long after its window one whose placing got no
@@ -118,21 +119,14 @@ class DemoExchange:
 
     def rules(self) -> SymbolRules:
         """What orders on the symbol must keep to."""
-        rules = self._asked(
-            "/fapi/v1/exchangeInfo", [], lambda told: rules_of(told, self._symbol), is_signed=False, patience_s=_LONG_S
-        )
+        rules = self._asked(_INFO, [], lambda told: rules_of(told, self._symbol))
         if rules is None:
             raise Ended(Exit.USAGE, f"--symbol {shown(self._symbol)}: the exchange does not know it")
         return rules
 
     def mark(self) -> Decimal:
         """The symbol's mark price."""
-        return self._asked(
-            "/fapi/v1/premiumIndex",
-            [("symbol", self._symbol)],
-            lambda told: mark_price(told, self._symbol),
-            is_signed=False,
-        )
+        return self._asked(_MARK, [("symbol", self._symbol)], lambda told: mark_price(told, self._symbol))
 
     def open_orders(self) -> list[str]:
         """Client ids of the symbol's open conditional orders."""
@@ -152,22 +146,14 @@ class DemoExchange:
             time.sleep(_PAUSE_S)
         return True
 
-    def _asked(
-        self,
-        path: str,
-        pairs: list[tuple[str, str]],
-        take: Callable[[Any], T],
-        *,
-        is_signed: bool = True,
-        patience_s: float = _PATIENCE_S,
-    ) -> T:
+    def _asked(self, path: str, pairs: list[tuple[str, str]], take: Callable[[Any], T]) -> T:
         """What an answer tells, asked again where it fails in passing."""
         said = ""
         for turn in range(_TRIES):
             if turn:
                 time.sleep(_PAUSE_S)
             self._check()
-            answer = self._send("GET", path, pairs, is_signed=is_signed, patience_s=patience_s)
+            answer = self._send("GET", path, pairs)
             if isinstance(answer, Reply) and answer.http == 200 and not answer.truncated:
                 try:
                     return take(loads(answer.body, _BODY_LIMIT))
@@ -272,24 +258,16 @@ class DemoExchange:
             asyncio.run(self._exchange.sync_time())
         return verdict
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        pairs: list[tuple[str, str]],
-        *,
-        is_signed: bool = True,
-        patience_s: float = _PATIENCE_S,
-    ) -> Answer:
+    def _send(self, method: str, path: str, pairs: list[tuple[str, str]]) -> Answer:
         def make() -> Request:
-            if not is_signed:
+            if path in (_INFO, _MARK):  # of which anybody may ask
                 target = f"{path}?{encode_params(pairs)}" if pairs else path
                 return Request(method, target, body_limit=_BODY_LIMIT)
             query = signed_query(pairs, self._credential, self.clock.now_ms(), self._settings.recv_window_ms)
             fields = (("X-MBX-APIKEY", check_api_key(self._credential.api_key)),)
             return Request(method, f"{path}?{query}", fields, body_limit=_BODY_LIMIT)
 
-        came = asyncio.run(self._transport.send(make, patience_s))
+        came = asyncio.run(self._transport.send(make, _INFO_PATIENCE_S if path == _INFO else _PATIENCE_S))
         if not isinstance(came, Raw):
             return Failure(came.seen, came.reason) if came is not None else Failure(False, "not sent")
         return Reply(came.status, came.body, challenge=is_challenge(came), truncated=not came.whole)

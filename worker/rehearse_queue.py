@@ -21,6 +21,7 @@ from producer import AsyncCancelClient, Outcome
 from producer.keys import JobField, Keys, suspect_of
 from producer.message import MAX_ID_BYTES
 from producer.redis_url import Address, passes
+from worker.check_redis import shared_keys
 from worker.clock import ServerClock
 from worker.engine import Engine
 from worker.exchange import Exchange
@@ -29,7 +30,7 @@ from worker.store import ANSWER_WITHIN_S
 from worker.transport import Transport
 from worker.wiring import open_engine, open_redis, open_store
 
-__all__ = ["NAME", "OwnQueue", "OwnWorker"]
+__all__ = ["NAME", "OwnQueue", "cancelled"]
 
 #: Names of rehearsals: of their queues, and of their orders.
 NAME = re.compile(r"acq-rehearsal-[0-9a-f]{16}")
@@ -54,14 +55,9 @@ class OwnQueue:
 
     def __init__(self, settings: Settings) -> None:
         self.name = f"acq-rehearsal-{uuid4().hex[:16]}"
-        self._settings = settings
-        self._redis = open_redis(settings)
-        self._sign_of_life = self._redis.pubsub(ignore_subscribe_messages=True)
-
-    @property
-    def connection(self) -> redis.Redis:
-        """The way to the Redis that it stands in."""
-        return self._redis
+        #: The way to the Redis that it stands in.
+        self.connection = open_redis(settings)
+        self._sign_of_life = self.connection.pubsub(ignore_subscribe_messages=True)
 
     def open(self) -> None:
         """Be known to live."""
@@ -70,7 +66,7 @@ class OwnQueue:
 
     def lives(self, name: str) -> bool:
         """Whether another rehearsal of this name works on this Redis."""
-        ((_, listeners),) = self._redis.pubsub_numsub(_channel(name))
+        ((_, listeners),) = self.connection.pubsub_numsub(_channel(name))
         return int(listeners) > 0
 
     def left_behind(self) -> list[str]:
@@ -82,8 +78,8 @@ class OwnQueue:
     def remove(self, name: str) -> None:
         """Remove a queue, with all that belongs to it."""
         keys = Keys(name)
-        self._redis.delete(*self._keys_of(keys))
-        self._redis.srem(keys.queues, keys.waiting)  # last: by this it is found
+        self.connection.delete(*self._keys_of(keys))
+        self.connection.srem(keys.queues, keys.waiting)  # last: by this it is found
 
     def close(self) -> None:
         """Remove the queue, and part with Redis."""
@@ -91,11 +87,11 @@ class OwnQueue:
             self.remove(self.name)
         finally:
             self._sign_of_life.close()
-            self._redis.close()
+            self.connection.close()
 
     def make_mortal(self) -> None:
         """Have Redis drop all of it some time, should nobody remove it."""
-        with self._redis.pipeline(transaction=False) as pipeline:
+        with self.connection.pipeline(transaction=False) as pipeline:
             for key in self._keys_of(Keys(self.name)):
                 pipeline.expire(key, _LEFT_FOR_S)
             pipeline.execute()
@@ -112,11 +108,8 @@ class OwnQueue:
                 of_jobs.append(keys.order_prefix.encode() + (told[1] or b""))
         suspects = self._asked("SRANDMEMBER", keys.suspects, _MOST) or []
         prints = [suspect_of(member)[1].decode("utf-8", "replace") for member in suspects]
-        shared = (
-            *(keys.waiting, keys.claiming, keys.intermediate, keys.unfinished, keys.outcomes, keys.suspects),
-            *(keys.started, keys.scheduled, keys.finished, keys.failed, keys.canceled, keys.queue_workers),
-            *(keys.durable, keys.gate(keys.queue), keys.counts, keys.minutes),
-        )
+        others = {keys.queues, keys.workers, keys.gate("all")}
+        shared = {*shared_keys(keys), keys.durable, keys.gate(keys.queue)} - others
         return [*shared, *map(keys.breaker, prints), *map(keys.held, prints), *of_jobs]
 
     def _ids(self, command: str, *keys: str) -> Iterator[bytes]:
@@ -127,57 +120,53 @@ class OwnQueue:
     def _asked(self, *words: Any) -> Any:
         """An answer; None where a key has another type than it should."""
         try:
-            return self._redis.execute_command(*words)
+            return self.connection.execute_command(*words)
         except redis.ResponseError as error:
             if passes(error):
                 raise
             return None
 
 
-class OwnWorker:
-    """A worker's engine on such a queue, over ``transport``: all of it but its registration with RQ."""
+async def cancelled(
+    algo_id: int,
+    account: str,
+    settings: Settings,
+    queue: OwnQueue,
+    transport: Transport,
+    clock: ServerClock,
+    check: Callable[[], None],
+) -> Outcome | None:
+    """Cancel an order as a strategy does, by a worker's engine on the queue: all of a worker but its registration with
+    RQ. None: no outcome came, though the deadline has passed.
 
-    def __init__(self, settings: Settings, queue: OwnQueue, transport: Transport, clock: ServerClock) -> None:
-        self._settings = replace(
-            settings,
-            queue=queue.name,
-            concurrency=_FLIGHT,
-            deadline_s=min(settings.deadline_s, _DEADLINE_S),
-            outcome_ttl_s=_LEFT_FOR_S,
-        )
-        self._queue, self._clock = queue, clock
-        self._exchange = Exchange(transport, recv_window_ms=settings.recv_window_ms, clock=clock)
+    ``check`` is asked again and again whether to go on; what it raises ends the wait.
 
-    async def cancel(self, algo_id: int, account: str, check: Callable[[], None]) -> Outcome | None:
-        """Cancel an order through the queue; None: no outcome came, though its deadline has passed.
-
-        ``check`` is asked again and again whether to go on; what it raises ends the wait.
-
-        Raises:
-            CancelQueueError: Redis does not answer, or refuses.
-        """
-        settings, queue = self._settings, self._queue
-        store = open_store(settings, queue.name, queue.name, gate_scope=queue.name)
-        parts = (settings, self._exchange, self._clock, store, queue.connection, queue.name)
-        engine = open_engine(*parts, life_s=_LEFT_FOR_S)
-        like = Address.of(queue.connection).async_client(ANSWER_WITHIN_S)
-        working, beating = asyncio.create_task(engine.run()), asyncio.create_task(_beat(engine))
-        try:
-            async with AsyncCancelClient(like, queue.name) as client:
-                ticket = await client.cancel(algo_id=algo_id, account=account, deadline_s=settings.deadline_s)
-                ends_at_s = time.monotonic() + settings.deadline_s + _PATIENCE_S
-                while (outcome := await client.outcome(ticket)) is None and time.monotonic() < ends_at_s:
-                    check()
-                    queue.make_mortal()
-                    await asyncio.sleep(_LOOK_S)
+    Raises:
+        CancelQueueError: Redis does not answer, or refuses.
+    """
+    deadline_s = min(settings.deadline_s, _DEADLINE_S)
+    settings = replace(settings, concurrency=_FLIGHT, deadline_s=deadline_s, outcome_ttl_s=_LEFT_FOR_S)
+    store = open_store(settings, queue.name, queue.name, gate_scope=queue.name)
+    exchange = Exchange(transport, recv_window_ms=settings.recv_window_ms, clock=clock)
+    engine = open_engine(settings, exchange, clock, store, queue.connection, queue.name, life_s=_LEFT_FOR_S)
+    like = Address.of(queue.connection).async_client(ANSWER_WITHIN_S)
+    working, beating = asyncio.create_task(engine.run()), asyncio.create_task(_beat(engine))
+    try:
+        async with AsyncCancelClient(like, queue.name) as client:
+            ticket = await client.cancel(algo_id=algo_id, account=account, deadline_s=deadline_s)
+            ends_at_s = time.monotonic() + deadline_s + _PATIENCE_S
+            while (outcome := await client.outcome(ticket)) is None and time.monotonic() < ends_at_s:
+                check()
                 queue.make_mortal()
-                return outcome
-        finally:
-            engine.stop()
-            await asyncio.wait([working], timeout=_END_S)
-            for task in (working, beating):
-                task.cancel()
-            self._exchange.close()
+                await asyncio.sleep(_LOOK_S)
+            queue.make_mortal()
+            return outcome
+    finally:
+        engine.stop()
+        await asyncio.wait([working], timeout=_END_S)
+        for task in (working, beating):
+            task.cancel()
+        exchange.close()
 
 
 async def _beat(engine: Engine) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ipaddress
 import re
 import ssl
-from dataclasses import dataclass
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -139,37 +138,36 @@ def _leads_somewhere(url: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class BaseUrl:
-    """BINANCE_BASE_URL."""
-
-    url: str
-    scheme: str
-    host: str
-
-    def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
-
-    def is_the_exchange(self) -> bool:
-        return any(self.host == domain or self.host.endswith(f".{domain}") for domain in EXCHANGE_DOMAINS)
-
-
-def base_url(text: str) -> BaseUrl:
-    """The exchange's address."""
+def base_url(text: str) -> str:
+    """The exchange's address, its host in lower case."""
     shape = _BASE_URL_SHAPE.fullmatch(text)
     if not shape or not _port_in_range(shape["port"]) or not _leads_somewhere(text):
         raise RefusedError
-    host = shape["host"].lower()
     port = f":{shape['port']}" if shape["port"] else ""
-    base_url = BaseUrl(f"{shape['scheme']}://{host}{port}", shape["scheme"], host)
-    if base_url.scheme == "http" and not base_url.is_loopback():
+    url = f"{shape['scheme']}://{shape['host'].lower()}{port}"
+    if shape["scheme"] == "http" and not is_loopback(url):
         raise RefusedError("plain http goes to loopback hosts only (localhost, 127.0.0.1, [::1]); use https")
-    return base_url
+    return url
+
+
+def host_of(base_url: str) -> str:
+    """The host that it names, an IPv6 address in its brackets."""
+    parts = urlsplit(base_url)
+    return parts.netloc.removesuffix(f":{parts.port}")
+
+
+def is_loopback(base_url: str) -> bool:
+    """Whether it leads to this machine."""
+    host = host_of(base_url)
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def is_the_exchange(base_url: str) -> bool:
+    """Whether its host is under one of the exchange's own domains."""
+    return f".{host_of(base_url)}".endswith(tuple(f".{domain}" for domain in EXCHANGE_DOMAINS))
 
 
 def host_name(text: str) -> str:
@@ -189,28 +187,15 @@ def proxy_url(text: str) -> str | None:
     return text
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class RedisUrl:
-    """REDIS_URL and what its query says about TLS; None where it says nothing."""
-
-    url: str
-    tls: bool
-    cert_reqs: TlsVerify | None
-    ca_file: str | None
-    check_hostname: bool | None
-
-
-def redis_url(text: str) -> RedisUrl:
-    """The address of Redis, with what its query says of TLS."""
+def redis_url(text: str) -> str:
+    """The address of Redis."""
     try:
         address = Address.parse(text)
     except BadRedisUrl as error:
         raise RefusedError(str(error)) from None
     if address.others:
         raise RefusedError(f"after the question mark only {', '.join(sorted(OPTIONS))} may be set")
-    options = address.options
-    cert_reqs, check_hostname = options.get("ssl_cert_reqs"), options.get("ssl_check_hostname")
-    return RedisUrl(text, address.is_tls, cert_reqs, options.get("ssl_ca_certs"), check_hostname)
+    return text
 
 
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")

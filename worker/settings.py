@@ -1,8 +1,8 @@
 """The worker's settings: the one module of the worker that reads the environment.
 
-Every variable stands once, in the table :data:`SETTINGS`; :meth:`Settings.from_env` reads all of them and reports
-all that is wrong in one :class:`SettingsError`, so that a deploy is corrected in one go. A variable that is set to
-nothing counts as not set. Numbers are plain decimals: what ``float`` would take beyond that (``nan``, ``1e3``,
+Every variable stands once, at the field of :class:`Settings` that it sets; :meth:`Settings.from_env` reads all of them
+and reports all that is wrong in one :class:`SettingsError`, so that a deploy is corrected in one go. A variable that is
+set to nothing counts as not set. Numbers are plain decimals: what ``float`` would take beyond that (``nan``, ``1e3``,
 ``1_000``, blanks, other scripts' digits) is a typing mistake more often than a wish.
 """
 
@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar, cast
 
 from producer.keys import MAX_LEASE_S
 from producer.message import DEFAULT_QUEUE
@@ -24,18 +24,13 @@ from worker.signing import Credential
 
 __all__ = [
     "SETTINGS",
-    "LogFormat",
-    "LogLevel",
     "QueuePlace",
-    "RateLimitScope",
     "Setting",
     "Settings",
     "SettingsError",
+    "environment_for_readers",
+    "sandbox_server",
 ]
-
-RateLimitScope = Literal["all", "dyno"]
-LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
-LogFormat = Literal["logfmt", "json"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -54,15 +49,15 @@ class SettingsError(ValueError):
         self.problems = problems
 
 
-# --- The table ---------------------------------------------------------------------------------------------------
+# --- One variable ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Setting(Generic[T_co]):
-    """One row of the table of settings.
+    """What a variable may be.
 
     ``default`` is the text that would mean the same if it were set ("" for none), ``accepts`` what the value must be,
-    with its unit, and ``meaning`` what it does. In the names of the rows for further accounts ``<ACCOUNT>`` stands
+    with its unit, and ``meaning`` what it does. In the names of the variables for further accounts ``<ACCOUNT>`` stands
     for the account's name in upper case.
     """
 
@@ -81,14 +76,21 @@ class Setting(Generic[T_co]):
         return f"{option or self.variable} is {self.show(text)}: {rule}, or {way_out} {default}".rstrip()
 
 
-def _whole(variable: str, default: int, low: int, high: int, unit: str, meaning: str) -> Setting[int]:
+def _set_by(setting: Setting[T], *more: Setting[object]) -> T:
+    """A field of :class:`Settings` that this variable sets, with ``more`` that have a part in it."""
+    return cast(T, dataclasses.field(metadata={"settings": (setting, *more)}))
+
+
+def _whole(variable: str, default: int, low: int, high: int, unit: str, meaning: str) -> int:
     accepts = f"a whole number of {unit} from {low} to {high}"
-    return Setting(variable, str(default), accepts, meaning, lambda text: values.whole_number(text, low, high))
+    return _set_by(Setting(variable, str(default), accepts, meaning, lambda text: values.whole_number(text, low, high)))
 
 
-def _decimal(variable: str, default: int, low: int, high: int, unit: str, meaning: str) -> Setting[float]:
+def _decimal(variable: str, default: int, low: int, high: int, unit: str, meaning: str) -> float:
     accepts = f"a number of {unit} from {low} to {high}, fractions as in 1.5"
-    return Setting(variable, str(default), accepts, meaning, lambda text: values.decimal_number(text, low, high))
+    return _set_by(
+        Setting(variable, str(default), accepts, meaning, lambda text: values.decimal_number(text, low, high))
+    )
 
 
 def _choice(variable: str, options: tuple[ChoiceT, ...], default: ChoiceT, meaning: str) -> Setting[ChoiceT]:
@@ -96,10 +98,15 @@ def _choice(variable: str, options: tuple[ChoiceT, ...], default: ChoiceT, meani
     return Setting(variable, default, accepts, meaning, lambda text: values.one_of(text, options))
 
 
+def _ca_file(variable: str, meaning: str) -> Setting[str | None]:
+    return Setting(variable, "", "the path of a PEM file", meaning, values.ca_file)
+
+
 def _secret(variable: str, accepts: str, meaning: str) -> Setting[str]:
     return Setting(variable, "", accepts, meaning, str, lambda _: "(not shown)")
 
 
+# Those that are held against each other, or read without the rest.
 _REDIS_URL = Setting(
     "REDIS_URL",
     "redis://localhost:6379/0",
@@ -114,13 +121,7 @@ _REDIS_TLS_VERIFY = _choice(
     "required",
     "whether a rediss:// server must prove who it is; none on Heroku",
 )
-_REDIS_TLS_CA = Setting(
-    "REDIS_TLS_CA",
-    "",
-    "the path of a PEM file",
-    "the authorities that may vouch for a rediss:// server",
-    values.ca_file,
-)
+_REDIS_TLS_CA = _ca_file("REDIS_TLS_CA", "the authorities that may vouch for a rediss:// server")
 _CANCEL_QUEUE = Setting(
     "CANCEL_QUEUE",
     DEFAULT_QUEUE,
@@ -143,6 +144,21 @@ _BINANCE_ALLOWED_HOST = Setting(
     "the one host outside binance.com and binancefuture.com that BINANCE_BASE_URL may name",
     values.host_name,
 )
+_BINANCE_ACCOUNTS = Setting(
+    "BINANCE_ACCOUNTS",
+    "",
+    "names of accounts as requests use them, separated by commas (default, desk-a)",
+    "the accounts that this worker serves, and no key of another program; unset: all that are found",
+    values.account_names,
+)
+_EGRESS_PROXY_URL = Setting(
+    "EGRESS_PROXY_URL",
+    "",
+    "http://[user:password@]host[:port] or the same with https://, user and password percent-encoded",
+    "the proxy with a fixed address, for API keys bound to one; not beside a BINANCE_BASE_URL of plain http",
+    values.proxy_url,
+    values.shown_url,
+)
 _API_KEY = "visible ASCII characters, as the exchange's API management page shows them"
 _PRIVATE_KEY = (
     "an unencrypted RSA or Ed25519 key as PEM text (line breaks may be written as \\n), or the path of its file"
@@ -155,250 +171,107 @@ _ACCOUNT_SETTINGS = (
     _secret("BINANCE_<ACCOUNT>_API_SECRET", _API_KEY, "that account's HMAC secret"),
     _secret("BINANCE_<ACCOUNT>_PRIVATE_KEY", _PRIVATE_KEY, "that account's private key"),
 )
-_BINANCE_ACCOUNTS = Setting(
-    "BINANCE_ACCOUNTS",
-    "",
-    "names of accounts as requests use them, separated by commas (default, desk-a)",
-    "the accounts that this worker serves, and no key of another program; unset: all that are found",
-    values.account_names,
-)
-_EXCHANGE_TLS_CA = Setting(
-    "EXCHANGE_TLS_CA",
-    "",
-    "the path of a PEM file",
-    "the authorities that may vouch for the exchange (and an https proxy), instead of the usual ones",
-    values.ca_file,
-)
-_BINANCE_RECV_WINDOW_MS = _whole(
-    "BINANCE_RECV_WINDOW_MS",
-    5000,
-    1,
-    60_000,
-    "milliseconds",
-    "how old a request may be when the exchange reads it; an attempt may take 0.8 of it",
-)
-_EGRESS_PROXY_URL = Setting(
-    "EGRESS_PROXY_URL",
-    "",
-    "http://[user:password@]host[:port] or the same with https://, user and password percent-encoded",
-    "the proxy with a fixed address, for API keys bound to one; not beside a BINANCE_BASE_URL of plain http",
-    values.proxy_url,
-    values.shown_url,
-)
-_SCOPES: tuple[RateLimitScope, ...] = ("all", "dyno")
-_RATE_LIMIT_SCOPE = _choice("RATE_LIMIT_SCOPE", _SCOPES, "all", "whose address it is: all workers' or each host's")
-_WORKER_CONCURRENCY = _whole("WORKER_CONCURRENCY", 64, 1, 512, "requests", "requests in flight in this process")
-_CANCEL_MAX_ATTEMPTS = _whole(
-    "CANCEL_MAX_ATTEMPTS",
-    200,
-    1,
-    1000,
-    "attempts",
-    "most attempts that were answered about the order or may have been carried out; the deadline alone bounds the rest",
-)
-_CANCEL_DEADLINE_S = _decimal("CANCEL_DEADLINE_S", 300, 1, 86_400, "seconds", "longest try, if the request names none")
-_BACKOFF_BASE_MS = _whole(
-    "BACKOFF_BASE_MS",
-    100,
-    1,
-    60_000,
-    "milliseconds",
-    "bound of the first retry's delay, which doubles and is drawn by chance",
-)
-_BACKOFF_CAP_MS = _whole("BACKOFF_CAP_MS", 15_000, 1, 3_600_000, "milliseconds", "bound of any delay before a retry")
-_NOT_FOUND_HORIZON_S = _decimal(
-    "NOT_FOUND_HORIZON_S", 10, 0, 86_400, "seconds", "how long 'no such order' is asked again before it is believed"
-)
-_LEASE_S = _decimal("LEASE_S", 8, 1, MAX_LEASE_S, "seconds", "how long a silent worker keeps its jobs from the others")
-# Heroku kills what is left 30 s after SIGTERM. The last outcomes may have to wait out one Redis time-out (3 s) after
-# the last request ended, and Python needs a moment to leave: 25 s is the longest grace that is sure to end by itself.
-_SHUTDOWN_GRACE_S = _whole("SHUTDOWN_GRACE_S", 20, 1, 25, "seconds", "longest time from SIGTERM to exit")
-_OUTCOME_TTL_S = _whole(
-    "OUTCOME_TTL_S", 86_400, 60, 30 * 86_400, "seconds", "how long an outcome can be read by its id"
-)
-_LEDGER_MAXLEN = _whole("LEDGER_MAXLEN", 20_000, 100, 10_000_000, "entries", "outcomes that the ledger keeps")
-_LEVELS: tuple[LogLevel, ...] = ("DEBUG", "INFO", "WARNING", "ERROR")
-_LOG_LEVEL = _choice("LOG_LEVEL", _LEVELS, "INFO", "the least severe lines that are logged")
-_FORMATS: tuple[LogFormat, ...] = ("logfmt", "json")
-_LOG_FORMAT = _choice("LOG_FORMAT", _FORMATS, "logfmt", "form of a log line")
-_WAF_PAUSE_S = _whole(
-    "WAF_PAUSE_S",
-    300,
-    1,
-    3600,
-    "seconds",
-    "first pause after a 403 or a firewall's challenge; it doubles when repeated",
-)
-_DYNO = Setting(
-    "DYNO",
-    "",
-    "at most 64 characters out of A-Z a-z 0-9 _ . -",
-    "this process's name, as Heroku sets it",
-    values.process_name,
-)
-
-#: Every variable that the worker reads, in the order in which ``--help`` prints them.
-SETTINGS: tuple[Setting[object], ...] = (
-    _REDIS_URL,
-    _REDIS_TLS_VERIFY,
-    _REDIS_TLS_CA,
-    _CANCEL_QUEUE,
-    _BINANCE_BASE_URL,
-    _BINANCE_ALLOWED_HOST,
-    *_ACCOUNT_SETTINGS,
-    _BINANCE_ACCOUNTS,
-    _EXCHANGE_TLS_CA,
-    _BINANCE_RECV_WINDOW_MS,
-    _EGRESS_PROXY_URL,
-    _RATE_LIMIT_SCOPE,
-    _WORKER_CONCURRENCY,
-    _CANCEL_MAX_ATTEMPTS,
-    _CANCEL_DEADLINE_S,
-    _BACKOFF_BASE_MS,
-    _BACKOFF_CAP_MS,
-    _NOT_FOUND_HORIZON_S,
-    _LEASE_S,
-    _SHUTDOWN_GRACE_S,
-    _OUTCOME_TTL_S,
-    _LEDGER_MAXLEN,
-    _LOG_LEVEL,
-    _LOG_FORMAT,
-    _WAF_PAUSE_S,
-    _DYNO,
-)
 
 
-# --- Reading -----------------------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """Reads settings from a mapping and collects what is wrong with them instead of stopping at the first."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self.environ = environ
-        self._refused: set[str] = set()
-        self.problems: list[str] = []
-
-    def raw(self, variable: str) -> str:
-        return self.environ.get(variable, "")
-
-    def sound(self, *settings: Setting[object]) -> bool:
-        """Whether all of these were acceptable, so that it makes sense to compare them."""
-        return self._refused.isdisjoint(setting.variable for setting in settings)
-
-    def read(self, setting: Setting[T]) -> T:
-        """The setting's value; after a problem its default, so that reading can go on."""
-        text = self.raw(setting.variable)
-        try:
-            return setting.parse(text or setting.default)
-        except ValueError as error:
-            self._refused.add(setting.variable)
-            reason = "quotation marks stand around it, which an env file has kept" if values.is_quoted(text) else ""
-            self.problems.append(setting.problem(text, reason or values.reason_of(error)))
-            return setting.parse(setting.default)
-
-
-def _read_exchange(reader: _Reader) -> tuple[str, str | None]:
-    """Base URL and egress proxy."""
-    base_url, allowed_host = reader.read(_BINANCE_BASE_URL), reader.read(_BINANCE_ALLOWED_HOST)
-    known = base_url.is_the_exchange() or base_url.is_loopback() or base_url.host == allowed_host
-    if not known and reader.sound(_BINANCE_BASE_URL, _BINANCE_ALLOWED_HOST):
-        reader.problems.append(
-            f"BINANCE_BASE_URL is '{base_url.url}': it must be a host under {' or '.join(values.EXCHANGE_DOMAINS)}, "
-            f"because keys must not go elsewhere; if this host is meant, set BINANCE_ALLOWED_HOST={base_url.host}"
-        )
-    proxy_url = reader.read(_EGRESS_PROXY_URL)
-    if proxy_url and base_url.scheme == "http" and reader.sound(_BINANCE_BASE_URL, _EGRESS_PROXY_URL):
-        reader.problems.append(
-            f"EGRESS_PROXY_URL is {values.shown_url(proxy_url)}: it must not be set while BINANCE_BASE_URL is plain "
-            f"http ('{base_url.url}'), as the proxy would read key and signature; unset it, or use https"
-        )
-    return base_url.url, proxy_url
-
-
-def _read_redis(reader: _Reader) -> tuple[str, TlsVerify, str | None]:
-    """The Redis URL with how its server is verified.
-
-    redis-py lets the URL's query win over every argument, so what it says about TLS is adopted, and refused where a
-    variable says otherwise: nobody shall believe in a verification that does not take place.
-    """
-    url, verify, ca_file = reader.read(_REDIS_URL), reader.read(_REDIS_TLS_VERIFY), reader.read(_REDIS_TLS_CA)
-    if not reader.sound(_REDIS_URL, _REDIS_TLS_VERIFY, _REDIS_TLS_CA):
-        return url.url, verify, ca_file
-    if url.cert_reqs:
-        if url.cert_reqs != verify and reader.raw("REDIS_TLS_VERIFY"):
-            reader.problems.append(
-                f"REDIS_TLS_VERIFY is '{verify}': it must not contradict REDIS_URL, which says "
-                f"ssl_cert_reqs={url.cert_reqs}; remove one of the two"
-            )
-        verify = url.cert_reqs
-    if url.ca_file is not None:
-        ca_file = _ca_file_of_url(reader, url.ca_file, ca_file)
-    if ca_file and verify == "none":
-        reader.problems.append(
-            f"REDIS_TLS_CA (or ssl_ca_certs in REDIS_URL) is {values.shown(ca_file)}: it must not be set while "
-            "certificates are not checked; unset it, or set REDIS_TLS_VERIFY=required"
-        )
-    return url.url, verify, ca_file
-
-
-def _ca_file_of_url(reader: _Reader, in_url: str, in_variable: str | None) -> str | None:
-    if in_variable and in_variable != in_url:
-        reader.problems.append(
-            f"REDIS_TLS_CA is {values.shown(in_variable)}: it must not contradict REDIS_URL, which names another file "
-            "as ssl_ca_certs; remove one of the two"
-        )
-    try:
-        return values.ca_file(in_url)
-    except values.RefusedError as error:
-        reader.problems.append(_REDIS_URL.problem(reader.raw("REDIS_URL"), f"ssl_ca_certs: {error}"))
-        return in_variable
-
-
-def _read_backoff(reader: _Reader) -> tuple[int, int]:
-    base_ms, cap_ms = reader.read(_BACKOFF_BASE_MS), reader.read(_BACKOFF_CAP_MS)
-    if cap_ms < base_ms and reader.sound(_BACKOFF_BASE_MS, _BACKOFF_CAP_MS):
-        by_default = "" if reader.raw("BACKOFF_CAP_MS") else " by default"
-        reader.problems.append(
-            f"BACKOFF_CAP_MS is '{cap_ms}'{by_default}: it must be at least BACKOFF_BASE_MS, which is '{base_ms}'; "
-            "raise the one or lower the other"
-        )
-    return base_ms, cap_ms
+# --- All of them -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
 class Settings:
-    """All that the worker was told at its start. Names end in their unit; see :data:`SETTINGS` for the meanings.
+    """All that the worker was told at its start, in the order in which ``--help`` tells of it. Names end in their unit.
 
     The repr shows no password and no key, and pickling is refused. ``redis_url`` and ``egress_proxy_url`` may hold
     passwords: log :attr:`display_redis_url` instead, and the proxy not at all.
     """
 
-    redis_url: str
-    redis_tls_verify: TlsVerify
-    redis_tls_ca: str | None
-    queue: str
-    base_url: str
-    credentials: Mapping[str, Credential]
+    redis_url: str = _set_by(_REDIS_URL)
+    redis_tls_verify: Literal["required", "none"] = _set_by(_REDIS_TLS_VERIFY)
+    redis_tls_ca: str | None = _set_by(_REDIS_TLS_CA)
+    queue: str = _set_by(_CANCEL_QUEUE)
+    base_url: str = _set_by(_BINANCE_BASE_URL, _BINANCE_ALLOWED_HOST)
+    credentials: Mapping[str, Credential] = dataclasses.field(
+        metadata={"settings": (*_ACCOUNT_SETTINGS, _BINANCE_ACCOUNTS)}
+    )
     accounts_left_out: tuple[str, ...]  # keys were found, but BINANCE_ACCOUNTS does not name them
-    exchange_tls_ca: str | None
-    recv_window_ms: int
-    egress_proxy_url: str | None
-    rate_limit_scope: RateLimitScope
-    concurrency: int
-    max_attempts: int
-    deadline_s: float
-    backoff_base_ms: int
-    backoff_cap_ms: int
-    not_found_horizon_s: float
-    lease_s: float
-    shutdown_grace_s: int
-    outcome_ttl_s: int
-    ledger_maxlen: int
-    log_level: LogLevel
-    log_format: LogFormat
-    waf_pause_s: int
-    process_name: str
+    exchange_tls_ca: str | None = _set_by(
+        _ca_file(
+            "EXCHANGE_TLS_CA",
+            "the authorities that may vouch for the exchange (and an https proxy), instead of the usual ones",
+        )
+    )
+    recv_window_ms: int = _whole(
+        "BINANCE_RECV_WINDOW_MS",
+        5000,
+        1,
+        60_000,
+        "milliseconds",
+        "how old a request may be when the exchange reads it; an attempt may take 0.8 of it",
+    )
+    egress_proxy_url: str | None = _set_by(_EGRESS_PROXY_URL)
+    rate_limit_scope: Literal["all", "dyno"] = _set_by(
+        _choice("RATE_LIMIT_SCOPE", ("all", "dyno"), "all", "whose address it is: all workers' or each host's")
+    )
+    concurrency: int = _whole("WORKER_CONCURRENCY", 64, 1, 512, "requests", "requests in flight in this process")
+    max_attempts: int = _whole(
+        "CANCEL_MAX_ATTEMPTS",
+        200,
+        1,
+        1000,
+        "attempts",
+        "most attempts that were answered about the order or may have been carried out; the deadline alone bounds the "
+        "rest",
+    )
+    deadline_s: float = _decimal(
+        "CANCEL_DEADLINE_S", 300, 1, 86_400, "seconds", "longest try, if the request names none"
+    )
+    backoff_base_ms: int = _whole(
+        "BACKOFF_BASE_MS",
+        100,
+        1,
+        60_000,
+        "milliseconds",
+        "bound of the first retry's delay, which doubles and is drawn by chance",
+    )
+    backoff_cap_ms: int = _whole(
+        "BACKOFF_CAP_MS", 15_000, 1, 3_600_000, "milliseconds", "bound of any delay before a retry"
+    )
+    not_found_horizon_s: float = _decimal(
+        "NOT_FOUND_HORIZON_S", 10, 0, 86_400, "seconds", "how long 'no such order' is asked again before it is believed"
+    )
+    lease_s: float = _decimal(
+        "LEASE_S", 8, 1, MAX_LEASE_S, "seconds", "how long a silent worker keeps its jobs from the others"
+    )
+    # Heroku kills what is left 30 s after SIGTERM. The last outcomes may have to wait out one Redis time-out (3 s)
+    # after the last request ended, and Python needs a moment to leave: 25 s is the longest grace that is sure to end by
+    # itself.
+    shutdown_grace_s: int = _whole("SHUTDOWN_GRACE_S", 20, 1, 25, "seconds", "longest time from SIGTERM to exit")
+    outcome_ttl_s: int = _whole(
+        "OUTCOME_TTL_S", 86_400, 60, 30 * 86_400, "seconds", "how long an outcome can be read by its id"
+    )
+    ledger_maxlen: int = _whole("LEDGER_MAXLEN", 20_000, 100, 10_000_000, "entries", "outcomes that the ledger keeps")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _set_by(
+        _choice("LOG_LEVEL", ("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "the least severe lines that are logged")
+    )
+    log_format: Literal["logfmt", "json"] = _set_by(
+        _choice("LOG_FORMAT", ("logfmt", "json"), "logfmt", "form of a log line")
+    )
+    waf_pause_s: int = _whole(
+        "WAF_PAUSE_S",
+        300,
+        1,
+        3600,
+        "seconds",
+        "first pause after a 403 or a firewall's challenge; it doubles when repeated",
+    )
+    process_name: str = _set_by(
+        Setting(
+            "DYNO",
+            "",
+            "at most 64 characters out of A-Z a-z 0-9 _ . -",
+            "this process's name, as Heroku sets it",
+            values.process_name,
+        )
+    )
     warnings: tuple[str, ...]  # what it can start with, but should not
 
     @classmethod
@@ -409,46 +282,22 @@ class Settings:
             SettingsError: with everything that is wrong.
         """
         reader = _Reader(os.environ if environ is None else environ)
-        settings = cls._read(reader)
+        url, verify, ca_file = _read_redis(reader)
+        base_url, proxy_url = _read_exchange(reader)
+        accounts = read_accounts(reader.environ, reader.read(_BINANCE_ACCOUNTS))
+        reader.problems += accounts.problems
+        given: dict[str, Any] = {
+            **{"redis_url": url, "redis_tls_verify": verify, "redis_tls_ca": ca_file},
+            **{"base_url": base_url, "egress_proxy_url": proxy_url},
+            **{"credentials": accounts.credentials, "accounts_left_out": accounts.left_out},
+            "warnings": tuple(accounts.warnings),
+        }
+        given |= {name: reader.read(_SETTING_OF[name]) for name in _SETTING_OF.keys() - given.keys()}
+        settings = cls(**given)
+        _check_backoff(reader, settings)
         if reader.problems:
             raise SettingsError(tuple(reader.problems))
         return settings
-
-    @classmethod
-    def _read(cls, reader: _Reader) -> Settings:
-        redis_url, redis_tls_verify, redis_tls_ca = _read_redis(reader)
-        backoff_base_ms, backoff_cap_ms = _read_backoff(reader)
-        base_url, egress_proxy_url = _read_exchange(reader)
-        accounts = read_accounts(reader.environ, reader.read(_BINANCE_ACCOUNTS))
-        reader.problems += accounts.problems
-        return cls(
-            redis_url=redis_url,
-            redis_tls_verify=redis_tls_verify,
-            redis_tls_ca=redis_tls_ca,
-            queue=reader.read(_CANCEL_QUEUE),
-            base_url=base_url,
-            credentials=accounts.credentials,
-            accounts_left_out=accounts.left_out,
-            exchange_tls_ca=reader.read(_EXCHANGE_TLS_CA),
-            recv_window_ms=reader.read(_BINANCE_RECV_WINDOW_MS),
-            egress_proxy_url=egress_proxy_url,
-            rate_limit_scope=reader.read(_RATE_LIMIT_SCOPE),
-            concurrency=reader.read(_WORKER_CONCURRENCY),
-            max_attempts=reader.read(_CANCEL_MAX_ATTEMPTS),
-            deadline_s=reader.read(_CANCEL_DEADLINE_S),
-            backoff_base_ms=backoff_base_ms,
-            backoff_cap_ms=backoff_cap_ms,
-            not_found_horizon_s=reader.read(_NOT_FOUND_HORIZON_S),
-            lease_s=reader.read(_LEASE_S),
-            shutdown_grace_s=reader.read(_SHUTDOWN_GRACE_S),
-            outcome_ttl_s=reader.read(_OUTCOME_TTL_S),
-            ledger_maxlen=reader.read(_LEDGER_MAXLEN),
-            log_level=reader.read(_LOG_LEVEL),
-            log_format=reader.read(_LOG_FORMAT),
-            waf_pause_s=reader.read(_WAF_PAUSE_S),
-            process_name=reader.read(_DYNO),
-            warnings=tuple(accounts.warnings),
-        )
 
     def overridden(self, *, queue: str | None = None, concurrency: int | str | None = None) -> Settings:
         """A copy with what the command line says; None leaves the setting as it is.
@@ -456,16 +305,15 @@ class Settings:
         Raises:
             SettingsError: by the rules of the variables, naming the options.
         """
-        rows = (("queue", _CANCEL_QUEUE, queue), ("concurrency", _WORKER_CONCURRENCY, concurrency))
         changes: dict[str, Any] = {}
         problems = []
-        for name, setting, value in rows:
+        for name, value in (("queue", queue), ("concurrency", concurrency)):
             if value is None:
                 continue
             try:
-                changes[name] = setting.parse(str(value))
+                changes[name] = _SETTING_OF[name].parse(str(value))
             except ValueError as error:
-                problems.append(setting.problem(str(value), values.reason_of(error), option=f"--{name}"))
+                problems.append(_SETTING_OF[name].problem(str(value), values.reason_of(error), option=f"--{name}"))
         if problems:
             raise SettingsError(tuple(problems))
         return dataclasses.replace(self, **changes)
@@ -497,11 +345,117 @@ class Settings:
         raise TypeError("settings cannot be pickled: they hold secrets")
 
 
+#: The variables of each field that has any, the one that sets it first.
+_BY_FIELD: dict[str, tuple[Setting[object], ...]] = {
+    field.name: field.metadata["settings"] for field in dataclasses.fields(Settings) if field.metadata
+}
+_SETTING_OF = {name: settings[0] for name, settings in _BY_FIELD.items()}
+#: Every variable that the worker reads, in the order in which ``--help`` prints them.
+SETTINGS: tuple[Setting[object], ...] = tuple(setting for settings in _BY_FIELD.values() for setting in settings)
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Reads settings from a mapping and collects what is wrong with them instead of stopping at the first."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
+        self._refused: set[str] = set()
+        self.problems: list[str] = []
+
+    def raw(self, variable: str) -> str:
+        return self.environ.get(variable, "")
+
+    def sound(self, *variables: str) -> bool:
+        """Whether all of these were acceptable, so that it makes sense to compare them."""
+        return self._refused.isdisjoint(variables)
+
+    def read(self, setting: Setting[T]) -> T:
+        """The setting's value; after a problem its default, so that reading can go on."""
+        text = self.raw(setting.variable)
+        try:
+            return setting.parse(text or setting.default)
+        except ValueError as error:
+            self._refused.add(setting.variable)
+            reason = "quotation marks stand around it, which an env file has kept" if values.is_quoted(text) else ""
+            self.problems.append(setting.problem(text, reason or values.reason_of(error)))
+            return setting.parse(setting.default)
+
+
+def _read_exchange(reader: _Reader) -> tuple[str, str | None]:
+    """Base URL and egress proxy."""
+    url, allowed_host = reader.read(_BINANCE_BASE_URL), reader.read(_BINANCE_ALLOWED_HOST)
+    known = values.is_the_exchange(url) or values.is_loopback(url) or values.host_of(url) == allowed_host
+    if not known and reader.sound("BINANCE_BASE_URL", "BINANCE_ALLOWED_HOST"):
+        reader.problems.append(
+            f"BINANCE_BASE_URL is '{url}': it must be a host under {' or '.join(values.EXCHANGE_DOMAINS)}, because "
+            f"keys must not go elsewhere; if this host is meant, set BINANCE_ALLOWED_HOST={values.host_of(url)}"
+        )
+    proxy_url = reader.read(_EGRESS_PROXY_URL)
+    if proxy_url and url.startswith("http:") and reader.sound("BINANCE_BASE_URL", "EGRESS_PROXY_URL"):
+        reader.problems.append(
+            f"EGRESS_PROXY_URL is {values.shown_url(proxy_url)}: it must not be set while BINANCE_BASE_URL is plain "
+            f"http ('{url}'), as the proxy would read key and signature; unset it, or use https"
+        )
+    return url, proxy_url
+
+
+def _read_redis(reader: _Reader) -> tuple[str, TlsVerify, str | None]:
+    """The Redis URL with how its server is verified.
+
+    redis-py lets the URL's query win over every argument, so what it says about TLS is adopted, and refused where a
+    variable says otherwise: nobody shall believe in a verification that does not take place.
+    """
+    url, verify, ca_file = reader.read(_REDIS_URL), reader.read(_REDIS_TLS_VERIFY), reader.read(_REDIS_TLS_CA)
+    if not reader.sound("REDIS_URL", "REDIS_TLS_VERIFY", "REDIS_TLS_CA"):
+        return url, verify, ca_file
+    in_url = Address.parse(url).options
+    if told := in_url.get("ssl_cert_reqs"):
+        if told != verify and reader.raw("REDIS_TLS_VERIFY"):
+            reader.problems.append(
+                f"REDIS_TLS_VERIFY is '{verify}': it must not contradict REDIS_URL, which says "
+                f"ssl_cert_reqs={told}; remove one of the two"
+            )
+        verify = told
+    if "ssl_ca_certs" in in_url:
+        ca_file = _ca_file_of_url(reader, in_url["ssl_ca_certs"], ca_file)
+    if ca_file and verify == "none":
+        reader.problems.append(
+            f"REDIS_TLS_CA (or ssl_ca_certs in REDIS_URL) is {values.shown(ca_file)}: it must not be set while "
+            "certificates are not checked; unset it, or set REDIS_TLS_VERIFY=required"
+        )
+    return url, verify, ca_file
+
+
+def _ca_file_of_url(reader: _Reader, in_url: str, in_variable: str | None) -> str | None:
+    if in_variable and in_variable != in_url:
+        reader.problems.append(
+            f"REDIS_TLS_CA is {values.shown(in_variable)}: it must not contradict REDIS_URL, which names another file "
+            "as ssl_ca_certs; remove one of the two"
+        )
+    try:
+        return values.ca_file(in_url)
+    except values.RefusedError as error:
+        reader.problems.append(_REDIS_URL.problem(reader.raw("REDIS_URL"), f"ssl_ca_certs: {error}"))
+        return in_variable
+
+
+def _check_backoff(reader: _Reader, got: Settings) -> None:
+    if got.backoff_cap_ms < got.backoff_base_ms and reader.sound("BACKOFF_BASE_MS", "BACKOFF_CAP_MS"):
+        by_default = "" if reader.raw("BACKOFF_CAP_MS") else " by default"
+        reader.problems.append(
+            f"BACKOFF_CAP_MS is '{got.backoff_cap_ms}'{by_default}: it must be at least BACKOFF_BASE_MS, which is "
+            f"'{got.backoff_base_ms}'; raise the one or lower the other"
+        )
+
+
 def _redis_options(redis_url: str, verify: TlsVerify, ca_file: str | None) -> dict[str, object]:
-    url = values.redis_url(redis_url)
-    if not url.tls:
+    address = Address.parse(redis_url)
+    if not address.is_tls:
         return {}
-    check_hostname = verify == "required" and url.check_hostname is not False
+    check_hostname = verify == "required" and address.options.get("ssl_check_hostname") is not False
     options: dict[str, object] = {"ssl_cert_reqs": verify, "ssl_check_hostname": check_hostname}
     return options | ({"ssl_ca_certs": ca_file} if ca_file else {})
 
@@ -529,19 +483,17 @@ class QueuePlace:
         return cls(url, _redis_options(url, verify, ca_file), name)
 
 
-def environment_for_readers(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def environment_for_readers() -> dict[str, str]:
     """The environment for a command that only reads the queue: all of it but what belongs to the exchange."""
-    given = os.environ if environ is None else environ
-    return {name: value for name, value in given.items() if not name.startswith(("BINANCE_", "EGRESS_PROXY_URL"))}
+    return {name: value for name, value in os.environ.items() if not name.startswith(("BINANCE_", "EGRESS_PROXY_URL"))}
 
 
-def sandbox_server(environ: Mapping[str, str] | None = None) -> tuple[str | None, dict[str, str]]:
-    """What the sandbox is told by ``environ``, by default the process's environment.
+def sandbox_server() -> tuple[str | None, dict[str, str]]:
+    """What the sandbox is told by the process's environment.
 
     The Redis server that VALKEY_SERVER names (None: the embedded one), and the environment without any setting of the
     worker's, for processes that get settings of their own: no key of a person reaches the sandbox.
     """
-    given = os.environ if environ is None else environ
     ours = {setting.variable for setting in SETTINGS}
-    rest = {name: value for name, value in given.items() if name not in ours and not name.startswith("BINANCE_")}
-    return given.get("VALKEY_SERVER") or None, rest
+    rest = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("BINANCE_")}
+    return os.environ.get("VALKEY_SERVER") or None, rest

@@ -1,6 +1,7 @@
 """The libraries that people place orders with, behind one interface of ours; each is used by its public calls alone.
 
 Ids go in and out as text and terms are named as the exchange names them, so that one table of tests serves all three.
+`errors` are what a library raises, by the exchange's code.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 TIMEOUT_S = 30
 UNIFIED = {"BTCUSDT": "BTC/USDT:USDT", "ETHUSDT": "ETH/USDT:USDT", "NOSUCHUSDT": "NOSUCH/USDT:USDT"} | {
@@ -32,78 +33,10 @@ class Child(NamedTuple):
     executed: float
 
 
-class Library(Protocol):
-    """One library, with the key of the tests."""
-
-    #: The library's word for a status of the exchange, where it has its own.
-    words: Mapping[str, str]
-    #: What it raises, by the exchange's code.
-    errors: Mapping[int, type[Exception]]
-
-    def place(self, **terms: Any) -> Order:
-        """Open a conditional order."""
-
-    def query(self, algo_id: str) -> Order:
-        """One conditional order."""
-
-    def open_orders(self, symbol: str) -> list[Order]:
-        """Those that rest."""
-
-    def all_orders(self, symbol: str) -> list[Order]:
-        """Those of the last days."""
-
-    def cancel(self, algo_id: str) -> None:
-        """Cancel one."""
-
-    def cancel_by_client_id(self, client_algo_id: str) -> None:
-        """Cancel the open one with this id."""
-
-    def cancel_all(self, symbol: str) -> None:
-        """Cancel all of a symbol."""
-
-    def child(self, order_id: str) -> Child:
-        """A normal order."""
-
-    def cancel_child(self, order_id: str) -> Child:
-        """Cancel it."""
-
-    def open_children(self, symbol: str) -> list[Child]:
-        """Normal orders that rest."""
-
-    def is_hedged(self) -> bool:
-        """The position mode."""
-
-    def set_hedged(self, on: bool) -> None:
-        """Change it."""
-
-    def mark_price(self, symbol: str) -> float:
-        """A symbol's price."""
-
-    def last_price(self, symbol: str) -> float:
-        """A symbol's last price, as bots of this library ask for it."""
-
-    def positions(self, symbol: str) -> list[Any]:
-        """What is held of it."""
-
-    def steps(self, symbol: str) -> tuple[float, float]:
-        """Its tick and its step, as the library reads exchangeInfo."""
-
-    def open_listen_key(self) -> str:
-        """Open a key for a stream of one's own data."""
-
-    def keep_listen_key(self, listen_key: str) -> None:
-        """Keep it alive."""
-
-    def close_listen_key(self, listen_key: str) -> None:
-        """Close it."""
-
-    def close(self) -> None:
-        """Leave nothing open."""
-
-
 class OfficialSdk:
     """`binance-sdk-derivatives-trading-usds-futures`."""
 
+    #: The library's words for the exchange's statuses, where it has its own.
     words: Mapping[str, str] = {}
 
     def __init__(self, url: str, key: str, secret: str) -> None:
@@ -391,3 +324,6 @@ class PythonBinance:
     @staticmethod
     def _child(row: Any) -> Child:
         return Child(str(row["orderId"]), row["status"], float(row["executedQty"]))
+
+
+Library = OfficialSdk | Ccxt | PythonBinance

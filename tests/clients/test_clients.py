@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.caller import ACCOUNTS, KEY, SECRET
+from tests.caller import ACCOUNTS, KEY, SECRET, child_of
 from tests.clients.libraries import Ccxt, Library, OfficialSdk, PythonBinance
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
 
@@ -121,8 +121,7 @@ def test_a_triggered_orders_child_is_queried_and_cancelled(market: RunningExchan
     """What a trigger made is a normal order to the library: partly filled, listed as open, cancelled, and gone."""
     placed = library.place(**STOP | {"type": "STOP", "price": "49900"})
     market.trigger(int(placed.algo_id))
-    child = market.book()[int(placed.algo_id)].child
-    assert child is not None
+    child = child_of(market, int(placed.algo_id))
     market.fill(int(placed.algo_id), "0.004")
     seen = library.child(child.order_id)
     partly = library.words.get("PARTIALLY_FILLED", "PARTIALLY_FILLED")

@@ -52,8 +52,16 @@ from tests.fault.producers import (
 from tests.fault.proxy import Proxy
 from tests.fault.verdict import Reckoning, table, times
 from tests.servers import ROOT, Peek, Valkey, Workers, scrubbed
-from worker.sandbox.arrivals import MAX_ARRIVALS, Arrival
-from worker.sandbox.control import BookEntry, ExchangeConfig, Incident, PlacedOrder, RunningExchange, start_exchange
+from worker.sandbox.control import (
+    MAX_ARRIVALS,
+    Arrival,
+    BookEntry,
+    ExchangeConfig,
+    PlacedOrder,
+    RunningExchange,
+    start_exchange,
+)
+from worker.sandbox.edge import Incident
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 API_KEY, API_SECRET = "chaos-key", "chaos-secret"

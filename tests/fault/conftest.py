@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -192,8 +191,3 @@ def cpu_s(pid: int) -> float:
 def state(pid: int) -> str:
     """A process' state as the kernel names it; T is stopped."""
     return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(") ")[2][0]
-
-
-def rest(seconds: float) -> None:
-    """Let time pass that a fault is to last; nothing is waited for."""
-    time.sleep(seconds)

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from producer.message import WORKER_LOST, Attempt, Call, Outcome
-from worker.sandbox.arrivals import Arrival
+from worker.sandbox.control import Arrival
 
 #: How long after a lease was taken away a request of its holder may still arrive, ms: it was on its way.
 IN_FLIGHT_MS = 200

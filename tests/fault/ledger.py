@@ -14,7 +14,8 @@ from types import MappingProxyType
 
 from producer import OpenOutcome
 from producer.message import WORKER_LOST, Attempt, Call, Outcome, OutcomeKind
-from worker.sandbox.control import BookEntry, Incident
+from worker.sandbox.control import BookEntry
+from worker.sandbox.edge import Incident
 from worker.sandbox.report import child_differs
 
 #: Kinds to which a request comes only if faults outlast its bounds.

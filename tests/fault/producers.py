@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from producer import CancelClient, CancelRequest, OpenOutcome, OpenTicket, QueueUnavailable, WaitTimeout
+from producer.message import Call
 from producer.protocol import NotDurable, TicketFields
 from tests.fault.ledger import Ask
 from worker.sandbox.control import PlacedOrder, RunningExchange
-from worker.sandbox.faults import FAULT_SETS, Call, Fault
+from worker.sandbox.faults import FAULT_SETS, Fault
 
 PRODUCERS = 4
 #: The part of all orders whose client ids are taken again.
@@ -200,7 +201,7 @@ class Sweeper(Strategy):
         super().__init__(seed, url, exchange, per_s, _LOOK_AT_OPEN_S)
         self._to_ask = count
         self._symbols = list(SYMBOLS)
-        self._faults = FAULT_SETS["all"].for_call(Call.LIST)
+        self._faults = FAULT_SETS["all"].for_call(Call.LIST_OPEN)
         self.standing: list[tuple[OpenTicket, Ask]] = []
         self.ended: dict[str, OpenOutcome] = {}  # by the request's id
 
@@ -218,7 +219,7 @@ class Sweeper(Strategy):
         dice, symbol = self._dice, self._dice.choice(self._symbols[0])
         orders = self._exchange.add_orders(dice.randint(0, 5), symbol=symbol)
         if faults := [dice.choice(self._faults) for _ in range(dice.randint(0, 2))]:
-            self._exchange.script_faults(0, faults, call=Call.LIST)
+            self._exchange.script_faults(0, faults, call=Call.LIST_OPEN)
         self.stopped.wait(dice.choice((0.0, 0.03, 0.1)))
         for order in orders[:2]:
             self._cancel(order)

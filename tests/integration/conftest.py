@@ -175,6 +175,5 @@ def market(shared_exchange: RunningExchange) -> RunningExchange:
 @pytest.fixture
 def caller(market: RunningExchange) -> Iterator[Caller]:
     """A client of it on one connection."""
-    caller = Caller(market.url)
-    yield caller
-    caller.connection.close()
+    with Caller(market.url) as caller:
+        yield caller

@@ -110,6 +110,23 @@ def test_silence_is_bounded(bench: Bench) -> None:
     assert time.monotonic() - started_at >= TOTAL_S - 0.01
 
 
+def test_a_silence_is_waited_for_longer_than_the_one_before(loop_bench: Bench) -> None:
+    """A quarter of a second after quick answers, and twice as long when nothing has been heard since."""
+
+    def once(peer: Peer) -> None:
+        peer.read_head()
+        if peer.number == 1:
+            peer.send(http_answer())
+        peer.wait_until_closed()
+
+    _, client = loop_bench.to(once, recv_window_ms=60_000)
+    replied(client.ask())
+    for at_least_s in (0.25, 0.5):
+        started_at = time.monotonic()
+        failed(client.ask_patiently(), seen=True, reason="no answer: TimeoutError")
+        assert time.monotonic() - started_at >= at_least_s - 0.01
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_dripping_head_is_bounded(loop_bench: Bench, secure: bool) -> None:
     """A byte now and then does not prolong an attempt."""

@@ -10,13 +10,13 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from subprocess import PIPE, STDOUT
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import pytest
@@ -26,11 +26,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 
 from producer import CancelClient, CancelRequest
+from producer.message import Call
+from tests.environments import pem
+from tests.exporting import exporting
 from tests.loopback import LOOPBACK, Authority, Peer, Server
 from tests.servers import ROOT, WORKER, Valkey, Workers, eventually, running_valkey, scrubbed
 from tests.webpages import WebProcess
 from worker.sandbox.control import ExchangeConfig, RunningExchange, start_exchange
-from worker.sandbox.faults import Call, Fault, FaultTiming
+from worker.sandbox.faults import Fault, FaultTiming
 
 # Lower case and digits, so that they could even stand as an account's name where one goes astray.
 HMAC = "canary1hmac7f3a9c"
@@ -146,22 +149,6 @@ class Search:
         return [(name, needle) for name, place in self.places for needle in self.needles.found_in(place)]
 
 
-def add_page(search: Search, name: str, web: WebProcess, path: str, headers: dict[str, Any]) -> None:
-    """One page, its headers included."""
-    reply = web(path, **headers)
-    search.add(f"page {name}", f"{reply.headers}\n{reply.text}")
-
-
-@contextlib.contextmanager
-def http_get(url: str) -> Iterator[str]:
-    """The body of one page."""
-    address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), 20) as connection:
-        connection.sendall(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
-        with connection.makefile("rb") as answer:
-            yield answer.read().decode()
-
-
 # ---- a proxy between worker and exchange, which sees the signatures --------------------------------------------------
 
 
@@ -212,35 +199,31 @@ class Accounts:
     secrets: set[str]
 
 
-def _pem(key: RSAPrivateKey | Ed25519PrivateKey) -> tuple[str, str, list[str]]:
-    """The private key as PEM text, the public one, and the private one's lines."""
-    text = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ).decode()
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return text, public.decode(), [line for line in text.splitlines() if line and not line.startswith("-----")]
+def _public(key: RSAPrivateKey | Ed25519PrivateKey) -> str:
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return key.public_key().public_bytes(serialization.Encoding.PEM, form).decode()
 
 
 @pytest.fixture(scope="module")
 def accounts(tmp_path_factory: pytest.TempPathFactory) -> Accounts:
     """HMAC; RSA as PEM text on one line; Ed25519 as the path of a file; and one whose key the exchange refuses."""
-    rsa, rsa_public, rsa_lines = _pem(generate_private_key(65_537, 2048))
-    ed, ed_public, ed_lines = _pem(Ed25519PrivateKey.generate())
+    rsa, ed = generate_private_key(65_537, 2048), Ed25519PrivateKey.generate()
     path = tmp_path_factory.mktemp("keys") / "ed25519.pem"
-    path.write_text(ed)
+    path.write_text(pem(ed))
+    lines = {line for key in (rsa, ed) for line in pem(key).splitlines() if line and not line.startswith("-----")}
     return Accounts(
-        {"default": ("key-hmac", HMAC), "rsa": ("key-rsa", rsa_public), "ed": ("key-ed", ed_public)},
+        {"default": ("key-hmac", HMAC), "rsa": ("key-rsa", _public(rsa)), "ed": ("key-ed", _public(ed))},
         {
             "BINANCE_API_KEY": "key-hmac",
             "BINANCE_API_SECRET": HMAC,
             "BINANCE_RSA_API_KEY": "key-rsa",
-            "BINANCE_RSA_PRIVATE_KEY": rsa.replace("\n", "\\n"),
+            "BINANCE_RSA_PRIVATE_KEY": pem(rsa).replace("\n", "\\n"),
             "BINANCE_ED_API_KEY": "key-ed",
             "BINANCE_ED_PRIVATE_KEY": str(path),
             "BINANCE_LOST_API_KEY": "key-that-nobody-knows",
             "BINANCE_LOST_API_SECRET": OTHER_HMAC,
         },
-        {*rsa_lines, *ed_lines, HMAC, OTHER_HMAC},
+        lines | {HMAC, OTHER_HMAC},
     )
 
 
@@ -263,23 +246,13 @@ class Scene:
     def run(self, *command: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
         """Run one command to its end; what it printed and what `ps` showed of it are searched."""
         given = scrubbed() | {"REDIS_URL": self.redis_url, "WEB_TOKEN": TOKEN} | environment
-        with (
-            tempfile.TemporaryFile() as said,
-            subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=ROOT, env=given, stdin=subprocess.PIPE, stdout=said, stderr=said
-            ) as process,
-        ):
+        words = [sys.executable, "-m", *command]
+        with subprocess.Popen(words, cwd=ROOT, env=given, stdin=PIPE, stdout=PIPE, stderr=STDOUT) as process:
             name = " ".join(command)
             self.search.add(f"ps of {name}", process_line(process.pid))
-            process.communicate(stdin.encode(), 40)
-            printed = _read(said)
+            printed, _ = process.communicate(stdin.encode(), 40)
         self.search.add(f"output of {name}", printed)
         return subprocess.CompletedProcess(command, process.returncode, printed)
-
-
-def _read(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read()
 
 
 @pytest.fixture
@@ -313,11 +286,9 @@ def scene(accounts: Accounts, authority: Authority, tmp_path: Path) -> Iterator[
             fleet.stop()
 
 
-@contextlib.contextmanager
-def client_of(scene: Scene) -> Iterator[CancelClient]:
+def client_of(scene: Scene) -> CancelClient:
     """The producers' client with the password."""
-    with CancelClient.from_url(scene.redis_url) as client:
-        yield client
+    return CancelClient.from_url(scene.redis_url)
 
 
 def trouble(scene: Scene) -> list[CancelRequest]:
@@ -400,12 +371,10 @@ def test_every_failure_of_the_exchange_keeps_every_secret(scene: Scene) -> None:
         kinds = {outcome.kind.value for outcome in client.outcomes_of(ids).values()}
         worker.stop()
         broken = scene.workers.start(command=(sys.executable, "-c", DEFECT), LOG_FORMAT="json", RATE_LIMIT_SCOPE="dyno")
-        orders = [
-            order for account in ("default", "rsa", "ed") for order in scene.exchange.add_orders(2, account=account)
-        ]
         requests = [
-            CancelRequest(algo_id=order.algo_id, account=("default", "rsa", "ed")[number // 2])
-            for number, order in enumerate(orders)
+            CancelRequest(algo_id=order.algo_id, account=account)
+            for account in ("default", "rsa", "ed")
+            for order in scene.exchange.add_orders(2, account=account)
         ]
         settled(client, [ticket.id for ticket in client.cancel_many(requests)])
         eventually(lambda: "made by the test" in broken.output(), what="the defect")
@@ -480,9 +449,9 @@ def test_pages_and_metrics_show_no_secret(scene: Scene) -> None:
     with client_of(scene) as client:
         failed = client.cancel(algo_id=scene.exchange.add_orders(1)[0].algo_id, account="nobody")
         settled(client, [failed.id])
-    with WebProcess(scene.redis_url, WEB_TOKEN=TOKEN) as web, metrics_of(scene) as (pid, url):
-        for name, number in (("web", web.process.pid), ("metrics", pid)):
-            scene.search.add(f"ps of {name}", process_line(number))
+    with WebProcess(scene.redis_url, WEB_TOKEN=TOKEN) as web, exporting(scene.redis_url) as exporter:
+        for process in (web.process, exporter.process):
+            scene.search.add(f"ps of {process.args!s}", process_line(process.pid))
         assert web("/login", {"token": f"{TOKEN}x"}).status == 401
         login = web("/login", {"token": TOKEN})
         cookie = login.headers["Set-Cookie"].partition(";")[0]
@@ -498,32 +467,12 @@ def test_pages_and_metrics_show_no_secret(scene: Scene) -> None:
         for stage in ("Redis works", "Redis is gone"):
             for headers in (dict[str, Any](), {"Cookie": cookie}):
                 for path in pages:
-                    add_page(scene.search, f"{path}, {stage}", web, path, headers)
-            with http_get(url) as text:
-                scene.search.add(f"metrics, {stage}", text)
+                    reply = web(path, **headers)
+                    scene.search.add(f"page {path}, {stage}", f"{reply.headers}\n{reply.text}")
+            scene.search.add(f"metrics, {stage}", exporter.text())
             scene.valkey.stop()
         scene.search.add("stderr of web", web.stderr())
+        scene.search.add("stderr of metrics", exporter.stop()[1])
 
     assert any("cancel_up 1" in place.decode() or "cancel_up{" in place.decode() for _, place in scene.search.places)
     assert scene.search.findings() == []
-
-
-@contextlib.contextmanager
-def metrics_of(scene: Scene) -> Iterator[tuple[int, str]]:
-    """`python -m producer metrics`: its process id and its address."""
-    command = [sys.executable, "-m", "producer", "metrics", "--port", "0"]
-    environment = scrubbed() | {"REDIS_URL": scene.redis_url}
-    with (
-        tempfile.TemporaryFile() as complained,
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=complained, text=True
-        ) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            yield process.pid, line.split()[-1]
-        finally:
-            process.kill()
-        scene.search.add("output of metrics", line + process.stdout.read())
-        scene.search.add("stderr of metrics", _read(complained))

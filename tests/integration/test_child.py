@@ -191,6 +191,20 @@ def test_a_child_that_is_seen_at_the_deadline_is_cancelled_once(
     assert child_of(exchange, algo_id).deletes == 1
 
 
+def test_a_child_that_stays_is_named(workers: Workers, client: CancelClient, exchange: RunningExchange) -> None:
+    """What ends at its deadline with a child that nothing cancels tells which order that is."""
+    workers.start()
+    algo_id = exchange.add_orders(order_type="STOP", price="9000")[0].algo_id
+    exchange.trigger(algo_id)
+    exchange.script_faults(algo_id, [Fault.BAD_GATEWAY_502] * 200, call="cancel_child")
+
+    outcome = client.cancel(algo_id=algo_id, on_trigger="cancel_child", deadline_s=3).wait(30)
+
+    assert (outcome.kind.failed, outcome.order_status) == (True, "TRIGGERED")
+    assert outcome.actual_order_id == str(child_of(exchange, algo_id).order_id)
+    assert "child" in (outcome.error or "")
+
+
 @pytest.mark.parametrize("call", ["cancel_child", "query_child"])
 def test_a_worker_that_is_killed_leaves_the_child_to_the_next(
     workers: Workers, client: CancelClient, exchange: RunningExchange, peek: Peek, call: str

@@ -179,12 +179,14 @@ def test_a_clock_that_is_not_told_is_asked_for_once_a_second(
     server = stack.enter_context(Answerer(lambda asked: OVERLOADED if asked.path.endswith("/time") else well(asked)))
     began_s = time.monotonic()
     stack.enter_context(RunningEngine(valkey.url, server.url, 64))
+    short = client.cancel(client_algo_id="x", deadline_s=2)
     for number in range(30):
         client.cancel(client_algo_id=f"x{number}")
         time.sleep(0.03)
     eventually(lambda: server.count()["time"] >= 4, what="the time is asked for again")
     assert server.count()["time"] <= time.monotonic() - began_s + 2
     assert server.count()["DELETE"] == 0
+    assert "the exchange's time is not known" in (short.wait(20).error or "")
 
 
 # ---- after an outage of the exchange --------------------------------------------------------------------------------

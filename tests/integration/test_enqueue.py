@@ -10,7 +10,7 @@ import redis
 from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import Band, JobField
 from producer.protocol import Wire, rows
-from tests.holders import Holder, OpenHolder, band, ended, later, orders, requeue
+from tests.holders import DEADLINE_MS, Holder, OpenHolder, band, ended, later, orders, requeue
 from tests.servers import Peek
 
 
@@ -63,6 +63,16 @@ def test_a_request_joins_an_unfinished_job_in_each_state(
     fields = peek.job(ticket.id)
     assert int(fields[JobField.DEADLINE_AT_MS]) > int(fields[JobField.ENQUEUED_AT_MS]) + 99_000
     assert fields[JobField.URGENT] == "1"
+
+
+def test_a_join_that_names_no_deadline_has_the_workers(client: CancelClient, holder: Holder) -> None:
+    """A request that leaves its deadline to the worker has all of the worker's time, whatever the job's was before."""
+    client.cancel(algo_id=1, deadline_s=1)
+    assert client.cancel(algo_id=1).duplicate
+
+    (lease,) = holder.claim()
+
+    assert lease.deadline_at_ms >= lease.enqueued_at_ms + DEADLINE_MS
 
 
 def test_joining_adds_no_second_entry(client: CancelClient, peek: Peek) -> None:

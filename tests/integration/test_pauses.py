@@ -211,6 +211,25 @@ def test_nothing_is_sent_for_what_is_overdue_while_the_queue_is_suspended(
     assert (entry.gets, entry.child.gets, entry.child.deletes) == (0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("pause", "told"), [("suspended", "the queue is suspended"), ("gate", "a pause of the exchange holds all back")]
+)
+def test_what_is_overdue_says_what_held_it_back(
+    pause: str, told: str, client: CancelClient, peek: Peek, workers: Workers
+) -> None:
+    """Who reads that nothing was sent need not look for the reason."""
+    if pause == "gate":
+        peek("HSET", peek.keys.gate("all"), "until_ms", peek.now_ms() + 60_000)
+    else:
+        peek("SET", peek.keys.suspended, 1)
+    workers.start()
+
+    outcome = client.cancel(algo_id=1, deadline_s=0.5).wait(20)
+
+    assert outcome.kind is OutcomeKind.OVERDUE
+    assert told in (outcome.error or "")
+
+
 def test_what_is_held_back_at_its_deadline_ends_then(
     client: CancelClient, connection: redis.Redis, market: RunningExchange, fleet_on: FleetOn
 ) -> None:

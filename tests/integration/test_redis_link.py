@@ -288,13 +288,24 @@ async def test_a_connection_that_takes_long_to_open(
         assert await claim == asked
 
 
+@pytest.mark.parametrize("is_sent", [False, True], ids=["before it asks", "once it has asked"])
 @in_a_loop
-async def test_a_loop_that_stood_still_reads_before_it_judges(valkey: Valkey) -> None:
+async def test_a_loop_that_stood_still_reads_before_it_judges(valkey: Valkey, is_sent: bool) -> None:
     """An answer that came in time is told, though nobody looked at it for longer than the time-out."""
+
+    def stand_still() -> None:
+        asyncio.get_running_loop().call_soon(time.sleep, ANSWER_WITHIN_S + 0.1)
+
+    def make() -> Request[list[str]]:
+        if is_sent:
+            stand_still()
+        return Request((("ECHO", "one"), ("ECHO", "two")), None, _texts)
+
     async with rig_on(valkey.url) as rig:
         await rig.echo("before")
-        asking = asyncio.create_task(rig.echo("one", "two"))
-        asyncio.get_running_loop().call_soon(lambda: time.sleep(ANSWER_WITHIN_S + 0.1))
+        asking = asyncio.create_task(rig.link.ask(make))
+        if not is_sent:
+            stand_still()
         assert await asking == ["one", "two"]
 
 

@@ -8,97 +8,25 @@ import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
-from tests.servers import ROOT, eventually, python, scrubbed
-
-TIMEOUT_S = 40.0
-
-
-@dataclass
-class Shell:
-    """Where the command runs: with a temporary directory of its own, and settings that must not reach its workers."""
-
-    directory: Path
-
-    def environment(self, changes: Mapping[str, str]) -> dict[str, str]:
-        foreign = {"REDIS_URL": "redis://127.0.0.1:1/0", "BINANCE_API_KEY": "a-persons-key", "LEASE_S": "wrong"}
-        return {**scrubbed(), **foreign, "TMPDIR": str(self.directory), **changes}
-
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "worker", "sandbox", *arguments]
-
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return python(*self.command(*arguments)[1:], **self.environment(environment))
-
-    @contextlib.contextmanager
-    def running(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """The command while it runs, leader of its process group as in a terminal."""
-        process = subprocess.Popen(
-            self.command(*arguments),
-            cwd=ROOT,
-            env=self.environment({}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-            process.communicate(timeout=TIMEOUT_S)
-
-    def logged(self) -> str:
-        """What the workers have logged so far."""
-        logs = self.directory.glob("cancel-sandbox-logs-*/worker-*.log")
-        return "".join(log.read_text() for log in sorted(logs))
-
-    def started(self, workers: int = 2) -> list[dict[str, str]]:
-        """What each worker said at its start, once all of them have."""
-
-        def said() -> list[dict[str, str]]:
-            lines = [line for line in self.logged().splitlines() if "event=started" in line]
-            return [dict(re.findall(r"(\w+)=(\S+)", line)) for line in lines] if len(lines) == workers else []
-
-        found = eventually(said, what="the workers say that they started")
-        assert isinstance(found, list)
-        return found
+from tests.sandboxes import COMMAND, TIMEOUT_S, environment, running
+from tests.servers import ROOT, eventually, python
 
 
-@pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    return Shell(tmp_path)
+def run(directory: Path, *options: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """The command to its end."""
+    return python(*COMMAND[1:], *options, **environment(directory, **changes))
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def listens(url: str) -> bool:
-    parts = urlsplit(url)
-    with contextlib.suppress(OSError), socket.create_connection((parts.hostname, parts.port), timeout=1):
-        return True
-    return False
-
-
-def test_all_faults_and_still_as_in_the_book(shell: Shell) -> None:
+def test_all_faults_and_still_as_in_the_book(tmp_path: Path) -> None:
     """Whatever goes wrong on the way, every order ends in the outcome that the exchange's own book confirms."""
-    done = shell.run("--orders", "60", "--faults", "all", "--seed", "3", "--json")
+    done = run(tmp_path, "--orders", "60", "--faults", "all", "--seed", "3", "--json")
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
@@ -112,12 +40,12 @@ def test_all_faults_and_still_as_in_the_book(shell: Shell) -> None:
     assert sum(report["faults_injected"].values()) > 20
     assert report["attempts"]["total"] > report["jobs"]
     assert report["exit_codes"] == [0, 0]
-    assert list(shell.directory.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_terminal_there_are_plain_lines(shell: Shell, tmp_path: Path) -> None:
+def test_without_a_terminal_there_are_plain_lines(tmp_path: Path) -> None:
     """Elsewhere than on a terminal progress is plain lines on stderr, tables are plain text, and logs stay if asked."""
-    done = shell.run("--orders", "20", "--faults", "none", "--workers", "1", "--keep-logs", str(tmp_path / "logs"))
+    done = run(tmp_path, "--orders", "20", "--faults", "none", "--workers", "1", "--keep-logs", str(tmp_path / "logs"))
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert all(line.startswith("sandbox: ") for line in lines)
@@ -126,18 +54,18 @@ def test_without_a_terminal_there_are_plain_lines(shell: Shell, tmp_path: Path) 
     assert re.search(r"cancelled +20 +20 +0\n", done.stdout)
     assert "ok: all" in done.stdout
     assert "event=outcome" in (tmp_path / "logs" / "worker-1.log").read_text()
-    assert [path.name for path in shell.directory.iterdir()] == ["logs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
-def test_a_terminal_shows_a_bar(shell: Shell) -> None:
+def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
     """On a terminal progress is one live line with a bar, and the report has its tables."""
     ours, theirs = pty.openpty()
     shown = b""
     try:
         process = subprocess.Popen(
-            shell.command("--orders", "20", "--faults", "none", "--workers", "1"),
+            [*COMMAND, "--orders", "20", "--faults", "none", "--workers", "1"],
             cwd=ROOT,
-            env=shell.environment({"TERM": "xterm", "COLUMNS": "120"}),
+            env=environment(tmp_path, TERM="xterm", COLUMNS="120"),
             stdin=subprocess.DEVNULL,
             stdout=theirs,
             stderr=theirs,
@@ -156,33 +84,30 @@ def test_a_terminal_shows_a_bar(shell: Shell) -> None:
     assert "ok: all" in text
 
 
+def logged(directory: Path) -> str:
+    """What the workers have logged so far."""
+    return "".join(log.read_text() for log in sorted(directory.glob("cancel-sandbox-logs-*/worker-*.log")))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_leaves_nothing_behind(shell: Shell, number: signal.Signals, code: int) -> None:
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Ctrl-C in the middle of it ends every process and removes every file, at once."""
-    with shell.running("--orders", "2000", "--faults", "all") as process:
-        workers = shell.started()
-        assert all(alive(int(worker["pid"])) for worker in workers)
-        assert listens(workers[0]["exchange"])
-        os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == code
-    assert "interrupted: everything is stopped" in errors
-    assert "Traceback" not in errors
-    assert not any(alive(int(worker["pid"])) for worker in workers)
-    assert not listens(workers[0]["redis"])
-    assert not listens(workers[0]["exchange"])
-    assert list(shell.directory.iterdir()) == []
+    with running(tmp_path, "--orders", "2000", "--faults", "all") as sandbox:
+        eventually(lambda: logged(tmp_path).count("event=started") == 2, what="the workers start")
+        assert len(sandbox.parts()) == 5  # itself, Redis, the exchange, two workers
+        assert sandbox.stop(number)[0] == code
+        assert sandbox.parts() == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_worker_fails_the_run_but_no_order(shell: Shell) -> None:
+def test_a_killed_worker_fails_the_run_but_no_order(tmp_path: Path) -> None:
     """A worker that is killed loses no order to the other one; the run is failed, and its logs are kept and named."""
-    with shell.running("--orders", "49", "--faults", "some", "--json") as process:
-        workers = shell.started()
-        eventually(lambda: "event=attempt" in shell.logged(), what="the first attempts")
-        os.kill(int(workers[0]["pid"]), signal.SIGKILL)
-        output, errors = process.communicate(timeout=TIMEOUT_S)
+    with running(tmp_path, "--orders", "49", "--faults", "some", "--json") as sandbox:
+        eventually(lambda: "event=attempt" in logged(tmp_path), what="the first attempts")
+        os.kill(sandbox.parts(" -m worker ")[-1], signal.SIGKILL)
+        code, output, errors = sandbox.ended()
     report = json.loads(output)
-    assert process.returncode == 1
+    assert code == 1
     assert f"worker {report['exit_codes'].index(-9) + 1} ended with exit code -9" in report["problems"]
     assert report["differences"] == []
     assert "sandbox: FAILED: worker" in errors
@@ -192,21 +117,21 @@ def test_a_killed_worker_fails_the_run_but_no_order(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("--faults", "most"), ("--orders", "0"), ("--port", "8000")])
-def test_bad_usage(shell: Shell, arguments: tuple[str, str]) -> None:
+def test_bad_usage(tmp_path: Path, arguments: tuple[str, str]) -> None:
     """A wrong value, or a port without --serve, is refused by the option's name before anything starts."""
-    done = shell.run(*arguments)
+    done = run(tmp_path, *arguments)
     assert done.returncode == 2
     assert arguments[0] in done.stderr
-    assert list(shell.directory.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_start_is_said_in_one_line(shell: Shell, tmp_path: Path) -> None:
+def test_what_cannot_start_is_said_in_one_line(tmp_path: Path) -> None:
     """A server that is not there, cannot be run, or ends at once: exit 69 and one line that names it."""
     broken = tmp_path / "broken"
     broken.write_text("no program")
     broken.chmod(0o755)
     for server in ("/nonexistent/valkey-server", str(broken), sys.executable):
-        done = shell.run(VALKEY_SERVER=server)
+        done = run(tmp_path, VALKEY_SERVER=server)
         assert done.returncode == 69
         assert [line for line in done.stderr.splitlines() if "error: " in line and server in line]
         assert "Traceback" not in done.stderr

@@ -16,26 +16,28 @@ from typing import Any
 
 import pytest
 
-from tests.caller import ALGO_ORDER, CHILD_ORDER, OPEN_ORDERS, Caller
+from producer.message import Call
+from tests.caller import ALGO_ORDER, CHILD_ORDER, OPEN_ORDERS, Caller, child_of
 from tests.servers import eventually
-from worker.sandbox.control import ChildEntry, ControlError, RunningExchange
-from worker.sandbox.faults import Call, Fault
+from worker.sandbox.control import BookEntry, ChildEntry, ControlError, RunningExchange
+from worker.sandbox.faults import Fault
 
-#: What a client that waits 5 s sees of a DELETE: HTTP status and code, or what the network did. A fault whose name ends
-#: in a code, and maybe in whether the cancel was executed, is the exchange's refusal with that code.
-ON_CANCEL = {
+#: What a client that waits 5 s sees: HTTP status and code, or what the network did; "own" stands for the exchange's own
+#: answer to the call. A fault whose name ends in a code, and maybe in "executed", is a refusal with that code.
+SEEN = {
     **dict.fromkeys(["drop_before", "drop_after", "execute_after_drop", "client_id_reused"], "closed"),
     **dict.fromkeys(["reset_before", "reset_after"], "reset"),
-    **dict.fromkeys(["answer_late", "execute_late", "close_after_answer", "drip"], "200 code 200"),
+    **dict.fromkeys(["answer_late", "execute_late", "close_after_answer", "drip", "partly_filled_before"], "200 own"),
     "body_cut": "cut",
     "huge_body": "200 huge",
-    "gzip": "200 gzip code 200",
+    "gzip": "200 gzip own",
     "not_http": "not http",
     "empty_200": "200 empty",
     "html_200": "200 html",
     "no_code_200": "200 undecided",
     "wrong_id_200": "200 wrong id",
     "deep_json_200": "200 deep",
+    "unknown_status_200": "200 status PAUSED",
     "redirect_302": "302 empty",
     "challenge_202": "202 empty",
     "forbidden_403": "403 html",
@@ -63,34 +65,38 @@ ON_CANCEL = {
     "unauthorized_1002": "401 code -1002",
     **{what: f"401 code -{what[-4:]}" for what in ("key_id_2008", "key_format_2014", "key_2015", "key_locked_2017")},
 }
-#: Where a query sees something else than a cancel.
-ON_QUERY = {
-    **dict.fromkeys(["answer_late", "close_after_answer", "drip"], "200 status NEW"),
-    "gzip": "200 gzip status NEW",
-    "unknown_status_200": "200 status PAUSED",
+OWN = {
+    Call.CANCEL: "code 200",
+    Call.QUERY: "status NEW",
+    Call.CANCEL_CHILD: "status CANCELED",
+    Call.QUERY_CHILD: "status NEW",
+    Call.LIST_OPEN: "list 1",
 }
-#: Where the order ends up when it is neither untouched nor cancelled by the request.
+#: Where the order or the child ends up when a DELETE leaves it neither untouched nor cancelled by the request.
 ENDS_AS = {
     **dict.fromkeys(["trigger_4117", "trigger_2011", "trigger_503", "triggered_before"], "FINISHED"),
     "trigger_stuck": "TRIGGERING",
     **dict.fromkeys(["trigger_rejected", "rejected_before"], "REJECTED"),
     "cancelled_before": "CANCELED",
     "expired_before": "EXPIRED",
+    "filled_before": "FILLED",
+    "match_expired_before": "EXPIRED_IN_MATCH",
 }
 
 
-def on_cancel(fault: Fault) -> str:
-    """What a DELETE that meets the fault sees."""
+def seen_of(fault: Fault, call: Call) -> str:
+    """What the caller sees."""
     name = fault.removesuffix("_executed")
-    return ON_CANCEL.get(name) or f"400 code -{name.rpartition('_')[2]}"
+    return SEEN.get(name, f"400 code -{name.rpartition('_')[2]}").replace("own", OWN[call])
 
 
-def observed(caller: Caller, method: str, algo_id: int, order_id: int | None = None, path: str = ALGO_ORDER) -> str:
+def observed(caller: Caller, call: Call, algo_id: int, order_id: str = "") -> str:
+    method, path = "DELETE" if call.cancels else "GET", OPEN_ORDERS if call is Call.LIST_OPEN else ALGO_ORDER
     try:
-        if order_id is None:
-            seen = caller.call(method, path, algoId=algo_id)
-        else:
+        if call.of_child:
             seen = caller.call(method, CHILD_ORDER, symbol="BTCUSDT", orderId=order_id)
+        else:
+            seen = caller.call(method, path, algoId=algo_id)
     except http.client.RemoteDisconnected:
         return "closed"
     except ConnectionResetError:
@@ -99,7 +105,7 @@ def observed(caller: Caller, method: str, algo_id: int, order_id: int | None = N
         return "cut"
     except http.client.BadStatusLine:
         return "not http"
-    return f"{seen.status} {described(seen.body, order_id or algo_id)}"
+    return f"{seen.status} {described(seen.body, int(order_id or algo_id))}"
 
 
 def described(body: bytes, named: int) -> str:
@@ -124,84 +130,35 @@ def described(body: bytes, named: int) -> str:
     return f"code {answer['code']}" if "code" in answer else "undecided"
 
 
-@pytest.mark.parametrize("fault", [fault for fault in Fault if Call.CANCEL in fault.spec.calls])
-def test_a_cancel_meets_the_fault(market: RunningExchange, caller: Caller, fault: Fault) -> None:
-    """The client sees what the fault stands for, and the book says whether the order was cancelled."""
+@pytest.mark.parametrize(("fault", "call"), [(fault, call) for fault in Fault for call in sorted(fault.spec.calls)])
+def test_a_call_meets_the_fault(market: RunningExchange, caller: Caller, fault: Fault, call: Call) -> None:
+    """The client sees what the fault stands for, and the book says what became of the order, or of its child."""
     order = market.add_orders()[0]
-    market.script_faults(order.algo_id, [fault])
-    assert observed(caller, "DELETE", order.algo_id) == on_cancel(fault)
-    wanted = ENDS_AS.get(fault, "CANCELED" if fault.spec.executes else "NEW")
-    eventually(lambda: market.book()[order.algo_id].status == wanted, what=wanted)
-    entry = market.book()[order.algo_id]
-    assert (entry.deletes, entry.deletes_effective) == (1, int(fault.spec.executes))
-    assert entry.faults == [fault]
-    assert market.stats().faults_injected == {fault: 1}
+    if call.of_child:
+        market.trigger(order.algo_id)
 
+    def target() -> BookEntry | ChildEntry:
+        entry = market.book([order.algo_id])[order.algo_id]
+        return child_of(market, order.algo_id) if call.of_child else entry
 
-@pytest.mark.parametrize("fault", [fault for fault in Fault if Call.QUERY in fault.spec.calls])
-def test_a_query_meets_the_fault(market: RunningExchange, caller: Caller, fault: Fault) -> None:
-    """A query sees the same answers, and whatever it sees, it changes nothing."""
-    order = market.add_orders()[0]
-    market.script_faults(order.algo_id, [fault], call="query")
-    wanted = ON_QUERY.get(fault) or on_cancel(fault)
-    assert observed(caller, "GET", order.algo_id) == wanted
-    entry = market.book()[order.algo_id]
-    assert (entry.status, entry.gets, entry.deletes_effective) == ("NEW", 1, 0)
-
-
-ON_CHILD = {
-    **dict.fromkeys(["answer_late", "execute_late", "close_after_answer", "drip"], "200 status CANCELED"),
-    "gzip": "200 gzip status CANCELED",
-    "partly_filled_before": "200 status CANCELED",
-}
-ON_CHILD_QUERY = {name: said.replace("CANCELED", "NEW") for name, said in ON_CHILD.items()}
-CHILD_ENDS_AS = {
-    "filled_before": "FILLED",
-    "match_expired_before": "EXPIRED_IN_MATCH",
-    "rejected_before": "REJECTED",
-    "cancelled_before": "CANCELED",
-    "expired_before": "EXPIRED",
-}
-
-
-@pytest.mark.parametrize("call", [Call.CANCEL_CHILD, Call.QUERY_CHILD])
-@pytest.mark.parametrize("fault", list(Fault))
-def test_a_childs_call_meets_the_fault(market: RunningExchange, caller: Caller, fault: Fault, call: Call) -> None:
-    """What can go wrong with an order's calls can with its child's, and the book says what became of the child."""
-    order = market.add_orders()[0]
-    market.trigger(order.algo_id)
-    if call not in fault.spec.calls:
-        with pytest.raises(ControlError, match=f"is not a fault of a {call}"):
-            market.script_faults(order.algo_id, [fault], call=call)
-        return
+    order_id = child_of(market, order.algo_id).order_id if call.of_child else ""
     market.script_faults(order.algo_id, [fault], call=call)
-    order_id = int(child_of(market, order.algo_id).order_id)
-    seen = ON_CHILD if call.cancels else ON_CHILD_QUERY | {"unknown_status_200": "200 status PAUSED"}
-    method = "DELETE" if call.cancels else "GET"
-    assert observed(caller, method, order.algo_id, order_id) == seen.get(fault, on_cancel(fault))
-    executes = fault.spec.executes and call.cancels
-    wanted = "NEW" if not call.cancels else CHILD_ENDS_AS.get(fault, "CANCELED" if executes else "NEW")
-    eventually(lambda: child_of(market, order.algo_id).status == wanted, what=wanted)
-    child = child_of(market, order.algo_id)
-    assert (child.deletes, child.gets, child.deletes_effective) == (call.cancels, not call.cancels, executes)
-    assert child.executed_qty == {"filled_before": "0.01", "partly_filled_before": "0.005"}.get(fault, "0")
-    assert market.book()[order.algo_id].faults == [fault]
-
-
-@pytest.mark.parametrize("fault", [fault for fault in Fault if Call.LIST in fault.spec.calls])
-def test_a_list_meets_the_fault(market: RunningExchange, caller: Caller, fault: Fault) -> None:
-    """The list of open orders can go wrong as other reads do, once; then it is what it should be."""
-    order = market.add_orders()[0]
-    market.script_faults(0, [fault], call=Call.LIST)
-    wanted = {
-        **dict.fromkeys(["answer_late", "close_after_answer"], "200 list 1"),
-        "gzip": "200 gzip list 1",
-    }
-    assert observed(caller, "GET", order.algo_id, path=OPEN_ORDERS) == wanted.get(fault, on_cancel(fault))
+    assert observed(caller, call, order.algo_id, order_id) == seen_of(fault, call)
+    executes = call.cancels and fault.spec.executes
+    wanted = ENDS_AS.get(fault, "CANCELED" if executes else "NEW") if call.cancels else "NEW"
+    eventually(lambda: target().status == wanted, what=wanted)
+    counted, is_list = target(), call is Call.LIST_OPEN
+    asked = (int(call.cancels), int(not (call.cancels or is_list)), int(executes))
+    assert (counted.deletes, counted.gets, counted.deletes_effective) == asked
+    assert isinstance(counted, BookEntry) or counted.executed_qty == EXECUTED.get(fault, "0")
+    assert market.book()[order.algo_id].faults == ([] if is_list else [fault])
+    assert market.stats().faults_injected == {fault: 1}
     caller.connection.close()  # what the fault left of it; the next call opens another
-    if not fault.spec.gates:
-        assert observed(caller, "GET", order.algo_id, path=OPEN_ORDERS) == "200 list 1"
-    assert market.book()[order.algo_id].status == "NEW"
+    if is_list and not fault.spec.gates:
+        assert observed(caller, call, order.algo_id) == "200 list 1"
+
+
+EXECUTED = {"filled_before": "0.01", "partly_filled_before": "0.005"}
 
 
 def test_a_list_lags_behind(market: RunningExchange, caller: Caller) -> None:
@@ -223,17 +180,26 @@ def test_a_list_lags_behind(market: RunningExchange, caller: Caller) -> None:
         ("move", {"move": "fill", "quantity": "NaN"}, "InvalidOperation"),
         ("move", {"move": "end_child", "status": "NEW"}, "NEW ends nothing"),
         ("move", {"move": "end_child", "status": "GONE"}, "GONE"),
-        ("move", {"move": "explode"}, "no move"),
-        ("set", {"latency": 50}, "no setting 'latency'; there are account, "),
+        ("move", {"move": "explode"}, "no move 'explode'; there are trigger, "),
+        ("move", {"move": "cancel", "status": "EXPIRED"}, "cancel takes no 'status'; it takes nothing"),
+        ("move", {"move": "trigger", "after_ms": 5}, "trigger takes no 'after_ms'; it takes child_after_ms, "),
+        ("set", {"latency": 50}, "set takes no 'latency'; it takes account, "),
+        ("orders", {"orders": [], "age": 5, "acount": "x"}, "orders takes no 'acount', 'age'; it takes account, "),
+        ("orders", {"orders": [{"type": "STOP"}]}, "'type'"),
+        ("orders", {}, "'orders'"),
+        ("script", {"faults": [None], "repeat": True}, "script takes no 'repeat'; it takes algo_id, "),
+        ("incident", {"fault": "limited_429", "duration_s": 5}, "incident takes no 'duration_s'; it takes duration_ms"),
+        ("reset", {"all": True}, "reset takes no 'all'; it takes nothing"),
     ],
 )
 def test_senseless_controls_are_refused(
     market: RunningExchange, control: str, asked: dict[str, Any], said: str
 ) -> None:
-    """A control call that makes no sense gets a text that says why, and nothing moves."""
+    """A control call that makes no sense, or names what it does not take, gets a text that says why, and nothing
+    moves."""
     order = market.add_orders()[0]
     market.trigger(order.algo_id)
-    told = asked | ({"algo_id": order.algo_id} if control == "move" else {})
+    told = asked | ({"algo_id": order.algo_id} if control in ("move", "script") else {})
     request = urllib.request.Request(f"{market.url}/_sandbox/{control}", json.dumps(told).encode())
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=20)
@@ -241,12 +207,6 @@ def test_senseless_controls_are_refused(
     assert re.search(said, json.loads(refused.value.read())["error"])
     refused.value.close()
     assert child_of(market, order.algo_id).status == "NEW"
-
-
-def child_of(market: RunningExchange, algo_id: int) -> ChildEntry:
-    child = market.book([algo_id])[algo_id].child
-    assert child is not None
-    return child
 
 
 def was_deleted(market: RunningExchange, algo_id: int) -> bool:
@@ -272,10 +232,8 @@ def test_a_cancel_can_strike_after_the_client_has_left(market: RunningExchange, 
     """An order is NEW to whoever looks at once, and cancelled later, with the client gone long since."""
     order = market.add_orders()[0]
     market.script_faults(order.algo_id, [fault])
-    hasty = Caller(market.url, timeout_s=0.05)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), Caller(market.url, timeout_s=0.05) as hasty:
         hasty.cancel(order.algo_id)
-    hasty.connection.close()
     assert market.book()[order.algo_id].status == "NEW"
     eventually(lambda: market.book()[order.algo_id].status == "CANCELED", what="cancelled late")
 
@@ -323,7 +281,7 @@ def test_a_reused_client_id_names_a_newer_order(market: RunningExchange, caller:
     """The old order is cancelled without an answer, and its client id now means a newer one that nobody meant."""
     order = market.add_orders(client_algo_ids=["stop-1"])[0]
     market.script_faults(order.algo_id, [Fault.CLIENT_ID_REUSED])
-    assert observed(caller, "DELETE", order.algo_id) == "closed"
+    assert observed(caller, Call.CANCEL, order.algo_id) == "closed"
     newer = caller.call("GET", clientAlgoId="stop-1").json
     assert newer["algoId"] != order.algo_id
     assert newer["createTime"] > market.book()[order.algo_id].create_time_ms

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from tests.caller import ALGO_ORDER, CHILD_ORDER, KEY, OPEN_ORDERS, SECRET, Caller
+from tests.caller import ALGO_ORDER, CHILD_ORDER, KEY, OPEN_ORDERS, SECRET, Caller, child_of
 from worker.sandbox.control import ControlError, RunningExchange
 
 ALL_ORDERS = "/fapi/v1/allAlgoOrders"
@@ -171,8 +171,7 @@ def test_lists_show_what_they_are_for(market: RunningExchange, caller: Caller) -
         assert caller.call("GET", ALL_ORDERS, symbol="BTCUSDT", **asked).error[1] == code
     assert caller.call("GET", ALL_ORDERS).error[1] == -1102
 
-    child = market.book()[second].child
-    assert child is not None
+    child = child_of(market, second)
     assert ids("/fapi/v1/openOrders", symbol="BTCUSDT") == [int(child.order_id)]
     market.fill(second)
     assert ids("/fapi/v1/openOrders") == []
@@ -189,27 +188,7 @@ def test_all_orders_of_a_symbol_are_cancelled_at_once(market: RunningExchange, c
     assert caller.call("DELETE", "/fapi/v1/algoOpenOrders", symbol="BTCUSDT").json["code"] == 200
     assert [market.book()[n].status for n in (*orders, other.algo_id)] == ["TRIGGERED", "CANCELED", "CANCELED", "NEW"]
     assert caller.call("DELETE", "/fapi/v1/allOpenOrders", symbol="BTCUSDT").json["code"] == 200
-    entry = market.book()[orders[0]]
-    assert entry.child is not None
-    assert (entry.status, entry.child.status) == ("FINISHED", "CANCELED")
-
-
-def test_weights_are_the_documented_ones(market: RunningExchange, caller: Caller) -> None:
-    """Each call costs its own, and more without a symbol where the exchange says so."""
-    ahead_ms = 10_000 - int(time.time() * 1_000) % 60_000
-    market.set_clock_skew_ms(ahead_ms)
-    seen: list[int] = []
-    for path, asked in (
-        (ALL_ORDERS, {"symbol": "BTCUSDT"}),
-        ("/fapi/v1/openOrders", {"symbol": "BTCUSDT"}),
-        ("/fapi/v1/openOrders", {}),
-        (MODE, {}),
-        ("/fapi/v1/premiumIndex", {"symbol": "BTCUSDT"}),
-        ("/fapi/v1/premiumIndex", {}),
-    ):
-        answer = caller.call("GET", path, ahead_ms=ahead_ms, **asked)
-        seen.append(int(answer.headers["X-MBX-USED-WEIGHT-1M"]) - sum(seen))
-    assert seen == [5, 1, 40, 30, 1, 10]
+    assert (market.book()[orders[0]].status, child_of(market, orders[0]).status) == ("FINISHED", "CANCELED")
 
 
 def test_the_position_mode_rules_the_position_side(market: RunningExchange, caller: Caller) -> None:

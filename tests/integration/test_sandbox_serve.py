@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,75 +17,13 @@ import redis
 
 from producer import CancelClient, OutcomeKind
 from tests.caller import OPEN_ORDERS, Caller
-from tests.servers import ROOT, eventually, free_port, scrubbed
-
-START_S = 30.0
-STOP_S = 20.0
+from tests.sandboxes import Sandbox, running
+from tests.servers import eventually, free_port, python
 
 
-@dataclass
-class Sandbox:
-    """The command while it runs."""
-
-    process: subprocess.Popen[str]
-    seen: set[int] = field(default_factory=set)
-
-    def lines(self, count: int) -> list[str]:
-        """The first lines of stdout, which come together."""
-        assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], START_S)[0], "it says nothing"
-        found = [self.process.stdout.readline() for _ in range(count)]
-        assert all(found), "it has ended"
-        return [line.rstrip("\n") for line in found]
-
-    def place(self) -> dict[str, Any]:
-        """What it prints with --json."""
-        (line,) = self.lines(1)
-        place: dict[str, Any] = json.loads(line)
-        return place
-
-    def stop(self, how: signal.Signals) -> tuple[int, str]:
-        """Exit code and stderr."""
-        self.process.send_signal(how)
-        _, said = self.process.communicate(timeout=STOP_S)
-        return self.process.returncode, said
-
-    def parts(self) -> list[int]:
-        """Its process and those that it has started, as far as they are there; what was seen once is remembered."""
-        self.seen.add(self.process.pid)
-        for status in Path("/proc").glob("[0-9]*/status"):
-            with contextlib.suppress(OSError):
-                fields = dict(line.partition(":\t")[::2] for line in status.read_text("utf-8").splitlines())
-                if int(fields["PPid"]) == self.process.pid:
-                    self.seen.add(int(fields["Pid"]))
-        return [number for number in sorted(self.seen) if _is_there(number)]
-
-
-def _is_there(number: int) -> bool:
-    with contextlib.suppress(OSError):
-        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text("utf-8")
-    return False
-
-
-@contextlib.contextmanager
-def serving(directory: Path, *options: str) -> Iterator[Sandbox]:
-    """The command for the length of a block; whatever is left of it at the end is killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "worker", "sandbox", "--serve", "--workers", "1", "--faults", "none", *options],
-        cwd=ROOT,
-        env=scrubbed() | {"TMPDIR": str(directory), "REDIS_URL": "redis://127.0.0.1:1", "BINANCE_API_KEY": "a-persons"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    sandbox = Sandbox(process)
-    try:
-        yield sandbox
-    finally:
-        for number in sandbox.parts():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-        process.communicate()
+def serving(directory: Path, *options: str) -> contextlib.AbstractContextManager[Sandbox]:
+    """The command for the length of a block."""
+    return running(directory, "--serve", "--workers", "1", "--faults", "none", *options)
 
 
 def ask(url: str, asked: object) -> Any:
@@ -103,9 +38,8 @@ def test_a_strategy_works_with_it(tmp_path: Path) -> None:
     with serving(tmp_path, "--orders", "3", "--json") as sandbox:
         place = sandbox.place()
         ids = [order["algo_id"] for order in place["orders"]]
-        own = Caller(place["binance_base_url"], place["binance_api_key"], place["binance_api_secret"])
-        assert [order["algoId"] for order in own.call("GET", OPEN_ORDERS).json] == sorted(ids)
-        own.connection.close()
+        with Caller(place["binance_base_url"], place["binance_api_key"], place["binance_api_secret"]) as own:
+            assert [order["algoId"] for order in own.call("GET", OPEN_ORDERS).json] == sorted(ids)
         (more,) = ask(place["control_url"] + "orders", {"orders": [{"symbol": "BTCUSDT", "client_algo_id": ""}]})
         ask(place["control_url"] + "move", {"algo_id": ids[1], "move": "expire"})
         with CancelClient.from_url(place["redis_url"]) as client:
@@ -125,9 +59,8 @@ def test_a_shell_can_evaluate_it(tmp_path: Path) -> None:
         script = "\n".join([*lines, 'echo "$REDIS_URL $BINANCE_BASE_URL $BINANCE_API_KEY $BINANCE_API_SECRET"'])
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=20, check=True)
         redis_url, base_url, key, secret = done.stdout.split()
-        caller = Caller(base_url, key, secret)
-        assert len(caller.call("GET", OPEN_ORDERS).json) == 2
-        caller.connection.close()
+        with Caller(base_url, key, secret) as caller:
+            assert len(caller.call("GET", OPEN_ORDERS).json) == 2
         with CancelClient.from_url(redis_url) as client:
             assert len(client.status().workers) == 1
         numbers = [int(word) for word in lines[5].partition(":")[2].split()]
@@ -157,15 +90,7 @@ def test_its_secret_goes_to_stdout_alone(tmp_path: Path) -> None:
 
 def test_its_help_names_the_controls() -> None:
     """--help says how orders are triggered, filled and broken, and what agreement with the sandbox does not prove."""
-    done = subprocess.run(
-        [sys.executable, "-m", "worker", "sandbox", "--serve", "--help"],
-        cwd=ROOT,
-        env=scrubbed(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    done = python("-m", "worker", "sandbox", "--serve", "--help")
     for word in ("trigger", "fill", "expire", "reject", "end_child", "mark_price", "child_after_ms", "proves nothing"):
         assert word in done.stdout
 
@@ -199,8 +124,8 @@ def test_ports_can_be_chosen(tmp_path: Path) -> None:
         assert place["binance_base_url"] == f"http://127.0.0.1:{port}"
         assert place["redis_url"] == f"redis://127.0.0.1:{redis_port}/0"
         with serving(tmp_path, "--port", str(port)) as second:
-            _, said = second.process.communicate(timeout=START_S)
-            assert second.process.returncode == 69
+            code, _, said = second.ended()
+            assert code == 69
             assert f"port {port}" in said
             assert "error: " in said
 
@@ -209,11 +134,10 @@ def test_a_part_that_dies_ends_it(tmp_path: Path) -> None:
     """A strategy is not left with half of its surroundings: the command ends and says what is missing."""
     with serving(tmp_path, "--orders", "1", "--json") as sandbox:
         place = sandbox.place()
-        title = f"127.0.0.1:{place['redis_url'].rpartition(':')[2].removesuffix('/0')}"
-        (server,) = [n for n in sandbox.parts() if title in Path(f"/proc/{n}/cmdline").read_text("utf-8")]
+        (server,) = sandbox.parts(f"127.0.0.1:{place['redis_url'].rpartition(':')[2].removesuffix('/0')}")
         os.kill(server, signal.SIGKILL)
-        _, said = sandbox.process.communicate(timeout=STOP_S)
+        code, _, said = sandbox.ended()
 
-        assert sandbox.process.returncode == 69
+        assert code == 69
         assert "ended by itself with exit code -9" in said
         eventually(lambda: not sandbox.parts(), what="no process is left")

@@ -49,7 +49,7 @@ def test_a_listing_ends_once_and_its_requests_are_made_once(client: CancelClient
 
     assert holder.complete(spread(lease, [7, 8])) == [1]
     assert carried(client, ticket.id) == {7: PROPOSED[0], 8: PROPOSED[1]}
-    assert peek.waiting() == PROPOSED[:2]
+    assert (peek.waiting(), peek("ZCARD", peek.keys.started)) == (PROPOSED[:2], 0)
     assert holder.complete(spread(lease, [7, 8])) == [1]
     assert peek.waiting() == PROPOSED[:2]
 

@@ -209,16 +209,16 @@ def push_again(world: World) -> None:
 
 
 RQ = (
-    Step("requeue", 1.5, requeue),
-    Step("requeue all", 0.2, requeue_all),
-    Step("cancel", 0.5, cancel),
-    Step("delete", 0.5, delete),
-    Step("remove", 0.7, remove),
-    Step("clean", 0.4, clean),
-    Step("clean late", 0.4, clean_late),
-    Step("schedule", 1.5, schedule),
-    Step("save stale", 0.5, save_stale),
-    Step("linger", 1, linger),
-    Step("push again", 3, push_again),
-    Step("empty", 0.08, empty, may_nest=False),
+    Step(1.5, requeue),
+    Step(0.2, requeue_all),
+    Step(0.5, cancel),
+    Step(0.5, delete),
+    Step(0.7, remove),
+    Step(0.4, clean),
+    Step(0.4, clean_late),
+    Step(1.5, schedule),
+    Step(0.5, save_stale),
+    Step(1, linger),
+    Step(3, push_again),
+    Step(0.08, empty, may_nest=False),
 )

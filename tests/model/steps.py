@@ -25,7 +25,6 @@ _OVERLOOKED_S = 31
 class Step:
     """One thing that can happen, and how often beside the others."""
 
-    name: str
     weight: float
     take: Callable[[World], None]
     may_nest: bool = True  # also while RQ is at work
@@ -46,14 +45,9 @@ def a_request(world: World) -> CancelRequest:
     return OpenRequest(symbol="BTCUSDT", **how) if chance.random() < 0.1 else CancelRequest(**which, **how)
 
 
-def requests(world: World) -> list[CancelRequest]:
-    """What one call asks for."""
-    return [a_request(world) for _ in range(world.chance.choice((1, 1, 1, 2, 5)))]
-
-
 def enqueue(world: World) -> None:
     """A strategy asks, and hears its tickets or not; then it asks again in the same words, at once or later."""
-    asked = requests(world)
+    asked = [a_request(world) for _ in range(world.chance.choice((1, 1, 1, 2, 5)))]
     world.count["requests"] += len(asked)
     if world.chance.random() < 0.4:
         world.enqueue(asked)
@@ -362,19 +356,19 @@ def expire_keys(world: World) -> None:
 
 
 OURS = (
-    Step("enqueue", 14, enqueue),
-    Step("repeat a call", 3, repeat_call),
-    Step("retry", 2, retry),
-    Step("claim", 16, claim),
-    Step("complete", 16, complete),
-    Step("renew", 4, renew),
-    Step("die", 3, die),
-    Step("left in claiming", 1, left_in_claiming),
-    Step("tidy", 1, tidy),
-    Step("pause", 2, pause),
-    Step("flush scripts", 0.1, flush_scripts),
-    Step("wait", 6, wait),
-    Step("grow old", 0.5, grow_old),
-    Step("outlast", 1, outlast),
-    Step("expire keys", 1, expire_keys, may_nest=False),
+    Step(14, enqueue),
+    Step(3, repeat_call),
+    Step(2, retry),
+    Step(16, claim),
+    Step(16, complete),
+    Step(4, renew),
+    Step(3, die),
+    Step(1, left_in_claiming),
+    Step(1, tidy),
+    Step(2, pause),
+    Step(0.1, flush_scripts),
+    Step(6, wait),
+    Step(0.5, grow_old),
+    Step(1, outlast),
+    Step(1, expire_keys, may_nest=False),
 )

@@ -251,4 +251,4 @@ def forking(world: World) -> None:
     _steps(world, Forking)
 
 
-STOCK = (Step("simple worker", 4, simple, may_nest=False), Step("forking worker", 5, forking, may_nest=False))
+STOCK = (Step(4, simple, may_nest=False), Step(5, forking, may_nest=False))

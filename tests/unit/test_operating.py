@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 from tests.servers import ROOT, python
+from worker.sandbox.control import HANDLERS, MOVES
 from worker.sandbox.endpoints import ENDPOINTS
 from worker.sandbox.server import ORDER_CALLS
 from worker.settings import SETTINGS
@@ -27,10 +29,10 @@ def test_the_sandboxs_document_names_every_call_and_control() -> None:
     text = (ROOT / "worker/docs/sandbox.md").read_text("utf-8")
     calls = {path.rpartition("/")[2] for _, path in (*ENDPOINTS, *ORDER_CALLS)}
     assert {name for name in calls if name not in text} <= {"dual", "leverageBracket"}
-    source = (ROOT / "worker/sandbox/control.py").read_text("utf-8")
-    controls = {*re.findall(r'\("(?:GET|POST)", "(\w+)"\):', source), *re.findall(r'case "(\w+)"', source)}
-    controls |= {*re.findall(r'if "(\w+)" in asked:', source), *re.findall(r'asked\.get\("(end_faults)"\)', source)}
-    assert len(controls) > 15
+    controls = {name for _, name in HANDLERS} | {*MOVES, *(name for takes, _ in MOVES.values() for name in takes)}
+    for handler in HANDLERS.values():
+        controls |= {each.name for each in signature(handler).parameters.values() if each.kind is each.KEYWORD_ONLY}
+    assert len(controls) > 30
     assert {name for name in controls if f"`{name}`" not in text and f'"{name}"' not in text} == set()
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.sandbox.book import AlgoStatus, Order, OrderBook, OrderTerms
+from worker.sandbox.book import AlgoStatus, Course, Order, OrderBook, OrderTerms
 
 NOW_MS = 1_750_485_492_076
 
@@ -19,10 +17,6 @@ QUERY_FIELDS = {
     *("icebergQuantity", "tpOrderType", "selfTradePreventionMode", "workingType", "priceMatch", "closePosition"),
     *("priceProtect", "reduceOnly", "createTime", "updateTime", "triggerTime", "goodTillDate"),
 }
-
-
-def opened(book: OrderBook, client_algo_id: str = "", account: str = "default", now_ms: int = NOW_MS) -> Order:
-    return book.add(account, OrderTerms(client_algo_id=client_algo_id), now_ms)
 
 
 def found(book: OrderBook, order: Order, now_ms: int) -> Order:
@@ -57,69 +51,14 @@ def test_a_query_answer_has_the_documented_fields() -> None:
     assert {name: shown[name] for name in wanted} == wanted
 
 
-@pytest.mark.parametrize(
-    ("order_type", "kind", "price"), [("STOP_MARKET", "MARKET", "0"), ("TAKE_PROFIT", "LIMIT", "749.000")]
-)
-def test_a_triggered_order_has_a_child(order_type: str, kind: str, price: str) -> None:
-    """From TRIGGERED on a normal order stands in the book: LIMIT for the types with a price, MARKET for the others."""
-    book = OrderBook()
-    terms = OrderTerms("BNBUSDT", "BUY", order_type, "0.01", "750.000", price="749.000")
-    order = book.add("default", terms, NOW_MS)
-    book.trigger(order, NOW_MS, triggered_after_ms=10)
-    assert found(book, order, NOW_MS + 9).child is None
-    child = found(book, order, NOW_MS + 10).child
-    assert child is not None
-    assert book.find_child("default", "BNBUSDT", child.order_id, NOW_MS + 10) is child
-    assert book.find_child("default", "BNBUSDT", child.client_order_id, NOW_MS + 10) is child
-    assert book.find_child("default", "BTCUSDT", child.order_id, NOW_MS + 10) is None
-    assert book.find_child("other", "BNBUSDT", child.order_id, NOW_MS + 10) is None
-    wanted = {
-        "orderId": child.order_id,
-        "status": "NEW",
-        "type": kind,
-        "price": price,
-        "origQty": "0.01",
-        "executedQty": "0",
-        "cumQty": "0",
-        "side": "BUY",
-        "updateTime": NOW_MS + 10,
-    }
-    shown = child.as_cancel_answer()
-    assert {name: shown[name] for name in wanted} == wanted
-    assert "code" not in shown
-    queried = child.as_query_answer()
-    assert (queried["avgPrice"], queried["time"]) == ("0.00000", NOW_MS + 10)
-
-
-def test_a_child_is_filled_in_parts_and_its_end_is_its_parents() -> None:
-    """Executed quantity and mean price follow the fills; the parent is FINISHED when the child ends, not before."""
-    book = OrderBook()
-    order = opened(book)
-    book.trigger(order, NOW_MS)
-    child = order.child
-    assert child is not None
-    assert book.fill(child, NOW_MS + 1, "0.004", "100")
-    assert (child.status, child.executed_qty, order.status) == ("PARTIALLY_FILLED", Decimal("0.004"), "TRIGGERED")
-    with pytest.raises(ValueError, match="left to fill"):
-        book.fill(child, NOW_MS + 1, "0.007")
-    assert book.fill(child, NOW_MS + 2, price="200")
-    shown = child.as_query_answer()
-    assert (shown["status"], shown["executedQty"], shown["avgPrice"]) == ("FILLED", "0.01", "160.00000")
-    assert (order.status, order.update_time_ms) == (AlgoStatus.FINISHED, NOW_MS + 2)
-    assert not book.cancel(child, NOW_MS + 3)
-    assert not book.fill(child, NOW_MS + 3)
-
-
-MOVES = st.sampled_from(
-    ["cancel", "cancel_by_hand", "expire", "reject", "trigger", "stick", "refuse", "forget", "look"]
-)
+MOVES = st.sampled_from(["cancel", "CANCELED", "EXPIRED", "REJECTED", "trigger", "stick", "refuse", "look"])
 
 
 @given(st.lists(st.tuples(MOVES, st.integers(0, 30)), max_size=25))
 def test_an_order_is_cancelled_at_most_once_and_never_after_triggering(moves: list[tuple[str, int]]) -> None:
     """In any history at most one cancel takes effect, only on a NEW order, and final states stay."""
     book, now_ms = OrderBook(), NOW_MS
-    order = opened(book)
+    order = book.add("default", OrderTerms(), NOW_MS)
     passed = [order.status]
     for move, elapsed_ms in moves:
         now_ms += elapsed_ms
@@ -128,7 +67,7 @@ def test_an_order_is_cancelled_at_most_once_and_never_after_triggering(moves: li
         applied = _apply(book, order, move, now_ms)
         passed += [before, found(book, order, now_ms).status]
         assert order.deletes_effective - effective == (move == "cancel" and applied)
-        assert not applied or before is AlgoStatus.NEW or (move, before) == ("reject", AlgoStatus.TRIGGERING)
+        assert not applied or before is AlgoStatus.NEW or (move, before) == ("REJECTED", AlgoStatus.TRIGGERING)
     assert order.deletes_effective <= 1
     steps = [pair for pair in pairwise(passed) if pair[0] is not pair[1]]
     assert all(after in FOLLOWERS[before] for before, after in steps)
@@ -149,18 +88,9 @@ def _apply(book: OrderBook, order: Order, move: str, now_ms: int) -> bool:
     match move:
         case "cancel":
             return book.cancel(order, now_ms)
-        case "cancel_by_hand":
-            return book.cancel(order, now_ms, by_request=False)
-        case "expire":
-            return book.end(order, "EXPIRED", now_ms)
-        case "reject":
-            return book.end(order, "REJECTED", now_ms)
-        case "trigger":
-            return book.trigger(order, now_ms, triggered_after_ms=10, finished_after_ms=20)
-        case "stick":
-            return book.trigger(order, now_ms, triggered_after_ms=None)
-        case "refuse":
-            return book.trigger(order, now_ms, triggered_after_ms=10, rejected=True)
-        case "forget":
-            book.forget(order, now_ms + 15)
-    return False
+        case "look":
+            return False
+        case "CANCELED" | "EXPIRED" | "REJECTED":
+            return book.end(order, move, now_ms)
+    courses = {"trigger": Course(10, finished_after_ms=20), "stick": Course(None), "refuse": Course(10, rejected=True)}
+    return book.trigger(order, now_ms, courses[move])

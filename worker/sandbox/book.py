@@ -18,9 +18,6 @@ FIRST_ALGO_ID = 2_000_000_000_000_001
 #: Id of the first order that a trigger puts into the matching engine.
 FIRST_CHILD_ORDER_ID = 88_937_381_001
 
-#: Arrival times kept per order; the count goes on beyond it.
-MAX_ARRIVALS = 32
-
 #: What a closing order closes. There are no positions here; what the real answer says is UNCONFIRMED.
 POSITION_QTY = "0.01"
 
@@ -131,14 +128,18 @@ class OrderTerms:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trigger:
-    """What a started trigger will do, in local time; None means never."""
+class Course:
+    """What follows on a trigger, ms.
 
-    triggered_at_ms: int | None
-    filled_after_ms: int | None
-    rejected: bool
-    id_after_ms: int
-    child_after_ms: int
+    TRIGGERED (or REJECTED) comes so long after TRIGGERING, or never where that is None; the other times count from
+    there: the order names its child, calls find the child, and it is filled (None: it rests).
+    """
+
+    triggered_after_ms: int | None = 0
+    id_after_ms: int = 0
+    child_after_ms: int = 0
+    finished_after_ms: int | None = None
+    rejected: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -150,20 +151,12 @@ class _Counted:
     hidden_until_ms: int = field(default=0, kw_only=True)
     unseen: bool = field(default=False, kw_only=True)  # by queries, until the next DELETE
     deletes: int = field(default=0, kw_only=True)
-    delete_arrivals_ns: list[int] = field(default_factory=list, kw_only=True)
     deletes_effective: int = field(default=0, kw_only=True)
     gets: int = field(default=0, kw_only=True)
 
     def is_hidden(self, now_ms: int) -> bool:
         """Whether the exchange does not know it for now, and answers as if it did not exist."""
         return self.unseen or now_ms < self.hidden_until_ms
-
-    def note_delete(self, arrival_ns: int) -> None:
-        """Count a DELETE that named it; `arrival_ns` is its local arrival time since the epoch."""
-        self.unseen = False
-        self.deletes += 1
-        if len(self.delete_arrivals_ns) < MAX_ARRIVALS:
-            self.delete_arrivals_ns.append(arrival_ns)
 
 
 @dataclass(slots=True, eq=False)
@@ -229,7 +222,8 @@ class Order(_Counted):
     trigger_time_ms: int = 0
     actual_order_id: str = ""  # as queries show it, which may be later than the child exists
     decoy: bool = False  # made by a fault, nobody's request: a correct client leaves it NEW
-    trigger: _Trigger | None = field(default=None, repr=False)
+    course: Course | None = field(default=None, repr=False)
+    triggered_at_ms: int = 0  # local time
     child: Child | None = None
     extreme: Decimal | None = None  # the best price since a trailing order was activated
 
@@ -343,20 +337,18 @@ class OrderBook:
         """Every order that was ever opened, oldest first."""
         return (self._settled(order, now_ms) for order in self._by_id.values())
 
-    def cancel(self, target: Order | Child, now_ms: int, *, by_request: bool = True) -> bool:
-        """Cancel an order that is NEW or a child that is live; False, without a change, for any other.
-
-        A cancel that is not `by_request` (somebody pressed a button) does not count among the effective DELETEs.
-        """
+    def cancel(self, target: Order | Child, now_ms: int) -> bool:
+        """Have a DELETE cancel an order that is NEW or a child that is live; False, without a change, for any other."""
         if not self.end(target, "CANCELED", now_ms):
             return False
-        target.deletes_effective += by_request
+        target.deletes_effective += 1
         return True
 
     def end(self, target: Order | Child, status: str, now_ms: int) -> bool:
         """Have a live child, a NEW order, or one that is TRIGGERING and now REJECTED, go on to this status; else False.
 
-        So the exchange EXPIRES a reducing order without a position, and the matching engine REJECTS what it refuses.
+        So the exchange EXPIRES a reducing order without a position, the matching engine REJECTS what it refuses, and
+        somebody else cancels.
 
         Raises:
             ValueError: no such status, or one in which a child lives on.
@@ -372,7 +364,7 @@ class OrderBook:
         leaves = OPEN_STATES if status == AlgoStatus.REJECTED else {AlgoStatus.NEW}
         if self._settled(target, now_ms).status not in leaves:
             return False
-        target.trigger = None
+        target.course = None
         self._enter(target, AlgoStatus(status), now_ms)
         return True
 
@@ -388,63 +380,42 @@ class OrderBook:
         self._fill(child, now_ms, quantity, price)
         return True
 
-    def trigger(
-        self,
-        order: Order,
-        now_ms: int,
-        *,
-        triggered_after_ms: int | None = 0,
-        finished_after_ms: int | None = None,
-        rejected: bool = False,
-        id_after_ms: int = 0,
-        child_after_ms: int = 0,
-    ) -> bool:
-        """Start the trigger: TRIGGERING now, TRIGGERED (or REJECTED) later, and then FINISHED; False unless NEW.
-
-        `triggered_after_ms` None leaves it TRIGGERING for ever. The other times count from TRIGGERED: the child is
-        filled after `finished_after_ms` (None: it rests), its id stands in the order after `id_after_ms`, and calls for
-        the child find it after `child_after_ms`.
-        """
+    def trigger(self, order: Order, now_ms: int, course: Course) -> bool:
+        """Start the trigger: TRIGGERING now, and then as the course says; False unless NEW."""
         if not self.end(order, AlgoStatus.TRIGGERING, now_ms):
             return False
-        order.trigger_time_ms = order.update_time_ms
-        triggered_at_ms = None if triggered_after_ms is None else now_ms + triggered_after_ms
-        order.trigger = _Trigger(triggered_at_ms, finished_after_ms, rejected, id_after_ms, child_after_ms)
+        order.trigger_time_ms, order.course = order.update_time_ms, course
+        order.triggered_at_ms = now_ms + (course.triggered_after_ms or 0)
         self._settled(order, now_ms)
         return True
-
-    def forget(self, target: Order | Child, until_ms: int) -> None:
-        """Behave as if it did not exist until `until_ms` (local time); it stays what it is."""
-        target.hidden_until_ms = until_ms
 
     def _enter(self, order: Order, status: AlgoStatus, at_ms: int) -> None:
         order.status = status
         order.update_time_ms = at_ms + self.clock_skew_ms
 
     def _settled(self, order: Order, now_ms: int) -> Order:
-        trigger = order.trigger
-        if trigger is None or trigger.triggered_at_ms is None or now_ms < trigger.triggered_at_ms:
+        course, at_ms = order.course, order.triggered_at_ms
+        if course is None or course.triggered_after_ms is None or now_ms < at_ms:
             return order
-        at_ms = trigger.triggered_at_ms
         if order.status is AlgoStatus.TRIGGERING:
-            self._leave_triggering(order, trigger, at_ms)
+            self._leave_triggering(order, course, at_ms)
         if order.child is None:
             return order
-        if now_ms >= at_ms + trigger.id_after_ms:
+        if now_ms >= at_ms + course.id_after_ms:
             order.actual_order_id = str(order.child.order_id)
-        filled_after_ms = trigger.filled_after_ms
+        filled_after_ms = course.finished_after_ms
         if filled_after_ms is not None and now_ms >= at_ms + filled_after_ms and order.child.status.live:
             self._fill(order.child, at_ms + filled_after_ms)
         return order
 
-    def _leave_triggering(self, order: Order, trigger: _Trigger, at_ms: int) -> None:
-        if trigger.rejected:
+    def _leave_triggering(self, order: Order, course: Course, at_ms: int) -> None:
+        if course.rejected:
             self._enter(order, AlgoStatus.REJECTED, at_ms)
             return
         self._enter(order, AlgoStatus.TRIGGERED, at_ms)
         quantity = Decimal(order.terms.quantity or POSITION_QTY)
         child = Child(order.update_time_ms, order.update_time_ms, order, self._next_child_id, quantity)
-        child.hidden_until_ms = at_ms + trigger.child_after_ms
+        child.hidden_until_ms = at_ms + course.child_after_ms
         self._children[child.order_id] = self._children[child.client_order_id] = order.child = child
         self._next_child_id += 1
 

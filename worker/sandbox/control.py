@@ -14,21 +14,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
-from worker.sandbox.arrivals import Arrival
-from worker.sandbox.book import Child, Order, OrderTerms
+from producer.message import Call
+from worker.sandbox.book import Child, Course, Order, OrderBook, OrderTerms
+from worker.sandbox.edge import Incident
 from worker.sandbox.fault_plan import EVERY_LIST
-from worker.sandbox.faults import FAULT_SETS, Answer, Call, Fault, FaultTiming
+from worker.sandbox.faults import FAULT_SETS, Answer, Fault, FaultTiming
+from worker.sandbox.wire import HOST
 
 if TYPE_CHECKING:
     from worker.sandbox.server import ExchangeServer
 
-HOST = "127.0.0.1"
 PREFIX = "/_sandbox/"
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 5.0
@@ -52,9 +53,8 @@ class ExchangeConfig:
     faults: str = "none"  # a name in FAULT_SETS
     seed: int = 0
     fault_rate: float = 0.3  # probability for a call of an order, until its share is used up
-    max_faults_per_order: int = 3
     max_incidents: int = 4
-    incidents: tuple[str, ...] | None = None  # names of faults instead of the set's own incidents
+    incidents: Sequence[str] | None = None  # names of faults instead of the set's own incidents
     faults_for_ms: int | None = None  # none are injected later than this after start or reset
     timing: FaultTiming = field(default_factory=FaultTiming)
     weight_limit_per_minute: int = 2_400
@@ -63,28 +63,15 @@ class ExchangeConfig:
     port: int = 0  # 0: any free one
     tls_cert_path: str = ""
     tls_key_path: str = ""
-    idle_close_s: float = 60.0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what no exchange can be built from."""
         if not self.accounts:
             raise ConfigError("accounts: at least one is needed")
-        if len({_pair(account)[0] for account in self.accounts.values()}) < len(self.accounts):
+        if len({api_key for api_key, _ in self.accounts.values()}) < len(self.accounts):
             raise ConfigError("accounts: two have the same API key")
         if self.faults not in FAULT_SETS:
             raise ConfigError(f"faults: must be one of {', '.join(FAULT_SETS)}, not {self.faults!r}")
-        if not 0 <= self.fault_rate <= 1:
-            raise ConfigError(f"fault_rate: must be between 0 and 1, not {self.fault_rate}")
-        for name in ("max_faults_per_order", "max_incidents", "weight_limit_per_minute", "latency_ms", "port"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: must not be negative, not {getattr(self, name)}")
-        if self.idle_close_s <= 0:
-            raise ConfigError(f"idle_close_s: must be above 0, not {self.idle_close_s}")
-        if bool(self.tls_cert_path) != bool(self.tls_key_path):
-            raise ConfigError("tls_cert_path and tls_key_path: both or neither")
-        for name in self.incidents or ():
-            if name not in [fault for fault in Fault if fault.spec.pauses]:
-                raise ConfigError(f"incidents: {name!r} is no fault that stops an IP")
 
     def to_json(self) -> str:
         """One line of JSON; it holds the accounts' secrets."""
@@ -95,25 +82,15 @@ class ExchangeConfig:
         """Read what `to_json` writes; fields may be left out.
 
         Raises:
-            ConfigError: not a JSON object, or a field is unknown or wrong.
+            ConfigError: it cannot be used; the text quotes no value.
         """
-        # The texts of json's errors quote the input, which holds secrets; those of dataclasses name fields alone.
         try:
             raw = json.loads(text)
-            accounts = {name: _pair(account) for name, account in raw.get("accounts", {}).items()}
-            incidents = None if raw.get("incidents") is None else tuple(raw["incidents"])
-            given = {"accounts": accounts, "incidents": incidents, "timing": FaultTiming(**raw.get("timing", {}))}
-            return cls(**raw | given)
-        except json.JSONDecodeError:
-            raise ConfigError("the configuration is not JSON") from None
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(str(error)) from None
-
-
-def _pair(raw: object) -> tuple[str, str]:
-    if isinstance(raw, list | tuple) and len(raw) == 2 and all(isinstance(part, str) and part for part in raw):
-        return raw[0], raw[1]
-    raise ConfigError("accounts: each needs an API key and a secret or public key")
+            return cls(**raw | {"timing": FaultTiming(**raw.get("timing", {}))})
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"the configuration cannot be used: {error}") from None
 
 
 # --- the server's end -------------------------------------------------------------------------------------------------
@@ -121,156 +98,177 @@ def _pair(raw: object) -> tuple[str, str]:
 
 def answer(exchange: ExchangeServer, method: str, path: str, body: bytes) -> Answer:
     """Serve one control call; a bad one gets status 400 and `{"error": text}`."""
-    handler = _HANDLERS.get((method, path.removeprefix(PREFIX)))
+    name = path.removeprefix(PREFIX)
+    handler = HANDLERS.get((method, name))
     if handler is None:
         return Answer.of({"error": f"no control call {method} {path}"}, 404)
     try:
-        return Answer.of(handler(exchange, json.loads(body or b"{}")))
+        asked = json.loads(body or b"{}")
+        takes = [each.name for each in signature(handler).parameters.values() if each.kind is each.KEYWORD_ONLY]
+        if handler is not _move:  # it depends on the move what that takes
+            _check_names(name, asked, takes)
+        return Answer.of(handler(exchange, **asked))
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         return Answer.of({"error": f"{type(error).__name__}: {error}"}, 400)
 
 
-def _add_orders(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
-    account = asked.get("account") or next(iter(exchange.config.accounts))
-    if account not in exchange.config.accounts:
-        raise ValueError(f"no account {account!r}")
-    opened_ms = exchange.local_ms() - asked.get("age_ms", 0)
-    terms = [OrderTerms(**item) for item in asked["orders"]]
-    opened = [exchange.open_order(account, item, opened_ms) for item in terms]
+def _check_names(what: str, asked: Mapping[str, Any], takes: Iterable[str]) -> None:
+    if unknown := sorted(asked.keys() - set(takes)):
+        takes_what = ", ".join(sorted(takes)) or "nothing"
+        raise ValueError(f"{what} takes no {', '.join(map(repr, unknown))}; it takes {takes_what}")
+
+
+def _add_orders(
+    exchange: ExchangeServer, *, orders: Sequence[Mapping[str, Any]], account: str | None = None, age_ms: int = 0
+) -> object:
+    opened_ms = exchange.local_ms() - age_ms
+    name = exchange.account(account)
+    terms = [OrderTerms(**item) for item in orders]
+    opened = [exchange.open_order(name, item, opened_ms) for item in terms]
     return [[order.algo_id, order.client_algo_id] for order in opened]
 
 
-def _book(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
-    now_ms, wanted = exchange.local_ms(), asked.get("algo_ids")
-    if wanted is None:
+def _book(exchange: ExchangeServer, *, algo_ids: Sequence[int] | None = None) -> object:
+    now_ms = exchange.local_ms()
+    if algo_ids is None:
         return [_entry(exchange, order) for order in exchange.book.orders(now_ms)]
-    found = [exchange.book.order(algo_id, now_ms) for algo_id in wanted]
+    found = [exchange.book.order(algo_id, now_ms) for algo_id in algo_ids]
     return [_entry(exchange, order) for order in found if order is not None]
 
 
 def _entry(exchange: ExchangeServer, order: Order) -> dict[str, object]:
-    child = order.child
-    return {
-        "account": order.account,
-        "algo_id": order.algo_id,
-        "client_algo_id": order.client_algo_id,
-        "symbol": order.terms.symbol,
-        "order_type": order.terms.order_type,
-        "status": order.status,
-        "actual_order_id": order.actual_order_id,
-        "decoy": order.decoy,
-        "faults": exchange.plan.met(order.algo_id),
-        **_counted(order),
-        "child": child
-        and {
-            "order_id": str(child.order_id),
-            "status": child.status,
-            "executed_qty": child.as_cancel_answer()["executedQty"],
-            "avg_price": child.as_query_answer()["avgPrice"],
-            **_counted(child),
-        },
-    }
+    child, told = order.child, None
+    if child is not None:
+        told = _fields(
+            ChildEntry,
+            child,
+            order_id=str(child.order_id),
+            executed_qty=child.as_cancel_answer()["executedQty"],
+            avg_price=child.as_query_answer()["avgPrice"],
+        )
+    return _fields(
+        BookEntry,
+        order,
+        symbol=order.terms.symbol,
+        order_type=order.terms.order_type,
+        faults=exchange.plan.met(order.algo_id),
+        child=told,
+    )
 
 
-def _counted(target: Order | Child) -> dict[str, object]:
-    return {
-        "create_time_ms": target.create_time_ms,
-        "update_time_ms": target.update_time_ms,
-        "deletes": target.deletes,
-        "deletes_effective": target.deletes_effective,
-        "gets": target.gets,
-        "delete_arrivals_ns": target.delete_arrivals_ns,
-    }
+def _fields(entry: type[BookEntry | ChildEntry], of: Order | Child, **told: object) -> dict[str, object]:
+    return {each.name: getattr(of, each.name) for each in fields(entry) if each.name not in told} | told
 
 
-def _script(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
-    call = Call(asked.get("call", "cancel"))
-    key = EVERY_LIST if call is Call.LIST else _known_order(exchange, asked).algo_id
-    faults = [None if name is None else Fault(name) for name in asked["faults"]]
-    exchange.plan.script(key, call, faults, repeat_last=asked.get("repeat_last", False))
+def _script(
+    exchange: ExchangeServer,
+    *,
+    faults: Sequence[str | None],
+    algo_id: int = EVERY_LIST,
+    call: str = Call.CANCEL,
+    repeat_last: bool = False,
+) -> object:
+    met_by = Call.LIST_OPEN if call == "list" else Call(call)
+    key = EVERY_LIST if met_by is Call.LIST_OPEN else _known_order(exchange, algo_id).algo_id
+    exchange.plan.script(
+        key, met_by, [None if name is None else Fault(name) for name in faults], repeat_last=repeat_last
+    )
     return {}
 
 
-def _move(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
-    order, now_ms, book = _known_order(exchange, asked), exchange.local_ms(), exchange.book
-    move, status = asked["move"], asked.get("status", "CANCELED")
-    if move in ("fill", "end_child") and order.child is None:
-        raise ValueError(f"order {order.algo_id} is {order.status}: it has no child")
-    match move, order.child:
-        case "trigger", _:
-            times = {name: asked[name] for name in _TRIGGER_TIMES if name in asked}
-            moved = book.trigger(order, now_ms, **({"finished_after_ms": order.terms.fills_after_ms} | times))
-        case "fill", Child() as child:
-            moved = book.fill(child, now_ms, asked.get("quantity"), asked.get("price"))
-        case "end_child", Child() as child if status == "CANCELED":
-            moved = book.cancel(child, now_ms, by_request=False)
-        case "end_child", Child() as child:
-            moved = book.end(child, status, now_ms)
-        case "cancel", _:
-            moved = book.cancel(order, now_ms, by_request=False)
-        case "expire", _:
-            moved = book.end(order, "EXPIRED", now_ms)
-        case "reject", _:
-            moved = book.end(order, "REJECTED", now_ms)
-        case _:
-            raise ValueError(f"no move {move!r}")
-    if not moved:
+def _move(exchange: ExchangeServer, *, algo_id: int, move: str, **details: Any) -> object:
+    if move not in MOVES:
+        raise ValueError(f"no move {move!r}; there are {', '.join(MOVES)}")
+    takes, do = MOVES[move]
+    _check_names(move, details, takes)
+    order = _known_order(exchange, algo_id)
+    if not do(exchange.book, order, exchange.local_ms(), details):
         raise ValueError(f"order {order.algo_id} is {order.status}: too late to {move}")
     return {}
 
 
-_TRIGGER_TIMES = ("triggered_after_ms", "finished_after_ms", "id_after_ms", "child_after_ms")
+def _child_of(order: Order) -> Child:
+    if order.child is None:
+        raise ValueError(f"order {order.algo_id} is {order.status}: it has no child")
+    return order.child
 
 
-def _known_order(exchange: ExchangeServer, asked: dict[str, Any]) -> Order:
-    order = exchange.book.order(asked["algo_id"], exchange.local_ms())
+def _trigger(book: OrderBook, order: Order, now_ms: int, times: dict[str, Any]) -> bool:
+    return book.trigger(order, now_ms, Course(**{"finished_after_ms": order.terms.fills_after_ms} | times))
+
+
+def _fill(book: OrderBook, order: Order, now_ms: int, asked: dict[str, Any]) -> bool:
+    return book.fill(_child_of(order), now_ms, asked.get("quantity"), asked.get("price"))
+
+
+def _end_child(book: OrderBook, order: Order, now_ms: int, asked: dict[str, Any]) -> bool:
+    return book.end(_child_of(order), asked.get("status", "CANCELED"), now_ms)
+
+
+#: Each move: what it takes, and what it does; False where it is too late for that.
+MOVES: dict[str, tuple[tuple[str, ...], Callable[[OrderBook, Order, int, dict[str, Any]], bool]]] = {
+    "trigger": (("triggered_after_ms", "id_after_ms", "child_after_ms", "finished_after_ms"), _trigger),
+    "fill": (("quantity", "price"), _fill),
+    "end_child": (("status",), _end_child),
+    "cancel": ((), lambda book, order, now_ms, _: book.end(order, "CANCELED", now_ms)),
+    "expire": ((), lambda book, order, now_ms, _: book.end(order, "EXPIRED", now_ms)),
+    "reject": ((), lambda book, order, now_ms, _: book.end(order, "REJECTED", now_ms)),
+}
+
+
+def _known_order(exchange: ExchangeServer, algo_id: int) -> Order:
+    order = exchange.book.order(algo_id, exchange.local_ms())
     if order is None:
-        raise ValueError(f"no order {asked['algo_id']}")
+        raise ValueError(f"no order {algo_id}")
     return order
 
 
-#: What `set` may be given: the settings, and whose price or mode it is.
-_SETTINGS = frozenset(
-    {"mark_price", "symbol", "hedge_mode", "account", "clock_skew_ms", "list_lag_ms", "latency_ms", "end_faults"}
-)
-
-
-def _set(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
-    if unknown := sorted(set(asked) - _SETTINGS):
-        raise ValueError(f"no setting {', '.join(map(repr, unknown))}; there are {', '.join(sorted(_SETTINGS))}")
-    if "mark_price" in asked:
-        exchange.set_price(asked["symbol"], asked["mark_price"])
-    if "hedge_mode" in asked:
-        exchange.state.dual[asked.get("account") or next(iter(exchange.config.accounts))] = bool(asked["hedge_mode"])
-    if "clock_skew_ms" in asked:
-        exchange.book.clock_skew_ms = int(asked["clock_skew_ms"])
-    if "list_lag_ms" in asked:
-        exchange.state.list_lag_ms = int(asked["list_lag_ms"])
-    if "latency_ms" in asked:
-        exchange.latency_ms = float(asked["latency_ms"])
-    if asked.get("end_faults"):
+def _set(
+    exchange: ExchangeServer,
+    *,
+    mark_price: str | None = None,
+    symbol: str = "",
+    hedge_mode: bool | None = None,
+    account: str | None = None,
+    clock_skew_ms: int | None = None,
+    list_lag_ms: int | None = None,
+    latency_ms: float | None = None,
+    end_faults: bool = False,
+) -> object:
+    if mark_price is not None:
+        exchange.set_price(symbol, mark_price)
+    if hedge_mode is not None:
+        exchange.dual[exchange.account(account)] = bool(hedge_mode)
+    if clock_skew_ms is not None:
+        exchange.book.clock_skew_ms = int(clock_skew_ms)
+    if list_lag_ms is not None:
+        exchange.list_lag_ms = int(list_lag_ms)
+    if latency_ms is not None:
+        exchange.latency_ms = float(latency_ms)
+    if end_faults:
         exchange.plan.until_ms = 0
     return {}
 
 
-def _incident(exchange: ExchangeServer, asked: dict[str, Any]) -> object:
-    fault = Fault(asked["fault"])
-    if not fault.spec.gates:
-        raise ValueError(f"{fault} does not stop an IP")
-    exchange.edge.start(asked.get("peer", HOST), fault, exchange.local_ms(), asked.get("duration_ms"))
+def _incident(exchange: ExchangeServer, *, fault: str, duration_ms: int | None = None, peer: str = HOST) -> object:
+    named = Fault(fault)
+    if not named.spec.gates:
+        raise ValueError(f"{named} does not stop an IP")
+    exchange.edge.start(peer, named, exchange.local_ms(), duration_ms)
     return {}
 
 
-def _reset(exchange: ExchangeServer, _: dict[str, Any]) -> object:
+def _reset(exchange: ExchangeServer) -> object:
     exchange.reset()
     return {}
 
 
-_HANDLERS: dict[tuple[str, str], Callable[[ExchangeServer, dict[str, Any]], object]] = {
+#: Each control call; what it takes are its keywords.
+HANDLERS: dict[tuple[str, str], Callable[..., object]] = {
     ("POST", "orders"): _add_orders,
     ("GET", "book"): _book,
-    ("GET", "arrivals"): lambda exchange, _: [asdict(arrival) for arrival in exchange.arrivals],
-    ("GET", "stats"): lambda exchange, _: exchange.statistics(),
+    ("GET", "arrivals"): lambda exchange: [asdict(arrival) for arrival in exchange.arrivals],
+    ("GET", "stats"): lambda exchange: asdict(exchange.statistics()),
     ("POST", "script"): _script,
     ("POST", "move"): _move,
     ("POST", "set"): _set,
@@ -302,7 +300,6 @@ class ChildEntry:
     deletes: int
     deletes_effective: int
     gets: int
-    delete_arrivals_ns: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,21 +318,26 @@ class BookEntry:
     deletes: int  # with a good signature and outside incidents
     deletes_effective: int
     gets: int
-    delete_arrivals_ns: list[int]  # local time since the epoch, the first ones only
     faults: list[str]  # as its calls and its child's met them
     order_type: str = "STOP_MARKET"
     child: ChildEntry | None = None  # as it is, whether calls find it by now or not
 
 
-@dataclass(frozen=True, slots=True)
-class Incident:
-    """A time in which every request of an IP got one answer: a rate limit, a ban or a firewall's block."""
+#: So many requests about orders are kept; the oldest go.
+MAX_ARRIVALS = 50_000
 
-    fault: str
-    peer: str
-    started_ms: int  # local time
-    duration_ms: int
-    requests_ms: list[int]  # when requests came all the same, since the start
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A DELETE or GET about an order, whatever became of it. Times are local, since the epoch."""
+
+    at_ns: int
+    method: str
+    port: int  # of the caller's connection
+    algo_id: int | None  # as the request named the order, like the next; for a child, its parent's
+    client_algo_id: str | None
+    signed_ms: int  # its timestamp, as far as the caller knew the exchange's clock
+    order_id: int | None = None  # of the child that the request was about
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,8 +346,6 @@ class ExchangeStats:
 
     requests: dict[str, dict[str, int]]  # "METHOD path" to HTTP status, or "none" where no answer was sent, to count
     bad_signatures: int
-    connections_opened: int  # and used for a request
-    deletes_on_fresh_connections: int  # a handshake stood before them
     in_flight: int
     peak_in_flight: int
     used_weight: int  # most of any IP, this minute
@@ -388,9 +388,7 @@ class RunningExchange:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -452,24 +450,14 @@ class RunningExchange:
     ) -> None:
         """Have the order's next calls of this kind meet these faults in turn (None: no fault).
 
-        With `repeat_last` the last one is met for ever. With `Call.LIST` it is the next lists of open orders, whoever
-        asks for them; the id does not matter.
+        With `repeat_last` the last one is met for ever. With `Call.LIST_OPEN` it is the next lists of open orders,
+        whoever asks for them; the id does not matter.
         """
         self._call("POST", "script", algo_id=algo_id, faults=list(faults), call=call, repeat_last=repeat_last)
 
-    def trigger(
-        self,
-        algo_id: int,
-        *,
-        triggered_after_ms: int | None = 0,
-        finished_after_ms: int | None = None,
-        id_after_ms: int = 0,
-        child_after_ms: int = 0,
-    ) -> None:
-        """Start the order's trigger: TRIGGERED after so long (None: never), and then, counted from there, its child is
-        named by the order, found by calls, and filled (None: it rests until `fill` or `end_child`)."""
-        times = (triggered_after_ms, finished_after_ms, id_after_ms, child_after_ms)
-        self._move(algo_id, "trigger", **dict(zip(_TRIGGER_TIMES, times, strict=True)))
+    def trigger(self, algo_id: int, **times: int | None) -> None:
+        """Start the order's trigger; ``times`` as in `Course`. Left out, its child is there at once, and rests."""
+        self._move(algo_id, "trigger", **({"finished_after_ms": None} | times))
 
     def fill(self, algo_id: int, quantity: str | None = None, price: str | None = None) -> None:
         """Execute so much of the order's child, or all that is left, at this price or at the order's."""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
 from worker.sandbox.faults import Answer, Fault, FaultTiming
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Incident:
-    """A time in which everything from an IP is refused."""
+    """A time in which every request of an IP gets one answer: a rate limit, a ban or a firewall's block."""
 
-    fault: Fault
+    fault: str
     peer: str
-    started_ms: int
-    until_ms: int
-    requests_ms: list[int] = field(default_factory=list)
+    started_ms: int  # local time
+    duration_ms: int
+    requests_ms: list[int] = field(default_factory=list)  # when requests came all the same, since the start
+
+    @property
+    def until_ms(self) -> int:
+        """When it ends, local time."""
+        return self.started_ms + self.duration_ms
 
 
 class Edge:
@@ -48,7 +52,7 @@ class Edge:
         if incident is not None and now_ms < incident.until_ms:
             since_ms = now_ms - incident.started_ms
             incident.requests_ms.append(since_ms)
-            if incident.fault is Fault.LIMITED_429 and since_ms >= self._timing.ban_after_ms:
+            if incident.fault == Fault.LIMITED_429 and since_ms >= self._timing.ban_after_ms:
                 return self.start(peer, Fault.BANNED_418, now_ms)
             return incident
         if used > self.limit_per_minute:
@@ -58,23 +62,22 @@ class Edge:
     def start(self, peer: str, fault: Fault, now_ms: int, duration_ms: int | None = None) -> Incident:
         """Refuse everything from the IP from now on for so long, by default as long as such incidents last."""
         duration_ms = self._timing.incident_ms(fault) if duration_ms is None else duration_ms
-        incident = Incident(fault, peer, now_ms, now_ms + duration_ms)
+        incident = Incident(fault, peer, now_ms, duration_ms)
         self.incidents.append(incident)
         self._current[peer] = incident
         return incident
 
     def answer(self, incident: Incident, now_ms: int, skew_ms: int) -> Answer:
         """What the IP is told now; times in texts are exchange time."""
-        answer = incident.fault.spec.answer or Answer(503)
-        if incident.fault is Fault.LIMITED_429:
+        answer = Fault(incident.fault).spec.answer or Answer(503)
+        if answer.status == 429:
             text = f"Too many requests; current limit of IP({incident.peer}) is {self.limit_per_minute} per minute."
-        elif incident.fault is Fault.BANNED_418:
+        elif answer.status == 418:
             until_ms = incident.until_ms + skew_ms
             text = (
                 f"Way too many requests; IP({incident.peer}) banned until {until_ms}. Use the websocket to avoid bans."
             )
         else:
             return answer
-        body = json.dumps({"code": -1003, "msg": text}).encode()
         retry_after_s = max(1, -(-(incident.until_ms - now_ms) // 1_000))
-        return Answer(answer.status, body, headers=(("Retry-After", str(retry_after_s)),))
+        return Answer.error(-1003, text, answer.status, (("Retry-After", str(retry_after_s)),))

@@ -6,14 +6,18 @@ Weights are the documented ones [D][S]. Pure but for what a call changes in the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from worker.sandbox.book import AlgoStatus, Child, DuplicateClientId, Order, OrderBook
+from worker.sandbox.book import AlgoStatus, Child, DuplicateClientId, Order
 from worker.sandbox.faults import NO_SUCH_ORDER
-from worker.sandbox.market import ORDER_TYPES, SYMBOLS, Prices
+from worker.sandbox.market import ORDER_TYPES, SYMBOLS
 from worker.sandbox.signed import Refusal, integer, known_symbol, mandatory, read_child
 from worker.sandbox.terms import read_terms
+
+if TYPE_CHECKING:
+    from worker.sandbox.server import ExchangeServer
 
 _Target = TypeVar("_Target", Order, Child)
 
@@ -25,24 +29,11 @@ OPEN_ALGO_ORDERS = "/fapi/v1/openAlgoOrders"
 ALL_CANCELLED = {"code": 200, "msg": "The operation of cancel all open order is done."}
 
 
-@dataclass(slots=True)
-class State:
-    """What the calls read and change."""
-
-    book: OrderBook
-    weight_limit_per_minute: int
-    open_order: Callable[..., Order]
-    prices: Prices = field(default_factory=Prices)
-    dual: dict[str, bool] = field(default_factory=dict)  # by account: hedge mode
-    list_lag_ms: int = 0  # open orders stand in their list only so long after they were opened
-    listen_keys: dict[str, str] = field(default_factory=dict)  # by account
-
-
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A call, its key and signature found right where it needs them."""
 
-    state: State
+    exchange: ExchangeServer
     account: str  # empty where no key is needed
     said: dict[str, str]
     now_ms: int  # local time
@@ -50,12 +41,12 @@ class Asked:
     @property
     def server_ms(self) -> int:
         """Exchange time."""
-        return self.now_ms + self.state.book.clock_skew_ms
+        return self.now_ms + self.exchange.book.clock_skew_ms
 
     @property
     def dual(self) -> bool:
         """Whether the account is in hedge mode."""
-        return self.state.dual.get(self.account, False)
+        return self.exchange.dual.get(self.account, False)
 
     def orders(self) -> list[Order]:
         """The account's orders of the symbol, or of all when none was named, oldest first, as far as lists show them.
@@ -66,7 +57,7 @@ class Asked:
         symbol = known_symbol(self.said) if "symbol" in self.said else None
         return [
             order
-            for order in self.state.book.orders(self.now_ms)
+            for order in self.exchange.book.orders(self.now_ms)
             if order.account == self.account
             and symbol in (None, order.terms.symbol)
             and not order.is_hidden(self.now_ms)
@@ -78,14 +69,15 @@ class Asked:
         return [child for child in found if not child.is_hidden(self.now_ms)]
 
 
-class Security(NamedTuple):
+class Security(Enum):
     """What a call needs."""
 
-    key: bool = True
-    signature: bool = True
+    PUBLIC = auto()
+    KEYED = auto()  # an API key alone
+    SIGNED = auto()
 
 
-SIGNED, KEYED, PUBLIC = Security(), Security(signature=False), Security(key=False, signature=False)
+PUBLIC, KEYED, SIGNED = Security
 
 
 class Endpoint(NamedTuple):
@@ -99,13 +91,13 @@ class Endpoint(NamedTuple):
 
 def _create(asked: Asked) -> object:
     symbol = known_symbol(asked.said)
-    price = asked.state.prices[symbol]
+    price = asked.exchange.prices[symbol]
     terms = read_terms(asked.said, dual=asked.dual, price=price, server_ms=asked.server_ms)
-    opened = [order for order in asked.state.book.orders(asked.now_ms) if order.account == asked.account]
+    opened = [order for order in asked.exchange.book.orders(asked.now_ms) if order.account == asked.account]
     if sum(order.status is AlgoStatus.NEW for order in opened) >= MAX_OPEN:
         raise Refusal.of(-4045, "Reach max stop order limit.")  # the limit is documented, its code UNCONFIRMED
     try:
-        order = asked.state.open_order(asked.account, terms, asked.now_ms)
+        order = asked.exchange.open_order(asked.account, terms, asked.now_ms)
     except DuplicateClientId:
         raise Refusal.of(-4116, "ClientOrderId is duplicated.") from None
     order.sees(price)
@@ -130,7 +122,7 @@ def _open_algo_orders(asked: Asked) -> object:
         for order in asked.orders()
         if order.status is AlgoStatus.NEW
         and wanted in (0, order.algo_id)
-        and order.create_time_ms + asked.state.list_lag_ms <= asked.server_ms
+        and order.create_time_ms + asked.exchange.list_lag_ms <= asked.server_ms
     ]
 
 
@@ -167,14 +159,14 @@ def _cancel_all(asked: Asked) -> object:
     # By nobody's single DELETE: the book counts them as cancelled by somebody else.
     mandatory(asked.said, "symbol")
     for order in asked.orders():
-        asked.state.book.cancel(order, asked.now_ms, by_request=False)
+        asked.exchange.book.end(order, "CANCELED", asked.now_ms)
     return ALL_CANCELLED
 
 
 def _cancel_all_children(asked: Asked) -> object:
     mandatory(asked.said, "symbol")
     for child in asked.children():
-        asked.state.book.cancel(child, asked.now_ms, by_request=False)
+        asked.exchange.book.end(child, "CANCELED", asked.now_ms)
     return ALL_CANCELLED
 
 
@@ -186,7 +178,7 @@ def _set_mode(asked: Asked) -> object:
         raise Refusal.of(-4059, "No need to change position side.")
     if any(order.status is AlgoStatus.NEW for order in asked.orders()):
         raise Refusal.of(-4067, "Position side cannot be changed if there exists open orders.")
-    asked.state.dual[asked.account] = wanted == "true"
+    asked.exchange.dual[asked.account] = wanted == "true"
     return {"code": 200, "msg": "success"}
 
 
@@ -196,7 +188,7 @@ def _for_symbols(asked: Asked, shown: Callable[[str], dict[str, object]]) -> obj
 
 def _premium_index(asked: Asked) -> object:
     def shown(name: str) -> dict[str, object]:
-        price = f"{asked.state.prices[name]:.8f}"
+        price = f"{asked.exchange.prices[name]:.8f}"
         return {
             "symbol": name,
             "markPrice": price,
@@ -215,7 +207,7 @@ def _ticker(asked: Asked, prices: tuple[str, ...], **rest: object) -> object:
     """A ticker in which these fields are the price: nothing is traded here, so it is first, last, highest and best."""
 
     def shown(name: str) -> dict[str, object]:
-        return {"symbol": name} | dict.fromkeys(prices, str(asked.state.prices[name])) | rest
+        return {"symbol": name} | dict.fromkeys(prices, str(asked.exchange.prices[name])) | rest
 
     return _for_symbols(asked, shown)
 
@@ -229,7 +221,7 @@ def _day_ticker(asked: Asked) -> object:
 
 def _open_order(asked: Asked) -> object:
     symbol, name = read_child(asked.said)
-    child = asked.state.book.find_child(asked.account, symbol, name, asked.now_ms)
+    child = asked.exchange.book.find_child(asked.account, symbol, name, asked.now_ms)
     if child is None or child.is_hidden(asked.now_ms) or not child.status.live:
         raise Refusal(NO_SUCH_ORDER)
     return child.as_query_answer()
@@ -237,7 +229,7 @@ def _open_order(asked: Asked) -> object:
 
 def _exchange_info(asked: Asked) -> object:
     limits = [
-        ("REQUEST_WEIGHT", "MINUTE", 1, asked.state.weight_limit_per_minute),
+        ("REQUEST_WEIGHT", "MINUTE", 1, asked.exchange.config.weight_limit_per_minute),
         ("ORDERS", "MINUTE", 1, 1_200),
         ("ORDERS", "SECOND", 10, 300),
     ]
@@ -255,18 +247,18 @@ def _exchange_info(asked: Asked) -> object:
 
 
 def _listen_key(asked: Asked) -> object:
-    key = asked.state.listen_keys.setdefault(asked.account, f"listen-{asked.account}-{asked.now_ms}")
+    key = asked.exchange.listen_keys.setdefault(asked.account, f"listen-{asked.account}-{asked.now_ms}")
     return {"listenKey": key}
 
 
 def _kept_listen_key(asked: Asked) -> object:
-    if asked.account not in asked.state.listen_keys:
+    if asked.account not in asked.exchange.listen_keys:
         raise Refusal.of(-1125, "This listenKey does not exist.")
-    return {"listenKey": asked.state.listen_keys[asked.account]}
+    return {"listenKey": asked.exchange.listen_keys[asked.account]}
 
 
 def _closed_listen_key(asked: Asked) -> object:
-    asked.state.listen_keys.pop(asked.account, None)
+    asked.exchange.listen_keys.pop(asked.account, None)
     return {}
 
 

@@ -1,31 +1,18 @@
 """What can go wrong between a cancel and its answer, as data.
 
-A fault is a row: what happens to the order, what the exchange answers
-and how that answer travels. The rows follow exchange.md 4.1 and 4.2 and what has been seen on the wire.
+A fault is a row: what happens to the order, what the exchange answers and how that answer travels. The rows follow
+exchange.md 4.1 and 4.2 and what has been seen on the wire.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 from functools import partial
 from typing import Literal, Self
 
-
-class Call(StrEnum):
-    """The calls that a canceller makes: about an order, about the child that a triggered one has become, for a list."""
-
-    CANCEL = "cancel"  # DELETE /fapi/v1/algoOrder
-    QUERY = "query"  # GET /fapi/v1/algoOrder
-    CANCEL_CHILD = "cancel_child"  # DELETE /fapi/v1/order
-    QUERY_CHILD = "query_child"  # GET /fapi/v1/order
-    LIST = "list"  # GET /fapi/v1/openAlgoOrders
-
-    @property
-    def cancels(self) -> bool:
-        """Whether it is one of the DELETEs."""
-        return self in CANCELS
+from producer.message import Call
 
 
 class Effect(StrEnum):
@@ -35,8 +22,8 @@ class Effect(StrEnum):
     CANCEL = auto()
     CANCEL_LATER = auto()
     CANCEL_AND_REUSE_CLIENT_ID = auto()
-    SOMEBODY_CANCELS = auto()
-    EXPIRE = "EXPIRED"  # these three: as the status is called
+    SOMEBODY_CANCELS = "CANCELED"  # these four: as the status is called
+    EXPIRE = "EXPIRED"
     REJECT = "REJECTED"
     EXPIRE_IN_MATCH = "EXPIRED_IN_MATCH"
     FORGET = auto()
@@ -47,12 +34,6 @@ class Effect(StrEnum):
     TRIGGER_REJECTED = auto()
     FILL = auto()
     FILL_PART_AND_CANCEL = auto()
-
-
-#: The effects by which the requested cancel is carried out, now or later.
-EXECUTING = frozenset(
-    {Effect.CANCEL, Effect.CANCEL_LATER, Effect.CANCEL_AND_REUSE_CLIENT_ID, Effect.FILL_PART_AND_CANCEL}
-)
 
 
 class Delivery(Enum):
@@ -82,9 +63,6 @@ class Reach(Enum):
     SCRIPTED = auto()  # none: a correct client stops for good, or waits for a person
 
 
-_compact_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One HTTP answer. `from_edge`: made in front of the exchange, so it carries none of its headers."""
@@ -96,18 +74,17 @@ class Answer:
     from_edge: bool = False
 
     @classmethod
-    def of(cls, body: object, status: int = 200) -> Answer:
+    def of(cls, body: object, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Answer:
         """A JSON answer."""
-        return cls(status, _compact_json(body).encode())
+        return cls(status, json.dumps(body, separators=(",", ":")).encode(), headers=headers)
 
     @classmethod
-    def error(cls, status: int, code: int, msg: str) -> Answer:
+    def error(cls, code: int, msg: str, status: int = 400, headers: tuple[tuple[str, str], ...] = ()) -> Answer:
         """The exchange's error body."""
-        return cls.of({"code": code, "msg": msg}, status)
+        return cls.of({"code": code, "msg": msg}, status, headers)
 
 
-def _error(code: int, msg: str, status: int = 400, headers: tuple[tuple[str, str], ...] = ()) -> Answer:
-    return replace(Answer.error(status, code, msg), headers=headers)
+_error = Answer.error
 
 
 def _page(status: int, title: str) -> Answer:
@@ -131,7 +108,6 @@ _THROTTLED = "Request throttled by system-level protection. Please try again."
 _TIMEOUT = "Timeout waiting for response from backend server. Send status unknown; execution status unknown."
 _RETRY = (("Retry-After", "1"),)
 
-OF_CHILD = frozenset({Call.CANCEL_CHILD, Call.QUERY_CHILD})
 CANCELS = frozenset({Call.CANCEL, Call.CANCEL_CHILD})
 QUERIES = frozenset({Call.QUERY, Call.QUERY_CHILD})
 ABOUT_ONE = CANCELS | QUERIES
@@ -161,7 +137,8 @@ class FaultSpec:
     @property
     def executes(self) -> bool:
         """Whether a DELETE that meets the fault cancels its order, at once or later."""
-        return self.effect in EXECUTING
+        cancelled = {Effect.CANCEL, Effect.CANCEL_LATER, Effect.CANCEL_AND_REUSE_CLIENT_ID}
+        return self.effect in cancelled | {Effect.FILL_PART_AND_CANCEL}
 
 
 _Row = tuple[str, FaultSpec]
@@ -366,15 +343,10 @@ class FaultSet:
 
     faults: tuple[Fault, ...] = ()
     incidents: tuple[Fault, ...] = ()
-    _by_call: dict[Call, tuple[Fault, ...]] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        by_call = {call: tuple(fault for fault in self.faults if call in fault.spec.calls) for call in Call}
-        object.__setattr__(self, "_by_call", by_call)
 
     def for_call(self, call: Call) -> tuple[Fault, ...]:
         """The faults that this call can meet."""
-        return self._by_call[call]
+        return tuple(fault for fault in self.faults if call in fault.spec.calls)
 
 
 def _set(*reaches: Reach) -> FaultSet:
@@ -405,14 +377,6 @@ class FaultTiming:
     ban_after_ms: int = 5_000  # a 429 that is ignored for so long becomes a ban
     drip_interval_ms: int = 50
     huge_body_bytes: int = 70_000
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a negative time, or for a whole-second one below a second."""
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            lowest = 1 if name.endswith("_s") else 0
-            if value is not None and value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, not {value}")
 
     def incident_ms(self, fault: Fault) -> int:
         """How long the incident that this fault starts lasts."""

@@ -1,4 +1,4 @@
-"""What the local exchange trades: its symbols with their filters, and the prices that a test or a person sets.
+"""What the local exchange trades: its symbols with their filters.
 
 Pure. Filters are those of the real symbols as of 2026, as far as an order's terms can break them.
 """
@@ -6,7 +6,6 @@ Pure. Filters are those of the real symbols as of 2026, as far as an order's ter
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal
 
 ORDER_TYPES = ("STOP", "STOP_MARKET", "TAKE_PROFIT", "TAKE_PROFIT_MARKET", "TRAILING_STOP_MARKET")
 TIMES_IN_FORCE = ("GTC", "IOC", "FOK", "GTX", "GTD", "GTE_GTC")
@@ -70,25 +69,3 @@ SYMBOLS = {
     # Such symbols are listed, and have to be percent-encoded (exchange.md 2).
     "币安人生USDT": Symbol("币安人生", "0.15", "0.0000100", "1", price_precision=7, quantity_precision=0),
 }
-
-
-class Prices:
-    """The price of each symbol. Mark price and last price are one here, so `workingType` makes no difference."""
-
-    def __init__(self) -> None:
-        self._now = {name: Decimal(symbol.price) for name, symbol in SYMBOLS.items()}
-
-    def __getitem__(self, symbol: str) -> Decimal:
-        return self._now[symbol]
-
-    def set(self, symbol: str, price: str) -> Decimal:
-        """Set a symbol's price.
-
-        Raises:
-            ValueError: no such symbol, or no price.
-        """
-        value = Decimal(price) if price.replace(".", "", 1).isdecimal() else Decimal(0)
-        if symbol not in self._now or value <= 0:
-            raise ValueError(f"symbol {symbol!r} or mark_price {price!r}: a symbol of exchangeInfo and a price above 0")
-        self._now[symbol] = value
-        return value

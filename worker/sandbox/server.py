@@ -15,34 +15,35 @@ import ssl
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from http import HTTPStatus
 from os import read
+from typing import Any
 
+from producer.message import Call
 from worker.sandbox import control
-from worker.sandbox.arrivals import Arrivals
-from worker.sandbox.book import AlgoStatus, Child, Order, OrderBook, OrderTerms
-from worker.sandbox.control import HOST, ConfigError, ExchangeConfig
+from worker.sandbox.book import AlgoStatus, Child, Course, Order, OrderBook, OrderTerms
+from worker.sandbox.control import MAX_ARRIVALS, Arrival, ConfigError, ExchangeConfig
 from worker.sandbox.edge import Edge
-from worker.sandbox.endpoints import ENDPOINTS, OPEN_ALGO_ORDERS, Asked, Security, State
+from worker.sandbox.endpoints import ENDPOINTS, OPEN_ALGO_ORDERS, Asked, Security
 from worker.sandbox.fault_plan import EVERY_LIST, FaultPlan
 from worker.sandbox.faults import (
     BAD_SIGNATURE,
     FAULT_SETS,
     NO_SUCH_ORDER,
-    OF_CHILD,
     UNKNOWN_ORDER,
     Answer,
-    Call,
     Delivery,
     Effect,
     Fault,
     FaultSet,
 )
+from worker.sandbox.market import SYMBOLS
 from worker.sandbox.signed import (
     Account,
     Refusal,
@@ -52,7 +53,7 @@ from worker.sandbox.signed import (
     read_order_ids,
     read_parameters,
 )
-from worker.sandbox.wire import Connection, Reply, Request
+from worker.sandbox.wire import HOST, Reply, Request, listen
 
 EXIT_OK = 0
 EXIT_BAD_CONFIG = 78
@@ -71,34 +72,15 @@ MAX_LABELS = 200
 _SILENT = frozenset({Delivery.CLOSED, Delivery.RESET, Delivery.NOT_HTTP})
 
 
-@dataclass(slots=True)
-class _Tally:
-    requests: dict[str, Counter[str]] = field(default_factory=dict)
-    bad_signatures: int = 0
-    connections_opened: int = 0
-    deletes_on_fresh_connections: int = 0
-    peak_in_flight: int = 0
-
-    def count(self, label: str, reply: Reply) -> None:
-        if label not in self.requests and len(self.requests) >= MAX_LABELS:
-            label = "other"
-        silent = reply.delivery is not Delivery.WHOLE and reply.delivery in _SILENT
-        self.requests.setdefault(label, Counter())["none" if silent else str(reply.answer.status)] += 1
-
-
 class ExchangeServer:
-    """The exchange: start it inside a running event loop, and close it there."""
+    """The exchange: start it inside a running event loop, with which it ends."""
 
     def __init__(self, config: ExchangeConfig) -> None:
         """Raises ConfigError for keys and certificates that cannot be used."""
         self.config = config
-        self.connections: set[Connection] = set()
         self.in_flight = 0
-        self.url = ""
-        self._accounts = {api_key: Account(name, secret) for name, (api_key, secret) in config.accounts.items()}
+        self._accounts = {api_key: Account.of(name, secret) for name, (api_key, secret) in config.accounts.items()}
         self._tls = _tls_context(config)
-        self._server: asyncio.Server | None = None
-        self._sweeper: asyncio.TimerHandle | None = None
         self.book = OrderBook()
         self.reset()
 
@@ -108,48 +90,29 @@ class ExchangeServer:
         self.latency_ms = config.latency_ms
         self.book = OrderBook(self.book, clock_skew_ms=config.clock_skew_ms)
         self.edge = Edge(config.weight_limit_per_minute, config.timing)
-        self.state = State(self.book, config.weight_limit_per_minute, self.open_order)
-        self.tally = _Tally()
-        self.arrivals: Arrivals = Arrivals()
+        # Mark price and last price are one here, so `workingType` makes no difference.
+        self.prices = {name: Decimal(symbol.price) for name, symbol in SYMBOLS.items()}
+        self.dual: dict[str, bool] = {}  # by account: hedge mode
+        self.list_lag_ms = 0  # open orders stand in their list only so long after they were opened
+        self.listen_keys: dict[str, str] = {}  # by account
+        self.requests: dict[str, Counter[str]] = {}
+        self.bad_signatures = self.peak_in_flight = 0
+        self.arrivals: deque[Arrival] = deque(maxlen=MAX_ARRIVALS)
         fault_set = FAULT_SETS[config.faults]
         if config.incidents is not None:
             fault_set = FaultSet(fault_set.faults, tuple(Fault(name) for name in config.incidents))
-        self.plan = FaultPlan(
-            fault_set,
-            config.seed,
-            config.fault_rate,
-            config.max_faults_per_order,
-            config.max_incidents,
-            None if config.faults_for_ms is None else self.local_ms() + config.faults_for_ms,
-        )
+        until_ms = None if config.faults_for_ms is None else self.local_ms() + config.faults_for_ms
+        self.plan = FaultPlan(fault_set, config.seed, config.fault_rate, config.max_incidents, until_ms)
 
-    async def start(self) -> None:
-        """Listen on loopback; `url` says where.
+    async def start(self) -> str:
+        """Listen on loopback; gives the URL.
 
         Raises:
             OSError: the port is taken.
         """
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: Connection(self, self.config.timing.drip_interval_ms),
-            HOST,
-            self.config.port,
-            backlog=1_024,
-            ssl=self._tls,
-        )
-        port = self._server.sockets[0].getsockname()[1]
-        self.url = f"{'http' if self._tls is None else 'https'}://{HOST}:{port}"
-        self._sweep()
-
-    async def close(self) -> None:
-        """Stop listening and drop every connection."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        if self._server is not None:
-            self._server.close()
-        for connection in list(self.connections):
-            connection.abort()
-        await asyncio.sleep(0)  # the transports close their sockets in the next turn of the loop
+        server = await listen(self, self.config.port, self._tls)
+        port = server.sockets[0].getsockname()[1]
+        return f"{'http' if self._tls is None else 'https'}://{HOST}:{port}"
 
     def local_ms(self) -> int:
         """Local time in milliseconds since the epoch; exchange time is `book.clock_skew_ms` later."""
@@ -160,22 +123,30 @@ class ExchangeServer:
         if request.path.startswith(control.PREFIX):
             return Reply(control.answer(self, request.method, request.path, request.body))
         self.in_flight += 1
-        tally = self.tally
-        tally.connections_opened += request.on_fresh_connection
-        tally.peak_in_flight = max(tally.peak_in_flight, self.in_flight)
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self._note(request)
         reply = self._reply(request)
-        tally.count(request.label, reply)
-        return self._stamped(request, reply)
+        known = request.label in self.requests or len(self.requests) < MAX_LABELS
+        answers = self.requests.setdefault(request.label if known else "other", Counter())
+        answers["none" if reply.delivery in _SILENT else str(reply.answer.status)] += 1
+        reply.used_weight = self.edge.used_weight(request.peer, self._server_ms())
+        reply.delay_ms += self.latency_ms
+        return reply
 
     def _note(self, request: Request) -> None:
-        if (request.method, request.path) in ORDER_CALLS:
-            with suppress(Refusal, ValueError):
-                said, parent = read_parameters(request), None
-                if request.path == CHILD_ORDER:
-                    parent = self.book.parent(int(said.get("orderId", 0)))
-                skew_ms = self.book.clock_skew_ms
-                self.arrivals.note(request.arrival_ns, request.method, request.port, said, skew_ms, parent)
+        if (request.method, request.path) not in ORDER_CALLS:
+            return
+        with suppress(Refusal, ValueError):
+            said = read_parameters(request)
+            order_id = int(said["orderId"]) if "orderId" in said else None
+            algo_id = int(said["algoId"]) if "algoId" in said else None
+            if order_id is not None:
+                algo_id = self.book.parent(order_id)
+            signed_ms = int(said.get("timestamp", 0)) - self.book.clock_skew_ms
+            client_id = said.get("clientAlgoId")
+            self.arrivals.append(
+                Arrival(request.arrival_ns, request.method, request.port, algo_id, client_id, signed_ms, order_id)
+            )
 
     def request_ended(self, request: Request) -> None:
         """A request that `handle` was given is over."""
@@ -188,7 +159,7 @@ class ExchangeServer:
             DuplicateClientId: an open order of the account has this client id.
         """
         order = self.book.add(account, terms, now_ms)
-        self.plan.admit([order.algo_id])
+        self.plan.admit(order.algo_id)
         return order
 
     def set_price(self, symbol: str, price: str) -> None:
@@ -197,44 +168,48 @@ class ExchangeServer:
         Raises:
             ValueError: no such symbol, or no price.
         """
-        value, now_ms, timing = self.state.prices.set(symbol, price), self.local_ms(), self.config.timing
+        value = Decimal(price) if price.replace(".", "", 1).isdecimal() else Decimal(0)
+        if symbol not in self.prices or value <= 0:
+            raise ValueError(f"symbol {symbol!r} or mark_price {price!r}: a symbol of exchangeInfo and a price above 0")
+        self.prices[symbol] = value
+        now_ms = self.local_ms()
         for order in self.book.orders(now_ms):
             if order.terms.symbol == symbol and order.status is AlgoStatus.NEW and order.sees(value):
-                self.book.trigger(
-                    order,
-                    now_ms,
-                    triggered_after_ms=timing.triggering_ms,
-                    finished_after_ms=order.terms.fills_after_ms,
-                    id_after_ms=timing.child_id_lag_ms,
-                    child_after_ms=timing.child_lag_ms,
-                )
+                self.book.trigger(order, now_ms, self._course(finished_after_ms=order.terms.fills_after_ms))
 
-    def statistics(self) -> dict[str, object]:
-        """The fields of `control.ExchangeStats`."""
-        tally, now_ms = self.tally, self.local_ms()
-        incidents = [
-            {
-                "fault": incident.fault,
-                "peer": incident.peer,
-                "started_ms": incident.started_ms,
-                "duration_ms": incident.until_ms - incident.started_ms,
-                "requests_ms": incident.requests_ms,
-            }
-            for incident in self.edge.incidents
-        ]
-        return {
-            "requests": tally.requests,
-            "bad_signatures": tally.bad_signatures,
-            "connections_opened": tally.connections_opened,
-            "deletes_on_fresh_connections": tally.deletes_on_fresh_connections,
-            "peak_in_flight": tally.peak_in_flight,
-            "in_flight": self.in_flight,
-            "used_weight": self.edge.most_used_weight(now_ms + self.book.clock_skew_ms),
-            "peak_used_weight": self.edge.peak_used_weight,
-            "orders_by_status": Counter(order.status for order in self.book.orders(now_ms)),
-            "faults_injected": self.plan.injected,
-            "incidents": incidents,
-        }
+    def _course(self, **more: Any) -> Course:
+        """A trigger as the configuration has it, but for ``more``."""
+        timing = self.config.timing
+        usual = Course(timing.triggering_ms, timing.child_id_lag_ms, timing.child_lag_ms, timing.finished_after_ms)
+        return replace(usual, **more)
+
+    def account(self, name: str | None) -> str:
+        """The account of this name, or the first one.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        name = name or next(iter(self.config.accounts))
+        if name not in self.config.accounts:
+            raise ValueError(f"no account {name!r}")
+        return name
+
+    def statistics(self) -> control.ExchangeStats:
+        """What came since the start or reset."""
+        return control.ExchangeStats(
+            requests={label: dict(answers) for label, answers in self.requests.items()},
+            bad_signatures=self.bad_signatures,
+            in_flight=self.in_flight,
+            peak_in_flight=self.peak_in_flight,
+            used_weight=self.edge.most_used_weight(self._server_ms()),
+            peak_used_weight=self.edge.peak_used_weight,
+            orders_by_status=dict(Counter(order.status for order in self.book.orders(self.local_ms()))),
+            faults_injected=dict(self.plan.injected),
+            incidents=self.edge.incidents,
+        )
+
+    def _server_ms(self) -> int:
+        return self.local_ms() + self.book.clock_skew_ms
 
     def _reply(self, request: Request) -> Reply:
         now_ms = self.local_ms()
@@ -253,38 +228,31 @@ class ExchangeServer:
             if endpoint is not None:
                 answer = Answer.of(endpoint.answer(self._asked(endpoint.security, request, now_ms)))
                 lists = route == ("GET", OPEN_ALGO_ORDERS)
-                fault = self.plan.meet(EVERY_LIST, Call.LIST, now_ms) if lists else None
+                fault = self.plan.meet(EVERY_LIST, Call.LIST_OPEN, now_ms) if lists else None
                 return self._met(request.peer, fault, lambda _: answer)
         except Refusal as refusal:
             return Reply(refusal.answer)
-        return Reply(Answer.error(404, -5000, f"Path {request.path}, Method {request.method} is invalid"))
+        return Reply(Answer.error(-5000, f"Path {request.path}, Method {request.method} is invalid", 404))
 
     def _asked(self, security: Security, request: Request, now_ms: int) -> Asked:
-        if security.signature:
+        if security is Security.SIGNED:
             account, said = self._authenticated(request, now_ms)
-            return Asked(self.state, account.name, said, now_ms)
-        name = keyed(request, self._accounts).name if security.key else ""
-        return Asked(self.state, name, read_parameters(request), now_ms)
-
-    def _stamped(self, request: Request, reply: Reply) -> Reply:
-        reply.used_weight = self.edge.used_weight(request.peer, self.local_ms() + self.book.clock_skew_ms)
-        reply.delay_ms += self.latency_ms
-        return reply
+            return Asked(self, account.name, said, now_ms)
+        name = keyed(request, self._accounts).name if security is Security.KEYED else ""
+        return Asked(self, name, read_parameters(request), now_ms)
 
     def _authenticated(self, request: Request, now_ms: int) -> tuple[Account, dict[str, str]]:
         try:
             return authenticated(request, self._accounts, now_ms + self.book.clock_skew_ms)
         except Refusal as refusal:
-            self.tally.bad_signatures += refusal.answer is BAD_SIGNATURE
+            self.bad_signatures += refusal.answer is BAD_SIGNATURE
             raise
 
     def _about_order(self, call: Call, request: Request, now_ms: int) -> Reply:
-        if call is Call.CANCEL:
-            self.tally.deletes_on_fresh_connections += request.on_fresh_connection
         account, parameters = self._authenticated(request, now_ms)
         target = self._meant(call, account.name, parameters, now_ms)
         if target is not None and call.cancels:
-            target.note_delete(request.arrival_ns)
+            target.deletes, target.unseen = target.deletes + 1, False
         elif target is not None:
             target.gets += 1
         if target is None or target.is_hidden(now_ms):
@@ -294,7 +262,7 @@ class ExchangeServer:
         return self._met(request.peer, fault, partial(self._own_answer, call, target))
 
     def _meant(self, call: Call, account: str, parameters: dict[str, str], now_ms: int) -> Order | Child | None:
-        if call in OF_CHILD:
+        if call.of_child:
             symbol, name = read_child(parameters)
             return self.book.find_child(account, symbol, name, now_ms)
         algo_id, client_algo_id = read_order_ids(parameters)
@@ -337,14 +305,12 @@ class ExchangeServer:
             case Effect.CANCEL_LATER:
                 delay_s = timing.late_execution_ms / 1_000
                 asyncio.get_running_loop().call_later(delay_s, lambda: book.cancel(target, self.local_ms()))
-            case Effect.SOMEBODY_CANCELS:
-                book.cancel(target, now_ms, by_request=False)
-            case Effect.EXPIRE | Effect.REJECT | Effect.EXPIRE_IN_MATCH:
+            case Effect.SOMEBODY_CANCELS | Effect.EXPIRE | Effect.REJECT | Effect.EXPIRE_IN_MATCH:
                 book.end(target, effect.value, now_ms)
             case Effect.HIDE:
                 target.unseen = True
             case Effect.FORGET:
-                book.forget(target, now_ms + timing.forgotten_ms)
+                target.hidden_until_ms = now_ms + timing.forgotten_ms
             case _ if isinstance(target, Child):
                 return self._execute(target, effect, now_ms)
             case Effect.CANCEL_AND_REUSE_CLIENT_ID:
@@ -352,8 +318,14 @@ class ExchangeServer:
                     terms = OrderTerms(target.terms.symbol, client_algo_id=target.client_algo_id)
                     # A millisecond later: a client that pins ids by time can tell the two apart.
                     book.add(target.account, terms, now_ms + 1, decoy=True)
-            case _:
-                self._trigger_with(target, effect, now_ms)
+            case Effect.TRIGGER:
+                book.trigger(target, now_ms, self._course())
+            case Effect.TRIGGER_AT_ONCE:
+                book.trigger(target, now_ms, self._course(triggered_after_ms=0))
+            case Effect.TRIGGER_STUCK:
+                book.trigger(target, now_ms, self._course(triggered_after_ms=None))
+            case Effect.TRIGGER_REJECTED:
+                book.trigger(target, now_ms, self._course(rejected=True))
         return False
 
     def _execute(self, child: Child, effect: Effect, now_ms: int) -> bool:
@@ -363,29 +335,6 @@ class ExchangeServer:
             return False
         half = (child.orig_qty - child.executed_qty) / 2
         return self.book.fill(child, now_ms, str(half)) and self.book.cancel(child, now_ms)
-
-    def _trigger_with(self, order: Order, effect: Effect, now_ms: int) -> None:
-        timing = self.config.timing
-        after_ms: int | None = timing.triggering_ms
-        if effect is Effect.TRIGGER_AT_ONCE:
-            after_ms = 0
-        elif effect is Effect.TRIGGER_STUCK:
-            after_ms = None
-        self.book.trigger(
-            order,
-            now_ms,
-            triggered_after_ms=after_ms,
-            finished_after_ms=timing.finished_after_ms,
-            rejected=effect is Effect.TRIGGER_REJECTED,
-            id_after_ms=timing.child_id_lag_ms,
-            child_after_ms=timing.child_lag_ms,
-        )
-
-    def _sweep(self) -> None:
-        idle_s = self.config.idle_close_s
-        for connection in list(self.connections):
-            connection.close_if_idle(idle_s)
-        self._sweeper = asyncio.get_running_loop().call_later(min(max(idle_s / 10, 0.02), 1.0), self._sweep)
 
 
 def _twisted(answer: Answer, delivery: Delivery, huge_body_bytes: int) -> Answer:
@@ -435,13 +384,12 @@ async def _serve(exchange: ExchangeServer) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    await exchange.start()
-    sys.stdout.write(json.dumps({"url": exchange.url}) + "\n")
+    url = await exchange.start()
+    sys.stdout.write(json.dumps({"url": url}) + "\n")
     sys.stdout.flush()
     stop = partial(loop.call_soon_threadsafe, stopped.set)
     threading.Thread(target=_watch_stdin, args=(stop,), name="stdin", daemon=True).start()
     await stopped.wait()
-    await exchange.close()
 
 
 def main() -> int:

@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from producer.message import OutcomeKind
 from worker.sandbox.report import Report, counts
@@ -23,72 +23,43 @@ _LINE_S = 2.0
 _PICTURE_S = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """How far a run has got."""
+class Screen:
+    """Shows how a run goes on: as a live picture of rich's, or else in plain lines."""
 
-    wanted: int = 0
-    kinds: Mapping[OutcomeKind, int] = field(default_factory=dict)
-    requests: int = 0  # that the exchange received
-    elapsed_s: float = 0.0  # since the first request was enqueued
-
-    def words(self) -> str:
-        """All but the number of outcomes, in a few words."""
-        rate = sum(self.kinds.values()) / self.elapsed_s if self.elapsed_s else 0.0
-        kinds = f"{counts(dict(self.kinds))}; " if self.kinds else ""
-        return f"{kinds}{self.requests} requests to the exchange, {rate:.0f} outcomes/s"
-
-
-class Progress(Protocol):
-    """Shows how a run goes on."""
-
-    #: Snapshots are worth making this often, s.
-    every_s: float
+    def __init__(self, live: Any = None) -> None:
+        self._live = live
+        self._task = live and live.add_task("starting", total=None, words="")
+        self._began_s = time.monotonic()
+        #: The state is worth being shown this often, s.
+        self.every_s = _PICTURE_S if live else _LINE_S
 
     def say(self, what: str) -> None:
         """A step of the run began."""
+        if self._live:
+            self._live.update(self._task, description=what)
+        else:
+            note(f"{time.monotonic() - self._began_s:5.1f} s  {what}")
 
-    def show(self, snapshot: Snapshot) -> None:
-        """The present state."""
-
-
-class _Lines:
-    every_s = _LINE_S
-
-    def __init__(self) -> None:
-        self._began_s = time.monotonic()
-
-    def say(self, what: str) -> None:
-        note(f"{time.monotonic() - self._began_s:5.1f} s  {what}")
-
-    def show(self, snapshot: Snapshot) -> None:
-        self.say(f"{sum(snapshot.kinds.values())} of {snapshot.wanted} outcomes: {snapshot.words()}")
-
-
-class _Live:
-    every_s = _PICTURE_S
-
-    def __init__(self, progress: Any) -> None:
-        self._progress = progress
-        self._task = progress.add_task("starting", total=None, words="")
-
-    def say(self, what: str) -> None:
-        self._progress.update(self._task, description=what)
-
-    def show(self, snapshot: Snapshot) -> None:
-        done = sum(snapshot.kinds.values())
-        self._progress.update(self._task, completed=done, total=snapshot.wanted or None, words=snapshot.words())
+    def show(self, wanted: int, kinds: Mapping[OutcomeKind, int], requests: int, elapsed_s: float) -> None:
+        """So many outcomes are wanted and so many there, after as many requests to the exchange; ``elapsed_s`` since
+        the first was enqueued."""
+        done = sum(kinds.values())
+        words = f"{counts(dict(kinds))}; " if kinds else ""
+        words += f"{requests} requests to the exchange, {done / elapsed_s if elapsed_s else 0:.0f} outcomes/s"
+        if self._live:
+            self._live.update(self._task, completed=done, total=wanted or None, words=words)
+        else:
+            self.say(f"{done} of {wanted} outcomes: {words}")
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
+def progress() -> Iterator[Screen]:
     """A live picture if stderr is a terminal and rich is there, else plain lines."""
     console = _console(stderr=True)
     if console is None or not console.is_terminal:
-        yield _Lines()
+        yield Screen()
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as RichProgress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description}"),
@@ -97,8 +68,8 @@ def progress() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[words]}"),
     )
-    with RichProgress(*columns, console=console, refresh_per_second=5) as live:
-        yield _Live(live)
+    with Progress(*columns, console=console, refresh_per_second=5) as live:
+        yield Screen(live)
 
 
 def note(line: str) -> None:

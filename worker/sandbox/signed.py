@@ -10,6 +10,7 @@ import binascii
 import hmac
 import re
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from worker.sandbox.control import ConfigError
@@ -36,21 +37,20 @@ class Refusal(Exception):
     @classmethod
     def of(cls, code: int, msg: str) -> Refusal:
         """A refusal with status 400."""
-        return cls(Answer.error(400, code, msg))
+        return cls(Answer.error(code, msg))
 
 
-class Account:
-    """An API key and the way to check its signatures."""
+class Account(NamedTuple):
+    """Whose an API key is, and whether that key's secret, or private key, made the signature of exactly these bytes."""
 
-    def __init__(self, name: str, secret_or_public_key: str) -> None:
-        """Raises ConfigError for a public key that cannot be read or is of an unknown kind."""
-        self.name = name
-        checker = _public_key_check if secret_or_public_key.startswith("-----BEGIN ") else _hmac_check
-        self._check = checker(name, secret_or_public_key.encode())
+    name: str
+    signed: Callable[[bytes, str], bool]
 
-    def signed(self, payload: bytes, signature: str) -> bool:
-        """Whether this account's key made the signature of exactly these bytes."""
-        return self._check(payload, signature)
+    @classmethod
+    def of(cls, name: str, secret_or_public_key: str) -> Account:
+        """An account. Raises ConfigError for a public key that cannot be read or is of an unknown kind."""
+        check = _public_key_check if secret_or_public_key.startswith("-----BEGIN ") else _hmac_check
+        return cls(name, check(name, secret_or_public_key.encode()))
 
 
 def _hmac_check(_name: str, secret: bytes) -> Callable[[bytes, str], bool]:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Protocol, cast
+from typing import TYPE_CHECKING
 
 from worker.sandbox.faults import Answer, Delivery
 
+if TYPE_CHECKING:
+    from worker.sandbox.server import ExchangeServer
+
+HOST = "127.0.0.1"
+IDLE_CLOSE_S = 60.0
 MAX_HEAD_BYTES = 16 * 1024
 MAX_BODY_BYTES = 16 * 1024 * 1024
+#: Deliveries after which there is no connection any more.
+_LAST_WORDS = frozenset({Delivery.CLOSED, Delivery.RESET, Delivery.CUT_SHORT, Delivery.NOT_HTTP, Delivery.THEN_CLOSED})
 
 
 @dataclass(slots=True)
@@ -29,7 +37,6 @@ class Request:
     arrival_ns: int
     peer: str
     port: int
-    on_fresh_connection: bool
 
     @property
     def label(self) -> str:
@@ -61,16 +68,31 @@ class Reply:
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
-class Exchange(Protocol):
-    """Who answers what a connection reads."""
+async def listen(exchange: ExchangeServer, port: int, tls: ssl.SSLContext | None) -> asyncio.Server:
+    """Serve clients on loopback; their requests are given to the exchange's `handle`.
 
-    connections: set[Connection]
+    Raises:
+        OSError: the port is taken.
+    """
 
-    def handle(self, request: Request) -> Reply:
-        """The reply to one request; `request_ended` must follow when it has been delivered or the client is gone."""
+    served: set[asyncio.Task[None]] = set()  # the loop itself would let go of them
 
-    def request_ended(self, request: Request) -> None:
-        """A request that `handle` was given is over."""
+    def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(_Connection(exchange, reader, writer).serve())
+        served.add(task)
+        task.add_done_callback(served.discard)
+
+    def connected() -> asyncio.Protocol:
+        return _Protocol(asyncio.StreamReader(MAX_HEAD_BYTES), serve)
+
+    return await asyncio.get_running_loop().create_server(connected, HOST, port, backlog=1_024, ssl=tls)
+
+
+class _Protocol(asyncio.StreamReaderProtocol):
+    def eof_received(self) -> bool:
+        """A client that sends no more waits for no answer either: the connection ends."""
+        super().eof_received()
+        return False
 
 
 class _Malformed(Exception):
@@ -81,77 +103,39 @@ class _Malformed(Exception):
         self.status = status
 
 
-class Connection(asyncio.Protocol):
+class _Connection:
     """One client connection: requests are served one after another, so that pipelined ones get answers in order."""
 
-    def __init__(self, exchange: Exchange, drip_interval_ms: int) -> None:
-        self._exchange = exchange
-        self._drip_interval_s = drip_interval_ms / 1_000
-        self._loop = asyncio.get_running_loop()
-        self._buffer = bytearray()
-        self._current: Request | None = None
-        self._serving = False
-        self._lost = False
+    def __init__(self, exchange: ExchangeServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._exchange, self._reader, self._writer = exchange, reader, writer
         self._keep_alive = True
-        self._requests = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._peer, self._port = "?", 0
-        self.last_active_s = self._loop.time()
+        self._gone = asyncio.create_task(writer.wait_closed())
+        self._gone.add_done_callback(lambda task: task.cancelled() or task.exception())  # how it ended is of no matter
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by asyncio."""
-        self._transport = cast(asyncio.Transport, transport)
-        self._peer, self._port = (transport.get_extra_info("peername") or ("?", 0))[:2]
-        self._exchange.connections.add(self)
-
-    def data_received(self, data: bytes) -> None:
-        """Called by asyncio."""
-        self._buffer += data
-        self.last_active_s = self._loop.time()
-        if self._current is None:
-            self._serve()
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Called by asyncio. What the request still has to do to its order is done all the same."""
-        self._lost = True
-        self._exchange.connections.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._end()
-
-    def close_if_idle(self, idle_s: float) -> None:
-        """Close the connection without notice when nothing has come for so long and no answer is owed."""
-        if self._current is None and self._loop.time() - self.last_active_s >= idle_s:
-            self._transport.close()
-
-    def abort(self) -> None:
-        """Close the connection now."""
-        self._transport.abort()
-
-    def _serve(self) -> None:
-        # A loop, not recursion: a thousand pipelined requests would be as many frames.
-        self._serving = True
+    async def serve(self) -> None:
+        """Until the client leaves, is idle for too long, or is to be rid of."""
         try:
-            while self._current is None and not self._transport.is_closing():
-                request = self._parse()
-                if request is None:
-                    return
-                self._current = request
-                self._requests += 1
-                self._dispatch(self._exchange.handle(request))
+            while self._keep_alive:
+                async with asyncio.timeout(IDLE_CLOSE_S):
+                    request = await self._read()
+                reply = self._exchange.handle(request)
+                try:
+                    await self._answer(reply)
+                finally:
+                    self._exchange.request_ended(request)
         except _Malformed as error:
-            self._transport.write(Reply(Answer(error.status)).head())
-            self._transport.close()
+            self._writer.write(Reply(Answer(error.status)).head())
+        except (OSError, EOFError):  # it has left, or was idle
+            pass
         finally:
-            self._serving = False
+            self._writer.close()
 
-    def _parse(self) -> Request | None:
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0:
-            if len(self._buffer) > MAX_HEAD_BYTES:
-                raise _Malformed(431)
-            return None
-        request_line, *header_lines = bytes(self._buffer[:end]).split(b"\r\n")
+    async def _read(self) -> Request:
+        try:
+            head = await self._reader.readuntil(b"\r\n\r\n")
+        except asyncio.LimitOverrunError:
+            raise _Malformed(431) from None
+        request_line, *header_lines = head[:-4].split(b"\r\n")
         headers = {}
         for line in header_lines:
             name, _, value = line.partition(b":")
@@ -161,90 +145,52 @@ class Connection(asyncio.Protocol):
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             raise _Malformed(413 if length.isdigit() else 400)
-        stop = end + 4 + int(length)
-        if len(self._buffer) < stop:
-            return None
-        body = bytes(self._buffer[end + 4 : stop])
-        del self._buffer[:stop]
-        return self._request(request_line, headers, body)
-
-    def _request(self, request_line: bytes, headers: dict[bytes, bytes], body: bytes) -> Request:
+        body = await self._reader.readexactly(int(length))
         parts = request_line.split(b" ")
         if len(parts) != 3 or not parts[2].startswith(b"HTTP/1."):
             raise _Malformed(400)
         path, _, query = parts[1].partition(b"?")
         connection = headers.get(b"connection", b"").lower()
         self._keep_alive = connection == b"keep-alive" if parts[2] == b"HTTP/1.0" else connection != b"close"
-        return Request(
-            parts[0].decode("latin-1"),
-            path.decode("latin-1"),
-            query,
-            headers,
-            body,
-            time.time_ns(),
-            self._peer,
-            self._port,
-            on_fresh_connection=self._requests == 0,
-        )
+        peer, port = (self._writer.get_extra_info("peername") or ("?", 0))[:2]
+        method = parts[0].decode("latin-1")
+        return Request(method, path.decode("latin-1"), query, headers, body, time.time_ns(), peer, port)
 
-    def _dispatch(self, reply: Reply) -> None:
-        if reply.delay_ms <= 0:
-            self._resume(reply)
-        elif reply.resume is not None:
-            # Not kept in _timer: the order is cancelled even when the client has gone by then.
-            self._loop.call_later(reply.delay_ms / 1_000, self._resume, reply)
-        else:
-            self._timer = self._loop.call_later(reply.delay_ms / 1_000, self._deliver, reply)
-
-    def _resume(self, reply: Reply) -> None:
-        self._deliver(reply if reply.resume is None else reply.resume())
-
-    def _deliver(self, reply: Reply) -> None:
-        if self._lost:
+    async def _answer(self, reply: Reply) -> None:
+        if reply.resume is not None:
+            # In any case: the order is cancelled even when the client has gone by then.
+            await asyncio.sleep(reply.delay_ms / 1_000)
+            reply = reply.resume()
+        elif not await self._stays(reply.delay_ms):
             return
         head, body = reply.head(), reply.answer.body
+        if reply.delivery in _LAST_WORDS:
+            self._keep_alive = False
         match reply.delivery:
             case Delivery.CLOSED:
-                self._transport.close()
+                return
             case Delivery.RESET:
-                self._reset()
+                # Lingering for zero seconds makes the kernel send RST instead of FIN.
+                raw = self._writer.get_extra_info("socket")
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._writer.transport.abort()
             case Delivery.CUT_SHORT:
-                self._transport.write(head + body[: len(body) // 2])
-                self._transport.close()
+                self._writer.write(head + body[: len(body) // 2])
             case Delivery.NOT_HTTP:
-                self._transport.write(b"\x15\x03\x03 this is no HTTP\r\n\r\n")
-                self._transport.close()
+                self._writer.write(b"\x15\x03\x03 this is no HTTP\r\n\r\n")
             case Delivery.DRIPPED:
-                self._drip(head + body, 0)
+                for byte in head + body:
+                    self._writer.write(bytes([byte]))
+                    if not await self._stays(self._exchange.config.timing.drip_interval_ms):
+                        return
             case _:
-                self._transport.write(head + body)
-                self._finish(close=reply.delivery is Delivery.THEN_CLOSED)
+                self._writer.write(head + body)
 
-    def _drip(self, data: bytes, sent: int) -> None:
-        if sent == len(data):
-            self._finish(close=False)
-            return
-        self._transport.write(data[sent : sent + 1])
-        self._timer = self._loop.call_later(self._drip_interval_s, self._drip, data, sent + 1)
-
-    def _reset(self) -> None:
-        # Lingering for zero seconds makes the kernel send RST instead of FIN.
-        raw = self._transport.get_extra_info("socket")
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._transport.abort()
-
-    def _finish(self, *, close: bool) -> None:
-        self._end()
-        self.last_active_s = self._loop.time()
-        if close or not self._keep_alive:
-            self._transport.close()
-        elif not self._serving:
-            self._serve()
-
-    def _end(self) -> None:
-        if self._current is not None:
-            self._exchange.request_ended(self._current)
-            self._current = None
+    async def _stays(self, pause_ms: float) -> bool:
+        """Whether the client is still there after so long; where it leaves, that is known at once."""
+        if pause_ms > 0:
+            await asyncio.wait([self._gone], timeout=pause_ms / 1_000)
+        return not self._gone.done()
 
 
 def _reason(status: int) -> str:
