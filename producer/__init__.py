@@ -49,23 +49,8 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {
-    "aio": ("AsyncCancelClient", "AsyncOpenTicket", "AsyncTicket"),
-    "client": ("CancelClient", "OpenTicket", "Ticket"),
-    "message": ("Attempt", "CancelRequest", "OnTrigger", "Outcome", "OutcomeKind"),
-    "open_orders": ("OpenOrder", "OpenOutcome"),
-    "protocol": (
-        "CancelQueueError",
-        "LedgerGap",
-        "NotDurable",
-        "QueueUnavailable",
-        "UnknownRequest",
-        "WaitTimeout",
-    ),
-    "untrusted": ("InvalidRequest", "MalformedMessage"),
-    "waiting": ("Waited",),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+#: Where these names are looked for, in this order: each module has loaded those before it, or needs none of them.
+_HOMES = ("message", "untrusted", "protocol", "open_orders", "waiting", "client", "aio")
 
 
 def __getattr__(name: str) -> object:
@@ -74,10 +59,11 @@ def __getattr__(name: str) -> object:
         return _version()
     if name in _HOMES:
         return importlib.import_module(f"producer.{name}")
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"producer.{_HOME_OF[name]}"), name)
-    return value
+    for home in _HOMES if name in __all__ else ():
+        if (value := getattr(importlib.import_module(f"producer.{home}"), name, None)) is not None:
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _version() -> str:

@@ -10,29 +10,15 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import redis
 
-from producer.link import CONNECTIONS
+from producer.lines import BaseLines
 from producer.place import Place
-from producer.protocol import (
-    CHUNK,
-    Commands,
-    Conversation,
-    NoConnectionFree,
-    NotOurs,
-    Slow,
-    Wire,
-    availability,
-    packets,
-    steps,
-    weight,
-)
+from producer.protocol import CHUNK, UNSENT, Commands, NoConnectionFree, Slow, Wire, packets, weight
 from producer.redis_url import is_refused
-from producer.waiting import LOOK_S, Waiters, unheard
-
-T = TypeVar("T")
+from producer.waiting import unheard
 
 
 class _Trip:
@@ -64,7 +50,11 @@ class AsyncLink:
         """
         try:
             async with asyncio.timeout_at(ends_at):
-                await self._prepare(distrusted_at)
+                try:
+                    await self._prepare(distrusted_at)
+                except redis.RedisError as error:
+                    error.add_note(UNSENT)
+                    raise
                 for packed in packets(self._connection, trips):
                     await self._connection.send_packed_command([packed])
                 return [[await self._answer() for _ in range(len(commands))] for commands in trips]
@@ -127,10 +117,7 @@ class AsyncLine:
         except TimeoutError:
             if trip.is_sent:
                 raise redis.TimeoutError("no answer in time") from None
-            raise NoConnectionFree(
-                f"all {self._most} connections of this client were taken until the call's time was up: "
-                "its own limit, Redis was not asked"
-            ) from None
+            raise NoConnectionFree(self._most) from None
 
     async def _run(self) -> None:
         link = self._make()
@@ -188,67 +175,41 @@ class AsyncLine:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class AsyncLines:
+class AsyncLines(BaseLines):
     """All connections of a client in one event loop, and the task that listens for whoever waits."""
+
+    event = asyncio.Event
 
     def __init__(self, place: Place, wire: Wire) -> None:
         self.loop = asyncio.get_running_loop()
         self.pid = os.getpid()
-        self._wire = wire
-        self._address = place.address
-        self._link: Callable[[], AsyncLink] = lambda: AsyncLink(place.make())
-        self._calls = AsyncLine(self._link, CONNECTIONS)
-        self._slow = AsyncLine(self._link, 1)
-        self.waiters = Waiters(wire)
+        super().__init__(place, wire, lambda: AsyncLink(place.make()), AsyncLine)
         self._listening: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
 
-    async def converse(self, conversation: Conversation[T], doubt: str = "", *, repeat: bool = True) -> T:
-        """See :meth:`producer.client.CancelClient.converse`."""
-        trips = steps(conversation, repeat, self.loop.time, self._wire.timeout_s)
-        with availability(self._address, doubt):
-            try:
-                commands, ends_at = next(trips)
-                while True:
-                    line = self._slow if isinstance(commands, Slow) else self._calls
-                    try:
-                        answers = await line.carry(commands, ends_at)
-                    except redis.RedisError as error:
-                        commands, ends_at = trips.throw(error)
-                    else:
-                        commands, ends_at = trips.send(answers)
-            except StopIteration as end:
-                return cast(T, end.value)
-            except NotOurs:
-                self._calls.distrust()
-                raise
+    def _now(self) -> float:
+        return self.loop.time()
 
-    async def listener(self) -> None:
-        """See to it that somebody listens, and that from now on nothing is missed."""
+    @staticmethod
+    async def wait(event: asyncio.Event, timeout_s: float | None) -> bool:
+        """See :meth:`BaseLines.wait`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await event.wait()
+        return event.is_set()
+
+    async def listener(self) -> bool:
+        """See :meth:`BaseLines.listener`."""
         if self._listening is None or self._listening.done():
             self._ready.clear()
             self._listening = self.loop.create_task(self._listen())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._wire.timeout_s):
-                await self._ready.wait()
+        await self.wait(self._ready, self._wire.timeout_s)
+        return True
 
     async def _listen(self) -> None:
-        link, listening = self._link(), self.waiters.listen(self._ready.set, self._address)
+        link = self._link()
         try:
-            step = next(listening, None)
-            while step is not None:
-                try:
-                    answers = []
-                    if isinstance(step, float):
-                        await asyncio.sleep(step)
-                    else:
-                        (answers,) = await link.ask([step], self.loop.time() + LOOK_S + self._wire.timeout_s)
-                except redis.RedisError as error:
-                    step = listening.throw(error)
-                else:
-                    step = listening.send(answers)
-        except StopIteration:
-            pass
+            await self._hear(link, self._ready.set)
         except Exception as error:
             self.waiters.fail(unheard(error))
             raise
@@ -257,7 +218,7 @@ class AsyncLines:
 
     async def close(self, why: Exception) -> None:
         """Part with the server; whoever waits is told."""
-        self.waiters.fail(why)
+        self.waiters.close(why)
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)

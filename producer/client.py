@@ -7,15 +7,11 @@ outcome is not there yet.
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self, overload
+from typing import Any, Self, cast, overload
 
 import redis
 import redis.asyncio as aio
@@ -23,38 +19,17 @@ from rq.exceptions import NoSuchJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from producer.door import checked_id, checked_position, checked_timeout, checked_wait
+from producer.base import BaseClient
+from producer.door import checked_id, checked_position
 from producer.link import Lines
 from producer.message import DEFAULT_ACCOUNT, DEFAULT_QUEUE, CancelRequest, OnTrigger, OpenRequest, Outcome
-from producer.open_orders import OPEN_IN_DOUBT, OpenOutcome, OpenTicketFields, pursue
-from producer.place import Place, checked_url
-from producer.protocol import (
-    IN_DOUBT,
-    RETRY_IN_DOUBT,
-    TIMEOUT_S,
-    Conversation,
-    QueueUnavailable,
-    T,
-    TicketFields,
-    readable_entries,
-)
+from producer.open_orders import OpenOutcome, OpenTicketFields
+from producer.place import Place
+from producer.protocol import RETRY_IN_DOUBT, Conversation, T, TicketFields, readable_entries
+from producer.redis_url import Address, at_once
 from producer.status import Status
 from producer.untrusted import checked_flag
-from producer.waiting import (
-    LOOK_S,
-    End,
-    QueueWire,
-    Waited,
-    closed,
-    many_wanted,
-    one_wanted,
-    outcome_or_raise,
-    proven,
-    readable,
-    split,
-    timed_out,
-    wanted_of,
-)
+from producer.waiting import QueueWire, Waited, closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +41,7 @@ class Ticket(TicketFields):
 
     _client: CancelClient | None = field(default=None, repr=False, compare=False)
 
-    def wait(self, timeout_s: float | None = None) -> Outcome:
+    def wait(self, timeout_s: float | timedelta | None = None) -> Outcome:
         """Block until the outcome is recorded, at most ``timeout_s`` seconds (None: as long as it takes).
 
         Raises:
@@ -92,13 +67,16 @@ class OpenTicket(OpenTicketFields):
         return self.needed(self._client).wait(self, timeout_s)
 
 
-class CancelClient:
+class CancelClient(BaseClient):
     """Puts cancel requests on a queue and reads their outcomes. One for a process is enough.
 
     Any number of threads may use it: it holds at most 4 connections, for which its callers queue, and none of them
     crosses a fork. A ``connection`` of yours says where Redis is, and by its ``socket_timeout`` (2 s if it has none)
     how long a call may take; the client makes connections of its own from it.
     """
+
+    _ticket = Ticket
+    _open_ticket = OpenTicket
 
     def __init__(self, connection: redis.Redis, queue: str = DEFAULT_QUEUE) -> None:
         self._place = Place.of(connection, redis.Redis, aio.Redis, "AsyncCancelClient")
@@ -109,19 +87,7 @@ class CancelClient:
         self._is_closed = False
 
     @classmethod
-    def from_url(
-        cls, url: str, queue: str = DEFAULT_QUEUE, *, timeout_s: float | timedelta | None = None, **options: Any
-    ) -> Self:
-        """A client for the Redis at ``url``; ``options`` go to redis-py's connections.
-
-        ``timeout_s`` bounds each call (each thousand of `cancel_many`), waiting for a connection and a repeat included;
-        left out, the URL's ``socket_timeout`` does, else 2 s.
-
-        Raises:
-            InvalidRequest: ``url``, ``timeout_s`` or ``queue`` cannot be used.
-        """
-        address = checked_url(url)
-        call_s = checked_timeout(address.options.get("socket_timeout", TIMEOUT_S) if timeout_s is None else timeout_s)
+    def _at(cls, address: Address, call_s: float, options: dict[str, Any], queue: str) -> Self:
         return cls(address.client(call_s, **options), queue)
 
     def close(self) -> None:
@@ -168,12 +134,7 @@ class CancelClient:
 
         Requests for one order share a ticket, also by client id alone. Raises like :meth:`cancel`.
         """
-        accepted = self.converse(self._wire.enqueue(requests, durable), doubt=IN_DOUBT)
-        tickets = [Ticket(*carried, self) for carried in accepted.carried]
-        if accepted.not_durable is not None:
-            accepted.not_durable.tickets = tickets
-            raise accepted.not_durable
-        return tickets
+        return at_once(self._enqueue(requests, durable))
 
     def cancel_open(
         self,
@@ -194,15 +155,8 @@ class CancelClient:
             InvalidRequest: a field breaks its rule; nothing was enqueued.
             QueueUnavailable: Redis did not answer in time; a repeat means the orders that are open then.
         """
-        return self._list_open(
-            OpenRequest(
-                symbol=symbol, account=account, deadline_s=deadline_s, urgent=urgent, tag=tag, on_trigger=on_trigger
-            )
-        )
-
-    def _list_open(self, request: OpenRequest) -> OpenTicket:
-        accepted = self.converse(self._wire.enqueue([request], durable=False), doubt=OPEN_IN_DOUBT)
-        return OpenTicket(*accepted.carried[0], _client=self, asked_ms=accepted.asked_ms)
+        request = OpenRequest(None, None, account, deadline_s, urgent, symbol, tag, on_trigger)
+        return cast(OpenTicket, at_once(self._list_open(request)))
 
     def outcome(self, ticket_or_id: TicketFields | str) -> Outcome | None:
         """The outcome of a request, or None while there is none (or no longer: it is kept for OUTCOME_TTL_S).
@@ -211,18 +165,14 @@ class CancelClient:
             MalformedMessage: its record is not an outcome of this version, or not about this order.
             QueueUnavailable: Redis did not answer.
         """
-        ((job_id, request),) = one_wanted(ticket_or_id).items()
-        ends = self.converse(self._wire.look([job_id], for_the_gone=False))
-        return outcome_or_raise(proven(ends[job_id], request)) if job_id in ends else None
+        return at_once(self._outcome(ticket_or_id))
 
     def outcomes_of(self, tickets_or_ids: Iterable[TicketFields | str]) -> dict[str, Outcome]:
         """Those outcomes that are there, by id; one round trip for each 1,000, two where some failed.
 
         A record that is no outcome of this version, or not about the ticket, is left out and logged with its id.
         """
-        wanted = wanted_of(tickets_or_ids)
-        ends = self.converse(self._wire.look(wanted, for_the_gone=False))
-        return readable({job_id: proven(end, wanted[job_id]) for job_id, end in ends.items()})
+        return at_once(self._outcomes_of(tickets_or_ids))
 
     def outcomes(self, after: str = "0-0", *, follow: bool = False) -> Iterator[tuple[str, Outcome]]:
         """The ledger after a stream id: pairs of stream id and outcome, oldest first; ``follow`` waits for new ones.
@@ -247,22 +197,8 @@ class CancelClient:
                 for position, outcome in readable_entries(page):
                     if outcome is not None:
                         yield position, outcome
-                if not page and not (follow and goes_on_after(position)):
+                if not page and not (follow and at_once(goes_on_after(position))):
                     return
-
-    @contextlib.contextmanager
-    def _news(self) -> Iterator[Callable[[str], bool]]:
-        """A function that waits for news of the ledger, and says whether it goes on after an entry or may do so."""
-        lines, news = self._mine(), threading.Event()
-
-        def goes_on_after(_: str) -> bool:
-            lines.listener()
-            news.wait(LOOK_S)
-            news.clear()
-            return True
-
-        with lines.waiters.waiting((), news.set):
-            yield goes_on_after
 
     @overload
     def wait(self, ticket_or_id: Ticket | str, timeout_s: float | timedelta | None = None) -> Outcome: ...
@@ -273,9 +209,7 @@ class CancelClient:
     ) -> Outcome | OpenOutcome:
         """Block until a request has an outcome; see :meth:`Ticket.wait`. For a ticket of `cancel_open`, until all
         its orders have theirs; by its id alone, until they are listed."""
-        if isinstance(ticket_or_id, OpenTicketFields):
-            return self._wait_for_open(ticket_or_id, checked_wait(timeout_s))
-        return outcome_or_raise(*self._ends(one_wanted(ticket_or_id), timeout_s).values())
+        return cast(Outcome | OpenOutcome, at_once(self._wait(ticket_or_id, timeout_s)))
 
     def wait_many(self, tickets_or_ids: Iterable[Ticket | str], timeout_s: float | timedelta | None = None) -> Waited:
         """Block until all have their outcome or the time is up; gives what ended and what stands, and raises nothing
@@ -284,56 +218,7 @@ class CancelClient:
         What stands is given with what `wait` would raise for it: WaitTimeout, UnknownRequest, MalformedMessage or
         QueueUnavailable.
         """
-        return split(self._ends(many_wanted(tickets_or_ids), timeout_s))
-
-    def _wait_for_open(self, ticket: OpenTicketFields, timeout_s: float | None) -> OpenOutcome:
-        began_at = time.monotonic()
-        conversation = pursue(ticket, self.keys.queue)
-        try:
-            step = next(conversation)
-            while True:
-                if isinstance(step, OpenRequest):
-                    step = conversation.send(self._list_open(step))
-                else:
-                    left_s = None if timeout_s is None else max(began_at + timeout_s - time.monotonic(), 0.0)
-                    step = conversation.send(self._ends(dict(step), left_s))
-        except StopIteration as end:
-            outcome: OpenOutcome = end.value
-            return outcome
-
-    def _ends(self, wanted: dict[str, CancelRequest | None], timeout: object) -> dict[str, End]:
-        timeout_s = checked_wait(timeout)
-        began_at = time.monotonic()
-        ends: dict[str, End] = {}
-        try:
-            ends = self.converse(self._wire.look(wanted))
-            if ends.keys() != wanted.keys() and timeout_s != 0:
-                ends |= self._listen_for([job_id for job_id in wanted if job_id not in ends], timeout_s, began_at)
-            if ends.keys() != wanted.keys():
-                ends |= self._timed_out([job_id for job_id in wanted if job_id not in ends], timeout_s)
-        except QueueUnavailable as error:
-            ends = dict.fromkeys(wanted, error) | ends
-        return {job_id: proven(ends[job_id], request) for job_id, request in wanted.items()}
-
-    def _timed_out(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End]:
-        served: bool | None = None
-        with contextlib.suppress(QueueUnavailable):
-            served = self.converse(self._wire.served())
-        return {job_id: timed_out(job_id, timeout_s, self.keys.queue, served) for job_id in job_ids}
-
-    def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:
-        ends_at = None if timeout_s is None else began_at + timeout_s
-        lines, came = self._mine(), threading.Event()
-        with lines.waiters.waiting(job_ids, came.set) as waiter:
-            look_s = math.inf if lines.listener() else LOOK_S
-            while True:
-                # What came before the listener was there, it does not hear of.
-                asked = lines.waiters.came
-                lines.waiters.tell(self.converse(self._wire.look(job_ids)), asked)
-                left_s = math.inf if ends_at is None else max(0.0, ends_at - time.monotonic())
-                pause_s = min(left_s, look_s)
-                if came.wait(None if pause_s == math.inf else pause_s) or pause_s == left_s:
-                    return dict(waiter.ends)
+        return at_once(self._wait_many(tickets_or_ids, timeout_s))
 
     def retry(self, tickets_or_ids: Iterable[TicketFields | str], *, missing_ok: bool = False) -> list[str]:
         """Start a new run, with a new deadline, of requests that ended in a failed kind; returns their ids.
@@ -373,15 +258,8 @@ class CancelClient:
         return job
 
     def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:
-        """Carry a conversation with Redis to its end; ``repeat``: its commands may be sent again if an answer is lost.
-
-        ``doubt`` is what the error says of a call that may have been carried out.
-
-        Raises:
-            InvalidRequest: the client is closed.
-            QueueUnavailable: Redis did not answer, or refused.
-        """
-        return self._mine().converse(conversation, doubt, repeat=repeat)
+        """See :meth:`producer.base.BaseClient.converse`."""
+        return at_once(self._mine().carry(conversation, doubt, repeat))
 
     def _mine(self) -> Lines:
         """The connections of this process: a fork shares its parent's sockets, and must not use them."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha1
 from importlib.resources import files
@@ -68,133 +67,51 @@ def _lua(value: object) -> str:
     return '"' + "".join(plain) + '"'
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """Every Redis key that the project touches, for one queue. ``rq`` is RQ's prefix (its RQ_KEY_PREFIX)."""
+class RqKeys:
+    """RQ's own keys. ``rq`` is its prefix (RQ_KEY_PREFIX)."""
 
-    queue: str = DEFAULT_QUEUE
-    rq: str = "rq"
+    def __init__(self, queue: str, rq: str) -> None:
+        self.waiting = f"{rq}:queue:{queue}"  # list of job ids that wait for a worker
+        self.queues = f"{rq}:queues"  # set in which RQ lists its queues
+        self.job_prefix = f"{rq}:job:"  # job hashes, followed by the id
+        self.result_prefix = f"{rq}:results:"  # result streams, followed by the id
+        #: StartedJobRegistry: `id:execution` scored by when RQ's maintenance may take it for abandoned.
+        self.started = f"{rq}:wip:{queue}"
+        self.scheduled = f"{rq}:scheduled:{queue}"  # ScheduledJobRegistry: id scored by its due time, s
+        self.finished = f"{rq}:finished:{queue}"  # FinishedJobRegistry: id scored by its expiry, s
+        self.failed = f"{rq}:failed:{queue}"  # FailedJobRegistry: id scored by its expiry, s
+        self.canceled = f"{rq}:canceled:{queue}"  # CanceledJobRegistry: id scored by when a person took it back, s
+        #: List in which a stock RQ worker keeps an id until it has begun the job.
+        self.intermediate = f"{self.waiting}:intermediate"
+        self.workers = f"{rq}:workers"  # set of the keys of RQ's workers
+        self.queue_workers = f"{rq}:workers:{queue}"  # the same for this queue alone
+        self.worker_prefix = f"{rq}:worker:"  # worker hashes, followed by the worker's name
+        self.suspended = f"{rq}:suspended"  # exists while `rq suspend` holds
 
-    # RQ's own
-    @property
-    def waiting(self) -> str:
-        """List of job ids that wait for a worker."""
-        return f"{self.rq}:queue:{self.queue}"
 
-    @property
-    def queues(self) -> str:
-        """Set in which RQ lists its queues."""
-        return f"{self.rq}:queues"
+class Keys(RqKeys):
+    """Every Redis key that the project touches, for one queue."""
 
-    @property
-    def job_prefix(self) -> str:
-        """Job hashes, followed by the id."""
-        return f"{self.rq}:job:"
-
-    @property
-    def started(self) -> str:
-        """StartedJobRegistry: `id:execution` scored by when RQ's maintenance may take it for abandoned."""
-        return f"{self.rq}:wip:{self.queue}"
-
-    @property
-    def scheduled(self) -> str:
-        """ScheduledJobRegistry: id scored by its due time in seconds."""
-        return f"{self.rq}:scheduled:{self.queue}"
-
-    @property
-    def finished(self) -> str:
-        """FinishedJobRegistry: id scored by its expiry in seconds."""
-        return f"{self.rq}:finished:{self.queue}"
-
-    @property
-    def failed(self) -> str:
-        """FailedJobRegistry: id scored by its expiry in seconds."""
-        return f"{self.rq}:failed:{self.queue}"
-
-    @property
-    def canceled(self) -> str:
-        """CanceledJobRegistry: id scored by when a person took the job back, in seconds."""
-        return f"{self.rq}:canceled:{self.queue}"
-
-    @property
-    def result_prefix(self) -> str:
-        """RQ's result streams, followed by the id."""
-        return f"{self.rq}:results:"
-
-    @property
-    def intermediate(self) -> str:
-        """List in which a stock RQ worker keeps an id until it has begun the job."""
-        return f"{self.waiting}:intermediate"
-
-    @property
-    def workers(self) -> str:
-        """Set in which RQ lists the keys of its workers."""
-        return f"{self.rq}:workers"
-
-    @property
-    def queue_workers(self) -> str:
-        """The same for this queue alone."""
-        return f"{self.rq}:workers:{self.queue}"
-
-    @property
-    def worker_prefix(self) -> str:
-        """Worker hashes, followed by the worker's name."""
-        return f"{self.rq}:worker:"
-
-    @property
-    def suspended(self) -> str:
-        """Exists while `rq suspend` holds."""
-        return f"{self.rq}:suspended"
-
-    # ours
-    @property
-    def claiming(self) -> str:
-        """List in which an id stands between the blocking move and the claim."""
-        return f"{self.queue}:claiming"
-
-    @property
-    def unfinished(self) -> str:
-        """The index: sorted set of all unfinished ids by when to look at them next, in the bands of :class:`Band`.
-
-        Its name is older than it: held jobs stand in it as they did in the set of leases of version 0.1, so that
-        workers of both versions side by side take over each other's jobs.
-        """
-        return f"{self.queue}:leases"
-
-    @property
-    def outcomes(self) -> str:
-        """The ledger: a stream with one entry for each outcome."""
-        return f"{self.queue}:outcomes"
-
-    @property
-    def counts(self) -> str:
-        """String of all that was ever counted of outcomes, see :mod:`producer.counts`."""
-        return f"{self.queue}:counts"
-
-    @property
-    def minutes(self) -> str:
-        """String with a ring of what :attr:`counts` was at the first outcome of each minute that had one."""
-        return f"{self.queue}:minutes"
-
-    @property
-    def outcome_prefix(self) -> str:
-        """Outcome records, followed by the id."""
-        return f"{self.queue}:outcome:"
-
-    @property
-    def durable(self) -> str:
-        """Written to wait until what was written before it is in the append-only file; lives for seconds."""
-        return f"{self.queue}:durable"
-
-    @property
-    def order_prefix(self) -> str:
-        """Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`; by algo id alone."""
-        return f"{self.queue}:order:"
-
-    @property
-    def suspects(self) -> str:
-        """Set of the accounts whose key was refused since one of theirs was last accepted, see :func:`suspect_of`."""
-        return f"{self.queue}:keys"
+    def __init__(self, queue: str = DEFAULT_QUEUE, rq: str = "rq") -> None:
+        super().__init__(queue, rq)
+        self.queue = queue
+        self.rq = rq
+        self.claiming = f"{queue}:claiming"  # list in which an id stands between the blocking move and the claim
+        #: The index: sorted set of all unfinished ids by when to look at them next, in the bands of :class:`Band`. Its
+        #: name is older than it: held jobs stand in it as they did in the set of leases of version 0.1, so that workers
+        #: of both versions side by side take over each other's jobs.
+        self.unfinished = f"{queue}:leases"
+        self.outcomes = f"{queue}:outcomes"  # the ledger: a stream with one entry for each outcome
+        self.counts = f"{queue}:counts"  # string of all that was ever counted of outcomes, see :mod:`producer.counts`
+        #: String with a ring of what ``counts`` was at the first outcome of each minute that had one.
+        self.minutes = f"{queue}:minutes"
+        self.outcome_prefix = f"{queue}:outcome:"  # outcome records, followed by the id
+        #: Written to wait until what was written before it is in the append-only file; lives for seconds.
+        self.durable = f"{queue}:durable"
+        #: Pointers from an order to its open job, followed by :attr:`CancelRequest.order_key`; by algo id alone.
+        self.order_prefix = f"{queue}:order:"
+        #: Set of the accounts whose key was refused since one of theirs was last accepted, see :func:`suspect_of`.
+        self.suspects = f"{queue}:keys"
 
     def breaker(self, fingerprint: str) -> str:
         """Hash that says that the API key with this fingerprint is refused, and since when."""

@@ -6,36 +6,19 @@ that queue by then, and hands out the answers: nothing waits for company, and no
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import redis
 
+from producer.lines import BaseLines, is_unsent
 from producer.place import Place
-from producer.protocol import (
-    CHUNK,
-    Commands,
-    Conversation,
-    NoConnectionFree,
-    NotOurs,
-    Slow,
-    Wire,
-    availability,
-    packets,
-    steps,
-    weight,
-)
-from producer.redis_url import is_refused
-from producer.waiting import LOOK_S, Waiters, unheard
-
-T = TypeVar("T")
-
-#: Connections for calls; beside them one for calls that wait for a disk, and one that listens for all waiters.
-CONNECTIONS = 2
+from producer.protocol import CHUNK, UNSENT, Commands, NoConnectionFree, Slow, Wire, packets, weight
+from producer.redis_url import at_once, is_refused
+from producer.waiting import unheard
 
 
 class _Trip:
@@ -66,7 +49,11 @@ class Link:
             redis.RedisError: no answer; the connection is closed.
         """
         try:
-            self._prepare(ends_at, distrusted_at)
+            try:
+                self._prepare(ends_at, distrusted_at)
+            except redis.RedisError as error:
+                error.add_note(UNSENT)
+                raise
             for packed in packets(self._connection, trips):
                 self._connection.send_packed_command([packed])
             return [[self._answer(ends_at) for _ in range(len(commands))] for commands in trips]
@@ -157,10 +144,7 @@ class Line:
                 if link is not None:  # it came just now
                     self._pass_on(link)
                 if was_queued or link is not None:
-                    trip.error = NoConnectionFree(
-                        f"all {self._most} connections of this client were taken until the call's time was up: "
-                        "its own limit, Redis was not asked"
-                    )
+                    trip.error = NoConnectionFree(self._most)
                 else:
                     trip.error = redis.TimeoutError("no answer in time")
 
@@ -184,6 +168,8 @@ class Line:
             for each in batch[1:]:  # who of them may repeat it has time left for that
                 each.error = redis.ConnectionError("the connection was lost")
                 each.error.__cause__ = error
+                if is_unsent(error):
+                    each.error.add_note(UNSENT)
             raise
         finally:
             for each in batch:
@@ -222,48 +208,30 @@ class Line:
             link.close()
 
 
-class Lines:
+class Lines(BaseLines):
     """All connections of a client in one process, and the thread that listens for whoever waits."""
 
+    event = threading.Event
+    _now = staticmethod(time.monotonic)
+
     def __init__(self, place: Place, wire: Wire) -> None:
-        self._wire = wire
-        self._address = place.address
-        self._link: Callable[[], Link] = lambda: Link(place.make(), wire.timeout_s)
-        self._calls = Line(self._link, CONNECTIONS)
-        self._slow = Line(self._link, 1)
-        self.waiters = Waiters(wire)
+        super().__init__(place, wire, lambda: Link(place.make(), wire.timeout_s), Line)
         self._start = threading.RLock()
         self._ready: threading.Event | None = None  # of the thread that listens
-        self.closed = False
 
-    def converse(self, conversation: Conversation[T], doubt: str = "", *, repeat: bool = True) -> T:
-        """See :meth:`producer.client.CancelClient.converse`."""
-        trips = steps(conversation, repeat, time.monotonic, self._wire.timeout_s)
-        with availability(self._address, doubt):
-            try:
-                commands, ends_at = next(trips)
-                while True:
-                    line = self._slow if isinstance(commands, Slow) else self._calls
-                    try:
-                        answers = line.carry(commands, ends_at)
-                    except redis.RedisError as error:
-                        commands, ends_at = trips.throw(error)
-                    else:
-                        commands, ends_at = trips.send(answers)
-            except StopIteration as end:
-                return cast(T, end.value)
-            except NotOurs:
-                self._calls.distrust()
-                raise
+    @staticmethod
+    def wait(event: threading.Event, timeout_s: float | None) -> bool:
+        """See :meth:`BaseLines.wait`."""
+        return event.wait(timeout_s)
 
     def listener(self) -> bool:
-        """See to it that somebody listens, and that from now on nothing is missed; False: there is no thread to be had,
-        as the system has none left, or as the interpreter is about to end."""
+        """See :meth:`BaseLines.listener`."""
         with self._start:
             if self._ready is None:
                 self._ready = threading.Event()
+                thread = threading.Thread(target=self._listen, args=(self._ready,), name="cancel-outcomes", daemon=True)
                 try:
-                    threading.Thread(target=self._listen, name="cancel-outcomes", daemon=True).start()
+                    thread.start()
                 except RuntimeError:
                     self._ready = None
                     return False
@@ -271,13 +239,13 @@ class Lines:
         ready.wait(self._wire.timeout_s)
         return True
 
-    def _listen(self) -> None:
+    def _listen(self, ready: threading.Event) -> None:
         link = self._link()
         try:
             while True:
-                self._hear(link)
+                at_once(self._hear(link, ready.set))
                 with self._start:
-                    if self.closed or self.waiters.are_few():
+                    if self.waiters.are_few():
                         self._ready = None
                         return
         except BaseException as error:
@@ -288,27 +256,9 @@ class Lines:
         finally:
             link.close()
 
-    def _hear(self, link: Link) -> None:
-        assert self._ready is not None
-        listening = self.waiters.listen(self._ready.set, self._address)
-        with contextlib.suppress(StopIteration):
-            step = next(listening)
-            while not self.closed:
-                try:
-                    answers = []
-                    if isinstance(step, float):
-                        time.sleep(step)
-                    else:
-                        (answers,) = link.ask([step], time.monotonic() + LOOK_S + self._wire.timeout_s)
-                except redis.RedisError as error:
-                    step = listening.throw(error)
-                else:
-                    step = listening.send(answers)
-
     def close(self, why: Exception) -> None:
         """Part with the server: calls at once, the listener when it next looks up. Whoever waits is told."""
-        self.closed = True
-        self.waiters.fail(why)
+        self.waiters.close(why)
         for line in (self._calls, self._slow):
             line.close()
 

@@ -167,7 +167,28 @@ class CancelRequest:
         object.__setattr__(self, "on_trigger", OnTrigger(self.on_trigger))
 
     def _checked_ids(self) -> int | None:
-        return _checked_ids(self.algo_id, self.client_algo_id)
+        """The algo id as Python's own whole number; numpy has others."""
+        algo_id, client_algo_id = self.algo_id, self.client_algo_id
+        if algo_id is None and client_algo_id is None:
+            raise InvalidRequest("algo_id", None, "give algo_id or client_algo_id")
+        if client_algo_id is not None and (
+            not isinstance(client_algo_id, str) or not _CLIENT_ALGO_ID.fullmatch(client_algo_id)
+        ):
+            rule = "must match ^[.A-Z:/a-z0-9_-]{1,36}$"
+            raise InvalidRequest("client_algo_id", client_algo_id, rule + not_a(client_algo_id, str, "give text"))
+        if algo_id is None:
+            return None
+        rule = f"must be a whole number from 1 to {MAX_ALGO_ID}"
+        try:
+            number = operator.index(algo_id)
+        except TypeError:
+            number = None
+        if number is None or isinstance(algo_id, bool):
+            cure = "give int(...) of the exchange's own digits"  # a float has lost some of them
+            raise InvalidRequest("algo_id", algo_id, rule + not_a(algo_id, int, cure))
+        if not 1 <= number <= MAX_ALGO_ID:
+            raise InvalidRequest("algo_id", algo_id, rule)
+        return number
 
     @property
     def order_key(self) -> str:
@@ -224,30 +245,6 @@ class OpenRequest(CancelRequest):
     def describe(self) -> str:
         """See :meth:`CancelRequest.describe`."""
         return f"cancel open orders of {clean_text(self.symbol)} account={self.account}"
-
-
-def _checked_ids(algo_id: object, client_algo_id: object) -> int | None:
-    """The algo id as Python's own whole number; numpy has others."""
-    if algo_id is None and client_algo_id is None:
-        raise InvalidRequest("algo_id", None, "give algo_id or client_algo_id")
-    if client_algo_id is not None and (
-        not isinstance(client_algo_id, str) or not _CLIENT_ALGO_ID.fullmatch(client_algo_id)
-    ):
-        rule = "must match ^[.A-Z:/a-z0-9_-]{1,36}$"
-        raise InvalidRequest("client_algo_id", client_algo_id, rule + not_a(client_algo_id, str, "give text"))
-    if algo_id is None:
-        return None
-    rule = f"must be a whole number from 1 to {MAX_ALGO_ID}"
-    cure = "give int(...) of the exchange's own digits"  # a float has lost some of them
-    try:
-        number = operator.index(algo_id)  # type: ignore[arg-type]
-    except TypeError:
-        raise InvalidRequest("algo_id", algo_id, rule + not_a(algo_id, int, cure)) from None
-    if isinstance(algo_id, bool):
-        raise InvalidRequest("algo_id", algo_id, rule + not_a(algo_id, int, cure))
-    if not 1 <= number <= MAX_ALGO_ID:
-        raise InvalidRequest("algo_id", algo_id, rule)
-    return number
 
 
 def check_queue_name(name: str) -> str:
@@ -345,31 +342,15 @@ class Outcome:
 
     def as_dict(self) -> dict[str, object]:
         """The record: one JSON object, version first."""
-        order = {name: getattr(self, name) for name in ("account", "algo_id", "client_algo_id", "symbol", "tag")}
-        child = {name: getattr(self, name) for name in _CHILD_FIELDS if getattr(self, name) is not None}
+        record: dict[str, object] = {"v": VERSION, **{name: getattr(self, name) for name in _RECORD_FIELDS}}
+        record |= {"kind": self.kind.value, "attempts": [attempt.as_dict() for attempt in self.attempts]}
+        record |= {name: getattr(self, name) for name in _CHILD_FIELDS if getattr(self, name) is not None}
         if self.child_attempts:
-            child["child_attempts"] = [attempt.as_dict() for attempt in self.child_attempts]
-        listing: dict[str, object] = {}
+            record["child_attempts"] = [attempt.as_dict() for attempt in self.child_attempts]
         if self.orders is not None:
-            listing["orders"] = [{"algo_id": order.algo_id, "id": order.id} for order in self.orders]
-            listing |= {"left_alone": list(self.left_alone), "before_ms": self.before_ms}
-        return {
-            "v": VERSION,
-            "id": self.id,
-            "run": self.run,
-            **order,
-            "kind": self.kind.value,
-            "may_be_live": self.may_be_live,
-            "order_status": self.order_status,
-            "actual_order_id": self.actual_order_id,
-            "attempts": [attempt.as_dict() for attempt in self.attempts],
-            "enqueued_at_ms": self.enqueued_at_ms,
-            "finished_at_ms": self.finished_at_ms,
-            "worker": self.worker,
-            "error": self.error,
-            **child,
-            **listing,
-        }
+            record["orders"] = [{"algo_id": order.algo_id, "id": order.id} for order in self.orders]
+            record |= {"left_alone": list(self.left_alone), "before_ms": self.before_ms}
+        return record
 
     def encode(self) -> str:
         """The record as it stands in Redis and on the command line's stdout."""
@@ -504,6 +485,11 @@ def decode_outcome(text: str | bytes) -> Outcome:
         raise MalformedMessage(f"not an outcome record: {type(error).__name__} {shown(str(error))}") from None
 
 
+#: What stands in every record, in this order.
+_RECORD_FIELDS = (
+    *("id", "run", "account", "algo_id", "client_algo_id", "symbol", "tag", "kind", "may_be_live", "order_status"),
+    *("actual_order_id", "attempts", "enqueued_at_ms", "finished_at_ms", "worker", "error"),
+)
 _CHILD_FIELDS: dict[str, type] = {
     **dict.fromkeys(("child_status", "child_executed_qty", "child_avg_price"), str),
     "child_cancelled": bool,
@@ -593,6 +579,5 @@ def decode_pin(text: str | bytes | None) -> Pin | None:
     fields = loads(text)
     if not isinstance(fields, dict) or set(fields) != {"algo_id", "symbol"} or fields["algo_id"] is None:
         raise MalformedMessage("not the pin of an order")
-    _checked_ids(fields["algo_id"], None)
-    check_text("symbol", fields["symbol"], 32)
+    CancelRequest(**fields)  # one rule for both
     return Pin(**fields)

@@ -91,16 +91,9 @@ class OpenOutcome:
 
     def as_dict(self) -> dict[str, object]:
         """It as the command line prints it."""
-        return {
-            "id": self.id,
-            "kind": self.kind,
-            "may_be_live": self.may_be_live,
-            "off_the_book": self.off_the_book,
-            "orders": [order.as_dict() for order in self.orders],
-            "left_alone": list(self.left_alone),
-            "listings": self.listings,
-            "error": self.error,
-        }
+        names = ("id", "kind", "may_be_live", "off_the_book", "orders", "left_alone", "listings", "error")
+        lists = {"orders": [order.as_dict() for order in self.orders], "left_alone": list(self.left_alone)}
+        return {name: getattr(self, name) for name in names} | lists
 
 
 @dataclass(frozen=True, slots=True)

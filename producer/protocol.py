@@ -7,12 +7,11 @@ and returns what the caller wanted to know.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -26,15 +25,9 @@ from rq.job import JobStatus
 from producer.door import checked_ids, checked_requests
 from producer.job_fields import words_of_job
 from producer.keys import JobField, Keys, Script
-from producer.message import (
-    CancelRequest,
-    OnTrigger,
-    Outcome,
-    check_queue_name,
-    decode_outcome,
-    encode_call,
-)
-from producer.redis_url import is_refused, why
+from producer.message import CancelRequest, OnTrigger, Outcome, check_queue_name, decode_outcome, encode_call
+from producer.redis_url import text as text  # whoever reads an answer takes it from here
+from producer.redis_url import why
 from producer.untrusted import InvalidRequest, MalformedMessage, checked_flag, clean_text
 
 T = TypeVar("T")
@@ -43,6 +36,7 @@ Command: TypeAlias = tuple[Any, ...]
 #: What is sent in one round trip; it may be gone through again, and may be made while it is sent.
 Commands: TypeAlias = Collection[Command]
 Conversation: TypeAlias = Generator[Commands, list[Any], T]
+Ask: TypeAlias = Callable[[Commands], Awaitable[list[Any]]]
 
 #: Requests in one round trip, keys in one MGET: more would hold the server up for longer than a cancel should wait.
 CHUNK = 1000
@@ -76,7 +70,12 @@ class CancelQueueError(Exception):
 
 class QueueUnavailable(CancelQueueError):
     """Redis did not answer in time, or refused. The text names its address and the reason, and says of a call that
-    writes what a repeat would do: it may have been carried out, or a part of it."""
+    writes what a repeat would do: it may have been carried out, or a part of it.
+
+    ``nothing_sent``: surely not, as no connection could be opened, or none was free, before anything of it had left.
+    """
+
+    nothing_sent: bool = False
 
 
 class WaitTimeout(CancelQueueError, TimeoutError):
@@ -143,8 +142,19 @@ class NotOurs(redis.exceptions.RedisError):
 NO_ANSWER = (TypeError, ValueError, LookupError, AttributeError)
 
 
+#: The note on an error that came before anything of a call was sent.
+UNSENT = "nothing was sent"
+
+
 class NoConnectionFree(redis.exceptions.RedisError):
-    """All connections of this client were taken for as long as the call could wait."""
+    """All connections of this client, so ``many``, were taken for as long as the call could wait."""
+
+    def __init__(self, many: int) -> None:
+        super().__init__(
+            f"all {many} connections of this client were taken until the call's time was up: its own limit, Redis was "
+            "not asked"
+        )
+        self.add_note(UNSENT)
 
 
 #: The same of a retry.
@@ -161,14 +171,8 @@ class TicketFields:
 
     def as_dict(self) -> dict[str, object]:
         """The ticket as the command line prints it."""
-        request = self.request
-        return {
-            "id": self.id,
-            "algo_id": request.algo_id,
-            "client_algo_id": request.client_algo_id,
-            "account": request.account,
-            "duplicate": self.duplicate,
-        }
+        order = {name: getattr(self.request, name) for name in ("algo_id", "client_algo_id", "account")}
+        return {"id": self.id, **order, "duplicate": self.duplicate}
 
     def __reduce__(self) -> tuple[type[Any], tuple[object, ...]]:
         return type(self), (self.id, self.request, self.duplicate)
@@ -225,40 +229,14 @@ class Slow(list[Command]):
     answered together. An error takes the place of each answer."""
 
 
-def steps(
-    conversation: Conversation[T], repeat: bool, clock: Callable[[], float], timeout_s: float
-) -> Generator[tuple[Commands, float], list[Any], T]:
-    """The round trips of a conversation, each with when it must have ended; who carries them throws what fails."""
+async def carried(conversation: Conversation[T], ask: Ask) -> T:
+    """What a conversation comes to, by somebody who gives the answers of a round trip."""
     try:
         commands = next(conversation)
         while True:
-            try:
-                answers = yield from _twice(commands, repeat, clock, clock() + timeout_s)
-            except redis.exceptions.RedisError as error:
-                if not isinstance(commands, Slow):
-                    raise
-                answers = [error] * len(commands)
-            commands = conversation.send(answers)
+            commands = conversation.send(await ask(commands))
     except StopIteration as end:
         return cast(T, end.value)
-
-
-def _twice(
-    commands: Commands, repeat: bool, clock: Callable[[], float], ends_at: float
-) -> Generator[tuple[Commands, float], list[Any], list[Any]]:
-    """The answers, asked for once more if they were lost, or refused by a server that may not be the right one."""
-    try:
-        answers = yield commands, ends_at
-        # What was refused so wrote nothing, and another connection may lead to another server.
-        if not is_refused(answers) or not (repeat or len(commands) == 1):
-            return answers
-    except redis.exceptions.AuthenticationError:
-        raise
-    except redis.exceptions.ConnectionError:
-        # Closed by the server, say. The ids are in the words: a repeat finds itself.
-        if not repeat or clock() >= ends_at:
-            raise
-    return (yield commands, ends_at)
 
 
 def weight(commands: Commands) -> int:
@@ -537,29 +515,6 @@ def pages(job_ids: Sequence[str]) -> Iterator[list[str]]:
         yield list(job_ids[start : start + CHUNK])
 
 
-@contextlib.contextmanager
-def availability(address: str, doubt: str = "") -> Iterator[None]:
-    """Redis' own errors as one of ours, which names ``address``; what quotes a command or a password is left out.
-
-    ``doubt`` is said where the call may have been carried out.
-    """
-    try:
-        yield
-    except NoConnectionFree as error:
-        raise QueueUnavailable(f"{error} [{address}]{doubt}") from None
-    except NotOurs:
-        raise QueueUnavailable(f"Redis answered something else than was asked [{address}]{doubt}") from None
-    except redis.exceptions.AuthenticationError as error:
-        raise QueueUnavailable(f"Redis refused the login ({type(error).__name__}) [{address}]") from None
-    except redis.exceptions.ResponseError as error:
-        raise QueueUnavailable(f"Redis refused ({why(error)}) [{address}]") from None
-    except redis.exceptions.RedisError as error:
-        if "max number of clients" in str(error):
-            reason = "it serves no more connections: its own limit, maxclients, is reached"
-            raise QueueUnavailable(f"Redis refused ({reason}) [{address}]{doubt}") from None
-        raise QueueUnavailable(f"Redis did not answer ({why(error)}) [{address}]{doubt}") from error
-
-
 def good(answers: list[Any]) -> list[Any]:
     """The answers, once none of them is an error; raises the first that is."""
     for answer in answers:
@@ -571,11 +526,6 @@ def good(answers: list[Any]) -> list[Any]:
 def is_wrong_type(answer: Any) -> bool:
     """Whether it says that a key holds another type of value: the fault of that key alone, not of the server."""
     return isinstance(answer, redis.exceptions.ResponseError) and str(answer).startswith("WRONGTYPE")
-
-
-def text(value: Any) -> str:
-    """A word from Redis, whatever bytes it is made of."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def fields_of(answer: Sequence[Any]) -> dict[Any, Any]:

@@ -17,9 +17,9 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis
@@ -33,6 +33,8 @@ from redis.retry import Retry
 from redis.sentinel import SentinelConnectionPool
 
 from producer.untrusted import clean_text
+
+T = TypeVar("T")
 
 FORMS = (
     "redis://[user:password@]host[:port][/database], the same with rediss:// for TLS, unix:///path, or "
@@ -127,30 +129,29 @@ class Address:
 
         ``more`` goes to the pool and its connections, and wins over the URL.
         """
-        options = self._of_connections(timeout_s) | {"retry": Retry(NoBackoff(), 0)} | more
-        kind = SocketConnection if "path" in options else TlsConnection if self.is_tls else Connection
-        return redis.Redis.from_pool(_Pool(connection_class=kind, **options))
+        kind = self._kind(SocketConnection, TlsConnection, Connection)
+        return redis.Redis.from_pool(_Pool(connection_class=kind, **self._given(timeout_s, Retry, more)))
 
     def async_client(self, timeout_s: float, **more: Any) -> aio.Redis:
         """The same for asyncio."""
-        options = self._of_connections(timeout_s) | {"retry": AsyncRetry(NoBackoff(), 0)} | more
-        return aio.Redis.from_pool(_AsyncPool(connection_class=self._async_kind(), **options))
+        kind = self._kind(AsyncSocketConnection, AsyncTlsConnection, AsyncConnection)
+        return aio.Redis.from_pool(_AsyncPool(connection_class=kind, **self._given(timeout_s, AsyncRetry, more)))
 
     def async_connection(self, timeout_s: float | None, **more: Any) -> Any:
         """One connection of an event loop, not opened yet."""
-        options = self._of_connections(timeout_s) | {"retry": AsyncRetry(NoBackoff(), 0)} | more
-        return self._async_kind()(**options)
+        kind = self._kind(AsyncSocketConnection, AsyncTlsConnection, AsyncConnection)
+        return kind(**self._given(timeout_s, AsyncRetry, more))
 
-    def _async_kind(self) -> type[Any]:
-        is_socket = "path" in self.options
-        return AsyncSocketConnection if is_socket else AsyncTlsConnection if self.is_tls else AsyncConnection
+    def _kind(self, socket_: type[Any], tls: type[Any], plain: type[Any]) -> type[Any]:
+        return socket_ if "path" in self.options else tls if self.is_tls else plain
 
-    def _of_connections(self, timeout_s: float | None) -> dict[str, Any]:
+    def _given(self, timeout_s: float | None, retry: type[Any], more: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a connection."""
         options = {**self.options, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
         if "path" not in options:
             keepalive = {getattr(socket, name): n for name, n in _KEEPALIVE.items() if hasattr(socket, name)}
             options |= {"socket_keepalive": True, "socket_keepalive_options": keepalive, "sentinels": self.sentinels}
-        return options
+        return {**options, "retry": retry(NoBackoff(), 0), **more}
 
 
 def _shown(options: Mapping[str, Any], is_tls: bool, sentinels: Sentinels | None) -> str:
@@ -272,7 +273,7 @@ def _judge(told: Any) -> None:
         NotPrimary, NotSupported: it is another than it should be.
     """
     pairs = told.items() if isinstance(told, Mapping) else zip(told[::2], told[1::2], strict=False)
-    said = {_text(name): _text(value) for name, value in pairs}
+    said = {text(name): text(value) for name, value in pairs}
     if said.get("mode") == "cluster":
         raise NotSupported("it is a Redis Cluster, which is not supported: one primary is needed")
     if said.get("mode") == "sentinel":
@@ -281,58 +282,92 @@ def _judge(told: Any) -> None:
         raise NotPrimary("it is a replica, not the primary")
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A word from Redis, whatever bytes it is made of."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-#: Both are mixed into redis-py's connections, which are not annotated.
+def at_once(course: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine comes to that never waits: one which what it calls has an answer for when it returns.
+
+    So what is the same for callers with and without an event loop is written once.
+    """
+    try:
+        course.send(None)
+    except StopIteration as end:
+        return cast(T, end.value)
+    raise RuntimeError("it waits for an event loop")
+
+
+async def given(value: Any) -> Any:
+    """What a connection's method gives, be it there already or to be awaited."""
+    return await value if isinstance(value, Awaitable) else value
+
+
+#: It is mixed into redis-py's connections, which are not annotated.
 _Base: Any = object
 
 
 class _Primary(_Base):  # type: ignore[misc]
     """What is added to redis-py's connections: the way to the primary, and a look whether it is one."""
 
+    _run: Callable[[Coroutine[Any, Any, None]], Any] = staticmethod(at_once)
+    _plain: type[Any] = redis.Connection  # leads to a Sentinel
+    _promptly: Mapping[str, bool] = {}  # closes without a wait for the other side
+
     def __init__(self, *, sentinels: Sentinels | None = None, **options: Any) -> None:
         self._sentinels = sentinels
         self._looked_s: float | None = None  # None: not connected
         super().__init__(redis_connect_func=type(self).greet, **options)
 
-    def connect(self) -> None:
+    def connect(self) -> Any:
         """Connect to the primary, as far as anybody knows which server that is.
 
         Raises:
             NotPrimary, NotSupported: what was reached is none.
         """
-        if self._sentinels is not None and self._looked_s is None:
-            self.host, self.port = self._find(self._sentinels)
-        super().connect()
+        return self._run(self._reach())
 
-    def make_ready(self) -> None:
+    async def _reach(self) -> None:
+        if self._sentinels is not None and self._looked_s is None:
+            self.host, self.port = await self._find(self._sentinels)
+        await given(super().connect())
+
+    def make_ready(self) -> Any:
         """Before the use of a connection that is kept: open it, or ask its server again what it is if that was
         :data:`SURE_S` ago; if there is no good answer soon, open another one. Nothing may be under way on it.
 
         Raises:
             redis.RedisError: none can be opened.
         """
+        return self._run(self._look_again())
+
+    async def _look_again(self) -> None:
         if self._looked_s is not None and time.monotonic() - self._looked_s > SURE_S:
             try:
-                self.send_command("HELLO", check_health=False)
-                if not self.can_read(PROBE_S):
-                    raise redis.TimeoutError("no answer in time")
-                self._hear()
+                await self._probe()
             except (redis.RedisError, OSError):
-                self.disconnect()
-        self.connect()
+                await given(self.disconnect(**self._promptly))
+        await self._reach()
+
+    async def _probe(self) -> None:
+        self.send_command("HELLO", check_health=False)
+        if not self.can_read(PROBE_S):
+            raise redis.TimeoutError("no answer in time")
+        await self._hear()
 
     def greet(self) -> None:
         """Log in, and ask the server what it is."""
-        self.on_connect()
-        self.send_command("HELLO", check_health=False)
-        self._hear()
+        at_once(self._greet())
 
-    def _hear(self) -> None:
+    async def _greet(self) -> None:
+        await given(self.on_connect())
+        await given(self.send_command("HELLO", check_health=False))
+        await self._hear()
+
+    async def _hear(self) -> None:
         try:
-            _judge(self.read_response())
+            _judge(await given(self.read_response()))
         except redis.ResponseError as error:
             if passes(error):  # else it knows no HELLO, as a proxy may not; what it is shows later
                 raise
@@ -342,26 +377,43 @@ class _Primary(_Base):  # type: ignore[misc]
             raise
         self._looked_s = time.monotonic()
 
-    def _find(self, sentinels: Sentinels) -> tuple[str, int]:
+    async def _find(self, sentinels: Sentinels) -> tuple[str, int]:
         errors: list[BaseException] = []
         for options in sentinels.ways(self.socket_connect_timeout):
-            sentinel = redis.Connection(**options)
+            sentinel = self._plain(**options)
             try:
-                sentinel.connect()
-                sentinel.send_command(*sentinels.question)
-                if found := sentinel.read_response():
-                    return _text(found[0]), int(found[1])
+                await given(sentinel.connect())
+                await given(sentinel.send_command(*sentinels.question))
+                if found := await given(sentinel.read_response()):
+                    return text(found[0]), int(found[1])
             except (redis.RedisError, OSError) as error:
                 errors.append(error)
             finally:
-                sentinel.disconnect()
+                await given(sentinel.disconnect(**self._promptly))
             sentinels.pass_over((options["host"], options["port"]))
         raise sentinels.in_vain(errors)
 
-    def disconnect(self, *arguments: Any, **options: Any) -> None:
+    def disconnect(self, *arguments: Any, **options: Any) -> Any:
         """Close it, if it is open."""
         self._looked_s = None
-        super().disconnect(*arguments, **options)
+        return super().disconnect(*arguments, **options)
+
+
+class _AsyncPrimary(_Primary):
+    """The same for event loops: what gives nothing is a coroutine."""
+
+    _run = staticmethod(given)
+    _plain = aio.Connection
+    _promptly: Mapping[str, bool] = {"nowait": True}
+
+    async def greet(self) -> None:  # type: ignore[override]
+        """See :meth:`_Primary.greet`."""
+        await self._greet()
+
+    async def _probe(self) -> None:
+        async with asyncio.timeout(PROBE_S):
+            await self.send_command("HELLO", check_health=False)
+            await self._hear()
 
 
 class Connection(_Primary, redis.Connection):
@@ -373,6 +425,18 @@ class TlsConnection(_Primary, redis.SSLConnection):
 
 
 class SocketConnection(_Primary, redis.UnixDomainSocketConnection):
+    """To a socket of this host."""
+
+
+class AsyncConnection(_AsyncPrimary, aio.Connection):
+    """To a host and port, for event loops."""
+
+
+class AsyncTlsConnection(_AsyncPrimary, aio.SSLConnection):
+    """The same over TLS."""
+
+
+class AsyncSocketConnection(_AsyncPrimary, aio.UnixDomainSocketConnection):
     """To a socket of this host."""
 
 
@@ -390,85 +454,8 @@ class _Pool(redis.ConnectionPool):
         return connection
 
 
-class _AsyncPrimary(_Base):  # type: ignore[misc]
-    """The same as :class:`_Primary` for event loops."""
-
-    def __init__(self, *, sentinels: Sentinels | None = None, **options: Any) -> None:
-        self._sentinels = sentinels
-        self._looked_s: float | None = None
-        super().__init__(redis_connect_func=type(self).greet, **options)
-
-    async def connect(self) -> None:
-        """See :meth:`Connection.connect`."""
-        if self._sentinels is not None and self._looked_s is None:
-            self.host, self.port = await self._find(self._sentinels)
-        await super().connect()
-
-    async def make_ready(self) -> None:
-        """See :meth:`Connection.make_ready`."""
-        if self._looked_s is not None and time.monotonic() - self._looked_s > SURE_S:
-            try:
-                async with asyncio.timeout(PROBE_S):
-                    await self.send_command("HELLO", check_health=False)
-                    await self._hear()
-            except (redis.RedisError, OSError, TimeoutError):
-                await self.disconnect(nowait=True)
-        await self.connect()
-
-    async def greet(self) -> None:
-        """Log in, and ask the server what it is."""
-        await self.on_connect()
-        await self.send_command("HELLO", check_health=False)
-        await self._hear()
-
-    async def _hear(self) -> None:
-        try:
-            _judge(await self.read_response())
-        except redis.ResponseError as error:
-            if passes(error):  # else it knows no HELLO, as a proxy may not; what it is shows later
-                raise
-        except NotPrimary:
-            if self._sentinels is not None:
-                self._sentinels.pass_over(self._sentinels.places[0])
-            raise
-        self._looked_s = time.monotonic()
-
-    async def _find(self, sentinels: Sentinels) -> tuple[str, int]:
-        errors: list[BaseException] = []
-        for options in sentinels.ways(self.socket_connect_timeout):
-            sentinel = aio.Connection(**options)
-            try:
-                await sentinel.connect()
-                await sentinel.send_command(*sentinels.question)
-                if found := await sentinel.read_response():
-                    return _text(found[0]), int(found[1])
-            except (redis.RedisError, OSError) as error:
-                errors.append(error)
-            finally:
-                await sentinel.disconnect(nowait=True)
-            sentinels.pass_over((options["host"], options["port"]))
-        raise sentinels.in_vain(errors)
-
-    async def disconnect(self, *arguments: Any, **options: Any) -> None:
-        """Close it, if it is open."""
-        self._looked_s = None
-        await super().disconnect(*arguments, **options)
-
-
-class AsyncConnection(_AsyncPrimary, aio.Connection):
-    """To a host and port."""
-
-
-class AsyncTlsConnection(_AsyncPrimary, aio.SSLConnection):
-    """The same over TLS."""
-
-
-class AsyncSocketConnection(_AsyncPrimary, aio.UnixDomainSocketConnection):
-    """To a socket of this host."""
-
-
 class _AsyncPool(aio.ConnectionPool):
-    """Lends connections that are ready."""
+    """The same for event loops."""
 
     async def get_connection(self, *arguments: Any, **options: Any) -> Any:
         """See :class:`redis.asyncio.ConnectionPool`."""

@@ -127,7 +127,7 @@ def _stock(keys: Keys) -> Rights:
 
 
 def _rehearsal(keys: Keys) -> Rights:
-    own = replace(keys, queue="acq-rehearsal-*")  # each has a queue of its own, and a channel that says that it lives
+    own = Keys("acq-rehearsal-*", keys.rq)  # each has a queue of its own, and a channel that says that it lives
     mine = _worker(own)
     channels = (f"{own.outcome_prefix}*", *mine.channels)
     return replace(mine, commands=(*mine.commands, "+pubsub|numsub"), channels=channels)

@@ -162,40 +162,38 @@ def became(job: FakeJob, at_ms: int, algo_id: int, order_id: int) -> Outcome:
     shown = any(call is Call.QUERY and http == 200 for call, http, *_ in answers)
     found = shown or CONFIRMED in answers
     return Outcome(
-        id=job.id,
-        run=job.run,
         kind=kind,
-        account=request.account,
         algo_id=algo_id if found else request.algo_id,
         client_algo_id=request.client_algo_id,
         symbol=request.symbol or line.symbol or ("BTCUSDT" if shown else None),
-        tag=request.tag,
         may_be_live=may_be_live(kind, line.status, line.child_status),
         order_status=line.status,
         actual_order_id=line.actual_order_id or str(order_id) if kind == "triggered" else None,
         attempts=attempts,
-        enqueued_at_ms=job.enqueued_at_ms,
-        finished_at_ms=at_ms,
-        worker="fake",
         error=line.error or (STORIES[kind][2] or "").format(*(answers[-1] if answers else ())) or None,
         **line.child(request.on_trigger),
+        **_common(job, at_ms),
     )
 
 
 def listed(job: FakeJob, at_ms: int, orders: Sequence[ListedOrder]) -> Outcome:
     """The record of a request for all open orders of a symbol."""
-    request = job.request
     return Outcome(
-        id=job.id,
-        run=job.run,
         kind=OutcomeKind.LISTED,
-        account=request.account,
-        symbol=request.symbol,
-        tag=request.tag,
+        symbol=job.request.symbol,
         may_be_live=True if orders else None,
-        enqueued_at_ms=job.enqueued_at_ms,
-        finished_at_ms=at_ms,
-        worker="fake",
         orders=tuple(orders),
         before_ms=job.enqueued_at_ms,
+        **_common(job, at_ms),
     )
+
+
+def _common(job: FakeJob, at_ms: int) -> dict[str, Any]:
+    times = {"enqueued_at_ms": job.enqueued_at_ms, "finished_at_ms": at_ms}
+    return {
+        "id": job.id,
+        "run": job.run,
+        "account": job.request.account,
+        "tag": job.request.tag,
+        "worker": "fake",
+    } | times

@@ -25,16 +25,16 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack, cast
 
 import redis
 
 from producer.aio import AsyncCancelClient
+from producer.base import BaseClient
 from producer.client import CancelClient
-from producer.door import checked_id, checked_ids, checked_requests, checked_timeout
+from producer.door import checked_id, checked_ids, checked_requests
 from producer.job_fields import fields_of_job
 from producer.message import (
     DEFAULT_ACCOUNT,
@@ -47,9 +47,7 @@ from producer.message import (
     decode_outcome,
     encode_call,
 )
-from producer.place import checked_url
 from producer.protocol import (
-    TIMEOUT_S,
     Accepted,
     Conversation,
     NotDurable,
@@ -59,6 +57,7 @@ from producer.protocol import (
     entry_parts,
     rows,
 )
+from producer.redis_url import Address, given
 from producer.scripted import CALL_MS, FIRST_ALGO_ID, HELD, MAX_STEP_S, FakeJob, Line, Said, became, listed
 from producer.status import WINDOW_S, Gate, Percentiles, Status
 from producer.untrusted import InvalidRequest, checked_flag, checked_seconds
@@ -94,7 +93,7 @@ class _Play(QueueWire):
         self.requests: list[CancelRequest] = []
         self.undurable = False
         self.is_closed = False
-        self.news = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
         self._jobs: dict[str, FakeJob] = {}
         self._open: dict[str, str] = {}  # order key to the job that pursues it
         self._failed: dict[str, None] = {}
@@ -107,18 +106,21 @@ class _Play(QueueWire):
         self.outage_calls = 0.0  # how many calls the outage still lasts
         self.is_carried_out = False
         self._algo_ids: dict[str, int] = {}
-        self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._wakes: list[Callable[[], object]] = []  # of those who wait for the next outcome, from whatever thread
         self._counted = 0
 
     # what is asked: each conversation checks what it is given, asks nobody, and answers
 
-    def carry(self, conversation: Conversation[T], doubt: str) -> T:
-        """Answer a conversation.
+    def carry(self, client: object, conversation: Conversation[T], doubt: str) -> T:
+        """Answer a conversation of a client.
 
         Raises:
+            InvalidRequest: it is closed.
             QueueUnavailable: during an outage.
         """
-        with self.news:
+        if self.is_closed:
+            raise closed(client)
+        with self.lock:
             next(conversation)
             is_lost, self.outage_calls = self.outage_calls > 0, max(0, self.outage_calls - 1)
             if not is_lost or self.is_carried_out:
@@ -160,7 +162,7 @@ class _Play(QueueWire):
 
     def heard(self, job_ids: list[str], timeout_s: float | None) -> dict[str, End] | None:
         """The outcomes of open requests, once the clock has been moved to them; None: somebody has to settle first."""
-        with self.news:
+        with self.lock:
             due_ms = [self._jobs[job_id].due_ms for job_id in job_ids if self._jobs[job_id].outcome is None]
             last_ms = max((each for each in due_ms if each is not None), default=self.now_ms)
             if timeout_s is not None and due_ms:
@@ -189,7 +191,7 @@ class _Play(QueueWire):
 
     def goes_on_after(self, after: str) -> bool | None:
         """Whether the ledger does, once the clock has been moved to what is due; None: somebody has to settle first."""
-        with self.news:
+        with self.lock:
             while self._due and not self._after(after):
                 self.move_to(self._due[0][0])
             return True if self.is_closed or self._after(after) else None
@@ -246,12 +248,12 @@ class _Play(QueueWire):
     # what is scripted
 
     def script(self, key: str, line: Line, runs: float) -> None:
-        with self.news:
+        with self.lock:
             before = self._lines.get(key, []) if runs < math.inf else []  # else nothing before it will ever hold again
             self._lines[key] = [*before, (line, runs)]
 
     def settle(self, job_id: str, line: Line) -> Outcome:
-        with self.news:
+        with self.lock:
             job = self._jobs.get(job_id)
             if job is None:
                 raise ValueError(f"{job_id!r} is no request of this double")
@@ -263,7 +265,7 @@ class _Play(QueueWire):
 
     def move_to(self, now_ms: int) -> None:
         """Let the time come, and record what is due by then."""
-        with self.news:
+        with self.lock:
             while self._due and self._due[0][0] <= now_ms:
                 due_ms, _, job_id, run = heapq.heappop(self._due)
                 self.now_ms = max(self.now_ms, due_ms)
@@ -274,22 +276,24 @@ class _Play(QueueWire):
 
     # waiting for somebody who settles
 
-    def listen(self) -> asyncio.Event:
-        """What is set at the next outcome (or closing) after now."""
-        with self.news:
-            self._listeners.append((asyncio.get_running_loop(), event := asyncio.Event()))
-            return event
+    async def until(self, look: Callable[[], T | None], wake: Callable[[], object], wait: Callable[[], Any]) -> T:
+        """What a look gives as soon as it gives something: after an outcome (or the end) ``wake`` ends a ``wait``."""
+        while True:
+            with self.lock:
+                if (found := look()) is not None:
+                    return found
+                self._wakes.append(wake)
+            await given(wait())
 
     def _tell(self) -> None:
-        with self.news:
-            listeners, self._listeners = self._listeners, []
-            self.news.notify_all()
-        for loop, event in listeners:
-            with contextlib.suppress(RuntimeError):  # it has been closed
-                loop.call_soon_threadsafe(event.set)
+        with self.lock:
+            wakes, self._wakes = self._wakes, []
+        for wake in wakes:
+            with contextlib.suppress(RuntimeError):  # of a loop that has been closed
+                wake()
 
     def close(self) -> None:
-        with self.news:
+        with self.lock:
             self.is_closed = True
         self._tell()
 
@@ -365,29 +369,29 @@ class _Play(QueueWire):
 # --- what both doubles have -------------------------------------------------------------------------------------------
 
 
-class _Scripted:
+class _Scripted(BaseClient):
     """The script of a double, and what was asked of it."""
 
     def __init__(self, queue: str = DEFAULT_QUEUE) -> None:
         self._play = _Play(queue)
         self._wire: QueueWire = self._play
         self.keys = self._play.keys
-        self._is_closed = False
         self._redis: Any = redis.Redis(unix_socket_path="/a double has no Redis")
 
     @classmethod
-    def from_url(
-        cls,
-        url: str,
-        queue: str = DEFAULT_QUEUE,
-        *,
-        timeout_s: float | timedelta | None = None,
-        **options: Any,  # noqa: ARG003
-    ) -> Self:
-        """A double; URL and time-out must be such that the real client takes them, and lead nowhere."""
-        checked_url(url)
-        checked_timeout(TIMEOUT_S if timeout_s is None else timeout_s)
-        return cls(queue)
+    def _at(cls, address: Address, call_s: float, options: dict[str, Any], queue: str) -> Self:  # noqa: ARG003
+        return cls(queue)  # what leads nowhere is checked all the same
+
+    def _alarm(self) -> tuple[Callable[[], object], Callable[[], Any]]:
+        """What wakes a caller from any thread, and how one waits for it; it may be used again."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _news(self) -> Iterator[Callable[[str], Any]]:
+        yield lambda position: self._play.until(partial(self._play.goes_on_after, position), *self._alarm())
+
+    async def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
+        return await self._play.until(partial(self._play.heard, job_ids, timeout_s), *self._alarm())
 
     @property
     def requests(self) -> list[CancelRequest]:
@@ -444,10 +448,7 @@ class _Scripted:
         self._play.opened.setdefault((account, symbol), []).extend(algo_ids)
 
     def settle(
-        self,
-        ticket_or_id: TicketFields | str,
-        kind: OutcomeKind = OutcomeKind.CANCELLED,
-        **said: Unpack[Said],
+        self, ticket_or_id: TicketFields | str, kind: OutcomeKind = OutcomeKind.CANCELLED, **said: Unpack[Said]
     ) -> Outcome:
         """Record the outcome of a request now, and wake those who wait for it.
 
@@ -503,28 +504,15 @@ class FakeCancelClient(_Scripted, CancelClient):
 
     def close(self) -> None:
         """Those who wait, or follow the ledger, are told that it is closed."""
-        self._is_closed = True
         self._play.close()
 
     def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:  # noqa: ARG002
         """As :meth:`CancelClient.converse`, without asking anybody."""
-        if self._is_closed:
-            raise closed(self)
-        return self._play.carry(conversation, doubt)
+        return self._play.carry(self, conversation, doubt)
 
-    @contextlib.contextmanager
-    def _news(self) -> Iterator[Callable[[str], bool]]:
-        yield lambda position: self._until(partial(self._play.goes_on_after, position))
-
-    def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
-        return self._until(partial(self._play.heard, job_ids, timeout_s))
-
-    def _until(self, look: Callable[[], T | None]) -> T:
-        """What a look gives as soon as it gives something; each outcome wants another look."""
-        with self._play.news:
-            while (found := look()) is None:
-                self._play.news.wait()
-            return found
+    def _alarm(self) -> tuple[Callable[[], object], Callable[[], Any]]:
+        bell = threading.Semaphore(0)
+        return bell.release, bell.acquire
 
 
 class AsyncFakeCancelClient(_Scripted, AsyncCancelClient):
@@ -532,30 +520,16 @@ class AsyncFakeCancelClient(_Scripted, AsyncCancelClient):
 
     async def close(self) -> None:
         """Those who wait, or follow the ledger, are told that it is closed."""
-        self._is_closed = True
         self._play.close()
         await asyncio.sleep(0)
 
     async def converse(self, conversation: Conversation[T], *, repeat: bool = True, doubt: str = "") -> T:  # noqa: ARG002
         """As :meth:`AsyncCancelClient.converse`, without asking anybody."""
-        if self._is_closed:
-            raise closed(self)
         try:
-            return self._play.carry(conversation, doubt)
+            return self._play.carry(self, conversation, doubt)
         finally:
             await asyncio.sleep(0)
 
-    @contextlib.contextmanager
-    def _news(self) -> Iterator[Callable[[str], Awaitable[bool]]]:
-        yield lambda position: self._until(partial(self._play.goes_on_after, position))
-
-    async def _listen_for(self, job_ids: list[str], timeout_s: float | None, began_at: float) -> dict[str, End]:  # noqa: ARG002
-        return await self._until(partial(self._play.heard, job_ids, timeout_s))
-
-    async def _until(self, look: Callable[[], T | None]) -> T:
-        """See :meth:`FakeCancelClient._until`."""
-        while True:
-            news = self._play.listen()
-            if (found := look()) is not None:
-                return found
-            await news.wait()
+    def _alarm(self) -> tuple[Callable[[], object], Callable[[], Any]]:
+        bell = asyncio.Semaphore(0)
+        return partial(asyncio.get_running_loop().call_soon_threadsafe, bell.release), bell.acquire

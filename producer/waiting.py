@@ -1,4 +1,4 @@
-"""How callers wait for outcomes: what ends a wait, and one listener for all who wait on a client.
+"""How callers wait for outcomes: what ends a wait, and all who wait on a client.
 
 As in :mod:`producer.protocol` nothing here talks to Redis: a client carries the conversations.
 """
@@ -6,58 +6,37 @@ As in :mod:`producer.protocol` nothing here talks to Redis: a client carries the
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
-
-from redis.exceptions import RedisError, ResponseError
 
 from producer.door import checked_id, checked_ids
 from producer.keys import Band, JobField, Keys
 from producer.message import CancelRequest, OpenRequest, Outcome, decode_outcome
 from producer.protocol import (
     ENDED,
-    NO_ANSWER,
-    Commands,
     Conversation,
-    NotOurs,
     QueueUnavailable,
     UnknownRequest,
-    WaitTimeout,
     Wire,
-    availability,
     good,
     is_requeued,
     pages,
     requeue_commands,
-    stream_entries,
     text,
 )
-from producer.redis_url import passes
 from producer.status import Status, is_served, read_status
 from producer.untrusted import InvalidRequest, MalformedMessage, clean_text
-
-_log = logging.getLogger("producer")
 
 #: What ends a wait for one request.
 End: TypeAlias = Outcome | Exception
 
 #: Between two looks at all that is waited for, s: a hint can be lost, and a request can vanish without any.
 LOOK_S = 1.0
-#: Longest time that one read of the ledger waits for news, ms.
-_BLOCK_MS = 1000
-#: Entries of the ledger read at a time.
-_PAGE = 500
-#: Between two tries to reach Redis, s.
-_AGAIN_S = 0.1
 #: For so long after the last one who waited the listener stays, s: the next one may come at once.
 _LINGER_S = 5.0
-#: The id of a record, for a look at which of those that are waited for it may be.
-_ID = re.compile(rb'"id":"([^"\\]{1,256})"')
 
 
 class Waited(NamedTuple):
@@ -166,45 +145,9 @@ def wanted_of(values: Any) -> dict[str, CancelRequest | None]:
     return dict(zip(checked_ids(tickets), (getattr(each, "request", None) for each in tickets), strict=True))
 
 
-def many_wanted(values: Any) -> dict[str, CancelRequest | None]:
-    """As :func:`wanted_of`, for a wait for many.
-
-    Raises:
-        InvalidRequest: one of them is for all open orders of a symbol: it has no outcome of its own.
-    """
-    tickets = list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else values
-    wanted = wanted_of(tickets)
-    for job_id, request in wanted.items():
-        if isinstance(request, OpenRequest):
-            rule = "is for all open orders of a symbol: wait for it alone, as client.wait(ticket)"
-            raise InvalidRequest("ids", job_id, rule)
-    return wanted
-
-
 def one_wanted(value: Any) -> dict[str, CancelRequest | None]:
     """As :func:`wanted_of` for one ticket or id."""
     return {checked_id(value): getattr(value, "request", None)}
-
-
-def outcome_or_raise(end: End) -> Outcome:
-    """What a wait for one comes to."""
-    if isinstance(end, Outcome):
-        return end
-    raise end.with_traceback(None)
-
-
-def readable(ends: Mapping[str, End]) -> dict[str, Outcome]:
-    """The outcomes; why another one cannot be read is logged."""
-    for end in ends.values():
-        if isinstance(end, MalformedMessage):
-            _log.warning("%s", end)
-    return {job_id: end for job_id, end in ends.items() if isinstance(end, Outcome)}
-
-
-def split(ends: Mapping[str, End]) -> Waited:
-    """What ended, and what stands."""
-    ended = {job_id: end for job_id, end in ends.items() if isinstance(end, Outcome)}
-    return Waited(ended, {job_id: end for job_id, end in ends.items() if not isinstance(end, Outcome)})
 
 
 def closed(client: object) -> InvalidRequest:
@@ -217,27 +160,13 @@ def unheard(error: BaseException) -> QueueUnavailable:
     return QueueUnavailable(f"nobody listens for outcomes any more ({type(error).__name__}): wait again")
 
 
-def timed_out(job_id: str, timeout_s: float | None, queue: str, served: bool | None) -> WaitTimeout:
-    """What a wait ends with whose time is up."""
-    words = f"no outcome of {job_id} within {timeout_s} s; the request goes on: {who_serves(served, queue)}"
-    error = WaitTimeout(words)
-    error.is_served = served
-    return error
-
-
 def who_serves(served: bool | None, queue: str) -> str:
     """Whether a live worker serves the queue, in words."""
     who = {True: "a live worker serves", False: "NO LIVE WORKER serves", None: "nobody can tell who serves"}[served]
     return f"{who} queue {queue}"
 
 
-def _hint(fields: Mapping[Any, Any]) -> str:
-    """Whose outcome a ledger entry may be."""
-    found = _ID.search(fields.get(b"outcome", b""))
-    return found[1].decode("utf-8", "replace") if found else ""
-
-
-# --- The listener -------------------------------------------------------------------------------------------------
+# --- Who waits -------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False, slots=True)
@@ -275,50 +204,45 @@ class QueueWire(Wire):
 class Waiters:
     """All who wait on one client. ``tell`` and the like are called by its listener."""
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self) -> None:
         self._lock = threading.RLock()
         self._all: set[Waiter] = set()
-        self._by_id: dict[str, list[Waiter]] = {}
+        self._by_id: dict[str, set[Waiter]] = {}
         self._left_s = time.monotonic()
-        self._came = 0
+        self._is_closed = False
+        #: How many have come so far.
+        self.came = 0
 
     @contextlib.contextmanager
     def waiting(self, wanted: Iterable[str], wake: Callable[[], object]) -> Iterator[Waiter]:
         """Wait for the length of the block."""
         waiter = Waiter(set(wanted), wake)
         with self._lock:
-            self._came += 1
-            waiter.number = self._came
+            self.came += 1
+            waiter.number = self.came
             self._all.add(waiter)
             for job_id in waiter.wanted:
-                self._by_id.setdefault(job_id, []).append(waiter)
+                self._by_id.setdefault(job_id, set()).add(waiter)
         try:
             yield waiter
         finally:
             with self._lock:
                 self._all.discard(waiter)
                 for job_id in waiter.wanted:
-                    others = [each for each in self._by_id.get(job_id, ()) if each is not waiter]
-                    self._by_id[job_id] = others
-                    if not others:
+                    self._by_id[job_id].discard(waiter)
+                    if not self._by_id[job_id]:
                         del self._by_id[job_id]
                 self._left_s = time.monotonic()
 
     def are_few(self) -> bool:
         """Whether a listener may leave."""
         with self._lock:
-            return not self._all and time.monotonic() - self._left_s > _LINGER_S
+            return self._is_closed or (not self._all and time.monotonic() - self._left_s > _LINGER_S)
 
     def wanted(self) -> list[str]:
         """All ids that somebody waits for."""
         with self._lock:
             return list(self._by_id)
-
-    @property
-    def came(self) -> int:
-        """How many have come so far."""
-        return self._came
 
     def tell(self, ends: Mapping[str, End], came: int) -> None:
         """Hand out what was asked for when so many had ``came``. Who came later may wait for a later run of the job."""
@@ -341,65 +265,14 @@ class Waiters:
             waiter.ends = {job_id: waiter.ends.get(job_id, error) for job_id in waiter.wanted}
             waiter.wake()
 
-    def _news(self) -> None:
+    def close(self, error: Exception) -> None:
+        """As :meth:`fail`, and nobody listens any more."""
+        self._is_closed = True
+        self.fail(error)
+
+    def news(self) -> None:
+        """Wake those who wait for news of the ledger."""
         with self._lock:
             readers = [waiter for waiter in self._all if not waiter.wanted]
         for waiter in readers:
             waiter.wake()
-
-    def listen(self, ready: Callable[[], object], address: str) -> Generator[Commands | float, list[Any], None]:
-        """What a client asks of Redis while anybody waits, on a connection of its own; a number asks for a pause, s.
-
-        ``ready`` is called when nothing that is recorded from then on can be missed, or nothing can be heard. Errors
-        are thrown into it: those that pass are told to nobody before a call's time is up.
-        """
-        failing_since: float | None = None
-        while not self.are_few():
-            try:
-                yield from self._follow(ready)
-                failing_since = None
-            except (RedisError, *NO_ANSWER) as told:
-                error = told if isinstance(told, RedisError) else NotOurs(type(told).__name__)
-                now = time.monotonic()
-                failing_since = failing_since or now
-                if not passes(error) or now - failing_since > self._wire.timeout_s:
-                    self._give_up(error, address)
-                    ready()
-            yield _AGAIN_S
-
-    def _give_up(self, error: RedisError, address: str) -> None:
-        try:
-            with availability(address):
-                raise error
-        except QueueUnavailable as told:
-            self.fail(told)
-
-    def _follow(self, ready: Callable[[], object]) -> Generator[Commands | float, list[Any], None]:
-        """Follow the ledger and hand out what is waited for, until nobody waits any more."""
-        keys = self._wire.keys
-        block_ms = self._wire.server_wait_ms(_BLOCK_MS)
-        position: str | None = None
-        with contextlib.suppress(ResponseError):  # somebody else's key, or no right to read it
-            position = yield from self._wire.newest()
-        ready()
-        look_at = 0.0
-        entries: list[tuple[str, dict[Any, Any]]] = []
-        while not self.are_few():
-            began, came, wanted = time.monotonic(), self.came, self.wanted()
-            if began < look_at:
-                hinted = {_hint(fields) for _, fields in entries}
-                wanted = [job_id for job_id in wanted if job_id in hinted]
-            ends: Mapping[str, End] = yield from look(keys, wanted)
-            self.tell(ends, came)
-            if began >= look_at:
-                now = time.monotonic()
-                look_at = now + max(LOOK_S, 10 * (now - began))
-            if position is None:
-                yield LOOK_S
-            else:
-                command = ("XREAD", "COUNT", _PAGE, "BLOCK", block_ms, "STREAMS", keys.outcomes, position)
-                (page,) = good((yield [command]))
-                entries = stream_entries(page[0][1] if page else [])
-                position = entries[-1][0] if entries else position
-            if entries or position is None:
-                self._news()

@@ -21,7 +21,7 @@ from producer.untrusted import MalformedMessage
 from tests.exporting import append
 from tests.fault.proxy import Proxy
 from tests.servers import Valkey, Workers, eventually
-from tests.strategies import fail
+from tests.strategies import fail, talking
 
 KEYS = Keys()
 CHILDREN = 12
@@ -180,16 +180,6 @@ def test_a_record_about_another_is_refused(client: CancelClient, connection: red
     assert ticket.wait(5).kind is OutcomeKind.REFUSED  # its job was damaged: nobody could say of which order it was
 
 
-def test_a_pointer_to_another_order_is_not_followed(client: CancelClient, connection: redis.Redis) -> None:
-    """A request joins a job of its own order alone, whatever its order's pointer says."""
-    other = client.cancel(algo_id=91)
-    for named in (other.id, b"\xff\xfe", "nobody-knows"):
-        connection.set(f"{KEYS.order_prefix}default:a:2", named)
-        ticket = client.cancel(algo_id=2)
-        assert (ticket.duplicate, client.job(ticket).args[0]["algo_id"]) == (False, 2)
-        assert client.cancel(algo_id=2).id == ticket.id
-
-
 def test_a_record_that_comes_while_somebody_waits_is_looked_at(
     client: CancelClient, workers: Workers, connection: redis.Redis
 ) -> None:
@@ -202,57 +192,40 @@ def test_a_record_that_comes_while_somebody_waits_is_looked_at(
 # ---- lost replies ---------------------------------------------------------------------------------------------------
 
 
-async def end(value: Any) -> Any:
-    """The value, awaited where it has to be."""
-    return await value if hasattr(value, "__await__") else value
-
-
-@pytest.mark.parametrize("kind", [redis.Redis, redis.asyncio.Redis])
+@pytest.mark.parametrize(("sort", "kind"), [(CancelClient, redis.Redis), (AsyncCancelClient, redis.asyncio.Redis)])
 def test_a_brought_connection_s_repeats_are_ours(
-    kind: Any, valkey: Valkey, workers: Workers, client: CancelClient
+    sort: type[Any], kind: Any, valkey: Valkey, workers: Workers, client: CancelClient
 ) -> None:
     """A retry whose reply is lost is not sent twice, though the brought connection would; a cancel finds itself."""
     (failed,) = fail(client, workers)
     workers.stop()
     client.retry(["nobody-knows"], missing_ok=True)  # the server knows the script
 
-    async def use(proxy: Proxy) -> None:
-        brought = kind.from_url(proxy.redis_url, socket_timeout=2)
-        mine: Any = CancelClient(brought) if kind is redis.Redis else AsyncCancelClient(brought)
-        await end(mine.status())
+    with Proxy(valkey.port) as proxy, talking(sort(kind.from_url(proxy.redis_url, socket_timeout=2))) as mine:
+        mine.status()
         lost = proxy.limit_data(b"EVALSHA")
-        assert (await end(mine.cancel(algo_id=17))).request.algo_id == 17
+        assert mine.cancel(algo_id=17).request.algo_id == 17
         trap = proxy.limit_data(b"EVALSHA")
         with pytest.raises(QueueUnavailable, match="no longer among the failed") as caught:
-            await end(mine.retry([failed]))
+            mine.retry([failed])
         assert f"127.0.0.1:{proxy.port}" in str(caught.value)
         assert (lost.sprung, trap.sprung) == (1, 1)
-        await end(mine.close())
-
-    with Proxy(valkey.port) as proxy:
-        asyncio.run(use(proxy))
     assert client.failed_ids() == []
     assert client.job(failed).get_status() == "queued"
 
 
-@pytest.mark.parametrize("kind", [CancelClient, AsyncCancelClient])
-def test_one_bound_holds_for_a_call(kind: type[Any], valkey: Valkey) -> None:
+@pytest.mark.parametrize(("sort", "kind"), [(CancelClient, redis.Redis), (AsyncCancelClient, redis.asyncio.Redis)])
+def test_one_bound_holds_for_a_call(sort: type[Any], kind: Any, valkey: Valkey) -> None:
     """A server that goes silent costs a call its time-out once, whatever the URL or a brought connection says."""
     with Proxy(valkey.port) as proxy:
-        url = f"{proxy.redis_url}?socket_timeout=60"
-        brought = (redis.Redis if kind is CancelClient else redis.asyncio.Redis).from_url(proxy.redis_url)
+        brought = kind.from_url(proxy.redis_url)
         brought.connection_pool.connection_kwargs["socket_timeout"] = 0.5
-        for client in (kind.from_url(url, timeout_s=0.5), kind(brought)):
-
-            async def use(client: Any = client) -> float:
-                await end(client.cancel(algo_id=1))
+        for client in (sort.from_url(f"{proxy.redis_url}?socket_timeout=60", timeout_s=0.5), sort(brought)):
+            with talking(client) as talk:
+                talk.cancel(algo_id=1)
                 proxy.timeout(True)
                 began = time.monotonic()
                 with pytest.raises(QueueUnavailable, match="by client id alone a repeat makes a second job"):
-                    await end(client.cancel(algo_id=2))
-                took_s = time.monotonic() - began
+                    talk.cancel(algo_id=2)
+                assert 0.4 < time.monotonic() - began < 5
                 proxy.timeout(False)
-                await end(client.close())
-                return took_s
-
-            assert 0.4 < asyncio.run(use()) < 5

@@ -12,10 +12,9 @@ from rq import Queue
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from producer import AsyncCancelClient, CancelClient, CancelRequest, OutcomeKind, QueueUnavailable
+from producer import CancelClient, CancelRequest, OutcomeKind, QueueUnavailable
 from producer.keys import JobField
 from tests.engines import Parts, RunningEngine
-from tests.fault.proxy import Proxy
 from tests.orders import PROVEN_S
 from tests.servers import Peek, Valkey, Workers, eventually, stopped
 from worker.exchange import Answer
@@ -248,34 +247,6 @@ def test_a_new_run_of_a_former_job_is_not_noted_any_more(
 
 
 # ---- repeats --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["client", "asyncio client"])
-def test_the_clients_own_repeat_finds_itself(is_async: bool, valkey: Valkey, client: CancelClient, peek: Peek) -> None:
-    """When the answer to an enqueue is lost, the client asks again with the same ids: one job for each order."""
-    requests = [CancelRequest(None, X), CancelRequest(None, "stop-2"), CancelRequest(None, X)]
-    client.cancel(algo_id=1)  # the script is known
-
-    async def ask(url: str) -> list[tuple[str, bool]]:
-        async with AsyncCancelClient.from_url(url) as mine:
-            await mine.failed_ids()
-            proxy.limit_data(b"EVALSHA")
-            return [(ticket.id, ticket.duplicate) for ticket in await mine.cancel_many(requests)]
-
-    with Proxy(valkey.port) as proxy:
-        url = proxy.redis_url
-        if is_async:
-            told = asyncio.run(ask(url))
-        else:
-            with CancelClient.from_url(url) as mine:
-                mine.failed_ids()
-                proxy.limit_data(b"EVALSHA")
-                told = [(ticket.id, ticket.duplicate) for ticket in mine.cancel_many(requests)]
-        assert proxy.count.replies_lost == 1
-
-    assert [is_duplicate for _, is_duplicate in told] == [False, False, True]
-    assert peek.waiting()[1:] == [told[0][0], told[1][0]]
-    assert told[2][0] == told[0][0]
 
 
 def test_a_callers_repeat_does_no_harm(

@@ -4,53 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import redis
 from rq import Queue
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from producer import (
-    CancelClient,
-    CancelRequest,
-    OutcomeKind,
-)
+from producer import CancelClient, CancelRequest, OutcomeKind
 from producer.keys import JobField, Keys
 from tests.servers import Workers
 from tests.strategies import field, now_ms
 from worker.sandbox.control import RunningExchange
 
 KEYS = Keys()
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"algo_id": 18},
-        {"algo_id": 17, "account": "desk2"},
-        {"client_algo_id": "stop-17"},
-        {"client_algo_id": "17"},
-    ],
-    ids=["other algo id", "other account", "its client id", "client id of the same digits"],
-)
-def test_what_is_not_known_to_be_one_order_is_not_merged(client: CancelClient, other: dict[str, Any]) -> None:
-    """Only account and id together make an order: ids of different kinds are never taken for one order."""
-    first = client.cancel(algo_id=17)
-
-    ticket = client.cancel(**other)
-
-    assert ticket.id != first.id
-    assert not ticket.duplicate
-
-
-def test_with_both_ids_the_algo_id_says_which_order_it_is(client: CancelClient) -> None:
-    """The exchange is asked by the algo id, so that one decides what is the same order."""
-    first = client.cancel(algo_id=17, client_algo_id="a")
-
-    assert client.cancel(algo_id=17, client_algo_id="b").id == first.id
-    assert client.cancel(client_algo_id="a").id != first.id
 
 
 def test_the_later_deadline_holds(client: CancelClient, connection: redis.Redis) -> None:
@@ -118,11 +85,17 @@ def _cancelled(connection: redis.Redis, job: Job) -> None:
     job.cancel()
 
 
-@pytest.mark.parametrize("remove", [_deleted, _emptied, _cancelled])
+def _stopped(connection: redis.Redis, job: Job) -> None:
+    job.set_status(JobStatus.STOPPED)
+    connection.lrem(KEYS.waiting, 0, job.id)
+
+
+@pytest.mark.parametrize("remove", [_deleted, _emptied, _cancelled, _stopped])
 def test_a_job_that_a_person_removed_is_not_joined(
     client: CancelClient, connection: redis.Redis, remove: Callable[[redis.Redis, Job], None]
 ) -> None:
-    """After Job.delete, rq empty or Job.cancel the next request for the order starts a job of its own."""
+    """After Job.delete, rq empty, Job.cancel or a stop the next request for the order starts a job of its own, which
+    the one after it joins."""
     first = client.cancel(algo_id=17)
     remove(connection, client.job(first))
 
@@ -130,25 +103,8 @@ def test_a_job_that_a_person_removed_is_not_joined(
 
     assert second.id != first.id
     assert not second.duplicate
+    assert client.cancel(algo_id=17).id == second.id
     assert connection.lrange(KEYS.waiting, 0, -1) == [second.id.encode()]
-
-
-def test_after_the_outcome_a_request_starts_anew_at_once(
-    client: CancelClient, workers: Workers, exchange: RunningExchange
-) -> None:
-    """Both waiters get one outcome; the next request for that order has a fresh id and an outcome of its own."""
-    (order,) = exchange.add_orders()
-    tickets = [client.cancel(algo_id=order.algo_id), client.cancel(algo_id=order.algo_id)]
-    workers.start()
-    outcomes = [ticket.wait(10) for ticket in tickets]
-
-    anew = client.cancel(algo_id=order.algo_id)
-
-    assert outcomes[0] == outcomes[1]
-    assert outcomes[0].kind is OutcomeKind.CANCELLED
-    assert not anew.duplicate
-    assert anew.wait(10).kind is OutcomeKind.ALREADY_CANCELLED
-    assert anew.id != tickets[0].id
 
 
 def test_threads_that_ask_at_once_share_one_job(client: CancelClient, connection: redis.Redis) -> None:

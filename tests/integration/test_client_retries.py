@@ -18,41 +18,6 @@ from tests.strategies import fail, rqs_fields
 KEYS = Keys()
 
 
-def test_a_retry_is_a_new_run_of_the_same_id(client: CancelClient, workers: Workers, connection: redis.Redis) -> None:
-    """The first outcome is gone at once, the second one has the next run and a new time of enqueueing."""
-    (job_id,) = fail(client, workers)
-    first = client.outcome(job_id)
-    workers.all[0].stop(signal.SIGKILL)
-
-    assert client.retry([job_id]) == [job_id]
-
-    assert client.outcome(job_id) is None
-    assert client.failed_ids() == []
-    assert client.cancel(algo_id=1, account="nobody").id == job_id  # the order's open job again
-    assert connection.ttl(KEYS.job_prefix + job_id) == -1
-    workers.start()
-    second = client.wait(job_id, 10)
-    assert first is not None
-    assert (first.run, second.run) == (1, 2)
-    assert second.enqueued_at_ms > first.finished_at_ms  # type: ignore[operator]
-    assert [ended.run for _, ended in client.outcomes()] == [1, 2]
-
-
-def test_an_unknown_id_is_named_and_nothing_is_retried(client: CancelClient, workers: Workers) -> None:
-    """Ids are checked before the first is started; missing_ok leaves them out instead."""
-    job_ids = fail(client, workers, 2)
-    workers.all[0].stop(signal.SIGKILL)
-
-    with pytest.raises(UnknownRequest, match=r"nobody, also-not are not among") as caught:
-        client.retry([job_ids[0], "nobody", "also-not", job_ids[1]])
-
-    assert caught.value.job_ids == ("nobody", "also-not")
-    assert client.failed_ids() == job_ids
-    assert client.retry([*job_ids, "nobody"], missing_ok=True) == job_ids
-    with pytest.raises(UnknownRequest):
-        client.retry(job_ids)
-
-
 def test_many_are_retried_or_none(client: CancelClient, connection: redis.Redis) -> None:
     """The rule holds beyond the thousand of one call, and an id given twice is started once."""
     tickets = client.cancel_many(CancelRequest(algo_id=number) for number in range(1, 1202))

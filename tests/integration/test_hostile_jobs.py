@@ -266,7 +266,7 @@ def test_due_entries_without_a_job_are_dropped(
 
 
 #: By ids that RQ takes.
-NASTY = {f"nasty-{number}": data for number, data in enumerate(NASTY_JOBS.values())}
+NASTY = {f"nasty-{number}": data for number, (data, _) in enumerate(NASTY_JOBS.values())}
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])

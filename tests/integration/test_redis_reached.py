@@ -8,7 +8,9 @@ import json
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +58,15 @@ def command(*words: str, **environment: str) -> tuple[int, str]:
 Enqueue = Callable[[str, int], str]
 
 
-def enqueue(url: str, algo_id: int) -> str:
-    """By the client for threads."""
-    with CancelClient.from_url(url) as client:
-        return client.cancel(algo_id=algo_id).id
+def enqueue(url: str, algo_id: int, sort: Any = CancelClient) -> str:
+    """By a client."""
+    with talking(sort.from_url(url)) as talk:
+        return str(talk.cancel(algo_id=algo_id).id)
 
 
 def enqueue_async(url: str, algo_id: int) -> str:
     """By the one for tasks."""
-
-    async def ask() -> str:
-        async with AsyncCancelClient.from_url(url) as client:
-            return (await client.cancel(algo_id=algo_id)).id
-
-    return asyncio.run(ask())
+    return enqueue(url, algo_id, AsyncCancelClient)
 
 
 def enqueue_by_command(url: str, algo_id: int) -> str:
@@ -289,3 +286,50 @@ def test_errors_have_classes(pair: Pair) -> None:
         client.ping()
     with cluster() as url, Address.parse(url).client(2.0) as client, pytest.raises(NotSupported):
         client.ping()
+
+
+# ---- what a failed call may have done -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sort", BOTH)
+def test_what_never_left_is_told_as_that(sort: type[Any], tmp_path: Path) -> None:
+    """Where no connection could be opened, a call that writes says at once, and without a password, that nothing was
+    sent; whoever shares its connection is told the same."""
+
+    def refused(ask: Callable[[], object]) -> None:
+        with pytest.raises(QueueUnavailable, match="; nothing was sent: a repeat makes the first request") as caught:
+            ask()
+        assert caught.value.nothing_sent
+        assert "carried out" not in str(caught.value)
+        assert PASSWORD not in "".join(traceback.format_exception(caught.value))
+
+    for url in (f"redis://user:{PASSWORD}@127.0.0.1:{free_port()}/0", f"unix://{tmp_path}/nobody.sock"):
+        with talking(sort.from_url(url, timeout_s=120)) as talk:
+            began = time.monotonic()
+            assert PASSWORD not in repr(talk.client)
+            refused(lambda: talk.cancel(client_algo_id="stop-1"))
+            refused(lambda: talk.retry(["a"]))
+            refused(lambda: talk.cancel_open("BTCUSDT"))
+            assert time.monotonic() - began < 60
+    with CancelClient.from_url(url) as client, ThreadPoolExecutor(16) as pool:
+        for _ in pool.map(lambda _: refused(lambda: client.cancel(client_algo_id="stop-1")), range(200)):
+            pass
+
+
+@pytest.mark.parametrize("sort", BOTH)
+def test_what_may_have_left_is_told_as_that(sort: type[Any], valkey: Valkey, connection: redis.Redis) -> None:
+    """A call whose answer was lost may have been carried out, though its repeat found nobody."""
+    with Proxy(valkey.port) as proxy, talking(sort.from_url(proxy.redis_url, timeout_s=30)) as talk:
+        talk.cancel(algo_id=1)
+        proxy.latency(60_000, b"EVALSHA")
+
+        def down() -> None:
+            eventually(lambda: connection.llen("rq:queue:cancels") == 2, what="it was carried out")
+            proxy.down()
+
+        other = threading.Thread(target=down)
+        other.start()
+        with pytest.raises(QueueUnavailable, match="it may have been carried out") as caught:
+            talk.cancel(client_algo_id="stop-1")
+        other.join()
+        assert not caught.value.nothing_sent

@@ -31,15 +31,7 @@ from producer.message import (
 from producer.untrusted import MessageError, clean_text
 from tests.examples import examples
 from worker.classify import OrderRef, Reply, classify
-from worker.decide import (
-    Again,
-    Case,
-    Stop,
-    as_known,
-    bounded,
-    first_step,
-    next_number,
-)
+from worker.decide import Again, Case, Stop, as_known, bounded, first_step, next_number
 from worker.http1 import FRAMING_LIMIT, MalformedResponse, ResponseReader
 
 #: Longest text of an error: it goes into the record of a refused job and into a log line.

@@ -178,6 +178,7 @@ def private_names(source: Path) -> Iterator[str]:
     """Where a name with an underscore is taken from something that is not ours."""
     parsed = tree(source)
     own = PROMISED | {name for node in ast.walk(parsed) for name in defined(node)} | OURS.get(str(source), set())
+    own |= inherited(importlib.import_module(dotted(source)))
     for node in ast.walk(parsed):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             of = node.value
@@ -186,6 +187,14 @@ def private_names(source: Path) -> Iterator[str]:
                 yield f"{source}:{node.lineno}: .{node.attr}"
         elif isinstance(node, ast.ImportFrom) and top(node.module or "") not in PACKAGES:
             yield from (f"{source}:{node.lineno}: {alias.name}" for alias in node.names if is_private(alias.name))
+
+
+def inherited(module: ModuleType) -> set[str]:
+    """What is defined beside the classes of ours from which the module's own descend."""
+    own = (one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__)
+    homes = {base.__module__ for one in own for base in one.__mro__ if top(base.__module__) in PACKAGES}
+    sources = (Path(*home.split(".")).with_suffix(".py") for home in homes)
+    return {name for source in sources for node in ast.walk(tree(source)) for name in defined(node)}
 
 
 def defined(node: ast.AST) -> Iterator[str]:
@@ -259,8 +268,7 @@ def test_only_two_modules_read_the_environment() -> None:
 def key_parts() -> set[str]:
     """The fixed parts of every key that the contract names, as `:outcomes` or `gate:`."""
     keys = Keys("\0", "\1")
-    names = [value for name, value in vars(Keys).items() if isinstance(value, property)]
-    whole = [str(value.__get__(keys)) for value in names] + [Keys.gate("\0")]
+    whole = [*vars(keys).values(), Keys.gate("\0")]
     return {part for key in whole for part in key.replace("\1", "\0").split("\0") if len(part) > 1}
 
 

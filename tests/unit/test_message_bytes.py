@@ -48,40 +48,13 @@ def _message_or_error(decode: Callable[[Any], object], data: Any) -> object:
         return error
 
 
-@pytest.mark.parametrize("data", NASTY_JOBS.values(), ids=NASTY_JOBS.keys())
-def test_a_nasty_job_is_refused_by_one_readable_error(data: bytes) -> None:
-    """Nothing but the contract's own call is accepted, and the refusal fits into one log line."""
+@pytest.mark.parametrize(("data", "words"), NASTY_JOBS.values(), ids=NASTY_JOBS.keys())
+def test_a_nasty_job_is_refused_by_one_readable_error(data: bytes, words: str) -> None:
+    """Nothing but the contract's own call is accepted; the refusal fits into one log line, and tells a foreign job from
+    a damaged one."""
     with pytest.raises(MessageError) as caught:
         decode_call(data)
     assert_fit_for_a_log(str(caught.value))
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("another function", "'os.system' is not allowed here"),
-        ("args by name", "not 0 arguments and 1 by name"),
-        ("ten megabytes", "10000000 bytes are too many; 65536 is the most"),
-        ("a zip bomb", "inflates beyond 65536 bytes"),
-        ("depth 10,000", "nested too deeply"),
-        ("NaN", "NaN is not a number of JSON"),
-        ("2**63", "'9223372036854775808' does not fit in 64 bits"),
-        ("-2**63-1", "'-9223372036854775809' does not fit in 64 bits"),
-        ("a number of 5,000 digits", "does not fit in 64 bits"),
-        ("control characters", "tag="),
-        ("version 2", "v=2: this side speaks version 1"),
-        ("true as version", "v=True: this side speaks version 1"),
-        ("an unknown field", "unknown field 'symbols'"),
-        ("a list as request", "a cancel request is a JSON object, not [1]"),
-        ("empty", "not JSON"),
-        ("not UTF-8", "not JSON"),
-        ("a pickled job", "not JSON"),
-    ],
-)
-def test_the_refusal_of_a_job_says_what_was_wrong(name: str, words: str) -> None:
-    """Whoever reads the refused outcome can tell a foreign job from a damaged one."""
-    with pytest.raises(MessageError) as caught:
-        decode_call(NASTY_JOBS[name])
     assert words in str(caught.value)
 
 
@@ -101,7 +74,7 @@ def test_a_zip_bomb_is_never_inflated() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(MalformedMessage):
-            decode_call(NASTY_JOBS["a zip bomb"])
+            decode_call(NASTY_JOBS["a zip bomb"][0])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -194,6 +167,15 @@ BAD_RECORDS: dict[str, str | bytes] = {
     "an attempt by an unprintable call": _record(attempts=[ATTEMPT.as_dict() | {"call": "\x1b[31m"}]),
     "an attempt after half a one": _record(attempts=[ATTEMPT.as_dict() | {"counted_before": 0.5}]),
     "an attempt at an infinite time": _record().replace("1750485492076", "1e999"),
+    "an object as account": _record(account={"a": [1]}),
+    "text as algo id": _record(algo_id="1"),
+    "a number as flag": _record(may_be_live=1),
+    "a number as tag": _record(tag=5),
+    "a number as listing": _record(orders=7),
+    "a listing of numbers": _record(orders=[7]),
+    "a listing without its order": _record(orders=[{"id": "x"}]),
+    "text among those left alone": _record(orders=[], left_alone=["x"]),
+    "text as moment": _record(before_ms="1"),
     "two megabytes": _record(error="x" * 2_000_000),
     "not UTF-8": b'{"v":1,"id":"\xff"}',
 }
