@@ -95,7 +95,10 @@ class Address:
         """
         parts = _parts(url)
         options = dict(reversed(parse_qsl(parts.query, keep_blank_values=True)))  # the first one counts
-        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        path = parts.path
+        if "db" in options and parts.scheme != "unix":  # it wins over the one in the path
+            path = f"{'/'.join(path.split('/')[: 2 if parts.scheme == _SENTINEL else 1])}/{options['db']}"
+        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
         if not _DATABASE.fullmatch(options.get("db", "0")):
             raise BadRedisUrl("the option db must be a number")
         if parts.scheme == _SENTINEL:

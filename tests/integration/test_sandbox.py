@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +138,15 @@ def test_what_cannot_start_is_said_in_one_line(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         assert done.stdout == ""
         assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("option", ["--port", "--redis-port"])
+def test_a_port_that_is_taken_is_named(option: str, tmp_path: Path) -> None:
+    """Which port is another's, and that nothing was started, is said in one line."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run(tmp_path, "--serve", "--orders", "1", option, port)
+    assert done.returncode == 69
+    assert f"port {port}" in done.stderr
+    assert "in use" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -37,7 +37,7 @@ PASSWORD = "not-to-be-seen"
                 "ssl_cert_reqs": "none",
             },
         ),
-        ("redis://h/1?db=2", "redis://h/1", {"host": "h", "db": 2}),
+        ("redis://h/1?db=2", "redis://h/2", {"host": "h", "db": 2}),
         ("unix://user:p@/run/r.sock?db=1", "unix:///run/r.sock", {"path": "/run/r.sock", "db": 1}),
         ("redis+sentinel://a/svc", "redis+sentinel://a/svc", {"db": 0}),
         (
@@ -45,7 +45,7 @@ PASSWORD = "not-to-be-seen"
             "redis+sentinel://a:1,b.example,[::1]:3/my%20svc/2",
             {"db": 2, "username": "u", "password": "p/"},
         ),
-        ("redis+sentinel://a/svc/?db=3&password=p", "redis+sentinel://a/svc/", {"db": 3, "password": "p"}),
+        ("redis+sentinel://a/svc/?db=3&password=p", "redis+sentinel://a/svc/3", {"db": 3, "password": "p"}),
     ],
 )
 def test_a_url_leads_somewhere(url: str, shown: str, options: dict[str, Any]) -> None:

@@ -53,6 +53,8 @@ class Valkey:
 
     def __init__(self, binary: str, directory: Path, port: int = 0) -> None:
         """``port`` 0: any free one. Raises CannotStart when the server does not come up."""
+        if port:
+            _check_free(port)
         self._binary = binary
         self._directory = directory.resolve()
         self._log = self._directory / "valkey.log"
@@ -125,6 +127,15 @@ def last_line(log: Path) -> str:
         lines = log.read_text("utf-8", "replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     return "it said nothing"
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise CannotStart(f"Redis cannot listen on port {port}: {error.strerror}") from None
 
 
 def _free_port() -> int:
