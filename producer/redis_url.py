@@ -565,6 +565,8 @@ def _reason(error: BaseException, code: str) -> str:
         if isinstance(cause, ssl.SSLCertVerificationError):
             said = clean_text(cause.verify_message)
             return f"certificate refused: {said}; see REDIS_TLS_CA and REDIS_TLS_VERIFY"
+        if isinstance(cause, ConnectionResetError) and cause.errno is None:  # asyncio's own: what was said is lost
+            return "it closed the connection, as it does where its own limit, maxclients, is reached"
         if isinstance(cause, OSError) and cause.strerror:
             # asyncio puts its own words, and the address, in the place of the system's.
             return clean_text(os.strerror(cause.errno) if cause.errno and cause.errno > 0 else cause.strerror)

@@ -233,11 +233,12 @@ def test_whose_limit_it_was() -> None:
     """A server without a connection left is told apart from a client whose connections are all taken."""
     with running_valkey("--maxclients", "1") as server, redis.Redis(port=server.port) as first:
         first.ping()
-        with (
-            CancelClient.from_url(server.url) as client,
-            pytest.raises(QueueUnavailable, match=r"its own limit, maxclients, is reached\) \[redis://127.0.0.1"),
-        ):
-            client.cancel(algo_id=1)
+        for kind in BOTH:
+            refusal = pytest.raises(
+                QueueUnavailable, match=r"its own limit, maxclients, is reached\) \[redis://127.0.0.1"
+            )
+            with talking(kind.from_url(server.url)) as talk, refusal:
+                talk.cancel(algo_id=1)
     with running_valkey() as server, Proxy(server.port) as proxy, ThreadPoolExecutor(8) as pool:
         with CancelClient.from_url(proxy.redis_url, timeout_s=1) as client:
             client.status()
