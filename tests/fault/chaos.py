@@ -175,13 +175,13 @@ class World:
     def command(self, *words: str) -> None:
         """One of RQ's commands, as an operator types it."""
         options = ["--url", self.valkey.url, "--path", str(ROOT)]
-        process = subprocess.Popen(
-            [RQ, *words, *options], cwd=ROOT, env=scrubbed(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        if not self.until(lambda: process.poll() is not None, PATIENCE_S):
-            process.kill()
-        if process.wait() != 0:
-            raise RuntimeError(f"rq {' '.join(words)} ended with {process.returncode}")
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen([RQ, *words, *options], cwd=ROOT, env=scrubbed(), stdout=said, stderr=said)
+            if not self.until(lambda: process.poll() is not None, PATIENCE_S):
+                process.kill()
+            if process.wait() != 0:
+                said.seek(0)
+                raise RuntimeError(f"rq {' '.join(words)} ended with {process.returncode}: {said.read()[-500:]}")
 
 
 # ---- blows -----------------------------------------------------------------------------------------------------------
