@@ -341,11 +341,15 @@ def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> 
         ends = client.converse(look(client.keys, ids, for_the_gone=False))
         told = {each: _told_by_status(each, ends.get(each), status) for each, status in zip(ids, statuses, strict=True)}
         for job_id, end in ends.items():
-            if isinstance(end, Outcome) and end.kind is OutcomeKind.LISTED:
-                of_orders = look(client.keys, [order.id for order in end.orders or ()])
-                told[job_id] = _followed(end, followed(end, client.converse(of_orders)))
-            elif isinstance(end, Exception):
-                say(end)
+            try:
+                if isinstance(end, Outcome) and end.kind is OutcomeKind.LISTED:
+                    of_orders = look(client.keys, [order.id for order in end.orders or ()])
+                    told[job_id] = _followed(end, followed(end, client.converse(of_orders)))
+                elif isinstance(end, Exception):
+                    say(end)
+            except MalformedMessage as error:  # it costs itself alone
+                told[job_id] = _told_by_status(job_id, error, None)
+                say(error)
     return _show([told[job_id] for job_id in ids], as_json)
 
 

@@ -202,10 +202,13 @@ class AsyncCancelClient(BaseClient):
         if self._is_closed:
             raise closed(self)
         loop, pid = asyncio.get_running_loop(), os.getpid()
-        for lines in self._lines:
+        for lines in tuple(self._lines):  # loops of other threads come and go
             if lines.loop is loop and lines.pid == pid:
                 return lines
-        # What a loop of this process had open it closed at its end; a parent's is kept, as letting go would close it.
-        self._lines = [each for each in self._lines if each.pid != pid or not each.loop.is_closed()]
-        self._lines.append(AsyncLines(self._place, self._wire))
-        return self._lines[-1]
+            # What a loop of this process had open it closed at its end; a parent's is kept: letting go would close it.
+            if lines.pid == pid and lines.loop.is_closed():
+                with contextlib.suppress(ValueError):
+                    self._lines.remove(lines)
+        mine = AsyncLines(self._place, self._wire)
+        self._lines.append(mine)
+        return mine

@@ -57,6 +57,7 @@ class _Call:
 
     repeat: bool
     has_left: bool = False  # whether something of it may have
+    was_lost: bool = False  # whether something of it has, and no answer came
     was_heeded: bool = False  # whether a command of it was answered without an error
 
 
@@ -94,8 +95,9 @@ class BaseLines:
         except redis.RedisError as error:
             if isinstance(error, NotOurs):
                 self._calls.distrust()
-            if isinstance(error, redis.ResponseError) and not call.was_heeded:
-                doubt = ""  # all of it was refused
+            was_refused = isinstance(error, redis.AuthenticationError | redis.ResponseError) and not call.was_heeded
+            if was_refused and not call.was_lost:
+                doubt = ""  # all of it
             elif doubt and not call.has_left:
                 doubt = NOTHING_SENT
             told = self._unavailable(error, doubt)
@@ -110,7 +112,7 @@ class BaseLines:
         elif isinstance(error, NotOurs):
             said = "Redis answered something else than was asked"
         elif isinstance(error, redis.AuthenticationError):
-            said, doubt = f"Redis refused the login ({type(error).__name__})", ""
+            said = f"Redis refused the login ({type(error).__name__})"
         elif isinstance(error, redis.ResponseError):
             said = f"Redis refused ({why(error)})"
         elif "max number of clients" in str(error):
@@ -148,7 +150,8 @@ class BaseLines:
         try:
             answers: list[Any] = await given(line.carry(commands, ends_at))
         except redis.RedisError as error:
-            call.has_left = call.has_left or not is_unsent(error)
+            call.was_lost = call.was_lost or not is_unsent(error)
+            call.has_left = call.has_left or call.was_lost
             raise
         call.has_left = True
         call.was_heeded = call.was_heeded or any(not isinstance(answer, Exception) for answer in answers)

@@ -287,6 +287,10 @@ def is_served(keys: Keys) -> Conversation[bool | None]:
     return any(row.live for row in rows)
 
 
+#: Redis knows it since 7.0.
+_COMPARISON = "ZINTERCARD"
+
+
 def readable(commands: list[Command], damaged: dict[str, None]) -> Conversation[list[Any]]:
     """One round trip whose keys of the wrong type count as empty; they are added to ``damaged``."""
     return _without_damaged(commands, (yield commands), damaged)
@@ -295,11 +299,14 @@ def readable(commands: list[Command], damaged: dict[str, None]) -> Conversation[
 def _without_damaged(commands: Sequence[Command], answers: Sequence[Any], damaged: dict[str, None]) -> list[Any]:
     """The answers, nothing in the place of those about keys of the wrong type, which are added to ``damaged``.
 
-    An operator looks because something is wrong: one such key may not hide all the rest. Any other error is raised.
+    An operator looks because something is wrong: one such key may not hide all the rest, nor may a comparison that the
+    server does not know, or that its user may not make. Any other error is raised.
     """
     told = []
     for (name, *words), answer in zip(commands, answers, strict=True):
-        if is_wrong_type(answer):
+        if name == _COMPARISON and isinstance(answer, Exception):
+            answer = None
+        elif is_wrong_type(answer):
             damaged[shown(words[0], _MAX_KEY_CHARS)] = None
             answer = [None] * (len(words) - 1) if name == "HMGET" else _NOTHING[name]
         told.append(answer)
@@ -352,7 +359,7 @@ def _third(keys: Keys, hosts: Sequence[Any], suspects: Sequence[tuple[bytes, byt
     """Gates of the workers' hosts, and how many held jobs are still to come."""
     return {
         "gates": [("HGETALL", _key(keys.gate(""), host)) for host in hosts],
-        "crowds": [("ZINTERCARD", 2, _key(keys.held(""), print_), keys.scheduled) for _, print_ in suspects],
+        "crowds": [(_COMPARISON, 2, _key(keys.held(""), print_), keys.scheduled) for _, print_ in suspects],
     }
 
 

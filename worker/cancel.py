@@ -335,7 +335,7 @@ class Canceller:
         if self.gate.closed(self._now_ms()):
             return "; a pause of the exchange holds all back: `python -m producer status` tells why"
         is_untold = job.algo_id is None and self._ahead() is None
-        return "; the exchange's time is not known, which a request by client id needs" if is_untold else ""
+        return "; the exchange's time is not known, without which no order's age is" if is_untold else ""
 
     def _may_send(self, job: CancelJob) -> bool:
         return job.hold.is_valid() and not self.gate.closed(self._now_ms())

@@ -263,7 +263,7 @@ class Engine:
 
     async def _claim(self, link: AsyncLink, slots: int, *, wait: bool) -> None:
         now_ns = local_ns()
-        came_back_ns = max(self._back_ns, self._trust.stepped_ns)
+        came_back_ns = max(self._back_ns, self._trust.stepped_ns())
         may_take_lost = not self._outage.is_on and now_ns >= came_back_ns + _COMPLETE_FIRST_S * _NS_PER_S
         look_closely = now_ns >= self._looked_closely_ns + _LOOK_S * _NS_PER_S
         if look_closely:

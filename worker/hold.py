@@ -21,15 +21,18 @@ class Trust:
     def __init__(self, redis_clock: RedisClock, sleep: SleepWatch | None = None) -> None:
         self._clock, self._sleep = redis_clock, sleep or SleepWatch()
         self._steps = redis_clock.steps
-        self._since_ns = 0
-        #: When Redis' clock stepped last (:func:`worker.clock.local_ns`).
-        self.stepped_ns = 0
+        self._since_ns = self._stepped_ns = 0
+
+    def stepped_ns(self) -> int:
+        """When Redis' clock stepped last (:func:`worker.clock.local_ns`)."""
+        if self._clock.steps != self._steps:
+            self._steps = self._clock.steps
+            self._since_ns = self._stepped_ns = local_ns()
+        return self._stepped_ns
 
     def since_ns(self) -> int:
         """What was asked before (:func:`worker.clock.local_ns`) says nothing of a lease's end."""
-        if self._clock.steps != self._steps:
-            self._steps = self._clock.steps
-            self._since_ns = self.stepped_ns = local_ns()
+        self.stepped_ns()
         if self._sleep.moved():
             self.doubt()
         return self._since_ns

@@ -43,7 +43,7 @@ def why_not_there(settings: Settings) -> str | None:
     url, is_here = settings.base_url, is_loopback(settings.base_url)
     if is_here and settings.egress_proxy_url is not None:
         return f"BINANCE_BASE_URL is '{url}': behind EGRESS_PROXY_URL that is another machine; unset one of the two"
-    if is_here or url.removesuffix(":443") in {f"https://{host}" for host in _DEMO_HOSTS}:
+    if is_here or url in {f"https://{host}" for host in _DEMO_HOSTS}:
         return None
     hosts = " and ".join(f"https://{host}" for host in _DEMO_HOSTS)
     return (

@@ -139,11 +139,12 @@ def _leads_somewhere(url: str) -> bool:
 
 
 def base_url(text: str) -> str:
-    """The exchange's address, its host in lower case."""
+    """The exchange's address, its host in lower case, its port where it is not the scheme's own."""
     shape = _BASE_URL_SHAPE.fullmatch(text)
     if not shape or not _port_in_range(shape["port"]) or not _leads_somewhere(text):
         raise RefusedError
-    port = f":{shape['port']}" if shape["port"] else ""
+    own_port = {"http": "80", "https": "443"}[shape["scheme"]]
+    port = f":{shape['port']}" if shape["port"] not in (None, own_port) else ""
     url = f"{shape['scheme']}://{shape['host'].lower()}{port}"
     if shape["scheme"] == "http" and not is_loopback(url):
         raise RefusedError("plain http goes to loopback hosts only (localhost, 127.0.0.1, [::1]); use https")

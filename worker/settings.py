@@ -292,7 +292,7 @@ class Settings:
             **{"credentials": accounts.credentials, "accounts_left_out": accounts.left_out},
             "warnings": tuple(accounts.warnings),
         }
-        given |= {name: reader.read(_SETTING_OF[name]) for name in _SETTING_OF.keys() - given.keys()}
+        given |= {name: reader.read(_SETTING_OF[name]) for name in _SETTING_OF if name not in given}
         settings = cls(**given)
         _check_backoff(reader, settings)
         if reader.problems:

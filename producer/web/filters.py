@@ -35,6 +35,12 @@ class Wanted:
         """Whether nothing is filtered out."""
         return not self.typed
 
+    @property
+    def words(self) -> str:
+        """What stands, as it is, in each record that is meant; a look at the raw record spares reading most."""
+        kind = None if self.kind == UNREADABLE else self.kind
+        return next((word for word in (self.symbol, self.tag, kind) if word and word.isascii()), "")
+
     def meets(self, seen: Seen) -> bool:
         """Whether this one is meant."""
         if self.kind is not None and self.kind != (seen.kind.value if seen.kind else UNREADABLE):

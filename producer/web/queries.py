@@ -116,7 +116,8 @@ def outcomes(keys: Keys, wanted: Wanted, before: str | None = None) -> Conversat
         newest = str(wanted.until_ms + _LATE_MS)
     bounds = (newest, str(wanted.since_ms or 0))
     size = PAGE + 1 if wanted.all else _ENTRIES
-    rows, read, last = yield from _ledger(keys, wanted.meets, damaged, bounds=bounds, most=PAGE, size=size)
+    words = wanted.words
+    rows, read, last = yield from _ledger(keys, wanted.meets, damaged, words=words, bounds=bounds, most=PAGE, size=size)
     return Part(tuple(rows), tuple(damaged), read=read, last=last)
 
 
@@ -189,12 +190,18 @@ def failed(keys: Keys, wanted: Wanted, start: int = 0, count: int = PAGE) -> Con
     return Part(tuple(rows), tuple(damaged), total, matching, partial=partial)
 
 
-def _meeting(keys: Keys, job_ids: Sequence[str], meets: Callable[[Seen], bool]) -> Conversation[list[str]]:
-    """Those that are meant, in their order: by their record, or where none can be read by all that is known of them."""
+def _meeting(
+    keys: Keys, job_ids: Sequence[str], meets: Callable[[Seen], bool], words: str = ""
+) -> Conversation[list[str]]:
+    """Those that are meant, in their order: by their record, or where none can be read by all that is known of them.
+    Records that do not hold ``words`` are not read."""
     met: list[str] = []
     for page in pages(job_ids):
         (records,) = good((yield [("MGET", *(keys.outcome_prefix + job_id for job_id in page))]))
-        told = {job_id: _of_record(job_id, record) for job_id, record in zip(page, records, strict=True)}
+        told = {
+            job_id: Seen(job_id) if words and record and not _may_hold(record, words) else _of_record(job_id, record)
+            for job_id, record in zip(page, records, strict=True)
+        }
         others = yield from requests_of(keys, [job_id for job_id, seen in told.items() if seen is None])
         known = {seen.id: seen for seen in [*told.values(), *others] if seen is not None}
         met += [job_id for job_id in page if meets(known[job_id])]
@@ -225,7 +232,7 @@ def search(keys: Keys, words: str, account: str | None = None) -> Conversation[P
         return _is_of(seen, account) and (bool(seen.faults) or _meant(seen, words))
 
     ended, read, last = yield from _ledger(keys, meant, damaged, words=words)
-    met = yield from _meeting(keys, [text(job_id) for job_id in failed_ids], lambda seen: _meant(seen, words))
+    met = yield from _meeting(keys, [text(each) for each in failed_ids], lambda seen: _meant(seen, words), words)
     named = yield from _open_with(keys, words, dict.fromkeys([DEFAULT_ACCOUNT, account or DEFAULT_ACCOUNT]), damaged)
     known = yield from requests_of(keys, list(dict.fromkeys([*named, *met[:_KEPT]])))
     known = [

@@ -86,6 +86,18 @@ def test_joining_adds_no_second_entry(client: CancelClient, peek: Peek) -> None:
     assert peek.waiting() == [tickets[2], *tickets]
 
 
+@pytest.mark.parametrize("status", ["canceled", "stopped"])
+def test_a_job_that_a_person_took_back_is_not_joined(status: str, client: CancelClient, peek: Peek) -> None:
+    """A request for the order of a canceled or stopped job starts a job of its own, which the next one joins."""
+    first = client.cancel(algo_id=1)
+    peek("HSET", peek.keys.job_prefix + first.id, "status", status)
+
+    second = client.cancel(algo_id=1)
+
+    assert (second.id != first.id, second.duplicate) == (True, False)
+    assert client.cancel(algo_id=1).id == second.id
+
+
 def test_a_pointer_that_leads_elsewhere_is_not_followed(client: CancelClient, holder: Holder, peek: Peek) -> None:
     """A pointer that leads to an ended job or that of another order, as somebody wrote it, or to none, swallows no
     request."""

@@ -236,6 +236,18 @@ def test_a_long_wait_shows_progress_on_a_terminal(shell: Shell) -> None:
 # --- outcome, outcomes, retry -------------------------------------------------------------------------------------
 
 
+def test_a_listing_that_names_nonsense_costs_itself_alone(shell: Shell, connection: redis.Redis) -> None:
+    """Of several outcomes the others are told."""
+    bad = {"kind": "listed", "account": "not an account!", "symbol": "BTCUSDT", "orders": [{"algo_id": 1, "id": "o1"}]}
+    connection.set(KEYS.outcome_prefix + "listing", record(1, id="listing", **bad))
+    connection.set(KEYS.outcome_prefix + "good", record(2, id="good"))
+
+    done = shell("outcome", "--json", "good", "listing")
+
+    assert [(each["id"], each["kind"]) for each in objects(done.stdout)] == [("good", "cancelled"), ("listing", None)]
+    assert (done.returncode, "account" in one_line(done.stderr)) == (1, True)
+
+
 def test_outcome_tells_ended_from_open_from_unknown(
     shell: Shell, client: CancelClient, workers: Workers, exchange: RunningExchange
 ) -> None:

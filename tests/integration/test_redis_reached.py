@@ -317,17 +317,28 @@ def test_what_never_left_is_told_as_that(sort: type[Any], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("sort", BOTH)
-def test_what_may_have_left_is_told_as_that(sort: type[Any], valkey: Valkey, connection: redis.Redis) -> None:
-    """A call whose answer was lost may have been carried out, though its repeat found nobody."""
-    with Proxy(valkey.port) as proxy, talking(sort.from_url(proxy.redis_url, timeout_s=30)) as talk:
+@pytest.mark.parametrize("met", ["nobody", "a full server", "another login"])
+def test_what_may_have_left_is_told_as_that(met: str, sort: type[Any]) -> None:
+    """A call whose answer was lost may have been carried out, though its repeat found nobody, or was refused."""
+    with (
+        running_valkey() as server,
+        redis.Redis(port=server.port) as connection,
+        Proxy(server.port) as proxy,
+        talking(sort.from_url(proxy.redis_url, timeout_s=30)) as talk,
+    ):
         talk.cancel(algo_id=1)
         proxy.latency(60_000, b"EVALSHA")
 
-        def down() -> None:
+        def lose() -> None:
             eventually(lambda: connection.llen("rq:queue:cancels") == 2, what="it was carried out")
-            proxy.down()
+            proxy.latency(0)
+            if met == "another login":
+                connection.config_set("requirepass", "x")
+            elif met == "a full server":
+                connection.config_set("maxmemory", 1)
+            (proxy.down if met == "nobody" else proxy.reset_peer)()
 
-        other = threading.Thread(target=down)
+        other = threading.Thread(target=lose)
         other.start()
         with pytest.raises(QueueUnavailable, match="it may have been carried out") as caught:
             talk.cancel(client_algo_id="stop-1")

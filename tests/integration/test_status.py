@@ -50,6 +50,20 @@ def test_a_status_costs_three_round_trips(valkey: Valkey, connection: redis.Redi
     assert (len(seen.workers), seen.outcomes_partial, sum(seen.outcomes.values())) == (1, True, 5000)
 
 
+def test_what_waits_for_a_key_is_told_where_it_cannot_be_compared(valkey: Valkey, connection: redis.Redis) -> None:
+    """A server that lacks ZINTERCARD, or a user who may not use it, costs no more than how exact that number is."""
+    connection.execute_command("ACL", "SETUSER", "old", "reset", "on", "nopass", "~*", "&*", "+@all", "-zintercard")
+    connection.sadd(KEYS.suspects, "default")
+    connection.hset(KEYS.breaker("default"), mapping={"failures": 5, "reason": "401", "since_ms": 1, "probe_at_ms": 2})
+    connection.sadd(KEYS.held("default"), "waits", "ended long ago")
+    connection.zadd(KEYS.scheduled, {"waits": 4e9, "another": 4e9, "a third": 4e9})
+    try:
+        with CancelClient.from_url(valkey.url.replace("//", "//old:x@")) as client:
+            assert [(key.account, key.held) for key in client.status().keys] == [("default", 2)]
+    finally:
+        connection.execute_command("ACL", "DELUSER", "old")
+
+
 def test_a_refused_key_is_told(client: CancelClient, connection: redis.Redis) -> None:
     """Open breakers with what waits for them come before suspected keys; a breaker that is gone is not told."""
     now_ms = int(connection.time()[0]) * 1000

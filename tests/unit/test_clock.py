@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.examples import examples
 from tests.servers import python
-from worker.clock import BEHIND_MS, DRIFT_PPM, MOVED_NS, RedisClock, ServerClock, SleepWatch, minus
+from worker.clock import BEHIND_MS, DRIFT_PPM, MOVED_NS, RedisClock, ServerClock, SleepWatch, local_ns, minus
+from worker.hold import Trust
 
 PROFILE = examples(100)
 MS = 1_000_000
@@ -313,3 +314,15 @@ print(COUNTS_SLEEP)
 """
     done = python("-c", code)
     assert done.stdout == "False\n"
+
+
+def test_who_holds_nothing_learns_of_a_step_when_it_asks() -> None:
+    """After a step of Redis' clock the next claim takes nobody's lease, also that of a worker without any job."""
+    clock = RedisClock()
+    trust = Trust(clock)
+    for shift_ms in (0, 60_000):
+        assert trust.stepped_ns() == 0
+        now_ns = local_ns()
+        clock.observe(now_ns, now_ns, 1_760_000_000_000 + shift_ms)
+
+    assert trust.stepped_ns() >= now_ns

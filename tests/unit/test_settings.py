@@ -82,6 +82,7 @@ GOOD: list[tuple[str, str, str, object]] = [
     ("BINANCE_BASE_URL", "https://demo-fapi.binance.com", "base_url", "https://demo-fapi.binance.com"),
     ("BINANCE_BASE_URL", "https://testnet.binancefuture.com/", "base_url", "https://testnet.binancefuture.com"),
     ("BINANCE_BASE_URL", "https://FAPI.Binance.com:8443", "base_url", "https://fapi.binance.com:8443"),
+    ("BINANCE_BASE_URL", "https://fapi.binance.com:443/", "base_url", "https://fapi.binance.com"),
     ("BINANCE_BASE_URL", "https://binance.com", "base_url", "https://binance.com"),
     ("BINANCE_BASE_URL", "http://127.0.0.2:1", "base_url", "http://127.0.0.2:1"),
     ("BINANCE_BASE_URL", "http://[::1]:65535/", "base_url", "http://[::1]:65535"),
@@ -210,6 +211,9 @@ def test_all_problems_are_reported_together() -> None:
     )
     assert len(error.problems) == len(starts)
     assert all(any(problem.startswith(start) for problem in error.problems) for start in starts)
+    named = [problem.split()[0] for problem in error.problems]
+    in_the_help = ["CANCEL_QUEUE", "WORKER_CONCURRENCY", "LOG_LEVEL"]
+    assert [name for name in named if name in in_the_help] == in_the_help
     assert str(error).splitlines() == ["8 bad settings:", *(f"  {problem}" for problem in error.problems)]
 
 
@@ -250,7 +254,7 @@ def test_foreign_hosts_need_to_be_allowed_by_name(url: str) -> None:
     assert f"BINANCE_ALLOWED_HOST={host}" in the_problem(BINANCE_BASE_URL=url)
     for near_miss in (f"x.{host}", f"{host}.example", "binance.com", "example"):
         assert "BINANCE_ALLOWED_HOST" in the_problem(BINANCE_BASE_URL=url, BINANCE_ALLOWED_HOST=near_miss)
-    assert settings(BINANCE_BASE_URL=url, BINANCE_ALLOWED_HOST=host.upper()).base_url == url
+    assert settings(BINANCE_BASE_URL=url, BINANCE_ALLOWED_HOST=host.upper()).base_url == url.removesuffix(":443")
 
 
 PLAIN_ELSEWHERE = (
