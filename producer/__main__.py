@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -250,11 +249,12 @@ def _told_by_status(job_id: str, end: End | None, status: str | None) -> _Told:
 
 def _followed(listing: Outcome, seen: OpenOutcome) -> _Told:
     """A listing and, below it, the orders that it named."""
-    row = console.outcome_cells(replace(listing, may_be_live=seen.may_be_live))
-    record = console.record(listing) | {
-        name: seen.as_dict()[name] for name in ("may_be_live", "off_the_book", "orders")
-    }
-    return _Told([row, *map(console.open_cells, seen.orders)], record, _open_code(seen))
+    record = console.record(listing) | {"orders": seen.as_dict()["orders"]}
+    code = _open_code(seen)
+    if code is ExitCode.DONE:
+        say(f"{listing.id}: all that was listed is off the book; a list may lag: `cancel-open --wait` looks once more")
+        code = ExitCode.NOT_OFF_THE_BOOK
+    return _Told([console.outcome_cells(listing), *map(console.open_cells, seen.orders)], record, code)
 
 
 def _open_code(seen: OpenOutcome) -> ExitCode:
@@ -329,7 +329,8 @@ def cancel_open(
 def outcome(redis_url: str, queue: str, as_json: bool, ids: tuple[str, ...]) -> ExitCode:
     """Show what became of requests, in the order given.
 
-    Of a request for all open orders of a symbol it shows each order that was listed; the exit code is that of them all.
+    Of a request for all open orders of a symbol it shows each order that was listed. As a list may lag behind, that is
+    never the final word: the exit code is 3 while one of them is open, else 1 (`cancel-open --wait` looks once more).
     Where there is no record --json prints {"id","kind":null,"status"} with RQ's status of the job, and "error" where
     none will come. The exit code is 3 while the request is queued, scheduled or started, and 1 if its record
     cannot be read or has run out, or nobody knows the id.
@@ -492,7 +493,8 @@ def metrics(redis_url: str, queue: str, port: int, host: str) -> ExitCode:
 
     Everything is read from Redis when Prometheus asks. Outcomes and times are counted there, whatever is restarted;
     what only the ledger tells (accounts, attempts, replies) is counted from the first scrape on. While Redis does not
-    answer, or refuses, cancel_up is 0. There is no login: whoever reaches the port reads the figures.
+    answer, or refuses, cancel_up is 0. There is no login: whoever reaches the port reads the figures. On loopback only
+    requests for this machine are answered (Host: localhost, 127.0.0.1 or [::1]; let a proxy send one of them).
     """
     shell.need("metrics needs prometheus-client: pip install prometheus-client", "prometheus_client")
     from producer.metrics import serve

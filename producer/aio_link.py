@@ -27,12 +27,20 @@ class _Trip:
     def __init__(self, commands: Commands, ends_at: float) -> None:
         self.commands = commands
         self.ends_at = ends_at
-        self.is_sent = False
+        self.is_taken = False  # by a connection
+        self.is_sent = False  # or may be
         self.came: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
     def fail(self, error: BaseException) -> None:
         if not self.came.done():
             self.came.set_exception(error)
+
+
+def _late(is_sent: bool) -> redis.TimeoutError:
+    error = redis.TimeoutError("no answer in time")
+    if not is_sent:
+        error.add_note(UNSENT)
+    return error
 
 
 class AsyncLink:
@@ -42,12 +50,21 @@ class AsyncLink:
         self._connection = connection
         self._opened_at: float | None = None
 
-    async def ask(self, trips: Sequence[Commands], ends_at: float, distrusted_at: float = 0.0) -> list[list[Any]]:
+    async def ask(
+        self,
+        trips: Sequence[Commands],
+        ends_at: float,
+        distrusted_at: float = 0.0,
+        leaving: Callable[[], object] = lambda: None,
+    ) -> list[list[Any]]:
         """The answers to several round trips at once; an error answer stands in its place.
+
+        ``leaving`` is called before anything is sent, on a connection that stands.
 
         Raises:
             redis.RedisError: no answer; the connection is closed.
         """
+        is_leaving = False
         try:
             async with asyncio.timeout_at(ends_at):
                 try:
@@ -55,12 +72,14 @@ class AsyncLink:
                 except redis.RedisError as error:
                     error.add_note(UNSENT)
                     raise
+                is_leaving = True
+                leaving()
                 for packed in packets(self._connection, trips):
                     await self._connection.send_packed_command([packed])
                 return [[await self._answer() for _ in range(len(commands))] for commands in trips]
         except TimeoutError as error:
             await self.close()
-            raise redis.TimeoutError("no answer in time") from error
+            raise _late(is_leaving) from error
         except OSError as error:
             await self.close()
             raise redis.ConnectionError(type(error).__name__) from error
@@ -115,9 +134,7 @@ class AsyncLine:
             async with asyncio.timeout_at(ends_at):
                 return await trip.came
         except TimeoutError:
-            if trip.is_sent:
-                raise redis.TimeoutError("no answer in time") from None
-            raise NoConnectionFree(self._most) from None
+            raise (_late(trip.is_sent) if trip.is_taken else NoConnectionFree(self._most)) from None
 
     async def _run(self) -> None:
         link = self._make()
@@ -146,12 +163,16 @@ class AsyncLine:
         return [trip for trip in batch if not trip.came.done()]
 
     async def _carry(self, link: AsyncLink, batch: list[_Trip]) -> None:
+        def leaving() -> None:
+            for trip in batch:
+                trip.is_sent = True
+
         for trip in batch:
-            trip.is_sent = True
+            trip.is_taken = True
         are_alike = isinstance(batch[0].commands, Slow)
         asked = [trip.commands for trip in (batch[:1] if are_alike else batch)]
         try:
-            told = await link.ask(asked, max(trip.ends_at for trip in batch), self._distrusted_at)
+            told = await link.ask(asked, max(trip.ends_at for trip in batch), self._distrusted_at, leaving)
         except redis.RedisError as error:
             self.distrust()
             for trip in batch:

@@ -164,15 +164,18 @@ class BaseLines:
         that pass are told to nobody before a call's time is up.
         """
 
+        failing_since: float | None = None
+
         async def ask(commands: Commands) -> list[Any]:
+            nonlocal failing_since
             (answers,) = await given(link.ask([commands], self._now() + LOOK_S + self._wire.timeout_s))
+            if not any(isinstance(answer, Exception) for answer in answers):
+                failing_since = None
             return list(answers)
 
-        failing_since: float | None = None
         while not self.waiters.are_few():
             try:
                 await self._follow(ask, ready)
-                failing_since = None
             except (redis.RedisError, *NO_ANSWER) as told:
                 error = told if isinstance(told, redis.RedisError) else NotOurs(type(told).__name__)
                 now = time.monotonic()

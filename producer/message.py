@@ -316,9 +316,8 @@ class Outcome:
 
     @property
     def off_the_book(self) -> bool:
-        """Whether nothing rests and nothing was executed: the order is gone, or what it became is, unfilled."""
-        if self.kind is OutcomeKind.LISTED:
-            return not self.orders and not self.left_alone
+        """Whether nothing rests and nothing was executed: the order is gone, or what it became is, unfilled. What a
+        listing named, or was too early for, is not known by it."""
         if self.kind is not OutcomeKind.TRIGGERED:
             return self.kind.off_the_book
         is_unfilled = _NOTHING.fullmatch(self.child_executed_qty or "") is not None

@@ -316,7 +316,7 @@ def _for_this_machine(answer: Any) -> Any:
         if names_this_machine(request.get("HTTP_HOST", "localhost")):
             return answer(request, start_response)
         start_response("421 Misdirected Request", [("Content-Type", "text/plain")])
-        return [b"ask for this machine as localhost, or start this with --host: see --help\n"]
+        return [b"send Host: localhost: on loopback no other name is answered\n"]
 
     return guarded
 

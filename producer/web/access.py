@@ -44,7 +44,6 @@ _HEADERS = {
 _BY_HTTPS = {"Strict-Transport-Security": "max-age=31536000"}
 #: What proxies add: whoever sent a request that has one of these need not sit at this machine.
 _FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded", "X-Real-IP", "Via")
-_VISIBLE_ASCII = re.compile(r"[!-~]*")
 _OWN_PATH = re.compile(r"/(?![/\\])[A-Za-z0-9._~%/?=&:@+-]*")
 
 
@@ -54,9 +53,9 @@ def check_start(host: str, token: str | None, public_read: bool) -> None:
     Raises:
         BadSetting: they could, the token is too weak, or the settings contradict each other.
     """
-    if token is not None and not _VISIBLE_ASCII.fullmatch(token):
+    if token is not None and (token != token.strip() or not token.isprintable()):
         raise BadSetting(
-            "WEB_TOKEN holds white space, a control character (the end of a line?) or a letter beyond ASCII, which no "
+            "WEB_TOKEN begins or ends with white space, or holds a control character (the end of a line?), which no "
             "login can send; try: openssl rand -hex 16"
         )
     if token is not None and len(token) < MIN_TOKEN_CHARS:

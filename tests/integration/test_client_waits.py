@@ -32,6 +32,7 @@ from producer.protocol import Commands
 from producer.redis_url import at_once
 from tests.exporting import append, record
 from tests.fault.proxy import Proxy
+from tests.holders import OpenHolder, ended
 from tests.servers import Valkey, Workers, confirms_durability, eventually, running_valkey
 from tests.strategies import BOTH, Talk, blocked, talking
 
@@ -62,6 +63,30 @@ def test_what_is_removed_ends_the_wait(talk: Talk, connection: redis.Redis) -> N
         talk.wait_for(ticket, None)
     remover.join()
     assert caught.value.job_ids == (ticket.id,)
+
+
+def test_a_wait_outlasts_each_trouble_that_passes(talk: Talk, open_holder: OpenHolder, valkey: Valkey) -> None:
+    """Connections that are lost now and then, each time for less than a call may take, end no wait."""
+    with talking(type(talk.client).from_url(valkey.url, timeout_s=0.5)) as waiting:
+        ticket = waiting.cancel(algo_id=7)
+
+        def trouble() -> None:
+            with redis.Redis(port=valkey.port) as killer:
+                for _ in range(3):
+                    eventually(lambda: killer.info("clients")["blocked_clients"], what="somebody listens")
+                    time.sleep(0.7)
+                    own = killer.client_id()
+                    for each in killer.client_list():
+                        if int(each["id"]) != own:
+                            killer.client_kill_filter(_id=each["id"])
+                    time.sleep(0.7)
+            holder = open_holder()
+            holder.complete(*(ended(lease, account="default", algo_id=7) for lease in holder.claim()))
+
+        other = threading.Thread(target=trouble)
+        other.start()
+        assert waiting.wait_for(ticket, 30).kind is OutcomeKind.CANCELLED
+        other.join()
 
 
 def test_a_wait_needs_no_thread(client: CancelClient, workers: Workers, connection: redis.Redis) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 import threading
 import time
 import traceback
@@ -311,6 +312,10 @@ def test_what_never_left_is_told_as_that(sort: type[Any], tmp_path: Path) -> Non
             refused(lambda: talk.retry(["a"]))
             refused(lambda: talk.cancel_open("BTCUSDT"))
             assert time.monotonic() - began < 60
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silence = f"redis://user:{PASSWORD}@127.0.0.1:{silent.getsockname()[1]}/0"
+        with talking(sort.from_url(silence, timeout_s=0.5)) as talk:
+            refused(lambda: talk.cancel(client_algo_id="stop-1"))
     with CancelClient.from_url(url) as client, ThreadPoolExecutor(16) as pool:
         for _ in pool.map(lambda _: refused(lambda: client.cancel(client_algo_id="stop-1")), range(200)):
             pass

@@ -89,6 +89,8 @@ def test_a_vouched_for_server_must_have_the_right_name(fleet: Workers, ca_file: 
     assert code == 69
     assert WAY_OUT in said
     assert command("worker", "check", **fleet.environment, REDIS_TLS_CA=ca_file)[0] == 0
+    assert command("producer", "status", **environment)[0] == 4
+    assert command("producer", "status", **fleet.environment, REDIS_TLS_CA=ca_file)[0] == 0
 
 
 def test_producers_refuse_it(url: str, ca_file: str) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
+
+import pytest
 
 from producer.message import Call
+from worker.sandbox.control import ConfigError, ExchangeConfig
 from worker.sandbox.fault_plan import FaultPlan
 from worker.sandbox.faults import FAULT_SETS, Fault, FaultSet, Reach
 
@@ -84,3 +88,20 @@ def test_no_fault_comes_after_the_end() -> None:
     plan.script(IDS[0], Call.CANCEL, [Fault.DROP_AFTER], repeat_last=True)
     assert plan.meet(IDS[0], Call.CANCEL, NOW_MS - 1) is Fault.DROP_AFTER
     assert all(plan.meet(algo_id, call, NOW_MS) is None for algo_id in IDS[:50] for call in Call)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"fault_rate": 7}, "fault_rate: must be between 0 and 1"),
+        ({"latency_ms": -5}, "latency_ms: must not be negative"),
+        ({"tls_key_path": "key.pem"}, "tls_cert_path and tls_key_path: both or neither"),
+        ({"incidents": ("drop_after",)}, "incidents: 'drop_after' is no fault"),
+        ({"faults": "most"}, "faults: must be one of"),
+        ({"accounts": {}}, "accounts: at least one"),
+    ],
+)
+def test_an_exchange_that_cannot_be_meant_is_refused(fields: dict[str, Any], told: str) -> None:
+    """What cannot be meant is told by the field's name, and nothing is started."""
+    with pytest.raises(ConfigError, match=told):
+        ExchangeConfig(**({"accounts": {"default": ("key", "secret")}} | fields))

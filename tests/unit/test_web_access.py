@@ -18,7 +18,7 @@ TOKEN = "a-token-of-the-tests"
         ("10.0.0.7", None, False, "--host 127.0.0.1"),
         ("example.com", None, False, "example.com"),
         ("127.0.0.1", "fifteen-letters", False, "16 characters"),
-        *(("127.0.0.1", f"{TOKEN}{end}", False, "the end of a line") for end in ("\r", "\n", " ", "\xe4")),
+        *(("127.0.0.1", f"{TOKEN}{end}", False, "the end of a line") for end in ("\r", "\n", " ", "\x00x")),
         ("127.0.0.1", "a" * 40, False, "8 different characters"),
         ("0.0.0.0", "1234567" * 6, False, "8 different characters"),
         ("127.0.0.1", TOKEN, True, "leave one of them out"),

@@ -72,6 +72,16 @@ class ExchangeConfig:
             raise ConfigError("accounts: two have the same API key")
         if self.faults not in FAULT_SETS:
             raise ConfigError(f"faults: must be one of {', '.join(FAULT_SETS)}, not {self.faults!r}")
+        if not 0 <= self.fault_rate <= 1:
+            raise ConfigError(f"fault_rate: must be between 0 and 1, not {self.fault_rate}")
+        for name in ("max_incidents", "weight_limit_per_minute", "latency_ms", "port"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: must not be negative, not {getattr(self, name)}")
+        if bool(self.tls_cert_path) != bool(self.tls_key_path):
+            raise ConfigError("tls_cert_path and tls_key_path: both or neither")
+        for name in self.incidents or ():
+            if name not in [fault for fault in Fault if fault.spec.pauses]:
+                raise ConfigError(f"incidents: {name!r} is no fault that stops an address")
 
     def to_json(self) -> str:
         """One line of JSON; it holds the accounts' secrets."""
