@@ -320,8 +320,8 @@ def start() -> None:
     try:
         main(prog_name="python -m worker")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EBADF, errno.EIO):
-            raise
+        if error.errno not in (errno.ENOSPC, errno.EBADF, errno.EIO) or error.filename is not None:
+            raise  # it is no stream's
         silence(1)
         _say(f"error: stdout takes nothing: {error.strerror}", to_stderr=True)
         sys.exit(os.EX_IOERR)

@@ -114,7 +114,10 @@ def _pause(connection: redis.Redis, gate: str) -> Finding | None:
     left_s = int(until) // 1000 - int(now_s) if until and until.isdigit() and len(until) <= 16 else 0
     if left_s <= 0:
         return None
-    said = f"not asked: all requests pause for another {left_s} s ({clean_text(reason or b'')})"
+    said = (
+        f"not asked: all requests pause for another {left_s} s ({clean_text(reason or b'no reason is told')}); wait, "
+        f"or open the gate if its cause is mended: HSET {gate} until_ms 0"
+    )
     return Finding("exchange", said, Fault.UNREACHABLE)
 
 

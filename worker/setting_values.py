@@ -143,9 +143,9 @@ def base_url(text: str) -> str:
     shape = _BASE_URL_SHAPE.fullmatch(text)
     if not shape or not _port_in_range(shape["port"]) or not _leads_somewhere(text):
         raise RefusedError
-    own_port = {"http": "80", "https": "443"}[shape["scheme"]]
-    port = f":{shape['port']}" if shape["port"] not in (None, own_port) else ""
-    url = f"{shape['scheme']}://{shape['host'].lower()}{port}"
+    own_port = {"http": 80, "https": 443}[shape["scheme"]]
+    port = int(shape["port"] or own_port)
+    url = f"{shape['scheme']}://{shape['host'].lower()}" + (f":{port}" if port != own_port else "")
     if shape["scheme"] == "http" and not is_loopback(url):
         raise RefusedError("plain http goes to loopback hosts only (localhost, 127.0.0.1, [::1]); use https")
     return url

@@ -202,10 +202,15 @@ def _meeting(
             job_id: Seen(job_id) if words and record and not _may_hold(record, words) else _of_record(job_id, record)
             for job_id, record in zip(page, records, strict=True)
         }
-        others = yield from requests_of(keys, [job_id for job_id, seen in told.items() if seen is None])
+        # Only a failure may leave its order unsaid: then the job tells it.
+        others = yield from requests_of(keys, [job_id for job_id, seen in told.items() if _is_unsaid(seen)])
         known = {seen.id: seen for seen in [*told.values(), *others] if seen is not None}
         met += [job_id for job_id in page if meets(known[job_id])]
     return met
+
+
+def _is_unsaid(seen: Seen | None) -> bool:
+    return seen is None or (seen.outcome is not None and seen.outcome.account is None)
 
 
 def _of_record(job_id: str, record: Any) -> Seen | None:

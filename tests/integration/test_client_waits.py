@@ -97,6 +97,7 @@ def test_a_wait_needs_no_thread(client: CancelClient, workers: Workers, connecti
     try:
         with pytest.raises(WaitTimeout):
             tickets[0].wait(0.1)
+        connection.set(KEYS.suspended, "1", px=3000)  # so that the first look finds nothing
         workers.start(WORKER_CONCURRENCY="1")  # in a process of its own
         assert tickets[0].wait(30).kind is OutcomeKind.REFUSED
     finally:

@@ -193,6 +193,15 @@ def test_the_ledger_is_filtered_by_each_of_its_words_and_by_time(reader: FlaskCl
     assert "Retry all 2" not in page(reader, "/failed?tag=f%C3%BCr+1")
 
 
+def test_what_a_record_leaves_unsaid_is_told_by_the_job(reader: FlaskClient, connection: redis.Redis) -> None:
+    """A failed request whose record knows nothing of its order is found by what its job says, as it is shown."""
+    data = encode_call(CancelRequest(algo_id=17, account="desk2", tag="grid"))
+    settle(connection, outcome("r1", kind=OutcomeKind.REFUSED, account=None, algo_id=None), data)
+    for query in ("", "tag=grid", "account=desk2", "account=desk2&tag=grid"):
+        assert ids(page(reader, f"/failed?{query}")) == ["r1"]
+    assert ids(page(reader, "/failed?tag=other")) == []
+
+
 def test_the_ledger_is_paged_with_its_filter_kept(reader: FlaskClient, connection: redis.Redis) -> None:
     """From page to page none is lost or told twice, however many come meanwhile, and each link keeps the filter."""
     for number in range(260):

@@ -83,6 +83,7 @@ GOOD: list[tuple[str, str, str, object]] = [
     ("BINANCE_BASE_URL", "https://testnet.binancefuture.com/", "base_url", "https://testnet.binancefuture.com"),
     ("BINANCE_BASE_URL", "https://FAPI.Binance.com:8443", "base_url", "https://fapi.binance.com:8443"),
     ("BINANCE_BASE_URL", "https://fapi.binance.com:443/", "base_url", "https://fapi.binance.com"),
+    ("BINANCE_BASE_URL", "https://fapi.binance.com:0443", "base_url", "https://fapi.binance.com"),
     ("BINANCE_BASE_URL", "https://binance.com", "base_url", "https://binance.com"),
     ("BINANCE_BASE_URL", "http://127.0.0.2:1", "base_url", "http://127.0.0.2:1"),
     ("BINANCE_BASE_URL", "http://[::1]:65535/", "base_url", "http://[::1]:65535"),
