@@ -22,6 +22,10 @@ from producer.waiting import LOOK_S, End, QueueWire, Waited, one_wanted, proven,
 _log = logging.getLogger("producer")
 
 
+#: The first pause of who waits without a listener, s; the next ones double up to LOOK_S.
+_FIRST_LOOK_S = 0.05
+
+
 def _outcome_of(end: End) -> Outcome:
     if isinstance(end, Outcome):
         return end
@@ -158,14 +162,14 @@ class BaseClient:
         lines = self._mine()
         came = lines.event()
         with lines.waiters.waiting(job_ids, came.set) as waiter:
-            look_s = math.inf if await given(lines.listener()) else LOOK_S
+            somebody_listens, look_s = await given(lines.listener()), _FIRST_LOOK_S
             while True:
                 # What came before the listener was there, it does not hear of.
                 asked = lines.waiters.came
                 lines.waiters.tell(await self._told(self._wire.look(job_ids)), asked)
                 left_s = math.inf if timeout_s is None else max(0.0, began_at + timeout_s - time.monotonic())
-                pause_s = min(left_s, look_s)
-                if await given(lines.wait(came, None if pause_s == math.inf else pause_s)) or pause_s == left_s:
+                pause_s, look_s = left_s if somebody_listens else min(left_s, look_s), min(2 * look_s, LOOK_S)
+                if await given(lines.wait(came, None if pause_s == math.inf else pause_s)) or not left_s:
                     return dict(waiter.ends)
 
     @contextlib.contextmanager
