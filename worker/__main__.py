@@ -63,8 +63,8 @@ Examples:
 
 \b
 Exit codes: 0 stopped as asked; 1 (health) no worker is alive; 2 bad usage; 69 Redis refused the login or cannot be
-used, or (check) something is unreachable; 70 a defect; 78 bad settings, or (check) a key is refused; 130 left at once
-after a second Ctrl-C.
+used, or (check) something is unreachable; 70 a defect; 74 stdout takes nothing; 78 bad settings, or (check) a key is
+refused; 130 left at once after a second Ctrl-C.
 
 {_settings_table()}
 """

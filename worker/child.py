@@ -145,7 +145,8 @@ class Child:
             is_tried = any(attempt.at_ms >= case.deadline_at_ms for attempt in (calls if is_over else cancels))
             call = Call.QUERY_CHILD if is_over else Call.CANCEL_CHILD
             return None if is_tried else call
-        return Call.QUERY_CHILD if calls[-1].call is Call.CANCEL_CHILD else None
+        is_unseen = self.view is None and not self.is_asked  # by this holder, who is to tell what it is
+        return Call.QUERY_CHILD if is_unseen or calls[-1].call is Call.CANCEL_CHILD else None
 
 
 def _calls(history: Sequence[Attempt]) -> list[Attempt]:

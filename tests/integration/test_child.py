@@ -202,6 +202,7 @@ def test_a_child_that_stays_is_named(workers: Workers, client: CancelClient, exc
 
     assert (outcome.kind.failed, outcome.order_status) == (True, "TRIGGERED")
     assert outcome.actual_order_id == str(child_of(exchange, algo_id).order_id)
+    assert (outcome.child_status, outcome.child_executed_qty) == ("NEW", "0")
     assert "child" in (outcome.error or "")
 
 
