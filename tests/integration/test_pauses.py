@@ -164,7 +164,9 @@ def test_a_refused_key_holds_back_whoever_learns_of_it(
     tickets = cancel_all(client, orders)
 
     eventually(lambda: client.status().keys and client.status().keys[0].held == 19, 20, "the others wait")
-    (refused,) = client.outcomes_of([ticket.id for ticket in tickets]).values()
+    ids = [ticket.id for ticket in tickets]
+    eventually(lambda: client.outcomes_of(ids), 20, "the request that was sent to see has ended")
+    (refused,) = client.outcomes_of(ids).values()
     assert (refused.kind, len(refused.attempts)) == (OutcomeKind.REFUSED, 1)
     assert sum(entry.deletes for entry in exchange.book().values()) == 1
 
